@@ -1,0 +1,57 @@
+"""The seam that every engine fits: add requests, step, take what finished.
+
+The engine takes prompts, not token ids: tokenizing belongs to the model, runs inside the engine's
+own process ahead of its scheduler, and an engine behind HTTP would do it on the far side.
+The runner keeps `capacity` requests inside, tops up as completions come, and never waits for a
+slow row: there is no batch and no barrier at this seam.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from batchgen.records import Completion, EngineFacts, EngineStats, Request
+
+
+class Engine(Protocol):
+    """Turns requests into completions. One owner thread; one instance a worker."""
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What the engine is; None until it is up."""
+
+    @property
+    def capacity(self) -> int:
+        """How many requests it wants to hold: those in its scheduler and those it prepares."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests added and not yet returned by `step`."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest look at its scheduler; never blocks."""
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Hand requests over, before or after the engine is up. Does not wait for them.
+
+        A request that the engine refuses (too long, a bad parameter) comes back from `step` as
+        a completion with `error`; it never raises here.
+
+        Raises:
+            EngineDeadError: The engine is dead.
+        """
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        """Return what finished since the last call, in finish order; wait up to `timeout_s`.
+
+        Each request added comes back exactly once. An empty list means that nothing finished
+        in time, which is normal while the engine starts.
+
+        Raises:
+            EngineError: The engine did not start.
+            EngineDeadError: The engine died. Completions returned before stay valid; requests
+                still in flight are lost to it and may be added to another engine.
+        """
+
+    def close(self) -> None:
+        """Stop at once, drop what is in flight, leave no process behind. Idempotent."""

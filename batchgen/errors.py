@@ -1,0 +1,132 @@
+"""Job trouble: the exception tree and the exit codes. Row trouble is data, see `records.RowError`.
+
+    BatchgenError                  exit code
+    |-- ConfigError                2  the job file or a command line option is wrong
+    |-- SourceError                2  an input file cannot be read as what it says it is
+    |   `-- InputChangedError      1  an input file changed or vanished under a run
+    |-- RecipeChangedError         2  the output belongs to another recipe or input
+    |-- OutputError                2  the output folder cannot be used
+    |   |-- StorageError           1  a write, sync or read of the output failed (disk full, I/O)
+    |   `-- FencedError            75 another run has taken the job over
+    |-- BusyError                  75 another run holds the job right now
+    |-- EngineError                1  the engine did not start
+    |   `-- EngineDeadError        1  the engine died under the run
+    |-- GateError                  3  complete, but over the error limit: nothing published
+    `-- AccountingError            1  the books do not balance: a bug in batchgen, never published
+
+Texts read `where: what is wrong, what was expected; what to do`, on one line, values in `repr`.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What cron sees."""
+
+    COMPLETE = 0
+    FAULT = 1
+    REFUSED = 2
+    OVER_LIMIT = 3
+    STOPPED = 75
+
+
+class BatchgenError(Exception):
+    """Root of everything that batchgen raises on purpose."""
+
+    exit_code = ExitCode.FAULT
+
+
+class ConfigError(BatchgenError):
+    """The job file, or an option, is wrong. Holds every problem found, not the first."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.where = where
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            text = f"{where}: {self.problems[0]}"
+        else:
+            lines = "".join(f"\n  {problem}" for problem in self.problems)
+            text = f"{where}: {len(self.problems)} problems{lines}"
+        super().__init__(text)
+
+
+class SourceError(BatchgenError):
+    """An input file cannot be read as what it says it is."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"{path}: {problem}")
+
+
+class InputChangedError(SourceError):
+    """An input file changed or vanished after the plan froze it."""
+
+    exit_code = ExitCode.FAULT
+
+
+class RecipeChangedError(BatchgenError):
+    """The unfinished or published job under the output folder is not this job."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, where: str, changes: Sequence[str]) -> None:
+        self.where = where
+        self.changes = tuple(changes)
+        lines = "".join(f"\n  {change}" for change in self.changes)
+        super().__init__(
+            f"{where}: this job is not the one that the output belongs to:{lines}\n"
+            "undo the change, choose another output.path, or start anew with --fresh "
+            "(what is published stays until the new snapshot is complete)"
+        )
+
+
+class OutputError(BatchgenError):
+    """The output folder cannot be used for this job."""
+
+    exit_code = ExitCode.REFUSED
+
+
+class StorageError(OutputError):
+    """A write, sync or read of the output failed. Everything committed before it stays."""
+
+    exit_code = ExitCode.FAULT
+
+    def __init__(self, path: str, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}; what was committed stays, run again to go on")
+
+
+class FencedError(OutputError):
+    """A later run has claimed the job; this one must stop. What it wrote late, nobody accepts."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class BusyError(BatchgenError):
+    """Another run holds the job right now."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class EngineError(BatchgenError):
+    """The engine did not start, or refused its settings."""
+
+
+class EngineDeadError(EngineError):
+    """The engine died under the run. Completions that it gave before stay valid."""
+
+
+class GateError(BatchgenError):
+    """Every row is answered, but more failed than the job allows: nothing is published."""
+
+    exit_code = ExitCode.OVER_LIMIT
+
+
+class AccountingError(BatchgenError):
+    """Planned rows and accounted rows differ. Nothing is published on such books."""

@@ -1,0 +1,1 @@
+"""How many workers, which rows each."""

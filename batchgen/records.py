@@ -1,0 +1,149 @@
+"""The frozen values that cross stages: Row batch -> Request -> Completion -> Result.
+
+This module is the whole contract between the stages of layer 3, which never import each other.
+Nothing here does work. A row is known by its `Ordinal` from the moment it is read to the moment
+its result is published; ids, texts and keys are data that ride along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from batchgen.ranges import Ranges
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat: `{"role": ..., "content": ...}` in order, as chat templates take it."""
+
+Prompt = str | Messages
+"""A raw text, tokenized as it is, or a chat, which goes through the model's chat template."""
+
+
+class Ordinal(NamedTuple):
+    """A row's identity in its plan: which segment, and which physical row of it, from 0."""
+
+    segment: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row has no answer. `error_type` is a stable lower-case word, `error` one line."""
+
+    error_type: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Some rows of one segment, in the order read.
+
+    `rows`, `values` and `carried` have one entry a row, at the same index. `values[i]` is None
+    exactly where `errors` has `i`.
+    """
+
+    segment: int
+    rows: Sequence[int]
+    """Physical row numbers within the segment, ascending."""
+    values: Sequence[Mapping[str, Any] | None]
+    """Column values that templates see."""
+    carried: pa.RecordBatch
+    """The columns that go to the output unchanged, `len(rows)` long, in the planned schema."""
+    errors: Mapping[int, RowError]
+    """Index in this batch -> why that row could not be read."""
+    skipped: Ranges
+    """Physical row numbers that end without a result: blank lines, rows that `where` leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row as it goes to the engine."""
+
+    request_id: int
+    """Unique within one run; counts up from 0 in admission order. Not the row's identity."""
+    ordinal: Ordinal
+    prompt: Prompt
+    request_key: str
+    """128-bit hash of content and recipe, 32 hex digits."""
+    seed: int | None
+    """For sampling, 0 <= seed < 2**62; None when sampling is greedy."""
+    batch: RowBatch
+    index: int
+    """Where the row's carried columns are: `batch.carried[index]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine says of one request: an answer, or why there is none."""
+
+    request_id: int
+    text: str | None
+    finish_reason: str | None
+    """vLLM's word, an open set: stop, length, abort, error, repetition."""
+    num_prompt_tokens: int | None
+    num_cached_tokens: int | None
+    """Prompt tokens that the prefix cache served."""
+    num_output_tokens: int | None
+    latency_s: float | None
+    """From admission into the engine to the last token."""
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a row ends: exactly one a row, `ok` (error is None) or an error."""
+
+    ordinal: Ordinal
+    batch: RowBatch
+    index: int
+    request_key: str | None
+    completion: Completion | None
+    error: RowError | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a started engine says of itself; recorded with the results."""
+
+    name: str
+    version: str
+    device: str
+    max_model_len: int | None
+    max_num_seqs: int
+    startup_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at a working engine. Counters grow from 0 since its start; None where unknown."""
+
+    num_running: int | None = None
+    num_waiting: int | None = None
+    kv_cache_usage: float | None = None
+    """Share of the KV cache in use, 0 to 1."""
+    num_preemptions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything that a process needs to start an engine; plain values, so that it travels."""
+
+    backend: str
+    """`vllm` or `echo`."""
+    model: str
+    """Folder of the model; for vLLM always local, resolved before."""
+    model_kwargs: Mapping[str, Any]
+    """vLLM's `LLM(...)` keywords from `[model]` and `[model.engine]`; unset ones absent."""
+    sampling_params: Mapping[str, Any]
+    """vLLM's `SamplingParams` fields from `[sampling]`, without `seed`; unset ones absent."""
+    chat_template: str | None = None
+    """Jinja text that replaces the model's own chat template."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    log_path: str | None = None
+    """Where the engine's own log lines go."""
+    max_in_flight: int | None = None
+    """Requests inside the engine at once; None means twice its `max_num_seqs`."""

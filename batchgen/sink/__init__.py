@@ -1,0 +1,1 @@
+"""Results to parts to a published snapshot."""

@@ -1,0 +1,81 @@
+"""The seam that every input format fits, and what a read needs to know.
+
+A format is a handful of functions over paths, gathered in a `Reader`. Readers keep no state
+between calls; what the plan froze comes in, rows go out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import pyarrow as pa
+
+    from batchgen.ranges import Ranges
+    from batchgen.records import RowBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one pass over a file finds; the plan freezes it."""
+
+    num_rows: int
+    """Physical rows: lines of JSONL with blank and bad ones, records of CSV, rows of Parquet."""
+    digest: str
+    """Hash of the content: all raw bytes for text formats, head and tail for Parquet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSpec:
+    """How rows are to be read; fixed at plan time."""
+
+    columns: pa.Schema
+    """Every column of the input with its planned type."""
+    carried: Sequence[str]
+    """Names of the columns that go to the output, in that order."""
+    needed: frozenset[str]
+    """Names of the columns that templates read."""
+    where: str | None = None
+    """SQL expression over the columns; rows for which it is not true are skipped."""
+    batch_rows: int = 1024
+
+
+class Reader(Protocol):
+    """One input format."""
+
+    def sniff(self, path: str) -> None:
+        """Refuse a file that is clearly not this format, having read a few KiB.
+
+        Raises:
+            SourceError: With what it looks like, and what to do.
+        """
+
+    def columns(self, paths: Sequence[str], types: Mapping[str, pa.DataType]) -> pa.Schema:
+        """Decide every column's name and type; `types` overrides by name.
+
+        Raises:
+            SourceError: Files disagree, names repeat, or `types` names an unknown column.
+        """
+
+    def scan(self, path: str) -> Scan:
+        """Count physical rows and hash the content in one pass.
+
+        Raises:
+            SourceError: The file ends early or cannot be decoded as what its name says.
+        """
+
+    def digest_prefix(self, path: str, size_bytes: int) -> str:
+        """Hash as `scan` does, of only the first `size_bytes` raw bytes."""
+
+    def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
+        """Yield the rows of `todo`, ascending, each either in `rows` or in `skipped`, once.
+
+        Batches hold at most `spec.batch_rows` rows; their `carried` has the columns
+        `spec.carried`. A bad row is an entry in `errors` with nulls in `carried`.
+
+        Raises:
+            SourceError: The file ends before the last row of `todo`, or cannot be decoded.
+        """
