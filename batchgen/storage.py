@@ -86,7 +86,7 @@ class LocalStorage:
         except OSError as error:
             with suppress(OSError):
                 temp.unlink(missing_ok=True)
-            raise _storage_error(temp, error) from error
+            raise storage_error(temp, error) from error
         return self.commit_temp(temp, name) or self.read(name) == data
 
     def temp_for(self, name: str) -> Path:
@@ -115,7 +115,7 @@ class LocalStorage:
         except OSError as error:
             with suppress(OSError):
                 temp.unlink(missing_ok=True)
-            raise _storage_error(final, error) from error
+            raise storage_error(final, error) from error
         return won
 
     def replace(self, name: str, data: bytes) -> None:
@@ -131,7 +131,7 @@ class LocalStorage:
         except OSError as error:
             with suppress(OSError):
                 temp.unlink(missing_ok=True)
-            raise _storage_error(self.path(name), error) from error
+            raise storage_error(self.path(name), error) from error
 
     def expose(self, name: str, alias: str) -> None:
         """Make `alias` a hard link to `name`, replacing atomically what it was before.
@@ -147,7 +147,7 @@ class LocalStorage:
             temp.unlink(missing_ok=True)
             _fsync(self.path(alias).parent)
         except OSError as error:
-            raise _storage_error(self.path(alias), error) from error
+            raise storage_error(self.path(alias), error) from error
 
     def read(self, name: str) -> bytes | None:
         """See `Storage`."""
@@ -156,7 +156,7 @@ class LocalStorage:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _storage_error(self.path(name), error) from error
+            raise storage_error(self.path(name), error) from error
 
     def list(self, folder: str) -> list[str]:
         """See `Storage`."""
@@ -166,7 +166,7 @@ class LocalStorage:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _storage_error(self.path(folder), error) from error
+            raise storage_error(self.path(folder), error) from error
         return sorted(f"{prefix}{name}" for name in found if not name.endswith(".tmp"))
 
     def temps(self, folder: str) -> Sequence[Path]:
@@ -179,7 +179,7 @@ class LocalStorage:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise _storage_error(path, error) from error
+            raise storage_error(path, error) from error
 
     def _make_folder(self, folder: Path) -> None:
         """Create missing folders and make their names durable."""
@@ -203,7 +203,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _storage_error(path: Path, error: OSError) -> StorageError:
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Translate what the operating system says of an output file."""
     hints = {errno.ENOSPC: "; free space", errno.EDQUOT: "; free space or raise the quota"}
     hint = hints.get(error.errno or 0, "")
     return StorageError(str(path), f"{error.strerror or error}{hint}")

@@ -9,7 +9,23 @@ slow row: there is no batch and no barrier at this seam.
 from collections.abc import Sequence
 from typing import Protocol
 
-from batchgen.records import Completion, EngineFacts, EngineStats, Request
+from batchgen.records import Completion, EngineFacts, EngineStats, Prompt
+
+
+class EngineRequest(Protocol):
+    """What an engine sees of a `records.Request`: this much crosses a process border, no more."""
+
+    @property
+    def request_id(self) -> int:
+        """Unique within one run."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """Raw text, or a chat."""
+
+    @property
+    def seed(self) -> int | None:
+        """For sampling, 0 <= seed < 2**62."""
 
 
 class Engine(Protocol):
@@ -31,7 +47,7 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """The latest look at its scheduler; never blocks."""
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[EngineRequest]) -> None:
         """Hand requests over, before or after the engine is up. Does not wait for them.
 
         A request that the engine refuses (too long, a bad parameter) comes back from `step` as

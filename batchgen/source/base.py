@@ -47,14 +47,18 @@ class Reader(Protocol):
     """One input format."""
 
     def sniff(self, path: str) -> None:
-        """Refuse a file that is clearly not this format, having read a few KiB.
+        """Refuse a file that is clearly not this format, having read its beginning.
 
         Raises:
             SourceError: With what it looks like, and what to do.
         """
 
-    def columns(self, paths: Sequence[str], types: Mapping[str, pa.DataType]) -> pa.Schema:
+    def columns(self, paths: Sequence[str], types: Mapping[str, pa.Field]) -> pa.Schema:
         """Decide every column's name and type; `types` overrides by name.
+
+        Args:
+            paths: At least one.
+            types: Column name -> its field, as `columns.parse_field` makes it of a word.
 
         Raises:
             SourceError: Files disagree, names repeat, or `types` names an unknown column.
@@ -74,7 +78,8 @@ class Reader(Protocol):
         """Yield the rows of `todo`, ascending, each either in `rows` or in `skipped`, once.
 
         Batches hold at most `spec.batch_rows` rows; their `carried` has the columns
-        `spec.carried`. A bad row is an entry in `errors` with nulls in `carried`.
+        `spec.carried`. A bad row is an entry in `errors`; `carried` has what of it could be
+        read (its id, say, beside a column that does not fit) and nulls for the rest.
 
         Raises:
             SourceError: The file ends before the last row of `todo`, or cannot be decoded.

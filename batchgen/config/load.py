@@ -1,0 +1,190 @@
+"""TOML text to `JobConfig`: overrides, paths, and every mistake in one error.
+
+Relative paths become absolute here, so that nothing later depends on the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from batchgen.config.model import JobConfig
+from batchgen.errors import ConfigError
+from batchgen.storage import is_url
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pydantic_core import ErrorDetails
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file.
+
+    Args:
+        path: The TOML file; relative paths in it are relative to its folder.
+        overrides: `table.key=value` each; the value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    where = str(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(where, ["does not exist, expected a job file"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(where, [f"cannot be read as UTF-8 text: {error}"]) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(where, [f"is not TOML: {error}"]) from error
+    return parse_job(tables, base=path.parent.resolve(), where=where, overrides=overrides)
+
+
+def parse_job(
+    tables: Mapping[str, Any], *, base: Path, where: str, overrides: Sequence[str] = ()
+) -> JobConfig:
+    """Make a `JobConfig` of parsed TOML, or of the same shape built in Python.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(dict(tables), default=str))
+    problems = [problem for text in overrides if (problem := _apply(merged, text))]
+    try:
+        job = JobConfig.model_validate(merged)
+    except ValidationError as error:
+        problems += [_problem(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(where, problems) from None
+    if problems:
+        raise ConfigError(where, problems)
+    return _with_files(job, base, where)
+
+
+def _apply(tables: dict[str, Any], override: str) -> str | None:
+    """Set one `table.key=value` in place; return what is wrong with it, if anything."""
+    key, equals, text = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not parents or not last:
+        return f"--set {override!r}: expected table.key=value, for example run.flush_s=10"
+    at = tables
+    for parent in parents:
+        at = at.setdefault(parent, {})
+        if not isinstance(at, dict):
+            return f"--set {override!r}: {parent!r} is a value, expected a table"
+    at[last] = _toml_value(text.strip())
+    return None
+
+
+def _toml_value(text: str) -> Any:  # noqa: ANN401 - any TOML value, checked by the models
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _problem(detail: ErrorDetails) -> str:
+    """One pydantic finding as `key: what is wrong, what was expected`."""
+    # Union members show up in the path as `str` and `list[str]`: no keys of the file.
+    location = [str(part) for part in detail["loc"] if str(part) not in {"str", "list[str]"}]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_did_you_mean(location)}"
+    if detail["type"] == "missing":
+        return f"{key}: missing, expected {_meaning(location)}"
+    if detail["type"] == "value_error":
+        return f"{key}: {detail['ctx']['error']}"
+    given = f"{detail['input']!r:.60}"
+    return f"{key}: {given} is wrong, expected: {_expected(detail['msg'])}"
+
+
+def _expected(message: str) -> str:
+    return message.removeprefix("Input should be ").removeprefix("Value should be ")
+
+
+def _table_at(location: Sequence[str]) -> type[BaseModel] | None:
+    table: type[BaseModel] = JobConfig
+    for name in location:
+        field = table.model_fields.get(name)
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return None
+        table = inner[0]
+    return table
+
+
+def _did_you_mean(location: Sequence[str]) -> str:
+    *parents, last = location
+    table = _table_at(parents)
+    if table is None:
+        return ""
+    homes = [name for name in JobConfig.model_fields if _has_key(_table_at([name]), last)]
+    if homes:
+        return f", did you mean '{homes[0]}.{last}'?"
+    near = difflib.get_close_matches(last, table.model_fields, n=1)
+    if near:
+        return f", did you mean {near[0]!r}?"
+    if list(parents) == ["model"]:
+        return "; vLLM's other options go in [model.engine]"
+    return f", expected one of: {', '.join(table.model_fields)}"
+
+
+def _has_key(table: type[BaseModel] | None, key: str) -> bool:
+    return table is not None and key in table.model_fields
+
+
+def _meaning(location: Sequence[str]) -> str:
+    table = _table_at(location)
+    if table is not None:
+        return f"the table [{'.'.join(location)}]"
+    parent = _table_at(location[:-1])
+    field = parent.model_fields.get(location[-1]) if parent else None
+    return (field.description if field and field.description else "a value").splitlines()[0]
+
+
+def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
+    """Make paths absolute and read the template files."""
+    problems: list[str] = []
+    prompt = job.prompt.model_dump()
+    for name in ("user", "system", "chat_template"):
+        key = f"{name}_file"
+        file = getattr(job.prompt, key)
+        if file is None:
+            continue
+        path = base / file
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"prompt.{key}: {str(path)!r} cannot be read: {error}")
+            continue
+        if name != "chat_template":
+            prompt[name], prompt[key] = text, None
+        else:
+            prompt[key] = str(path)
+    if problems:
+        raise ConfigError(where, problems)
+    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
+    return job.model_copy(
+        update={
+            "prompt": job.prompt.model_copy(update=prompt),
+            "input": job.input.model_copy(update={"path": [_absolute(base, p) for p in inputs]}),
+            "output": job.output.model_copy(update={"path": _absolute(base, job.output.path)}),
+            "model": job.model.model_copy(update={"name": _model_name(base, job.model.name)}),
+        }
+    )
+
+
+def _absolute(base: Path, path: str) -> str:
+    return path if is_url(path) else str(base / Path(path).expanduser())
+
+
+def _model_name(base: Path, name: str) -> str:
+    """A folder beside the job file wins over a hub id of the same spelling."""
+    looks_local = name.startswith((".", "/", "~"))
+    local = base / Path(name).expanduser()
+    return str(local.resolve()) if name and (looks_local or local.is_dir()) else name

@@ -1,0 +1,203 @@
+"""The job file's tables, one model each. Docstrings under the fields are the documentation.
+
+The JSON Schema for editors, the README's table and the error texts all come from here. Field
+names that vLLM has are vLLM's, with vLLM's meaning; what is not listed goes in `[model.engine]`,
+which is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    """Base of every table: unknown keys are mistakes, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+class InputConfig(Table):
+    """What to read."""
+
+    path: str | list[str] = Field(min_length=1)
+    """File, glob, folder, or a list of these. Relative to the job file; URLs go to fsspec."""
+    format: Literal["jsonl", "csv", "parquet"] | None = None
+    """Only needed when file names do not end in .jsonl, .csv, .tsv or .parquet (+ .gz, .zst)."""
+    columns: list[str] | None = None
+    """Columns to carry into the output. Default: all."""
+    types: dict[str, str] = {}
+    """Column types for JSONL and CSV where the guess from the first rows is not wanted."""
+    where: str | None = None
+    """SQL expression over the columns; only rows for which it is true are run."""
+    limit: PositiveInt | None = None
+    """Only the first so many rows (of those that `where` lets through)."""
+
+
+class PromptConfig(Table):
+    """How a row becomes a prompt: `user` (with `system`), or `text`, or `messages`."""
+
+    user: str | None = None
+    """Jinja template over the row's columns: the user message of a chat."""
+    user_file: str | None = None
+    """The same, from a file."""
+    system: str | None = None
+    """Jinja template: the system message."""
+    system_file: str | None = None
+    """The same, from a file."""
+    messages: str | None = None
+    """Name of a column that holds a whole chat: a list of {role, content}."""
+    text: str | None = None
+    """Name of a column that holds the raw prompt; no chat template is applied."""
+    chat_template_file: str | None = None
+    """Chat template to use instead of the model's own."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Extra variables for the chat template, for example enable_thinking = false."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        forms = {
+            "user": self.user is not None or self.user_file is not None,
+            "messages": self.messages is not None,
+            "text": self.text is not None,
+        }
+        given = [name for name, is_given in forms.items() if is_given]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            msg = f"found {found}, expected exactly one of user, messages, text"
+            raise ValueError(msg)
+        for name in ("user", "system"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                msg = f"both {name} and {name}_file are given, expected one"
+                raise ValueError(msg)
+        if (self.system is not None or self.system_file is not None) and not forms["user"]:
+            msg = f"system goes with user, not with {given[0]}"
+            raise ValueError(msg)
+        return self
+
+
+class ModelConfig(Table):
+    """Which model, and how the engine loads it."""
+
+    backend: Literal["vllm", "echo"] = "vllm"
+    """`echo` answers with the prompt itself: dry runs, pipeline benchmarks, fault tests."""
+    name: str = ""
+    """Folder of the model (relative to the job file) or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str | None = None
+    """vLLM's dtype: auto, bfloat16, float16, float32."""
+    quantization: str | None = None
+    """vLLM's quantization, when the checkpoint does not say it itself."""
+    max_model_len: PositiveInt | None = None
+    """Prompt and output together, in tokens. Default: the model's own."""
+    max_num_seqs: PositiveInt | None = None
+    """Rows that the engine runs at once. Default: vLLM's for the device."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the GPU's memory for this engine. Default: vLLM's."""
+    tensor_parallel_size: PositiveInt | None = None
+    """GPUs that share one copy of the model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only with a pinned revision that you read."""
+    engine: dict[str, Any] = {}
+    """Any other keyword of vLLM's LLM(...), passed as it is."""
+
+    @model_validator(mode="after")
+    def _has_name(self) -> Self:
+        if self.backend == "vllm" and not self.name:
+            msg = "name is missing, expected the model's folder or hub id"
+            raise ValueError(msg)
+        clash = sorted(set(self.engine) & (set(type(self).model_fields) | {"model", "tokenizer"}))
+        if clash and self.backend == "vllm":
+            msg = f"engine.{clash[0]} has a key of its own, set it in [model]"
+            raise ValueError(msg)
+        return self
+
+
+class SamplingConfig(Table):
+    """vLLM's SamplingParams, by its names.
+
+    What is not set here comes from the model's generation_config.json, as in `vllm serve`.
+    """
+
+    max_tokens: PositiveInt
+    """Longest answer, in tokens. No default: it bounds the time that a row can take."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Nucleus sampling."""
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    """0 or -1: all tokens."""
+    min_p: Share | None = None
+    """Least probability relative to the likeliest token."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Penalty for tokens already in the answer."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Penalty growing with each use."""
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    """Over 1 discourages tokens of prompt and answer."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Shortest answer, in tokens."""
+    stop: str | list[str] | None = None
+    """Texts that end the answer."""
+    stop_token_ids: list[int] | None = None
+    """Tokens that end the answer."""
+    bad_words: list[str] | None = None
+    """Words never to be generated."""
+    include_stop_str_in_output: bool | None = None
+    """Keep the stop text in the answer."""
+    ignore_eos: bool | None = None
+    """Go on after the end token, up to max_tokens: for benchmarks."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text. Default: true."""
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    """Seed of the job; each row's own is derived from it and the row's position."""
+
+
+class OutputConfig(Table):
+    """Where the results go."""
+
+    path: str = Field(min_length=1)
+    """Folder of the published Parquet files and of the job's state (`_batchgen/`)."""
+    prefix: str = "gen_"
+    """Begins the name of every column that batchgen adds."""
+    compression: Literal["zstd", "snappy", "lz4", "gzip", "none"] = "zstd"
+    """Of the published files."""
+    rows_per_file: PositiveInt = 1_000_000
+    """Published files hold at most so many rows."""
+
+
+class RunConfig(Table):
+    """How a run behaves. Nothing here changes an answer; change it freely between runs."""
+
+    flush_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """A finished row is durable within so many seconds: what a crash can cost."""
+    flush_rows: PositiveInt = 20_000
+    """Commit after so many finished rows at the latest."""
+    flush_mib: PositiveInt = 64
+    """Commit after about so many MiB of finished rows at the latest."""
+    max_in_flight: PositiveInt | None = None
+    """Requests inside the engine at once. Default: twice its max_num_seqs, which saturates it."""
+    max_error_rate: Share = 0.1
+    """Publish only if at most this share of the rows are errors; over it, exit 3."""
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM or Ctrl-C: how long rows in flight may take to finish."""
+    stats_s: Annotated[float, Field(gt=0)] = 5.0
+    """A row in stats.parquet every so many seconds."""
+
+
+class JobConfig(Table):
+    """A whole job file."""
+
+    input: InputConfig
+    prompt: PromptConfig
+    model: ModelConfig
+    sampling: SamplingConfig
+    output: OutputConfig
+    run: RunConfig = RunConfig()

@@ -1,0 +1,106 @@
+"""The recipe: everything in a job that changes what an answer would be, and nothing else.
+
+Two runs with equal fingerprints may share results; a different one is refused with `diff`.
+Values are hashed as parsed, never as TOML text, so that comments and order do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from batchgen.config.model import JobConfig
+
+# Options of [model.engine] that only move time and memory about. Any other option is taken to
+# change answers: to refuse once too often is cheap, to mix two models' answers is not.
+SPEED_OPTIONS = frozenset(
+    {
+        "async_scheduling",
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "data_parallel_size",
+        "disable_custom_all_reduce",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_partial_prefills",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "num_gpu_blocks_override",
+        "optimization_level",
+        "performance_mode",
+        "pipeline_parallel_size",
+        "swap_space",
+        "tensor_parallel_size",
+    }
+)
+
+Recipe = dict[str, Any]
+
+
+def make_recipe(job: JobConfig, model_identity: Mapping[str, str]) -> Recipe:
+    """Gather the recipe of a loaded job.
+
+    Args:
+        job: As `load_job` returns it.
+        model_identity: What tells this model from others: content hashes of a folder, or hub id
+            and commit.
+    """
+    prompt = job.prompt.model_dump(
+        exclude={"user_file", "system_file", "chat_template_file"}, exclude_none=True
+    )
+    if job.prompt.chat_template_file:
+        prompt["chat_template"] = Path(job.prompt.chat_template_file).read_text(encoding="utf-8")
+    model = job.model.model_dump(
+        include={"backend", "dtype", "quantization", "max_model_len", "trust_remote_code"},
+        exclude_none=True,
+    )
+    engine = {k: v for k, v in job.model.engine.items() if k not in SPEED_OPTIONS}
+    return {
+        "prompt": prompt,
+        "model": {**model, **({"engine": engine} if engine else {}), "files": dict(model_identity)},
+        "sampling": job.sampling.model_dump(exclude_none=True),
+    }
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """128-bit hash of a recipe, 32 hex digits."""
+    canonical = json.dumps(recipe, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def diff(old: Recipe, new: Recipe) -> list[str]:
+    """Return one line a changed key: `prompt.user: 'old' -> 'new'`."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(table: Mapping[str, Any], key: str) -> str:
+    if key not in table:
+        return "not set"
+    text = repr(table[key])
+    return text if len(text) <= 120 else f"{text[:117]}..."

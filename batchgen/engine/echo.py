@@ -1,0 +1,265 @@
+"""`EchoEngine`: answers with the beginning of the prompt. No model, no GPU, no process of its own.
+
+For dry runs (does the job file do what it should, before a GPU is rented), for measuring the
+pipeline around the engine, and for fault tests. It behaves like vLLM where that matters to its
+callers: it holds at most `max_num_seqs` requests at once, finishes them out of order, honours
+`max_tokens`, and refuses bad requests one by one. Its "tokens" are UTF-8 bytes.
+
+The answer depends on the prompt and `max_tokens` alone, so a rerun must give the same dataset.
+One thread may `add` while another `step`s: their counters are apart, and deques are atomic.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import deque
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, NamedTuple
+
+from batchgen.errors import ConfigError
+from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Self
+
+    from batchgen.engine.base import EngineRequest
+    from batchgen.records import Prompt
+
+VERSION = "1"
+DEFAULT_MAX_TOKENS = 16
+"""As vLLM's: vllm/sampling_params.py, SamplingParams.max_tokens, 0.26 to 0.33."""
+INSTANT_CAPACITY = 4096
+"""With no time a step, a small window would only measure the caller's loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class EchoOptions:
+    """`[model.engine]` of the echo backend."""
+
+    max_num_seqs: int = 256
+    """Requests that run at once."""
+    step_s: float = 0.0
+    """Time that one engine step takes."""
+    max_steps: int = 1
+    """A request runs for 1 to this many steps, by a hash of its prompt; 1 keeps the order."""
+    max_model_len: int | None = None
+    """Prompt bytes must be fewer; prompt and answer together are at most this many."""
+
+
+def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
+    """Check `[model.engine]` for the echo backend.
+
+    Raises:
+        ConfigError: With every unknown or impossible option.
+    """
+    known = [field.name for field in fields(EchoOptions)]
+    problems = [unknown_option(name, known) for name in model_kwargs if name not in known]
+    options = {name: value for name, value in model_kwargs.items() if name in known}
+    problems += [
+        f"{name} = {value!r} is not a number >= {minimum}"
+        for name, value in options.items()
+        if not _is_at_least(value, minimum := 0 if name == "step_s" else 1)
+        and not (name == "max_model_len" and value is None)
+    ]
+    if problems:
+        raise ConfigError("model.engine (echo backend)", problems)
+    return EchoOptions(**options)
+
+
+def unknown_option(name: str, known: Sequence[str]) -> str:
+    """Name the option nearest to a wrong one."""
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown option {name!r}; {hint}"
+
+
+def _is_at_least(value: object, minimum: int) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and value >= minimum  # type: ignore[operator]
+
+
+class _Running(NamedTuple):
+    request_id: int
+    text: str
+    data: bytes
+    admitted_at: float
+
+
+class EchoEngine:
+    """Implements `Engine` in the caller's process; up from the first moment."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        started = time.perf_counter()
+        options = read_options(spec.model_kwargs)
+        self._max_num_seqs = int(options.max_num_seqs)
+        self._max_steps = int(options.max_steps)
+        self._step_s = float(options.step_s)
+        self._max_model_len = options.max_model_len
+        max_tokens = spec.sampling_params.get("max_tokens", DEFAULT_MAX_TOKENS)
+        self._max_tokens = max_tokens if max_tokens is not None else 2**62
+        window = spec.max_in_flight or 2 * self._max_num_seqs
+        self._capacity = window if self._step_s else max(window, INSTANT_CAPACITY)
+        self._waiting: deque[EngineRequest] = deque()
+        self._buckets: dict[int, list[_Running]] = {}
+        self._num_running = 0
+        self._num_added = 0
+        self._num_returned = 0
+        self._step = 0
+        self._step_done_at = 0.0
+        self._facts = EngineFacts(
+            name="echo",
+            version=VERSION,
+            device="none",
+            max_model_len=self._max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            startup_s=time.perf_counter() - started,
+        )
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What it is; never None."""
+        return self._facts
+
+    @property
+    def capacity(self) -> int:
+        """`max_in_flight`, or twice `max_num_seqs`; at least 4096 when steps take no time."""
+        return self._capacity
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests added and not yet returned."""
+        return self._num_added - self._num_returned
+
+    @property
+    def stats(self) -> EngineStats:
+        """Running and waiting; there is no KV cache."""
+        return EngineStats(num_running=self._num_running, num_waiting=len(self._waiting))
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        """Queue requests; they are looked at when a step admits them."""
+        self._num_added += len(requests)
+        self._waiting.extend(requests)
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        """Run one engine step, or wait for the one under way.
+
+        With nothing in flight it returns at once: no one else could bring anything.
+        """
+        if not self.num_in_flight:
+            return []
+        if self._step_s and not self._wait_for_step(timeout_s):
+            return []
+        completions = self._admit()
+        for running in self._buckets.pop(self._step, ()):
+            completions.append(self._answer(running))
+            self._num_running -= 1
+        self._step += 1
+        self._num_returned += len(completions)
+        return completions
+
+    def close(self) -> None:
+        """Drop everything."""
+        self._waiting.clear()
+        self._buckets.clear()
+        self._num_running = 0
+        self._num_returned = self._num_added
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _wait_for_step(self, timeout_s: float) -> bool:
+        """Let the current step's time pass; False if it is not over after `timeout_s`."""
+        now = time.perf_counter()
+        if not self._step_done_at:
+            self._step_done_at = now + self._step_s
+        remaining = self._step_done_at - now
+        time.sleep(max(0.0, min(remaining, timeout_s)))
+        if remaining > timeout_s:
+            return False
+        self._step_done_at = 0.0
+        return True
+
+    def _admit(self) -> list[Completion]:
+        """Fill free places from the queue; return the refusals."""
+        refusals = []
+        now = time.perf_counter()
+        waiting = self._waiting
+        while waiting and self._num_running < self._max_num_seqs:
+            request = waiting.popleft()
+            prepared = self._prepare(request.prompt)
+            if isinstance(prepared, RowError):
+                refusals.append(refusal(request.request_id, prepared))
+                continue
+            text, data = prepared
+            last = self._step
+            if self._max_steps > 1:
+                # Not hash(): that differs between processes, and finish order should not.
+                last += zlib.crc32(data) % self._max_steps
+            running = _Running(request.request_id, text, data, now)
+            self._buckets.setdefault(last, []).append(running)
+            self._num_running += 1
+        return refusals
+
+    def _prepare(self, prompt: Prompt) -> tuple[str, bytes] | RowError:
+        try:
+            text = prompt if isinstance(prompt, str) else chat_text(prompt)
+            data = text.encode()
+        except (TypeError, KeyError) as exc:
+            return RowError("chat_template_error", f"a message has no text content: {exc}")
+        except UnicodeEncodeError as exc:
+            return RowError("tokenizer_error", f"the prompt is not valid Unicode: {exc}")
+        if not data:
+            return RowError("empty_prompt", "the prompt has no tokens")
+        if self._max_model_len is not None and len(data) >= self._max_model_len:
+            return prompt_too_long(len(data), self._max_model_len)
+        return text, data
+
+    def _answer(self, running: _Running) -> Completion:
+        num_prompt_tokens = len(running.data)
+        limit = self._max_tokens
+        if self._max_model_len is not None:
+            limit = min(limit, self._max_model_len - num_prompt_tokens)
+        text, num_output_tokens, finish_reason = running.text, num_prompt_tokens, "stop"
+        if num_prompt_tokens > limit:
+            # "ignore" drops at most the one character that the limit cuts in two.
+            text = running.data[:limit].decode("utf-8", "ignore")
+            num_output_tokens, finish_reason = len(text.encode()), "length"
+        latency_s = time.perf_counter() - running.admitted_at
+        return Completion(
+            running.request_id,
+            text,
+            finish_reason,
+            num_prompt_tokens,
+            0,
+            num_output_tokens,
+            latency_s,
+        )
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Contents joined by newlines: the echo engine's chat template.
+
+    Raises:
+        TypeError, KeyError: A message's content is missing or not a text.
+    """
+    return "\n".join([message["content"] for message in messages])
+
+
+def refusal(request_id: int, error: RowError) -> Completion:
+    """Build the completion of a request that never ran."""
+    return Completion(request_id, None, None, None, None, None, None, error)
+
+
+def prompt_too_long(num_prompt_tokens: int, max_model_len: int) -> RowError:
+    """Say both numbers; at least one token must be left for the answer."""
+    return RowError(
+        "prompt_too_long",
+        f"the prompt has {num_prompt_tokens} tokens, the model takes fewer than {max_model_len} "
+        "(max_model_len)",
+    )

@@ -1,0 +1,362 @@
+"""What is durable and what is missing: plans, epochs, accepted parts, manifests.
+
+The part file is the commit record of its rows; everything here is derived from part footers and
+from three kinds of small files, each put once and never changed:
+
+    _batchgen/plan/NNNNNN.json       the frozen input and recipe; the highest one is the job's
+    _batchgen/epochs/NNNNNN.json     one run's claim: which parts of earlier epochs it accepts
+    _batchgen/manifests/NNNNNN.json  the snapshot of plan NNNNNN, put last: its commit point
+
+Fencing needs no clock and no lock: a run that was frozen and wakes up writes parts that the
+later claim does not name, so nobody accepts them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.errors import AccountingError, FencedError, OutputError
+from batchgen.footer import PartFooter
+from batchgen.ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from batchgen.storage import LocalStorage
+
+STATE = "_batchgen"
+FORMAT = 1
+_MAX_CLAIM_TRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One input file as the plan froze it."""
+
+    path: str
+    size_bytes: int
+    version: str
+    """mtime in ns, or ETag: equal means unchanged without reading."""
+    digest: str
+    """Content hash: equal means unchanged although the version differs."""
+    num_rows: int
+    """Physical rows that belong to the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job, frozen: what goes in and what is asked of it."""
+
+    number: int
+    plan_id: str
+    created_at: str
+    job: Mapping[str, Any]
+    """What must not change under the plan: recipe, input selection, output layout."""
+    recipe_fingerprint: str
+    input_format: str
+    columns: Sequence[str]
+    """Every input column, `name: type`, for people."""
+    schema: str
+    """The same as base64 of Arrow's IPC schema, for `source`."""
+    carried: Sequence[str]
+    segments: Sequence[Segment]
+
+    @property
+    def num_rows(self) -> int:
+        """Physical rows planned, those that end without a result included."""
+        return sum(segment.num_rows for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An accepted part."""
+
+    name: str
+    footer: PartFooter
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What a claim accepts."""
+
+    parts: Sequence[Part] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """Part name -> why it does not count; its rows are done again."""
+
+    def done(self, segment: int) -> Ranges:
+        """Rows of a segment that are answered or skipped."""
+        spans = [span for part in self.parts for span in part.footer.done.get(segment, _NONE).spans]
+        return Ranges(spans)
+
+    @property
+    def num_done(self) -> int:
+        """Physical rows accounted for."""
+        return sum(part.footer.num_results + part.footer.num_skipped for part in self.parts)
+
+
+_NONE = Ranges()
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """This run's claim."""
+
+    number: int
+    plan: Plan
+    run_id: str
+    durable: Durable
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A published snapshot."""
+
+    number: int
+    plan_id: str
+    run_id: str
+    created_at: str
+    files: Sequence[Mapping[str, Any]]
+    """`name`, `num_rows`, `size_bytes`, `sha256` each, in input order."""
+    num_planned: int
+    num_ok: int
+    num_errors: int
+    num_skipped: int
+
+
+class Ledger:
+    """The job's books under one output folder."""
+
+    def __init__(self, storage: LocalStorage) -> None:
+        """Bind; nothing is read or written yet."""
+        self.storage = storage
+
+    def latest_plan(self) -> Plan | None:
+        """The plan that the output is at, None for a new job.
+
+        Raises:
+            OutputError: The file is not one that this version understands.
+        """
+        names = self.storage.list(f"{STATE}/plan")
+        return self._read_plan(names[-1]) if names else None
+
+    def plan(self, number: int) -> Plan:
+        """A plan by number.
+
+        Raises:
+            OutputError: It is absent or not understood.
+        """
+        return self._read_plan(_numbered("plan", number))
+
+    def _read_plan(self, name: str) -> Plan:
+        fields = self._read_json(name)
+        try:
+            segments = [Segment(**segment) for segment in fields.pop("segments")]
+            return Plan(**fields, segments=segments)
+        except (KeyError, TypeError) as error:
+            raise self._not_understood(name, str(error)) from error
+
+    def put_plan(self, plan: Plan) -> None:
+        """Freeze a plan.
+
+        Raises:
+            FencedError: Another run froze that number first.
+        """
+        name = _numbered("plan", plan.number)
+        if not self.storage.put_if_absent(name, _dumps(asdict(plan))):
+            msg = f"{self.storage.where}: another run has just planned this job; run again"
+            raise FencedError(msg)
+
+    def manifest(self, number: int) -> Manifest | None:
+        """The snapshot of plan `number`, None while it is unpublished."""
+        name = _numbered("manifests", number)
+        if self.storage.read(name) is None:
+            return None
+        try:
+            return Manifest(**self._read_json(name))
+        except TypeError as error:
+            raise self._not_understood(name, str(error)) from error
+
+    def latest_manifest(self) -> Manifest | None:
+        """The newest published snapshot, None if nothing was ever published."""
+        names = self.storage.list(f"{STATE}/manifests")
+        return self.manifest(_number(names[-1])) if names else None
+
+    def put_manifest(self, manifest: Manifest) -> Manifest:
+        """Publish; return the manifest that holds, which may be another run's equal one.
+
+        Raises:
+            AccountingError: The counts do not balance; nothing is published.
+        """
+        num_accounted = manifest.num_ok + manifest.num_errors + manifest.num_skipped
+        num_in_files = sum(file["num_rows"] for file in manifest.files)
+        if (num_accounted, num_in_files) != (
+            manifest.num_planned,
+            manifest.num_ok + manifest.num_errors,
+        ):
+            msg = (
+                f"{self.storage.where}: {manifest.num_planned} rows planned, but "
+                f"{manifest.num_ok} ok + {manifest.num_errors} errors + {manifest.num_skipped} "
+                f"skipped, {num_in_files} rows in the files; not published"
+            )
+            raise AccountingError(msg)
+        self.storage.put_if_absent(
+            _numbered("manifests", manifest.number), _dumps(asdict(manifest))
+        )
+        held = self.manifest(manifest.number)
+        assert held is not None  # noqa: S101 - put-if-absent left a manifest, ours or another's
+        return held
+
+    def latest_epoch(self) -> tuple[int, Mapping[str, Any]]:
+        """Number and content of the newest claim; (0, {}) before the first."""
+        names = self.storage.list(f"{STATE}/epochs")
+        return (_number(names[-1]), self._read_json(names[-1])) if names else (0, {})
+
+    def durable(self, plan: Plan) -> Durable:
+        """What counts right now, as the next claim would accept it. Reads footers only."""
+        number, claim = self.latest_epoch()
+        if not number or claim["plan_id"] != plan.plan_id:
+            return Durable()
+        names = [*claim["accepted"], *self._parts_of(number)]
+        parts: list[Part] = []
+        rejected: dict[str, str] = {}
+        taken: dict[int, Ranges] = {}
+        for name in sorted(set(names)):
+            try:
+                footer = self._footer(name, plan)
+                _check_disjoint(footer, taken)
+            except ValueError as error:
+                rejected[name] = str(error)
+                continue
+            for segment, rows in footer.done.items():
+                taken[segment] = taken.get(segment, _NONE) | rows
+            parts.append(Part(name, footer))
+        return Durable(parts, rejected)
+
+    def _parts_of(self, epoch: int) -> list[str]:
+        prefix = f"{STATE}/parts/e{epoch:06d}-"
+        return [name for name in self.storage.list(f"{STATE}/parts") if name.startswith(prefix)]
+
+    def _footer(self, name: str, plan: Plan) -> PartFooter:
+        try:
+            metadata = pq.read_metadata(self.storage.path(name))
+        except (OSError, pa.ArrowException) as error:
+            msg = f"unreadable: {str(error).splitlines()[0]}"
+            raise ValueError(msg) from error
+        footer = PartFooter.from_metadata(metadata.metadata)
+        if footer.plan != plan.plan_id:
+            msg = "belongs to another plan"
+            raise ValueError(msg)
+        if metadata.num_rows != footer.num_results:
+            msg = f"holds {metadata.num_rows} rows, its footer says {footer.num_results}"
+            raise ValueError(msg)
+        for segment, rows in footer.done.items():
+            planned = plan.segments[segment].num_rows if segment < len(plan.segments) else 0
+            if rows and rows.spans[-1][1] > planned:
+                msg = f"names row {rows.spans[-1][1] - 1} of segment {segment}, which has {planned}"
+                raise ValueError(msg)
+        return footer
+
+    def claim(self, plan: Plan, run_id: str, facts: Mapping[str, Any]) -> Epoch:
+        """Claim the next epoch; from here on, what earlier runs write does not count.
+
+        Args:
+            plan: The plan that the run works on.
+            run_id: Of this run.
+            facts: For people: host, pid, start time.
+
+        Raises:
+            OutputError: Other runs kept winning the claim.
+        """
+        for _ in range(_MAX_CLAIM_TRIES):
+            number = self.latest_epoch()[0] + 1
+            durable = self.durable(plan)
+            claim = {
+                "format": FORMAT,
+                "plan": plan.number,
+                "plan_id": plan.plan_id,
+                "run_id": run_id,
+                **facts,
+                "accepted": [part.name for part in durable.parts],
+            }
+            if self.storage.put_if_absent(_numbered("epochs", number), _dumps(claim)):
+                return Epoch(number, plan, run_id, durable)
+        msg = f"{self.storage.where}: other runs keep claiming this job; let one of them run"
+        raise OutputError(msg)
+
+    def check_fence(self, epoch: Epoch) -> None:
+        """Notice a later claim. Politeness only: correctness rests on what the claim names.
+
+        Raises:
+            FencedError: A later run has taken over.
+        """
+        later = _numbered("epochs", epoch.number + 1)
+        if self.storage.read(later) is not None:
+            claim = self._read_json(later)
+            msg = (
+                f"{self.storage.where}: run {claim.get('run_id')} on {claim.get('host')} has "
+                "taken this job over; what this run committed before counts"
+            )
+            raise FencedError(msg)
+
+    def remove_unneeded(self, epoch: Epoch) -> None:
+        """Remove what no claim can name again, up to `epoch`; call once its plan is published.
+
+        Later epochs are left alone: they may belong to a live run of the next plan.
+        """
+        folder = f"{STATE}/parts"
+        for name in self.storage.list(folder):
+            if _epoch_of(name) <= epoch.number:
+                self.storage.remove(name)
+        for temp in self.storage.temps(folder):
+            if _epoch_of(temp.name) <= epoch.number:
+                temp.unlink(missing_ok=True)
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        data = self.storage.read(name)
+        if data is None:
+            raise self._not_understood(name, "it is gone")
+        try:
+            fields = json.loads(data)
+            found = fields.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise self._not_understood(name, str(error)) from error
+        if found != FORMAT:
+            raise self._not_understood(name, f"format {found}, this batchgen reads {FORMAT}")
+        return dict(fields)
+
+    def _not_understood(self, name: str, why: str) -> OutputError:
+        return OutputError(
+            f"{self.storage.where}/{name}: not a batchgen file of this version ({why}); "
+            "use the batchgen that began the job, or another output.path"
+        )
+
+
+def _check_disjoint(footer: PartFooter, taken: Mapping[int, Ranges]) -> None:
+    for segment, rows in footer.done.items():
+        twice = rows & taken.get(segment, _NONE)
+        if twice:
+            msg = f"row {twice.spans[0][0]} of segment {segment} is in another part already"
+            raise ValueError(msg)
+
+
+def _numbered(kind: str, number: int) -> str:
+    return f"{STATE}/{kind}/{number:06d}.json"
+
+
+def _epoch_of(name: str) -> int:
+    """Epoch of a part or of its temp file, from `e000003-w00-s000012.parquet`."""
+    digits = name.rpartition("/")[2].lstrip(".")[1:7]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("/")[2].partition(".")[0])
+
+
+def _dumps(fields: dict[str, Any]) -> bytes:
+    return json.dumps({"format": FORMAT, **fields}, indent=1).encode() + b"\n"

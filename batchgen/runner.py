@@ -1,0 +1,357 @@
+"""One worker's loop, and the only place where stages meet. Follow a row:
+
+    Feeder thread      reader.read -> RequestBuilder.of -> bounded queue      (render ahead)
+    Runner (caller)    engine.add up to engine.capacity, engine.step          (never waits for I/O)
+                       completion -> settle -> Result -> open part
+    Committer thread   open part -> PartWriter.commit                         (durable from here)
+
+No stage waits for a slow row: the window is topped up as completions come, in whatever order,
+and a part holds whatever finished since the last one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from batchgen.errors import AccountingError, EngineDeadError
+from batchgen.ranges import Ranges
+from batchgen.records import Completion, Request, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from batchgen.config.model import RunConfig
+    from batchgen.engine.base import Engine
+    from batchgen.prompts import RequestBuilder
+    from batchgen.records import RowBatch
+    from batchgen.stats import RunStats
+
+# Batches rendered ahead of the engine's own read-ahead: enough to ride out a slow read.
+_FEED_BATCHES = 4
+# Begin the commit a little early, so that a row is durable, not merely sent, within flush_s.
+_FLUSH_EARLY = 0.8
+_IDLE_WAIT_S = 0.05
+_STEP_WAIT_S = 0.2
+
+
+class Stop(StrEnum):
+    """How far a run has been asked to stop."""
+
+    NO = "no"
+    DRAIN = "drain"
+    """Admit nothing more; let what is in flight finish within the grace."""
+    NOW = "now"
+
+
+class StopSwitch:
+    """Asked from signal handlers, read by the runner. Only ever moves forward."""
+
+    def __init__(self) -> None:
+        self.state = Stop.NO
+
+    def ask(self) -> None:
+        """Ask once: drain. Ask again: now."""
+        self.state = Stop.DRAIN if self.state is Stop.NO else Stop.NOW
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What the feeder makes of one batch."""
+
+    requests: Sequence[Request]
+    results: Sequence[Result]
+    """Rows that end before they reach the engine."""
+    segment: int
+    skipped: Ranges
+    num_bytes: int
+    """Arrow memory of the carried columns."""
+
+
+class Feeder:
+    """Reads and renders ahead, in a thread, into a bounded queue."""
+
+    def __init__(self, batches: Iterable[RowBatch], builder: RequestBuilder) -> None:
+        """Start reading at once."""
+        self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(_FEED_BATCHES)
+        self._stopped = threading.Event()
+        self.is_done = False
+        self._thread = threading.Thread(
+            target=self._work, args=(iter(batches), builder), name="feeder", daemon=True
+        )
+        self._thread.start()
+
+    def take(self, timeout_s: float) -> Fed | None:
+        """Return the next batch; None if none is ready in time or the input is at its end.
+
+        Raises:
+            SourceError: What reading raised, once what was read before is taken.
+        """
+        if self.is_done:
+            return None
+        try:
+            item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        self.is_done = item is None
+        return item
+
+    def close(self) -> None:
+        """Stop reading; what is queued is dropped."""
+        self._stopped.set()
+
+    def _work(self, batches: Iterator[RowBatch], builder: RequestBuilder) -> None:
+        end: BaseException | None = None
+        try:
+            for batch in batches:
+                if not self._put(_fed(batch, builder)):
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
+            end = error
+        self._put(end)
+
+    def _put(self, item: Fed | BaseException | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=_STEP_WAIT_S)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def _fed(batch: RowBatch, builder: RequestBuilder) -> Fed:
+    requests: list[Request] = []
+    results: list[Result] = []
+    for outcome in builder.of(batch):
+        if isinstance(outcome, Request):
+            requests.append(outcome)
+        else:
+            results.append(outcome)
+    return Fed(requests, results, batch.segment, batch.skipped, batch.carried.nbytes)
+
+
+@dataclass(slots=True)
+class OpenPart:
+    """Finished rows that are not durable yet."""
+
+    results: list[Result] = field(default_factory=list)
+    skipped: dict[int, Ranges] = field(default_factory=dict)
+    since_s: float | None = None
+    num_bytes: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.since_s is not None
+
+    def is_due(self, now_s: float, run: RunConfig) -> bool:
+        """Whether it is time to commit."""
+        return self.since_s is not None and (
+            len(self.results) >= run.flush_rows
+            or self.num_bytes >= run.flush_mib * 2**20
+            or now_s - self.since_s >= run.flush_s * _FLUSH_EARLY
+        )
+
+
+class Committer:
+    """Makes parts durable in a thread, so that no disk ever makes the engine wait."""
+
+    def __init__(self, commit: Callable[[OpenPart], None]) -> None:
+        """Start the thread; `commit` runs in it, one part at a time."""
+        self._commit = commit
+        # One part waiting while one is written: more would only be memory.
+        self._queue: queue.Queue[OpenPart | None] = queue.Queue(1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
+        self._thread.start()
+
+    def put(self, part: OpenPart) -> None:
+        """Hand a part over.
+
+        Raises:
+            BatchgenError: What an earlier commit raised.
+        """
+        self.check()
+        self._queue.put(part)
+
+    def check(self) -> None:
+        """Raise what a commit raised, if any did."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Wait until everything handed over is durable.
+
+        Raises:
+            BatchgenError: What a commit raised.
+        """
+        self._queue.put(None)
+        self._thread.join()
+        self.check()
+
+    def _work(self) -> None:
+        while (part := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # Keep taking, so that nobody blocks on a committer that gave up.
+            try:
+                self._commit(part)
+            except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
+                self._error = error
+
+
+class Runner:
+    """Keeps the engine full and the books straight. One run, one instance, one thread."""
+
+    def __init__(  # noqa: PLR0913 - the stages that meet here
+        self,
+        engine: Engine,
+        feeder: Feeder,
+        committer: Committer,
+        stats: RunStats,
+        *,
+        config: RunConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        """Bind the stages; they belong to the caller, who closes them."""
+        self._engine = engine
+        self._feeder = feeder
+        self._committer = committer
+        self._stats = stats
+        self._config = config
+        self._clock = clock
+        self._waiting: deque[Request] = deque()
+        self._in_flight: dict[int, Request] = {}
+        self._part = OpenPart()
+        self._row_bytes = 0.0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that the engine holds."""
+        return len(self._in_flight)
+
+    def run(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
+        """Run until the input is used up or the switch stops it; commit all that finished.
+
+        Args:
+            stop: May be asked at any time.
+            on_tick: Called often, at least every 0.2 s; must be quick.
+
+        Returns:
+            Whether every row of the feed has ended.
+
+        Raises:
+            BatchgenError: Job trouble. What finished before it is committed, if it can be.
+        """
+        try:
+            complete = self._loop(stop, on_tick)
+        except BaseException:
+            self._salvage()
+            raise
+        self._flush()
+        self._committer.close()
+        return complete
+
+    def _loop(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
+        give_up_s: float | None = None
+        while True:
+            now_s = self._clock()
+            if stop.state is not Stop.NO:
+                give_up_s = give_up_s or now_s + self._config.grace_s
+                if stop.state is Stop.NOW or now_s >= give_up_s or not self._in_flight:
+                    return False
+            else:
+                self._admit()
+                if self._feeder.is_done and not self._waiting and not self._in_flight:
+                    return True
+            self._step(now_s)
+            if self._part.is_due(self._clock(), self._config):
+                self._flush()
+            self._committer.check()
+            on_tick()
+
+    def _admit(self) -> None:
+        """Top the engine up with what is ready; wait only if the engine has nothing to do."""
+        room = self._engine.capacity - len(self._in_flight)
+        while room > 0:
+            if not self._waiting:
+                fed = self._feeder.take(0 if self._in_flight else _IDLE_WAIT_S)
+                if fed is None:
+                    return
+                self._take_in(fed)
+                continue
+            chunk = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            self._in_flight.update((request.request_id, request) for request in chunk)
+            self._engine.add(chunk)
+            room -= len(chunk)
+
+    def _take_in(self, fed: Fed) -> None:
+        num_rows = len(fed.requests) + len(fed.results)
+        if num_rows:
+            self._row_bytes = fed.num_bytes / num_rows
+        self._waiting.extend(fed.requests)
+        for result in fed.results:
+            self._end(result)
+        if fed.skipped:
+            before = self._part.skipped.get(fed.segment, Ranges())
+            self._part.skipped[fed.segment] = before | fed.skipped
+            self._part.since_s = self._part.since_s or self._clock()
+            self._stats.num_skipped += len(fed.skipped)
+
+    def _step(self, now_s: float) -> None:
+        if not self._in_flight:
+            return
+        is_full = len(self._in_flight) >= self._engine.capacity or self._feeder.is_done
+        completions = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
+        if self._stats.engine_ready_s is None and self._engine.facts is not None:
+            self._stats.engine_ready_s = now_s
+        for completion in completions:
+            self._settle(completion)
+        if completions:
+            self._stats.note_progress(now_s)
+        elif self._engine.num_in_flight == 0:
+            msg = f"the engine lost {len(self._in_flight)} requests; run again to go on"
+            raise EngineDeadError(msg)
+
+    def _settle(self, completion: Completion) -> None:
+        request = self._in_flight.pop(completion.request_id, None)
+        if request is None:
+            msg = f"the engine answered request {completion.request_id}, which is not in flight"
+            raise AccountingError(msg)
+        self._end(
+            Result(
+                ordinal=request.ordinal,
+                batch=request.batch,
+                index=request.index,
+                request_key=request.request_key,
+                completion=completion,
+                error=completion.error,
+            )
+        )
+
+    def _end(self, result: Result) -> None:
+        part = self._part
+        part.results.append(result)
+        part.num_bytes += self._row_bytes
+        if result.completion is not None and result.completion.text is not None:
+            part.num_bytes += len(result.completion.text)
+        if part.since_s is None:
+            part.since_s = self._clock()
+        self._stats.note(result)
+
+    def _flush(self) -> None:
+        if self._part:
+            part, self._part = self._part, OpenPart()
+            self._committer.put(part)
+
+    def _salvage(self) -> None:
+        """On job trouble: commit what finished, unless committing is the trouble."""
+        try:
+            self._flush()
+            self._committer.close()
+        except BaseException:  # noqa: BLE001, S110 - the first trouble is the one to tell
+            pass

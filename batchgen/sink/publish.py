@@ -1,0 +1,279 @@
+"""Parts to snapshot: every result once, in input order, in few Parquet files.
+
+Memory is bounded by one chunk of rows and by what overlaps it: parts are sorted by ordinal and
+their footers name the rows that they hold, so each chunk reads the row groups that it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen.errors import AccountingError
+from batchgen.sink.schema import ROW, SEGMENT, dictionary_columns, published_schema
+from batchgen.storage import storage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from batchgen.footer import PartFooter
+    from batchgen.storage import LocalStorage
+
+_CHUNK_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFormat:
+    """How the published files are written."""
+
+    schema: pa.Schema
+    """Of the parts, ordinal included."""
+    prefix: str
+    compression: str
+    rows_per_file: int
+    metadata: Mapping[bytes, bytes]
+    """Goes into every footer: job, recipe, versions."""
+
+
+def write_snapshot(
+    storage: LocalStorage,
+    folder: str,
+    parts: Sequence[tuple[str, PartFooter]],
+    form: SnapshotFormat,
+) -> list[dict[str, Any]]:
+    """Write all results of `parts` under `folder`, in input order.
+
+    Args:
+        storage: Where parts are and files go.
+        folder: Must be this run's own: nobody else writes there.
+        parts: Accepted parts and their footers; their ordinals are disjoint.
+        form: How to write.
+
+    Returns:
+        `name`, `num_rows`, `size_bytes`, `sha256` of each file in order. A job without a row
+        has one file with the schema and no rows.
+
+    Raises:
+        StorageError: A write failed; nothing is published by it.
+        AccountingError: A part does not hold the rows that its footer names.
+    """
+    try:
+        return _write_files(storage, folder, _chunks(storage, parts, form.schema), form)
+    except OSError as error:
+        raise storage_error(storage.path(folder), error) from error
+
+
+def _write_files(
+    storage: LocalStorage, folder: str, chunks: Iterator[pa.Table], form: SnapshotFormat
+) -> list[dict[str, Any]]:
+    files: list[dict[str, Any]] = []
+    chunk: pa.Table | None = next(chunks, None)
+    while chunk is not None or not files:
+        name = f"{folder}/part-{len(files):05d}.parquet"
+        storage.remove(name)  # Left by an earlier try of this very run.
+        with _FileWriter(storage, name, form) as writer:
+            while chunk is not None and writer.num_rows < form.rows_per_file:
+                room = form.rows_per_file - writer.num_rows
+                writer.write(chunk.slice(0, room))
+                chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
+        files.append(writer.entry())
+    return files
+
+
+class _FileWriter:
+    """One snapshot file: written to a temp name, hashed on the way, linked when complete."""
+
+    def __init__(self, storage: LocalStorage, name: str, form: SnapshotFormat) -> None:
+        self._storage = storage
+        self._name = name
+        self._temp = storage.temp_for(name)
+        self._out = _HashedFile(self._temp)
+        self.num_rows = 0
+        published = published_schema(form.schema).with_metadata(dict(form.metadata))
+        self._columns = published.names
+        self._schema = published
+        self._writer = pq.ParquetWriter(
+            self._out,
+            published,
+            compression=form.compression,
+            use_dictionary=dictionary_columns(form.prefix),
+            write_page_checksum=True,
+        )
+
+    def __enter__(self) -> _FileWriter:
+        return self
+
+    def write(self, rows: pa.Table) -> None:
+        """Append rows of the part schema."""
+        self._writer.write_table(rows.select(self._columns).cast(self._schema))
+        self.num_rows += rows.num_rows
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._writer.close()
+        finally:
+            self._out.close()
+        if kind is None:
+            self._storage.commit_temp(self._temp, self._name)
+        else:
+            self._temp.unlink(missing_ok=True)
+
+    def entry(self) -> dict[str, Any]:
+        """The file's line in the manifest."""
+        return {
+            "name": self._name,
+            "num_rows": self.num_rows,
+            "size_bytes": self._out.size_bytes,
+            "sha256": self._out.digest.hexdigest(),
+        }
+
+
+class _HashedFile:
+    """The few file methods that pyarrow's writer calls, hashing what passes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("xb")
+        self.digest = hashlib.sha256()
+        self.size_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        """Append."""
+        self._file.write(data)
+        self.digest.update(data)
+        self.size_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing waits here; durability comes with the commit."""
+
+    def close(self) -> None:
+        """Close the file behind."""
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file.closed
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size_bytes
+
+    def seekable(self) -> bool:
+        """Written front to back only."""
+        return False
+
+    def readable(self) -> bool:
+        """Written only."""
+        return False
+
+    def writable(self) -> bool:
+        """Written only."""
+        return True
+
+
+def _chunks(
+    storage: LocalStorage, parts: Sequence[tuple[str, PartFooter]], schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Yield all results in ordinal order, about `_CHUNK_ROWS` at a time."""
+    readers = [_PartReader(storage, name, footer) for name, footer in parts]
+    for segment in sorted({seg for _, footer in parts for seg in footer.done}):
+        here = [reader for reader in readers if segment in reader.footer.done]
+        stop = max(reader.last_row(segment) for reader in here) + 1
+        for start in range(0, stop, _CHUNK_ROWS):
+            stop_row = start + _CHUNK_ROWS
+            tables = [
+                reader.rows(segment, start, stop_row)
+                for reader in here
+                if reader.overlaps(segment, start, stop_row)
+            ]
+            found = [table for table in tables if table.num_rows]
+            if found:
+                chunk = pa.concat_tables(found) if len(found) > 1 else found[0]
+                yield _in_order(chunk.cast(schema))
+    for reader in readers:
+        reader.check_all_read()
+
+
+def _in_order(chunk: pa.Table) -> pa.Table:
+    rows = chunk.column(ROW)
+    if chunk.num_rows > 1:
+        order = pc.sort_indices(rows)
+        chunk = chunk.take(order)
+        ordered = chunk.column(ROW).combine_chunks()
+        if not pc.all(pc.greater(ordered[1:], ordered[:-1])).as_py():
+            msg = "two accepted parts hold the same row; not published"
+            raise AccountingError(msg)
+    return chunk
+
+
+class _PartReader:
+    """Reads rows of one part by ordinal; the file is open only while it is read."""
+
+    def __init__(self, storage: LocalStorage, name: str, footer: PartFooter) -> None:
+        self.footer = footer
+        self._name = name
+        self._path = storage.path(name)
+        self._groups: list[tuple[int, int, int, int]] | None = None
+        self._num_read = 0
+
+    def last_row(self, segment: int) -> int:
+        """Highest row of the segment that the part accounts for."""
+        return self.footer.done[segment].spans[-1][1] - 1
+
+    def overlaps(self, segment: int, start: int, stop: int) -> bool:
+        """Whether the part may hold rows with `start <= row < stop`; cheap, from the footer."""
+        spans = self.footer.done[segment].spans
+        return spans[0][0] < stop and spans[-1][1] > start
+
+    def rows(self, segment: int, start: int, stop: int) -> pa.Table:
+        """Results with `start <= row < stop`."""
+        wanted = [
+            at
+            for at, (first_seg, first, last_seg, last) in enumerate(self._row_groups())
+            if (first_seg, first) < (segment, stop) and (last_seg, last) >= (segment, start)
+        ]
+        if not wanted:
+            return pa.table({})
+        with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+            table = file.read_row_groups(wanted)
+        here = pc.and_(
+            pc.equal(table.column(SEGMENT), segment),
+            pc.and_(pc.greater_equal(table.column(ROW), start), pc.less(table.column(ROW), stop)),
+        )
+        table = table.filter(here)
+        self._num_read += table.num_rows
+        return table
+
+    def _row_groups(self) -> list[tuple[int, int, int, int]]:
+        """First and last ordinal of each row group, from the footer's statistics."""
+        if self._groups is None:
+            metadata = pq.read_metadata(self._path)
+            self._groups = []
+            for at in range(metadata.num_row_groups):
+                group = metadata.row_group(at)
+                segments, rows = group.column(0).statistics, group.column(1).statistics
+                one_segment = segments.min == segments.max
+                # Rows of two segments in one group: their row numbers are not ordered together.
+                first, last = (rows.min, rows.max) if one_segment else (0, 2**62)
+                self._groups.append((segments.min, first, segments.max, last))
+        return self._groups
+
+    def check_all_read(self) -> None:
+        """Every result must have been taken exactly once.
+
+        Raises:
+            AccountingError: The part holds rows that its footer does not name, or lacks some.
+        """
+        if self._num_read != self.footer.num_results:
+            msg = (
+                f"{self._name}: gave {self._num_read} rows, its footer says "
+                f"{self.footer.num_results}; not published"
+            )
+            raise AccountingError(msg)

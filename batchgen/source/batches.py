@@ -1,0 +1,145 @@
+"""Where every format's rows become a `RowBatch`: errors noted, `where` applied.
+
+Invariant: each row number that comes in goes out once, in `rows` or in `skipped`. A row that is
+an error is never filtered out, since nobody can tell whether it would have passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchgen.ranges import Ranges
+from batchgen.records import RowBatch, RowError
+from batchgen.source.columns import to_array, type_word
+from batchgen.source.where import Where, parse_where
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from batchgen.source.base import ReadSpec
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows as a format read them, before `where`. All but `blank` have one entry a row."""
+
+    rows: list[int]
+    values: Sequence[Mapping[str, Any] | None]
+    arrays: Mapping[str, pa.Array]
+    """The columns of `table_columns`, by name."""
+    errors: dict[int, RowError] = field(default_factory=dict)
+    """Index -> why."""
+    blank: list[int] = field(default_factory=list)
+    """Further row numbers, which hold nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a `ReadSpec` comes to, worked out once a read."""
+
+    segment: int
+    schema: pa.Schema
+    """Of `carried`."""
+    table_columns: tuple[str, ...]
+    """Columns that are read as Arrow: the carried ones and those of `where`."""
+    needed: tuple[str, ...]
+    where: Where | None
+
+
+def shape_of(segment: int, spec: ReadSpec) -> Shape:
+    """Work out which columns a read touches."""
+    where = None if spec.where is None else parse_where(spec.where)
+    tested = () if where is None else where.columns
+    return Shape(
+        segment=segment,
+        schema=pa.schema([spec.columns.field(name) for name in spec.carried]),
+        table_columns=tuple(dict.fromkeys([*spec.carried, *tested])),
+        needed=tuple(sorted(spec.needed)),
+        where=where,
+    )
+
+
+def to_arrays(
+    path: str,
+    first_row: int,
+    rows: Sequence[int],
+    columns: Mapping[str, Sequence[Any]],
+    schema: pa.Schema,
+) -> tuple[dict[str, pa.Array], dict[int, RowError]]:
+    """Turn Python columns into Arrow ones of the planned types.
+
+    Args:
+        path: For error texts.
+        first_row: What users call row 0.
+        rows: Row numbers, one for each value of a column.
+        columns: Name -> values.
+        schema: Has every name in `columns`.
+
+    Returns:
+        The arrays by name, null where a value does not fit, and `type_mismatch` by index.
+    """
+    arrays: dict[str, pa.Array] = {}
+    errors: dict[int, RowError] = {}
+    for name, values in columns.items():
+        planned = schema.field(name)
+        arrays[name], misfits = to_array(planned, values)
+        for index, found in misfits.items():
+            text = (
+                f"{path}:{rows[index] + first_row}: column {name!r} is planned as "
+                f"{type_word(planned)}, found {found}"
+            )
+            errors.setdefault(index, RowError("type_mismatch", text))
+    return arrays, errors
+
+
+def make_batch(shape: Shape, read: Rows) -> RowBatch:
+    """Apply `where` and put the batch together."""
+    names = shape.schema.names
+    carried = _record_batch([read.arrays[name] for name in names], shape.schema, len(read.rows))
+    values = [None if at in read.errors else value for at, value in enumerate(read.values)]
+    if shape.where is not None and read.rows:
+        tested = [read.arrays[name] for name in shape.where.columns]
+        passed = shape.where.keep(tested, len(read.rows)).to_pylist()
+        keep = [at for at, good in enumerate(passed) if good or at in read.errors]
+        if len(keep) < len(read.rows):
+            return _subset(shape, read, values, carried, keep)
+    skipped = Ranges.of(read.blank)
+    return RowBatch(shape.segment, read.rows, values, carried, read.errors, skipped)
+
+
+def _subset(
+    shape: Shape,
+    read: Rows,
+    values: Sequence[Mapping[str, Any] | None],
+    carried: pa.RecordBatch,
+    keep: Sequence[int],
+) -> RowBatch:
+    rows = [read.rows[at] for at in keep]
+    errors = {to: read.errors[at] for to, at in enumerate(keep) if at in read.errors}
+    skipped = Ranges.of([*read.blank, *(set(read.rows) - set(rows))])
+    return RowBatch(
+        segment=shape.segment,
+        rows=rows,
+        values=[values[at] for at in keep],
+        carried=_taken(carried, keep),
+        errors=errors,
+        skipped=skipped,
+    )
+
+
+def _taken(carried: pa.RecordBatch, keep: Sequence[int]) -> pa.RecordBatch:
+    # `take` has no kernel for some types (string_view until pyarrow 21); `filter` and slices do.
+    columns = [pc.take(column, pa.array(keep, pa.int64())) for column in carried.columns]
+    return _record_batch(columns, carried.schema, len(keep))
+
+
+def _record_batch(arrays: Sequence[pa.Array], schema: pa.Schema, num_rows: int) -> pa.RecordBatch:
+    if arrays:
+        return pa.RecordBatch.from_arrays(list(arrays), schema=schema)
+    # With no column, only this constructor keeps the number of rows.
+    empty = pa.StructArray.from_arrays([pa.nulls(num_rows)], names=["x"])
+    return pa.RecordBatch.from_struct_array(empty).select([])

@@ -1,0 +1,189 @@
+"""Column types: the words for them, what a sample of values implies, and values to Arrow.
+
+Invariant: no value is altered on its way to Arrow. What does not fit its column's type exactly
+is reported as not fitting, never coerced, rounded or cut.
+
+A `json` column is a string column whose field says so in its metadata; it holds every value as
+JSON text, strings with their quotes, so that any value comes back exactly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pyarrow as pa
+
+from batchgen.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+Word = str
+JSON_METADATA = {b"batchgen.type": b"json"}
+
+_TYPES: dict[Word, pa.DataType] = {
+    "string": pa.string(),
+    "bool": pa.bool_(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "json": pa.string(),
+}
+# type() and not isinstance(): True is an int to isinstance, and to Arrow a float.
+_FITTING: dict[pa.DataType, frozenset[type]] = {
+    pa.string(): frozenset({str, type(None)}),
+    pa.bool_(): frozenset({bool, type(None)}),
+    pa.int32(): frozenset({int, type(None)}),
+    pa.int64(): frozenset({int, type(None)}),
+    pa.float64(): frozenset({float, int, type(None)}),
+}
+_INT_BITS = {pa.int32(): 31, pa.int64(): 63}
+_KIND_WORDS = {str: "string", bool: "bool", int: "integer", float: "float", list: "list"}
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or else what there is."""
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(map(repr, known)) or 'none'}"
+
+
+def parse_field(name: str, word: Word) -> pa.Field:
+    """Make the field of a column from a type's word, one of `string`, `bool`, `int64`, ...
+
+    Raises:
+        ValueError: An unknown word.
+    """
+    if word not in _TYPES:
+        msg = f"unknown type {word!r} for column {name!r}{suggestion(word, list(_TYPES))}"
+        raise ValueError(msg)
+    return pa.field(name, _TYPES[word], metadata=JSON_METADATA if word == "json" else None)
+
+
+def is_json(field: pa.Field) -> bool:
+    """Whether the column holds JSON text."""
+    return bool(field.metadata) and field.metadata.get(b"batchgen.type") == b"json"
+
+
+def type_word(field: pa.Field) -> Word:
+    """The type as users write and read it."""
+    return "json" if is_json(field) else str(field.type)
+
+
+def kind_word(value: object) -> str:
+    """What a JSON value is, in a word."""
+    return "null" if value is None else _KIND_WORDS.get(type(value), "object")
+
+
+def infer_field(name: str, values: Sequence[Any]) -> pa.Field:
+    """Choose the narrowest type that holds all these values exactly; nulls fit everywhere."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {str}:
+        return parse_field(name, "string")
+    words = ("bool",) if kinds == {bool} else ("int64",) if kinds == {int} else ("float64",)
+    if all(fits(_TYPES[word], value) for word in words for value in values if value is not None):
+        return parse_field(name, words[0])
+    return parse_field(name, "json")
+
+
+def fits(data_type: pa.DataType, value: object) -> bool:
+    """Whether a value goes into a column of this type, one of ours, without any change."""
+    if type(value) not in _FITTING[data_type]:
+        return False
+    if type(value) is int and data_type in _INT_BITS:
+        limit = 1 << _INT_BITS[data_type]
+        return -limit <= value < limit
+    if type(value) is int:
+        try:
+            # Python compares an int with a float exactly.
+            return float(value) == value
+        except OverflowError:
+            return False
+    return True
+
+
+def override(
+    found: Mapping[str, pa.Field], types: Mapping[str, pa.Field], path: str, *, may_add: bool
+) -> pa.Schema:
+    """Replace found fields by the user's.
+
+    Args:
+        found: Name -> field, in order.
+        types: Name -> field, of some.
+        path: For error texts.
+        may_add: Whether a name that is not in `found`, nor close to one that is, may be a column
+            too rare to be seen.
+
+    Raises:
+        SourceError: `types` names a column that is not there.
+    """
+    fields = dict(found)
+    for name, field in types.items():
+        close = difflib.get_close_matches(name, list(found), n=1)
+        if name not in found and (close or not may_add):
+            text = f"has no column {name!r} to set the type of{suggestion(name, list(found))}"
+            raise SourceError(path, text)
+        fields[name] = field
+    return pa.schema(list(fields.values()))
+
+
+def to_array(field: pa.Field, values: Sequence[Any]) -> tuple[pa.Array, dict[int, str]]:
+    """Turn a column's values into Arrow.
+
+    Args:
+        field: One that `parse_field` made.
+        values: str, bool, int (of any size), float, list, dict or None.
+
+    Returns:
+        The array, null where a value does not fit; and index -> what was found there instead.
+    """
+    if is_json(field):
+        return _convert(values, pa.string(), json_text)
+    data_type = field.type
+    if set(map(type, values)) <= _FITTING[data_type]:
+        try:
+            return pa.array(values, data_type), {}
+        except (pa.ArrowInvalid, OverflowError):
+            pass  # one of them does not fit, found below
+
+    def fitted(value: object) -> Any:  # noqa: ANN401 - whatever the column holds
+        if not fits(data_type, value):
+            is_number = type(value) is int and int in _FITTING[data_type]
+            raise ValueError("integer out of range" if is_number else kind_word(value))
+        return float(value) if data_type == pa.float64() else value  # type: ignore[arg-type]
+
+    return _convert(values, data_type, fitted)
+
+
+def _convert(
+    values: Sequence[Any], data_type: pa.DataType, convert: Callable[[Any], Any]
+) -> tuple[pa.Array, dict[int, str]]:
+    converted: list[Any] = []
+    misfits: dict[int, str] = {}
+    for index, value in enumerate(values):
+        try:
+            converted.append(None if value is None else convert(value))
+        except ValueError as error:
+            converted.append(None)
+            misfits[index] = str(error)
+    return pa.array(converted, data_type), misfits
+
+
+def json_text(value: object) -> str:
+    """Encode as compact JSON; integers keep all digits.
+
+    Raises:
+        ValueError: Nested too deeply.
+    """
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # an integer over 64 bits, or more than 254 levels
+        try:
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        except RecursionError:
+            msg = "value nested too deeply"
+            raise ValueError(msg) from None

@@ -1,0 +1,279 @@
+r"""Bytes to physical lines, plain or compressed, in bounded memory.
+
+A physical line ends at `\n` or at the end of the file; a trailing newline does not begin another
+line. A byte order mark at the very start belongs to no line. A line over `MAX_LINE_BYTES` keeps
+its place and its number but not its content: it is None. Nothing here knows what a line holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from typing import IO, TYPE_CHECKING
+
+from batchgen.errors import SourceError
+from batchgen.source.base import Scan
+from batchgen.storage import open_input
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from batchgen.ranges import Ranges
+
+BLOCK_BYTES = 4 << 20
+MAX_LINE_BYTES = 64 << 20
+"""A line longer than this is not kept; 64 MiB is far beyond any context window."""
+MAX_BATCH_BYTES = 32 << 20
+"""A batch is handed out once it holds this much, however few its rows."""
+
+BOM = b"\xef\xbb\xbf"
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+# zstandard's decompressobj has no output limit. A compressed block of 4 bytes may stand for
+# 128 KiB (RFC 8878, 3.1.1.2), so that this much input never becomes more than 64 MiB.
+_ZSTD_INPUT_BYTES = 2 << 10
+
+
+def compression_of(path: str) -> str | None:
+    """`gzip`, `zstd` or None, by the name's suffix alone."""
+    if path.endswith(".gz"):
+        return "gzip"
+    return "zstd" if path.endswith((".zst", ".zstd")) else None
+
+
+def text_blocks(path: str, on_raw: Callable[[bytes], object] | None = None) -> Iterator[bytes]:
+    """Yield the decompressed content, without the byte order mark, in non-empty blocks.
+
+    Args:
+        path: Local path or URL; its suffix tells the compression.
+        on_raw: Called with every raw block as it is read.
+
+    Raises:
+        SourceError: The content is not what the suffix says, is damaged or ends early. Blocks
+            decoded before the damage were yielded.
+    """
+    unpack = {"gzip": _gunzip, "zstd": _unzstd, None: _plain}[compression_of(path)]
+    is_start = True
+    with open_input(path) as raw:
+        for block in unpack(path, _raw_blocks(path, raw, on_raw)):
+            if is_start:
+                is_start = False
+                block = block.removeprefix(BOM)  # noqa: PLW2901 - the same block, shorter
+            if block:
+                yield block
+
+
+def _raw_blocks(
+    path: str, raw: IO[bytes], on_raw: Callable[[bytes], object] | None
+) -> Iterator[bytes]:
+    try:
+        while block := raw.read(BLOCK_BYTES):
+            if on_raw is not None:
+                on_raw(block)
+            yield block
+    except OSError as error:
+        raise SourceError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def _plain(path: str, raw: Iterator[bytes]) -> Iterator[bytes]:
+    return raw
+
+
+def _gunzip(path: str, raw: Iterator[bytes]) -> Iterator[bytes]:
+    member = zlib.decompressobj(wbits=31)
+    num_members = 0
+    try:
+        for block in raw:
+            rest = block
+            while rest:
+                if member.eof:
+                    # Zeros may pad a member, as `gzip` and tape drives write and read them.
+                    rest = rest.lstrip(b"\0")
+                    if not rest:
+                        break
+                    member, num_members = zlib.decompressobj(wbits=31), num_members + 1
+                text = member.decompress(rest, BLOCK_BYTES)
+                if text:
+                    yield text
+                rest = member.unused_data if member.eof else member.unconsumed_tail
+    except zlib.error as error:
+        raise _damaged(path, "gzip", str(error), num_members) from error
+    if not member.eof:
+        raise _truncated(path, "gzip")
+
+
+def _unzstd(path: str, raw: Iterator[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame = decompressor.decompressobj()
+    num_frames = 0
+    texts: list[bytes] = []
+    try:
+        for block in raw:
+            for at in range(0, len(block), _ZSTD_INPUT_BYTES):
+                rest = block[at : at + _ZSTD_INPUT_BYTES]
+                while rest:
+                    if frame.eof:
+                        frame, num_frames = decompressor.decompressobj(), num_frames + 1
+                    texts.append(frame.decompress(rest))
+                    rest = frame.unused_data if frame.eof else b""
+                if sum(map(len, texts)) >= BLOCK_BYTES:
+                    yield b"".join(texts)
+                    texts.clear()
+    except zstandard.ZstdError as error:
+        if texts:
+            yield b"".join(texts)
+        raise _damaged(path, "zstd", str(error), num_frames) from error
+    if texts:
+        yield b"".join(texts)
+    if not frame.eof:
+        raise _truncated(path, "zstd")
+
+
+def _truncated(path: str, name: str) -> SourceError:
+    return SourceError(path, f"input ends early: the {name} stream is cut off; copy it again")
+
+
+def _damaged(path: str, name: str, reason: str, num_before: int) -> SourceError:
+    if num_before:
+        return SourceError(path, f"bytes after the {name} stream are not {name} ({reason})")
+    return SourceError(path, f"is not {name}, or is damaged ({reason}); copy it again")
+
+
+def scan_lines(path: str) -> Scan:
+    """Count the physical lines and hash the raw bytes, in one pass.
+
+    Raises:
+        SourceError: As `text_blocks`.
+    """
+    hashed = hashlib.sha256()
+    num_rows = 0
+    last = b"\n"
+    for block in text_blocks(path, hashed.update):
+        num_rows += block.count(b"\n")
+        last = block[-1:]
+    return Scan(num_rows + (last != b"\n"), hashed.hexdigest())
+
+
+def digest_prefix(path: str, size_bytes: int) -> str:
+    """Hash the first `size_bytes` raw bytes as `scan_lines` does the whole file.
+
+    Raises:
+        SourceError: The file is shorter, or cannot be read.
+    """
+    hashed = hashlib.sha256()
+    left = size_bytes
+    with open_input(path) as raw:
+        while left and (block := raw.read(min(left, BLOCK_BYTES))):
+            hashed.update(block)
+            left -= len(block)
+    if left:
+        raise SourceError(path, f"has {size_bytes - left} bytes, expected at least {size_bytes}")
+    return hashed.hexdigest()
+
+
+def read_lines(
+    path: str, todo: Ranges, batch_rows: int, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[list[int], list[bytes | None]]]:
+    r"""Yield the wanted lines as (row numbers, lines without `\n`), at most `batch_rows` a time.
+
+    Blocks without a wanted line are counted, not split; nothing is read after the last one.
+
+    Raises:
+        SourceError: As `text_blocks`, or the file has no such row. All lines before were yielded.
+    """
+    rows: list[int] = []
+    lines: list[bytes | None] = []
+    failure: SourceError | None = None
+    pieces = _wanted(path, todo, max_line_bytes)
+    while failure is None:
+        try:
+            piece = next(pieces, None)
+        except SourceError as error:
+            failure, piece = error, None
+        if piece is not None:
+            rows.extend(piece[0])
+            lines.extend(piece[1])
+        is_full = sum(len(line) for line in lines if line) >= MAX_BATCH_BYTES
+        while rows and (len(rows) >= batch_rows or is_full or piece is None):
+            yield rows[:batch_rows], lines[:batch_rows]
+            del rows[:batch_rows], lines[:batch_rows]
+        if piece is None:
+            break
+    if failure is not None:
+        raise failure
+
+
+def iter_lines(path: str) -> Iterator[bytes | None]:
+    """Yield all lines from the start, for a look at the first few.
+
+    Raises:
+        SourceError: As `text_blocks`.
+    """
+    for body in _bodies(path, MAX_LINE_BYTES):
+        yield from _split(body, MAX_LINE_BYTES)
+
+
+def _wanted(
+    path: str, todo: Ranges, max_line_bytes: int
+) -> Iterator[tuple[list[int], list[bytes | None]]]:
+    """Yield for each block the wanted rows in it."""
+    if not todo:
+        return
+    spans = todo.spans
+    at = 0
+    first = 0
+    for body in _bodies(path, max_line_bytes):
+        stop = first + (1 if body is None else body.count(b"\n") + 1)
+        if spans[at][0] < stop:
+            rows: list[int] = []
+            lines: list[bytes | None] = []
+            split = _split(body, max_line_bytes)
+            while at < len(spans) and spans[at][0] < stop:
+                wanted = range(max(spans[at][0], first), min(spans[at][1], stop))
+                rows.extend(wanted)
+                lines.extend(split[wanted.start - first : wanted.stop - first])
+                if spans[at][1] > stop:
+                    break
+                at += 1
+            yield rows, lines
+            if at == len(spans):
+                return
+        first = stop
+    raise SourceError(path, f"has {first} rows, expected at least {spans[-1][1]}")
+
+
+def _split(body: bytes | None, max_line_bytes: int) -> list[bytes | None]:
+    if body is None:
+        return [None]
+    lines: list[bytes | None] = [*body.split(b"\n")]
+    if len(body) > max_line_bytes:
+        return [
+            line if line is not None and len(line) <= max_line_bytes else None for line in lines
+        ]
+    return lines
+
+
+def _bodies(path: str, max_line_bytes: int) -> Iterator[bytes | None]:
+    r"""Yield runs of whole lines, without the last one's `\n`; None stands for one long line."""
+    held: list[bytes] = []
+    held_bytes = 0
+    is_open = False
+    for block in text_blocks(path):
+        cut = block.rfind(b"\n")
+        if cut >= 0:
+            first = block.find(b"\n")
+            if held_bytes + first > max_line_bytes:
+                yield None
+                if first < cut:
+                    yield block[first + 1 : cut]
+            else:
+                yield b"".join([*held, block[:cut]])
+            held, held_bytes, block = [], 0, block[cut + 1 :]  # noqa: PLW2901 - its open end
+        held_bytes += len(block)
+        held = [*held, block] if held_bytes <= max_line_bytes else []
+        is_open = held_bytes > 0
+    if is_open:
+        yield b"".join(held) if held_bytes <= max_line_bytes else None
