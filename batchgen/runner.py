@@ -1,4 +1,6 @@
-"""One worker's loop, and the only place where stages meet. Follow a row:
+"""One worker's loop, and the only place where stages meet.
+
+Follow a row:
 
     Feeder thread      reader.read -> RequestBuilder.of -> bounded queue      (render ahead)
     Runner (caller)    engine.add up to engine.capacity, engine.step          (never waits for I/O)
@@ -23,7 +25,7 @@ from batchgen.ranges import Ranges
 from batchgen.records import Completion, Request, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from batchgen.config.model import RunConfig
     from batchgen.engine.base import Engine
@@ -207,7 +209,7 @@ class Committer:
 class Runner:
     """Keeps the engine full and the books straight. One run, one instance, one thread."""
 
-    def __init__(  # noqa: PLR0913 - the stages that meet here
+    def __init__(
         self,
         engine: Engine,
         feeder: Feeder,

@@ -287,7 +287,9 @@ class TicketWriter:
         return text.rstrip(".") if self._chance(0.5) else text
 
     def _misspelled(self, text: str, rate: float) -> str:
-        return re.sub(r"[a-z]{4,}", lambda m: self._typo(m[0]) if self._chance(rate) else m[0], text)
+        return re.sub(
+            r"[a-z]{4,}", lambda m: self._typo(m[0]) if self._chance(rate) else m[0], text
+        )
 
     def _typo(self, word: str) -> str:
         """Return the word with one letter swapped, left out or doubled."""

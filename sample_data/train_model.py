@@ -302,9 +302,7 @@ def share(hits: list[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def score(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, system: str
-) -> Score:
+def score(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, system: str) -> Score:
     """Return how well the model answers a prompt for the shipped rows."""
     records: list[Record] = good_records()
     prompts = [render(tokenizer, system, r["subject"], r["body"]) for r in records]

@@ -2,7 +2,7 @@
 
 Why a thread and why batches: one `encode_batch_fast` over hundreds of prompts costs half of what
 vLLM's own rendering does and runs outside the GIL, while a loop of single calls fights the engine
-thread for it (0.65 s became 4.2 s; vLLM 0.32 on the CPU, June 2026). It starts before the engine
+thread for it (0.65 s became 4.2 s on two cores, vLLM 0.32). It starts before the engine
 is up, so that the first thousand prompts are ready when the weights are.
 
 It must not share vLLM's tokenizer: truncation and padding are state of the Rust object.
@@ -16,6 +16,7 @@ import threading
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchgen.errors import EngineError
 from batchgen.records import RowError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Encoder:
         self._load_tokenizer = load_tokenizer
         self._style = style
         self._inbox: queue.SimpleQueue[Sequence[EngineRequest] | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[list[Encoded] | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[list[Encoded] | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batchgen-encoder", daemon=True)
         self._thread.start()
 
@@ -64,14 +65,15 @@ class Encoder:
         """Return the next batch that is ready; wait up to `timeout_s` for one, 0 for not at all.
 
         Raises:
-            Exception: Whatever loading the tokenizer raised: no request can be encoded.
+            EngineError: The tokenizer could not be loaded; no request can be encoded.
         """
         try:
             ready = self._ready.get(block=timeout_s > 0, timeout=timeout_s or None)
         except queue.Empty:
             return []
-        if isinstance(ready, BaseException):
-            raise ready
+        if isinstance(ready, Exception):
+            problem = f"the tokenizer cannot be loaded: {one_line(ready)}"
+            raise EngineError(problem) from ready
         return ready
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from batchgen.source.columns import to_array, type_word
 from batchgen.source.where import Where, parse_where
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from batchgen.source.base import ReadSpec
 
@@ -64,20 +64,14 @@ def shape_of(segment: int, spec: ReadSpec) -> Shape:
 
 
 def to_arrays(
-    path: str,
-    first_row: int,
-    rows: Sequence[int],
-    columns: Mapping[str, Sequence[Any]],
-    schema: pa.Schema,
+    columns: Mapping[str, Sequence[Any]], schema: pa.Schema, where_is: Callable[[int], str]
 ) -> tuple[dict[str, pa.Array], dict[int, RowError]]:
     """Turn Python columns into Arrow ones of the planned types.
 
     Args:
-        path: For error texts.
-        first_row: What users call row 0.
-        rows: Row numbers, one for each value of a column.
         columns: Name -> values.
         schema: Has every name in `columns`.
+        where_is: Index -> `file:line`, for error texts.
 
     Returns:
         The arrays by name, null where a value does not fit, and `type_mismatch` by index.
@@ -85,15 +79,27 @@ def to_arrays(
     arrays: dict[str, pa.Array] = {}
     errors: dict[int, RowError] = {}
     for name, values in columns.items():
-        planned = schema.field(name)
-        arrays[name], misfits = to_array(planned, values)
+        arrays[name], misfits = to_array(schema.field(name), values)
         for index, found in misfits.items():
-            text = (
-                f"{path}:{rows[index] + first_row}: column {name!r} is planned as "
-                f"{type_word(planned)}, found {found}"
-            )
-            errors.setdefault(index, RowError("type_mismatch", text))
+            error = mismatch(where_is(index), schema.field(name), found)
+            errors.setdefault(index, error)
     return arrays, errors
+
+
+def mismatch(where_is: str, planned: pa.Field, found: str) -> RowError:
+    """The error of a row with a value that does not fit its column."""
+    text = f"column {planned.name!r} is planned as {type_word(planned)}, found {found}"
+    return RowError("type_mismatch", f"{where_is}: {text}")
+
+
+def to_values(
+    columns: Mapping[str, Sequence[Any]], needed: Sequence[str], num_rows: int
+) -> list[Mapping[str, Any] | None]:
+    """Turn the needed columns into one mapping a row."""
+    if not needed:
+        return [{} for _ in range(num_rows)]
+    table = zip(*(columns[name] for name in needed), strict=True)
+    return [dict(zip(needed, row, strict=True)) for row in table]
 
 
 def make_batch(shape: Shape, read: Rows) -> RowBatch:
@@ -132,7 +138,6 @@ def _subset(
 
 
 def _taken(carried: pa.RecordBatch, keep: Sequence[int]) -> pa.RecordBatch:
-    # `take` has no kernel for some types (string_view until pyarrow 21); `filter` and slices do.
     columns = [pc.take(column, pa.array(keep, pa.int64())) for column in carried.columns]
     return _record_batch(columns, carried.schema, len(keep))
 

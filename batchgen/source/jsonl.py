@@ -17,7 +17,7 @@ import orjson
 
 from batchgen.errors import SourceError
 from batchgen.records import RowError
-from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays
+from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays, to_values
 from batchgen.source.columns import infer_field, kind_word, override
 from batchgen.source.lines import MAX_LINE_BYTES, digest_prefix, iter_lines, read_lines, scan_lines
 from batchgen.source.sniffing import refuse_other_content, text_looks_like
@@ -108,10 +108,9 @@ def _parse(
     for at, bad in errors.items():
         errors[at] = RowError(bad.error_type, f"{path}:{rows[at] + 1}: {bad.error}")
     tested = {name: columns[name] for name in shape.table_columns}
-    arrays, misfits = to_arrays(path, 1, rows, tested, schema)
-    needed = [columns[name] for name in shape.needed]
-    values = [dict(zip(shape.needed, row, strict=True)) for row in zip(*needed, strict=True)]
-    return Rows(rows, values or [_MISSING] * len(rows), arrays, misfits | errors, blank)
+    arrays, misfits = to_arrays(tested, schema, lambda at: f"{path}:{rows[at] + 1}")
+    values = to_values(columns, shape.needed, len(rows))
+    return Rows(rows, values, arrays, misfits | errors, blank)
 
 
 def _parse_line(line: bytes | None) -> dict[str, Any] | RowError:

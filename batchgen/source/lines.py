@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from batchgen.errors import SourceError
 from batchgen.source.base import Scan
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from batchgen.ranges import Ranges
+
+Item = TypeVar("Item")
 
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 64 << 20
@@ -142,8 +144,12 @@ def _damaged(path: str, name: str, reason: str, num_before: int) -> SourceError:
     return SourceError(path, f"is not {name}, or is damaged ({reason}); copy it again")
 
 
-def scan_lines(path: str) -> Scan:
+def scan_lines(path: str, on_text: Callable[[bytes], object] = len) -> Scan:
     """Count the physical lines and hash the raw bytes, in one pass.
+
+    Args:
+        path: Local path or URL.
+        on_text: Called with every decompressed block.
 
     Raises:
         SourceError: As `text_blocks`.
@@ -152,6 +158,7 @@ def scan_lines(path: str) -> Scan:
     num_rows = 0
     last = b"\n"
     for block in text_blocks(path, hashed.update):
+        on_text(block)
         num_rows += block.count(b"\n")
         last = block[-1:]
     return Scan(num_rows + (last != b"\n"), hashed.hexdigest())
@@ -184,24 +191,34 @@ def read_lines(
     Raises:
         SourceError: As `text_blocks`, or the file has no such row. All lines before were yielded.
     """
+    wanted = _wanted(path, todo, max_line_bytes)
+    return in_batches(wanted, lambda line: len(line or b""), batch_rows)
+
+
+def in_batches(
+    pairs: Iterator[tuple[int, Item]], size_of: Callable[[Item], int], batch_rows: int
+) -> Iterator[tuple[list[int], list[Item]]]:
+    """Gather (row number, item) pairs into batches bounded in rows and in bytes.
+
+    Raises:
+        SourceError: What `pairs` raised, after everything before it was yielded.
+    """
     rows: list[int] = []
-    lines: list[bytes | None] = []
+    items: list[Item] = []
+    num_bytes = 0
     failure: SourceError | None = None
-    pieces = _wanted(path, todo, max_line_bytes)
-    while failure is None:
-        try:
-            piece = next(pieces, None)
-        except SourceError as error:
-            failure, piece = error, None
-        if piece is not None:
-            rows.extend(piece[0])
-            lines.extend(piece[1])
-        is_full = sum(len(line) for line in lines if line) >= MAX_BATCH_BYTES
-        while rows and (len(rows) >= batch_rows or is_full or piece is None):
-            yield rows[:batch_rows], lines[:batch_rows]
-            del rows[:batch_rows], lines[:batch_rows]
-        if piece is None:
-            break
+    try:
+        for row, item in pairs:
+            rows.append(row)
+            items.append(item)
+            num_bytes += size_of(item)
+            if len(rows) >= batch_rows or num_bytes >= MAX_BATCH_BYTES:
+                yield rows, items
+                rows, items, num_bytes = [], [], 0
+    except SourceError as error:
+        failure = error
+    if rows:
+        yield rows, items
     if failure is not None:
         raise failure
 
@@ -216,33 +233,24 @@ def iter_lines(path: str) -> Iterator[bytes | None]:
         yield from _split(body, MAX_LINE_BYTES)
 
 
-def _wanted(
-    path: str, todo: Ranges, max_line_bytes: int
-) -> Iterator[tuple[list[int], list[bytes | None]]]:
-    """Yield for each block the wanted rows in it."""
-    if not todo:
-        return
-    spans = todo.spans
-    at = 0
+def _wanted(path: str, todo: Ranges, max_line_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     first = 0
-    for body in _bodies(path, max_line_bytes):
+    left = list(reversed(todo.spans))
+    for body in _bodies(path, max_line_bytes) if left else ():
         stop = first + (1 if body is None else body.count(b"\n") + 1)
-        if spans[at][0] < stop:
-            rows: list[int] = []
-            lines: list[bytes | None] = []
-            split = _split(body, max_line_bytes)
-            while at < len(spans) and spans[at][0] < stop:
-                wanted = range(max(spans[at][0], first), min(spans[at][1], stop))
-                rows.extend(wanted)
-                lines.extend(split[wanted.start - first : wanted.stop - first])
-                if spans[at][1] > stop:
-                    break
-                at += 1
-            yield rows, lines
-            if at == len(spans):
+        if left[-1][0] < stop:
+            lines = _split(body, max_line_bytes)
+            while left and left[-1][0] < stop:
+                start, end = left.pop()
+                if end > stop:
+                    left.append((stop, end))
+                wanted = range(start, min(end, stop))
+                yield from zip(wanted, lines[start - first : wanted.stop - first], strict=True)
+            if not left:
                 return
         first = stop
-    raise SourceError(path, f"has {first} rows, expected at least {spans[-1][1]}")
+    if left:
+        raise SourceError(path, f"has {first} rows, expected at least {left[0][1]}")
 
 
 def _split(body: bytes | None, max_line_bytes: int) -> list[bytes | None]:

@@ -1,0 +1,167 @@
+"""The engine's process: `python -m batchgen.engine.host FD`, started by `process.EngineProcess`.
+
+Why a process: a crash or a hang of anything under vLLM cannot take the books down; a rebuilt
+engine starts with clean GPU memory; Ctrl-C never reaches it (a session of its own); its log lines
+go to a file; the parent imports neither vllm nor torch; and reading, rendering and committing
+never contend with vLLM's front end for the GIL.
+
+Over the socket go pickled tuples, whose first item says what they are:
+
+    in   the EngineSpec, once; then ("add", [(request_id, prompt, seed), ...]) and ("close",)
+    out  ("ready", EngineFacts, capacity), ("stats", EngineStats), ("done", [Completion fields]),
+         and as the last one ("refused", text) or ("dead", text)
+
+When the parent is gone, however it went, so is this process group: the socket's end kills it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, NamedTuple
+
+from batchgen.engine.echo import EchoEngine
+from batchgen.engine.encoder import one_line
+from batchgen.errors import BatchgenError, EngineDeadError
+
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from batchgen.engine.base import Engine
+    from batchgen.records import Completion, EngineSpec, Prompt
+
+STATS_S = 0.5
+
+
+class HostedRequest(NamedTuple):
+    """An `EngineRequest` on this side of the process border."""
+
+    request_id: int
+    prompt: Prompt
+    seed: int | None
+
+
+def build_engine(spec: EngineSpec) -> Engine:
+    """Build the engine in this process; cheap, the first step does the work."""
+    if spec.backend == "echo":
+        return EchoEngine(spec)
+    from batchgen.engine.vllm import VllmEngine
+
+    return VllmEngine(spec)
+
+
+class Host:
+    """Feeds an engine from a connection and sends what comes out of it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._wake = threading.Event()
+        self._closing = False
+        self._is_ready = False
+        self._stats_at = 0.0
+
+    def serve(self, spec: EngineSpec) -> None:
+        """Run until told to close.
+
+        Raises:
+            BatchgenError: The engine did not start, or died.
+        """
+        engine = build_engine(spec)
+        receiver = threading.Thread(target=self._receive, args=(engine,), daemon=True)
+        receiver.start()
+        while not self._closing:
+            self._wake.clear()
+            if engine.num_in_flight or not self._is_ready:
+                self._send_done(engine.step(STATS_S))
+            else:
+                self._wake.wait(STATS_S)
+            self._report(engine)
+        engine.close()
+
+    def send(self, *message: object) -> None:
+        """Send one message; the parent reads whatever it is doing, so this does not wait long."""
+        self._connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def _receive(self, engine: Engine) -> None:
+        # A thread of its own, so that the parent's end is seen while a model loads.
+        try:
+            while True:
+                kind, *rest = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - our parent
+                if kind == "close":
+                    self._closing = True
+                else:
+                    engine.add([HostedRequest(*request) for request in rest[0]])
+                self._wake.set()
+        except (EOFError, OSError):
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    def _send_done(self, completions: list[Completion]) -> None:
+        if completions:
+            self.send("done", [completion_fields(completion) for completion in completions])
+
+    def _report(self, engine: Engine) -> None:
+        now = time.monotonic()
+        if not self._is_ready and engine.facts is not None:
+            self._is_ready = True
+            self.send("ready", engine.facts, engine.capacity)
+        elif now - self._stats_at >= STATS_S:
+            self.send("stats", engine.stats)
+            self._stats_at = now
+
+
+def completion_fields(completion: Completion) -> tuple[object, ...]:
+    """Take a completion apart, in the order of `records.Completion`; tuples pickle fastest."""
+    return (
+        completion.request_id,
+        completion.text,
+        completion.finish_reason,
+        completion.num_prompt_tokens,
+        completion.num_cached_tokens,
+        completion.num_output_tokens,
+        completion.latency_s,
+        completion.error,
+    )
+
+
+def _end_with_thread(args: threading.ExceptHookArgs) -> None:
+    """End the process with any thread of it: a missing one would leave the parent waiting."""
+    traceback.print_exception(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def main() -> NoReturn:
+    """Serve the connection whose file descriptor is the first argument."""
+    faulthandler.enable()
+    threading.excepthook = _end_with_thread
+    fd = int(sys.argv[1])
+    # A process that vLLM forks must not hold the socket open after this one.
+    os.set_inheritable(fd, False)  # noqa: FBT003
+    connection = Connection(fd)
+    host = Host(connection)
+    code = 0
+    try:
+        host.serve(pickle.loads(connection.recv_bytes()))  # noqa: S301 - our parent
+    except (BrokenPipeError, ConnectionResetError):
+        # The parent is gone; so is the receiver's socket, and it ends the group.
+        code = 1
+    except Exception as exc:  # noqa: BLE001 - the process border: told to the parent, then the end
+        traceback.print_exc()
+        text = str(exc) if isinstance(exc, BatchgenError) else one_line(exc)
+        host.send("dead" if isinstance(exc, EngineDeadError) else "refused", text)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: vLLM's threads and exit hooks would hold a broken engine open for seconds.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""`EngineProcess`: an engine in a process of its own, seen through the `Engine` protocol.
+
+The reasons for the process are in `host.py`; this is the parent's end. Two threads stand between
+the caller and the socket, so that neither `add` nor `step` ever waits for the child: one sends,
+one receives. Completions that arrived before the child died are handed out before the death is.
+
+Nothing outlives the parent. An orderly close asks the engine to shut down, waits a moment (vLLM's
+workers then free their shared memory) and kills the process group. If the parent is killed, a
+guard does that: a `sh` that waits on a pipe which only the parent holds. It needs no help from
+the engine's process, which may hang in a driver call at that moment or be dead already while
+vLLM's core lives on. (PR_SET_PDEATHSIG would do neither: it kills one process of the group, and
+fires when the thread that started it ends.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import batchgen
+from batchgen.engine.log import find_cause, is_vague, log_tail
+from batchgen.errors import EngineDeadError, EngineError
+from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import IO, Self
+
+    from batchgen.engine.base import EngineRequest
+
+CLOSE_S = 1.5
+LINGER_S = 0.3
+"""How long an orderly shutdown may take before the group is killed."""
+STALL_S = 900.0
+"""Silence of an engine that has work after which it counts as dead. It reports every half second
+between steps; the longest step known is a first one that compiles, minutes."""
+EXPECTED_MAX_NUM_SEQS = 1024
+"""vLLM's own default on an H100 (0.26); for `capacity` until the engine says."""
+EXPECTED_READ_AHEAD = 1024
+GUARD = 'read -r orderly && exit 0; kill -KILL -- "-$1"'
+
+
+class _Child:
+    """The process, its guard and both ends' threads; holds no reference to its `EngineProcess`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.started = time.perf_counter()
+        self.facts: EngineFacts | None = None
+        self.capacity: int | None = None
+        self.stats = EngineStats()
+        self.last_words: tuple[str, str] | None = None
+        self.heard_at = time.monotonic()
+        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[list[Completion] | None] = queue.SimpleQueue()
+        self.log_path = spec.log_path
+        self.log_start = _size(spec.log_path)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = _start_host(theirs.fileno(), spec.log_path)
+        self.connection = Connection(ours.detach())
+        self.guard = _start_guard(self.process.pid)
+        self.post(spec)
+        self._is_stopped = False
+        self._owner_pid = os.getpid()
+        self._threads = [
+            threading.Thread(target=target, name=f"batchgen{target.__name__}", daemon=True)
+            for target in (self._send, self._receive)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def post(self, message: object) -> None:
+        """Queue a message; pickled here, so that what cannot travel fails where it came from."""
+        self.outbox.put(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):
+            while (message := self.outbox.get()) is not None:
+                self.connection.send_bytes(message)
+
+    def _receive(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self._hear(*pickle.loads(self.connection.recv_bytes()))  # noqa: S301 - our child
+        self.inbox.put(None)
+
+    def _hear(self, kind: str, payload: Any, *rest: Any) -> None:  # noqa: ANN401
+        self.heard_at = time.monotonic()
+        if kind == "done":
+            self.inbox.put([Completion(*fields) for fields in payload])
+        elif kind == "stats":
+            self.stats = payload
+        elif kind == "ready":
+            self.facts = replace(payload, startup_s=time.perf_counter() - self.started)
+            self.capacity = rest[0]
+        else:
+            self.last_words = (kind, payload)
+
+    def stop(self, *, orderly: bool) -> None:
+        """Leave no process of the group; reap the child and the guard. Idempotent."""
+        if self._is_stopped or os.getpid() != self._owner_pid:
+            return
+        self._is_stopped = True
+        if orderly:
+            self._close_orderly()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._dismiss_guard()
+        self.outbox.put(None)
+        for thread in self._threads:
+            thread.join()
+        self.connection.close()
+
+    def _close_orderly(self) -> None:
+        self.post(("close",))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(CLOSE_S)
+        # multiprocessing's resource tracker outlives the leader: it unlinks shared memory then.
+        deadline = time.monotonic() + LINGER_S
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while self.process.returncode is not None and time.monotonic() < deadline:
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.01)
+
+    def _dismiss_guard(self) -> None:
+        if self.guard is None:
+            return
+        guard, self.guard = self.guard, None
+        assert guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError), guard.stdin as pipe:
+            pipe.write(b"orderly\n")
+        guard.wait()
+
+
+class EngineProcess:
+    """Implements `Engine`; the engine named by the spec runs in a child process."""
+
+    def __init__(self, spec: EngineSpec, stall_s: float = STALL_S) -> None:
+        self._child = _Child(spec)
+        self._stall_s = stall_s
+        self._expected_capacity = _expected_capacity(spec)
+        self._num_in_flight = 0
+        self._death: EngineError | None = None
+        # Also runs at interpreter exit; bound to the child, so that it does not keep self alive.
+        self._stop = weakref.finalize(self, self._child.stop, orderly=False)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, which is its group's as well."""
+        return self._child.process.pid
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What the engine says of itself; `startup_s` counts from the start of the process."""
+        return self._child.facts
+
+    @property
+    def capacity(self) -> int:
+        """How many requests it wants to hold; a guess from the spec until it is up."""
+        return self._child.capacity or self._expected_capacity
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests added and not yet returned."""
+        return self._num_in_flight
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest that the child reported, at most half a second old while it works."""
+        return self._child.stats
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        """Send requests to the engine.
+
+        Raises:
+            EngineDeadError: `step` has said so already. Before that a dead engine takes
+                requests in silence, so that what it finished is not overlooked.
+        """
+        if self._death is not None:
+            raise EngineDeadError(str(self._death))
+        self._num_in_flight += len(requests)
+        self._child.post(("add", [(r.request_id, r.prompt, r.seed) for r in requests]))
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        """Return what has arrived; wait up to `timeout_s` if that is nothing.
+
+        Raises:
+            EngineError: The engine did not start.
+            EngineDeadError: It died, was killed, or has been silent for too long.
+        """
+        if self._death is not None:
+            raise self._death
+        completions = self._take(timeout_s)
+        self._num_in_flight -= len(completions)
+        if not completions and self._death is not None:
+            raise self._death
+        if not completions:
+            self._check_stall()
+        return completions
+
+    def close(self) -> None:
+        """Shut the engine down, at most two seconds; kill what is left of it."""
+        if self._stop.detach():
+            self._child.stop(orderly=self._death is None)
+        self._num_in_flight = 0
+        self._death = self._death or EngineDeadError("the engine is closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _take(self, timeout_s: float) -> list[Completion]:
+        """Collect all that is there; on the end of the stream, note the death."""
+        completions: list[Completion] = []
+        inbox = self._child.inbox
+        with contextlib.suppress(queue.Empty):
+            batch = inbox.get(timeout=timeout_s) if timeout_s > 0 else inbox.get_nowait()
+            while batch is not None:
+                completions += batch
+                batch = inbox.get_nowait()
+            self._death = self._explain()
+        return completions
+
+    def _explain(self) -> EngineError:
+        """Bury the child and say why it went, in one line."""
+        child = self._child
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.process.wait(1.0)
+        code = child.process.returncode
+        child.stop(orderly=False)
+        kind, text = child.last_words or ("dead", _exit_text(code))
+        if kind == "dead" or is_vague(text):
+            lines = log_tail(child.log_path, child.log_start)
+            last_line = lines[-1][:300] if lines and child.last_words is None else None
+            if cause := find_cause(lines) or last_line:
+                text = f"{text}; its log says: {cause}"
+        if child.log_path is not None:
+            text = f"{text}; see {child.log_path}"
+        if kind == "refused" or child.facts is None:
+            return EngineError(f"the engine did not start: {text}")
+        return EngineDeadError(f"the engine died: {text}")
+
+    def _check_stall(self) -> None:
+        silent_s = time.monotonic() - self._child.heard_at
+        if self.facts is None or not self._num_in_flight or silent_s < self._stall_s:
+            return
+        self._child.stop(orderly=False)
+        problem = f"the engine died: no sign of life for {silent_s:.0f} s with work to do; killed"
+        self._death = EngineDeadError(problem)
+        raise self._death
+
+
+def _start_host(fd: int, log_path: str | None) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    root = Path(batchgen.__file__).parent.parent
+    if root.name not in ("site-packages", "dist-packages"):
+        # A checkout that is not installed: the child must find the same batchgen.
+        paths = [str(root), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # -P: a file torch.py in the folder that the job is run from must not replace torch.
+    command = [sys.executable, "-P", "-m", "batchgen.engine.host", str(fd)]
+    with contextlib.ExitStack() as stack:
+        log: IO[bytes] | int = subprocess.DEVNULL
+        if log_path is not None:
+            try:
+                log = stack.enter_context(Path(log_path).open("ab"))
+            except OSError as exc:
+                problem = f"{log_path}: the engine's log cannot be written: {exc.strerror}"
+                raise EngineError(problem) from exc
+        return subprocess.Popen(  # noqa: S603 - our own module
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(fd,),
+            start_new_session=True,
+        )
+
+
+def _start_guard(pgid: int) -> subprocess.Popen[bytes] | None:
+    """Start the guard; without a shell (a bare container) the child watches the socket alone."""
+    try:
+        return subprocess.Popen(  # noqa: S603 - fixed text, one integer
+            ["/bin/sh", "-c", GUARD, "batchgen-guard", str(pgid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        return None
+
+
+def _expected_capacity(spec: EngineSpec) -> int:
+    max_num_seqs = spec.model_kwargs.get("max_num_seqs") or EXPECTED_MAX_NUM_SEQS
+    return (spec.max_in_flight or 2 * int(max_num_seqs)) + EXPECTED_READ_AHEAD
+
+
+def _exit_text(code: int | None) -> str:
+    if code is None:
+        return "its process closed the connection and did not exit"
+    if code >= 0:
+        return f"its process exited with code {code}"
+    name = signal.Signals(-code).name
+    hint = ", often the kernel out of memory" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{hint}"
+
+
+def _size(path: str | None) -> int:
+    return Path(path).stat().st_size if path is not None and Path(path).exists() else 0

@@ -1,0 +1,380 @@
+"""`VllmEngine`: vLLM's offline engine, fed by rolling admission. The only module that imports it.
+
+It lives in a process of its own (`host.py`), so nothing here needs to survive vLLM. What it owes
+its caller is that every request comes back once, as an answer or as that row's error:
+
+- a window of requests is kept inside vLLM, twice `max_num_seqs` as vLLM's own tiling loop does
+  (vllm/entrypoints/pooling/offline.py, 0.26 to 0.33), topped up after every step;
+- a request that `add_request` refuses is aborted too, since vLLM may have registered it already;
+- `finish_reason` abort and error are not answers: once more, then the row's error;
+- a core that is killed leaves `step()` waiting for ever; a watchdog wakes it.
+
+Checked against vLLM 0.26.0, 0.32.0 and 0.33.0. Internals are reached through guards: where one is
+missing, statistics are unknown and the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from batchgen.engine.encoder import ChatStyle, Encoder, one_line
+from batchgen.engine.watch import SchedulerWatch, wake_when_dead
+from batchgen.errors import EngineDeadError, EngineError
+from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Sequence
+
+    from batchgen.engine.base import EngineRequest
+    from batchgen.engine.encoder import Encoded
+
+READ_AHEAD = 1024
+"""Requests kept tokenized, or on their way there, beyond the window inside vLLM."""
+MAX_ATTEMPTS = 2
+CORE_DIED = "vLLM's engine core died"
+NOT_ANSWERS = frozenset({"abort", "error"})
+TINY_WEIGHTS_BYTES = 64 << 20
+TINY_KV_CACHE_BYTES = 256 << 20
+
+ENVIRONMENT = {
+    # It phones home otherwise.
+    "VLLM_NO_USAGE_STATS": "1",
+    # Our encoder thread runs while the engine starts; forking beside threads is not safe.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # The model is a local folder: any lookup would be a surprise, or a hang without a network.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    # Five seconds by default; workers that need longer are killed with the process group.
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
+    # Colour codes in a log file help no one.
+    "NO_COLOR": "1",
+}
+
+
+def choose_core_process() -> bool:
+    """Keep vLLM's core in this process on a CPU build, where a front end beside it costs more.
+
+    It would be two more interpreters (1.2 GB, 15 s) for processor cores that are busy anyway.
+    On a GPU the default stays: the front end works beside the core.
+
+    Returns:
+        Whether this is a CPU build of vLLM.
+    """
+    from vllm.platforms import current_platform
+
+    is_cpu = bool(current_platform.is_cpu())
+    if is_cpu:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return is_cpu
+
+
+def cpu_kv_cache_bytes(model: Path) -> int:
+    """Choose a KV cache for a CPU: vLLM 0.32 would take 92 % of the machine's memory.
+
+    256 MiB where the weights say that the model is a toy, else half of what is available now.
+    """
+    weights = sum(
+        path.stat().st_size for kind in ("safetensors", "bin") for path in model.glob(f"*.{kind}")
+    )
+    if weights < TINY_WEIGHTS_BYTES:
+        return TINY_KV_CACHE_BYTES
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
+    """Build the keywords of `LLM(...)`: the job's own, over our defaults."""
+    # With statistics on, the core reports its scheduler's state; see `SchedulerWatch`.
+    kwargs: dict[str, Any] = {"disable_log_stats": False, **spec.model_kwargs, "model": spec.model}
+    sized = kwargs.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization"}
+    if is_cpu and not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(Path(spec.model))
+    return kwargs
+
+
+def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
+    """Load a tokenizer for us alone, the way that vLLM loads its own.
+
+    vLLM's loader and not `AutoTokenizer`: it corrects the class for some model types
+    (vllm/tokenizers/registry.py, 0.32) and knows `tokenizer_mode`.
+    """
+    from vllm.tokenizers import get_tokenizer
+
+    kwargs = spec.model_kwargs
+    tokenizer = get_tokenizer(
+        kwargs.get("tokenizer") or spec.model,
+        tokenizer_mode=kwargs.get("tokenizer_mode", "auto"),
+        trust_remote_code=kwargs.get("trust_remote_code", False),
+        revision=kwargs.get("tokenizer_revision"),
+    )
+    fast = getattr(tokenizer, "_tokenizer", None)
+    if hasattr(fast, "encode_batch_fast"):
+        # tokenizer.json may switch both on; an offline prompt is never cut or filled silently.
+        fast.no_truncation()
+        fast.no_padding()
+    return tokenizer
+
+
+def sampling_params(llm: Any, overrides: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Overlay the job's sampling on the model's own (generation_config.json).
+
+    Explicit `SamplingParams` inherit nothing of the model's but its end tokens
+    (vllm/entrypoints/llm.py, get_default_sampling_params, 0.26 to 0.33).
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = {**(llm.model_config.get_diff_sampling_param() or {}), **overrides}
+    if isinstance(structured := fields.get("structured_outputs"), Mapping):
+        fields["structured_outputs"] = StructuredOutputsParams(**structured)
+    # FINAL_ONLY: `add_request` leaves it CUMULATIVE, which costs twice and returns every step.
+    params = SamplingParams.from_optional(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+    if params.n != 1:
+        problem = f"sampling n = {params.n}: a row has one answer; repeat the row instead"
+        raise ValueError(problem)
+    return params
+
+
+class _Admitted(NamedTuple):
+    encoded: Encoded
+    admitted_at: float
+    attempt: int
+
+
+class VllmEngine:
+    """Implements `Engine` around one `LLM`. One thread steps; one other may `add`.
+
+    The first `step` builds the engine (seconds to minutes) and does not keep to its timeout;
+    requests added meanwhile are tokenized beside it.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._started = time.perf_counter()
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._imported = threading.Event()
+        style = ChatStyle(spec.chat_template, spec.chat_template_kwargs)
+        self._encoder = Encoder(self._load_tokenizer, style)
+        self._watch = SchedulerWatch()
+        self._closed = threading.Event()
+        self._facts: EngineFacts | None = None
+        self._llm_engine: Any = None
+        self._encoded: deque[Encoded] = deque()
+        self._admitted: dict[str, _Admitted] = {}
+        self._refused: list[Completion] = []
+        self._window = 0
+        self._num_added = 0
+        self._num_returned = 0
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What it is; None until the first `step` has returned."""
+        return self._facts
+
+    @property
+    def capacity(self) -> int:
+        """The window inside vLLM and the requests tokenized ahead of it."""
+        return self._window + READ_AHEAD
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests added and not yet returned."""
+        return self._num_added - self._num_returned
+
+    @property
+    def stats(self) -> EngineStats:
+        """The scheduler's state after the last step."""
+        if self._admitted:
+            return self._watch.stats
+        return replace(self._watch.stats, num_running=0, num_waiting=0)
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        """Hand requests to the encoder."""
+        self._num_added += len(requests)
+        self._encoder.submit(requests)
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        """Run one engine iteration; wait up to `timeout_s` only if nothing is ready to run.
+
+        Raises:
+            EngineError: vLLM refused its settings, or could not load the model or tokenizer.
+            EngineDeadError: The core is gone.
+        """
+        if self._llm_engine is None:
+            self._build()
+            return []
+        self._admit(timeout_s)
+        completions, self._refused = self._refused, []
+        if self._admitted:
+            completions += self._run_iteration()
+        self._num_returned += len(completions)
+        return completions
+
+    def close(self) -> None:
+        """Shut vLLM down so that its workers can free what outlives a process (shared memory)."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        core = getattr(self._llm_engine, "engine_core", None)
+        if core is not None:
+            core.shutdown()
+
+    def _load_tokenizer(self) -> Any:  # noqa: ANN401
+        # Two threads that import vLLM at once would meet half-made modules: it is full of cycles.
+        self._imported.wait()
+        return load_tokenizer(self._spec)
+
+    def _import(self) -> Any:  # noqa: ANN401
+        try:
+            import vllm.tokenizers
+            from vllm import LLM
+            from vllm.inputs import tokens_input
+        except ModuleNotFoundError as exc:
+            problem = f"{one_line(exc)}; install batchgen[cuda], or batchgen[cpu] on a CPU"
+            raise EngineError(problem) from exc
+        self._tokens_input = tokens_input
+        self._is_cpu = choose_core_process()
+        self._imported.set()
+        return LLM
+
+    def _build(self) -> None:
+        llm_type = self._import()
+        self._dead_error = _dead_error_type()
+        try:
+            llm = llm_type(**llm_kwargs(self._spec, is_cpu=self._is_cpu))
+            self._params = sampling_params(llm, self._spec.sampling_params)
+        except Exception as exc:
+            raise EngineError(one_line(exc)) from exc
+        engine = llm.llm_engine
+        self._watch.attach(engine)
+        wake_when_dead(engine.engine_core, self._dead_error, self._closed)
+        self._facts = self._read_facts(engine.vllm_config)
+        self._window = self._spec.max_in_flight or 2 * self._facts.max_num_seqs
+        self._llm, self._llm_engine = llm, engine
+
+    def _read_facts(self, config: Any) -> EngineFacts:  # noqa: ANN401
+        import vllm
+        from vllm.platforms import current_platform
+
+        self._max_model_len = int(config.model_config.max_model_len)
+        self._vocab_size = int(config.model_config.get_vocab_size())
+        return EngineFacts(
+            name="vllm",
+            version=vllm.__version__,
+            device="cpu" if self._is_cpu else str(current_platform.get_device_name()),
+            max_model_len=self._max_model_len,
+            max_num_seqs=int(config.scheduler_config.max_num_seqs),
+            startup_s=time.perf_counter() - self._started,
+        )
+
+    def _admit(self, timeout_s: float) -> None:
+        """Move encoded requests into vLLM up to the window; wait only if it would idle."""
+        while len(self._admitted) < self._window:
+            if not self._encoded:
+                idle = not self._admitted and not self._refused and self.num_in_flight
+                self._encoded.extend(self._encoder.take(timeout_s if idle else 0))
+            if not self._encoded:
+                return
+            self._admit_one(self._encoded.popleft(), attempt=1)
+
+    def _admit_one(self, encoded: Encoded, attempt: int) -> None:
+        error = encoded.error or self._problem(encoded.token_ids)
+        if error is None:
+            error = self._add_request(encoded, attempt)
+        if error is not None:
+            self._refused.append(_failed(encoded.request_id, error))
+
+    def _problem(self, token_ids: array[int] | None) -> RowError | None:
+        if not token_ids:
+            return RowError("empty_prompt", "the prompt has no tokens")
+        if len(token_ids) >= self._max_model_len:
+            return RowError(
+                "prompt_too_long",
+                f"the prompt has {len(token_ids)} tokens, the model takes fewer than "
+                f"{self._max_model_len} (max_model_len)",
+            )
+        if max(token_ids) >= self._vocab_size:
+            # A tokenizer with added tokens that the model was never resized for.
+            return RowError(
+                "bad_token_id",
+                f"token id {max(token_ids)}, the model's vocabulary ends at {self._vocab_size}",
+            )
+        return None
+
+    def _add_request(self, encoded: Encoded, attempt: int) -> RowError | None:
+        request_id = str(encoded.request_id)
+        params = self._params
+        if encoded.seed is not None:
+            # Shallow is enough: vLLM takes a deep copy of its own.
+            params = copy(params)
+            params.seed = encoded.seed
+        assert encoded.token_ids is not None
+        prompt = self._tokens_input(encoded.token_ids.tolist())
+        try:
+            self._llm_engine.add_request(request_id, prompt, params)
+        except self._dead_error as exc:
+            raise EngineDeadError(CORE_DIED) from exc
+        except Exception as exc:  # noqa: BLE001 - row border: vLLM's own errors share no base class
+            self._llm_engine.abort_request([request_id])
+            return RowError("bad_request", one_line(exc))
+        self._admitted[request_id] = _Admitted(encoded, time.perf_counter(), attempt)
+        return None
+
+    def _run_iteration(self) -> list[Completion]:
+        try:
+            outputs = self._llm_engine.step()
+        except self._dead_error as exc:
+            raise EngineDeadError(CORE_DIED) from exc
+        except Exception as exc:
+            raise EngineDeadError(one_line(exc)) from exc
+        now = time.perf_counter()
+        finished = [output for output in outputs if output.finished]
+        completions = [self._completion(output, now) for output in finished]
+        return [completion for completion in completions if completion is not None]
+
+    def _completion(self, output: Any, now: float) -> Completion | None:  # noqa: ANN401
+        """Read vLLM's output; None if the request was given to it once more."""
+        admitted = self._admitted.pop(output.request_id)
+        answer = output.outputs[0]
+        error = None
+        if answer.finish_reason in NOT_ANSWERS or answer.finish_reason is None:
+            if admitted.attempt < MAX_ATTEMPTS:
+                self._admit_one(admitted.encoded, admitted.attempt + 1)
+                return None
+            reason = answer.finish_reason or "nothing"
+            error = RowError(
+                f"engine_{answer.finish_reason or 'error'}",
+                f"vLLM ended the request with {reason!r}, {MAX_ATTEMPTS} times",
+            )
+        return Completion(
+            request_id=admitted.encoded.request_id,
+            text=None if error else answer.text,
+            finish_reason=answer.finish_reason,
+            num_prompt_tokens=len(output.prompt_token_ids),
+            num_cached_tokens=output.num_cached_tokens,
+            num_output_tokens=len(answer.token_ids),
+            latency_s=now - admitted.admitted_at,
+            error=error,
+        )
+
+
+def _dead_error_type() -> type[Exception]:
+    """vLLM's word for a dead core; one of ours that nothing raises, should it ever move."""
+    try:
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+    except ImportError:
+        return EngineDeadError
+    return VllmEngineDeadError  # type: ignore[no-any-return]
+
+
+def _failed(request_id: int, error: RowError) -> Completion:
+    return Completion(request_id, None, None, None, None, None, None, error)

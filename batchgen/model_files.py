@@ -1,0 +1,111 @@
+"""Where a model's files are, and what tells them from another model's. Loads no model.
+
+A model is always handed to the engine as a local folder, resolved before anything else starts:
+a wrong name fails in milliseconds, and the recipe names the exact content, not a moving branch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchgen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_EDGE_BYTES = 2**20
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+# What vLLM reads of a hub repository, pickled weights left out.
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine."""
+
+    path: str
+    identity: Mapping[str, str]
+    """Goes into the recipe: `name -> hash` of a folder's files, or hub id and commit."""
+
+
+def resolve_model(name: str, revision: str | None) -> ModelFiles:
+    """Find a model, downloading it if it is a hub id that is not in the cache.
+
+    Args:
+        name: A folder, or a hub id such as `Qwen/Qwen3-8B`.
+        revision: Branch, tag or commit; only for hub ids.
+
+    Raises:
+        ConfigError: No such folder or hub id, or the folder holds no model.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return ModelFiles(str(folder), _identity(folder))
+    if folder.is_absolute() or name.count("/") > 1:
+        where = "model.name"
+        raise ConfigError(where, [f"{name!r} does not exist, expected a model's folder or hub id"])
+    return _from_hub(name, revision)
+
+
+def _identity(folder: Path) -> dict[str, str]:
+    """Hash what the engine reads: small files whole, weights by size and both ends.
+
+    Both ends of a safetensors file hold its header and real weights, so a retrained model of the
+    same shape differs, and a model of hundreds of GB costs milliseconds.
+    """
+    if not (folder / "config.json").is_file():
+        where = "model.name"
+        raise ConfigError(where, [f"{str(folder)!r} has no config.json, expected a model's folder"])
+    weights = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
+    small = {
+        path for suffix in ("json", "jinja", "txt", "model") for path in folder.glob(f"*.{suffix}")
+    }
+    files = sorted(weights | small)
+    return {path.name: _edges_hash(path) for path in files if path.is_file()}
+
+
+def _edges_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors" and size <= 64 * _EDGE_BYTES:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(_EDGE_BYTES))
+            file.seek(max(size - _EDGE_BYTES, 0))
+            digest.update(file.read(_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def _from_hub(name: str, revision: str | None) -> ModelFiles:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = "model.name"
+    try:
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES)
+    except errors.HFValidationError as error:
+        problem = f"{name!r} is neither a folder nor a hub id"
+        raise ConfigError(where, [problem]) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        why = str(error).splitlines()[0]
+        problem = (
+            f"{name!r} at revision {revision or 'main'!r} cannot be fetched and is not in the "
+            f"cache ({why}); check the name, the network and HF_TOKEN"
+        )
+        raise ConfigError(where, [problem]) from error
+    # The cache keeps each commit in a folder of its name.
+    return ModelFiles(path, {"hub": name, "commit": Path(path).name})
+
+
+def chat_template_hint(path: str) -> bool:
+    """Whether the folder has a chat template at all, as far as can be told without loading it."""
+    folder = Path(path)
+    if any(folder.glob("*chat_template*")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))

@@ -1,0 +1,103 @@
+"""What a person sees while a run works: tqdm on a terminal, a plain line now and then elsewhere.
+
+Writes to stderr; stdout is for results. Nothing here is read back by the program.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PLAIN_EVERY_S = 30.0
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class Progress:
+    """A bar or plain lines over one run."""
+
+    def __init__(self, num_rows: int, num_done: int, *, stream: IO[str] | None = None) -> None:
+        """Begin.
+
+        Args:
+            num_rows: Physical rows of the job.
+            num_done: Of these, done by earlier runs.
+            stream: Default stderr; a bar only if it is a terminal.
+        """
+        self._stream = stream or sys.stderr
+        self._num_rows = num_rows
+        self._last_line_s: float | None = None
+        self._bar: tqdm[Any] | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=num_rows,
+                initial=num_done,
+                desc="starting the engine",
+                bar_format=_BAR,
+                file=self._stream,
+                smoothing=0.05,
+                unit="row",
+                dynamic_ncols=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, sample: Mapping[str, Any], num_done: int, eta_s: float | None) -> None:
+        """Show where the run is; draws no oftener than is useful.
+
+        Args:
+            sample: As `RunStats.sample`.
+            num_done: Rows accounted for by all runs.
+            eta_s: Seconds left, None if unknown.
+        """
+        elapsed_s = float(sample["elapsed_s"])
+        if self._bar is not None:
+            self._bar.n = num_done
+            self._bar.set_description_str("rows" if sample["num_ok"] else "starting the engine")
+            self._bar.set_postfix_str(_figures(sample), refresh=False)
+            self._bar.refresh()
+        elif self._last_line_s is None or elapsed_s - self._last_line_s >= _PLAIN_EVERY_S:
+            self._last_line_s = elapsed_s
+            left = f", {duration(eta_s)} left" if eta_s is not None else ""
+            self.note(f"{num_done:,}/{self._num_rows:,} rows, {_figures(sample)}{left}")
+
+    def note(self, line: str) -> None:
+        """Print one line above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(f"batchgen: {line}", file=self._stream, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+
+def _figures(sample: Mapping[str, Any]) -> str:
+    figures = [
+        f"{sample['requests_per_s']:,.0f} rows/s",
+        f"{sample['prompt_tokens_per_s']:,.0f} tok/s in",
+        f"{sample['output_tokens_per_s']:,.0f} out",
+        f"{sample['num_in_flight']:,} in flight",
+    ]
+    if sample["kv_cache_usage"] is not None:
+        figures.append(f"KV {sample['kv_cache_usage']:.0%}")
+    if sample["num_errors"]:
+        figures.append(f"{sample['num_errors']:,} errors")
+    return ", ".join(figures)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,107 @@
+"""What a run leaves in `_batchgen/runs/<run_id>/`: figures for people, never commit records.
+
+live.json      where the run is, rewritten every few seconds; `batchgen status` reads it
+stats.parquet  one row every `run.stats_s` seconds
+summary.json   how it ended
+vllm.log       the engine's own lines
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from batchgen.storage import LocalStorage
+
+_STATS_SCHEMA = pa.schema(
+    [
+        ("elapsed_s", pa.float64()),
+        ("num_ok", pa.int64()),
+        ("num_errors", pa.int64()),
+        ("num_skipped", pa.int64()),
+        ("num_committed", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+        ("requests_per_s", pa.float64()),
+        ("prompt_tokens_per_s", pa.float64()),
+        ("output_tokens_per_s", pa.float64()),
+        ("num_in_flight", pa.int64()),
+        ("num_running", pa.int64()),
+        ("num_waiting", pa.int64()),
+        ("kv_cache_usage", pa.float64()),
+        ("num_preemptions", pa.int64()),
+        ("memory_mib", pa.float64()),
+    ]
+)
+
+
+class RunLog:
+    """One run's folder. Losing it loses no result."""
+
+    def __init__(self, storage: LocalStorage, folder: str, run_id: str) -> None:
+        """Bind; the folder is made with the first write."""
+        self._storage = storage
+        self._folder = f"{folder}/{run_id}"
+        self.run_id = run_id
+        self._samples: list[dict[str, Any]] = []
+
+    @property
+    def engine_log(self) -> str:
+        """Where the engine's own lines go; the folder is made."""
+        path = self._storage.path(f"{self._folder}/vllm.log")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def live(self, facts: Mapping[str, Any]) -> None:
+        """Rewrite the live view."""
+        data = {"run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname(), **facts}
+        self._storage.replace(f"{self._folder}/live.json", json.dumps(data).encode())
+
+    def sample(self, row: Mapping[str, Any]) -> None:
+        """Keep a row of stats.parquet, and rewrite the file now and then."""
+        self._samples.append({**row, "memory_mib": memory_mib()})
+        if len(self._samples) % 12 == 0:
+            self._write_stats()
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Write the stats and the summary; return the summary's path."""
+        self._write_stats()
+        name = f"{self._folder}/summary.json"
+        self._storage.replace(name, json.dumps(summary, indent=1).encode() + b"\n")
+        return str(self._storage.path(name))
+
+    def _write_stats(self) -> None:
+        out = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self._samples, _STATS_SCHEMA), out)
+        self._storage.replace(f"{self._folder}/stats.parquet", out.getvalue())
+
+
+def new_run_id(now: datetime) -> str:
+    """Sorts by time; unique without asking anybody."""
+    return f"{now:%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
+
+
+def utc_now() -> datetime:
+    """For records only; no decision is ever made from wall time."""
+    return datetime.now(tz=UTC)
+
+
+def memory_mib() -> float | None:
+    """Resident memory of this process in MiB; None where /proc is missing."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

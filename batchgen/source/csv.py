@@ -1,0 +1,263 @@
+"""CSV and TSV, RFC 4180 with quotes and line breaks inside them. The first record is the header.
+
+Row numbers count records after the header, from 0; error texts name the physical line, from 1,
+on which the record begins. Every column is a string unless `types` says otherwise; then a text
+must be the value's one canonical spelling ("7", not "007"), and an empty field is null.
+
+A quote that is never closed makes one record of all that follows, as in every CSV parser; that
+record is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from batchgen.errors import SourceError
+from batchgen.records import RowError
+from batchgen.source.base import Scan
+from batchgen.source.batches import (
+    Rows,
+    make_batch,
+    mismatch,
+    shape_of,
+    to_arrays,
+    to_values,
+)
+from batchgen.source.columns import fits, is_json, override, parse_field
+from batchgen.source.lines import (
+    MAX_LINE_BYTES,
+    digest_prefix,
+    in_batches,
+    iter_lines,
+    scan_lines,
+)
+from batchgen.source.sniffing import refuse_other_content, text_looks_like
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from batchgen.ranges import Ranges
+    from batchgen.records import RowBatch
+    from batchgen.source.base import ReadSpec
+    from batchgen.source.batches import Shape
+
+Record = tuple[int, list[str], RowError | None]
+"""Physical line, from 1; fields, none for a blank line; why it cannot be read."""
+
+# RFC 8259, section 6: a JSON number, so that the same texts are numbers in both formats.
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+
+
+class CsvReader:
+    """See `Reader`."""
+
+    def sniff(self, path: str) -> None:
+        """See `Reader`."""
+        refuse_other_content(path)
+        first = next(iter_lines(path), b"") or b""
+        looks = text_looks_like(first)
+        if looks not in (None, "CSV or TSV") or first.startswith(b"{"):
+            text = f"not CSV? it looks like {looks or 'JSONL'}, expected a header and records"
+            raise SourceError(path, text)
+
+    def columns(self, paths: Sequence[str], types: Mapping[str, pa.Field]) -> pa.Schema:
+        """See `Reader`. Files may order their columns differently."""
+        headers = {path: header for path in paths if (header := _header(path)[0])}
+        if not headers:
+            return override({}, types, paths[0], may_add=False)
+        first_path, first = next(iter(headers.items()))
+        for path, header in headers.items():
+            if set(header) != set(first):
+                only = sorted(set(header) ^ set(first))
+                text = f"has other columns than {first_path}: {only} are in one of them only"
+                raise SourceError(path, text)
+        return override(
+            {n: parse_field(n, "string") for n in first}, types, first_path, may_add=False
+        )
+
+    def scan(self, path: str) -> Scan:
+        """See `Reader`. Takes a second pass if there is any quote."""
+        has_quote = False
+
+        def look(block: bytes) -> None:
+            nonlocal has_quote
+            has_quote = has_quote or b'"' in block
+
+        lines = scan_lines(path, look)
+        if has_quote:
+            return Scan(sum(1 for _ in _header(path)[1]), lines.digest)
+        return Scan(max(lines.num_rows - 1, 0), lines.digest)
+
+    def digest_prefix(self, path: str, size_bytes: int) -> str:
+        """See `Reader`."""
+        return digest_prefix(path, size_bytes)
+
+    def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
+        """See `Reader`. Records before the wanted ones are split into fields, for their quotes."""
+        shape = shape_of(segment, spec)
+        header, _ = _header(path)
+        for rows, records in in_batches(_pick(path, todo), _size_of, spec.batch_rows):
+            yield make_batch(shape, _convert(path, header, rows, records, (shape, spec.columns)))
+
+
+def _records(path: str) -> Iterator[Record]:
+    """Yield all records, the header first."""
+    # The limit is the csv module's only, and global; its default of 128 KiB is below one prompt.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    delimiter = "\t" if ".tsv" in path.rpartition("/")[2].lower() else ","
+    troubles: list[RowError] = []
+    reader = csv.reader(_texts(path, troubles), delimiter=delimiter, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            fields = []
+            troubles.append(RowError("bad_csv", f"bad CSV: {error}"))
+        if fields is None:
+            return
+        yield line, fields, troubles[0] if troubles else None
+        troubles.clear()
+
+
+def _texts(path: str, troubles: list[RowError]) -> Iterator[str]:
+    """Decode line by line, noting what is wrong with a line as it passes."""
+    for line in iter_lines(path):
+        if line is None:
+            text = f"line is longer than {MAX_LINE_BYTES >> 20} MiB"
+            troubles.append(RowError("line_too_long", text))
+            yield "\n"
+            continue
+        try:
+            yield line.decode() + "\n"
+        except UnicodeDecodeError as bad:
+            troubles.append(
+                RowError("invalid_utf8", f"not UTF-8, byte {bad.start + 1} of the line")
+            )
+            yield line.decode(errors="replace") + "\n"
+
+
+def _header(path: str) -> tuple[list[str], Iterator[Record]]:
+    """The column names, and the records after them; no names for an empty file.
+
+    Raises:
+        SourceError: The header cannot be read or repeats a name.
+    """
+    records = _records(path)
+    _, names, error = next(records, (1, [], None))
+    if error is not None:
+        raise SourceError(path, f"the header cannot be read: {error.error}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise SourceError(path, f"the header repeats {repeated}, expected every name once")
+    if not names and next(records, None) is not None:
+        raise SourceError(path, "begins with a blank line, expected a header")
+    return names, records
+
+
+def _pick(path: str, todo: Ranges) -> Iterator[tuple[int, Record]]:
+    records = _header(path)[1]
+    row = 0
+    for start, stop in todo.spans:
+        for record in records:
+            row += 1
+            if row > start:
+                yield row - 1, record
+            if row == stop:
+                break
+        if row < stop:
+            raise SourceError(path, f"has {row} rows, expected at least {todo.spans[-1][1]}")
+
+
+def _size_of(record: Record) -> int:
+    return sum(map(len, record[1]))
+
+
+def _convert(
+    path: str,
+    header: Sequence[str],
+    rows: list[int],
+    records: list[Record],
+    spec: tuple[Shape, pa.Schema],
+) -> Rows:
+    shape, schema = spec
+    full = [at for at, record in enumerate(records) if record[1] or record[2]]
+    blank = sorted(set(rows) - {rows[at] for at in full})
+    if blank:
+        rows, records = [rows[at] for at in full], [records[at] for at in full]
+
+    def where_is(index: int) -> str:
+        return f"{path}:{records[index][0]}"
+
+    errors = _bad_records(header, records, where_is)
+    missing = [None] * len(header)
+    fields = [missing if at in errors else record[1] for at, record in enumerate(records)]
+    by_name = dict(zip(header, zip(*fields, strict=True), strict=True)) if fields else {}
+    columns: dict[str, list[Any]] = {}
+    for name in dict.fromkeys([*shape.table_columns, *shape.needed]):
+        columns[name], misfits = _from_texts(schema.field(name), by_name.get(name, ()))
+        for at, found in misfits.items():
+            errors.setdefault(at, mismatch(where_is(at), schema.field(name), found))
+    tested = {name: columns[name] for name in shape.table_columns}
+    arrays, _ = to_arrays(tested, schema, where_is)
+    return Rows(rows, to_values(columns, shape.needed, len(rows)), arrays, errors, blank)
+
+
+def _bad_records(
+    header: Sequence[str], records: Sequence[Record], where_is: Callable[[int], str]
+) -> dict[int, RowError]:
+    errors = {}
+    for at, (_, fields, trouble) in enumerate(records):
+        if trouble is not None:
+            errors[at] = RowError(trouble.error_type, f"{where_is(at)}: {trouble.error}")
+        elif len(fields) != len(header):
+            text = f"bad CSV: expected {len(header)} fields, found {len(fields)}"
+            errors[at] = RowError("bad_csv", f"{where_is(at)}: {text}")
+    return errors
+
+
+def _from_texts(field: pa.Field, texts: Sequence[str | None]) -> tuple[list[Any], dict[int, str]]:
+    """Read a column's texts as its type; None and the index of each that is not."""
+    if field.type == pa.string() and not is_json(field):
+        return list(texts), {}
+    values: list[Any] = []
+    misfits: dict[int, str] = {}
+    for at, text in enumerate(texts):
+        try:
+            values.append(parse_text(field, text) if text else None)
+        except (ValueError, RecursionError):
+            values.append(None)
+            misfits[at] = "a text that is not exactly one"
+    return values, misfits
+
+
+def parse_text(field: pa.Field, text: str) -> Any:  # noqa: ANN401 - of the field's type
+    """Read one text as a value.
+
+    Raises:
+        ValueError: It is not this type's own spelling of a value, or out of range.
+    """
+    value: Any = None
+    if is_json(field):
+        return json.loads(text, parse_constant=_refuse)
+    if field.type == pa.bool_():
+        value = {"true": True, "false": False}.get(text)
+    elif text.lstrip("-").isdigit():
+        value = int(text) if str(int(text)) == text else None
+    elif field.type == pa.float64() and _NUMBER.fullmatch(text):
+        value = float(text)
+    if value is None or not fits(field.type, value) or value in (math.inf, -math.inf):
+        msg = f"not a {field.type}"
+        raise ValueError(msg)
+    return float(value) if field.type == pa.float64() else value
+
+
+def _refuse(word: str) -> None:
+    msg = f"{word} is not JSON"
+    raise ValueError(msg)

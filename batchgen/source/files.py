@@ -1,0 +1,106 @@
+"""Which files make the input, in which order, and who reads them."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from batchgen.errors import SourceError
+from batchgen.source.columns import suggestion
+from batchgen.storage import find_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.source.base import Reader
+
+FORMATS = ("jsonl", "csv", "parquet")
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_COMPRESSED = (".gz", ".zst", ".zstd")
+
+
+def find_files(paths: Sequence[str], format_name: str | None = None) -> tuple[str, list[str]]:
+    """Resolve paths, globs and folders.
+
+    Args:
+        paths: Local or URLs. A folder stands for the files directly in it.
+        format_name: One of `FORMATS`; None to go by the files' suffixes.
+
+    Returns:
+        The format, and the files in the order of `paths`, sorted within each, without repeats.
+
+    Raises:
+        SourceError: A pattern without files, an unknown format or suffix, or mixed formats.
+    """
+    files: dict[str, None] = {}
+    for pattern in paths:
+        found = find_inputs(pattern)
+        if not found:
+            raise SourceError(pattern, "names no file, expected at least one; check the path")
+        files.update(dict.fromkeys(found))
+    if not files:
+        raise SourceError(str(list(paths)), "names no file, expected at least one")
+    if format_name is not None:
+        reader_for(format_name)
+        return format_name, list(files)
+    return _common_format(list(files)), list(files)
+
+
+def _common_format(files: Sequence[str]) -> str:
+    examples: dict[str, str] = {}
+    for path in files:
+        examples.setdefault(format_of(path), path)
+    if len(examples) > 1:
+        (one, first), (other, second) = list(examples.items())[:2]
+        text = f"is {other}, but {first} is {one}, expected one format; make it two jobs"
+        raise SourceError(second, text)
+    return next(iter(examples))
+
+
+def format_of(path: str) -> str:
+    """Tell the format by the name.
+
+    Raises:
+        SourceError: The suffix says nothing.
+    """
+    name = path.rpartition("/")[2].lower()
+    for suffix in _COMPRESSED:
+        name = name.removesuffix(suffix)
+    found = _SUFFIXES.get(PurePosixPath(name).suffix)
+    is_plain = name == path.rpartition("/")[2].lower()
+    if found is None or (found == "parquet" and not is_plain):
+        known = ", ".join(_SUFFIXES)
+        text = f"has a suffix that names no format, expected {known} (text also with .gz, .zst)"
+        raise SourceError(path, f"{text}; rename it or set the input's format")
+    return found
+
+
+def reader_for(format_name: str) -> Reader:
+    """The reader of a format.
+
+    Raises:
+        SourceError: Not one of `FORMATS`.
+    """
+    # Imported here so that a job loads only what its format needs.
+    if format_name == "jsonl":
+        from batchgen.source.jsonl import JsonlReader
+
+        return JsonlReader()
+    if format_name == "csv":
+        from batchgen.source.csv import CsvReader
+
+        return CsvReader()
+    if format_name == "parquet":
+        from batchgen.source.parquet import ParquetReader
+
+        return ParquetReader()
+    text = f"unknown format {format_name!r}{suggestion(format_name, FORMATS)}"
+    raise SourceError(format_name, text)

@@ -1,0 +1,68 @@
+"""`Ranges` against Python sets."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.ranges import Ranges
+
+numbers = st.sets(st.integers(0, 60))
+spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)))
+
+
+def is_normal(ranges: Ranges) -> bool:
+    flat = ranges.to_json()
+    return all(a < b for a, b in zip(flat, flat[1:], strict=False))
+
+
+@given(numbers)
+def test_of_holds_exactly_the_numbers(a):
+    made = Ranges.of(a)
+    assert list(made) == sorted(a)
+    assert (len(made), bool(made)) == (len(a), bool(a))
+    assert [n for n in range(-1, 62) if n in made] == sorted(a)
+    assert is_normal(made)
+
+
+@given(spans)
+def test_spans_in_any_order_and_overlapping_are_merged(a):
+    made = Ranges(a)
+    assert set(made) == {n for start, stop in a for n in range(start, stop)}
+    assert is_normal(made)
+
+
+@given(numbers, numbers)
+def test_set_operations_agree_with_sets(a, b):
+    for made, wanted in [
+        (Ranges.of(a) | Ranges.of(b), a | b),
+        (Ranges.of(a) & Ranges.of(b), a & b),
+        (Ranges.of(a) - Ranges.of(b), a - b),
+    ]:
+        assert set(made) == wanted
+        assert is_normal(made)
+
+
+@given(numbers, numbers)
+def test_equality_and_hash_agree_with_sets(a, b):
+    assert (Ranges.of(a) == Ranges.of(b)) is (a == b)
+    assert hash(Ranges.of(a)) == hash(Ranges.of(sorted(a)))
+    assert Ranges.of(a) != a
+
+
+@given(numbers)
+def test_json_round_trip(a):
+    assert Ranges.from_json(Ranges.of(a).to_json()) == Ranges.of(a)
+
+
+def test_until_and_repr():
+    assert list(Ranges.until(3)) == [0, 1, 2]
+    assert repr(Ranges([(5, 7), (0, 2)])) == "Ranges([(0, 2), (5, 7)])"
+    assert not Ranges.until(0)
+
+
+@pytest.mark.parametrize(
+    "flat", [None, {}, [1], [2, 1], [1, 1], [0, 2, 2, 4], [-1, 2], [0, 1.0], [False, 1], ["0", "1"]]
+)
+def test_what_is_not_ranges_is_refused(flat):
+    with pytest.raises(ValueError, match="not a list of ranges"):
+        Ranges.from_json(flat)
