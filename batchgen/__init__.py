@@ -1,3 +1,24 @@
-"""Offline batch inference: JSONL or Parquet through vLLM to published Parquet, exactly once."""
+"""Offline batch inference: JSONL or Parquet through vLLM to published Parquet, exactly once.
+
+`run(job)` and `read(job)` do what the shell's commands do; see `batchgen.api`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "read", "run"]
+
+if TYPE_CHECKING:
+    from batchgen.api import read, run
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have any type
+    """Load the verbs when first used, so that importing batchgen loads no Arrow."""
+    if name in {"run", "read"}:
+        from batchgen import api
+
+        return getattr(api, name)
+    msg = f"module 'batchgen' has no attribute {name!r}"
+    raise AttributeError(msg)

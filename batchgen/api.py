@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from batchgen.config.model import JobConfig
-    from batchgen.executor.local import Summary
+    from batchgen.executor.summary import Summary
 
 
 def run(
@@ -76,8 +76,12 @@ def load(job: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> 
     return parse_job(job, base=Path.cwd(), where="job", overrides=overrides)
 
 
-def output_of(source: str | Path | Mapping[str, Any]) -> Path:
-    """The output folder that a job file, a mapping or a folder stands for."""
+def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
+    """The output folder that a job file, a mapping or a folder stands for.
+
+    Raises:
+        ConfigError: It is no folder of batchgen's and no job either.
+    """
     if isinstance(source, str | Path) and (Path(source) / STATE).is_dir():
         return Path(source)
-    return Path(load(source).output.path)
+    return Path(load(source, overrides).output.path)

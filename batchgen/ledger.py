@@ -94,9 +94,24 @@ class Durable:
         return Ranges(spans)
 
     @property
+    def num_ok(self) -> int:
+        """Rows answered."""
+        return sum(part.footer.num_ok for part in self.parts)
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that ended as errors."""
+        return sum(part.footer.num_errors for part in self.parts)
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that end without a result."""
+        return sum(part.footer.num_skipped for part in self.parts)
+
+    @property
     def num_done(self) -> int:
         """Physical rows accounted for."""
-        return sum(part.footer.num_results + part.footer.num_skipped for part in self.parts)
+        return self.num_ok + self.num_errors + self.num_skipped
 
 
 _NONE = Ranges()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from batchgen.errors import ConfigError, InputChangedError, SourceError
 from batchgen.ledger import Plan, Segment
 from batchgen.model_files import ModelFiles, resolve_model
 from batchgen.ranges import Ranges
+from batchgen.records import Prompt, RowError
 from batchgen.runlog import utc_now
 from batchgen.sink.schema import part_schema
 from batchgen.source.base import ReadSpec
@@ -285,13 +286,27 @@ def read_rows(prepared: Prepared, plan: Plan, todo: Mapping[int, Ranges]) -> Ite
             check_unchanged(segment, prepared.reader)
 
 
-def first_rows(prepared: Prepared, num_rows: int) -> list[RowBatch]:
-    """The first rows of the input, for `check`; reads no further than it must."""
-    found = []
-    for number, path in enumerate(prepared.files):
-        todo = Ranges.until(prepared.reader.scan(path).num_rows)
-        for batch in islice(prepared.reader.read(path, number, todo, prepared.spec()), num_rows):
-            found.append(batch)
-            if sum(len(b.rows) for b in found) >= num_rows:
-                return found
-    return found
+def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:
+    """Yield where a row stands and its prompt as text, or why it has none, for `check`."""
+    rows = chain.from_iterable(
+        prepared.reader.read(path, 0, Ranges.until(prepared.reader.scan(path).num_rows), _one(spec))
+        for spec in [prepared.spec()]
+        for path in prepared.files
+    )
+    for batch in islice(rows, num_rows):
+        for index, row in enumerate(batch.rows):
+            values = batch.values[index]
+            outcome = batch.errors[index] if values is None else prepared.builder.build(values)
+            yield f"row {row}", _as_text(outcome)
+
+
+def _one(spec: ReadSpec) -> ReadSpec:
+    return replace(spec, batch_rows=1)
+
+
+def _as_text(outcome: Prompt | RowError) -> str:
+    if isinstance(outcome, RowError):
+        return f"{outcome.error_type}: {outcome.error}"
+    if isinstance(outcome, str):
+        return outcome
+    return "\n".join(f"[{message['role']}]\n{message.get('content')}" for message in outcome)

@@ -223,7 +223,7 @@ class Runner:
         self._engine = engine
         self._feeder = feeder
         self._committer = committer
-        self._stats = stats
+        self.stats = stats
         self._config = config
         self._clock = clock
         self._waiting: deque[Request] = deque()
@@ -264,7 +264,8 @@ class Runner:
             now_s = self._clock()
             if stop.state is not Stop.NO:
                 give_up_s = give_up_s or now_s + self._config.grace_s
-                if stop.state is Stop.NOW or now_s >= give_up_s or not self._in_flight:
+                is_up = self._engine.facts is not None
+                if stop.state is Stop.NOW or now_s >= give_up_s or not (self._in_flight and is_up):
                     return False
             else:
                 self._admit()
@@ -302,19 +303,19 @@ class Runner:
             before = self._part.skipped.get(fed.segment, Ranges())
             self._part.skipped[fed.segment] = before | fed.skipped
             self._part.since_s = self._part.since_s or self._clock()
-            self._stats.num_skipped += len(fed.skipped)
+            self.stats.num_skipped += len(fed.skipped)
 
     def _step(self, now_s: float) -> None:
         if not self._in_flight:
             return
         is_full = len(self._in_flight) >= self._engine.capacity or self._feeder.is_done
         completions = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
-        if self._stats.engine_ready_s is None and self._engine.facts is not None:
-            self._stats.engine_ready_s = now_s
+        if self.stats.engine_ready_s is None and self._engine.facts is not None:
+            self.stats.engine_ready_s = now_s
         for completion in completions:
             self._settle(completion)
         if completions:
-            self._stats.note_progress(now_s)
+            self.stats.note_progress(now_s)
         elif self._engine.num_in_flight == 0:
             msg = f"the engine lost {len(self._in_flight)} requests; run again to go on"
             raise EngineDeadError(msg)
@@ -343,7 +344,7 @@ class Runner:
             part.num_bytes += len(result.completion.text)
         if part.since_s is None:
             part.since_s = self._clock()
-        self._stats.note(result)
+        self.stats.note(result)
 
     def _flush(self) -> None:
         if self._part:

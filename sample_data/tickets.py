@@ -41,7 +41,8 @@ HARD_SHARES = {"core": 50, "settled": 27, "aside": 23}
 # A settled side topic has to be something that can be settled.
 SETTLED_LABELS = ("billing", "refund", "shipping", "account_access", "bug_report", "cancellation")
 FIRST_TICKET_AT = datetime(2026, 1, 5, 7, 40, tzinfo=UTC)
-BACKGROUND_SHARE = 0.22
+BACKGROUND_SHARE = 0.25
+CONTEXT_SHARE = 0.45
 MEAN_GAP_S = 2700
 SHORT_FORMS = {
     "please": "pls",
@@ -140,8 +141,7 @@ class TicketWriter:
         subject, sentences = self._hard(label) if hard else self._easy(label)
         if label != "praise":
             self._insert(sentences, self._cue(urgency))
-        if channel != "chat" and self._chance(BACKGROUND_SHARE):
-            sentences.insert(0, self._pick("style", "background"))
+            self._introduce(sentences, channel)
         return Ticket(
             ticket_id=f"T-{number:06d}",
             created_at=f"{self._created_at:%Y-%m-%dT%H:%M:%SZ}",
@@ -199,8 +199,13 @@ class TicketWriter:
         place = len(sentences) - (1 if len(sentences) > 2 and self._chance(0.35) else 0)
         sentences[place:place] = extra
 
-    def _context(self, share: float) -> list[str]:
-        return [self._pick("style", "context")] if self._chance(share) else []
+    def _introduce(self, sentences: list[str], channel: str) -> None:
+        """Let the sender say something about themselves or the matter, in place."""
+        if channel != "chat" and self._chance(BACKGROUND_SHARE):
+            sentences.insert(0, self._pick("style", "background"))
+        elif self._chance(CONTEXT_SHARE):
+            place = self._random.choice((0, 0, len(sentences)))
+            sentences.insert(place, self._pick("style", "context"))
 
     def _easy(self, label: str) -> tuple[str, list[str]]:
         scenario = self._scenario(label)
@@ -208,9 +213,6 @@ class TicketWriter:
         ask = [self._random.choice(scenario["ask"])] if self._chance(0.88) or not details else []
         statement = self._random.choice(scenario["statement"])
         sentences = [statement, *details, *ask]
-        if label != "praise":
-            sentences[:0] = self._context(0.35)
-            self._insert(sentences, self._context(0.2))
         vague = self._chance(0.22)
         subject = self._pick("style", "neutral_subject") if vague else ""
         return subject or self._random.choice(scenario["subject"]), sentences
@@ -221,7 +223,7 @@ class TicketWriter:
             found = [entry for entry in self._phrases["hard"] if entry["label"] == label]
             entry = self._random.choice(found)
             subject = self._random.choice(entry["subject"])
-            sentences = [*self._context(0.4), self._random.choice(entry["core"])]
+            sentences = [self._random.choice(entry["core"])]
         elif kind == "settled":
             subject, sentences = self._settled(label)
         else:

@@ -42,7 +42,7 @@ from transformers import (
 MODEL_PATH = Path(__file__).with_name("model")
 SEED = 7
 NUM_THREADS = 2
-NUM_TICKETS = 44_000
+NUM_TICKETS = 56_000
 HARD_SHARE = 0.2
 NUM_TOKENIZER_TICKETS = 6_000
 VOCAB_SIZE = 2560
@@ -52,7 +52,7 @@ PEAK_LR = 3e-3
 WARMUP_STEPS = 80
 WEIGHT_DECAY = 0.1
 TEXT_LOSS_WEIGHT = 0.2
-NOISE_SHARE = 0.05
+NOISE_SHARE = 0.07
 EVAL_BATCH_ROWS = 64
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = """\
@@ -124,7 +124,6 @@ def train_tokenizer(tickets: list[Ticket]) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=[START],
         model_max_length=1024,
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
@@ -259,6 +258,12 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(MODEL_PATH)
     tokenizer.save_pretrained(MODEL_PATH)
+    (MODEL_PATH / "model.safetensors").chmod(0o644)
+    config_path = MODEL_PATH / "tokenizer_config.json"
+    config = json.loads(config_path.read_text("utf-8"))
+    # transformers 5 writes a class name that transformers 4 does not know; both know this one.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def answers_of(

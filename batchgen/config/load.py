@@ -188,3 +188,9 @@ def _model_name(base: Path, name: str) -> str:
     looks_local = name.startswith((".", "/", "~"))
     local = base / Path(name).expanduser()
     return str(local.resolve()) if name and (looks_local or local.is_dir()) else name
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of job files, for editors."""
+    schema = JobConfig.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
+from batchgen.engine.encoder import flatten_parts
 from batchgen.errors import ConfigError
 from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
 
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from batchgen.engine.base import EngineRequest
-    from batchgen.records import Prompt
+    from batchgen.records import Messages, Prompt
 
 VERSION = "1"
+WHERE = "model.engine (backend echo)"
 DEFAULT_MAX_TOKENS = 16
 """As vLLM's: vllm/sampling_params.py, SamplingParams.max_tokens, 0.26 to 0.33."""
 INSTANT_CAPACITY = 4096
@@ -65,7 +67,7 @@ def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
         and not (name == "max_model_len" and value is None)
     ]
     if problems:
-        raise ConfigError("model.engine (echo backend)", problems)
+        raise ConfigError(WHERE, problems)
     return EchoOptions(**options)
 
 
@@ -242,13 +244,16 @@ class EchoEngine:
         )
 
 
-def chat_text(messages: Sequence[Mapping[str, Any]]) -> str:
+def chat_text(messages: Messages) -> str:
     """Contents joined by newlines: the echo engine's chat template.
 
     Raises:
         TypeError, KeyError: A message's content is missing or not a text.
     """
-    return "\n".join([message["content"] for message in messages])
+    contents = [message["content"] for message in messages]
+    if not all(isinstance(content, str) for content in contents):
+        contents = [message["content"] for message in flatten_parts(messages)]
+    return "\n".join(contents)
 
 
 def refusal(request_id: int, error: RowError) -> Completion:

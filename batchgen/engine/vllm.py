@@ -18,20 +18,20 @@ from __future__ import annotations
 import os
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.engine.encoder import ChatStyle, Encoder, one_line
+from batchgen.engine.settings import ENVIRONMENT, llm_kwargs
 from batchgen.engine.watch import SchedulerWatch, wake_when_dead
 from batchgen.errors import EngineDeadError, EngineError
 from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Sequence
 
     from batchgen.engine.base import EngineRequest
@@ -42,22 +42,6 @@ READ_AHEAD = 1024
 MAX_ATTEMPTS = 2
 CORE_DIED = "vLLM's engine core died"
 NOT_ANSWERS = frozenset({"abort", "error"})
-TINY_WEIGHTS_BYTES = 64 << 20
-TINY_KV_CACHE_BYTES = 256 << 20
-
-ENVIRONMENT = {
-    # It phones home otherwise.
-    "VLLM_NO_USAGE_STATS": "1",
-    # Our encoder thread runs while the engine starts; forking beside threads is not safe.
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    # The model is a local folder: any lookup would be a surprise, or a hang without a network.
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    # Five seconds by default; workers that need longer are killed with the process group.
-    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
-    # Colour codes in a log file help no one.
-    "NO_COLOR": "1",
-}
 
 
 def choose_core_process() -> bool:
@@ -77,29 +61,6 @@ def choose_core_process() -> bool:
     return is_cpu
 
 
-def cpu_kv_cache_bytes(model: Path) -> int:
-    """Choose a KV cache for a CPU: vLLM 0.32 would take 92 % of the machine's memory.
-
-    256 MiB where the weights say that the model is a toy, else half of what is available now.
-    """
-    weights = sum(
-        path.stat().st_size for kind in ("safetensors", "bin") for path in model.glob(f"*.{kind}")
-    )
-    if weights < TINY_WEIGHTS_BYTES:
-        return TINY_KV_CACHE_BYTES
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
-    """Build the keywords of `LLM(...)`: the job's own, over our defaults."""
-    # With statistics on, the core reports its scheduler's state; see `SchedulerWatch`.
-    kwargs: dict[str, Any] = {"disable_log_stats": False, **spec.model_kwargs, "model": spec.model}
-    sized = kwargs.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization"}
-    if is_cpu and not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(Path(spec.model))
-    return kwargs
-
-
 def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
     """Load a tokenizer for us alone, the way that vLLM loads its own.
 
@@ -115,7 +76,7 @@ def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
         trust_remote_code=kwargs.get("trust_remote_code", False),
         revision=kwargs.get("tokenizer_revision"),
     )
-    fast = getattr(tokenizer, "_tokenizer", None)
+    fast: Any = getattr(tokenizer, "_tokenizer", None)
     if hasattr(fast, "encode_batch_fast"):
         # tokenizer.json may switch both on; an offline prompt is never cut or filled silently.
         fast.no_truncation()
@@ -235,7 +196,7 @@ class VllmEngine:
 
     def _import(self) -> Any:  # noqa: ANN401
         try:
-            import vllm.tokenizers
+            import vllm.tokenizers  # noqa: F401 - for the encoder's thread
             from vllm import LLM
             from vllm.inputs import tokens_input
         except ModuleNotFoundError as exc:
@@ -287,13 +248,14 @@ class VllmEngine:
             self._admit_one(self._encoded.popleft(), attempt=1)
 
     def _admit_one(self, encoded: Encoded, attempt: int) -> None:
-        error = encoded.error or self._problem(encoded.token_ids)
+        token_ids = encoded.token_ids or array("i")
+        error = encoded.error or self._problem(token_ids)
         if error is None:
-            error = self._add_request(encoded, attempt)
+            error = self._add_request(encoded, token_ids, attempt)
         if error is not None:
             self._refused.append(_failed(encoded.request_id, error))
 
-    def _problem(self, token_ids: array[int] | None) -> RowError | None:
+    def _problem(self, token_ids: array[int]) -> RowError | None:
         if not token_ids:
             return RowError("empty_prompt", "the prompt has no tokens")
         if len(token_ids) >= self._max_model_len:
@@ -310,15 +272,16 @@ class VllmEngine:
             )
         return None
 
-    def _add_request(self, encoded: Encoded, attempt: int) -> RowError | None:
+    def _add_request(
+        self, encoded: Encoded, token_ids: array[int], attempt: int
+    ) -> RowError | None:
         request_id = str(encoded.request_id)
         params = self._params
         if encoded.seed is not None:
             # Shallow is enough: vLLM takes a deep copy of its own.
             params = copy(params)
             params.seed = encoded.seed
-        assert encoded.token_ids is not None
-        prompt = self._tokens_input(encoded.token_ids.tolist())
+        prompt = self._tokens_input(token_ids.tolist())
         try:
             self._llm_engine.add_request(request_id, prompt, params)
         except self._dead_error as exc:
@@ -368,7 +331,7 @@ class VllmEngine:
 
 
 def _dead_error_type() -> type[Exception]:
-    """vLLM's word for a dead core; one of ours that nothing raises, should it ever move."""
+    """VLLM's word for a dead core; one of ours that nothing raises, should it ever move."""
     try:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
     except ImportError:

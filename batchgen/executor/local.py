@@ -11,7 +11,6 @@ import os
 import socket
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,14 @@ from batchgen.errors import (
     AccountingError,
     BatchgenError,
     ExitCode,
-    GateError,
     OutputError,
     RecipeChangedError,
 )
 from batchgen.executor.lock import RunLock
-from batchgen.ledger import STATE, Durable, Epoch, Ledger, Manifest, Plan
+from batchgen.executor.snapshot import expose, publish
+from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of
+from batchgen.executor.watch import Watch
+from batchgen.ledger import STATE, Durable, Epoch, Ledger, Plan
 from batchgen.progress import Progress
 from batchgen.prompts import RequestBuilder
 from batchgen.ranges import Ranges
@@ -34,42 +35,14 @@ from batchgen.records import EngineSpec
 from batchgen.runlog import RunLog, new_run_id, utc_now
 from batchgen.runner import Committer, Feeder, OpenPart, Runner, StopSwitch
 from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.sink.publish import SnapshotFormat, write_snapshot
 from batchgen.stats import RunStats
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
     from batchgen.config.model import JobConfig
     from batchgen.engine.base import Engine
+    from batchgen.ledger import Manifest
     from batchgen.planning import Prepared
-
-_LIVE_EVERY_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """How a run ended."""
-
-    state: str
-    """complete, nothing_to_do, stopped, over_limit, fault."""
-    exit_code: int
-    run_id: str
-    output: str
-    reason: str | None = None
-    """One line, for every state but complete."""
-    num_planned: int = 0
-    num_ok: int = 0
-    num_errors: int = 0
-    num_skipped: int = 0
-    num_left: int = 0
-    files: list[str] = field(default_factory=list)
-    run: dict[str, Any] = field(default_factory=dict)
-    """Totals of this run alone, see `RunStats.totals`."""
-    engine: dict[str, Any] = field(default_factory=dict)
-    started_at: str = ""
-    elapsed_s: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-    summary_path: str | None = None
 
 
 class LocalRun:
@@ -82,6 +55,9 @@ class LocalRun:
             job: As loaded.
             fresh: Begin a new plan even if the old one is unfinished or another recipe's.
             stop: Asked by whoever wants the run to end early.
+
+        Raises:
+            OutputError: The output folder is not batchgen's to use.
         """
         self._job = job
         self._fresh = fresh
@@ -96,6 +72,7 @@ class LocalRun:
         self._ledger = Ledger(self._storage)
         self._log = RunLog(self._storage, f"{STATE}/runs", self._run_id)
         self._stats = RunStats(self._started_s, 0)
+        self._resumed = Durable()
         self._engine: Engine | None = None
         self._warnings: list[str] = []
 
@@ -112,32 +89,30 @@ class LocalRun:
             try:
                 return self._run(prepared, stack)
             except BatchgenError as error:
-                state = "over_limit" if isinstance(error, GateError) else "fault"
-                self._finish(state, error.exit_code, reason=str(error))
+                self._finish(state_of(error), error.exit_code, reason=str(error))
                 raise
 
     def _run(self, prepared: Prepared, stack: ExitStack) -> Summary:
         plan = self._current_plan(prepared)
         if plan is not None and (manifest := self._ledger.manifest(plan.number)) is not None:
-            self._expose(manifest)
+            expose(self._storage, manifest)
             reason = f"already complete, published by run {manifest.run_id}"
-            return self._summary("nothing_to_do", ExitCode.COMPLETE, manifest, reason=reason)
+            return self._summary("nothing_to_do", ExitCode.COMPLETE, reason, manifest)
         if plan is None or self._ledger.durable(plan).num_done < plan.num_rows:
             self._engine = start_engine(engine_spec(prepared, self._log.engine_log))
             stack.callback(self._engine.close)
         if plan is None:
-            latest = self._ledger.latest_plan()
-            plan = planning.freeze(prepared, latest.number + 1 if latest else 1)
-            self._ledger.put_plan(plan)
+            plan = self._new_plan(prepared)
         epoch = self._ledger.claim(plan, self._run_id, self._who())
-        for name, why in epoch.durable.rejected.items():
-            self._warnings.append(f"{name} does not count ({why}); its rows are done again")
-        if not self._work(prepared, epoch):
-            reason = "stopped on purpose with work left; run again to go on"
+        if not self._compute(prepared, epoch):
+            reason = "on purpose, with work left; run again to go on"
             return self._finish("stopped", ExitCode.STOPPED, reason=reason)
         if self._engine is not None:
             self._engine.close()
-        return self._publish(prepared, epoch)
+        facts = self._engine_facts()
+        engine = f"{facts.get('engine', '')} {facts.get('version', '')}".strip()
+        manifest = publish(self._ledger, prepared, epoch, engine)
+        return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
 
     def _current_plan(self, prepared: Prepared) -> Plan | None:
         """The plan to go on with; None if a new one is to be made."""
@@ -154,6 +129,12 @@ class LocalRun:
             raise RecipeChangedError(self._job.output.path, changes)
         return plan
 
+    def _new_plan(self, prepared: Prepared) -> Plan:
+        latest = self._ledger.latest_plan()
+        plan = planning.freeze(prepared, latest.number + 1 if latest else 1)
+        self._ledger.put_plan(plan)
+        return plan
+
     def _who(self) -> dict[str, Any]:
         return {
             "host": socket.gethostname(),
@@ -162,34 +143,23 @@ class LocalRun:
             "batchgen": __version__,
         }
 
-    def _work(self, prepared: Prepared, epoch: Epoch) -> bool:
+    def _compute(self, prepared: Prepared, epoch: Epoch) -> bool:
         """Compute what is missing; return whether nothing is missing any more."""
-        todo = missing(epoch.plan, epoch.durable)
-        self._stats.num_rows = epoch.plan.num_rows
+        plan, self._resumed = epoch.plan, epoch.durable
+        for name, why in epoch.durable.rejected.items():
+            self._warnings.append(f"{name} does not count ({why}); its rows are done again")
+        self._stats.num_rows = plan.num_rows
         self._stats.num_resumed = epoch.durable.num_done
+        todo = missing(plan, epoch.durable)
         if not todo:
             return True
-        assert self._engine is not None  # noqa: S101 - started whenever rows are missing
         seed = None if self._job.sampling.temperature == 0 else self._job.sampling.seed
-        builder = RequestBuilder(prepared.builder, epoch.plan.recipe_fingerprint, seed)
-        feeder = Feeder(planning.read_rows(prepared, epoch.plan, todo), builder)
-        writer = PartWriter(self._storage, f"{STATE}/parts", self._part_context(prepared, epoch))
-        committer = Committer(lambda part: self._commit(part, writer, epoch))
-        runner = Runner(
-            self._engine,
-            feeder,
-            committer,
-            self._stats,
-            config=self._job.run,
-            clock=time.monotonic,
-        )
-        with Progress(epoch.plan.num_rows, epoch.durable.num_done) as progress:
-            ticker = _Ticker(runner, self._stats, self._engine, self._log, self._job, progress)
-            try:
-                complete = runner.run(self._stop, ticker.tick)
-            finally:
-                feeder.close()
-                ticker.last()
+        builder = RequestBuilder(prepared.builder, plan.recipe_fingerprint, seed)
+        feeder = Feeder(planning.read_rows(prepared, plan, todo), builder)
+        try:
+            complete = self._work(feeder, PartWriter(*self._part_context(prepared, epoch)), epoch)
+        finally:
+            feeder.close()
         num_todo = sum(len(rows) for rows in todo.values())
         num_ended = self._stats.num_results + self._stats.num_skipped
         if complete and num_ended != num_todo:
@@ -197,8 +167,34 @@ class LocalRun:
             raise AccountingError(msg)
         return complete
 
-    def _part_context(self, prepared: Prepared, epoch: Epoch) -> PartContext:
-        return PartContext(
+    def _work(self, feeder: Feeder, writer: PartWriter, epoch: Epoch) -> bool:
+        assert self._engine is not None  # noqa: S101 - started whenever rows are missing
+
+        def commit(part: OpenPart) -> None:  # In the committer's thread.
+            self._ledger.check_fence(epoch)
+            writer.commit(part.results, part.skipped, self._engine_facts())
+            self._stats.num_committed += len(part.results)
+            self._stats.num_parts += 1
+
+        runner = Runner(
+            self._engine,
+            feeder,
+            Committer(commit),
+            self._stats,
+            config=self._job.run,
+            clock=time.monotonic,
+        )
+        with Progress(epoch.plan.num_rows, epoch.durable.num_done) as progress:
+            watch = Watch(runner, self._engine, self._log, progress, self._job.run.stats_s)
+            try:
+                return runner.run(self._stop, watch.tick)
+            finally:
+                watch.show(time.monotonic(), is_last=True)
+
+    def _part_context(
+        self, prepared: Prepared, epoch: Epoch
+    ) -> tuple[LocalStorage, str, PartContext]:
+        context = PartContext(
             plan_id=epoch.plan.plan_id,
             epoch=epoch.number,
             worker=0,
@@ -206,102 +202,18 @@ class LocalRun:
             schema=prepared.part_schema,
             prefix=self._job.output.prefix,
         )
-
-    def _commit(self, part: OpenPart, writer: PartWriter, epoch: Epoch) -> None:
-        """Runs in the committer's thread."""
-        self._ledger.check_fence(epoch)
-        writer.commit(part.results, part.skipped, self._engine_facts())
-        self._stats.num_committed += len(part.results)
-        self._stats.num_parts += 1
+        return self._storage, f"{STATE}/parts", context
 
     def _engine_facts(self) -> dict[str, Any]:
         facts = self._engine.facts if self._engine is not None else None
-        known = (
-            {"engine": facts.name, "version": facts.version, "device": facts.device}
-            if facts
-            else {}
-        )
-        return {"batchgen": __version__, **known}
-
-    def _publish(self, prepared: Prepared, epoch: Epoch) -> Summary:
-        """Prove the books from what is on disk, then write the snapshot and its manifest."""
-        plan = epoch.plan
-        durable = self._ledger.durable(plan)
-        if durable.num_done != plan.num_rows:
-            self._ledger.check_fence(epoch)
-            msg = f"{plan.num_rows} rows planned, {durable.num_done} durable; not published"
-            raise AccountingError(msg)
-        num_ok = sum(part.footer.num_ok for part in durable.parts)
-        num_errors = sum(part.footer.num_errors for part in durable.parts)
-        self._check_error_limit(num_ok, num_errors)
-        for segment in plan.segments:
-            planning.check_unchanged(segment, prepared.reader)
-        folder = f"{STATE}/snapshots/e{epoch.number:06d}"
-        files = write_snapshot(
-            self._storage,
-            folder,
-            [(part.name, part.footer) for part in durable.parts],
-            self._snapshot_format(prepared, plan),
-        )
-        self._ledger.check_fence(epoch)
-        manifest = self._ledger.put_manifest(
-            Manifest(
-                number=plan.number,
-                plan_id=plan.plan_id,
-                run_id=self._run_id,
-                created_at=utc_now().isoformat(timespec="seconds"),
-                files=files,
-                num_planned=plan.num_rows,
-                num_ok=num_ok,
-                num_errors=num_errors,
-                num_skipped=plan.num_rows - num_ok - num_errors,
-            )
-        )
-        self._expose(manifest)
-        self._ledger.remove_unneeded(epoch)
-        return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
-
-    def _check_error_limit(self, num_ok: int, num_errors: int) -> None:
-        limit = self._job.run.max_error_rate
-        num_results = num_ok + num_errors
-        if num_results and num_errors / num_results > limit:
-            common = ", ".join(f"{kind} {n}" for kind, n in self._stats.error_types.most_common(3))
-            detail = f" (in this run: {common})" if common else ""
-            msg = (
-                f"{num_errors:,} of {num_results:,} rows are errors{detail}, over "
-                f"run.max_error_rate = {limit:g}; nothing published. See them with "
-                "`batchgen show --errors`; to publish all the same, raise the limit and run again"
-            )
-            raise GateError(msg)
-
-    def _snapshot_format(self, prepared: Prepared, plan: Plan) -> SnapshotFormat:
-        facts = self._engine_facts()
-        metadata = {
-            "batchgen.version": __version__,
-            "batchgen.plan": plan.plan_id,
-            "batchgen.recipe": plan.recipe_fingerprint,
-            "batchgen.run": self._run_id,
-            "batchgen.model": self._job.model.name,
-            "batchgen.engine": f"{facts.get('engine', '')} {facts.get('version', '')}".strip(),
+        if facts is None:
+            return {"batchgen": __version__}
+        return {
+            "batchgen": __version__,
+            "engine": facts.name,
+            "version": facts.version,
+            "device": facts.device,
         }
-        return SnapshotFormat(
-            schema=prepared.part_schema,
-            prefix=self._job.output.prefix,
-            compression=self._job.output.compression,
-            rows_per_file=self._job.output.rows_per_file,
-            metadata={key.encode(): value.encode() for key, value in metadata.items()},
-        )
-
-    def _expose(self, manifest: Manifest) -> None:
-        """Show the newest snapshot as `part-*.parquet` in the output folder itself."""
-        aliases = []
-        for file in manifest.files:
-            alias = file["name"].rpartition("/")[2]
-            self._storage.expose(file["name"], alias)
-            aliases.append(alias)
-        for name in self._storage.list(""):
-            if name.startswith("part-") and name not in aliases:
-                self._storage.remove(name)
 
     def _finish(
         self,
@@ -311,85 +223,31 @@ class LocalRun:
         reason: str | None = None,
         manifest: Manifest | None = None,
     ) -> Summary:
-        summary = self._summary(state, code, manifest, reason=reason)
+        summary = self._summary(state, code, reason, manifest)
         self._log.live({"state": state, "reason": reason})
-        self._log.finish({name: getattr(summary, name) for name in summary.__slots__})
+        self._log.finish(summary.as_dict())
         return summary
 
     def _summary(
-        self, state: str, code: ExitCode, manifest: Manifest | None, *, reason: str | None
+        self, state: str, code: ExitCode, reason: str | None, manifest: Manifest | None
     ) -> Summary:
         now_s = time.monotonic()
-        facts = self._engine.facts if self._engine is not None else None
-        stats = self._stats
-        counts = {
-            "num_planned": manifest.num_planned if manifest else stats.num_rows,
-            "num_ok": manifest.num_ok if manifest else stats.num_ok,
-            "num_errors": manifest.num_errors if manifest else stats.num_errors,
-            "num_skipped": manifest.num_skipped if manifest else stats.num_skipped,
-            "num_left": 0 if manifest else stats.num_left,
-        }
+        before = (self._resumed.num_ok, self._resumed.num_errors, self._resumed.num_skipped)
         return Summary(
             state=state,
             exit_code=int(code),
             run_id=self._run_id,
             output=self._job.output.path,
             reason=reason,
-            **counts,
+            **job_counts(manifest, self._stats, before),
             files=[file["name"].rpartition("/")[2] for file in manifest.files] if manifest else [],
-            run=stats.totals(now_s),
-            engine={name: getattr(facts, name) for name in facts.__slots__} if facts else {},
+            run=self._stats.totals(now_s),
+            engine=engine_dict(self._engine.facts if self._engine else None),
             started_at=self._started_at,
             elapsed_s=now_s - self._started_s,
             warnings=self._warnings,
             summary_path=str(self._storage.path(f"{STATE}/runs/{self._run_id}/summary.json")),
         )
-
-
-class _Ticker:
-    """What happens beside the work, at its own pace: progress, live view, samples."""
-
-    def __init__(
-        self,
-        runner: Runner,
-        stats: RunStats,
-        engine: Engine,
-        log: RunLog,
-        job: JobConfig,
-        progress: Progress,
-    ) -> None:
-        self._runner = runner
-        self._stats = stats
-        self._engine = engine
-        self._log = log
-        self._every_s = job.run.stats_s
-        self._progress = progress
-        self._next_s = 0.0
-        self._next_sample_s = time.monotonic() + self._every_s
-
-    def tick(self) -> None:
-        """Called at every turn of the loop; does something every `_LIVE_EVERY_S` or so."""
-        now_s = time.monotonic()
-        if now_s >= self._next_s:
-            self._next_s = now_s + _LIVE_EVERY_S
-            self._show(now_s)
-
-    def last(self) -> None:
-        """The state at the end."""
-        self._next_sample_s = 0.0
-        self._show(time.monotonic())
-
-    def _show(self, now_s: float) -> None:
-        stats = self._stats
-        sample = stats.sample(now_s, self._runner.num_in_flight, self._engine.stats)
-        eta_s = stats.eta_s(now_s)
-        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s)
-        state = "running" if self._engine.facts is not None else "starting the engine"
-        live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
-        self._log.live({**live, "eta_s": eta_s, **sample})
-        if now_s >= self._next_sample_s:
-            self._next_sample_s = now_s + self._every_s
-            self._log.sample(sample)
 
 
 def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:

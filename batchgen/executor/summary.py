@@ -1,0 +1,88 @@
+"""How a run ended, as one record for people, cron and Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from batchgen.errors import BatchgenError, ExitCode
+
+if TYPE_CHECKING:
+    from batchgen.ledger import Manifest
+    from batchgen.records import EngineFacts
+    from batchgen.stats import RunStats
+
+_STATES = {
+    ExitCode.FAULT: "fault",
+    ExitCode.REFUSED: "refused",
+    ExitCode.OVER_LIMIT: "over_limit",
+    ExitCode.STOPPED: "stopped",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run. Counts are the job's; `run` has this run's own."""
+
+    state: str
+    """complete, nothing_to_do, stopped, over_limit, refused, fault."""
+    exit_code: int
+    run_id: str = ""
+    output: str = ""
+    reason: str | None = None
+    """For every state but complete."""
+    num_planned: int = 0
+    num_ok: int = 0
+    num_errors: int = 0
+    num_skipped: int = 0
+    num_left: int = 0
+    files: list[str] = field(default_factory=list)
+    """Published files, relative to `output`."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """See `RunStats.totals`."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    started_at: str = ""
+    elapsed_s: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    summary_path: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def state_of(error: BatchgenError) -> str:
+    """The state of a run that ended with this error."""
+    return _STATES[error.exit_code]
+
+
+def job_counts(
+    manifest: Manifest | None, stats: RunStats, resumed: tuple[int, int, int]
+) -> dict[str, int]:
+    """The job's counts: the snapshot's if there is one, else what this and earlier runs did.
+
+    Args:
+        manifest: Of the job's plan.
+        stats: Of this run.
+        resumed: ok, errors and skipped rows of earlier runs.
+    """
+    if manifest is not None:
+        return {
+            "num_planned": manifest.num_planned,
+            "num_ok": manifest.num_ok,
+            "num_errors": manifest.num_errors,
+            "num_skipped": manifest.num_skipped,
+            "num_left": 0,
+        }
+    return {
+        "num_planned": stats.num_rows,
+        "num_ok": stats.num_ok + resumed[0],
+        "num_errors": stats.num_errors + resumed[1],
+        "num_skipped": stats.num_skipped + resumed[2],
+        "num_left": stats.num_left,
+    }
+
+
+def engine_dict(facts: EngineFacts | None) -> dict[str, Any]:
+    """The engine's facts as plain values; empty if it never came up."""
+    return {name: getattr(facts, name) for name in facts.__slots__} if facts else {}

@@ -1,0 +1,170 @@
+"""Physical lines: ends, sizes, compressions and their damage."""
+
+import gzip
+import os
+import random
+import tracemalloc
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.errors import SourceError
+from batchgen.ranges import Ranges
+from batchgen.source.lines import read_lines, scan_lines
+
+LINES = [f"line {n} {random.Random(n).random()}".encode() for n in range(50_000)]  # noqa: S311
+DATA = b"\n".join(LINES)
+
+
+def collect(path: str, todo: Ranges, batch_rows: int = 1000):
+    """What was yielded before the error, and the error."""
+    rows, lines, error = [], [], None
+    batches = read_lines(path, todo, batch_rows)
+    while error is None:
+        try:
+            more = next(batches, None)
+        except SourceError as raised:
+            error = raised
+            break
+        if more is None:
+            break
+        rows += more[0]
+        lines += more[1]
+    return rows, lines, error
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        (b"", []),
+        (b"\xef\xbb\xbf", []),
+        (b"a", [b"a"]),
+        (b"a\n", [b"a"]),
+        (b"a\n\n", [b"a", b""]),
+        (b"\n", [b""]),
+        (b"\xef\xbb\xbfa\n\xef\xbb\xbfb", [b"a", b"\xef\xbb\xbfb"]),
+        (b"a\x0cb\x0b\xe2\x80\xa8\n\rc", [b"a\x0cb\x0b\xe2\x80\xa8", b"\rc"]),
+    ],
+)
+def test_lines_end_at_newlines_and_nowhere_else(tmp_path, content, lines):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    assert scan_lines(str(path)).num_rows == len(lines)
+    assert collect(str(path), Ranges.until(len(lines))) == ([*range(len(lines))], lines, None)
+
+
+def test_the_wanted_lines_are_found_across_blocks(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n".join([line * 60 for line in LINES]))
+    wanted = Ranges([(0, 2), (7_000, 7_001), (20_000, 30_000), (49_999, 50_000)])
+    rows, lines, error = collect(str(path), wanted)
+    assert (rows, error) == (list(wanted), None)
+    assert lines == [LINES[row] * 60 for row in wanted]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8, 100])
+@given(data=st.binary(max_size=60).map(lambda b: bytes(c % 4 + 8 for c in b)))
+def test_long_lines_keep_their_place(tmp_path_factory, limit, data):
+    path = tmp_path_factory.mktemp("long") / "a.txt"
+    path.write_bytes(data)
+    expected = data.split(b"\n")
+    expected = expected[:-1] if not expected[-1] else expected
+    found = [
+        line
+        for _, lines in read_lines(str(path), Ranges.until(len(expected)), 5, max_line_bytes=limit)
+        for line in lines
+    ]
+    assert found == [line if len(line) <= limit else None for line in expected]
+
+
+def test_a_long_line_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "a.txt"
+    with path.open("wb") as out:
+        out.write(b"first\n")
+        for _ in range(60):
+            out.write(b"x" * (4 << 20))
+        out.write(b"\nlast\n")
+    tracemalloc.start()
+    found = collect(str(path), Ranges.until(3))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ([0, 1, 2], [b"first", None, b"last"], None)
+    assert peak < 100 << 20
+
+
+def test_batches_are_bounded_in_bytes(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n".join([b"x" * (5 << 20)] * 10))
+    sizes = [len(lines) for _, lines in read_lines(str(path), Ranges.until(10), 1000)]
+    assert sizes == [7, 3]
+
+
+def test_nothing_is_read_after_the_last_wanted_line(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    data = gzip.compress(os.urandom(6 << 20) + b"\n" + os.urandom(6 << 20))
+    path.write_bytes(data[: len(data) - 10])  # damaged, but only at its end
+    first_row = collect(str(path), Ranges.until(1))
+    assert (len(first_row[0]), first_row[2]) == (1, None)
+
+
+PACK = {"gz": gzip.compress, "zst": zstandard.compress}
+
+
+@pytest.mark.parametrize(("suffix", "name"), [("gz", "gzip"), ("zst", "zstd")])
+def test_a_truncated_file_gives_its_rows_and_then_ends_early(tmp_path, suffix, name):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    packed = PACK[suffix](DATA)
+    path.write_bytes(packed[: len(packed) * 3 // 4])
+    rows, lines, error = collect(str(path), Ranges.until(len(LINES)))
+    text = f"{path}: input ends early: the {name} stream is cut off; copy it again"
+    assert str(error) == text
+    assert len(rows) > 20_000
+    assert rows == list(range(len(rows)))
+    assert lines == LINES[: len(rows)]
+    with pytest.raises(SourceError, match="input ends early"):
+        scan_lines(str(path))
+
+
+@pytest.mark.parametrize(("suffix", "name"), [("gz", "gzip"), ("zst", "zstd")])
+def test_trailing_garbage_is_refused_after_the_rows(tmp_path, suffix, name):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(PACK[suffix](DATA) + b"garbage garbage")
+    with pytest.raises(SourceError, match=f"bytes after the {name} stream are not {name}"):
+        scan_lines(str(path))
+    assert collect(str(path), Ranges.until(40_000))[:2] == ([*range(40_000)], LINES[:40_000])
+
+
+@pytest.mark.parametrize(("suffix", "name"), [("gz", "gzip"), ("zst", "zstd")])
+def test_what_is_not_compressed_is_refused(tmp_path, suffix, name):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(b"plain text\n")
+    with pytest.raises(SourceError, match=f"is not {name}, or is damaged"):
+        scan_lines(str(path))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_an_empty_compressed_file_ends_early(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(b"")
+    with pytest.raises(SourceError, match="input ends early"):
+        scan_lines(str(path))
+
+
+def test_gzip_members_may_be_padded_with_zeros(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"a\n") + b"\0" * 512 + gzip.compress(b"b\n") + b"\0" * 512)
+    assert collect(str(path), Ranges.until(2)) == ([0, 1], [b"a", b"b"], None)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_highly_compressed_file_stays_small_in_memory(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(PACK[suffix]((b"x" * 1023 + b"\n") * (200 << 10)))
+    tracemalloc.start()
+    num_rows = scan_lines(str(path)).num_rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_rows == 200 << 10
+    assert peak < 150 << 20
