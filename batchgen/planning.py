@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen import prompts
+from batchgen.books import Plan, Segment
 from batchgen.config import recipe as recipes
 from batchgen.errors import ConfigError, InputChangedError, SourceError
-from batchgen.ledger import Plan, Segment
 from batchgen.model_files import ModelFiles, resolve_model
 from batchgen.ranges import Ranges
 from batchgen.records import Prompt, RowError

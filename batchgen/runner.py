@@ -13,30 +13,22 @@ and a part holds whatever finished since the last one.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from batchgen.errors import AccountingError, EngineDeadError
 from batchgen.ranges import Ranges
 from batchgen.records import Completion, Request, Result
+from batchgen.stages import Committer, Fed, Feeder, OpenPart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable
 
     from batchgen.config.model import RunConfig
     from batchgen.engine.base import Engine
-    from batchgen.prompts import RequestBuilder
-    from batchgen.records import RowBatch
     from batchgen.stats import RunStats
 
-# Batches rendered ahead of the engine's own read-ahead: enough to ride out a slow read.
-_FEED_BATCHES = 4
-# Begin the commit a little early, so that a row is durable, not merely sent, within flush_s.
-_FLUSH_EARLY = 0.8
 _IDLE_WAIT_S = 0.05
 _STEP_WAIT_S = 0.2
 
@@ -59,151 +51,6 @@ class StopSwitch:
     def ask(self) -> None:
         """Ask once: drain. Ask again: now."""
         self.state = Stop.DRAIN if self.state is Stop.NO else Stop.NOW
-
-
-@dataclass(frozen=True, slots=True)
-class Fed:
-    """What the feeder makes of one batch."""
-
-    requests: Sequence[Request]
-    results: Sequence[Result]
-    """Rows that end before they reach the engine."""
-    segment: int
-    skipped: Ranges
-    num_bytes: int
-    """Arrow memory of the carried columns."""
-
-
-class Feeder:
-    """Reads and renders ahead, in a thread, into a bounded queue."""
-
-    def __init__(self, batches: Iterable[RowBatch], builder: RequestBuilder) -> None:
-        """Start reading at once."""
-        self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(_FEED_BATCHES)
-        self._stopped = threading.Event()
-        self.is_done = False
-        self._thread = threading.Thread(
-            target=self._work, args=(iter(batches), builder), name="feeder", daemon=True
-        )
-        self._thread.start()
-
-    def take(self, timeout_s: float) -> Fed | None:
-        """Return the next batch; None if none is ready in time or the input is at its end.
-
-        Raises:
-            SourceError: What reading raised, once what was read before is taken.
-        """
-        if self.is_done:
-            return None
-        try:
-            item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(item, BaseException):
-            raise item
-        self.is_done = item is None
-        return item
-
-    def close(self) -> None:
-        """Stop reading; what is queued is dropped."""
-        self._stopped.set()
-
-    def _work(self, batches: Iterator[RowBatch], builder: RequestBuilder) -> None:
-        end: BaseException | None = None
-        try:
-            for batch in batches:
-                if not self._put(_fed(batch, builder)):
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
-            end = error
-        self._put(end)
-
-    def _put(self, item: Fed | BaseException | None) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=_STEP_WAIT_S)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-
-def _fed(batch: RowBatch, builder: RequestBuilder) -> Fed:
-    requests: list[Request] = []
-    results: list[Result] = []
-    for outcome in builder.of(batch):
-        if isinstance(outcome, Request):
-            requests.append(outcome)
-        else:
-            results.append(outcome)
-    return Fed(requests, results, batch.segment, batch.skipped, batch.carried.nbytes)
-
-
-@dataclass(slots=True)
-class OpenPart:
-    """Finished rows that are not durable yet."""
-
-    results: list[Result] = field(default_factory=list)
-    skipped: dict[int, Ranges] = field(default_factory=dict)
-    since_s: float | None = None
-    num_bytes: float = 0.0
-
-    def __bool__(self) -> bool:
-        return self.since_s is not None
-
-    def is_due(self, now_s: float, run: RunConfig) -> bool:
-        """Whether it is time to commit."""
-        return self.since_s is not None and (
-            len(self.results) >= run.flush_rows
-            or self.num_bytes >= run.flush_mib * 2**20
-            or now_s - self.since_s >= run.flush_s * _FLUSH_EARLY
-        )
-
-
-class Committer:
-    """Makes parts durable in a thread, so that no disk ever makes the engine wait."""
-
-    def __init__(self, commit: Callable[[OpenPart], None]) -> None:
-        """Start the thread; `commit` runs in it, one part at a time."""
-        self._commit = commit
-        # One part waiting while one is written: more would only be memory.
-        self._queue: queue.Queue[OpenPart | None] = queue.Queue(1)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
-        self._thread.start()
-
-    def put(self, part: OpenPart) -> None:
-        """Hand a part over.
-
-        Raises:
-            BatchgenError: What an earlier commit raised.
-        """
-        self.check()
-        self._queue.put(part)
-
-    def check(self) -> None:
-        """Raise what a commit raised, if any did."""
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Wait until everything handed over is durable.
-
-        Raises:
-            BatchgenError: What a commit raised.
-        """
-        self._queue.put(None)
-        self._thread.join()
-        self.check()
-
-    def _work(self) -> None:
-        while (part := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # Keep taking, so that nobody blocks on a committer that gave up.
-            try:
-                self._commit(part)
-            except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
-                self._error = error
 
 
 class Runner:

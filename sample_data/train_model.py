@@ -258,12 +258,23 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     )
     model.to(torch.bfloat16).save_pretrained(MODEL_PATH)
     tokenizer.save_pretrained(MODEL_PATH)
+    patch_folder()
+
+
+def patch_folder() -> None:
+    """Write what the libraries would not write themselves."""
     (MODEL_PATH / "model.safetensors").chmod(0o644)
-    config_path = MODEL_PATH / "tokenizer_config.json"
-    config = json.loads(config_path.read_text("utf-8"))
     # transformers 5 writes a class name that transformers 4 does not know; both know this one.
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config_path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    patch_json("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")
+    # vLLM reads the temperature and not do_sample; transformers refuses to save both.
+    patch_json("generation_config.json", "temperature", 0.0)
+
+
+def patch_json(name: str, key: str, value: object) -> None:
+    """Set one key of a JSON file in the model's folder."""
+    path = MODEL_PATH / name
+    content = json.loads(path.read_text("utf-8")) | {key: value}
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def answers_of(

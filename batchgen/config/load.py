@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -180,7 +181,8 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
 
 
 def _absolute(base: Path, path: str) -> str:
-    return path if is_url(path) else str(base / Path(path).expanduser())
+    # normpath, not resolve: a symlinked input keeps the name that the user gave it.
+    return path if is_url(path) else os.path.normpath(base / Path(path).expanduser())
 
 
 def _model_name(base: Path, name: str) -> str:

@@ -68,9 +68,9 @@ class _Child:
         self.log_path = spec.log_path
         self.log_start = _size(spec.log_path)
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self.process = _start_host(theirs.fileno(), spec.log_path)
-        self.connection = Connection(ours.detach())
+            self.connection = Connection(ours.detach())
         self.guard = _start_guard(self.process.pid)
         self.post(spec)
         self._is_stopped = False
@@ -212,7 +212,8 @@ class EngineProcess:
     def close(self) -> None:
         """Shut the engine down, at most two seconds; kill what is left of it."""
         if self._stop.detach():
-            self._child.stop(orderly=self._death is None)
+            # While it loads it would not hear the request, and has nothing to lose.
+            self._child.stop(orderly=self._death is None and self.facts is not None)
         self._num_in_flight = 0
         self._death = self._death or EngineDeadError("the engine is closed")
 

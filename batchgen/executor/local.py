@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__, planning
+from batchgen.books import Durable, Epoch, Plan
 from batchgen.engine.start import start_engine
 from batchgen.errors import (
     AccountingError,
@@ -27,21 +28,22 @@ from batchgen.executor.lock import RunLock
 from batchgen.executor.snapshot import expose, publish
 from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of
 from batchgen.executor.watch import Watch
-from batchgen.ledger import STATE, Durable, Epoch, Ledger, Plan
+from batchgen.ledger import STATE, Ledger
 from batchgen.progress import Progress
 from batchgen.prompts import RequestBuilder
 from batchgen.ranges import Ranges
 from batchgen.records import EngineSpec
 from batchgen.runlog import RunLog, new_run_id, utc_now
-from batchgen.runner import Committer, Feeder, OpenPart, Runner, StopSwitch
+from batchgen.runner import Runner, StopSwitch
 from batchgen.sink.parts import PartContext, PartWriter
+from batchgen.stages import Committer, Feeder, OpenPart
 from batchgen.stats import RunStats
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
+    from batchgen.books import Manifest
     from batchgen.config.model import JobConfig
     from batchgen.engine.base import Engine
-    from batchgen.ledger import Manifest
     from batchgen.planning import Prepared
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from batchgen import __version__, planning
+from batchgen.books import Durable, Epoch, Manifest
 from batchgen.errors import AccountingError, GateError
-from batchgen.ledger import STATE, Durable, Epoch, Ledger, Manifest
+from batchgen.ledger import STATE, Ledger
 from batchgen.runlog import utc_now
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 
 if TYPE_CHECKING:
-    from batchgen.ledger import Plan
+    from batchgen.books import Plan
     from batchgen.planning import Prepared
     from batchgen.storage import LocalStorage
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
-    from batchgen.ledger import Manifest
+    from batchgen.books import Manifest
     from batchgen.records import EngineFacts
     from batchgen.stats import RunStats
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 Word = str
+MAX_DEPTH = 254
+"""Levels of lists and objects that a value may have; what orjson 3.x writes at most."""
 JSON_METADATA = {b"batchgen.type": b"json"}
 
 _TYPES: dict[Word, pa.DataType] = {
@@ -71,7 +73,8 @@ def is_json(field: pa.Field) -> bool:
 
 def type_word(field: pa.Field) -> Word:
     """The type as users write and read it."""
-    return "json" if is_json(field) else str(field.type)
+    words = (word for word, data_type in _TYPES.items() if data_type == field.type)
+    return "json" if is_json(field) else next(words, str(field.type))
 
 
 def kind_word(value: object) -> str:
@@ -181,9 +184,22 @@ def json_text(value: object) -> str:
     """
     try:
         return orjson.dumps(value).decode()
-    except TypeError:  # an integer over 64 bits, or more than 254 levels
-        try:
-            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        except RecursionError:
+    except TypeError:  # an integer over 64 bits, or too many levels
+        if is_too_deep(value):
             msg = "value nested too deeply"
             raise ValueError(msg) from None
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def is_too_deep(value: object) -> bool:
+    """Whether lists and objects nest so deep that Python's own json may give up.
+
+    A fixed limit: where json gives up depends on the caller's stack and on Python's version.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        if not nested:
+            return False
+        level = [x for item in nested for x in (item.values() if type(item) is dict else item)]
+    return any(isinstance(item, dict | list) for item in level)

@@ -18,7 +18,7 @@ import orjson
 from batchgen.errors import SourceError
 from batchgen.records import RowError
 from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays, to_values
-from batchgen.source.columns import infer_field, kind_word, override
+from batchgen.source.columns import infer_field, is_too_deep, kind_word, override
 from batchgen.source.lines import MAX_LINE_BYTES, digest_prefix, iter_lines, read_lines, scan_lines
 from batchgen.source.sniffing import refuse_other_content, text_looks_like
 
@@ -137,17 +137,16 @@ def _parse_exact(line: bytes | None) -> dict[str, Any] | RowError:
     """As `_parse_line`, with integers of any size."""
     value = _parse_line(line)
     if line is not None and type(value) is dict and _has_big_float(value):
-        return _reparse(line)
+        return _reparse(line, value)
     return value
 
 
-def _reparse(line: bytes) -> dict[str, Any] | RowError:
-    """Parse what orjson has parsed before, slower, with integers of any size."""
-    try:
-        value: dict[str, Any] = json.loads(line)
-    except RecursionError:
-        return RowError("invalid_json", "invalid JSON: nested too deeply")
-    return value
+def _reparse(line: bytes, value: Mapping[str, Any]) -> dict[str, Any] | RowError:
+    """Parse what orjson parsed into `value`, slower, with integers of any size."""
+    if is_too_deep(value):
+        return RowError("invalid_json", "invalid JSON: nested too deeply for integers over 64 bits")
+    exact: dict[str, Any] = json.loads(line)
+    return exact
 
 
 def _has_big_float(value: object) -> bool:
@@ -182,7 +181,7 @@ def _exact_columns(
             suspects.update(at for at, value in enumerate(values) if _has_big_float(value))
     errors: dict[int, RowError] = {}
     for at in suspects:
-        exact = _reparse(lines[at] or b"null")  # never null: it was parsed into an object
+        exact = _reparse(lines[at] or b"", objects[at])
         if isinstance(exact, RowError):
             errors[at], exact = exact, {}
         for name, values in columns.items():

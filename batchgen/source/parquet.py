@@ -18,7 +18,7 @@ from batchgen.errors import SourceError
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.source.base import Scan
-from batchgen.source.batches import Rows, make_batch, shape_of, to_values
+from batchgen.source.batches import Rows, make_batch, shape_of, taken, to_values
 from batchgen.source.columns import JSON_METADATA, is_json, override, type_word
 from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
 from batchgen.storage import open_input, stat_input
@@ -157,7 +157,7 @@ def _in_group(
         if len(rows) == batch.num_rows:
             yield rows, batch
         elif rows:
-            yield rows, batch.take(pa.array([row - first for row in rows], pa.int64()))
+            yield rows, taken(batch, [row - first for row in rows])
         first += batch.num_rows
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batchgen.errors import SourceError
 from batchgen.source.columns import suggestion
 
 if TYPE_CHECKING:
@@ -20,18 +21,26 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-# Names of expression nodes and functions, as polars 1.30 to 2.1 serializes them, whose value at
-# a row depends on other rows or on how many there are.
-_ROW_WISE_NODES = frozenset({"Alias", "BinaryExpr", "Cast", "Column", "Function", "Literal"})
-_ROW_WISE_NODES |= {"Ternary", "KeepName", "RenameAlias"}
+# Expression nodes, as polars 1.30 to 2.1 serializes them, whose value at a row depends on that row
+# alone if their children's do: node -> where the children are.
+_ROW_WISE: dict[str, tuple[str | int, ...]] = {
+    "Alias": (0,),
+    "BinaryExpr": ("left", "right"),
+    "Cast": ("expr",),
+    "Column": (),
+    "Function": ("input",),
+    "Literal": (),
+    "Ternary": ("predicate", "truthy", "falsy"),
+}
+# Functions that SQL text can reach, or might in a later polars, and that look at other rows.
 _OTHER_ROWS = re.compile(
-    r"^(Agg|Len|Over|Window|Rolling\w*|SubPlan|Sort\w*|Gather\w*|Filter|Slice|Explode|AnonymousFunction"
-    r"|AnonymousAgg|Range|IntRange|Shift\w*|Cum\w*|Diff|Rank|Unique\w*|IsUnique|IsDuplicated"
-    r"|IsFirstDistinct|IsLastDistinct|Reverse|TopK\w*|Random|Sample\w*|RowIndex|Head|Tail|Implode"
-    r"|DropNulls|DropNans|NullCount|ArgWhere|Mode|Interpolate\w*|ForwardFill|BackwardFill"
-    r"|FillNullWithStrategy|Ewm\w*|Hist|ValueCounts|Repeat|Eval)$"
+    r"Quantile|Correlation|Rank|Shift.*|Cum.*|Diff|Unique.*|IsUnique|IsDuplicated|IsFirstDistinct"
+    r"|IsLastDistinct|Any|All|Reverse|TopK.*|Random|Sample.*|RowIndex|Range|Drop(Nulls|Nans)|Skew"
+    r"|NullCount|ArgWhere|Mode|Interpolate.*|FillNullWithStrategy|Ewm.*|Hist|ValueCounts|Repeat"
+    r"|Kurtosis|PctChange|Rolling.*|RLE.*|SearchSorted|ArgUnique|ArgSort|ApproxNUnique|Entropy"
 )
 # These are folded to a literal when the text is parsed, so that no tree shows them.
+_SPARE = "__batchgen"
 _CLOCK = re.compile(r"\b(now|current_\w+|localtime\w*|today|getdate)\b", re.IGNORECASE)
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
 
@@ -52,13 +61,23 @@ class Where:
 
         Returns:
             Booleans without nulls, shape (num_rows,).
+
+        Raises:
+            SourceError: A strict cast or the like fails.
         """
         import polars as pl
 
-        table = pa.table([pa.array(range(num_rows)), *columns], names=["", *self.columns])
-        frame = pl.DataFrame(table)
-        passed = frame.with_columns(self.expression.alias(""))[""].fill_null(value=False)
-        return passed.to_arrow()
+        # The extra column keeps the number of rows when the expression reads none.
+        table = pa.table([pa.array(range(num_rows)), *columns], names=[_SPARE, *self.columns])
+        try:
+            passed = pl.DataFrame(table).with_columns(self.expression.alias(_SPARE))[_SPARE]
+        except pl.exceptions.PolarsError as error:
+            # What polars says after this word are values.
+            reason = _first_line(error).split(" for ", 1)[0]
+            raise SourceError(
+                "where", f"fails on some row: {reason}; TRY_CAST gives null"
+            ) from error
+        return passed.fill_null(value=False).to_arrow()
 
 
 def parse_where(text: str) -> Where:
@@ -102,31 +121,31 @@ def _check_row_wise(text: str, expression: pl.Expr) -> None:
             "other rows; write the time out"
         )
         raise ValueError(msg)
-    tree = json.loads(expression.meta.serialize(format="json"))
-    for name in _node_names(tree):
-        if _OTHER_ROWS.match(name):
-            msg = f"where = {text!r} looks at other rows ({name}), expected a test of one row"
-            raise ValueError(msg)
+    for name in _looking_at_other_rows(json.loads(expression.meta.serialize(format="json"))):
+        msg = f"where = {text!r} looks at other rows ({name}), expected a test of one row"
+        raise ValueError(msg)
 
 
-def _node_names(tree: Any) -> Iterator[str]:  # noqa: ANN401 - polars' own JSON
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            # What a literal holds is data; names in it mean nothing.
-            if key == "Literal" and "Series" not in str(value)[:20]:
-                continue
-            if key == "Column":
-                continue
-            yield key
-            if key == "Function" and isinstance(value.get("function"), str):
-                yield value["function"]
-            if key != "Literal":
-                yield from _node_names(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _node_names(value)
-    elif isinstance(tree, str):
-        yield tree
+def _looking_at_other_rows(node: Any) -> Iterator[str]:  # noqa: ANN401 - polars' own JSON
+    kind, body = next(iter(node.items())) if isinstance(node, dict) else (str(node), None)
+    if kind not in _ROW_WISE:
+        yield kind
+        return
+    if kind == "Function":
+        yield from filter(_OTHER_ROWS.fullmatch, _function_names(body["function"]))
+    for key in _ROW_WISE[kind]:
+        children = body[key] if isinstance(body[key], list) else [body[key]]
+        for child in children:
+            yield from _looking_at_other_rows(child)
+
+
+def _function_names(function: Any) -> list[str]:  # noqa: ANN401 - polars' own JSON
+    """The function's name; the names within `Boolean`, since other families are row-wise."""
+    name = function if isinstance(function, str) else next(iter(function))
+    if name != "Boolean":
+        return [name]
+    inner = function[name]
+    return [inner if isinstance(inner, str) else next(iter(inner))]
 
 
 def _check_result(text: str, where: Where, columns: pa.Schema) -> None:
@@ -138,11 +157,11 @@ def _check_result(text: str, where: Where, columns: pa.Schema) -> None:
                 pa.array([], pa.int64()),
                 *(pa.array([], columns.field(n).type) for n in where.columns),
             ],
-            names=["", *where.columns],
+            names=[_SPARE, *where.columns],
         )
     )
     try:
-        found = empty.lazy().select(where.expression.alias("")).collect_schema()[""]
+        found = empty.lazy().select(where.expression.alias(_SPARE)).collect_schema()[_SPARE]
     except pl.exceptions.PolarsError as error:
         msg = f"where = {text!r}: {_first_line(error)}"
         raise ValueError(msg) from error

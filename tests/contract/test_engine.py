@@ -325,7 +325,7 @@ def test_an_unknown_option_of_a_hosted_engine_names_itself(tmp_path):
     spec = EngineSpec("echo", "x", {"max_num_seq": 3}, {}, log_path=str(tmp_path / "log"))
     with (
         EngineProcess(spec) as engine,
-        pytest.raises(EngineError, match="did not start: .*'max_num_seq'.* 'max_num_seqs'"),
+        pytest.raises(EngineError, match=r"did not start: .*'max_num_seq'.* 'max_num_seqs'"),
     ):
         engine.step(20.0)
 

@@ -1,0 +1,123 @@
+"""The values that the ledger keeps: what was planned, claimed, committed, published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from batchgen.ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from batchgen.footer import PartFooter
+
+NO_ROWS = Ranges()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One input file as the plan froze it."""
+
+    path: str
+    size_bytes: int
+    version: str
+    """mtime in ns, or ETag: equal means unchanged without reading."""
+    digest: str
+    """Content hash: equal means unchanged although the version differs."""
+    num_rows: int
+    """Physical rows that belong to the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job, frozen: what goes in and what is asked of it."""
+
+    number: int
+    plan_id: str
+    created_at: str
+    job: Mapping[str, Any]
+    """What must not change under the plan: recipe, input selection, output layout."""
+    recipe_fingerprint: str
+    input_format: str
+    columns: Sequence[str]
+    """Every input column, `name: type`, for people."""
+    schema: str
+    """The same as base64 of Arrow's IPC schema, for `source`."""
+    carried: Sequence[str]
+    segments: Sequence[Segment]
+
+    @property
+    def num_rows(self) -> int:
+        """Physical rows planned, those that end without a result included."""
+        return sum(segment.num_rows for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An accepted part."""
+
+    name: str
+    footer: PartFooter
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What a claim accepts."""
+
+    parts: Sequence[Part] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """Part name -> why it does not count; its rows are done again."""
+
+    def done(self, segment: int) -> Ranges:
+        """Rows of a segment that are answered or skipped."""
+        spans = [
+            span for part in self.parts for span in part.footer.done.get(segment, NO_ROWS).spans
+        ]
+        return Ranges(spans)
+
+    @property
+    def num_ok(self) -> int:
+        """Rows answered."""
+        return sum(part.footer.num_ok for part in self.parts)
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that ended as errors."""
+        return sum(part.footer.num_errors for part in self.parts)
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that end without a result."""
+        return sum(part.footer.num_skipped for part in self.parts)
+
+    @property
+    def num_done(self) -> int:
+        """Physical rows accounted for."""
+        return self.num_ok + self.num_errors + self.num_skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """This run's claim."""
+
+    number: int
+    plan: Plan
+    run_id: str
+    durable: Durable
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A published snapshot."""
+
+    number: int
+    plan_id: str
+    run_id: str
+    created_at: str
+    files: Sequence[Mapping[str, Any]]
+    """`name`, `num_rows`, `size_bytes`, `sha256` each, in input order."""
+    num_planned: int
+    num_ok: int
+    num_errors: int
+    num_skipped: int

@@ -1,0 +1,160 @@
+"""Odd and bad Parquet."""
+
+import datetime
+import decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchgen.errors import SourceError
+from batchgen.ranges import Ranges
+from batchgen.source.base import ReadSpec
+from batchgen.source.columns import JSON_METADATA, parse_field
+from batchgen.source.parquet import ParquetReader
+
+READER = ParquetReader()
+
+
+def write(tmp_path, table: pa.Table, name: str = "in.parquet", **options) -> str:
+    path = tmp_path / name
+    pq.write_table(table, path, **options)
+    return str(path)
+
+
+def read(path: str, todo: Ranges, needed=(), where=None):
+    schema = READER.columns([path], {})
+    spec = ReadSpec(schema, schema.names, frozenset(needed), where)
+    return list(READER.read(path, 0, todo, spec))
+
+
+NS = pa.scalar(1_600_000_000_123_456_789, pa.timestamp("ns"))
+ODD = {
+    "nested": pa.array([{"a": [1, None]}, None], pa.struct([("a", pa.list_(pa.int32()))])),
+    "dictionary": pa.array(["x", "y"]).dictionary_encode(),
+    "large": pa.array(["x", None], pa.large_string()),
+    "view": pa.array(["x", "y"], pa.string_view()),
+    "decimal": pa.array([decimal.Decimal("1.10"), None], pa.decimal128(5, 2)),
+    "ns": pa.array([NS.value, None], pa.timestamp("ns")),
+    "date": pa.array([datetime.date(2026, 1, 2), None]),
+    "binary": pa.array([b"\xff", None]),
+    "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+    "null": pa.nulls(2),
+    "a.b": pa.array([1, 2], pa.uint64()),
+}
+
+
+@pytest.mark.parametrize("name", list(ODD))
+def test_every_type_passes_through_unchanged(tmp_path, name):
+    table = pa.table({name: ODD[name], "n": [1, 2]})
+    path = write(tmp_path, table)
+    (batch,) = read(path, Ranges.until(2), where="n > 1")
+    assert batch.carried.schema.field(name).type == ODD[name].type
+    assert batch.carried.column(name).equals(ODD[name][1:])
+    (whole,) = read(path, Ranges.until(2))
+    assert whole.carried.column(name).equals(ODD[name])
+
+
+def test_templates_see_python_values_and_nanoseconds_as_text(tmp_path):
+    path = write(tmp_path, pa.table({name: ODD[name] for name in ("ns", "nested", "dictionary")}))
+    (batch,) = read(path, Ranges.until(1), needed=["ns", "nested", "dictionary"])
+    assert batch.values == [
+        {"ns": "2020-09-13 12:26:40.123456789", "nested": {"a": [1, None]}, "dictionary": "x"}
+    ]
+
+
+def test_row_groups_without_wanted_rows_are_not_read(tmp_path):
+    table = pa.table({"s": [f"{n:0100}" for n in range(1000)]})
+    path = write(tmp_path, table, row_group_size=100, compression="none", use_dictionary=False)
+    with open(path, "r+b") as file:  # noqa: PTH123
+        file.seek(pq.ParquetFile(path).metadata.row_group(4).column(0).data_page_offset)
+        file.write(b"\xff" * 50)
+    wanted = Ranges([(0, 400), (550, 560)])
+    batches = read(path, wanted)
+    assert [row for batch in batches for row in batch.rows] == list(wanted)
+    with pytest.raises(SourceError, match="is not readable as Parquet"):
+        read(path, Ranges([(450, 451)]))
+
+
+def test_strings_that_are_not_utf8_are_errors_of_their_rows(tmp_path):
+    bad = pa.array([b"x", b"\xff", None]).view(pa.string())
+    path = write(tmp_path, pa.table({"s": bad, "n": [1, 2, 3]}))
+    (batch,) = read(path, Ranges.until(3), needed=["s"], where="s LIKE 'x%'")
+    assert {at: (e.error_type, e.error) for at, e in batch.errors.items()} == {
+        1: ("invalid_utf8", f"{path}: row 1: column 's' is not UTF-8")
+    }
+    assert (batch.rows, batch.skipped) == ([0, 1], Ranges.of([2]))
+    assert batch.carried.to_pylist() == [{"s": "x", "n": 1}, {"s": None, "n": 2}]
+    assert batch.values == [{"s": "x"}, None]
+
+
+def test_repeated_column_names_are_refused(tmp_path):
+    path = write(tmp_path, pa.table([[1], [2], [3]], names=["a", "b", "a"]))
+    with pytest.raises(SourceError, match=r"repeats the columns \['a'\], expected every name once"):
+        READER.columns([path], {})
+
+
+def test_files_with_other_columns_or_types_are_refused_with_the_difference(tmp_path):
+    one = write(tmp_path, pa.table({"a": [1], "b": ["x"]}), "1.parquet")
+    two = write(tmp_path, pa.table({"a": [1.5], "c": ["x"]}), "2.parquet")
+    with pytest.raises(SourceError) as caught:
+        READER.columns([one, two], {})
+    assert str(caught.value) == (
+        f"{two}: has other columns than {one}: 'a' is double here, int64 there, "
+        "'b' is absent here, string there, 'c' is string here, absent there"
+    )
+
+
+def test_metadata_and_column_order_make_no_difference_but_json_marks_stay(tmp_path):
+    marked = pa.schema([pa.field("a", pa.string(), metadata={**JSON_METADATA, b"x": b"y"}), pa.field("b", pa.int64(), nullable=False)])  # fmt: skip
+    one = write(tmp_path, pa.table({"a": ["1"], "b": [1]}, schema=marked), "1.parquet")
+    two = write(tmp_path, pa.table({"b": [1], "a": ["1"]}), "2.parquet")
+    schema = READER.columns([one, two], {})
+    assert schema.field("a").metadata == JSON_METADATA
+    assert schema.field("b").equals(pa.field("b", pa.int64()), check_metadata=True)
+
+
+def test_a_type_that_the_file_does_not_have_is_refused(tmp_path):
+    path = write(tmp_path, pa.table({"a": [1]}))
+    with pytest.raises(SourceError, match="column 'a' is int64, not string; Parquet keeps its"):
+        READER.columns([path], {"a": parse_field("a", "string")})
+    assert READER.columns([path], {"a": parse_field("a", "int64")}).names == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is not Parquet: it is empty"),
+        (b"\x1f\x8b\x08", "is not Parquet: it looks like gzip"),
+        (b"hello", "is not Parquet: no PAR1"),
+        (b"PARE" * 10, "encrypted Parquet, which cannot be read"),
+    ],
+)
+def test_what_is_not_parquet_is_refused(tmp_path, content, text):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=text):
+        READER.sniff(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + b"x" * 100, b"PAR1xxxx\xff\0\0\0PAR1"])
+def test_damaged_footers_are_refused(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="is not readable as Parquet: "):
+        READER.columns([str(path)], {})
+    with pytest.raises(SourceError, match="is not readable as Parquet: "):
+        READER.scan(str(path))
+
+
+def test_the_digest_sees_a_change_of_size_head_or_tail(tmp_path):
+    tables = [pa.table({"a": [n] * 10}) for n in (1, 2)]
+    digests = {READER.scan(write(tmp_path, table, f"{n}.parquet")).digest for n, table in enumerate(tables)}  # fmt: skip
+    assert len(digests) == 2
+
+
+def test_a_file_with_columns_and_no_rows_is_fine(tmp_path):
+    path = write(tmp_path, pa.table({"a": pa.array([], pa.int64())}))
+    assert READER.sniff(path) is None
+    assert READER.scan(path).num_rows == 0
+    assert read(path, Ranges()) == []

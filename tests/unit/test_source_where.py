@@ -1,0 +1,108 @@
+"""The `where` filter decides each row by itself, or is refused."""
+
+import pyarrow as pa
+import pytest
+
+from batchgen.errors import SourceError
+from batchgen.source.where import check_where, parse_where
+
+SCHEMA = pa.schema(
+    {"id": pa.string(), "n": pa.int64(), "good": pa.bool_(), "at": pa.timestamp("us")}
+)
+N = pa.array([1, None, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("n > 2", [False, False, True, True]),
+        ("n IS NULL", [False, True, False, False]),
+        ("NOT n > 2", [True, False, False, False]),
+        ("n IN (1, 4)", [True, False, False, True]),
+        ("n BETWEEN 3 AND 9 OR n = 1", [True, False, True, True]),
+        ("CASE WHEN n > 3 THEN true ELSE false END", [False, False, False, True]),
+        ("COALESCE(n, 0) = 0", [False, True, False, False]),
+        ("n % 2 = 0", [False, False, False, True]),
+        ("true", [True] * 4),
+        ("1 = 2", [False] * 4),
+    ],
+)
+def test_null_counts_as_false(text, passed):
+    check_where(text, SCHEMA)
+    where = parse_where(text)
+    columns = [N for _ in where.columns]
+    assert where.keep(columns, 4).to_pylist() == passed
+    one_by_one = [where.keep([c[i : i + 1] for c in columns], 1).to_pylist()[0] for i in range(4)]
+    assert one_by_one == passed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id LIKE 'a%'",
+        "LOWER(id) = 'now() is text'",
+        "STARTS_WITH(id, 'count')",
+        "LENGTH(id) > 3 AND good",
+        "at > TIMESTAMP '2026-01-01 00:00:00'",
+        "LEFT(id, 1) = 'a' AND SPLIT_PART(id, '-', 1) = 'a'",
+        "GREATEST(n, 2) > 1 AND REGEXP_LIKE(id, 'a')",
+        "EXTRACT(year FROM at) > 2025 AND id || 'x' = 'ax'",
+        "id IN ('Agg', 'Over')",
+        "id = 'Shift'",
+        "ABS(n) > 1",
+        "CAST(n AS DOUBLE) / 2 > 0.5",
+    ],
+)
+def test_tests_of_one_row_are_accepted(text):
+    assert check_where(text, SCHEMA) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n >", "is not an SQL expression"),
+        ("n > 1; DROP TABLE x", "is not an SQL expression"),
+        ("", "is not an SQL expression"),
+        ("random() > 0.5", "is not an SQL expression"),
+        ("idd = 'a'", r"unknown column 'idd'; did you mean 'id'\?"),
+        ("zzzzz = 1", "unknown column 'zzzzz'; there are 'id', 'n', 'good', 'at'"),
+        ("n + 1", "gives Int64, expected a boolean"),
+        ("id", "gives String, expected a boolean"),
+        ("n > AVG(n)", "looks at other rows"),
+        ("SUM(n) > 1", "looks at other rows"),
+        ("COUNT(*) > 1", "looks at other rows"),
+        ("n = MAX(n)", "looks at other rows"),
+        ("n > MEDIAN(n)", "looks at other rows"),
+        ("n > QUANTILE_CONT(n, 0.5)", "looks at other rows"),
+        ("n = FIRST(n)", "looks at other rows"),
+        ("ROW_NUMBER() OVER () < 5", "looks at other rows"),
+        ("RANK() OVER (ORDER BY n) < 5", "looks at other rows"),
+        ("LAG(n) OVER (ORDER BY n) > 1", "looks at other rows"),
+        ("n > AVG(n) OVER (PARTITION BY id)", "looks at other rows"),
+        ("COVAR_POP(n, n) > 1", "looks at other rows"),
+        ("COLUMNS('n') > 1", "looks at other rows"),
+        ("id IN (STRING_AGG(id, ','))", "looks at other rows"),
+        ("n > (SELECT 1)", "looks at other rows"),
+        ("at < NOW()", "reads the clock"),
+        ("at < CURRENT_TIMESTAMP", "reads the clock"),
+        ("at < CURRENT_DATE", "reads the clock"),
+    ],
+)
+def test_what_cannot_decide_a_row_by_itself_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        check_where(text, SCHEMA)
+
+
+def test_a_failing_cast_names_the_reason_and_not_the_value():
+    where = parse_where("CAST(id AS INTEGER) > 1")
+    with pytest.raises(SourceError) as caught:
+        where.keep([pa.array(["1", "secret"])], 2)
+    assert str(caught.value).startswith("where: fails on some row: conversion from `str` to `i32`")
+    assert "secret" not in str(caught.value)
+    assert parse_where("TRY_CAST(id AS INTEGER) > 1").keep(
+        [pa.array(["2", "secret"])], 2
+    ).to_pylist() == [True, False]
+
+
+def test_a_column_named_as_ours_is_read():
+    assert parse_where("column_0 = 5").keep([pa.array([5, 6])], 2).to_pylist() == [True, False]
