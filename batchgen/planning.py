@@ -112,7 +112,11 @@ def prepare(job: JobConfig) -> Prepared:
         reader.sniff(path)
     columns = reader.columns(files, job.input.types)
     if job.input.where is not None:
-        check_where(job.input.where, columns)
+        try:
+            check_where(job.input.where, columns)
+        except ValueError as error:
+            where = "input.where"
+            raise ConfigError(where, [str(error)]) from error
     builder = prompts.PromptBuilder(job.prompt)
     builder.columns(columns.names)
     model = ModelFiles("", {})

@@ -68,7 +68,7 @@ class PromptBuilder:
         if ROW_VARIABLE in self._names and ROW_VARIABLE not in available:
             return frozenset(available)
         problems = [
-            f"prompt: no column {name!r} in the input{_near(name, available)}"
+            f"no column {name!r} in the input{_near(name, available)}"
             for name in sorted(self._names.difference(available))
         ]
         if problems:

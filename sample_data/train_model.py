@@ -42,7 +42,7 @@ from transformers import (
 MODEL_PATH = Path(__file__).with_name("model")
 SEED = 7
 NUM_THREADS = 2
-NUM_TICKETS = 56_000
+NUM_TICKETS = 40_000
 HARD_SHARE = 0.2
 NUM_TOKENIZER_TICKETS = 6_000
 VOCAB_SIZE = 2560
@@ -52,6 +52,7 @@ PEAK_LR = 3e-3
 WARMUP_STEPS = 80
 WEIGHT_DECAY = 0.1
 TEXT_LOSS_WEIGHT = 0.2
+TEXT_LOSS_SHARE = 0.25
 NOISE_SHARE = 0.07
 EVAL_BATCH_ROWS = 64
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -188,17 +189,22 @@ def batch_loss(model: Qwen3ForCausalLM, batch: list[Example]) -> torch.Tensor:
     """Return the answers' mean loss plus a smaller share of the texts' mean loss.
 
     Some of the prompt's tokens are swapped for random ones, so that the model does not rest on
-    single words. Right padding needs no attention mask: no token looks to its right.
+    single words. The text's loss is taken from a sample of its tokens, which saves a third of
+    the time. Right padding needs no attention mask: no token looks to its right.
     """
     token_ids, is_answer = tensors_of(batch)
     is_noise = (torch.rand(token_ids.shape) < NOISE_SHARE) & ~is_answer & (token_ids > 2)
     noisy_ids = torch.where(is_noise, torch.randint_like(token_ids, 3, VOCAB_SIZE), token_ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=noisy_ids[:, :-1], use_cache=False).logits
     targets, is_answer = token_ids[:, 1:], is_answer[:, 1:]
-    loss = functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    is_text = ~is_answer & (targets != 0)
-    return loss[is_answer].mean() + TEXT_LOSS_WEIGHT * loss[is_text].mean()
+    is_text = (torch.rand(targets.shape) < TEXT_LOSS_SHARE) & ~is_answer & (targets != 0)
+    is_scored = is_answer | is_text
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=noisy_ids[:, :-1], use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[is_scored])
+    loss = functional.cross_entropy(logits.float(), targets[is_scored], reduction="none")
+    of_answer = is_answer[is_scored]
+    total: torch.Tensor = loss[of_answer].mean() + TEXT_LOSS_WEIGHT * loss[~of_answer].mean()
+    return total
 
 
 def learning_rate(step: int, num_steps: int) -> float:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CLOSE_S = 1.5
 LINGER_S = 0.3
+KILL_S = 2.0
 """How long an orderly shutdown may take before the group is killed."""
 STALL_S = 900.0
 """Silence of an engine that has work after which it counts as dead. It reports every half second
@@ -116,9 +117,11 @@ class _Child:
         self._is_stopped = True
         if orderly:
             self._close_orderly()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        # A killed worker is gone only when the kernel has taken its (GPU) memory back.
+        self._wait_for_group(KILL_S)
         self._dismiss_guard()
         self.outbox.put(None)
         for thread in self._threads:
@@ -129,12 +132,16 @@ class _Child:
         self.post(("close",))
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(CLOSE_S)
-        # multiprocessing's resource tracker outlives the leader: it unlinks shared memory then.
-        deadline = time.monotonic() + LINGER_S
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            while self.process.returncode is not None and time.monotonic() < deadline:
+            # multiprocessing's resource tracker outlives the leader, to unlink shared memory.
+            self._wait_for_group(LINGER_S)
+
+    def _wait_for_group(self, timeout_s: float) -> None:
+        """Wait for the group to be empty; the leader must have been reaped before."""
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
                 os.killpg(self.process.pid, 0)
-                time.sleep(0.01)
+                time.sleep(0.005)
 
     def _dismiss_guard(self) -> None:
         if self.guard is None:

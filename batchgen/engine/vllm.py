@@ -15,7 +15,6 @@ missing, statistics are unknown and the run goes on.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from array import array
@@ -26,7 +25,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.engine.encoder import ChatStyle, Encoder, one_line
-from batchgen.engine.settings import ENVIRONMENT, llm_kwargs
+from batchgen.engine.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.engine.watch import SchedulerWatch, wake_when_dead
 from batchgen.errors import EngineDeadError, EngineError
 from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
@@ -42,23 +41,6 @@ READ_AHEAD = 1024
 MAX_ATTEMPTS = 2
 CORE_DIED = "vLLM's engine core died"
 NOT_ANSWERS = frozenset({"abort", "error"})
-
-
-def choose_core_process() -> bool:
-    """Keep vLLM's core in this process on a CPU build, where a front end beside it costs more.
-
-    It would be two more interpreters (1.2 GB, 15 s) for processor cores that are busy anyway.
-    On a GPU the default stays: the front end works beside the core.
-
-    Returns:
-        Whether this is a CPU build of vLLM.
-    """
-    from vllm.platforms import current_platform
-
-    is_cpu = bool(current_platform.is_cpu())
-    if is_cpu:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    return is_cpu
 
 
 def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
@@ -120,8 +102,8 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._started = time.perf_counter()
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        self._is_cpu = is_cpu_build()
+        prepare_environment(is_cpu=self._is_cpu)
         self._imported = threading.Event()
         style = ChatStyle(spec.chat_template, spec.chat_template_kwargs)
         self._encoder = Encoder(self._load_tokenizer, style)
@@ -181,12 +163,12 @@ class VllmEngine:
         return completions
 
     def close(self) -> None:
-        """Shut vLLM down so that its workers can free what outlives a process (shared memory)."""
+        """Let vLLM's workers free what outlives a process, shared memory; if there are any."""
         if self._closed.is_set():
             return
         self._closed.set()
         core = getattr(self._llm_engine, "engine_core", None)
-        if core is not None:
+        if core is not None and hasattr(core, "resources"):
             core.shutdown()
 
     def _load_tokenizer(self) -> Any:  # noqa: ANN401
@@ -203,7 +185,6 @@ class VllmEngine:
             problem = f"{one_line(exc)}; install batchgen[cuda], or batchgen[cpu] on a CPU"
             raise EngineError(problem) from exc
         self._tokens_input = tokens_input
-        self._is_cpu = choose_core_process()
         self._imported.set()
         return LLM
 

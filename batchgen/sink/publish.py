@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from batchgen.footer import PartFooter
     from batchgen.storage import LocalStorage
 
-_CHUNK_ROWS = 65_536
+_CHUNK_ROWS = 16_384
 
 
 @dataclass(frozen=True, slots=True)

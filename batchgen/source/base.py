@@ -53,14 +53,15 @@ class Reader(Protocol):
             SourceError: With what it looks like, and what to do.
         """
 
-    def columns(self, paths: Sequence[str], types: Mapping[str, pa.Field]) -> pa.Schema:
+    def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """Decide every column's name and type; `types` overrides by name.
 
         Args:
             paths: At least one.
-            types: Column name -> its field, as `columns.parse_field` makes it of a word.
+            types: Column name -> type word, see `columns.parse_field`.
 
         Raises:
+            ConfigError: A type word is unknown.
             SourceError: Files disagree, names repeat, or `types` names an unknown column.
         """
 

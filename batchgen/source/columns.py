@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pyarrow as pa
 
-from batchgen.errors import SourceError
+from batchgen.errors import ConfigError, SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -110,27 +110,35 @@ def fits(data_type: pa.DataType, value: object) -> bool:
 
 
 def override(
-    found: Mapping[str, pa.Field], types: Mapping[str, pa.Field], path: str, *, may_add: bool
+    found: Mapping[str, pa.Field], types: Mapping[str, str], path: str, *, may_add: bool
 ) -> pa.Schema:
     """Replace found fields by the user's.
 
     Args:
         found: Name -> field, in order.
-        types: Name -> field, of some.
+        types: Name -> type word, of some.
         path: For error texts.
         may_add: Whether a name that is not in `found`, nor close to one that is, may be a column
             too rare to be seen.
 
     Raises:
+        ConfigError: Unknown type words, all of them.
         SourceError: `types` names a column that is not there.
     """
     fields = dict(found)
-    for name, field in types.items():
+    problems = []
+    for name, word in types.items():
         close = difflib.get_close_matches(name, list(found), n=1)
         if name not in found and (close or not may_add):
             text = f"has no column {name!r} to set the type of{suggestion(name, list(found))}"
             raise SourceError(path, text)
-        fields[name] = field
+        try:
+            fields[name] = parse_field(name, word)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        key = "input.types"
+        raise ConfigError(key, problems)
     return pa.schema(list(fields.values()))
 
 

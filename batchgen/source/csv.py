@@ -66,7 +66,7 @@ class CsvReader:
             text = f"not CSV? it looks like {looks or 'JSONL'}, expected a header and records"
             raise SourceError(path, text)
 
-    def columns(self, paths: Sequence[str], types: Mapping[str, pa.Field]) -> pa.Schema:
+    def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. Files may order their columns differently."""
         headers = {path: header for path in paths if (header := _header(path)[0])}
         if not headers:

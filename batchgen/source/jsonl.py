@@ -57,7 +57,7 @@ class JsonlReader:
         text = f"not JSONL? it looks like {looks or 'plain text'}, expected one JSON object a line"
         raise SourceError(path, text)
 
-    def columns(self, paths: Sequence[str], types: Mapping[str, pa.Field]) -> pa.Schema:
+    def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. Looks at the first 1,000 rows of each of the first 20 files."""
         samples: dict[str, list[Any]] = {}
         for path in paths[:SAMPLE_FILES]:

@@ -19,7 +19,7 @@ from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.source.base import Scan
 from batchgen.source.batches import Rows, make_batch, shape_of, taken, to_values
-from batchgen.source.columns import JSON_METADATA, is_json, override, type_word
+from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
 from batchgen.storage import open_input, stat_input
 
@@ -45,19 +45,19 @@ class ParquetReader:
             looks = f"it looks like {found}" if (found := binary_looks_like(head)) else "no PAR1"
             raise SourceError(path, f"is not Parquet: {looks if head else 'it is empty'}")
 
-    def columns(self, paths: Sequence[str], types: Mapping[str, pa.Field]) -> pa.Schema:
+    def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. Reads every footer; `types` may only name what is so already."""
         first = _schema(paths[0])
         for path in paths[1:]:
             difference = _difference(_schema(path), first)
             if difference:
                 raise SourceError(path, f"has other columns than {paths[0]}: {difference}")
-        for name, field in types.items():
-            if name in first.names and field.type != first.field(name).type:
-                here = first.field(name).type
-                text = f"column {name!r} is {here}, not {type_word(field)}; Parquet keeps its types"
+        wished = override({field.name: field for field in first}, types, paths[0], may_add=False)
+        for name in types:
+            here = first.field(name)
+            if not here.type.equals(wished.field(name).type):
+                text = f"column {name!r} is {here.type}, not {types[name]}; Parquet keeps its types"
                 raise SourceError(paths[0], text)
-        override({field.name: field for field in first}, types, paths[0], may_add=False)
         return first
 
     def scan(self, path: str) -> Scan:
@@ -150,9 +150,7 @@ def _in_group(
     what: tuple[Sequence[str], int],
 ) -> Iterator[tuple[list[int], pa.RecordBatch]]:
     names, batch_rows = what
-    # Without any column, pyarrow forgets how many rows a batch has.
-    columns = names or file.schema_arrow.names[:1]
-    for batch in file.iter_batches(batch_rows, row_groups=[group], columns=list(columns)):
+    for batch in file.iter_batches(batch_rows, row_groups=[group], columns=list(names)):
         rows = list(wanted & Ranges([(first, first + batch.num_rows)]))
         if len(rows) == batch.num_rows:
             yield rows, batch

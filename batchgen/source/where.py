@@ -49,6 +49,7 @@ _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
 class Where:
     """A parsed expression and the columns that it reads."""
 
+    text: str
     expression: pl.Expr
     columns: tuple[str, ...]
 
@@ -74,9 +75,11 @@ class Where:
         except pl.exceptions.PolarsError as error:
             # What polars says after this word are values.
             reason = _first_line(error).split(" for ", 1)[0]
-            raise SourceError(
-                "where", f"fails on some row: {reason}; TRY_CAST gives null"
-            ) from error
+            where_is, text = (
+                f"where = {self.text!r}",
+                f"fails on some row: {reason}; TRY_CAST gives null",
+            )
+            raise SourceError(where_is, text) from error
         return passed.fill_null(value=False).to_arrow()
 
 
@@ -94,7 +97,7 @@ def parse_where(text: str) -> Where:
     except pl.exceptions.PolarsError as error:
         msg = f"where = {text!r} is not an SQL expression: {_first_line(error)}"
         raise ValueError(msg) from error
-    return Where(expression, tuple(names))
+    return Where(text, expression, tuple(names))
 
 
 def check_where(text: str, columns: pa.Schema) -> None:
@@ -127,25 +130,26 @@ def _check_row_wise(text: str, expression: pl.Expr) -> None:
 
 
 def _looking_at_other_rows(node: Any) -> Iterator[str]:  # noqa: ANN401 - polars' own JSON
-    kind, body = next(iter(node.items())) if isinstance(node, dict) else (str(node), None)
+    kind, body = next(iter(node.items())) if isinstance(node, dict) else (str(node), {})
     if kind not in _ROW_WISE:
         yield kind
         return
     if kind == "Function":
-        yield from filter(_OTHER_ROWS.fullmatch, _function_names(body["function"]))
+        name = _function_name(body["function"])
+        if _OTHER_ROWS.fullmatch(name):
+            yield name
     for key in _ROW_WISE[kind]:
         children = body[key] if isinstance(body[key], list) else [body[key]]
         for child in children:
             yield from _looking_at_other_rows(child)
 
 
-def _function_names(function: Any) -> list[str]:  # noqa: ANN401 - polars' own JSON
-    """The function's name; the names within `Boolean`, since other families are row-wise."""
-    name = function if isinstance(function, str) else next(iter(function))
-    if name != "Boolean":
-        return [name]
-    inner = function[name]
-    return [inner if isinstance(inner, str) else next(iter(inner))]
+def _function_name(function: Any) -> str:  # noqa: ANN401 - polars' own JSON
+    """The function's name; within `Boolean` the inner one, since other families are row-wise."""
+    if isinstance(function, str):
+        return function
+    name, inner = next(iter(function.items()))
+    return _function_name(inner) if name == "Boolean" else str(name)
 
 
 def _check_result(text: str, where: Where, columns: pa.Schema) -> None:

@@ -209,13 +209,14 @@ def test_facts_say_what_the_engine_is(engine):
 
 
 def test_stats_show_running_requests_and_then_none(engine):
-    requests = [ask(f"row {number}") for number in range(3000)]
-    engine.add(requests)
+    # Long enough for a hosted engine to report twice.
+    num_requests = 500 if engine.facts.name == "vllm" else 3000
+    engine.add([ask(f"row {number}") for number in range(num_requests)])
     seen, completions = [], []
     while engine.num_in_flight:
         completions += engine.step(0.5)
         seen.append(engine.stats)
-    assert len(completions) == 3000
+    assert len(completions) == num_requests
     assert max(stats.num_running or 0 for stats in seen) > 0
     deadline = time.monotonic() + 5
     while engine.stats.num_running and time.monotonic() < deadline:
@@ -383,7 +384,7 @@ def test_greedy_vllm_repeats_itself_and_its_death_is_told(tmp_path):
 
 @pytest.mark.vllm
 def test_different_seeds_sample_different_answers(tmp_path):
-    with start("vllm", tmp_path / "log", temperature=5.0) as engine:
+    with start("vllm", tmp_path / "log", temperature=2.0) as engine:
         first, again, other = (
             [c.text for c in run(engine, [ask("hello", seed + n) for n in range(10)])]
             for seed in (100, 100, 900)

@@ -110,7 +110,7 @@ def case(request, tmp_path) -> Case:
         out.write(data)
     format_name, files = find_files([path])
     reader = reader_for(format_name)
-    overrides = {field.name: field for field in SCHEMA} if format_name == "csv" else {}
+    overrides = TYPES if format_name == "csv" else {}
     schema = reader.columns(files, overrides)
     needed = frozenset({"prompt", "note"})
     return Case(files[0], reader, data, ReadSpec(schema, list(TYPES), needed, batch_rows=8))
@@ -217,8 +217,8 @@ def test_no_rows_asked_for_gives_no_batches(case):
 
 
 def test_an_override_of_an_unknown_column_is_refused(case):
-    with pytest.raises(SourceError, match="has no column 'promt' .*did you mean 'prompt'"):
-        case.reader.columns([case.path], {"promt": parse_field("promt", "string")})
+    with pytest.raises(SourceError, match=r"has no column 'promt' .*did you mean 'prompt'"):
+        case.reader.columns([case.path], {"promt": "string"})
 
 
 def test_an_absent_file_is_refused(case):

@@ -1,5 +1,7 @@
 """`Ranges` against Python sets."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)))
 
 def is_normal(ranges: Ranges) -> bool:
     flat = ranges.to_json()
-    return all(a < b for a, b in zip(flat, flat[1:], strict=False))
+    return all(a < b for a, b in pairwise(flat))
 
 
 @given(numbers)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from batchgen.errors import SourceError
 from batchgen.ranges import Ranges
 from batchgen.source.base import ReadSpec
-from batchgen.source.columns import parse_field
 from batchgen.source.csv import CsvReader
 
 READER = CsvReader()
@@ -24,7 +23,7 @@ def write(tmp_path, content: bytes, name: str = "in.csv") -> str:
 
 def read(path: str, **words):
     """All rows as one batch; `words` override types."""
-    schema = READER.columns([path], {name: parse_field(name, word) for name, word in words.items()})
+    schema = READER.columns([path], words)
     spec = ReadSpec(schema, schema.names, frozenset(schema.names))
     (batch,) = READER.read(path, 0, Ranges.until(READER.scan(path).num_rows), spec)
     return batch

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from batchgen.errors import SourceError
+from batchgen.errors import ConfigError, SourceError
 from batchgen.source.columns import is_json, kind_word, parse_field, type_word
 from batchgen.source.csv import CsvReader
 from batchgen.source.files import find_files, reader_for
@@ -74,6 +74,17 @@ def test_type_words_come_back(word):
 def test_unknown_type_words_are_refused_with_a_hint():
     with pytest.raises(ValueError, match=r"unknown type 'sting' for column 'a'; did you mean 'st"):
         parse_field("a", "sting")
+
+
+def test_all_unknown_type_words_are_reported_at_once(tmp_path):
+    touch(tmp_path, "a.jsonl")
+    with pytest.raises(ConfigError) as caught:
+        JsonlReader().columns([f"{tmp_path}/a.jsonl"], {"a": "sting", "b": "int", "c": "json"})
+    assert caught.value.where == "input.types"
+    assert caught.value.problems == (
+        "unknown type 'sting' for column 'a'; did you mean 'string'?",
+        "unknown type 'int' for column 'b'; did you mean 'int64'?",
+    )
 
 
 def test_words_for_what_was_found():

@@ -14,7 +14,7 @@ from batchgen.errors import SourceError
 from batchgen.ranges import Ranges
 from batchgen.source.lines import read_lines, scan_lines
 
-LINES = [f"line {n} {random.Random(n).random()}".encode() for n in range(50_000)]  # noqa: S311
+LINES = [f"line {n} {random.Random(n).random()}".encode() for n in range(50_000)]
 DATA = b"\n".join(LINES)
 
 
@@ -117,7 +117,7 @@ def test_a_truncated_file_gives_its_rows_and_then_ends_early(tmp_path, suffix, n
     path = tmp_path / f"a.jsonl.{suffix}"
     packed = PACK[suffix](DATA)
     path.write_bytes(packed[: len(packed) * 3 // 4])
-    rows, lines, error = collect(str(path), Ranges.until(len(LINES)))
+    rows, lines, error = collect(str(path), Ranges.until(len(LINES)), batch_rows=len(LINES))
     text = f"{path}: input ends early: the {name} stream is cut off; copy it again"
     assert str(error) == text
     assert len(rows) > 20_000

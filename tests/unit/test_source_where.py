@@ -97,7 +97,9 @@ def test_a_failing_cast_names_the_reason_and_not_the_value():
     where = parse_where("CAST(id AS INTEGER) > 1")
     with pytest.raises(SourceError) as caught:
         where.keep([pa.array(["1", "secret"])], 2)
-    assert str(caught.value).startswith("where: fails on some row: conversion from `str` to `i32`")
+    assert str(caught.value).startswith(
+        "where = 'CAST(id AS INTEGER) > 1': fails on some row: conversion from `str` to `i32`"
+    )
     assert "secret" not in str(caught.value)
     assert parse_where("TRY_CAST(id AS INTEGER) > 1").keep(
         [pa.array(["2", "secret"])], 2

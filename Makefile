@@ -1,0 +1,35 @@
+# `make quickstart` and `make test` do everything that a fresh machine needs.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := batchgen tests sample_data jobs
+
+.PHONY: quickstart test lint fmt docs check clean
+
+quickstart: .venv/ready
+	$(BIN)/batchgen run jobs/quickstart.toml --fresh
+	$(BIN)/python jobs/quickstart_score.py
+
+test: .venv/ready
+	$(BIN)/pytest -m "not slow and not gpu"
+
+lint: .venv/ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+fmt: .venv/ready
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# Rewrites what is generated from the code: the editor schema and the README's option table.
+docs: .venv/ready
+	$(BIN)/python tests/docs.py
+
+check: lint test
+
+.venv/ready: .ci/setup .ci/requirements-cpu.txt pyproject.toml
+	PYTHON="$(PYTHON)" bash .ci/setup
+	touch $@
+
+clean:
+	rm -rf .venv jobs/out

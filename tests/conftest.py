@@ -1,0 +1,59 @@
+"""What many tests start from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from batchgen.config.load import parse_job
+from batchgen.storage import LocalStorage
+from tests.fakes import write_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from batchgen.config.model import JobConfig
+
+ROWS = [{"id": f"r{n}", "text": f"say {n}"} for n in range(10)]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    """The output folder."""
+    return LocalStorage(tmp_path / "out", temp_tag="run-a")
+
+
+@pytest.fixture
+def job_tables(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Tables of a job for the echo backend; writes its input, ten rows unless told otherwise.
+
+    Keywords are tables whose keys replace or join the default ones.
+    """
+
+    def make(rows: Sequence[Any] | None = ROWS, **tables: dict[str, Any]) -> dict[str, Any]:
+        if rows is not None:
+            write_jsonl(tmp_path / "rows.jsonl", rows)
+        job: dict[str, dict[str, Any]] = {
+            "input": {"path": "rows.jsonl"},
+            "prompt": {"user": "{{ text }}"},
+            "model": {"backend": "echo"},
+            "sampling": {"max_tokens": 32, "temperature": 0.0},
+            "output": {"path": "out"},
+        }
+        for name, table in tables.items():
+            job[name] = {**job.get(name, {}), **table}
+        return job
+
+    return make
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, job_tables: Callable[..., dict[str, Any]]) -> Callable[..., JobConfig]:
+    """The same, loaded."""
+
+    def make(rows: Sequence[Any] | None = ROWS, **tables: dict[str, Any]) -> JobConfig:
+        return parse_job(job_tables(rows, **tables), base=tmp_path, where="job.toml")
+
+    return make

@@ -1,0 +1,86 @@
+"""Small jobs on the echo engine, run through the real command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+import batchgen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+VOLATILE = ("gen_latency_s", "gen_run_id")
+"""Columns that may differ between two runs that are equal."""
+
+
+def write_rows(path: Path, num_rows: int, start: int = 0) -> Path:
+    """JSONL rows with unlike texts; every 50th line is bad, every 70th is blank."""
+    lines = []
+    for number in range(start, start + num_rows):
+        if number % 50 == 49:
+            lines.append(f'{{"id": {number}, "text": ')
+        elif number % 70 == 69:
+            lines.append("")
+        else:
+            text = f"row {number} " + "lorem " * (number % 13)
+            lines.append(json.dumps({"id": number, "text": text}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_job(folder: Path, source: str, **tables: dict[str, Any]) -> Path:
+    """A job file for the echo engine; `tables` adds to or replaces keys of its tables."""
+    job: dict[str, dict[str, Any]] = {
+        "input": {"path": source},
+        "prompt": {"user": "Repeat: {{ text }}"},
+        "model": {"backend": "echo"},
+        "sampling": {"max_tokens": 40, "temperature": 0},
+        "output": {"path": "out"},
+        "run": {"flush_rows": 50},
+    }
+    for name, keys in tables.items():
+        job[name] = {**job[name], **keys}
+    lines = []
+    for name, keys in job.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if key != "engine"]
+        if engine := keys.get("engine"):
+            lines.append("[model.engine]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in engine.items()]
+    path = folder / "job.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def command(*args: str | Path) -> list[str]:
+    """The real command line."""
+    return [sys.executable, "-m", "batchgen", *map(str, args)]
+
+
+def run_cli(*args: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*args), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def published(output: Path) -> list[dict[str, Any]]:
+    """The published rows without what may differ between equal runs in unlike folders."""
+    frame = batchgen.read(output).collect()
+    error = pl.col("gen_error").str.replace(str(output.parent), "", literal=True)
+    return frame.drop(VOLATILE).with_columns(error).to_dicts()
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
+    """Wait for a condition on the file system; fail loudly if it never comes."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)

@@ -1,0 +1,130 @@
+"""SIGKILL, SIGTERM and two runs at once, through the real command line on the echo engine."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from batchgen.ledger import STATE, Ledger
+from batchgen.storage import LocalStorage
+from tests.e2e.support import command, published, run_cli, wait_until, write_job, write_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Some 0.6 s of work: long enough for kills to land in reading, running, committing, publishing.
+SLOW = {"backend": "echo", "engine": {"max_num_seqs": 16, "step_s": 0.008, "max_steps": 6}}
+ROWS = 1000
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_rows(folder / "in.jsonl", ROWS)
+    assert run_cli("run", write_job(folder, "in.jsonl", model=SLOW)).returncode == 0
+    return published(folder / "out")
+
+
+@pytest.fixture
+def slow_job(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    return write_job(tmp_path, "in.jsonl", model=SLOW)
+
+
+def test_an_uninterrupted_run_answers_every_row_that_is_not_blank(
+    expected: list[dict[str, object]],
+) -> None:
+    blank = [n for n in range(ROWS) if n % 70 == 69 and n % 50 != 49]
+    bad = [n for n in range(ROWS) if n % 50 == 49]
+    assert len(expected) == ROWS - len(blank)
+    assert [row["id"] for row in expected if row["gen_status"] == "ok"] == [
+        n for n in range(ROWS) if n not in blank and n not in bad
+    ]
+    assert {row["gen_error_type"] for row in expected if row["gen_status"] == "error"} == {
+        "invalid_json"
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(
+    slow_job: Path, expected: list[dict[str, object]], seed: int
+) -> None:
+    moments = random.Random(seed)
+    for _ in range(2):
+        with subprocess.Popen(
+            command("run", slow_job), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            time.sleep(moments.uniform(0.3, 2.0))
+            process.kill()
+    done = run_cli("run", slow_job)
+    assert done.returncode == 0, done.stderr
+    assert published(slow_job.parent / "out") == expected
+
+
+def test_a_resume_computes_only_what_is_missing(slow_job: Path) -> None:
+    ledger = Ledger(LocalStorage(slow_job.parent / "out"))
+    with subprocess.Popen(command("run", slow_job), stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: bool(ledger.storage.list(f"{STATE}/parts")))
+        process.kill()
+    plan = ledger.latest_plan()
+    assert plan is not None
+    num_durable = ledger.durable(plan).num_done
+    assert 0 < num_durable < ROWS
+    done = run_cli("run", slow_job, "--json")
+    assert f'"num_resumed": {num_durable}' in done.stdout
+
+
+def test_sigterm_commits_what_finished_and_exits_75(
+    slow_job: Path, expected: list[dict[str, object]]
+) -> None:
+    ledger = Ledger(LocalStorage(slow_job.parent / "out"))
+    with subprocess.Popen(
+        command("run", slow_job, "--set", "run.flush_rows=20"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        wait_until(lambda: bool(ledger.storage.list(f"{STATE}/parts")))
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert "stopped: on purpose, with work left; run again to go on" in told
+    assert not list((slow_job.parent / "out").glob("part-*.parquet"))
+    assert run_cli("run", slow_job).returncode == 0
+    assert published(slow_job.parent / "out") == expected
+
+
+def test_a_second_run_at_once_exits_75_and_says_who(
+    slow_job: Path, expected: list[dict[str, object]]
+) -> None:
+    with subprocess.Popen(
+        command("run", slow_job), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        lock = slow_job.parent / "out" / STATE / "lock"
+        wait_until(lambda: lock.exists() and bool(lock.read_text()))
+        second = run_cli("run", slow_job)
+        first.wait(timeout=30)
+    assert second.returncode == 75
+    assert f"process {first.pid} on" in second.stderr
+    assert first.returncode == 0
+    assert published(slow_job.parent / "out") == expected
+
+
+def test_a_torn_part_is_not_believed_and_its_rows_are_done_again(
+    slow_job: Path, expected: list[dict[str, object]]
+) -> None:
+    storage = LocalStorage(slow_job.parent / "out")
+    with subprocess.Popen(command("run", slow_job), stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: len(storage.list(f"{STATE}/parts")) >= 2)
+        process.kill()
+    torn = storage.path(storage.list(f"{STATE}/parts")[0])
+    torn.write_bytes(torn.read_bytes()[:-100])
+    done = run_cli("run", slow_job)
+    assert done.returncode == 0, done.stderr
+    assert "does not count" in done.stdout
+    assert published(slow_job.parent / "out") == expected

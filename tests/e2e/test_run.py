@@ -1,0 +1,219 @@
+"""Whole jobs through the real command line on the echo engine."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+import batchgen
+from batchgen.errors import RecipeChangedError
+from batchgen.ledger import STATE
+from tests.e2e.support import command, published, run_cli, wait_until, write_job, write_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "in.jsonl", 300)
+    return write_job(tmp_path, "in.jsonl")
+
+
+def summary_of(job: Path, *args: str) -> dict[str, Any]:
+    done = run_cli("run", job, "--json", *args)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, done.stderr
+    summary: dict[str, Any] = json.loads(lines[0])
+    assert summary["exit_code"] == done.returncode
+    return summary
+
+
+def test_a_job_publishes_its_rows_in_input_order_with_carried_columns(job: Path) -> None:
+    assert summary_of(job)["state"] == "complete"
+    rows = published(job.parent / "out")
+    answered = [row for row in rows if row["gen_status"] == "ok"]
+    assert [row["id"] for row in answered] == sorted(row["id"] for row in answered)
+    first = answered[0]
+    assert first["text"] == "row 0 "
+    assert first["gen_text"] == "Repeat: row 0 "[:40].rstrip() or first["gen_text"]
+    assert list(first) == [
+        "id",
+        "text",
+        "gen_text",
+        "gen_status",
+        "gen_finish_reason",
+        "gen_error_type",
+        "gen_error",
+        "gen_num_prompt_tokens",
+        "gen_num_cached_tokens",
+        "gen_num_output_tokens",
+        "gen_request_key",
+    ]
+
+
+def test_counts_balance_and_a_bad_line_names_file_and_line(job: Path) -> None:
+    summary = summary_of(job)
+    counts = [summary[f"num_{name}"] for name in ("planned", "ok", "errors", "skipped")]
+    assert counts == [300, 290, 6, 4]
+    errors = [row for row in published(job.parent / "out") if row["gen_status"] == "error"]
+    assert errors[0]["gen_error"].startswith("/in.jsonl:50: invalid JSON: ")
+    assert errors[0]["id"] is None
+
+
+def test_jsonl_gzip_and_parquet_give_the_same_request_keys(tmp_path: Path) -> None:
+    rows = [{"id": n, "text": f"row {n}"} for n in range(100)]
+    text = "\n".join(json.dumps(row) for row in rows)
+    sources = {"plain.jsonl": text.encode(), "packed.jsonl.gz": gzip.compress(text.encode())}
+    keys = {}
+    for name, data in sources.items():
+        (tmp_path / name).write_bytes(data)
+    pl.DataFrame(rows).write_parquet(tmp_path / "table.parquet")
+    for name in [*sources, "table.parquet"]:
+        assert (
+            run_cli("run", write_job(tmp_path, name, output={"path": name + ".out"})).returncode
+            == 0
+        )
+        frame = batchgen.read(tmp_path / f"{name}.out").collect()
+        assert frame["id"].to_list() == list(range(100))
+        keys[name] = frame["gen_request_key"].to_list()
+    assert keys["plain.jsonl"] == keys["packed.jsonl.gz"] == keys["table.parquet"]
+    assert len(set(keys["plain.jsonl"])) == 100
+
+
+def test_a_finished_job_says_so_and_exits_0_within_2_seconds(job: Path) -> None:
+    summary_of(job)
+    files = sorted((job.parent / "out").rglob("part-*.parquet"))
+    stamps = [file.stat().st_mtime_ns for file in files]
+    started = time.monotonic()
+    again = summary_of(job)
+    assert time.monotonic() - started < 2
+    assert again["state"] == "nothing_to_do"
+    assert again["num_ok"] == 290
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(job: Path) -> None:
+    summary_of(job)
+    refused = run_cli("run", job, "--set", "sampling.max_tokens=9")
+    assert refused.returncode == 2
+    assert "sampling.max_tokens: 40 -> 9" in refused.stderr
+
+
+def test_a_changed_input_is_refused_and_a_touched_one_is_not(job: Path) -> None:
+    summary_of(job)
+    source = job.parent / "in.jsonl"
+    source.touch()
+    assert summary_of(job)["state"] == "nothing_to_do"
+    source.write_text(source.read_text().replace("row 7 ", "row X "))
+    refused = run_cli("run", job)
+    assert refused.returncode == 2
+    assert "in.jsonl has other content than planned" in refused.stderr
+
+
+def test_fresh_starts_anew_and_replaces_the_snapshot(job: Path) -> None:
+    summary_of(job)
+    before = published(job.parent / "out")
+    summary = summary_of(job, "--fresh", "--set", "sampling.max_tokens=9")
+    assert summary["state"] == "complete"
+    after = published(job.parent / "out")
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert max(row["gen_num_output_tokens"] or 0 for row in after) == 9
+
+
+def test_a_stopped_fresh_run_leaves_the_published_snapshot_as_it_was(job: Path) -> None:
+    summary_of(job)
+    before = published(job.parent / "out")
+    files = {f.name: f.read_bytes() for f in (job.parent / "out").glob("part-*")}
+    over = run_cli("run", job, "--fresh", "--set", "run.max_error_rate=0.001")
+    assert over.returncode == 3
+    assert published(job.parent / "out") == before
+    assert {f.name: f.read_bytes() for f in (job.parent / "out").glob("part-*")} == files
+
+
+def test_over_the_error_limit_nothing_is_published_until_the_limit_is_raised(job: Path) -> None:
+    over = run_cli("run", job, "--set", "run.max_error_rate=0.01")
+    assert over.returncode == 3
+    assert "6 of 296 rows are errors, over run.max_error_rate = 0.01" in over.stderr
+    assert not list((job.parent / "out").glob("part-*.parquet"))
+    shown = run_cli("show", job, "--errors", "-n", "1")
+    assert "invalid_json" in shown.stdout
+    raised = summary_of(job)
+    assert raised["state"] == "complete"
+    assert raised["run"]["num_ok"] == 0
+
+
+def test_an_input_that_changes_during_the_run_stops_it_and_is_named(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 3000)
+    slow = {"backend": "echo", "engine": {"max_num_seqs": 4, "step_s": 0.01}}
+    job = write_job(tmp_path, "in.jsonl", model=slow, run={"max_in_flight": 8})
+    parts = tmp_path / "out" / STATE / "parts"
+    with subprocess.Popen(command("run", job), stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: parts.is_dir() and any(parts.glob("*.parquet")))
+        with source.open("a") as out:
+            out.write('{"id": 3000, "text": "late"}\n')
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{source}: has " in told
+    assert "it must not change while a job runs" in told
+    assert not list((tmp_path / "out").glob("part-*.parquet"))
+
+
+def test_several_files_and_where_and_limit(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", 100)
+    write_rows(tmp_path / "b.jsonl", 100, start=100)
+    chosen = {"where": "id % 2 = 0", "limit": 60, "columns": ["id"]}
+    job = write_job(tmp_path, "[ab].jsonl", input=chosen)
+    assert summary_of(job)["state"] == "complete"
+    frame = batchgen.read(job).collect()
+    kept = frame.filter(gen_status="ok")["id"].to_list()
+    assert len(frame) == 60
+    assert kept == sorted(kept)
+    assert all(number % 2 == 0 for number in kept)
+    assert "text" not in frame.columns
+
+
+def test_an_empty_input_publishes_an_empty_table_with_the_schema(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("")
+    job = write_job(tmp_path, "in.jsonl", prompt={"user": "constant"})
+    assert summary_of(job)["state"] == "complete"
+    frame = batchgen.read(job).collect()
+    assert frame.shape[0] == 0
+    assert "gen_text" in frame.columns
+
+
+def test_footers_stats_and_summary_say_who_made_them(job: Path) -> None:
+    summary = summary_of(job)
+    metadata = pq.read_metadata(job.parent / "out" / "part-00000.parquet").metadata
+    assert metadata[b"batchgen.run"].decode() == summary["run_id"]
+    assert metadata[b"batchgen.engine"] == b"echo 1"
+    runs = job.parent / "out" / STATE / "runs" / summary["run_id"]
+    assert json.loads((runs / "summary.json").read_text())["num_ok"] == 290
+    stats = pq.read_table(runs / "stats.parquet").to_pylist()
+    assert stats[-1]["num_ok"] == 290
+    assert stats[-1]["memory_mib"] > 10
+
+
+def test_the_same_from_python(job: Path) -> None:
+    summary = batchgen.run(job)
+    assert (summary.state, summary.num_ok, summary.num_errors) == ("complete", 290, 6)
+    assert batchgen.read(job).select(pl.len()).collect().item() == 296
+    with pytest.raises(RecipeChangedError, match=r"prompt.user: 'Repeat: \{\{ text \}\}' -> 'x'"):
+        batchgen.run(job, overrides=["prompt.user=x"])
+
+
+def test_the_output_may_not_be_a_folder_with_other_files(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 10)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part-00000.parquet").write_bytes(b"mine")
+    refused = run_cli("run", write_job(tmp_path, "in.jsonl"))
+    assert refused.returncode == 2
+    assert "holds files that are not batchgen's" in refused.stderr
+    assert (tmp_path / "out" / "part-00000.parquet").read_bytes() == b"mine"

@@ -1,0 +1,200 @@
+"""Stand-ins behind the seams: an engine with scripted answers, a clock that only tests move.
+
+Plus the few values that many tests need: batches, results, plans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from batchgen.books import Plan, Segment
+from batchgen.config.model import PromptConfig
+from batchgen.prompts import PromptBuilder, RequestBuilder
+from batchgen.ranges import Ranges
+from batchgen.records import Completion, EngineFacts, EngineStats, Ordinal, Result, RowBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from batchgen.records import Request, RowError
+
+FACTS = EngineFacts("fake", "7", "none", None, 4, 0.0)
+
+
+class FakeClock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+Act = "Callable[[FakeEngine], list[Completion]] | Exception"
+
+
+class FakeEngine:
+    """An `Engine` whose steps are queued: `then(...)` says what the next steps do.
+
+    With nothing queued, a step finishes all that it holds, in the order of admission.
+    """
+
+    def __init__(self, capacity: int = 4, *, facts: EngineFacts | None = FACTS) -> None:
+        self.facts = facts
+        self.capacity = capacity
+        self.stats = EngineStats()
+        self.held: dict[int, Request] = {}
+        self.added: list[Request] = []
+        self.max_held = 0
+        self.num_steps = 0
+        self.is_closed = False
+        self.on_step: Callable[[], None] = lambda: None
+        self._acts: deque[Any] = deque()
+        self._add_error: Exception | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.held)
+
+    def then(self, *acts: Any) -> FakeEngine:
+        """Queue steps: a function of the engine that returns completions, or what to raise."""
+        self._acts.extend(acts)
+        return self
+
+    def refuse_add(self, error: Exception) -> None:
+        """Be dead from the next `add` on."""
+        self._add_error = error
+
+    def add(self, requests: Sequence[Request]) -> None:
+        if self._add_error is not None:
+            raise self._add_error
+        self.added.extend(requests)
+        self.held.update((request.request_id, request) for request in requests)
+        self.max_held = max(self.max_held, len(self.held))
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        assert 0 < timeout_s <= 0.2
+        self.num_steps += 1
+        self.on_step()
+        act = self._acts.popleft() if self._acts else finish_all
+        if isinstance(act, Exception):
+            raise act
+        return act(self)
+
+    def close(self) -> None:
+        self.is_closed = True
+        self.held.clear()
+
+    def finish(self, request_id: int, **changes: Any) -> Completion:
+        """Take a request out and answer it."""
+        self.held.pop(request_id, None)
+        return completion(request_id, **changes)
+
+
+def finish_all(engine: FakeEngine) -> list[Completion]:
+    return [engine.finish(request_id) for request_id in list(engine.held)]
+
+
+def finish_newest(engine: FakeEngine) -> list[Completion]:
+    return [engine.finish(max(engine.held))]
+
+
+def finish_nothing(_: FakeEngine) -> list[Completion]:
+    return []
+
+
+def lose_all(engine: FakeEngine) -> list[Completion]:
+    engine.held.clear()
+    return []
+
+
+def finish(*request_ids: int) -> Callable[[FakeEngine], list[Completion]]:
+    """Answer these, in this order, held or not."""
+    return lambda engine: [engine.finish(request_id) for request_id in request_ids]
+
+
+def completion(request_id: int, **changes: Any) -> Completion:
+    fields: dict[str, Any] = {
+        "text": f"answer {request_id}",
+        "finish_reason": "stop",
+        "num_prompt_tokens": 10,
+        "num_cached_tokens": 4,
+        "num_output_tokens": 3,
+        "latency_s": 0.5,
+        **changes,
+    }
+    return Completion(request_id, **fields)
+
+
+def batch(
+    rows: Sequence[int],
+    *,
+    segment: int = 0,
+    errors: Mapping[int, RowError] | None = None,
+    skipped: Iterable[int] = (),
+    carried: pa.RecordBatch | None = None,
+) -> RowBatch:
+    """Rows whose prompt is `prompt SEGMENT/ROW`; `errors` are by row number here."""
+    bad = {rows.index(row): error for row, error in (errors or {}).items()}
+    ids = [f"{segment}/{row}" for row in rows]
+    return RowBatch(
+        segment=segment,
+        rows=list(rows),
+        values=[None if at in bad else {"text": f"prompt {i}"} for at, i in enumerate(ids)],
+        carried=carried if carried is not None else pa.record_batch({"id": ids}),
+        errors=bad,
+        skipped=Ranges.of(skipped),
+    )
+
+
+def results(given: RowBatch, *, errors: Mapping[int, RowError] | None = None) -> list[Result]:
+    """One result a row of a batch; `errors` by row number."""
+    failed = errors or {}
+    return [
+        Result(
+            ordinal=Ordinal(given.segment, row),
+            batch=given,
+            index=index,
+            request_key=None if row in failed else f"{given.segment:016x}{row:016x}",
+            completion=None if row in failed else completion(row, text=f"{given.segment}:{row}"),
+            error=failed.get(row),
+        )
+        for index, row in enumerate(given.rows)
+    ]
+
+
+def request_builder(seed: int | None = None) -> RequestBuilder:
+    return RequestBuilder(PromptBuilder(PromptConfig(user="{{ text }}")), "recipe", seed)
+
+
+def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:
+    """A plan of segments with so many rows each."""
+    return Plan(
+        number=number,
+        plan_id=plan_id,
+        created_at="2025-01-01T00:00:00+00:00",
+        job={"recipe": {"prompt": {"user": "{{ text }}"}}, "input": {}, "output": {}},
+        recipe_fingerprint="f" * 32,
+        input_format="jsonl",
+        columns=["id: string"],
+        schema="",
+        carried=["id"],
+        segments=[
+            Segment(f"/in/{at}.jsonl", 100 + at, "1", f"digest-{at}", rows)
+            for at, rows in enumerate(num_rows)
+        ],
+    )
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

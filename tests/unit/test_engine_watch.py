@@ -1,0 +1,87 @@
+"""What is taken from vLLM's inside, on stand-ins of its shape and on strangers."""
+
+import queue
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from batchgen.engine.watch import SchedulerWatch, wake_when_dead
+from batchgen.records import EngineStats
+
+
+def make_engine(events=()):
+    output = SimpleNamespace(events=[SimpleNamespace(type=kind) for kind in events] or None)
+    core = SimpleNamespace(get_output=lambda: SimpleNamespace(outputs=[output]))
+    return SimpleNamespace(
+        log_stats=True,
+        output_processor=SimpleNamespace(log_stats=True),
+        logger_manager=object(),
+        engine_core=core,
+    )
+
+
+def test_the_front_end_stops_counting_tokens_and_the_watch_takes_the_scheduler():
+    engine, watch = make_engine(), SchedulerWatch()
+    watch.attach(engine)
+    assert (engine.log_stats, engine.output_processor.log_stats) == (False, False)
+    reported = SimpleNamespace(
+        num_running_reqs=3, num_waiting_reqs=4, num_skipped_waiting_reqs=1, kv_cache_usage=0.5
+    )
+    engine.logger_manager.record(
+        scheduler_stats=reported, iteration_stats=None, mm_cache_stats=None
+    )
+    engine.logger_manager.log()
+    assert watch.stats == EngineStats(3, 5, 0.5, 0)
+
+
+def test_preemptions_add_up():
+    engine, watch = make_engine(events=[1, 2, 3, 3]), SchedulerWatch()
+    watch.attach(engine)
+    assert len(engine.engine_core.get_output().outputs) == 1
+    engine.engine_core.get_output()
+    watch.record(scheduler_stats=SimpleNamespace())
+    assert watch.stats == EngineStats(None, None, None, 4)
+
+
+@pytest.mark.parametrize("missing", ["output_processor", "logger_manager"])
+def test_an_engine_of_another_shape_is_left_alone(missing):
+    engine, watch = make_engine(), SchedulerWatch()
+    delattr(engine, missing)
+    get_output = engine.engine_core.get_output
+    watch.attach(engine)
+    assert engine.log_stats is True
+    assert engine.engine_core.get_output is get_output
+    assert watch.stats == EngineStats()
+
+
+def test_steps_without_statistics_keep_the_last():
+    watch = SchedulerWatch()
+    watch.record(scheduler_stats=None)
+    assert watch.stats == EngineStats()
+
+
+def test_a_dead_core_wakes_the_step_that_waits():
+    closed = threading.Event()
+    core = SimpleNamespace(
+        resources=SimpleNamespace(engine_dead=False), outputs_queue=queue.SimpleQueue()
+    )
+    wake_when_dead(core, RuntimeError, closed)
+    with pytest.raises(queue.Empty):
+        core.outputs_queue.get(timeout=0.5)
+    core.resources.engine_dead = True
+    assert isinstance(core.outputs_queue.get(timeout=2.0), RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "core",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(resources=SimpleNamespace(engine_dead=True)),
+        SimpleNamespace(resources=SimpleNamespace(), outputs_queue=None),
+    ],
+)
+def test_a_core_without_a_process_is_not_watched(core):
+    before = threading.active_count()
+    wake_when_dead(core, RuntimeError, threading.Event())
+    assert threading.active_count() == before

@@ -1,0 +1,323 @@
+"""Parts to snapshot: every result once, in input order, whatever the parts look like."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.fakes import batch, results
+
+from batchgen.errors import AccountingError, StorageError
+from batchgen.footer import PartFooter
+from batchgen.ranges import Ranges
+from batchgen.records import RowError
+from batchgen.sink import publish
+from batchgen.sink.parts import PartContext, PartWriter
+from batchgen.sink.publish import SnapshotFormat, write_snapshot
+from batchgen.sink.schema import part_schema, published_schema
+from batchgen.storage import LocalStorage
+
+CARRIED = pa.schema([("id", pa.string())])
+BAD = RowError("bad", "it is bad")
+SKIPPED_ONLY = pytest.mark.xfail(
+    reason="bug: a part of skipped rows alone cannot be written, nor published", strict=True
+)
+
+
+def form(carried=CARRIED, **changes) -> SnapshotFormat:
+    fields = {
+        "schema": part_schema(carried, "gen_"),
+        "prefix": "gen_",
+        "compression": "zstd",
+        "rows_per_file": 1000,
+        "metadata": {b"batchgen.plan": b"plan-a"},
+        **changes,
+    }
+    return SnapshotFormat(**fields)
+
+
+def writer(storage, carried=CARRIED) -> PartWriter:
+    schema = part_schema(carried, "gen_")
+    return PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-1", schema, "gen_"))
+
+
+def footed(storage, name):
+    return name, PartFooter.from_metadata(pq.read_metadata(storage.path(name)).metadata)
+
+
+def put(storage, *parts, skipped=None):
+    """Write parts; each is a list of ordinals, in finish order."""
+    out = writer(storage)
+    found = []
+    for ordinals in parts:
+        done = [result for seg, row in ordinals for result in results(batch([row], segment=seg))]
+        found.append(footed(storage, out.commit(done, {}, {})))
+    if skipped:
+        found.append(footed(storage, out.commit([], skipped, {})))
+    return found
+
+
+def read(storage, files) -> pa.Table:
+    return pa.concat_tables(pq.read_table(storage.path(file["name"])) for file in files)
+
+
+def ids(storage, files):
+    return read(storage, files)["id"].to_pylist()
+
+
+def test_out_of_order_parts_come_out_in_input_order(storage):
+    parts = put(
+        storage,
+        [(1, 0), (0, 7), (0, 0)],
+        [(0, 3), (2, 9), (1, 1)],
+        [(2, 0), (0, 1), (1, 5)],
+    )
+    files = write_snapshot(storage, "snap", parts, form())
+    assert ids(storage, files) == [
+        "0/0", "0/1", "0/3", "0/7", "1/0", "1/1", "1/5", "2/0", "2/9",
+    ]  # fmt: skip
+    table = read(storage, files)
+    assert table["gen_text"].to_pylist() == [at.replace("/", ":") for at in ids(storage, files)]
+
+
+def test_the_published_file_has_our_schema_without_the_ordinal_and_the_metadata(storage):
+    files = write_snapshot(storage, "snap", put(storage, [(0, 0)]), form())
+    (file,) = files
+    schema = pq.read_schema(storage.path(file["name"]))
+    assert schema.metadata == {b"batchgen.plan": b"plan-a"}
+    assert schema.remove_metadata() == published_schema(part_schema(CARRIED, "gen_"))
+    assert not [name for name in schema.names if name.startswith("_batchgen")]
+
+
+def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
+    (file,) = write_snapshot(storage, "snap", put(storage, [(0, 0), (0, 1)]), form())
+    data = storage.read("snap/part-00000.parquet")
+    assert file == {
+        "name": "snap/part-00000.parquet",
+        "num_rows": 2,
+        "size_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    assert storage.list("snap") == ["snap/part-00000.parquet"]
+    assert not storage.temps("snap")
+
+
+@pytest.mark.parametrize(
+    ("rows_per_file", "sizes"),
+    [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (6, [6, 1]), (7, [7]), (8, [7])],
+)
+def test_files_hold_at_most_rows_per_file_across_segments(storage, rows_per_file, sizes):
+    parts = put(storage, [(0, 2), (1, 0), (1, 3)], [(0, 0), (0, 1), (1, 1), (1, 2)])
+    files = write_snapshot(storage, "snap", parts, form(rows_per_file=rows_per_file))
+    assert [file["num_rows"] for file in files] == sizes
+    assert [file["name"] for file in files] == [
+        f"snap/part-{at:05d}.parquet" for at in range(len(sizes))
+    ]
+    for file in files:
+        assert pq.read_metadata(storage.path(file["name"])).num_rows == file["num_rows"]
+    assert ids(storage, files) == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2", "1/3"]
+
+
+def test_a_job_without_a_row_has_one_file_with_the_schema(storage):
+    (file,) = write_snapshot(storage, "snap", [], form())
+    table = pq.read_table(storage.path(file["name"]))
+    assert (file["num_rows"], table.num_rows) == (0, 0)
+    assert table.schema.remove_metadata() == published_schema(part_schema(CARRIED, "gen_"))
+
+
+@SKIPPED_ONLY
+def test_skipped_rows_leave_no_trace(storage):
+    parts = put(storage, [(0, 1)], skipped={0: Ranges.of([0, 2]), 3: Ranges.until(4)})
+    assert ids(storage, write_snapshot(storage, "snap", parts, form())) == ["0/1"]
+
+
+@SKIPPED_ONLY
+def test_a_job_of_skipped_rows_alone_has_one_empty_file(storage):
+    parts = put(storage, skipped={0: Ranges.until(3)})
+    (file,) = write_snapshot(storage, "snap", parts, form())
+    assert file["num_rows"] == 0
+
+
+def test_error_rows_stand_where_their_input_stood(storage):
+    done = results(batch([0, 1, 2]), errors={1: BAD})
+    name = writer(storage).commit(done[::-1], {}, {})
+    files = write_snapshot(storage, "snap", [footed(storage, name)], form())
+    table = read(storage, files)
+    assert table["gen_status"].to_pylist() == ["ok", "error", "ok"]
+    assert table["gen_text"].to_pylist() == ["0:0", None, "0:2"]
+
+
+def test_two_parts_with_the_same_row_are_never_published(storage):
+    parts = put(storage, [(0, 0), (0, 1)], [(0, 1), (0, 2)])
+    with pytest.raises(AccountingError, match="two accepted parts hold the same row; not pub"):
+        write_snapshot(storage, "snap", parts, form())
+    assert storage.list("snap") == []
+    assert not storage.temps("snap")
+
+
+def test_one_part_with_the_same_row_twice_is_never_published(storage):
+    done = results(batch([1, 1, 2]))
+    name = writer(storage).commit(done, {}, {})
+    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    with pytest.raises(AccountingError, match="hold the same row; not published"):
+        write_snapshot(storage, "snap", [(name, claimed)], form())
+
+
+def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
+    ((name, _),) = put(storage, [(0, 0), (0, 2)])
+    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    with pytest.raises(
+        AccountingError, match="s000000.parquet: gave 2 rows, its footer says 3; not published"
+    ):
+        write_snapshot(storage, "snap", [(name, claimed)], form())
+    assert not storage.temps("snap")
+
+
+def test_a_part_with_a_row_of_a_segment_its_footer_does_not_name_is_never_published(storage):
+    ((name, _),) = put(storage, [(0, 0), (0, 1), (1, 0)])
+    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    with pytest.raises(AccountingError, match="gave 2 rows, its footer says 3; not published"):
+        write_snapshot(storage, "snap", [(name, claimed)], form())
+
+
+@pytest.mark.xfail(reason="weak oracle: publish compares counts, not which rows", strict=True)
+def test_a_part_with_another_row_than_its_footer_names_is_never_published(storage):
+    ((name, _),) = put(storage, [(0, 0), (0, 1), (0, 9)])
+    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    with pytest.raises(AccountingError, match="not published"):
+        write_snapshot(storage, "snap", [(name, claimed)], form())
+
+
+def test_what_an_earlier_try_of_this_run_left_is_replaced(storage):
+    storage.put_if_absent("snap/part-00000.parquet", b"torn")
+    files = write_snapshot(storage, "snap", put(storage, [(0, 0)]), form())
+    assert ids(storage, files) == ["0/0"]
+
+
+def test_a_part_that_is_gone_is_a_storage_error(storage):
+    parts = put(storage, [(0, 0)])
+    storage.remove(parts[0][0])
+    with pytest.raises(StorageError, match="what was committed stays"):
+        write_snapshot(storage, "snap", parts, form())
+
+
+def flipped(storage):
+    """A part with one bit wrong in the middle of its data, and its footer."""
+    ((name, footer),) = put(storage, [(0, row) for row in range(50)])
+    path = storage.path(name)
+    data = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(0).column(2)
+    data[column.data_page_offset + column.total_compressed_size - 9] ^= 1
+    path.write_bytes(data)
+    return name, footer
+
+
+def test_a_part_with_a_flipped_bit_is_never_published(storage):
+    with pytest.raises(StorageError, match="could not verify page integrity"):
+        write_snapshot(storage, "snap", [flipped(storage)], form())
+    assert storage.list("snap") == []
+    assert not storage.temps("snap")
+
+
+@pytest.mark.xfail(
+    reason="bug: names the snapshot's folder, and a rerun fails the same way for ever", strict=True
+)
+def test_a_part_with_a_flipped_bit_is_named(storage):
+    with pytest.raises(StorageError, match="s000000.parquet"):
+        write_snapshot(storage, "snap", [flipped(storage)], form())
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "lz4", "gzip", "none"])
+def test_every_compression_that_the_job_file_offers_is_written(storage, compression):
+    (file,) = write_snapshot(storage, "s", put(storage, [(0, 0)]), form(compression=compression))
+    column = pq.read_metadata(storage.path(file["name"])).row_group(0).column(0)
+    wanted = {"none": "UNCOMPRESSED"}.get(compression, compression.upper())
+    assert column.compression == wanted
+
+
+@pytest.mark.parametrize(
+    "data_type",
+    [
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.large_string(),
+        pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+        pa.map_(pa.string(), pa.int64()),
+        pa.timestamp("ns", "UTC"),
+    ],
+    ids=str,
+)
+def test_carried_types_are_published_from_several_parts(storage, data_type):
+    """Parts are mixed, so that rows are taken across their chunks."""
+    values = {
+        "list": [[{"role": "user", "content": str(n)}] for n in range(6)],
+        "map": [[(str(n), n)] for n in range(6)],
+        "timestamp[ns, tz=UTC]": [n * 1000 for n in range(6)],
+    }
+    texts = [f"v{n}" for n in range(6)]
+    kind = next((name for name in values if str(data_type).startswith(name)), None)
+    column = pa.array(values[kind] if kind else texts, data_type)
+    carried = pa.schema([("x", data_type)])
+    out = writer(storage, carried)
+    parts = []
+    for rows in ([0, 3, 4], [1, 2, 5]):
+        part = pa.record_batch({"x": column.take(pa.array(rows))})
+        name = out.commit(results(batch(rows, carried=part)), {}, {})
+        parts.append(footed(storage, name))
+    files = write_snapshot(storage, "snap", parts, form(carried))
+    table = read(storage, files)
+    assert table.schema.field("x").type == data_type
+    assert table["x"].to_pylist() == column.to_pylist()
+
+
+def test_a_dictionary_with_small_indices_is_published(storage):
+    """Parquet gives it back with int32 indices."""
+    data_type = pa.dictionary(pa.int8(), pa.string())
+    carried = pa.record_batch({"x": pa.array(["a", "b"]).cast(data_type)})
+    name = writer(storage, carried.schema).commit(results(batch([0, 1], carried=carried)), {}, {})
+    files = write_snapshot(storage, "snap", [footed(storage, name)], form(carried.schema))
+    assert read(storage, files)["x"].to_pylist() == ["a", "b"]
+
+
+ordinals = st.tuples(st.integers(0, 3), st.integers(0, 30))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(ordinals, max_size=8), max_size=5), st.integers(1, 9))
+def test_any_rows_in_any_parts_come_out_once_and_in_order(tmp_path_factory, drawn, rows_per_file):
+    storage = LocalStorage(tmp_path_factory.mktemp("out"))
+    seen = set()
+    disjoint = []
+    for part in drawn:
+        new = [at for at in dict.fromkeys(part) if at not in seen]
+        seen.update(new)
+        if new:
+            disjoint.append(new)
+    parts = put(storage, *disjoint)
+    files = write_snapshot(storage, "snap", parts, form(rows_per_file=rows_per_file))
+    assert ids(storage, files) == [f"{seg}/{row}" for seg, row in sorted(seen)]
+    assert sum(file["num_rows"] for file in files) == len(seen)
+
+
+# More rows than one chunk and one row group hold, with stragglers committed at the very end.
+CHUNK_ROWS = publish._CHUNK_ROWS
+NUM_ROWS = CHUNK_ROWS + 9000
+
+
+def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
+    stragglers = [0, 4095, 4096, CHUNK_ROWS - 1, CHUNK_ROWS, NUM_ROWS - 1]
+    late = set(stragglers)
+    on_time = [row for row in range(NUM_ROWS) if row not in late]
+    cut = len(on_time) // 2
+    out = writer(storage)
+    parts = []
+    for rows in (on_time[:cut], on_time[cut:], stragglers):
+        other = batch([5], segment=1 + len(parts))
+        name = out.commit([*results(other), *results(batch(rows))], {}, {})
+        parts.append(footed(storage, name))
+    files = write_snapshot(storage, "snap", parts, form(rows_per_file=20_000))
+    assert [file["num_rows"] for file in files] == [20_000, NUM_ROWS + 3 - 20_000]
+    assert ids(storage, files) == [*(f"0/{row}" for row in range(NUM_ROWS)), "1/5", "2/5", "3/5"]
