@@ -126,6 +126,7 @@ class RunStats:
             "num_output_tokens": self.output_tokens,
             "num_parts": self.num_parts,
             "elapsed_s": now_s - self.started_s,
+            "ready_after_s": begun_s - self.started_s,
             "working_s": working_s,
             "requests_per_s": self.num_results / working_s,
             "output_tokens_per_s": self.output_tokens / working_s,
