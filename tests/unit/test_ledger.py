@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.fakes import batch, plan, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from batchgen.records import RowError
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.schema import part_schema
 from batchgen.storage import LocalStorage
+from tests.fakes import batch, plan, results
 
 if TYPE_CHECKING:
     from batchgen.books import Epoch, Plan

@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes import batch, completion, results
 
 from batchgen.errors import BatchgenError, ConfigError, StorageError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
-from batchgen.records import Ordinal, Result, RowBatch, RowError
+from batchgen.records import Ordinal, Result, RowError
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.schema import dictionary_columns, part_schema, published_schema
 from batchgen.storage import LocalStorage
+from tests.fakes import batch, completion, results
 
 ID = pa.schema([("id", pa.string())])
 BAD = RowError("prompt_too_long", "the prompt has 9 tokens, the model takes fewer than 8")
@@ -43,7 +43,9 @@ OURS = [
 
 def writer(storage, carried=ID, *, prefix="gen_", epoch=3, worker=2) -> PartWriter:
     schema = part_schema(carried, prefix)
-    return PartWriter(storage, "parts", PartContext("plan-a", epoch, worker, "run-9", schema, prefix))
+    return PartWriter(
+        storage, "parts", PartContext("plan-a", epoch, worker, "run-9", schema, prefix)
+    )
 
 
 def read(storage, name) -> tuple[pa.Table, PartFooter]:

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fakes import batch, results
 
 from batchgen.errors import AccountingError, StorageError
 from batchgen.footer import PartFooter
@@ -20,6 +19,7 @@ from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 from batchgen.sink.schema import part_schema, published_schema
 from batchgen.storage import LocalStorage
+from tests.fakes import batch, results
 
 CARRIED = pa.schema([("id", pa.string())])
 BAD = RowError("bad", "it is bad")
@@ -171,7 +171,7 @@ def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 2)])
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
     with pytest.raises(
-        AccountingError, match="s000000.parquet: gave 2 rows, its footer says 3; not published"
+        AccountingError, match=r"s000000\.parquet: gave 2 rows, its footer says 3; not published"
     ):
         write_snapshot(storage, "snap", [(name, claimed)], form())
     assert not storage.temps("snap")
@@ -227,7 +227,7 @@ def test_a_part_with_a_flipped_bit_is_never_published(storage):
     reason="bug: names the snapshot's folder, and a rerun fails the same way for ever", strict=True
 )
 def test_a_part_with_a_flipped_bit_is_named(storage):
-    with pytest.raises(StorageError, match="s000000.parquet"):
+    with pytest.raises(StorageError, match=r"s000000\.parquet"):
         write_snapshot(storage, "snap", [flipped(storage)], form())
 
 

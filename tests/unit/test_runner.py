@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from batchgen.config.model import RunConfig
+from batchgen.errors import AccountingError, EngineDeadError, SourceError, StorageError
+from batchgen.ranges import Ranges
+from batchgen.records import RowError
+from batchgen.runner import Runner, Stop, StopSwitch
+from batchgen.stages import Committer, Feeder, OpenPart
+from batchgen.stats import RunStats
 from tests.fakes import (
     FACTS,
     FakeClock,
@@ -22,14 +30,6 @@ from tests.fakes import (
     lose_all,
     request_builder,
 )
-
-from batchgen.config.model import RunConfig
-from batchgen.errors import AccountingError, EngineDeadError, SourceError, StorageError
-from batchgen.ranges import Ranges
-from batchgen.records import RowError
-from batchgen.runner import Runner, Stop, StopSwitch
-from batchgen.stages import Committer, Feeder, OpenPart
-from batchgen.stats import RunStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -109,10 +109,13 @@ def settled(thread_name: str) -> None:
 
 @pytest.mark.parametrize("capacity", [1, 3, 7, 100])
 def test_every_row_ends_once(capacity):
-    batches = [batch(range(0, 5)), batch(range(5, 9)), batch(range(3), segment=1)]
+    batches = [batch(range(5)), batch(range(5, 9)), batch(range(3), segment=1)]
     outcome = Run(FakeEngine(capacity), batches).go()
     assert outcome.complete is True
-    assert sorted(outcome.rows) == [*((0, row) for row in range(9)), *((1, row) for row in range(3))]
+    assert sorted(outcome.rows) == [
+        *((0, row) for row in range(9)),
+        *((1, row) for row in range(3)),
+    ]
     assert len(set(outcome.rows)) == len(outcome.rows)
     assert outcome.stats.num_ok == 12
     assert outcome.engine.max_held <= capacity
@@ -186,7 +189,11 @@ def test_a_request_that_the_engine_refuses_is_an_error_row_that_keeps_its_key():
 
 
 def test_skipped_rows_are_in_the_part_and_counted():
-    batches = [batch([1], skipped=[0, 2]), batch([], skipped=[3]), batch([], segment=4, skipped=[9])]
+    batches = [
+        batch([1], skipped=[0, 2]),
+        batch([], skipped=[3]),
+        batch([], segment=4, skipped=[9]),
+    ]
     outcome = Run(FakeEngine(), batches).go()
     skipped: dict[int, Ranges] = {}
     for part in outcome.parts:
@@ -413,7 +420,7 @@ def test_a_reader_that_fails_is_told_after_what_it_read_is_committed():
 
     run = Run(FakeEngine(8), broken())
     settled("feeder")
-    with pytest.raises(SourceError, match="in.jsonl.gz: ends early"):
+    with pytest.raises(SourceError, match=r"in\.jsonl\.gz: ends early"):
         run.go()
     # All was read before the engine's first step; only what it had finished is durable.
     assert run.outcome.stats.num_results == len(run.outcome.rows)
@@ -434,7 +441,7 @@ def test_rows_read_before_the_reader_failed_and_answered_are_committed():
         return done
 
     run = Run(FakeEngine(8).then(open_gate), broken())
-    with pytest.raises(SourceError, match="in.jsonl.gz: ends early"):
+    with pytest.raises(SourceError, match=r"in\.jsonl\.gz: ends early"):
         run.go()
     assert run.outcome.rows == [(0, 0), (0, 1)]
 
@@ -549,9 +556,7 @@ def test_whatever_finishes_whenever_the_books_balance(data):
         size = data.draw(st.integers(0, 6))
         rows = range(start, start + size)
         bad = data.draw(st.sets(st.sampled_from(rows))) if size else set()
-        batches.append(
-            batch(rows, errors=dict.fromkeys(bad, BAD), skipped=[start + size])
-        )
+        batches.append(batch(rows, errors=dict.fromkeys(bad, BAD), skipped=[start + size]))
         wanted.update((0, row) for row in rows)
         start += size + 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -177,22 +178,21 @@ def test_a_reader_of_an_exposed_name_never_finds_it_gone(storage):
     assert seen <= {b"0", b"1"}
 
 
+class FullPath(type(Path())):
+    """A file on a full disk."""
+
+    def open(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_bytes(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class FullDisk(LocalStorage):
     """Hands out temp files that cannot be written."""
 
     def temp_for(self, name):
-        super().temp_for(name)
-        return Full(self.root)
-
-
-class Full(type(LocalStorage("x").root)):
-    def open(self, *_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write_bytes = open
-
-    def unlink(self, *_, **__):
-        pass
+        return FullPath(super().temp_for(name))
 
 
 @pytest.mark.parametrize("verb", ["put_if_absent", "replace"])
