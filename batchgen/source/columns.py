@@ -82,15 +82,27 @@ def kind_word(value: object) -> str:
     return "null" if value is None else _KIND_WORDS.get(type(value), "object")
 
 
+# A column in which fewer values than this are of another kind has a type and some bad rows.
+_CLEARLY = 0.95
+
+
 def infer_field(name: str, values: Sequence[Any]) -> pa.Field:
-    """Choose the narrowest type that holds all these values exactly; nulls fit everywhere."""
-    kinds = {type(value) for value in values if value is not None}
-    if kinds <= {str}:
+    """Choose the narrowest type that holds all these values exactly; nulls fit everywhere.
+
+    If none holds all, the one that holds nearly all: a stray list in a column of texts is a bad
+    row, and must not turn every text into JSON. A column that is truly mixed is JSON.
+    """
+    known = [value for value in values if value is not None]
+    if not known:
         return parse_field(name, "string")
-    words = ("bool",) if kinds == {bool} else ("int64",) if kinds == {int} else ("float64",)
-    if all(fits(_TYPES[word], value) for word in words for value in values if value is not None):
-        return parse_field(name, words[0])
-    return parse_field(name, "json")
+    # Integers too big for int64 are no floats, even where a float happens to hold them.
+    words: list[Word] = ["bool", "int64", "string"]
+    if any(type(value) is float for value in known):
+        words.insert(2, "float64")
+    counts = {word: sum(fits(_TYPES[word], value) for value in known) for word in words}
+    best = max(counts, key=counts.__getitem__)  # The first of equals: the narrowest.
+    is_clear = counts[best] == len(known) or counts[best] >= _CLEARLY * len(known)
+    return parse_field(name, best if is_clear else "json")
 
 
 def fits(data_type: pa.DataType, value: object) -> bool:

@@ -164,7 +164,7 @@ def test_a_late_part_of_a_fenced_run_is_not_accepted(ledger):
 def test_a_claim_of_another_plan_starts_from_nothing(ledger):
     commit(writer(ledger, claim(ledger, "run-1")), 0, 0, 1)
     fresh = claim(ledger, "run-2", plan(10, 5, plan_id="plan-b", number=2))
-    assert (fresh.number, names(fresh)) == (2, [])
+    assert (fresh.number, names(fresh), dict(fresh.durable.rejected)) == (2, [], {})
 
 
 REJECTED = {
@@ -229,14 +229,19 @@ def test_a_part_that_vanished_is_rejected_and_its_rows_are_missing_again(ledger)
     assert not durable.done(0)
 
 
-def test_the_second_of_two_parts_with_the_same_row_is_rejected(ledger):
+def test_the_later_of_two_parts_with_the_same_row_is_rejected(ledger):
     out = writer(ledger, claim(ledger, "run-1"))
     first = commit(out, 0, 1, 2, 3)
     second = commit(out, 0, 3, 4)
-    third = commit(out, 1, 3)
+    third = commit(out, 0, 5)
+    fourth = commit(out, 0, 1)
+    fifth = commit(out, 1, 3)
     durable = claim(ledger, "run-2").durable
-    assert [part.name for part in durable.parts] == [first, third]
-    assert durable.rejected == {second: "row 3 of segment 0 is in another part already"}
+    assert [part.name for part in durable.parts] == [first, third, fifth]
+    assert durable.rejected == {
+        second: "row 3 of segment 0 is in another part already",
+        fourth: "row 1 of segment 0 is in another part already",
+    }
 
 
 def test_a_rejected_part_does_not_take_its_rows(ledger):

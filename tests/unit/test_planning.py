@@ -202,6 +202,16 @@ def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
     assert caught.value.exit_code == 1
 
 
+def test_size_and_time_decide_without_reading(tmp_path, prepared):
+    job = prepared()
+    plan = freeze(job, 1)
+    path = tmp_path / "rows.jsonl"
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"say 3", b"say X"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert changes(plan, job) == []
+
+
 def test_files_that_came_and_went_are_told(tmp_path, make_job):
     tables = {"input": many_files(tmp_path, 1, 1)}
     job = prepare(make_job(None, **tables))

@@ -194,6 +194,10 @@ def test_values_are_carried_down_to_254_levels(tmp_path):
         (["a", 1], "json"),
         ([[1]], "json"),
         ([{}], "json"),
+        (["a"] * 19 + [["stray"]], "string"),
+        (["a"] * 18 + [["stray"]], "json"),
+        ([1] * 19 + ["stray"], "int64"),
+        ([1] * 38 + [2.5, "stray"], "float64"),
     ],
 )
 def test_planned_types(tmp_path, values, word):
