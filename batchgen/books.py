@@ -46,6 +46,8 @@ class Plan:
     """The same as base64 of Arrow's IPC schema, for `source`."""
     carried: Sequence[str]
     segments: Sequence[Segment]
+    is_cut: bool = False
+    """`input.limit` was filled: files after the last segment are not wanted."""
 
     @property
     def num_rows(self) -> int:

@@ -7,6 +7,7 @@
     |-- RecipeChangedError         2  the output belongs to another recipe or input
     |-- OutputError                2  the output folder cannot be used
     |   |-- StorageError           1  a write, sync or read of the output failed (disk full, I/O)
+    |   |-- DamagedPartError       1  a committed part is not what was written
     |   `-- FencedError            75 another run has taken the job over
     |-- BusyError                  75 another run holds the job right now
     |-- EngineError                1  the engine did not start
@@ -100,6 +101,19 @@ class StorageError(OutputError):
     def __init__(self, path: str, problem: str) -> None:
         self.path = path
         super().__init__(f"{path}: {problem}; what was committed stays, run again to go on")
+
+
+class DamagedPartError(OutputError):
+    """A committed part is not what was written: torn, flipped, overwritten."""
+
+    exit_code = ExitCode.FAULT
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.name = name
+        self.problem = problem
+        super().__init__(
+            f"{name}: damaged ({problem}); it does not count any more, run again to redo its rows"
+        )
 
 
 class FencedError(OutputError):

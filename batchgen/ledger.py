@@ -5,6 +5,7 @@ from three kinds of small files, each put once and never changed:
 
     _batchgen/plan/NNNNNN.json       the frozen input and recipe; the highest one is the job's
     _batchgen/epochs/NNNNNN.json     one run's claim: which parts of earlier epochs it accepts
+    _batchgen/rejected/PART.json     a part whose footer is whole and whose rows are not
     _batchgen/manifests/NNNNNN.json  the snapshot of plan NNNNNN, put last: its commit point
 
 Fencing needs no clock and no lock: a run that was frozen and wakes up writes parts that the
@@ -14,6 +15,7 @@ later claim does not name, so nobody accepts them.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from batchgen.errors import AccountingError, FencedError, OutputError
 from batchgen.footer import PartFooter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from batchgen.ranges import Ranges
     from batchgen.storage import LocalStorage
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 STATE = "_batchgen"
 FORMAT = 1
 _MAX_CLAIM_TRIES = 100
+_NUMBERED = re.compile(r"\d{6}\.json")
 
 
 class Ledger:
@@ -48,7 +51,7 @@ class Ledger:
         Raises:
             OutputError: The file is not one that this version understands.
         """
-        names = self.storage.list(f"{STATE}/plan")
+        names = self._numbered_files("plan")
         return self._read_plan(names[-1]) if names else None
 
     def plan(self, number: int) -> Plan:
@@ -90,7 +93,7 @@ class Ledger:
 
     def latest_manifest(self) -> Manifest | None:
         """The newest published snapshot, None if nothing was ever published."""
-        names = self.storage.list(f"{STATE}/manifests")
+        names = self._numbered_files("manifests")
         return self.manifest(_number(names[-1])) if names else None
 
     def put_manifest(self, manifest: Manifest) -> Manifest:
@@ -120,7 +123,7 @@ class Ledger:
 
     def latest_epoch(self) -> tuple[int, Mapping[str, Any]]:
         """Number and content of the newest claim; (0, {}) before the first."""
-        names = self.storage.list(f"{STATE}/epochs")
+        names = self._numbered_files("epochs")
         return (_number(names[-1]), self._read_json(names[-1])) if names else (0, {})
 
     def durable(self, plan: Plan) -> Durable:
@@ -130,9 +133,9 @@ class Ledger:
             return Durable()
         names = [*claim["accepted"], *self._parts_of(number)]
         parts: list[Part] = []
-        rejected: dict[str, str] = {}
+        rejected = self._rejected(names)
         taken: dict[int, Ranges] = {}
-        for name in sorted(set(names)):
+        for name in sorted(set(names) - rejected.keys()):
             try:
                 footer = self._footer(name, plan)
                 _check_disjoint(footer, taken)
@@ -143,6 +146,22 @@ class Ledger:
                 taken[segment] = taken.get(segment, NO_ROWS) | rows
             parts.append(Part(name, footer))
         return Durable(parts, rejected)
+
+    def reject(self, name: str, why: str) -> None:
+        """Leave a part out of every later claim; for damage that its footer does not show."""
+        self.storage.put_if_absent(_rejection(name), _dumps({"why": why}))
+
+    def _rejected(self, names: Collection[str]) -> dict[str, str]:
+        marks = set(self.storage.list(f"{STATE}/rejected"))
+        return {
+            name: str(self._read_json(mark)["why"])
+            for name in names
+            if (mark := _rejection(name)) in marks
+        }
+
+    def _numbered_files(self, kind: str) -> list[str]:
+        names = self.storage.list(f"{STATE}/{kind}")
+        return [name for name in names if _NUMBERED.fullmatch(name.rpartition("/")[2])]
 
     def _parts_of(self, epoch: int) -> list[str]:
         prefix = f"{STATE}/parts/e{epoch:06d}-"
@@ -253,6 +272,10 @@ def _check_disjoint(footer: PartFooter, taken: Mapping[int, Ranges]) -> None:
 
 def _numbered(kind: str, number: int) -> str:
     return f"{STATE}/{kind}/{number:06d}.json"
+
+
+def _rejection(part: str) -> str:
+    return f"{STATE}/rejected/{part.rpartition('/')[2]}.json"
 
 
 def _epoch_of(name: str) -> int:

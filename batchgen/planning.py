@@ -168,11 +168,12 @@ def freeze(prepared: Prepared, number: int) -> Plan:
     """
     limit = prepared.job.input.limit
     files = prepared.files
+    left = 1
     if limit is None:
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
             segments = list(pool.map(lambda path: _scan(prepared.reader, path), files))
     else:
-        segments = _limited(prepared, limit)
+        segments, left = _limited(prepared, limit)
     return Plan(
         number=number,
         plan_id=secrets.token_hex(8),
@@ -184,6 +185,7 @@ def freeze(prepared: Prepared, number: int) -> Plan:
         schema=base64.b64encode(prepared.columns.serialize().to_pybytes()).decode(),
         carried=prepared.carried,
         segments=segments,
+        is_cut=not left,
     )
 
 
@@ -195,8 +197,11 @@ def _scan(reader: Reader, path: str) -> Segment:
     return Segment(path, before.size_bytes, before.version, scan.digest, scan.num_rows)
 
 
-def _limited(prepared: Prepared, limit: int) -> list[Segment]:
-    """Segments cut after the row that fills the limit, counting only rows that `where` keeps."""
+def _limited(prepared: Prepared, limit: int) -> tuple[list[Segment], int]:
+    """Segments cut after the row that fills the limit, and what is left of it.
+
+    Only rows that `where` keeps count.
+    """
     segments = []
     left = limit
     for path in prepared.files:
@@ -207,7 +212,7 @@ def _limited(prepared: Prepared, limit: int) -> list[Segment]:
         )
         if not left:
             break
-    return segments
+    return segments, left
 
 
 def _cut(prepared: Prepared, segment: Segment, left: int) -> tuple[int, int]:
@@ -242,7 +247,7 @@ def changes(plan: Plan, prepared: Prepared) -> list[str]:
 
 def new_files(plan: Plan, prepared: Prepared) -> list[str]:
     """Files that came after the plan was frozen. A limit that is filled wants no more."""
-    if prepared.job.input.limit is not None:
+    if plan.is_cut:
         return []
     planned = {segment.path for segment in plan.segments}
     return [path for path in prepared.files if path not in planned]
@@ -292,20 +297,15 @@ def read_rows(prepared: Prepared, plan: Plan, todo: Mapping[int, Ranges]) -> Ite
 
 def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:
     """Yield where a row stands and its prompt as text, or why it has none, for `check`."""
-    rows = chain.from_iterable(
-        prepared.reader.read(path, 0, Ranges.until(prepared.reader.scan(path).num_rows), _one(spec))
-        for spec in [prepared.spec()]
+    spec = replace(prepared.spec(), batch_rows=1)
+    batches = chain.from_iterable(
+        prepared.reader.read(path, 0, Ranges.until(prepared.reader.scan(path).num_rows), spec)
         for path in prepared.files
     )
-    for batch in islice(rows, num_rows):
-        for index, row in enumerate(batch.rows):
-            values = batch.values[index]
-            outcome = batch.errors[index] if values is None else prepared.builder.build(values)
-            yield f"row {row}", _as_text(outcome)
-
-
-def _one(spec: ReadSpec) -> ReadSpec:
-    return replace(spec, batch_rows=1)
+    for batch in islice((batch for batch in batches if batch.rows), num_rows):
+        (row,), (values,) = batch.rows, batch.values
+        outcome = batch.errors[0] if values is None else prepared.builder.build(values)
+        yield f"row {row}", _as_text(outcome)
 
 
 def _as_text(outcome: Prompt | RowError) -> str:

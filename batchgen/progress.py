@@ -62,7 +62,8 @@ class Progress:
         elapsed_s = float(sample["elapsed_s"])
         if self._bar is not None:
             self._bar.n = num_done
-            self._bar.set_description_str("rows" if sample["num_ok"] else "starting the engine")
+            is_up = sample["num_ok"] or sample["num_errors"]
+            self._bar.set_description_str("rows" if is_up else "starting the engine")
             self._bar.set_postfix_str(_figures(sample), refresh=False)
             self._bar.refresh()
         elif self._last_line_s is None or elapsed_s - self._last_line_s >= _PLAIN_EVERY_S:

@@ -31,6 +31,12 @@ ROW_VARIABLE = "row"
 """In templates, the whole row as a mapping, for columns whose names are no identifiers."""
 
 _TABLE = "[prompt]"
+_GLOBALS = {
+    name: value
+    for name, value in ImmutableSandboxedEnvironment().globals.items()
+    if name != "lipsum"  # Random text has no place in a prompt.
+}
+"""`range` and the like: known to every template, unless a column has the name."""
 _SEED_BITS = 62  # vLLM takes an int64, and adds the sample's index for n > 1.
 
 
@@ -58,6 +64,7 @@ class PromptBuilder:
             self._system, system_names = _compile("prompt.system", config.system)
             names |= system_names
         self._names = frozenset(names)
+        self._globals = frozenset(_GLOBALS if self._user is not None else ())
 
     def columns(self, available: Sequence[str]) -> frozenset[str]:
         """Return the columns that prompts need, out of those available.
@@ -69,11 +76,11 @@ class PromptBuilder:
             return frozenset(available)
         problems = [
             f"no column {name!r} in the input{_near(name, available)}"
-            for name in sorted(self._names.difference(available))
+            for name in sorted(self._names.difference(available) - self._globals)
         ]
         if problems:
             raise ConfigError(_TABLE, problems)
-        return self._names
+        return self._names.intersection(available)
 
     def build(self, values: Values) -> Prompt | RowError:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
@@ -81,7 +88,10 @@ class PromptBuilder:
             if self._user is None:
                 return self._from_column(values)
             # Templates see the row's columns, and all of them as `row`.
-            scope = {ROW_VARIABLE: values, **values}
+            scope: dict[str, Any] = {ROW_VARIABLE: values, **values}
+            for name in self._names:
+                if scope.get(name, "") is None:
+                    scope[name] = _NULL
             user = self._user(scope)
             if not user.strip():
                 return RowError("empty_prompt", "prompt.user renders to nothing")
@@ -90,7 +100,8 @@ class PromptBuilder:
                 messages.insert(0, {"role": "system", "content": self._system(scope)})
         except _NullPrintedError:
             nulls = sorted(name for name in self._names if values.get(name, "") is None)
-            return RowError("null_value", f"the prompt prints a null; null here: {nulls}")
+            here = f"; null here: {', '.join(nulls)}" if nulls else ""
+            return RowError("null_value", f"the prompt needs a value that is null{here}")
         except UndefinedError as error:
             return RowError("missing_value", f"the prompt needs a value that is absent: {error}")
         except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
@@ -112,32 +123,76 @@ class PromptBuilder:
         return value
 
 
-def _compile(where: str, source: str) -> tuple[Render, set[str]]:
-    """Compile a template; a constant one is rendered once."""
+class _Null:
+    """A column's null inside a template: may be tested, not printed.
+
+    `{% if x %}`, `x is none` and `x or "unknown"` do what they should; anything that would turn
+    the null into text raises, so that the word "None" never gets into a prompt.
+    """
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or other is self
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def __str__(self) -> str:
+        raise _NullPrintedError
+
+    __format__ = __iter__ = __len__ = __getitem__ = __add__ = __radd__ = __call__ = (
+        lambda self, *_: str(self)
+    )
+
+
+_NULL = _Null()
+
+
+def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
+    """Compile a template; return it with the names that it looks up. A constant renders once."""
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, finalize=_refuse_null, keep_trailing_newline=False
     )
-    environment.globals.pop("lipsum")
+    environment.globals = {}  # So that a column may have the name of a global.
+    environment.tests["none"] = _is_none
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null_to_json}
     try:
-        names = meta.find_undeclared_variables(environment.parse(source))
-        template = environment.from_string(source)
+        names = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        template = environment.from_string(source, globals=_GLOBALS)
     except TemplateSyntaxError as error:
         problem = f"{where}: template error in line {error.lineno}: {error.message}"
         raise ConfigError(_TABLE, [problem]) from error
-    names -= set(environment.globals)
     if names:
         return template.render, names
     try:
         constant = template.render()
-    except (TemplateError, _NullPrintedError) as error:
+    except _NullPrintedError as error:
+        raise ConfigError(_TABLE, [f"{where}: prints a null"]) from error
+    except TemplateError as error:
         raise ConfigError(_TABLE, [f"{where}: {error}"]) from error
+    except Exception as error:  # A template can raise anything; this one does for every row.
+        raise ConfigError(_TABLE, [f"{where}: {type(error).__name__}: {error}"]) from error
     return lambda _: constant, names
 
 
 def _refuse_null(value: object) -> object:
-    if value is None:
+    if value is None or value is _NULL:
         raise _NullPrintedError
     return value
+
+
+def _is_none(value: object) -> bool:
+    return value is None or value is _NULL
+
+
+def _null_to_json(value: object) -> None:
+    if value is not _NULL:
+        msg = f"{type(value).__name__} is not JSON"
+        raise TypeError(msg)
 
 
 def _checked_messages(name: str, value: object) -> Prompt | RowError:

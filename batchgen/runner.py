@@ -107,22 +107,29 @@ class Runner:
 
     def _loop(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
         give_up_s: float | None = None
-        while True:
+        while not self._is_through():
             now_s = self._clock()
-            if stop.state is not Stop.NO:
-                give_up_s = give_up_s or now_s + self._config.grace_s
-                is_up = self._engine.facts is not None
-                if stop.state is Stop.NOW or now_s >= give_up_s or not (self._in_flight and is_up):
-                    return False
-            else:
+            if stop.state is Stop.NO:
                 self._admit()
-                if self._feeder.is_done and not self._waiting and not self._in_flight:
-                    return True
+            else:
+                give_up_s = give_up_s or now_s + self._config.grace_s
+                if stop.state is Stop.NOW or now_s >= give_up_s or not self._may_still_finish():
+                    return self._is_through()
             self._step(now_s)
             if self._part.is_due(self._clock(), self._config):
                 self._flush()
             self._committer.check()
             on_tick()
+        return True
+
+    def _is_through(self) -> bool:
+        return self._feeder.is_done and not self._waiting and not self._in_flight
+
+    def _may_still_finish(self) -> bool:
+        """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
+        if not self._in_flight and not self._waiting:
+            self._feeder.take(0)  # The end of the input may be all that is left to hear.
+        return bool(self._in_flight) and self._engine.facts is not None
 
     def _admit(self) -> None:
         """Top the engine up with what is ready; wait only if the engine has nothing to do."""
@@ -133,6 +140,8 @@ class Runner:
                 if fed is None:
                     return
                 self._take_in(fed)
+                if not fed.requests:
+                    return  # Rows that end without the engine: let the loop flush and listen.
                 continue
             chunk = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             self._in_flight.update((request.request_id, request) for request in chunk)

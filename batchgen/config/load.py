@@ -59,7 +59,8 @@ def parse_job(
     try:
         job = JobConfig.model_validate(merged)
     except ValidationError as error:
-        problems += [_problem(detail) for detail in error.errors(include_url=False)]
+        found = [_problem(detail) for detail in error.errors(include_url=False)]
+        problems += dict.fromkeys(found)  # A union's members tell the same mistake each.
         raise ConfigError(where, problems) from None
     if problems:
         raise ConfigError(where, problems)
@@ -100,6 +101,10 @@ def _problem(detail: ErrorDetails) -> str:
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}"
     given = f"{detail['input']!r:.60}"
+    if detail["type"] == "model_type":
+        return f"{key}: {given} is wrong, expected: the table [{key}]"
+    if key == "input.path" and detail["type"] in {"string_type", "list_type"}:
+        return f"{key}: {given} is wrong, expected: a path or a list of paths"
     return f"{key}: {given} is wrong, expected: {_expected(detail['msg'])}"
 
 

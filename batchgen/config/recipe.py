@@ -87,7 +87,7 @@ def diff(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if _shown(before, key, None) != _shown(after, key, None)
     ]
 
 
@@ -99,8 +99,9 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _shown(table: Mapping[str, Any], key: str) -> str:
+def _shown(table: Mapping[str, Any], key: str, width: int | None = 120) -> str:
+    """As repr, which tells 1 from true where == does not."""
     if key not in table:
         return "not set"
     text = repr(table[key])
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    return text if width is None or len(text) <= width else f"{text[: width - 3]}..."

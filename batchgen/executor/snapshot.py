@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from batchgen import __version__, planning
 from batchgen.books import Durable, Epoch, Manifest
-from batchgen.errors import AccountingError, GateError
+from batchgen.errors import AccountingError, DamagedPartError, GateError
 from batchgen.ledger import STATE, Ledger
 from batchgen.runlog import utc_now
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
@@ -33,6 +33,7 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Ma
     Raises:
         AccountingError: The durable rows are not the planned rows.
         GateError: Too many of them are errors.
+        DamagedPartError: A part is not what was written; the next run redoes its rows.
         InputChangedError: An input file is no longer what was planned.
         FencedError: Another run has taken over.
     """
@@ -45,12 +46,16 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Ma
     check_error_limit(durable, prepared.job.run.max_error_rate)
     for segment in plan.segments:
         planning.check_unchanged(segment, prepared.reader)
-    files = write_snapshot(
-        ledger.storage,
-        f"{STATE}/snapshots/e{epoch.number:06d}",
-        [(part.name, part.footer) for part in durable.parts],
-        _snapshot_format(prepared, epoch, engine),
-    )
+    try:
+        files = write_snapshot(
+            ledger.storage,
+            f"{STATE}/snapshots/e{epoch.number:06d}",
+            [(part.name, part.footer) for part in durable.parts],
+            _snapshot_format(prepared, epoch, engine),
+        )
+    except DamagedPartError as error:
+        ledger.reject(error.name, error.problem)
+        raise
     ledger.check_fence(epoch)
     manifest = Manifest(
         number=plan.number,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.errors import AccountingError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
-from batchgen.sink.schema import dictionary_columns
+from batchgen.sink.schema import RESULT_FIELDS, dictionary_columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from batchgen.records import Result
     from batchgen.storage import Storage
 
+_NUM_RESULT_FIELDS = len(RESULT_FIELDS)
 # Publishing reads parts by row group: small enough that a straggler does not drag a whole part.
 _ROW_GROUP_ROWS = 4096
 
@@ -65,6 +67,7 @@ class PartWriter:
 
         Raises:
             StorageError: Not durable; the same call may be made again.
+            AccountingError: The part's name holds something else.
         """
         context = self._context
         name = (
@@ -82,7 +85,10 @@ class PartWriter:
             engine=engine,
         )
         data = _encode(_table(ordered, context), footer, context.prefix)
-        self._storage.put_if_absent(name, data)
+        if not self._storage.put_if_absent(name, data):
+            # Epochs are exclusive, so nobody else writes this name; silence would lose rows.
+            msg = f"{self._storage.where}/{name}: holds other rows than this run's; run again"
+            raise AccountingError(msg)
         self._serial += 1
         return name
 
@@ -137,16 +143,12 @@ def _carried_columns(ordered: Sequence[Result], schema: pa.Schema) -> list[pa.Ch
             batches[key] = (result.batch.carried, offset)
             offset += result.batch.carried.num_rows
         take.append(batches[key][1] + result.index)
-    if not batches:
-        return [pa.chunked_array([], field.type) for field in schema[2:-_NUM_RESULT_FIELDS]]
-    names = schema.names[2:-_NUM_RESULT_FIELDS]
-    if not names:
-        return []
+    fields = list(schema)[2:-_NUM_RESULT_FIELDS]
+    names = [field.name for field in fields]
+    if not batches or not names:
+        return [pa.chunked_array([], field.type) for field in fields]
     table = pa.Table.from_batches([carried for carried, _ in batches.values()])
     return list(table.take(pa.array(take, pa.int64())).select(names).columns)
-
-
-_NUM_RESULT_FIELDS = 11
 
 
 def _encode(table: pa.Table, footer: PartFooter, prefix: str) -> bytes:

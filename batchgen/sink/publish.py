@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.errors import AccountingError
+from batchgen.errors import AccountingError, DamagedPartError
+from batchgen.ranges import Ranges
 from batchgen.sink.schema import ROW, SEGMENT, dictionary_columns, published_schema
 from batchgen.storage import storage_error
 
@@ -61,6 +62,7 @@ def write_snapshot(
 
     Raises:
         StorageError: A write failed; nothing is published by it.
+        DamagedPartError: A part's bytes are not what was written.
         AccountingError: A part does not hold the rows that its footer names.
     """
     try:
@@ -220,7 +222,7 @@ class _PartReader:
         self.footer = footer
         self._name = name
         self._path = storage.path(name)
-        self._groups: list[tuple[int, int, int, int]] | None = None
+        self._groups: list[tuple[int, _Group]] | None = None
         self._num_read = 0
 
     def last_row(self, segment: int) -> int:
@@ -233,43 +235,49 @@ class _PartReader:
         return spans[0][0] < stop and spans[-1][1] > start
 
     def rows(self, segment: int, start: int, stop: int) -> pa.Table:
-        """Results with `start <= row < stop`."""
+        """Results with `start <= row < stop`.
+
+        Raises:
+            DamagedPartError: The part's bytes are not what was written.
+            AccountingError: It holds a row that its footer does not name.
+        """
         wanted = [
             at
-            for at, (first_seg, first, last_seg, last) in enumerate(self._row_groups())
-            if (first_seg, first) < (segment, stop) and (last_seg, last) >= (segment, start)
+            for at, group in self._row_groups()
+            if group.first < (segment, stop) and group.last >= (segment, start)
         ]
         if not wanted:
             return pa.table({})
-        with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-            table = file.read_row_groups(wanted)
-        here = pc.and_(
-            pc.equal(table.column(SEGMENT), segment),
-            pc.and_(pc.greater_equal(table.column(ROW), start), pc.less(table.column(ROW), stop)),
-        )
-        table = table.filter(here)
+        table = self._read(wanted)
+        row = table.column(ROW)
+        here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
+        table = table.filter(pc.and_(pc.equal(table.column(SEGMENT), segment), here))
+        if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
+            msg = f"{self._name}: holds a row that its footer does not name; not published"
+            raise AccountingError(msg)
         self._num_read += table.num_rows
         return table
 
-    def _row_groups(self) -> list[tuple[int, int, int, int]]:
-        """First and last ordinal of each row group, from the footer's statistics."""
+    def _read(self, groups: Sequence[int]) -> pa.Table:
+        try:
+            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+                return file.read_row_groups(list(groups))
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
+
+    def _row_groups(self) -> list[tuple[int, _Group]]:
+        """Number and extent of each row group, from the footer's statistics."""
         if self._groups is None:
             metadata = pq.read_metadata(self._path)
-            self._groups = []
-            for at in range(metadata.num_row_groups):
-                group = metadata.row_group(at)
-                segments, rows = group.column(0).statistics, group.column(1).statistics
-                one_segment = segments.min == segments.max
-                # Rows of two segments in one group: their row numbers are not ordered together.
-                first, last = (rows.min, rows.max) if one_segment else (0, 2**62)
-                self._groups.append((segments.min, first, segments.max, last))
+            groups = ((at, metadata.row_group(at)) for at in range(metadata.num_row_groups))
+            self._groups = [(at, _extent(group)) for at, group in groups if group.num_rows]
         return self._groups
 
     def check_all_read(self) -> None:
         """Every result must have been taken exactly once.
 
         Raises:
-            AccountingError: The part holds rows that its footer does not name, or lacks some.
+            AccountingError: The part lacks rows that its footer counts.
         """
         if self._num_read != self.footer.num_results:
             msg = (
@@ -277,3 +285,18 @@ class _PartReader:
                 f"{self.footer.num_results}; not published"
             )
             raise AccountingError(msg)
+
+
+class _Group(NamedTuple):
+    """First and last ordinal of a row group."""
+
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+
+def _extent(group: pq.RowGroupMetaData) -> _Group:
+    segments, rows = group.column(0).statistics, group.column(1).statistics
+    if segments.min != segments.max:
+        # Two segments in one group: their row numbers are not ordered together.
+        return _Group((segments.min, 0), (segments.max, 2**62))
+    return _Group((segments.min, rows.min), (segments.max, rows.max))

@@ -176,7 +176,6 @@ def test_what_is_missing_is_said_with_its_meaning(tmp_path, job_tables, key, pro
     assert problems(tmp_path, tables) == [problem]
 
 
-@pytest.mark.xfail(reason="bad text: names our class, where a table is expected", strict=True)
 def test_a_value_where_a_table_is_expected_says_so(tmp_path, job_tables):
     tables = job_tables() | {"sampling": 5}
     (problem,) = problems(tmp_path, tables)
@@ -184,7 +183,6 @@ def test_a_value_where_a_table_is_expected_says_so(tmp_path, job_tables):
     assert "SamplingConfig" not in problem
 
 
-@pytest.mark.xfail(reason="bad text: one mistake, told twice, once for each kind", strict=True)
 def test_a_path_of_the_wrong_type_is_one_problem(tmp_path, job_tables):
     assert len(problems(tmp_path, job_tables(input={"path": 5}))) == 1
 
@@ -196,7 +194,6 @@ def test_an_empty_input_path_is_refused(tmp_path, job_tables, path):
     )
 
 
-@pytest.mark.xfail(reason="bug: infinite sampling values are taken", strict=True)
 @pytest.mark.parametrize("key", ["temperature", "repetition_penalty"])
 def test_an_infinite_sampling_value_is_refused(tmp_path, job_tables, key):
     problems(tmp_path, job_tables(sampling={key: float("inf")}))

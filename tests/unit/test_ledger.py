@@ -431,7 +431,6 @@ def test_removing_before_there_is_any_part_is_fine(ledger):
     assert ledger.storage.list(PARTS) == []
 
 
-@pytest.mark.xfail(reason="bug: a foreign name in epochs/ ends in a ValueError", raises=ValueError)
 def test_foreign_names_beside_the_claims_are_not_read(ledger):
     claim(ledger, "run-1")
     ledger.storage.path("_batchgen/epochs/notes.txt").write_text("mine", encoding="utf-8")

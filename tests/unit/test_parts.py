@@ -23,9 +23,6 @@ from tests.fakes import batch, completion, results
 
 ID = pa.schema([("id", pa.string())])
 BAD = RowError("prompt_too_long", "the prompt has 9 tokens, the model takes fewer than 8")
-SKIPPED_ONLY = pytest.mark.xfail(
-    reason="bug: a part of skipped rows alone cannot be written, nor published", strict=True
-)
 OURS = [
     "text",
     "status",
@@ -142,7 +139,6 @@ def test_rows_are_in_ordinal_order_whatever_order_they_finished_in(storage):
     assert table["gen_text"].to_pylist() == ["0:0", "0:1", "0:2", "0:3", "0:4", "1:0", "1:1"]
 
 
-@SKIPPED_ONLY
 def test_only_skipped_rows_make_a_part_without_rows_but_with_the_schema(storage):
     name = writer(storage).commit([], {0: Ranges.until(5)}, {})
     table, footer = read(storage, name)
@@ -280,7 +276,6 @@ def test_a_commit_that_failed_may_be_made_again_under_the_same_name(tmp_path):
     assert storage.list("parts") == ["parts/e000003-w02-s000000.parquet"]
 
 
-@pytest.mark.xfail(reason="bug: PartWriter.commit ignores that the name was taken", strict=True)
 def test_a_name_that_holds_other_rows_is_not_taken_for_success(storage):
     """Never seen while epochs are exclusive; but silence here would be rows lost."""
     writer(storage).commit(results(batch([0])), {}, {})

@@ -77,7 +77,6 @@ def test_on_a_terminal_there_is_a_bar_that_begins_where_earlier_runs_ended():
     assert "batchgen: a note\n" in shown
 
 
-@pytest.mark.xfail(reason="bug: only ok rows tell that the engine is up", strict=True)
 def test_the_bar_does_not_say_starting_while_rows_end_as_errors():
     stream = Terminal()
     with Progress(200, 0, stream=stream) as progress:

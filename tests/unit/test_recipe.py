@@ -130,9 +130,6 @@ def test_long_values_are_cut():
     assert line == f"a: '{'x' * 116}... -> 1"
 
 
-@pytest.mark.xfail(
-    reason="bug: 1, 1.0 and true are equal to diff and differ in the fingerprint", strict=True
-)
 @pytest.mark.parametrize(("old", "new"), [(1, True), (1, 1.0), (False, 0)])
 def test_whatever_changes_the_fingerprint_has_a_line_in_the_diff(old, new):
     assert fingerprint({"a": old}) != fingerprint({"a": new})

@@ -250,10 +250,6 @@ def test_time_alone_flushes_what_finished_while_a_slow_row_runs():
     assert outcome.sizes == [1, 1]
 
 
-@pytest.mark.xfail(
-    reason="bug: _admit takes batches without requests for ever; no flush, no tick, no stop",
-    strict=True,
-)
 def test_rows_that_never_reach_the_engine_are_flushed_on_the_way():
     batches = [batch([at], errors={at: BAD}) for at in range(200)]
     outcome = Run(FakeEngine(), batches, flush_rows=10).go()
@@ -261,10 +257,6 @@ def test_rows_that_never_reach_the_engine_are_flushed_on_the_way():
     assert max(outcome.sizes) <= 60
 
 
-@pytest.mark.xfail(
-    reason="bug: _admit takes batches without requests for ever; no flush, no tick, no stop",
-    strict=True,
-)
 def test_a_stop_is_heard_while_rows_are_skipped():
     stop = StopSwitch()
 
@@ -338,9 +330,6 @@ def test_a_stop_before_the_first_row_does_nothing():
     assert (outcome.complete, outcome.parts, outcome.engine.added) == (False, [], [])
 
 
-@pytest.mark.xfail(
-    reason="bug: a run whose last rows finish in the grace says that work is left", strict=True
-)
 def test_a_stop_that_comes_when_only_the_last_rows_are_in_flight_ends_complete():
     engine = FakeEngine(4).then(finish_nothing, finish_nothing, finish_all)
 
