@@ -14,10 +14,11 @@ and a part holds whatever finished since the last one.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from batchgen.errors import AccountingError, EngineDeadError
+from batchgen.errors import AccountingError, BatchgenError, EngineDeadError
 from batchgen.ranges import Ranges
 from batchgen.records import Completion, Request, Result
 from batchgen.stages import Committer, Fed, Feeder, OpenPart
@@ -209,8 +210,6 @@ class Runner:
 
     def _salvage(self) -> None:
         """On job trouble: commit what finished, unless committing is the trouble."""
-        try:
-            self._flush()
-            self._committer.close()
-        except BaseException:  # noqa: BLE001, S110 - the first trouble is the one to tell
-            pass
+        for rescue in (self._flush, self._committer.close):
+            with suppress(BatchgenError):  # The first trouble is the one to tell.
+                rescue()

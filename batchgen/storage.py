@@ -191,8 +191,13 @@ class LocalStorage:
             for made in missing:
                 _fsync(made.parent)
         except OSError as error:
+            if error.errno in _DISK_TROUBLE:
+                raise storage_error(folder, error) from error
             msg = f"{folder}: cannot be created ({error.strerror}); choose another output.path"
             raise OutputError(msg) from error
+
+
+_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
 def _fsync(path: Path) -> None:

@@ -6,6 +6,7 @@ The manifest is the commit point. Before it, a crash leaves files that nobody na
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from batchgen import __version__, planning
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from batchgen.books import Plan
     from batchgen.planning import Prepared
     from batchgen.storage import LocalStorage
+
+_ALIAS = re.compile(r"part-\d{5,}\.parquet")
 
 
 def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Manifest:
@@ -100,7 +103,7 @@ def expose(storage: LocalStorage, manifest: Manifest) -> None:
     for file, alias in zip(manifest.files, aliases, strict=True):
         storage.expose(file["name"], alias)
     for name in storage.list(""):
-        if name.startswith("part-") and name not in aliases:
+        if _ALIAS.fullmatch(name) and name not in aliases:
             storage.remove(name)
 
 

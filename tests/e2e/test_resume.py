@@ -128,3 +128,20 @@ def test_a_torn_part_is_not_believed_and_its_rows_are_done_again(
     assert done.returncode == 0, done.stderr
     assert "does not count" in done.stdout
     assert published(slow_job.parent / "out") == expected
+
+
+def test_a_part_with_a_flipped_bit_is_redone_by_the_next_run(
+    slow_job: Path, expected: list[dict[str, object]]
+) -> None:
+    storage = LocalStorage(slow_job.parent / "out")
+    assert run_cli("run", slow_job, "--set", "run.max_error_rate=0.001").returncode == 3
+    flipped = storage.path(storage.list(f"{STATE}/parts")[2])
+    data = bytearray(flipped.read_bytes())
+    data[300] ^= 1
+    flipped.write_bytes(data)
+    stopped = run_cli("run", slow_job)
+    assert stopped.returncode == 1
+    assert f"{flipped.name}: damaged" in stopped.stderr
+    done = run_cli("run", slow_job)
+    assert done.returncode == 0, done.stderr
+    assert published(slow_job.parent / "out") == expected
