@@ -211,9 +211,7 @@ def flipped(storage):
 
 
 def test_a_part_with_a_flipped_bit_is_named_and_never_published(storage):
-    with pytest.raises(
-        DamagedPartError, match=r"s000000\.parquet: damaged \(could not"
-    ):
+    with pytest.raises(DamagedPartError, match=r"s000000\.parquet: damaged \(could not"):
         write_snapshot(storage, "snap", [flipped(storage)], form())
     assert storage.list("snap") == []
     assert not storage.temps("snap")
