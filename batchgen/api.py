@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    job: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), fresh: bool = False
+    job: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    steal: bool = False,
 ) -> Summary:
     """Run a job to its published snapshot, or as far as it goes.
 
@@ -29,6 +33,7 @@ def run(
             to the working directory).
         overrides: `table.key=value` each, as `--set` takes them.
         fresh: Begin anew; what is published stays until the new snapshot is complete.
+        steal: Take the job from a frozen run that holds it.
 
     Returns:
         How it ended; `state` is `complete`, `nothing_to_do` or `stopped`.
@@ -39,7 +44,7 @@ def run(
     from batchgen.executor.local import LocalRun
     from batchgen.runner import StopSwitch
 
-    return LocalRun(load(job, overrides), fresh=fresh, stop=StopSwitch()).run()
+    return LocalRun(load(job, overrides), stop=StopSwitch(), fresh=fresh, steal=steal).run()
 
 
 def read(source: str | Path | Mapping[str, Any]) -> pl.LazyFrame:

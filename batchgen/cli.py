@@ -48,8 +48,9 @@ def cli() -> None:
 @JOB
 @SET
 @click.option("--fresh", is_flag=True, help="Begin anew; what is published stays until then.")
+@click.option("--steal", is_flag=True, help="Take the job from a frozen run that holds it.")
 @JSON
-def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, as_json: bool) -> None:
+def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, steal: bool, as_json: bool) -> None:
     """Run a job, or go on with it.
 
     Example: batchgen run jobs/quickstart.toml --set input.limit=100
@@ -62,7 +63,7 @@ def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, as_json: bool) ->
     stop = StopSwitch()
     _stop_on_signals(stop)
     try:
-        summary = LocalRun(load(job, overrides), fresh=fresh, stop=stop).run()
+        summary = LocalRun(load(job, overrides), stop=stop, fresh=fresh, steal=steal).run()
     except BatchgenError as error:
         if as_json:
             failed = Summary(state_of(error), int(error.exit_code), reason=str(error))

@@ -240,7 +240,7 @@ class Ledger:
                 self.storage.remove(name)
         for temp in self.storage.temps(folder):
             if _epoch_of(temp.name) <= epoch.number:
-                temp.unlink(missing_ok=True)
+                self.storage.remove_path(temp)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self.storage.read(name)

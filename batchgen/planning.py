@@ -20,6 +20,7 @@ from batchgen import prompts
 from batchgen.books import Plan, Segment
 from batchgen.config import recipe as recipes
 from batchgen.errors import ConfigError, InputChangedError, SourceError
+from batchgen.inputs import stat_input
 from batchgen.model_files import ModelFiles, resolve_model
 from batchgen.ranges import Ranges
 from batchgen.records import Prompt, RowError
@@ -28,7 +29,6 @@ from batchgen.sink.schema import part_schema
 from batchgen.source.base import ReadSpec
 from batchgen.source.files import find_files, reader_for
 from batchgen.source.where import check_where
-from batchgen.storage import stat_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -12,12 +12,15 @@ import io
 import json
 import os
 import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from batchgen.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +70,7 @@ class RunLog:
     def live(self, facts: Mapping[str, Any]) -> None:
         """Rewrite the live view."""
         data = {"run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname(), **facts}
-        self._storage.replace(f"{self._folder}/live.json", json.dumps(data).encode())
+        self._replace("live.json", json.dumps(data).encode())
 
     def sample(self, row: Mapping[str, Any]) -> None:
         """Keep a row of stats.parquet, and rewrite the file now and then."""
@@ -78,14 +81,18 @@ class RunLog:
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Write the stats and the summary; return the summary's path."""
         self._write_stats()
-        name = f"{self._folder}/summary.json"
-        self._storage.replace(name, json.dumps(summary, indent=1).encode() + b"\n")
-        return str(self._storage.path(name))
+        self._replace("summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+        return str(self._storage.path(f"{self._folder}/summary.json"))
 
     def _write_stats(self) -> None:
         out = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self._samples, _STATS_SCHEMA), out)
-        self._storage.replace(f"{self._folder}/stats.parquet", out.getvalue())
+        self._replace("stats.parquet", out.getvalue())
+
+    def _replace(self, name: str, data: bytes) -> None:
+        """Write a file that may be lost: a full disk must not stop a run for its figures."""
+        with suppress(OutputError):
+            self._storage.replace(f"{self._folder}/{name}", data)
 
 
 def new_run_id(now: datetime) -> str:

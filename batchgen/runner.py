@@ -78,6 +78,7 @@ class Runner:
         self._in_flight: dict[int, Request] = {}
         self._part = OpenPart()
         self._row_bytes = 0.0
+        self._is_held_up = False  # The disk does not take what is finished: admit no more.
 
     @property
     def num_in_flight(self) -> int:
@@ -102,6 +103,8 @@ class Runner:
         except BaseException:
             self._salvage()
             raise
+        if stop.state is not Stop.NO:
+            self._committer.hurry()
         self._flush()
         self._committer.close()
         return complete
@@ -111,14 +114,15 @@ class Runner:
         while not self._is_through():
             now_s = self._clock()
             if stop.state is Stop.NO:
-                self._admit()
+                if not self._is_held_up:
+                    self._admit()
             else:
                 give_up_s = give_up_s or now_s + self._config.grace_s
                 if stop.state is Stop.NOW or now_s >= give_up_s or not self._may_still_finish():
                     return self._is_through()
             self._step(now_s)
             if self._part.is_due(self._clock(), self._config):
-                self._flush()
+                self._is_held_up = not self._flush(_STEP_WAIT_S)
             self._committer.check()
             on_tick()
         return True
@@ -203,13 +207,17 @@ class Runner:
             part.since_s = self._clock()
         self.stats.note(result)
 
-    def _flush(self) -> None:
-        if self._part:
-            part, self._part = self._part, OpenPart()
-            self._committer.put(part)
+    def _flush(self, timeout_s: float | None = None) -> bool:
+        """Hand the open part over; False if the committer is still busy with earlier ones."""
+        if self._part and not self._committer.put(self._part, timeout_s):
+            return False
+        self._part = OpenPart()
+        return True
 
     def _salvage(self) -> None:
         """On job trouble: commit what finished, unless committing is the trouble."""
-        for rescue in (self._flush, self._committer.close):
-            with suppress(BatchgenError):  # The first trouble is the one to tell.
-                rescue()
+        self._committer.hurry()
+        with suppress(BatchgenError):  # The first trouble is the one to tell.
+            self._flush()
+        with suppress(BatchgenError):
+            self._committer.close()

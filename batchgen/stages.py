@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from batchgen.errors import StorageError
 from batchgen.records import Request, Result
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ _FEED_BATCHES = 4
 # Begin the commit a little early, so that a row is durable, not merely sent, within flush_s.
 _FLUSH_EARLY = 0.8
 _PUT_WAIT_S = 0.2
+_RETRY_FIRST_S = 0.1
+_RETRY_MOST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +132,59 @@ class OpenPart:
 
 
 class Committer:
-    """Makes parts durable in a thread, so that no disk ever makes the engine wait."""
+    """Makes parts durable in a thread, so that no disk ever makes the engine wait.
 
-    def __init__(self, commit: Callable[[OpenPart], None]) -> None:
-        """Start the thread; `commit` runs in it, one part at a time."""
+    A disk in trouble (full, over quota, I/O error) gets time to recover: the part stays in
+    memory and its commit is tried again, which is safe because a put is idempotent.
+    """
+
+    def __init__(
+        self,
+        commit: Callable[[OpenPart], None],
+        grace_s: float,
+        on_retry: Callable[[StorageError], None],
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            commit: Runs in the thread, one part at a time; may be repeated for the same part.
+            grace_s: How long to go on trying a commit that the disk refuses.
+            on_retry: Told of each refusal, in the thread.
+        """
         self._commit = commit
+        self._grace_s = grace_s
+        self._on_retry = on_retry
         # One part waiting while one is written: more would only be memory.
         self._queue: queue.Queue[OpenPart | None] = queue.Queue(1)
         self._error: BaseException | None = None
+        self._give_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
         self._thread.start()
 
-    def put(self, part: OpenPart) -> None:
-        """Hand a part over.
+    def put(self, part: OpenPart, timeout_s: float | None) -> bool:
+        """Hand a part over; False if another one was still waiting when the time was up.
 
         Raises:
             BatchgenError: What an earlier commit raised.
         """
         self.check()
-        self._queue.put(part)
+        try:
+            self._queue.put(part, timeout=timeout_s)
+        except queue.Full:
+            return False
+        return True
 
     def check(self) -> None:
         """Raise what a commit raised, if any did."""
         if self._error is not None:
             raise self._error
 
+    def hurry(self) -> None:
+        """Grant a refusing disk no more time: what it does not take now is done again."""
+        self._give_up.set()
+
     def close(self) -> None:
-        """Wait until everything handed over is durable.
+        """Wait until everything handed over is durable, or has failed.
 
         Raises:
             BatchgenError: What a commit raised.
@@ -168,6 +198,20 @@ class Committer:
             if self._error is not None:
                 continue  # Keep taking, so that nobody blocks on a committer that gave up.
             try:
-                self._commit(part)
+                self._commit_patiently(part)
             except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
                 self._error = error
+
+    def _commit_patiently(self, part: OpenPart) -> None:
+        give_up_s = time.monotonic() + self._grace_s
+        wait_s = _RETRY_FIRST_S
+        while True:
+            try:
+                self._commit(part)
+            except StorageError as error:
+                if time.monotonic() + wait_s > give_up_s or self._give_up.wait(wait_s):
+                    raise
+                self._on_retry(error)
+                wait_s = min(2 * wait_s, _RETRY_MOST_S)
+            else:
+                return

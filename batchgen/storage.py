@@ -1,29 +1,27 @@
-"""The only place that touches files: three primitives for the output, and opening the input.
+"""The output's files: three primitives, and what makes them durable.
 
-Output (`Storage`): put-if-absent, read, list, plus removal of what no manifest names. Nothing
-else is needed for the commit protocol, and nothing else is offered, so that an object store fits.
+`Storage`: put-if-absent, read, list, plus removal of what no manifest names. Nothing else is
+needed for the commit protocol, and nothing else is offered, so that an object store fits.
 
 `LocalStorage` makes a put durable and atomic: temp file in the same folder, write, fsync,
 `link()` to the final name, unlink the temp, fsync the folder. `link` and not `rename`, because
 rename silently replaces what another run has just committed. A name is therefore either absent
 or complete, on a crash and on power loss.
-
-Input: `open_input`, `stat_input`, `find_inputs` take local paths and any fsspec URL.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from batchgen.errors import OutputError, SourceError, StorageError
+from batchgen.errors import OutputError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 
 class Storage(Protocol):
@@ -53,20 +51,116 @@ class Storage(Protocol):
         """Remove; absent is fine. Only for what no claim and no manifest needs."""
 
 
+class Disk:
+    """The system calls that change a disk, one method each.
+
+    The seam for fault tests, which fail or forget each of them in turn. Nothing above it knows
+    what a crash leaves behind: that is decided by the order of these calls.
+    """
+
+    def create(self, path: Path) -> IO[bytes]:
+        """Open a new file for writing; it must not exist."""
+        return path.open("xb")
+
+    def write(self, file: IO[bytes], data: bytes) -> None:
+        """Append."""
+        file.write(data)
+
+    def sync(self, file: IO[bytes]) -> None:
+        """Make what was written durable. On the descriptor that wrote it, which hears errors."""
+        file.flush()
+        os.fsync(file.fileno())
+
+    def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; FileExistsError if the name is taken."""
+        os.link(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move a name over another, atomically."""
+        source.replace(target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name; absent is fine."""
+        path.unlink(missing_ok=True)
+
+    def make_folder(self, path: Path) -> None:
+        """Make one folder; existing is fine."""
+        path.mkdir(exist_ok=True)
+
+
+class PendingFile:
+    """A file on its way: written under a temp name, durable and visible with `commit`."""
+
+    def __init__(self, disk: Disk, temp: Path, final: Path) -> None:
+        """Create the temp file.
+
+        Raises:
+            StorageError: It cannot be created.
+        """
+        self._disk = disk
+        self._temp = temp
+        self._final = final
+        try:
+            self._file = disk.create(temp)
+        except OSError as error:
+            raise storage_error(temp, error) from error
+
+    def write(self, data: bytes) -> None:
+        """Append; raises OSError, which `commit` and `discard` survive."""
+        self._disk.write(self._file, data)
+
+    def commit(self) -> bool:
+        """Make the content durable, then the name; False if the name was taken.
+
+        Raises:
+            StorageError: The name was not given, or its state is unknown.
+        """
+        try:
+            with self._file:
+                self._disk.sync(self._file)
+            try:
+                self._disk.link(self._temp, self._final)
+                won = True
+            except FileExistsError:
+                won = False
+            self._disk.unlink(self._temp)
+            self._disk.sync_folder(self._final.parent)
+        except OSError as error:
+            self.discard()
+            raise storage_error(self._final, error) from error
+        return won
+
+    def discard(self) -> None:
+        """Drop what was written."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._disk.unlink(self._temp)
+
+
 class LocalStorage:
     """`Storage` on a local file system that has hard links and fsync."""
 
-    def __init__(self, root: Path, *, temp_tag: str = "") -> None:
+    def __init__(self, root: Path, *, temp_tag: str = "", disk: Disk | None = None) -> None:
         """Bind to a folder; nothing is created until the first put.
 
         Args:
             root: The output folder.
-            temp_tag: Goes into the names of temp files, so that a later run can tell its own
-                and its predecessors' from a live peer's.
+            temp_tag: Goes into the names of temp files, so that no two runs share one.
+            disk: The system calls; only fault tests bring their own.
         """
         self.root = root
         self._temp_tag = temp_tag or f"p{os.getpid()}"
-        self._serial = 0
+        self._disk = disk or Disk()
+        self._serial = itertools.count(1)
 
     @property
     def where(self) -> str:
@@ -79,44 +173,29 @@ class LocalStorage:
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Storage`."""
-        temp = self.temp_for(name)
+        pending = self.begin(name)
         try:
-            with temp.open("xb") as out:
-                out.write(data)
+            pending.write(data)
         except OSError as error:
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
-            raise storage_error(temp, error) from error
-        return self.commit_temp(temp, name) or self.read(name) == data
+            pending.discard()
+            raise storage_error(self.path(name), error) from error
+        # A name that is taken may be our own earlier try, whose reply was an error: read it back.
+        return pending.commit() or self.read(name) == data
+
+    def begin(self, name: str) -> PendingFile:
+        """Begin a file that is written piece by piece.
+
+        Raises:
+            StorageError: The temp file cannot be created.
+            OutputError: The folder cannot be created.
+        """
+        return PendingFile(self._disk, self.temp_for(name), self.path(name))
 
     def temp_for(self, name: str) -> Path:
         """A fresh temp path in the final name's folder, which is made if need be."""
         final = self.path(name)
         self._make_folder(final.parent)
-        self._serial += 1
-        return final.parent / f".{final.name}.{self._temp_tag}-{self._serial}.tmp"
-
-    def commit_temp(self, temp: Path, name: str) -> bool:
-        """Give a fully written temp file its final name, durably; False if the name is taken.
-
-        Raises:
-            StorageError: As `put_if_absent`.
-        """
-        final = self.path(name)
-        try:
-            _fsync(temp)
-            try:
-                os.link(temp, final)
-                won = True
-            except FileExistsError:
-                won = False
-            temp.unlink()
-            _fsync(final.parent)
-        except OSError as error:
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
-            raise storage_error(final, error) from error
-        return won
+        return final.parent / f".{final.name}.{self._temp_tag}-{next(self._serial)}.tmp"
 
     def replace(self, name: str, data: bytes) -> None:
         """Overwrite atomically, without durability. For live views, never for commit records.
@@ -124,13 +203,13 @@ class LocalStorage:
         Raises:
             StorageError: The write failed; the old content, if any, is still there.
         """
-        temp = self.temp_for(name)
+        pending = self.temp_for(name)
         try:
-            temp.write_bytes(data)
-            temp.replace(self.path(name))
+            with self._disk.create(pending) as file:
+                self._disk.write(file, data)
+            self._disk.rename(pending, self.path(name))
         except OSError as error:
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
+            self._drop(pending)
             raise storage_error(self.path(name), error) from error
 
     def expose(self, name: str, alias: str) -> None:
@@ -141,13 +220,18 @@ class LocalStorage:
         """
         temp = self.temp_for(alias)
         try:
-            os.link(self.path(name), temp)
-            temp.replace(self.path(alias))
+            self._disk.link(self.path(name), temp)
+            self._disk.rename(temp, self.path(alias))
             # Renaming onto another link of the same file does nothing and leaves the temp.
-            temp.unlink(missing_ok=True)
-            _fsync(self.path(alias).parent)
+            self._disk.unlink(temp)
+            self._disk.sync_folder(self.path(alias).parent)
         except OSError as error:
+            self._drop(temp)
             raise storage_error(self.path(alias), error) from error
+
+    def _drop(self, temp: Path) -> None:
+        with suppress(OSError):
+            self._disk.unlink(temp)
 
     def read(self, name: str) -> bytes | None:
         """See `Storage`."""
@@ -175,21 +259,22 @@ class LocalStorage:
 
     def remove(self, name: str) -> None:
         """See `Storage`."""
-        path = self.path(name)
+        self.remove_path(self.path(name))
+
+    def remove_path(self, path: Path) -> None:
+        """The same for a path, such as a temp file's."""
         try:
-            path.unlink(missing_ok=True)
+            self._disk.unlink(path)
         except OSError as error:
             raise storage_error(path, error) from error
 
     def _make_folder(self, folder: Path) -> None:
-        """Create missing folders and make their names durable."""
-        if folder.is_dir():
-            return
-        missing = [folder, *(parent for parent in folder.parents if not parent.exists())]
+        """Create missing folders, and make their names durable before anything goes in."""
+        missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for made in missing:
-                _fsync(made.parent)
+            for path in reversed(missing):
+                self._disk.make_folder(path)
+                self._disk.sync_folder(path.parent)
         except OSError as error:
             if error.errno in _DISK_TROUBLE:
                 raise storage_error(folder, error) from error
@@ -200,101 +285,8 @@ class LocalStorage:
 _DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def storage_error(path: Path, error: OSError) -> StorageError:
     """Translate what the operating system says of an output file."""
     hints = {errno.ENOSPC: "; free space", errno.EDQUOT: "; free space or raise the quota"}
     hint = hints.get(error.errno or 0, "")
     return StorageError(str(path), f"{error.strerror or error}{hint}")
-
-
-@dataclass(frozen=True, slots=True)
-class InputStat:
-    """What tells cheaply that a file is still the same."""
-
-    size_bytes: int
-    version: str
-    """mtime in ns for a local file, ETag or the like for a remote one."""
-
-
-def is_url(path: str) -> bool:
-    """Whether fsspec has to open it."""
-    return "://" in path
-
-
-def open_input(path: str) -> IO[bytes]:
-    """Open for reading, unbuffered sizes left to the caller.
-
-    Raises:
-        SourceError: Absent or unreadable.
-    """
-    try:
-        if not is_url(path):
-            return Path(path).open("rb")
-        import fsspec
-
-        opened: IO[bytes] = fsspec.open(path, "rb").open()
-    except (OSError, ImportError, ValueError) as error:
-        raise SourceError(path, _reason(error)) from error
-    return opened
-
-
-def stat_input(path: str) -> InputStat:
-    """Size and version of an input file, without reading it.
-
-    Raises:
-        SourceError: Absent or unreadable.
-    """
-    try:
-        if not is_url(path):
-            info = Path(path).stat()
-            return InputStat(info.st_size, str(info.st_mtime_ns))
-        import fsspec
-
-        fs, inner = fsspec.core.url_to_fs(path)
-        facts = fs.info(inner)
-    except (OSError, ImportError, ValueError) as error:
-        raise SourceError(path, _reason(error)) from error
-    version = next((facts[k] for k in ("ETag", "etag", "mtime", "LastModified") if k in facts), "")
-    return InputStat(int(facts["size"]), str(version))
-
-
-def find_inputs(pattern: str) -> list[str]:
-    """Return the files that a path, glob or folder names, sorted; empty if none.
-
-    A folder stands for the files directly in it whose names do not begin with `.` or `_`.
-
-    Raises:
-        SourceError: The file system of a URL cannot be used.
-    """
-    import fsspec
-
-    try:
-        fs, inner = fsspec.core.url_to_fs(pattern)
-        if fs.isdir(inner):
-            names = [
-                entry["name"] for entry in fs.ls(inner, detail=True) if entry["type"] == "file"
-            ]
-            names = [name for name in names if not name.rpartition("/")[2].startswith((".", "_"))]
-        elif any(mark in inner for mark in "*?["):
-            names = [name for name in fs.glob(inner) if not fs.isdir(name)]
-        else:
-            names = [inner] if fs.exists(inner) else []
-    except (OSError, ImportError, ValueError) as error:
-        raise SourceError(pattern, _reason(error)) from error
-    if not is_url(pattern):
-        return sorted(names)
-    return sorted(fs.unstrip_protocol(name) for name in names)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "does not exist, expected an input file"
-    return str(getattr(error, "strerror", None) or error)

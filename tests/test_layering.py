@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"errors"},
     {"ranges"},
-    {"records", "storage", "footer"},
+    {"records", "inputs", "storage", "footer"},
     {"config", "books"},
     {"source", "prompts", "engine", "ledger", "sink", "stats", "progress", "runlog", "model_files"},
     {"stages", "planning"},
@@ -25,7 +25,7 @@ ONLY_IN = {
     "vllm": {"engine/vllm.py"},
     "torch": {"engine/vllm.py"},
     "transformers": {"engine/vllm.py", "engine/encoder.py"},
-    "fsspec": {"storage.py"},
+    "fsspec": {"inputs.py"},
     "ray": {"executor/ray.py"},
 }
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from batchgen.config.model import JobConfig
 from batchgen.errors import ConfigError
-from batchgen.storage import is_url
+from batchgen.inputs import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -192,6 +192,8 @@ class RunConfig(Table):
     """Publish only if at most this share of the rows are errors; over it, exit 3."""
     grace_s: Annotated[float, Field(ge=0)] = 20.0
     """After SIGTERM or Ctrl-C: how long rows in flight may take to finish."""
+    disk_grace_s: Annotated[float, Field(ge=0)] = 300.0
+    """How long a full or failing disk may take to recover while finished rows wait in memory."""
     stats_s: Annotated[float, Field(gt=0)] = 5.0
     """A row in stats.parquet every so many seconds."""
 

@@ -23,6 +23,7 @@ from batchgen.errors import (
     ExitCode,
     OutputError,
     RecipeChangedError,
+    StorageError,
 )
 from batchgen.executor.lock import RunLock
 from batchgen.executor.snapshot import expose, publish
@@ -38,7 +39,7 @@ from batchgen.runner import Runner, StopSwitch
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.stages import Committer, Feeder, OpenPart
 from batchgen.stats import RunStats
-from batchgen.storage import LocalStorage
+from batchgen.storage import Disk, LocalStorage
 
 if TYPE_CHECKING:
     from batchgen.books import Manifest
@@ -50,19 +51,30 @@ if TYPE_CHECKING:
 class LocalRun:
     """One execution of a job. Use once: `LocalRun(...).run()`."""
 
-    def __init__(self, job: JobConfig, *, fresh: bool, stop: StopSwitch) -> None:
+    def __init__(
+        self,
+        job: JobConfig,
+        *,
+        stop: StopSwitch,
+        fresh: bool = False,
+        steal: bool = False,
+        disk: Disk | None = None,
+    ) -> None:
         """Bind; nothing is touched yet.
 
         Args:
             job: As loaded.
-            fresh: Begin a new plan even if the old one is unfinished or another recipe's.
             stop: Asked by whoever wants the run to end early.
+            fresh: Begin a new plan even if the old one is unfinished or another recipe's.
+            steal: Take the job from a run that holds it and cannot be stopped, a frozen one.
+            disk: The system calls; only fault tests bring their own.
 
         Raises:
             OutputError: The output folder is not batchgen's to use.
         """
         self._job = job
         self._fresh = fresh
+        self._steal = steal
         self._stop = stop
         self._started_s = time.monotonic()
         now = utc_now()
@@ -70,7 +82,7 @@ class LocalRun:
         self._run_id = new_run_id(now)
         root = Path(job.output.path)
         _refuse_foreign(root)
-        self._storage = LocalStorage(root, temp_tag=self._run_id)
+        self._storage = LocalStorage(root, temp_tag=self._run_id, disk=disk)
         self._ledger = Ledger(self._storage)
         self._log = RunLog(self._storage, f"{STATE}/runs", self._run_id)
         self._stats = RunStats(self._started_s, 0)
@@ -87,7 +99,9 @@ class LocalRun:
         """
         prepared = planning.prepare(self._job)
         with ExitStack() as stack:
-            stack.enter_context(RunLock(self._storage, f"{STATE}/lock", self._run_id))
+            lock = RunLock(self._storage, f"{STATE}/lock", self._run_id)
+            lock.acquire(steal=self._steal)
+            stack.callback(lock.release)
             try:
                 return self._run(prepared, stack)
             except BatchgenError as error:
@@ -181,7 +195,7 @@ class LocalRun:
         runner = Runner(
             self._engine,
             feeder,
-            Committer(commit),
+            Committer(commit, self._job.run.disk_grace_s, self._tell_disk_trouble),
             self._stats,
             config=self._job.run,
             clock=time.monotonic,
@@ -192,6 +206,11 @@ class LocalRun:
                 return runner.run(self._stop, watch.tick)
             finally:
                 watch.show(time.monotonic(), is_last=True)
+
+    def _tell_disk_trouble(self, error: StorageError) -> None:
+        text = f"the disk refused a commit, trying again: {error}"
+        if text not in self._warnings:
+            self._warnings.append(text)
 
     def _part_context(
         self, prepared: Prepared, epoch: Epoch

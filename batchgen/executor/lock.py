@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from batchgen.errors import BusyError, OutputError
 from batchgen.runlog import utc_now
@@ -20,13 +20,17 @@ class RunLock:
     """A held `flock`; the kernel lets go of it however the process ends."""
 
     def __init__(self, storage: LocalStorage, name: str, run_id: str) -> None:
-        """Bind; nothing is locked until `with`."""
+        """Bind; nothing is locked until `acquire`."""
         self._path = storage.path(name)
         self._run_id = run_id
         self._descriptor: int | None = None
 
-    def __enter__(self) -> Self:
+    def acquire(self, *, steal: bool = False) -> None:
         """Take the lock.
+
+        Args:
+            steal: Go on without it if another run holds it. Safe, since the claim fences that
+                run; it only wastes what both compute.
 
         Raises:
             BusyError: Another run holds it; the text says who, where and since when.
@@ -42,26 +46,31 @@ class RunLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
+            if steal:
+                return
             holder = self.holder() or {}
             msg = (
                 f"{self._path.parent.parent}: run {holder.get('run_id')} (process "
                 f"{holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}) is at "
-                "work on this job"
+                "work on this job; wait for it, or take the job from a frozen one with --steal"
             )
             raise BusyError(msg) from error
-        since = utc_now().isoformat(timespec="seconds")
+        self._descriptor = descriptor
+        self._sign(descriptor)
+
+    def _sign(self, descriptor: int) -> None:
         who = {
             "run_id": self._run_id,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "since": since,
+            "since": utc_now().isoformat(timespec="seconds"),
         }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(who).encode(), 0)
-        self._descriptor = descriptor
-        return self
+        with suppress(OSError):  # For people only; a full disk must not matter here.
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(who).encode(), 0)
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
+        """Let go."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

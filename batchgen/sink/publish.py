@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,10 +21,9 @@ from batchgen.storage import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from batchgen.footer import PartFooter
-    from batchgen.storage import LocalStorage
+    from batchgen.storage import LocalStorage, PendingFile
 
 _CHUNK_ROWS = 16_384
 
@@ -89,20 +88,17 @@ def _write_files(
 
 
 class _FileWriter:
-    """One snapshot file: written to a temp name, hashed on the way, linked when complete."""
+    """One snapshot file: hashed while it is written, visible when complete."""
 
     def __init__(self, storage: LocalStorage, name: str, form: SnapshotFormat) -> None:
-        self._storage = storage
         self._name = name
-        self._temp = storage.temp_for(name)
-        self._out = _HashedFile(self._temp)
+        self._pending = storage.begin(name)
+        self._out = _HashedFile(self._pending)
         self.num_rows = 0
-        published = published_schema(form.schema).with_metadata(dict(form.metadata))
-        self._columns = published.names
-        self._schema = published
+        self._schema = published_schema(form.schema).with_metadata(dict(form.metadata))
         self._writer = pq.ParquetWriter(
             self._out,
-            published,
+            self._schema,
             compression=form.compression,
             use_dictionary=dictionary_columns(form.prefix),
             write_page_checksum=True,
@@ -113,18 +109,20 @@ class _FileWriter:
 
     def write(self, rows: pa.Table) -> None:
         """Append rows of the part schema."""
-        self._writer.write_table(rows.select(self._columns).cast(self._schema))
+        self._writer.write_table(rows.select(self._schema.names).cast(self._schema))
         self.num_rows += rows.num_rows
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing writes a valid footer, also after an error: only `commit` makes a file of it.
         try:
             self._writer.close()
-        finally:
-            self._out.close()
+        except BaseException:
+            self._pending.discard()
+            raise
         if kind is None:
-            self._storage.commit_temp(self._temp, self._name)
+            self._pending.commit()
         else:
-            self._temp.unlink(missing_ok=True)
+            self._pending.discard()
 
     def entry(self) -> dict[str, Any]:
         """The file's line in the manifest."""
@@ -139,14 +137,15 @@ class _FileWriter:
 class _HashedFile:
     """The few file methods that pyarrow's writer calls, hashing what passes."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] = path.open("xb")
+    def __init__(self, pending: PendingFile) -> None:
+        self._pending = pending
         self.digest = hashlib.sha256()
         self.size_bytes = 0
+        self.closed = False
 
     def write(self, data: bytes) -> int:
         """Append."""
-        self._file.write(data)
+        self._pending.write(data)
         self.digest.update(data)
         self.size_bytes += len(data)
         return len(data)
@@ -155,13 +154,8 @@ class _HashedFile:
         """Nothing waits here; durability comes with the commit."""
 
     def close(self) -> None:
-        """Close the file behind."""
-        self._file.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._file.closed
+        """The pending file is closed by its commit."""
+        self.closed = True
 
     def tell(self) -> int:
         """Bytes written so far."""

@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from batchgen.errors import SourceError
+from batchgen.inputs import find_inputs
 from batchgen.source.columns import suggestion
-from batchgen.storage import find_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,8 +12,8 @@ import zlib
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from batchgen.errors import SourceError
+from batchgen.inputs import open_input
 from batchgen.source.base import Scan
-from batchgen.storage import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import SourceError
+from batchgen.inputs import open_input, stat_input
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.source.base import Scan
 from batchgen.source.batches import Rows, make_batch, shape_of, taken, to_values
 from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
-from batchgen.storage import open_input, stat_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

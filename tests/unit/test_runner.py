@@ -80,7 +80,7 @@ class Run:
         self.runner = Runner(
             engine,
             self.feeder,
-            Committer(commit or self.outcome.parts.append),
+            Committer(commit or self.outcome.parts.append, 0.0, lambda _: None),
             self.outcome.stats,
             config=RunConfig(**{"grace_s": 20.0, **config}),
             clock=clock,

@@ -11,7 +11,8 @@ import fsspec
 import pytest
 
 from batchgen.errors import OutputError, SourceError, StorageError
-from batchgen.storage import LocalStorage, find_inputs, is_url, open_input, stat_input
+from batchgen.inputs import find_inputs, is_url, open_input, stat_input
+from batchgen.storage import LocalStorage
 
 NAME = "_batchgen/epochs/000001.json"
 
@@ -87,19 +88,21 @@ def test_without_a_tag_temp_names_have_the_process(tmp_path):
     assert temp.name == f".x.p{os.getpid()}-1.tmp"
 
 
-def test_commit_temp_gives_the_name_once(storage):
+def test_a_pending_file_gets_its_name_once(storage):
     for content, won in [(b"one", True), (b"two", False)]:
-        temp = storage.temp_for(NAME)
-        temp.write_bytes(content)
-        assert storage.commit_temp(temp, NAME) is won
-        assert not temp.exists()
+        pending = storage.begin(NAME)
+        pending.write(content)
+        assert pending.commit() is won
+        assert not storage.temps("_batchgen/epochs")
     assert storage.read(NAME) == b"one"
 
 
-def test_commit_temp_of_a_temp_that_is_gone_is_a_storage_error(storage):
-    temp = storage.temp_for(NAME)
+def test_a_pending_file_whose_temp_is_gone_is_a_storage_error(storage):
+    pending = storage.begin(NAME)
+    for temp in storage.temps("_batchgen/epochs"):
+        temp.unlink()
     with pytest.raises(StorageError, match=r"000001\.json: No such file or directory; what was"):
-        storage.commit_temp(temp, NAME)
+        pending.commit()
     assert storage.read(NAME) is None
 
 
