@@ -146,6 +146,35 @@ def show(job: Path, overrides: tuple[str, ...], num_rows: int, *, errors: bool) 
 
 
 @cli.command()
+@JOB
+@SET
+@JSON
+def verify(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """Read every byte of a job's output and prove the books. JOB may be an output folder.
+
+    Exits 0 if all is well, 1 if something is damaged; the next run redoes what can be redone.
+
+    Example: batchgen verify jobs/quickstart.toml
+    """
+    from batchgen.api import output_of
+    from batchgen.verify import verify as verify_output
+
+    verdict = verify_output(output_of(job, overrides))
+    if as_json:
+        _print_json(verdict.as_dict())
+    else:
+        for problem in verdict.problems:
+            click.secho(problem, fg="red")
+        click.echo(
+            f"{verdict.num_planned:,} planned = {verdict.num_ok:,} ok + {verdict.num_errors:,} "
+            f"errors + {verdict.num_skipped:,} skipped + {verdict.num_left:,} left; "
+            f"{verdict.num_files} files, {verdict.num_bytes:,} bytes, "
+            f"{len(verdict.problems)} problems"
+        )
+    sys.exit(ExitCode.FAULT if verdict.problems else ExitCode.COMPLETE)
+
+
+@cli.command()
 def schema() -> None:
     """Print the JSON Schema of job files, for editors.
 

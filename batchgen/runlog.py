@@ -64,7 +64,7 @@ class RunLog:
     def engine_log(self) -> str:
         """Where the engine's own lines go; the folder is made."""
         path = self._storage.path(f"{self._folder}/vllm.log")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._storage.make_folder(path.parent)
         return str(path)
 
     def live(self, facts: Mapping[str, Any]) -> None:

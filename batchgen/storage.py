@@ -92,8 +92,8 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def make_folder(self, path: Path) -> None:
-        """Make one folder; existing is fine."""
-        path.mkdir(exist_ok=True)
+        """Make one folder; existing is fine. Working state (`_...`) is nobody else's to read."""
+        path.mkdir(mode=0o700 if path.name.startswith("_") else 0o777, exist_ok=True)
 
 
 class PendingFile:
@@ -194,7 +194,7 @@ class LocalStorage:
     def temp_for(self, name: str) -> Path:
         """A fresh temp path in the final name's folder, which is made if need be."""
         final = self.path(name)
-        self._make_folder(final.parent)
+        self.make_folder(final.parent)
         return final.parent / f".{final.name}.{self._temp_tag}-{next(self._serial)}.tmp"
 
     def replace(self, name: str, data: bytes) -> None:
@@ -268,8 +268,12 @@ class LocalStorage:
         except OSError as error:
             raise storage_error(path, error) from error
 
-    def _make_folder(self, folder: Path) -> None:
-        """Create missing folders, and make their names durable before anything goes in."""
+    def make_folder(self, folder: Path) -> None:
+        """Create missing folders, and make their names durable before anything goes in.
+
+        Raises:
+            OutputError: They cannot be created.
+        """
         missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
         try:
             for path in reversed(missing):

@@ -17,7 +17,7 @@ LAYERS = (
     {"stages", "planning"},
     {"runner"},
     {"executor"},
-    {"views", "api"},
+    {"views", "verify", "api"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

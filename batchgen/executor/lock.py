@@ -21,6 +21,7 @@ class RunLock:
 
     def __init__(self, storage: LocalStorage, name: str, run_id: str) -> None:
         """Bind; nothing is locked until `acquire`."""
+        self._storage = storage
         self._path = storage.path(name)
         self._run_id = run_id
         self._descriptor: int | None = None
@@ -36,8 +37,8 @@ class RunLock:
             BusyError: Another run holds it; the text says who, where and since when.
             OutputError: The folder cannot be written to.
         """
+        self._storage.make_folder(self._path.parent)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             msg = f"{self._path.parent}: cannot be written ({error.strerror}); mend its rights"

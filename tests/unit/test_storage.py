@@ -278,3 +278,11 @@ def test_inputs_are_found_by_path_glob_and_folder_sorted(tmp_path):
     assert found("") == ["a.jsonl", "b.jsonl", "e.txt"]
     assert found("no.jsonl") == []
     assert found("no*.jsonl") == []
+
+
+def test_working_state_is_private_and_published_files_are_not(storage):
+    storage.put_if_absent("_batchgen/plan/000001.json", b"{}")
+    storage.expose("_batchgen/plan/000001.json", "part-00000.parquet")
+    assert (storage.root / "_batchgen").stat().st_mode & 0o777 == 0o700
+    assert storage.root.stat().st_mode & 0o007
+    assert (storage.root / "part-00000.parquet").stat().st_mode & 0o004
