@@ -115,6 +115,8 @@ class Manifest:
 
     number: int
     plan_id: str
+    epoch: int
+    """Of the claim that published it: no claim up to it names a part any more."""
     run_id: str
     created_at: str
     files: Sequence[Mapping[str, Any]]

@@ -62,12 +62,18 @@ def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, steal: bool, as_j
 
     stop = StopSwitch()
     _stop_on_signals(stop)
+    this = None
     try:
-        summary = LocalRun(load(job, overrides), stop=stop, fresh=fresh, steal=steal).run()
+        this = LocalRun(load(job, overrides), stop=stop, fresh=fresh, steal=steal)
+        summary = this.run()
     except BatchgenError as error:
+        failed = this.summary if this is not None else None
         if as_json:
-            failed = Summary(state_of(error), int(error.exit_code), reason=str(error))
+            failed = failed or Summary(state_of(error), int(error.exit_code), reason=str(error))
             _print_json(failed.as_dict())
+        elif failed is not None and failed.num_left:
+            counts = f"{failed.num_durable:,} of {failed.num_planned:,}"
+            click.echo(f"batchgen: {counts} rows are durable", err=True)
         raise
     if as_json:
         _print_json(summary.as_dict())
@@ -127,7 +133,7 @@ def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
 @click.option("-n", "num_rows", default=5, show_default=True, help="Rows to show.")
 @click.option("--errors", is_flag=True, help="Only rows that are errors.")
 def show(job: Path, overrides: tuple[str, ...], num_rows: int, *, errors: bool) -> None:
-    """Print rows readably: published ones, or what is durable so far.
+    """Print rows readably: of the newest plan, published or durable so far.
 
     Example: batchgen show jobs/quickstart.toml --errors
     """
@@ -195,15 +201,19 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(ExitCode.REFUSED)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
+        click.secho("batchgen: interrupted; run again to go on", fg="red", err=True)
         sys.exit(ExitCode.STOPPED)
 
 
 def _stop_on_signals(stop: StopSwitch) -> None:
     """SIGTERM and Ctrl-C ask the run to drain; a second one to stop now."""
+    from batchgen.runner import Stop
 
     def ask(*_: object) -> None:
         stop.ask()
+        if stop.state is not Stop.DRAIN and not stop.is_heard:
+            raise KeyboardInterrupt  # Planning or publishing: nothing that could be drained.
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)

@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 from batchgen.books import NO_ROWS, Durable, Epoch, Manifest, Part, Plan, Segment
 from batchgen.errors import AccountingError, FencedError, OutputError
 from batchgen.footer import PartFooter
+from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from batchgen.ranges import Ranges
     from batchgen.storage import LocalStorage
@@ -53,6 +54,11 @@ class Ledger:
         """
         names = self._numbered_files("plan")
         return self._read_plan(names[-1]) if names else None
+
+    def latest_plan_number(self) -> int:
+        """0 for a new job."""
+        names = self._numbered_files("plan")
+        return _number(names[-1]) if names else 0
 
     def plan(self, number: int) -> Plan:
         """A plan by number.
@@ -121,6 +127,15 @@ class Ledger:
         assert held is not None  # noqa: S101 - put-if-absent left a manifest, ours or another's
         return held
 
+    def settle(self) -> None:
+        """Make durable the records that this run found and builds on, or reports.
+
+        Raises:
+            StorageError: They cannot be synced.
+        """
+        for kind in ("plan", "epochs", "manifests"):
+            self.storage.settle(f"{STATE}/{kind}")
+
     def latest_epoch(self) -> tuple[int, Mapping[str, Any]]:
         """Number and content of the newest claim; (0, {}) before the first."""
         names = self._numbered_files("epochs")
@@ -168,9 +183,17 @@ class Ledger:
         return [name for name in self.storage.list(f"{STATE}/parts") if name.startswith(prefix)]
 
     def _footer(self, name: str, plan: Plan) -> PartFooter:
+        """The part's own books, checked against the plan and the file.
+
+        Raises:
+            ValueError: The part does not count.
+            StorageError: It cannot be read right now, which says nothing about it.
+        """
         try:
             metadata = pq.read_metadata(self.storage.path(name))
-        except (OSError, pa.ArrowException) as error:
+            names = metadata.schema.to_arrow_schema().names
+        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+            raise_if_not_damage(self.storage.path(name), error)
             msg = f"unreadable: {str(error).splitlines()[0]}"
             raise ValueError(msg) from error
         footer = PartFooter.from_metadata(metadata.metadata)
@@ -185,6 +208,9 @@ class Ledger:
             if rows and rows.spans[-1][1] > planned:
                 msg = f"names row {rows.spans[-1][1] - 1} of segment {segment}, which has {planned}"
                 raise ValueError(msg)
+        if not set(plan.carried) <= set(names):
+            msg = "lacks columns of the plan"
+            raise ValueError(msg)
         return footer
 
     def claim(self, plan: Plan, run_id: str, facts: Mapping[str, Any]) -> Epoch:
@@ -196,10 +222,15 @@ class Ledger:
             facts: For people: host, pid, start time.
 
         Raises:
+            FencedError: The plan is not the newest any more.
             OutputError: Other runs kept winning the claim.
         """
         for _ in range(_MAX_CLAIM_TRIES):
             number = self.latest_epoch()[0] + 1
+            # A run that was slow to get here must not fence off a newer plan's.
+            if plan.number < self.latest_plan_number():
+                msg = f"{self.storage.where}: another run has begun a newer plan"
+                raise FencedError(msg)
             durable = self.durable(plan)
             claim = {
                 "format": FORMAT,
@@ -218,8 +249,11 @@ class Ledger:
         """Notice a later claim. Politeness only: correctness rests on what the claim names.
 
         Raises:
-            FencedError: A later run has taken over.
+            FencedError: A later run has taken over, or the plan is published.
         """
+        if (manifest := self.manifest(epoch.plan.number)) is not None:
+            msg = f"{self.storage.where}: run {manifest.run_id} has published this job"
+            raise FencedError(msg)
         later = _numbered("epochs", epoch.number + 1)
         if self.storage.read(later) is not None:
             claim = self._read_json(later)
@@ -229,18 +263,31 @@ class Ledger:
             )
             raise FencedError(msg)
 
-    def remove_unneeded(self, epoch: Epoch) -> None:
-        """Remove what no claim can name again, up to `epoch`; call once its plan is published.
+    def tidy(self, manifest: Manifest) -> None:
+        """Remove what no claim can name again now that a plan is published. Idempotent.
 
-        Later epochs are left alone: they may belong to a live run of the next plan.
+        Later epochs are left alone: they may belong to a live run of the next plan. Snapshots
+        that a manifest names are kept.
         """
         folder = f"{STATE}/parts"
-        for name in self.storage.list(folder):
-            if _epoch_of(name) <= epoch.number:
-                self.storage.remove(name)
-        for temp in self.storage.temps(folder):
-            if _epoch_of(temp.name) <= epoch.number:
+        self._remove_old(self.storage.list(folder), manifest.epoch)
+        for temp in (*self.storage.temps(folder), *self.storage.temps("")):
+            if _epoch_of(temp.name) <= manifest.epoch:
                 self.storage.remove_path(temp)
+        named = {folder_of(manifest) for manifest in self._manifests()}
+        for name in self.storage.list(f"{STATE}/snapshots"):
+            if _epoch_of(name) <= manifest.epoch and name not in named:
+                self.storage.remove_folder(name)
+
+    def _remove_old(self, names: Collection[str], epoch: int) -> None:
+        for name in names:
+            if _epoch_of(name) <= epoch:
+                self.storage.remove(name)
+
+    def _manifests(self) -> Iterator[Manifest]:
+        for name in self._numbered_files("manifests"):
+            if (manifest := self.manifest(_number(name))) is not None:
+                yield manifest
 
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self.storage.read(name)
@@ -260,6 +307,11 @@ class Ledger:
             f"{self.storage.where}/{name}: not a batchgen file of this version ({why}); "
             "use the batchgen that began the job, or another output.path"
         )
+
+
+def folder_of(manifest: Manifest) -> str:
+    """Where the snapshot's files are."""
+    return f"{STATE}/snapshots/e{manifest.epoch:06d}"
 
 
 def _check_disjoint(footer: PartFooter, taken: Mapping[int, Ranges]) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _EDGE_BYTES = 2**20
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_SAFE_WEIGHTS = ("*.safetensors", "*.gguf")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What vLLM reads of a hub repository, pickled weights left out.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 
@@ -32,23 +33,49 @@ class ModelFiles:
     """Goes into the recipe: `name -> hash` of a folder's files, or hub id and commit."""
 
 
-def resolve_model(name: str, revision: str | None) -> ModelFiles:
+def resolve_model(name: str, revision: str | None, *, allow_pickle: bool = False) -> ModelFiles:
     """Find a model, downloading it if it is a hub id that is not in the cache.
 
     Args:
         name: A folder, or a hub id such as `Qwen/Qwen3-8B`.
         revision: Branch, tag or commit; only for hub ids.
+        allow_pickle: Whether weights may be pickles, which run any code when they are loaded.
 
     Raises:
-        ConfigError: No such folder or hub id, or the folder holds no model.
+        ConfigError: No such folder or hub id, or the folder holds no model, or only pickles.
     """
     folder = Path(name)
     if folder.is_dir():
-        return ModelFiles(str(folder), _identity(folder))
+        identity = _identity(folder)
+        _refuse_pickles(folder, allow_pickle=allow_pickle)
+        return ModelFiles(str(folder), identity)
     if folder.is_absolute() or name.count("/") > 1:
         where = "model.name"
         raise ConfigError(where, [f"{name!r} does not exist, expected a model's folder or hub id"])
-    return _from_hub(name, revision)
+    found = _from_hub(name, revision, allow_pickle=allow_pickle)
+    _refuse_pickles(Path(found.path), allow_pickle=allow_pickle, is_complete=False)
+    return found
+
+
+def _refuse_pickles(folder: Path, *, allow_pickle: bool, is_complete: bool = True) -> None:
+    """Refuse a model whose weights can only be unpickled.
+
+    Args:
+        folder: With all of the model's files, or without its pickles.
+        allow_pickle: Whether to refuse nothing.
+        is_complete: False for what came from the hub, where pickles were left out.
+    """
+    if allow_pickle or any(path for kind in _SAFE_WEIGHTS for path in folder.glob(kind)):
+        return
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles or not is_complete:
+        found = f"only {', '.join(pickles[:3])}" if pickles else "no safetensors"
+        where = "model.name"
+        problem = (
+            f"{str(folder)!r} holds {found}; pickled weights can run any code: convert them to "
+            "safetensors, or set model.allow_pickle = true if you trust where they come from"
+        )
+        raise ConfigError(where, [problem])
 
 
 def _identity(folder: Path) -> dict[str, str]:
@@ -60,7 +87,7 @@ def _identity(folder: Path) -> dict[str, str]:
     if not (folder / "config.json").is_file():
         where = "model.name"
         raise ConfigError(where, [f"{str(folder)!r} has no config.json, expected a model's folder"])
-    weights = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
+    weights = {path for pattern in (*_SAFE_WEIGHTS, *_PICKLES) for path in folder.glob(pattern)}
     small = {
         path for suffix in ("json", "jinja", "txt", "model") for path in folder.glob(f"*.{suffix}")
     }
@@ -81,13 +108,14 @@ def _edges_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _from_hub(name: str, revision: str | None) -> ModelFiles:
+def _from_hub(name: str, revision: str | None, *, allow_pickle: bool) -> ModelFiles:
     import huggingface_hub
     from huggingface_hub import errors
 
     where = "model.name"
+    patterns = [*_HUB_FILES, *(_PICKLES if allow_pickle else ())]
     try:
-        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES)
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except errors.HFValidationError as error:
         problem = f"{name!r} is neither a folder nor a hub id"
         raise ConfigError(where, [problem]) from error

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen import prompts
+from batchgen import frozen, prompts
 from batchgen.books import Plan, Segment
 from batchgen.config import recipe as recipes
-from batchgen.errors import ConfigError, InputChangedError, SourceError
+from batchgen.errors import ConfigError, InputChangedError, RecipeChangedError, SourceError
 from batchgen.inputs import stat_input
 from batchgen.model_files import ModelFiles, resolve_model
 from batchgen.ranges import Ranges
-from batchgen.records import Prompt, RowError
+from batchgen.records import EngineSpec, Prompt, RowError
 from batchgen.runlog import utc_now
 from batchgen.sink.schema import part_schema
 from batchgen.source.base import ReadSpec
@@ -31,10 +31,9 @@ from batchgen.source.files import find_files, reader_for
 from batchgen.source.where import check_where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from batchgen.config.model import JobConfig
-    from batchgen.records import RowBatch
     from batchgen.source.base import Reader
 
 # Hashing and counting leave the GIL; more threads than this only fight for the disk.
@@ -63,26 +62,14 @@ class Prepared:
     @property
     def frozen_job(self) -> dict[str, Any]:
         """What must not change under a plan."""
-        chosen = self.job.input
-        return {
-            "recipe": self.recipe,
-            "input": {
-                "where": chosen.where,
-                "limit": chosen.limit,
-                "columns": chosen.columns,
-                "types": chosen.types,
-                "format": self.format,
-            },
-            "output": {"prefix": self.job.output.prefix},
-        }
+        return frozen_job(self.job, self.recipe)
 
-    def spec(self, columns: pa.Schema | None = None) -> ReadSpec:
-        """How to read; `columns` are the plan's where there is one."""
-        columns = self.columns if columns is None else columns
+    def spec(self) -> ReadSpec:
+        """How to read."""
         return ReadSpec(
-            columns=columns,
+            columns=self.columns,
             carried=self.carried,
-            needed=self.builder.columns(columns.names),
+            needed=self.builder.columns(self.columns.names),
             where=self.job.input.where,
         )
 
@@ -97,59 +84,98 @@ class Prepared:
         return pa.schema([self.columns.field(name) for name in self.carried])
 
 
-def prepare(job: JobConfig) -> Prepared:
+def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
+    """What must not change under a plan: recipe, choice of rows, layout of the output."""
+    return {
+        "recipe": recipe,
+        "input": job.input.model_dump(exclude={"path"}),
+        "output": {"prefix": job.output.prefix},
+    }
+
+
+def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
     """Check a job against its input and its model; loads neither.
 
+    Args:
+        job: As loaded.
+        plan: The plan to go on with, whose files, columns and types then hold, whatever else
+            lies beside them by now; None for a new one.
+
     Raises:
-        ConfigError: Templates, columns or the model's name do not fit.
+        ConfigError: Templates, columns or the model's name do not fit; all of it at once.
         SourceError: The input does not exist or is not what its name says.
+        RecipeChangedError: The job is not the plan's.
     """
+    builder = prompts.PromptBuilder(job.prompt)
+    model = ModelFiles("", {})
+    if job.model.backend == "vllm":
+        is_dummy = job.model.engine.get("load_format") == "dummy"  # Reads no weights at all.
+        allow_pickle = job.model.allow_pickle or is_dummy
+        model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
+    recipe = recipes.make_recipe(job, model.identity)
+    if plan is not None:
+        if changes := frozen.job_changes(plan, frozen_job(job, recipe)):
+            raise RecipeChangedError(job.output.path, changes)
+        format_name = plan.input_format
+        files: Sequence[str] = [segment.path for segment in plan.segments]
+        columns, carried = planned_columns(plan), plan.carried
+    else:
+        format_name, files = _find_input(job)
+        columns = reader_for(format_name).columns(files, job.input.types)
+        carried = columns.names if job.input.columns is None else job.input.columns
+        _check_columns(job, builder, columns)
+    return Prepared(
+        job=job,
+        model=model,
+        recipe=recipe,
+        format=format_name,
+        reader=reader_for(format_name),
+        files=files,
+        columns=columns,
+        carried=carried,
+        builder=builder,
+    )
+
+
+def _find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
     format_name, files = find_files(paths, job.input.format)
     _refuse_output_as_input(files, job.output.path)
-    reader = reader_for(format_name)
     for path in files:
-        reader.sniff(path)
-    columns = reader.columns(files, job.input.types)
+        reader_for(format_name).sniff(path)
+    return format_name, files
+
+
+def _check_columns(job: JobConfig, builder: prompts.PromptBuilder, columns: pa.Schema) -> None:
+    """Check everything that names a column, and tell all mistakes at once."""
+    problems = _wrong_columns(job.input.columns or [], columns.names)
     if job.input.where is not None:
         try:
             check_where(job.input.where, columns)
         except ValueError as error:
-            where = "input.where"
-            raise ConfigError(where, [str(error)]) from error
-    builder = prompts.PromptBuilder(job.prompt)
-    builder.columns(columns.names)
-    model = ModelFiles("", {})
-    if job.model.backend == "vllm":
-        model = resolve_model(job.model.name, job.model.revision)
-    prepared = Prepared(
-        job=job,
-        model=model,
-        recipe=recipes.make_recipe(job, model.identity),
-        format=format_name,
-        reader=reader,
-        files=files,
-        columns=columns,
-        carried=_carried(job.input.columns, columns.names),
-        builder=builder,
-    )
-    _ = prepared.part_schema  # Refuses clashing names.
-    return prepared
+            problems.append(f"input.where: {error}")
+    carried = [name for name in job.input.columns or columns.names if name in columns.names]
+    for check in (
+        lambda: builder.columns(columns.names),
+        lambda: part_schema(pa.schema([columns.field(n) for n in carried]), job.output.prefix),
+    ):
+        try:
+            check()
+        except ConfigError as error:
+            problems += [f"{error.where}: {problem}" for problem in error.problems]
+    if problems:
+        where = "job"
+        raise ConfigError(where, problems)
 
 
-def _carried(wanted: Sequence[str] | None, available: Sequence[str]) -> Sequence[str]:
-    if wanted is None:
-        return list(available)
-    problems = [
-        f"no column {name!r} in the input, it has: {', '.join(available)}"
+def _wrong_columns(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
+    unknown = [
+        f"input.columns: no column {name!r} in the input, it has: {', '.join(available)}"
         for name in wanted
         if name not in available
     ]
-    problems += [f"{name!r} is listed twice" for name in set(wanted) if wanted.count(name) > 1]
-    if problems:
-        where = "input.columns"
-        raise ConfigError(where, problems)
-    return list(wanted)
+    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    return unknown + [f"input.columns: {name!r} is listed twice" for name in twice]
 
 
 def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
@@ -225,76 +251,6 @@ def _cut(prepared: Prepared, segment: Segment, left: int) -> tuple[int, int]:
     return segment.num_rows, left
 
 
-def planned_columns(plan: Plan) -> pa.Schema:
-    """The input's columns as the plan froze them."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
-
-
-def changes(plan: Plan, prepared: Prepared) -> list[str]:
-    """Return what differs between a plan and the job as it is now; empty if nothing does."""
-    found = recipes.diff(plan.job["recipe"], prepared.recipe)
-    for table in ("input", "output"):
-        lines = recipes.diff(plan.job[table], prepared.frozen_job[table])
-        found += [f"{table}.{line}" for line in lines]
-    planned = {segment.path: segment for segment in plan.segments}
-    for path, segment in planned.items():
-        if path not in prepared.files:
-            found.append(f"input: {path} is gone")
-        elif why := difference(segment, prepared.reader):
-            found.append(f"input: {path} {why}")
-    return found
-
-
-def new_files(plan: Plan, prepared: Prepared) -> list[str]:
-    """Files that came after the plan was frozen. A limit that is filled wants no more."""
-    if plan.is_cut:
-        return []
-    planned = {segment.path for segment in plan.segments}
-    return [path for path in prepared.files if path not in planned]
-
-
-def difference(segment: Segment, reader: Reader) -> str | None:
-    """How a file differs from what was planned, None if it does not.
-
-    Size and version (mtime) decide without reading; a file that was only touched or copied back
-    is told by its content.
-    """
-    now = stat_input(segment.path)
-    if now.size_bytes != segment.size_bytes:
-        return f"has {now.size_bytes} bytes, planned with {segment.size_bytes}"
-    if now.version == segment.version:
-        return None
-    if reader.digest_prefix(segment.path, segment.size_bytes) == segment.digest:
-        return None
-    return "has other content than planned"
-
-
-def check_unchanged(segment: Segment, reader: Reader) -> None:
-    """Stop a run whose input moves under it.
-
-    Raises:
-        InputChangedError: The file changed or vanished.
-    """
-    try:
-        why = difference(segment, reader)
-    except SourceError as error:
-        raise InputChangedError(
-            segment.path, f"vanished during the run: {error.problem}"
-        ) from error
-    if why:
-        raise InputChangedError(segment.path, f"{why}; it must not change while a job runs")
-
-
-def read_rows(prepared: Prepared, plan: Plan, todo: Mapping[int, Ranges]) -> Iterator[RowBatch]:
-    """Yield the rows of `todo`, segment by segment, checking each file before and after."""
-    spec = prepared.spec(planned_columns(plan))
-    for number, segment in enumerate(plan.segments):
-        if rows := todo.get(number):
-            check_unchanged(segment, prepared.reader)
-            yield from prepared.reader.read(segment.path, number, rows, spec)
-            check_unchanged(segment, prepared.reader)
-
-
 def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:
     """Yield where a row stands and its prompt as text, or why it has none, for `check`."""
     spec = replace(prepared.spec(), batch_rows=1)
@@ -314,3 +270,27 @@ def _as_text(outcome: Prompt | RowError) -> str:
     if isinstance(outcome, str):
         return outcome
     return "\n".join(f"[{message['role']}]\n{message.get('content')}" for message in outcome)
+
+
+def planned_columns(plan: Plan) -> pa.Schema:
+    """The input's columns as the plan froze them."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
+
+
+def engine_spec(prepared: Prepared, log_path: str | None) -> EngineSpec:
+    """What the engine needs to know of the job."""
+    model, prompt = prepared.job.model, prepared.job.prompt
+    names = {"dtype", "quantization", "max_model_len", "max_num_seqs", "gpu_memory_utilization"}
+    names |= {"tensor_parallel_size", "trust_remote_code"}
+    kwargs = model.model_dump(include=names, exclude_none=True, exclude_defaults=True)
+    template = prompt.chat_template_file
+    return EngineSpec(
+        backend=model.backend,
+        model=prepared.model.path,
+        model_kwargs={**kwargs, **model.engine},
+        sampling_params=prepared.job.sampling.model_dump(exclude={"seed"}, exclude_none=True),
+        chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+        log_path=log_path,
+        max_in_flight=prepared.job.run.max_in_flight,
+    )

@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
+from batchgen.budget import BudgetError
 from batchgen.errors import ConfigError
 from batchgen.records import Ordinal, Prompt, Request, Result, RowBatch, RowError
+from batchgen.sandbox import NULL, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,17 +32,12 @@ ROW_VARIABLE = "row"
 """In templates, the whole row as a mapping, for columns whose names are no identifiers."""
 
 _TABLE = "[prompt]"
-_GLOBALS = {
-    name: value
-    for name, value in ImmutableSandboxedEnvironment().globals.items()
-    if name != "lipsum"  # Random text has no place in a prompt.
-}
+_GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
+_MAX_ERROR_CHARS = 300
+MAX_PROMPT_BYTES = 16 << 20
+"""A prompt that is longer, as JSON, is an error row: it is beyond any context window."""
 _SEED_BITS = 62  # vLLM takes an int64, and adds the sample's index for n > 1.
-
-
-class _NullPrintedError(Exception):
-    """A template prints a null."""
 
 
 class PromptBuilder:
@@ -64,7 +60,7 @@ class PromptBuilder:
             self._system, system_names = _compile("prompt.system", config.system)
             names |= system_names
         self._names = frozenset(names)
-        self._globals = frozenset(_GLOBALS if self._user is not None else ())
+        self._globals = _GLOBALS if self._user is not None else frozenset()
 
     def columns(self, available: Sequence[str]) -> frozenset[str]:
         """Return the columns that prompts need, out of those available.
@@ -85,27 +81,32 @@ class PromptBuilder:
     def build(self, values: Values) -> Prompt | RowError:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
         try:
-            if self._user is None:
-                return self._from_column(values)
-            # Templates see the row's columns, and all of them as `row`.
-            scope: dict[str, Any] = {ROW_VARIABLE: values, **values}
-            for name in self._names:
-                if scope.get(name, "") is None:
-                    scope[name] = _NULL
-            user = self._user(scope)
-            if not user.strip():
-                return RowError("empty_prompt", "prompt.user renders to nothing")
-            messages = [{"role": "user", "content": user}]
-            if self._system is not None:
-                messages.insert(0, {"role": "system", "content": self._system(scope)})
-        except _NullPrintedError:
+            return self._from_column(values) if self._user is None else self._rendered(values)
+        except NullPrintedError:
             nulls = sorted(name for name in self._names if values.get(name, "") is None)
             here = f"; null here: {', '.join(nulls)}" if nulls else ""
             return RowError("null_value", f"the prompt needs a value that is null{here}")
         except UndefinedError as error:
-            return RowError("missing_value", f"the prompt needs a value that is absent: {error}")
+            what = _shortened(f"the prompt needs a value that is absent: {error}")
+            return RowError("missing_value", what)
+        except BudgetError as error:
+            return RowError("template_error", str(error))
         except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
-            return RowError("template_error", f"{type(error).__name__}: {error}")
+            return RowError("template_error", _told(error))
+
+    def _rendered(self, values: Values) -> Prompt | RowError:
+        assert self._user is not None  # noqa: S101 - else the prompt is a column
+        # Templates see the row's columns, and all of them as `row`.
+        scope: dict[str, Any] = {ROW_VARIABLE: values, **values}
+        for name in self._names:
+            if scope.get(name, "") is None:
+                scope[name] = NULL
+        user = self._user(scope)
+        if not user.strip():
+            return RowError("empty_prompt", "prompt.user renders to nothing")
+        messages = [{"role": "user", "content": user}]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system(scope)})
         return messages
 
     def _from_column(self, values: Values) -> Prompt | RowError:
@@ -123,76 +124,37 @@ class PromptBuilder:
         return value
 
 
-class _Null:
-    """A column's null inside a template: may be tested, not printed.
-
-    `{% if x %}`, `x is none` and `x or "unknown"` do what they should; anything that would turn
-    the null into text raises, so that the word "None" never gets into a prompt.
-    """
-
-    __slots__ = ()
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return other is None or other is self
-
-    def __hash__(self) -> int:
-        return hash(None)
-
-    def __str__(self) -> str:
-        raise _NullPrintedError
-
-    __format__ = __iter__ = __len__ = __getitem__ = __add__ = __radd__ = __call__ = (
-        lambda self, *_: str(self)
-    )
-
-
-_NULL = _Null()
-
-
 def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     """Compile a template; return it with the names that it looks up. A constant renders once."""
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, finalize=_refuse_null, keep_trailing_newline=False
-    )
-    environment.globals = {}  # So that a column may have the name of a global.
-    environment.tests["none"] = _is_none
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null_to_json}
     try:
-        names = frozenset(meta.find_undeclared_variables(environment.parse(source)))
-        template = environment.from_string(source, globals=_GLOBALS)
+        render, names = Sandbox().compile_template(source)
     except TemplateSyntaxError as error:
         problem = f"{where}: template error in line {error.lineno}: {error.message}"
         raise ConfigError(_TABLE, [problem]) from error
+    except Exception as error:  # The compiler's own limits: brackets, loops, digits.
+        problem = f"{where}: template cannot be compiled: {_told(error)}"
+        raise ConfigError(_TABLE, [problem]) from error
     if names:
-        return template.render, names
+        return render, names
     try:
-        constant = template.render()
-    except _NullPrintedError as error:
+        constant = render({})
+    except NullPrintedError as error:
         raise ConfigError(_TABLE, [f"{where}: prints a null"]) from error
-    except TemplateError as error:
-        raise ConfigError(_TABLE, [f"{where}: {error}"]) from error
+    except (TemplateError, BudgetError) as error:
+        raise ConfigError(_TABLE, [f"{where}: {_shortened(str(error))}"]) from error
     except Exception as error:  # A template can raise anything; this one does for every row.
-        raise ConfigError(_TABLE, [f"{where}: {type(error).__name__}: {error}"]) from error
+        raise ConfigError(_TABLE, [f"{where}: {_told(error)}"]) from error
     return lambda _: constant, names
 
 
-def _refuse_null(value: object) -> object:
-    if value is None or value is _NULL:
-        raise _NullPrintedError
-    return value
+def _told(error: Exception) -> str:
+    return _shortened(f"{type(error).__name__}: {error}")
 
 
-def _is_none(value: object) -> bool:
-    return value is None or value is _NULL
-
-
-def _null_to_json(value: object) -> None:
-    if value is not _NULL:
-        msg = f"{type(value).__name__} is not JSON"
-        raise TypeError(msg)
+def _shortened(text: str) -> str:
+    """One line of valid UTF-8: a template can put anything into an error, lone surrogates too."""
+    text = text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}..."
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def _checked_messages(name: str, value: object) -> Prompt | RowError:
@@ -245,18 +207,25 @@ class RequestBuilder:
                 yield Result(ordinal, kept, index, None, None, outcome)
                 continue
             try:
-                key = self._request_key(outcome)
+                content = orjson.dumps(outcome, option=orjson.OPT_SORT_KEYS)
             except orjson.JSONEncodeError as error:
                 problem = RowError("bad_prompt", f"the prompt is not text: {error}")
                 yield Result(ordinal, kept, index, None, None, problem)
                 continue
+            if len(content) > MAX_PROMPT_BYTES:
+                problem = RowError(
+                    "bad_prompt", f"the prompt is longer than {MAX_PROMPT_BYTES >> 20} MiB"
+                )
+                yield Result(ordinal, kept, index, None, None, problem)
+                continue
+            key = self._request_key(content)
             seed = None if self._seed is None else row_seed(self._seed, ordinal)
             yield Request(self._next_id, ordinal, outcome, key, seed, kept, index)
             self._next_id += 1
 
-    def _request_key(self, prompt: Prompt) -> str:
+    def _request_key(self, content: bytes) -> str:
         key = self._key.copy()
-        key.update(orjson.dumps(prompt, option=orjson.OPT_SORT_KEYS))
+        key.update(content)
         return key.hexdigest()
 
 

@@ -126,6 +126,8 @@ class EngineStats:
     kv_cache_usage: float | None = None
     """Share of the KV cache in use, 0 to 1."""
     num_preemptions: int | None = None
+    num_steps: int | None = None
+    """Steps that did work: stands still when the engine hangs."""
 
 
 @dataclass(frozen=True, slots=True)

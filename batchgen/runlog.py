@@ -4,6 +4,7 @@ live.json      where the run is, rewritten every few seconds; `batchgen status` 
 stats.parquet  one row every `run.stats_s` seconds
 summary.json   how it ended
 vllm.log       the engine's own lines
+engine-death-NN.json  what is known of an engine's death, if one died
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ class RunLog:
         self._write_stats()
         self._replace("summary.json", json.dumps(summary, indent=1).encode() + b"\n")
         return str(self._storage.path(f"{self._folder}/summary.json"))
+
+    def engine_death(self, number: int, facts: Mapping[str, Any]) -> str:
+        """Write down what is known of an engine's death; return the record's path."""
+        name = f"engine-death-{number:02}.json"
+        self._replace(name, json.dumps(facts, indent=1).encode() + b"\n")
+        return str(self._storage.path(f"{self._folder}/{name}"))
 
     def _write_stats(self) -> None:
         out = io.BytesIO()

@@ -48,6 +48,8 @@ class StopSwitch:
 
     def __init__(self) -> None:
         self.state = Stop.NO
+        self.is_heard = False
+        """A runner's loop is looking; nobody else has to act on a second asking."""
 
     def ask(self) -> None:
         """Ask once: drain. Ask again: now."""
@@ -98,11 +100,14 @@ class Runner:
         Raises:
             BatchgenError: Job trouble. What finished before it is committed, if it can be.
         """
+        stop.is_heard = True
         try:
             complete = self._loop(stop, on_tick)
         except BaseException:
             self._salvage()
             raise
+        finally:
+            stop.is_heard = False
         if stop.state is not Stop.NO:
             self._committer.hurry()
         self._flush()

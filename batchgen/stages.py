@@ -76,8 +76,12 @@ class Feeder:
         return item
 
     def close(self) -> None:
-        """Stop reading; what is queued is dropped."""
+        """Stop reading and wait for it; what is queued is dropped.
+
+        Waits, because a reader's native threads must not outlive the interpreter.
+        """
         self._stopped.set()
+        self._thread.join()
 
     def _work(self, batches: Iterator[RowBatch], builder: RequestBuilder) -> None:
         end: BaseException | None = None

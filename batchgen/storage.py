@@ -1,7 +1,8 @@
 """The output's files: three primitives, and what makes them durable.
 
-`Storage`: put-if-absent, read, list, plus removal of what no manifest names. Nothing else is
-needed for the commit protocol, and nothing else is offered, so that an object store fits.
+`Storage`: put-if-absent, read, list, plus removal of what no manifest names. The commit protocol
+needs nothing else, so that an object store fits; what `LocalStorage` has beyond it (temp files,
+hard links, live views) serves snapshots and figures.
 
 `LocalStorage` makes a put durable and atomic: temp file in the same folder, write, fsync,
 `link()` to the final name, unlink the temp, fsync the folder. `link` and not `rename`, because
@@ -161,6 +162,7 @@ class LocalStorage:
         self._temp_tag = temp_tag or f"p{os.getpid()}"
         self._disk = disk or Disk()
         self._serial = itertools.count(1)
+        self._durable_folders: set[Path] = set()
 
     @property
     def where(self) -> str:
@@ -242,6 +244,23 @@ class LocalStorage:
         except OSError as error:
             raise storage_error(self.path(name), error) from error
 
+    def settle(self, folder: str) -> None:
+        """Make durable the names that are to be seen directly under `folder`; absent is fine.
+
+        A name that can be seen may be one that a run gave and died before it synced the folder.
+
+        Raises:
+            StorageError: The sync failed.
+        """
+        path = self.path(folder)
+        if not path.is_dir():
+            return
+        self.make_folder(path)
+        try:
+            self._disk.sync_folder(path)
+        except OSError as error:
+            raise storage_error(path, error) from error
+
     def list(self, folder: str) -> list[str]:
         """See `Storage`."""
         prefix = f"{folder}/" if folder else ""
@@ -268,25 +287,57 @@ class LocalStorage:
         except OSError as error:
             raise storage_error(path, error) from error
 
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder and the files in it; absent is fine."""
+        folder = self.path(name)
+        try:
+            for path in folder.iterdir():
+                self._disk.unlink(path)
+            folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise storage_error(folder, error) from error
+
     def make_folder(self, folder: Path) -> None:
         """Create missing folders, and make their names durable before anything goes in.
 
         Raises:
             OutputError: They cannot be created.
         """
-        missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+        if folder in self._durable_folders:
+            return
+        chain = [path for path in (folder, *folder.parents) if path.is_relative_to(self.root)]
+        above = [path for path in self.root.parents if not path.is_dir()]
         try:
-            for path in reversed(missing):
-                self._disk.make_folder(path)
+            # Also those that exist: a run that made one may have died before it was durable.
+            for path in (*reversed(above), *reversed(chain)):
+                if not path.is_dir():
+                    self._disk.make_folder(path)
                 self._disk.sync_folder(path.parent)
         except OSError as error:
             if error.errno in _DISK_TROUBLE:
                 raise storage_error(folder, error) from error
             msg = f"{folder}: cannot be created ({error.strerror}); choose another output.path"
             raise OutputError(msg) from error
+        self._durable_folders.update(chain)
 
 
 _DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+
+
+def raise_if_not_damage(path: Path, error: Exception) -> None:
+    """Tell a file that is not what was written from one that cannot be read right now.
+
+    A part must not be condemned because descriptors or memory ran out for a moment.
+
+    Raises:
+        StorageError: The error says nothing about the file's content.
+    """
+    is_system = isinstance(error, OSError) and error.errno not in {None, errno.ENOENT}
+    if is_system or isinstance(error, MemoryError):  # pyarrow's out-of-memory is a MemoryError.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(str(path), reason) from error
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from batchgen.executor.lock import RunLock
@@ -28,44 +29,49 @@ def status(root: Path) -> dict[str, Any]:
     storage = LocalStorage(root)
     ledger = Ledger(storage)
     plan = ledger.latest_plan()
-    facts: dict[str, Any] = {"output": str(root), "state": "new"}
+    lock = RunLock(storage, f"{STATE}/lock", "")
+    holder = (lock.holder() or {}) if lock.is_held() else {}
+    live = _live(storage, holder.get("run_id"))
+    facts: dict[str, Any] = {"output": str(root), "state": "running" if holder else "new"}
+    if holder:
+        facts["run"] = {**holder, **live}
     if plan is None:
         return facts
-    manifest = ledger.manifest(plan.number)
     facts |= {"plan": plan.number, "num_rows": plan.num_rows, "recipe": plan.recipe_fingerprint}
+    manifest = ledger.manifest(plan.number)
     if manifest is not None:
         facts |= {
-            "state": "complete",
             "num_ok": manifest.num_ok,
             "num_errors": manifest.num_errors,
             "num_skipped": manifest.num_skipped,
             "published_at": manifest.created_at,
-            "run_id": manifest.run_id,
+            "published_by": manifest.run_id,
         }
+        if not holder:  # Else a run is planning the next one.
+            facts["state"] = "complete"
         return facts
     durable = ledger.durable(plan)
-    lock = RunLock(storage, f"{STATE}/lock", "")
-    is_running = lock.is_held()
     facts |= {
-        "state": "running" if is_running else "interrupted",
         "num_durable": durable.num_done,
         "num_parts": len(durable.parts),
         "num_rejected_parts": len(durable.rejected),
     }
-    live = _live(storage)
-    if live and is_running:
-        facts["run"] = live
-    elif live:
+    if not holder:
+        facts["state"] = "interrupted"
         facts["last_run"] = {name: live.get(name) for name in ("run_id", "state", "reason")}
     return facts
 
 
-def _live(storage: LocalStorage) -> dict[str, Any] | None:
+def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
+    """The live view of a run, or of the newest run that has one."""
     for folder in reversed(storage.list(f"{STATE}/runs")):
+        if run_id is not None and not folder.endswith(f"/{run_id}"):
+            continue
         data = storage.read(f"{folder}/live.json")
         if data is not None:
-            return dict(json.loads(data))
-    return None
+            with suppress(ValueError):  # Never synced: a power loss may have torn it.
+                return dict(json.loads(data))
+    return {}
 
 
 def rows(root: Path, prefix: str, num_rows: int, *, errors: bool) -> pl.DataFrame:

@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"errors"},
-    {"ranges"},
-    {"records", "inputs", "storage", "footer"},
+    {"ranges", "budget"},
+    {"records", "sandbox", "arrow", "inputs", "storage", "footer"},
     {"config", "books"},
     {"source", "prompts", "engine", "ledger", "sink", "stats", "progress", "runlog", "model_files"},
-    {"stages", "planning"},
+    {"stages", "frozen"},
+    {"planning"},
     {"runner"},
     {"executor"},
     {"views", "verify", "api"},

@@ -8,20 +8,27 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from batchgen.config.credentials import find_credentials, redacted
 from batchgen.config.model import JobConfig
 from batchgen.errors import ConfigError
 from batchgen.inputs import is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pydantic_core import ErrorDetails
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 4000
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -41,7 +48,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
         raise ConfigError(where, ["does not exist, expected a job file"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, [f"cannot be read as UTF-8 text: {error}"]) from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # A number of 5,000 digits, 1,000 brackets.
         raise ConfigError(where, [f"is not TOML: {error}"]) from error
     return parse_job(tables, base=path.parent.resolve(), where=where, overrides=overrides)
 
@@ -54,8 +61,15 @@ def parse_job(
     Raises:
         ConfigError: With every problem found.
     """
-    merged: dict[str, Any] = json.loads(json.dumps(dict(tables), default=str))
-    problems = [problem for text in overrides if (problem := _apply(merged, text))]
+    try:
+        merged: dict[str, Any] = json.loads(json.dumps(dict(tables), default=str))
+        problems = [problem for text in overrides if (problem := _apply(merged, text))]
+        # First and alone: what else is wrong would be told with the values.
+        refused = find_credentials(merged) or list(_unusable(merged, ""))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(where, [f"holds what TOML cannot: {error}"]) from error
+    if refused:
+        raise ConfigError(where, refused)
     try:
         job = JobConfig.model_validate(merged)
     except ValidationError as error:
@@ -72,21 +86,42 @@ def _apply(tables: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     *parents, last = key.strip().split(".")
     if not equals or not parents or not last:
-        return f"--set {override!r}: expected table.key=value, for example run.flush_s=10"
+        return f"--set {redacted(override)}: expected table.key=value, for example run.flush_s=10"
     at = tables
     for parent in parents:
         at = at.setdefault(parent, {})
         if not isinstance(at, dict):
-            return f"--set {override!r}: {parent!r} is a value, expected a table"
+            return f"--set {redacted(override)}: {parent!r} is a value, expected a table"
     at[last] = _toml_value(text.strip())
     return None
 
 
 def _toml_value(text: str) -> Any:  # noqa: ANN401 - any TOML value, checked by the models
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}")["value"]
+        return json.loads(json.dumps(value, default=str))
+    except (ValueError, RecursionError):
         return text
+
+
+def _unusable(value: object, key: str) -> Iterator[str]:
+    """Texts that no file system, database or model takes."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _unusable(name, f"{key}.{name!r}" if key else repr(name))
+            yield from _unusable(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from _unusable(item, f"{key}[{at}]")
+    elif isinstance(value, str):
+        if "\0" in value:
+            yield f"{_escaped(key)}: holds a NUL character, expected text"
+        if _SURROGATE.search(value):
+            yield f"{_escaped(key)}: holds a lone surrogate, expected text"
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _problem(detail: ErrorDetails) -> str:
@@ -166,22 +201,61 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"prompt.{key}: {str(path)!r} cannot be read: {error}")
+            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
             continue
         if name != "chat_template":
             prompt[name], prompt[key] = text, None
         else:
             prompt[key] = str(path)
+    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
+    places = {"output.path": [job.output.path], "input.path": inputs, "model.name": []}
+    if job.model.name:
+        places["model.name"] = [job.model.name]
+    for key, paths in places.items():
+        problems += [f"{key}: {why}" for path in paths if (why := _bad_path(path))]
     if problems:
         raise ConfigError(where, problems)
-    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
+    name = _model_name(base, job.model.name)
+    if job.model.backend == "vllm" and (why := _unpinned_code(job, name)):
+        raise ConfigError(where, [why])
     return job.model_copy(
         update={
             "prompt": job.prompt.model_copy(update=prompt),
             "input": job.input.model_copy(update={"path": [_absolute(base, p) for p in inputs]}),
             "output": job.output.model_copy(update={"path": _absolute(base, job.output.path)}),
-            "model": job.model.model_copy(update={"name": _model_name(base, job.model.name)}),
+            "model": job.model.model_copy(update={"name": name}),
         }
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _bad_path(path: str) -> str | None:
+    """What no file system takes, told before one is asked."""
+    if is_url(path):
+        return None
+    encoded = path.encode()
+    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
+        return f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return f"{path!r}: there is no such user"
+    return None
+
+
+def _unpinned_code(job: JobConfig, name: str) -> str | None:
+    """A branch or tag can move to code that nobody has read."""
+    is_folder = Path(name).is_absolute()
+    if not job.model.trust_remote_code or is_folder:
+        return None
+    if _COMMIT.fullmatch(job.model.revision or ""):
+        return None
+    return (
+        "model.trust_remote_code: runs code from the hub, so model.revision has to be the commit "
+        f"that you have read (40 hex digits), found {job.model.revision!r}"
     )
 
 

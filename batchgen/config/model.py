@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+# vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
+PICKLE_FORMATS = frozenset({"pt", "npcache"})
+
 
 class Table(BaseModel):
     """Base of every table: unknown keys are mistakes, values never change after loading."""
@@ -108,7 +111,9 @@ class ModelConfig(Table):
     tensor_parallel_size: PositiveInt | None = None
     """GPUs that share one copy of the model."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only with a pinned revision that you read."""
+    """Run Python code that comes with the model. From the hub only with `revision` = a commit."""
+    allow_pickle: bool = False
+    """Load weights from *.bin, *.pt, *.pth or *.ckpt, which can run any code."""
     engine: dict[str, Any] = {}
     """Any other keyword of vLLM's LLM(...), passed as it is."""
 
@@ -120,6 +125,10 @@ class ModelConfig(Table):
         clash = sorted(set(self.engine) & (set(type(self).model_fields) | {"model", "tokenizer"}))
         if clash and self.backend == "vllm":
             msg = f"engine.{clash[0]} has a key of its own, set it in [model]"
+            raise ValueError(msg)
+        load_format = self.engine.get("load_format")
+        if load_format in PICKLE_FORMATS and not self.allow_pickle:
+            msg = f"engine.load_format = {load_format!r} unpickles weights, set allow_pickle = true"
             raise ValueError(msg)
         return self
 
@@ -194,6 +203,8 @@ class RunConfig(Table):
     """After SIGTERM or Ctrl-C: how long rows in flight may take to finish."""
     disk_grace_s: Annotated[float, Field(ge=0)] = 300.0
     """How long a full or failing disk may take to recover while finished rows wait in memory."""
+    stall_s: Annotated[float, Field(gt=0)] = 900.0
+    """An engine that has work and makes no progress for so many seconds counts as dead."""
     stats_s: Annotated[float, Field(gt=0)] = 5.0
     """A row in stats.parquet every so many seconds."""
 

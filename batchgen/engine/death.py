@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 1000
 MAX_LOG_LINES = 60
 MAX_IN_A_ROW = 10
+MAX_BLAMED_IN_A_ROW = 3
 MAX_AT_FIRST = 10
 COMPLETIONS_PER_DEATH = 100
 DEATHS_PER_CULPRIT = 10
@@ -85,6 +86,7 @@ class Tally:
         self._num_in_a_row = 0
         self._num_completed = 0
         self._num_blamed = 0
+        self._num_blamed_in_a_row = 0
 
     def note_death(self) -> int:
         """Count a death; return its number."""
@@ -96,16 +98,20 @@ class Tally:
         """Count requests that came back."""
         self._num_completed += num
         self._num_in_a_row = 0
+        self._num_blamed_in_a_row = 0
 
     def note_blamed(self) -> None:
         """Count a culprit found: progress, too."""
         self._num_blamed += 1
+        self._num_blamed_in_a_row += 1
         self._num_in_a_row = 0
 
     def problem(self) -> str | None:
         """Why there should be no further engine; None while there should."""
         if self._num_in_a_row > MAX_IN_A_ROW:
             return f"the last {self._num_in_a_row} times without finishing a single row"
+        if self._num_blamed_in_a_row > MAX_BLAMED_IN_A_ROW:
+            return f"with any of {self._num_blamed_in_a_row} rows alone, and finished no other row"
         allowed = MAX_AT_FIRST + self._num_completed // COMPLETIONS_PER_DEATH
         if self.num_deaths > allowed + DEATHS_PER_CULPRIT * self._num_blamed:
             return f"too often for the {self._num_completed} rows that it finished"

@@ -1,9 +1,9 @@
 """`EchoEngine`: answers with the beginning of the prompt. No model, no GPU, no process of its own.
 
 For dry runs (does the job file do what it should, before a GPU is rented), for measuring the
-pipeline around the engine, and for fault tests. It behaves like vLLM where that matters to its
-callers: it holds at most `max_num_seqs` requests at once, finishes them out of order, honours
-`max_tokens`, and refuses bad requests one by one. Its "tokens" are UTF-8 bytes.
+pipeline around the engine, and for fault tests (`faults`, `faulty`). It behaves like vLLM where
+that matters to its callers: it holds at most `max_num_seqs` requests at once, finishes them out
+of order, honours `max_tokens`, and refuses bad requests one by one. Its "tokens" are UTF-8 bytes.
 
 The answer depends on the prompt and `max_tokens` alone, so a rerun must give the same dataset.
 One thread may `add` while another `step`s: their counters are apart, and deques are atomic.
@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.engine.encoder import flatten_parts
+from batchgen.engine.faults import read_faults
 from batchgen.errors import ConfigError
 from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
 
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from batchgen.engine.base import EngineRequest
-    from batchgen.records import Messages, Prompt
+    from batchgen.engine.faults import Fault
+    from batchgen.records import Messages
 
 VERSION = "1"
 WHERE = "model.engine (backend echo)"
 DEFAULT_MAX_TOKENS = 16
 """As vLLM's: vllm/sampling_params.py, SamplingParams.max_tokens, 0.26 to 0.33."""
+NUMBERS = ("max_num_seqs", "step_s", "max_steps", "max_model_len")
 INSTANT_CAPACITY = 4096
 """With no time a step, a small window would only measure the caller's loop."""
 
@@ -49,6 +52,12 @@ class EchoOptions:
     """A request runs for 1 to this many steps, by a hash of its prompt; 1 keeps the order."""
     max_model_len: int | None = None
     """Prompt bytes must be fewer; prompt and answer together are at most this many."""
+    in_process: bool = True
+    """False: in a process of its own, as vLLM is; then its faults are real ones."""
+    faults: Sequence[Fault] = ()
+    """What goes wrong, and when: see `faults`."""
+    once_file: str | None = None
+    """Remembers the faults that have happened, for the engines built after this one."""
 
 
 def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
@@ -63,12 +72,25 @@ def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
     problems += [
         f"{name} = {value!r} is not a number >= {minimum}"
         for name, value in options.items()
-        if not _is_at_least(value, minimum := 0 if name == "step_s" else 1)
+        if name in NUMBERS
+        and not _is_at_least(value, minimum := 0 if name == "step_s" else 1)
         and not (name == "max_model_len" and value is None)
     ]
+    problems += _fault_problems(options)
     if problems:
         raise ConfigError(WHERE, problems)
     return EchoOptions(**options)
+
+
+def _fault_problems(options: dict[str, Any]) -> list[str]:
+    """Check what `faults` documents; put the faults in as such."""
+    options["faults"], problems = read_faults(options.get("faults", ()))
+    in_process, once_file = options.get("in_process", True), options.get("once_file")
+    if not isinstance(in_process, bool):
+        problems.append(f"in_process = {in_process!r} is not true or false")
+    if once_file is not None and not isinstance(once_file, str):
+        problems.append(f"once_file = {once_file!r} is not a path")
+    return problems
 
 
 def unknown_option(name: str, known: Sequence[str]) -> str:
@@ -138,7 +160,8 @@ class EchoEngine:
     @property
     def stats(self) -> EngineStats:
         """Running and waiting; there is no KV cache."""
-        return EngineStats(num_running=self._num_running, num_waiting=len(self._waiting))
+        num_waiting = len(self._waiting)
+        return EngineStats(self._num_running, num_waiting, num_steps=self._step)
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
         """Queue requests; they are looked at when a step admits them."""
@@ -194,7 +217,7 @@ class EchoEngine:
         waiting = self._waiting
         while waiting and self._num_running < self._max_num_seqs:
             request = waiting.popleft()
-            prepared = self._prepare(request.prompt)
+            prepared = self._prepare(request)
             if isinstance(prepared, RowError):
                 refusals.append(refusal(request.request_id, prepared))
                 continue
@@ -208,7 +231,8 @@ class EchoEngine:
             self._num_running += 1
         return refusals
 
-    def _prepare(self, prompt: Prompt) -> tuple[str, bytes] | RowError:
+    def _prepare(self, request: EngineRequest) -> tuple[str, bytes] | RowError:
+        prompt = request.prompt
         try:
             text = prompt if isinstance(prompt, str) else chat_text(prompt)
             data = text.encode()

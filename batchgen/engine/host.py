@@ -27,8 +27,8 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.engine.echo import EchoEngine
 from batchgen.engine.encoder import one_line
+from batchgen.engine.faulty import echo_engine
 from batchgen.errors import BatchgenError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class HostedRequest(NamedTuple):
 def build_engine(spec: EngineSpec) -> Engine:
     """Build the engine in this process; cheap, the first step does the work."""
     if spec.backend == "echo":
-        return EchoEngine(spec)
+        return echo_engine(spec, is_hosted=True)
     from batchgen.engine.vllm import VllmEngine
 
     return VllmEngine(spec)
@@ -155,7 +155,8 @@ def main() -> NoReturn:
     except Exception as exc:  # noqa: BLE001 - the process border: told to the parent, then the end
         traceback.print_exc()
         text = str(exc) if isinstance(exc, BatchgenError) else one_line(exc)
-        host.send("dead" if isinstance(exc, EngineDeadError) else "refused", text)
+        is_refusal = isinstance(exc, BatchgenError) and not isinstance(exc, EngineDeadError)
+        host.send("refused" if is_refusal else "dead", text)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

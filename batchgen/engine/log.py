@@ -17,6 +17,11 @@ def is_vague(text: str) -> bool:
     return any(phrase in text for phrase in VAGUE)
 
 
+def log_size(path: str | None) -> int:
+    """How long a log is now; 0 if there is none."""
+    return Path(path).stat().st_size if path is not None and Path(path).exists() else 0
+
+
 def log_tail(path: str | None, start: int) -> list[str]:
     """Read the last lines that an engine wrote, without vLLM's line prefixes.
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import batchgen
-from batchgen.engine.log import find_cause, is_vague, log_tail
+from batchgen.engine.log import find_cause, is_vague, log_size, log_tail
 from batchgen.errors import EngineDeadError, EngineError
 from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats
 
@@ -67,7 +67,7 @@ class _Child:
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.inbox: queue.SimpleQueue[list[Completion] | None] = queue.SimpleQueue()
         self.log_path = spec.log_path
-        self.log_start = _size(spec.log_path)
+        self.log_start = log_size(spec.log_path)
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = _start_host(theirs.fileno(), spec.log_path)
@@ -341,7 +341,3 @@ def _exit_text(code: int | None) -> str:
     name = signal.Signals(-code).name
     hint = ", often the kernel out of memory" if name == "SIGKILL" else ""
     return f"its process was killed by {name}{hint}"
-
-
-def _size(path: str | None) -> int:
-    return Path(path).stat().st_size if path is not None and Path(path).exists() else 0

@@ -9,6 +9,8 @@ Pure bookkeeping; it starts no engine and knows no completion. The rules:
 - Whatever comes back is cleared: the engine lived through it.
 - Only a request that was put in alone and died alone, twice in a row, is to blame. One that is
   merely the last of its group is not: what the others left behind may have killed the engine.
+- After a conviction a witness is called: the request farthest from it goes in alone. An engine
+  that dies with whatever it is given would otherwise convict one row after the other.
 
 Invariant: every request given to `note_death` or `put_back` comes out of `next_group` again or is
 blamed; none twice.
@@ -17,6 +19,7 @@ blamed; none twice.
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class SuspectSearch:
     def __init__(self) -> None:
         self._groups: deque[_Group] = deque()
         self._inside: _Group | None = None
+        self._wants_witness = False
 
     @property
     def is_on(self) -> bool:
@@ -54,6 +58,10 @@ class SuspectSearch:
 
     def next_group(self) -> Sequence[EngineRequest]:
         """Clear the group inside, which must have come back, and give the next; empty if none."""
+        if self._inside is not None:
+            self._wants_witness = False
+        if self._wants_witness and self._groups and not self._groups[0].num_solo_deaths:
+            self._call_witness()
         self._inside = self._groups.popleft() if self._groups else None
         return self._inside.requests if self._inside else ()
 
@@ -80,14 +88,21 @@ class SuspectSearch:
         elif len(group.requests) > 1:
             self._groups.extendleft(_Group(piece) for piece in reversed(split(unfinished)))
         elif group.num_solo_deaths + 1 >= SOLO_DEATHS:
+            self._wants_witness = True
             return unfinished[0]
         else:
             self._groups.appendleft(_Group(unfinished, group.num_solo_deaths + 1))
         return None
+
+    def _call_witness(self) -> None:
+        *others, witness = self._groups.pop().requests
+        if others:
+            self._groups.append(_Group(others))
+        self._groups.appendleft(_Group([witness]))
 
 
 def split(requests: Sequence[EngineRequest]) -> list[Sequence[EngineRequest]]:
     """Cut into up to `MAX_PIECES` runs whose lengths differ by at most one; none is empty."""
     num_pieces = min(MAX_PIECES, len(requests))
     cuts = [len(requests) * number // num_pieces for number in range(num_pieces + 1)]
-    return [requests[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [requests[start:end] for start, end in pairwise(cuts)]

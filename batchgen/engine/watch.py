@@ -61,6 +61,7 @@ class SchedulerWatch:
             num_waiting=None if waiting is None else waiting + deferred,
             kv_cache_usage=getattr(scheduler_stats, "kv_cache_usage", None),
             num_preemptions=self._num_preemptions,
+            num_steps=(self.stats.num_steps or 0) + 1,
         )
 
     def log(self) -> None:

@@ -14,37 +14,40 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen import __version__, planning
+from batchgen import __version__, frozen, planning
 from batchgen.books import Durable, Epoch, Plan
 from batchgen.engine.start import start_engine
 from batchgen.errors import (
     AccountingError,
     BatchgenError,
     ExitCode,
+    FencedError,
     OutputError,
     RecipeChangedError,
     StorageError,
 )
 from batchgen.executor.lock import RunLock
-from batchgen.executor.snapshot import expose, publish
+from batchgen.executor.snapshot import publish, show
 from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of
 from batchgen.executor.watch import Watch
 from batchgen.ledger import STATE, Ledger
 from batchgen.progress import Progress
 from batchgen.prompts import RequestBuilder
 from batchgen.ranges import Ranges
-from batchgen.records import EngineSpec
 from batchgen.runlog import RunLog, new_run_id, utc_now
-from batchgen.runner import Runner, StopSwitch
+from batchgen.runner import Runner, Stop, StopSwitch
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.stages import Committer, Feeder, OpenPart
 from batchgen.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from batchgen.books import Manifest
     from batchgen.config.model import JobConfig
-    from batchgen.engine.base import Engine
+    from batchgen.engine.death import EngineDeath
+    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.planning import Prepared
 
 
@@ -87,8 +90,12 @@ class LocalRun:
         self._log = RunLog(self._storage, f"{STATE}/runs", self._run_id)
         self._stats = RunStats(self._started_s, 0)
         self._resumed = Durable()
-        self._engine: Engine | None = None
+        self._engine: SupervisedEngine | None = None
         self._warnings: list[str] = []
+        self._note: Callable[[str], None] = self._warnings.append
+        self._lock = RunLock(self._storage, f"{STATE}/lock", self._run_id)
+        self.summary: Summary | None = None
+        """How the run ended, also where `run` raised."""
 
     def run(self) -> Summary:
         """Run to the end, or as far as it goes.
@@ -97,59 +104,78 @@ class LocalRun:
             BatchgenError: Job trouble, with its exit code. What finished is committed, and the
                 run's summary says what happened.
         """
-        prepared = planning.prepare(self._job)
+        plan = None if self._fresh else self._ledger.latest_plan()
+        num_plans = self._ledger.latest_plan_number()
+        prepared = planning.prepare(self._job, plan)
         with ExitStack() as stack:
-            lock = RunLock(self._storage, f"{STATE}/lock", self._run_id)
-            lock.acquire(steal=self._steal)
-            stack.callback(lock.release)
+            self._lock.acquire(steal=self._steal)
+            stack.callback(self._lock.release)
             try:
-                return self._run(prepared, stack)
+                self._check_no_newer_plan(num_plans)
+                return self._run(prepared, plan, stack)
             except BatchgenError as error:
                 self._finish(state_of(error), error.exit_code, reason=str(error))
                 raise
+            except BaseException as error:
+                self._finish("fault", ExitCode.FAULT, reason=repr(error))
+                raise
 
-    def _run(self, prepared: Prepared, stack: ExitStack) -> Summary:
-        plan = self._current_plan(prepared)
-        if plan is not None and (manifest := self._ledger.manifest(plan.number)) is not None:
-            expose(self._storage, manifest)
-            reason = f"already complete, published by run {manifest.run_id}"
-            return self._summary("nothing_to_do", ExitCode.COMPLETE, reason, manifest)
-        if plan is None or self._ledger.durable(plan).num_done < plan.num_rows:
-            self._engine = start_engine(engine_spec(prepared, self._log.engine_log))
-            stack.callback(self._engine.close)
-        if plan is None:
-            plan = self._new_plan(prepared)
-        epoch = self._ledger.claim(plan, self._run_id, self._who())
-        if not self._compute(prepared, epoch):
+    def _run(self, prepared: Prepared, plan: Plan | None, stack: ExitStack) -> Summary:
+        if plan is not None:
+            manifest = self._ledger.manifest(plan.number)
+            self._ledger.settle()
+            self._check_input(prepared, plan, is_published=manifest is not None)
+            if manifest is not None:
+                show(self._ledger, manifest)
+                reason = f"already complete, published by run {manifest.run_id}"
+                return self._summary("nothing_to_do", ExitCode.COMPLETE, reason, manifest)
+            epoch = self._ledger.claim(plan, self._run_id, self._who())
+            if missing(plan, epoch.durable):
+                self._start_engine(prepared, stack)
+        else:
+            # Before the input is scanned: both take long, and neither needs the other.
+            self._start_engine(prepared, stack)
+            plan = planning.freeze(prepared, self._ledger.latest_plan_number() + 1)
+            self._ledger.put_plan(plan)
+            epoch = self._ledger.claim(plan, self._run_id, self._who())
+        if self._stop.state is not Stop.NO or not self._compute(prepared, epoch):
             reason = "on purpose, with work left; run again to go on"
             return self._finish("stopped", ExitCode.STOPPED, reason=reason)
         if self._engine is not None:
             self._engine.close()
-        facts = self._engine_facts()
-        engine = f"{facts.get('engine', '')} {facts.get('version', '')}".strip()
-        manifest = publish(self._ledger, prepared, epoch, engine)
+        manifest = publish(self._ledger, prepared, epoch)
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
 
-    def _current_plan(self, prepared: Prepared) -> Plan | None:
-        """The plan to go on with; None if a new one is to be made."""
-        plan = self._ledger.latest_plan()
-        if plan is None or self._fresh:
-            return None
-        changes = planning.changes(plan, prepared)
-        new_files = planning.new_files(plan, prepared)
-        if new_files and self._ledger.manifest(plan.number) is not None:
+    def _check_no_newer_plan(self, num_plans: int) -> None:
+        if self._ledger.latest_plan_number() != num_plans:
+            msg = f"{self._storage.where}: another run has just planned this job; run again"
+            raise FencedError(msg)
+
+    def _start_engine(self, prepared: Prepared, stack: ExitStack) -> None:
+        self._engine = start_engine(
+            planning.engine_spec(prepared, self._log.engine_log),
+            stall_s=self._job.run.stall_s,
+            on_death=self._record_death,
+        )
+        stack.callback(self._engine.close)
+
+    def _check_input(self, prepared: Prepared, plan: Plan, *, is_published: bool) -> None:
+        """Refuse a job whose input is not the plan's.
+
+        Raises:
+            RecipeChangedError: Planned files changed; or, once published, files came.
+        """
+        changes = frozen.input_changes(plan, prepared.reader)
+        new_files = frozen.new_files(plan, self._job)
+        if is_published:
             changes += [f"input: {path} is new" for path in new_files]
         elif new_files:
-            self._warnings.append(f"{len(new_files)} input files came after the plan: not in it")
+            self._warnings.append(
+                f"{len(new_files)} input files came after the plan was made, such as "
+                f"{new_files[0]}: not in this snapshot"
+            )
         if changes:
             raise RecipeChangedError(self._job.output.path, changes)
-        return plan
-
-    def _new_plan(self, prepared: Prepared) -> Plan:
-        latest = self._ledger.latest_plan()
-        plan = planning.freeze(prepared, latest.number + 1 if latest else 1)
-        self._ledger.put_plan(plan)
-        return plan
 
     def _who(self) -> dict[str, Any]:
         return {
@@ -169,9 +195,10 @@ class LocalRun:
         todo = missing(plan, epoch.durable)
         if not todo:
             return True
+        rows = frozen.read_rows(plan, todo, prepared.reader, prepared.spec())
         seed = None if self._job.sampling.temperature == 0 else self._job.sampling.seed
         builder = RequestBuilder(prepared.builder, plan.recipe_fingerprint, seed)
-        feeder = Feeder(planning.read_rows(prepared, plan, todo), builder)
+        feeder = Feeder(rows, builder)
         try:
             complete = self._work(feeder, PartWriter(*self._part_context(prepared, epoch)), epoch)
         finally:
@@ -187,9 +214,11 @@ class LocalRun:
         assert self._engine is not None  # noqa: S101 - started whenever rows are missing
 
         def commit(part: OpenPart) -> None:  # In the committer's thread.
+            self._lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
             self._ledger.check_fence(epoch)
             writer.commit(part.results, part.skipped, self._engine_facts())
             self._stats.num_committed += len(part.results)
+            self._stats.num_committed += sum(len(rows) for rows in part.skipped.values())
             self._stats.num_parts += 1
 
         runner = Runner(
@@ -201,6 +230,9 @@ class LocalRun:
             clock=time.monotonic,
         )
         with Progress(epoch.plan.num_rows, epoch.durable.num_done) as progress:
+            self._note = progress.note
+            for warning in self._warnings:
+                progress.note(warning)
             watch = Watch(runner, self._engine, self._log, progress, self._job.run.stats_s)
             try:
                 return runner.run(self._stop, watch.tick)
@@ -208,9 +240,15 @@ class LocalRun:
                 watch.show(time.monotonic(), is_last=True)
 
     def _tell_disk_trouble(self, error: StorageError) -> None:
-        text = f"the disk refused a commit, trying again: {error}"
+        grace = f"{self._job.run.disk_grace_s:.0f} s"
+        text = f"a commit was refused and is tried again for {grace}: {error}"
         if text not in self._warnings:
             self._warnings.append(text)
+            self._note(text)
+
+    def _record_death(self, death: EngineDeath) -> None:
+        path = self._log.engine_death(death.number, death.as_dict())
+        self._warnings.append(f"engine death {death.number}: {death.reason}; see {path}")
 
     def _part_context(
         self, prepared: Prepared, epoch: Epoch
@@ -247,6 +285,7 @@ class LocalRun:
         summary = self._summary(state, code, reason, manifest)
         self._log.live({"state": state, "reason": reason})
         self._log.finish(summary.as_dict())
+        self.summary = summary
         return summary
 
     def _summary(
@@ -262,11 +301,12 @@ class LocalRun:
             reason=reason,
             **job_counts(manifest, self._stats, before),
             files=[file["name"].rpartition("/")[2] for file in manifest.files] if manifest else [],
+            num_durable=self._stats.num_resumed + self._stats.num_committed,
             run=self._stats.totals(now_s),
             engine=engine_dict(self._engine.facts if self._engine else None),
             started_at=self._started_at,
             elapsed_s=now_s - self._started_s,
-            warnings=self._warnings,
+            warnings=self._warnings + (self._engine.warnings if self._engine else []),
             summary_path=str(self._storage.path(f"{STATE}/runs/{self._run_id}/summary.json")),
         )
 
@@ -278,25 +318,6 @@ def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
         for number, segment in enumerate(plan.segments)
     }
     return {number: rows for number, rows in todo.items() if rows}
-
-
-def engine_spec(prepared: Prepared, log_path: str | None) -> EngineSpec:
-    """What the engine needs to know of the job."""
-    model, prompt = prepared.job.model, prepared.job.prompt
-    names = {"dtype", "quantization", "max_model_len", "max_num_seqs", "gpu_memory_utilization"}
-    names |= {"tensor_parallel_size", "trust_remote_code"}
-    kwargs = model.model_dump(include=names, exclude_none=True, exclude_defaults=True)
-    template = prompt.chat_template_file
-    return EngineSpec(
-        backend=model.backend,
-        model=prepared.model.path,
-        model_kwargs={**kwargs, **model.engine},
-        sampling_params=prepared.job.sampling.model_dump(exclude={"seed"}, exclude_none=True),
-        chat_template=Path(template).read_text(encoding="utf-8") if template else None,
-        chat_template_kwargs=prompt.chat_template_kwargs,
-        log_path=log_path,
-        max_in_flight=prepared.job.run.max_in_flight,
-    )
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from batchgen.runlog import utc_now
 
 if TYPE_CHECKING:
     from batchgen.storage import LocalStorage
+
+_TRIES, _TRY_S = 4, 0.02
 
 
 class RunLock:
@@ -38,26 +41,26 @@ class RunLock:
             OutputError: The folder cannot be written to.
         """
         self._storage.make_folder(self._path.parent)
+        if self._descriptor is not None:
+            return
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             msg = f"{self._path.parent}: cannot be written ({error.strerror}); mend its rights"
             raise OutputError(msg) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            if steal:
-                return
+        if _try_lock(descriptor):
+            self._descriptor = descriptor
+            self._sign(descriptor)
+            return
+        os.close(descriptor)
+        if not steal:
             holder = self.holder() or {}
             msg = (
                 f"{self._path.parent.parent}: run {holder.get('run_id')} (process "
                 f"{holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}) is at "
                 "work on this job; wait for it, or take the job from a frozen one with --steal"
             )
-            raise BusyError(msg) from error
-        self._descriptor = descriptor
-        self._sign(descriptor)
+            raise BusyError(msg)
 
     def _sign(self, descriptor: int) -> None:
         who = {
@@ -95,3 +98,20 @@ class RunLock:
         finally:
             os.close(descriptor)
         return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock, trying for a moment: somebody may just be asking whether it is held.
+
+    A file system without locks counts as locked by us: the lock only saves work.
+    """
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_TRY_S)
+        except OSError:
+            return True
+        else:
+            return True
+    return False

@@ -9,29 +9,30 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from batchgen import __version__, planning
+from batchgen import __version__, frozen
 from batchgen.books import Durable, Epoch, Manifest
-from batchgen.errors import AccountingError, DamagedPartError, GateError
+from batchgen.errors import AccountingError, DamagedPartError, GateError, OutputError
 from batchgen.ledger import STATE, Ledger
 from batchgen.runlog import utc_now
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 
 if TYPE_CHECKING:
-    from batchgen.books import Plan
     from batchgen.planning import Prepared
     from batchgen.storage import LocalStorage
 
 _ALIAS = re.compile(r"part-\d{5,}\.parquet")
 
 
-def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Manifest:
-    """Publish a job whose every row is durable.
+def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch) -> Manifest:
+    """Publish a job whose every row is durable, and show the snapshot.
 
     Args:
         ledger: The job's books.
         prepared: The job.
         epoch: This run's claim.
-        engine: Name and version, for the footers.
+
+    Returns:
+        The plan's manifest: ours, or that of a run that was faster; they hold the same rows.
 
     Raises:
         AccountingError: The durable rows are not the planned rows.
@@ -40,6 +41,20 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Ma
         InputChangedError: An input file is no longer what was planned.
         FencedError: Another run has taken over.
     """
+    try:
+        manifest = _put_snapshot(ledger, prepared, epoch)
+    except (AccountingError, OutputError):
+        # A faster run publishes and then removes the parts that we were reading.
+        published = ledger.manifest(epoch.plan.number)
+        if published is None:
+            raise
+        ledger.settle()
+        manifest = published
+    show(ledger, manifest)
+    return manifest
+
+
+def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch) -> Manifest:
     plan = epoch.plan
     durable = ledger.durable(plan)
     if durable.num_done != plan.num_rows:
@@ -48,21 +63,23 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Ma
         raise AccountingError(msg)
     check_error_limit(durable, prepared.job.run.max_error_rate)
     for segment in plan.segments:
-        planning.check_unchanged(segment, prepared.reader)
+        frozen.check_unchanged(segment, prepared.reader)
     try:
         files = write_snapshot(
             ledger.storage,
             f"{STATE}/snapshots/e{epoch.number:06d}",
             [(part.name, part.footer) for part in durable.parts],
-            _snapshot_format(prepared, epoch, engine),
+            _snapshot_format(prepared, epoch, durable),
         )
     except DamagedPartError as error:
+        ledger.check_fence(epoch)
         ledger.reject(error.name, error.problem)
         raise
     ledger.check_fence(epoch)
     manifest = Manifest(
         number=plan.number,
         plan_id=plan.plan_id,
+        epoch=epoch.number,
         run_id=epoch.run_id,
         created_at=utc_now().isoformat(timespec="seconds"),
         files=files,
@@ -71,10 +88,18 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, engine: str) -> Ma
         num_errors=durable.num_errors,
         num_skipped=durable.num_skipped,
     )
-    manifest = ledger.put_manifest(manifest)
-    expose(ledger.storage, manifest)
-    ledger.remove_unneeded(epoch)
-    return manifest
+    return ledger.put_manifest(manifest)
+
+
+def show(ledger: Ledger, manifest: Manifest) -> None:
+    """Show the newest snapshot in the output folder and remove what nobody needs. Idempotent.
+
+    The newest, which need not be `manifest`: a run that was frozen before this point must not
+    bring an old snapshot back.
+    """
+    newest = ledger.latest_manifest() or manifest
+    expose(ledger.storage, newest)
+    ledger.tidy(newest)
 
 
 def check_error_limit(durable: Durable, limit: float) -> None:
@@ -107,15 +132,17 @@ def expose(storage: LocalStorage, manifest: Manifest) -> None:
             storage.remove(name)
 
 
-def _snapshot_format(prepared: Prepared, epoch: Epoch, engine: str) -> SnapshotFormat:
-    plan: Plan = epoch.plan
+def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> SnapshotFormat:
+    plan = epoch.plan
+    by = [part.footer.engine for part in durable.parts]
+    engines = {f"{facts.get('engine', '')} {facts.get('version', '')}".strip() for facts in by}
     metadata = {
         "batchgen.version": __version__,
         "batchgen.plan": plan.plan_id,
         "batchgen.recipe": plan.recipe_fingerprint,
         "batchgen.run": epoch.run_id,
         "batchgen.model": prepared.job.model.name,
-        "batchgen.engine": engine,
+        "batchgen.engine": ", ".join(sorted(engines - {""})),
     }
     output = prepared.job.output
     return SnapshotFormat(

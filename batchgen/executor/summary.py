@@ -36,6 +36,8 @@ class Summary:
     num_errors: int = 0
     num_skipped: int = 0
     num_left: int = 0
+    num_durable: int = 0
+    """Rows that no later run does again, while nothing is published."""
     files: list[str] = field(default_factory=list)
     """Published files, relative to `output`."""
     run: dict[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen import arrow
 from batchgen.errors import AccountingError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
@@ -148,7 +149,7 @@ def _carried_columns(ordered: Sequence[Result], schema: pa.Schema) -> list[pa.Ch
     if not batches or not names:
         return [pa.chunked_array([], field.type) for field in fields]
     table = pa.Table.from_batches([carried for carried, _ in batches.values()])
-    return list(table.take(pa.array(take, pa.int64())).select(names).columns)
+    return list(arrow.take(table, pa.array(take, pa.int64())).select(names).columns)
 
 
 def _encode(table: pa.Table, footer: PartFooter, prefix: str) -> bytes:

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchgen import arrow
 from batchgen.errors import AccountingError, DamagedPartError
 from batchgen.ranges import Ranges
 from batchgen.sink.schema import ROW, SEGMENT, dictionary_columns, published_schema
-from batchgen.storage import storage_error
+from batchgen.storage import raise_if_not_damage, storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ def write_snapshot(
     Raises:
         StorageError: A write failed; nothing is published by it.
         DamagedPartError: A part's bytes are not what was written.
-        AccountingError: A part does not hold the rows that its footer names.
+        AccountingError: Two parts hold the same row.
     """
     try:
         return _write_files(storage, folder, _chunks(storage, parts, form.schema), form)
@@ -201,7 +202,7 @@ def _in_order(chunk: pa.Table) -> pa.Table:
     rows = chunk.column(ROW)
     if chunk.num_rows > 1:
         order = pc.sort_indices(rows)
-        chunk = chunk.take(order)
+        chunk = arrow.take(chunk, order)
         ordered = chunk.column(ROW).combine_chunks()
         if not pc.all(pc.greater(ordered[1:], ordered[:-1])).as_py():
             msg = "two accepted parts hold the same row; not published"
@@ -232,8 +233,8 @@ class _PartReader:
         """Results with `start <= row < stop`.
 
         Raises:
-            DamagedPartError: The part's bytes are not what was written.
-            AccountingError: It holds a row that its footer does not name.
+            DamagedPartError: The part is not what was written.
+            StorageError: It cannot be read right now.
         """
         wanted = [
             at
@@ -247,8 +248,7 @@ class _PartReader:
         here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
         table = table.filter(pc.and_(pc.equal(table.column(SEGMENT), segment), here))
         if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
-            msg = f"{self._name}: holds a row that its footer does not name; not published"
-            raise AccountingError(msg)
+            raise DamagedPartError(self._name, "holds a row that its footer does not name")
         self._num_read += table.num_rows
         return table
 
@@ -256,13 +256,18 @@ class _PartReader:
         try:
             with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
                 return file.read_row_groups(list(groups))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, MemoryError) as error:
+            raise_if_not_damage(self._path, error)
             raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
 
     def _row_groups(self) -> list[tuple[int, _Group]]:
         """Number and extent of each row group, from the footer's statistics."""
         if self._groups is None:
-            metadata = pq.read_metadata(self._path)
+            try:
+                metadata = pq.read_metadata(self._path)
+            except (pa.ArrowException, OSError, MemoryError) as error:
+                raise_if_not_damage(self._path, error)
+                raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
             groups = ((at, metadata.row_group(at)) for at in range(metadata.num_row_groups))
             self._groups = [(at, _extent(group)) for at, group in groups if group.num_rows]
         return self._groups
@@ -271,14 +276,11 @@ class _PartReader:
         """Every result must have been taken exactly once.
 
         Raises:
-            AccountingError: The part lacks rows that its footer counts.
+            DamagedPartError: The part lacks rows that its footer counts.
         """
         if self._num_read != self.footer.num_results:
-            msg = (
-                f"{self._name}: gave {self._num_read} rows, its footer says "
-                f"{self.footer.num_results}; not published"
-            )
-            raise AccountingError(msg)
+            problem = f"gave {self._num_read} rows, its footer says {self.footer.num_results}"
+            raise DamagedPartError(self._name, problem)
 
 
 class _Group(NamedTuple):

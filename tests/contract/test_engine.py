@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -45,10 +46,15 @@ def make_spec(kind, log_path, **sampling_params):
 
 def start(kind, log_path, **sampling_params):
     spec = make_spec(kind, log_path, **sampling_params)
+    if kind.startswith("supervised"):
+        if kind == "supervised-process":
+            spec = replace(spec, model_kwargs={**spec.model_kwargs, "in_process": False})
+        return start_engine(spec)
     return EchoEngine(spec) if kind == "echo" else EngineProcess(spec)
 
 
-KINDS = ["echo", "echo-process", pytest.param("vllm", marks=pytest.mark.vllm)]
+KINDS = ["echo", "echo-process", "supervised", "supervised-process"]
+KINDS += [pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -247,10 +253,10 @@ def test_requests_finish_out_of_order(kind, tmp_path):
 
 def test_start_engine_keeps_echo_in_process_and_gives_vllm_its_own(tmp_path):
     with start_engine(make_spec("echo", tmp_path / "log")) as echo:
-        assert isinstance(echo, EchoEngine)
+        assert isinstance(echo.inner, EchoEngine)
     started = time.monotonic()
     with start_engine(make_spec("vllm", tmp_path / "log")) as engine:
-        assert isinstance(engine, EngineProcess)
+        assert isinstance(engine.inner, EngineProcess)
         assert time.monotonic() - started < 1.0
         assert engine.facts is None
         assert engine.stats == EngineStats()

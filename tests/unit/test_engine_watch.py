@@ -32,7 +32,7 @@ def test_the_front_end_stops_counting_tokens_and_the_watch_takes_the_scheduler()
         scheduler_stats=reported, iteration_stats=None, mm_cache_stats=None
     )
     engine.logger_manager.log()
-    assert watch.stats == EngineStats(3, 5, 0.5, 0)
+    assert watch.stats == EngineStats(3, 5, 0.5, 0, num_steps=1)
 
 
 def test_preemptions_add_up():
@@ -41,7 +41,7 @@ def test_preemptions_add_up():
     assert len(engine.engine_core.get_output().outputs) == 1
     engine.engine_core.get_output()
     watch.record(scheduler_stats=SimpleNamespace())
-    assert watch.stats == EngineStats(None, None, None, 4)
+    assert watch.stats == EngineStats(None, None, None, 4, num_steps=1)
 
 
 @pytest.mark.parametrize("missing", ["output_processor", "logger_manager"])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.books import Manifest, Part
-from batchgen.errors import AccountingError, FencedError, OutputError
+from batchgen.errors import AccountingError, FencedError, OutputError, StorageError
 from batchgen.footer import PartFooter
 from batchgen.ledger import Ledger
 from batchgen.ranges import Ranges
@@ -63,7 +63,8 @@ def names(epoch: Epoch) -> list[str]:
 
 def put_part(ledger: Ledger, name: str, footer: PartFooter, num_rows: int) -> str:
     """A part file that need not be true to its footer."""
-    table = pa.table({"x": list(range(num_rows))}).replace_schema_metadata(footer.to_metadata())
+    columns = {name: list(range(num_rows)) for name in PLAN.carried or ["x"]}
+    table = pa.table(columns).replace_schema_metadata(footer.to_metadata())
     path = ledger.storage.path(f"{PARTS}/{name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
@@ -79,6 +80,7 @@ def manifest(**changes: object) -> Manifest:
     whole = Manifest(
         number=1,
         plan_id="plan-a",
+        epoch=1,
         run_id="run-1",
         created_at="2025-01-01T00:00:00+00:00",
         files=[{"name": "part-00000.parquet", "num_rows": 12, "size_bytes": 1, "sha256": "a"}],
@@ -419,7 +421,7 @@ def test_after_publishing_parts_up_to_the_epoch_go_and_later_ones_stay(ledger):
     folder = ledger.storage.path(PARTS)
     for epoch in (1, 3):
         (folder / f".e{epoch:06d}-w00-s000005.parquet.x-1.tmp").write_bytes(b"")
-    ledger.remove_unneeded(second)
+    ledger.tidy(manifest(epoch=second.number))
     assert sorted(path.name for path in folder.iterdir()) == [
         ".e000003-w00-s000005.parquet.x-1.tmp",
         kept.rpartition("/")[2],
@@ -427,8 +429,43 @@ def test_after_publishing_parts_up_to_the_epoch_go_and_later_ones_stay(ledger):
 
 
 def test_removing_before_there_is_any_part_is_fine(ledger):
-    ledger.remove_unneeded(claim(ledger, "run-1"))
+    claim(ledger, "run-1")
+    ledger.tidy(manifest())
     assert ledger.storage.list(PARTS) == []
+
+
+def test_snapshots_that_no_manifest_names_go_and_named_and_later_ones_stay(ledger):
+    ledger.put_manifest(manifest(epoch=2))
+    for epoch in (1, 2, 3):
+        ledger.storage.put_if_absent(f"_batchgen/snapshots/e{epoch:06d}/part-00000.parquet", b"x")
+    ledger.tidy(manifest(epoch=2))
+    names = [name.rpartition("/")[2] for name in ledger.storage.list("_batchgen/snapshots")]
+    assert names == ["e000002", "e000003"]
+
+
+def test_a_run_of_an_older_plan_cannot_claim(ledger):
+    for number in (1, 2):
+        ledger.put_plan(plan(3, plan_id=f"plan-{number}", number=number))
+    with pytest.raises(FencedError, match="another run has begun a newer plan"):
+        claim(ledger, "run-1", plan(3, plan_id="plan-1", number=1))
+    assert claim(ledger, "run-1", plan(3, plan_id="plan-2", number=2)).number == 1
+
+
+def test_the_fence_tells_a_run_whose_plan_is_published(ledger):
+    epoch = claim(ledger, "run-1")
+    ledger.put_manifest(manifest(run_id="run-9"))
+    with pytest.raises(FencedError, match="run run-9 has published this job"):
+        ledger.check_fence(epoch)
+
+
+def test_a_part_that_cannot_be_opened_right_now_is_not_condemned(ledger):
+    claim(ledger, "run-1")
+    name = put_part(ledger, "e000001-w00-s000000.parquet", footer(), num_rows=2)
+    path = ledger.storage.path(name)
+    path.unlink()
+    path.symlink_to(path.name)  # Opening it fails with ELOOP: trouble, but no damage.
+    with pytest.raises(StorageError):
+        ledger.durable(PLAN)
 
 
 def test_foreign_names_beside_the_claims_are_not_read(ledger):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import planning
+from batchgen import frozen, planning
 from batchgen.books import Durable, Part, Plan
 from batchgen.errors import ConfigError, InputChangedError, SourceError
 from batchgen.executor.local import missing
@@ -60,7 +60,7 @@ def test_a_plan_freezes_files_columns_and_recipe(tmp_path, prepared):
         "limit": None,
         "columns": None,
         "types": {},
-        "format": "jsonl",
+        "format": None,
     }
     assert plan.job["output"] == {"prefix": "gen_"}
 
@@ -80,7 +80,7 @@ def test_a_plan_that_went_through_the_ledger_shows_no_change(prepared, storage):
     ledger.put_plan(plan)
     again = ledger.latest_plan()
     assert again == plan
-    assert planning.changes(again, job) == []
+    assert changes(again, job) == []
     assert planning.planned_columns(again) == job.columns
 
 
@@ -166,7 +166,7 @@ def touch(path, seconds=1):
 
 
 def changes(plan, job):
-    return planning.changes(plan, job)
+    return frozen.job_changes(plan, job.frozen_job) + frozen.input_changes(plan, job.reader)
 
 
 def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
@@ -174,7 +174,7 @@ def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
     plan = freeze(job, 1)
     touch(tmp_path / "rows.jsonl")
     assert changes(plan, job) == []
-    planning.check_unchanged(plan.segments[0], job.reader)
+    frozen.check_unchanged(plan.segments[0], job.reader)
 
 
 def test_a_file_that_grew_is_told_by_its_size(tmp_path, prepared):
@@ -187,7 +187,7 @@ def test_a_file_that_grew_is_told_by_its_size(tmp_path, prepared):
     why = f"has {size + 3} bytes, planned with {size}"
     assert changes(plan, job) == [f"input: {path} {why}"]
     with pytest.raises(InputChangedError, match=f"{why}; it must not change while a job runs"):
-        planning.check_unchanged(plan.segments[0], job.reader)
+        frozen.check_unchanged(plan.segments[0], job.reader)
 
 
 def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
@@ -198,7 +198,7 @@ def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
     touch(path)
     assert changes(plan, job) == [f"input: {path} has other content than planned"]
     with pytest.raises(InputChangedError, match="has other content than planned") as caught:
-        planning.check_unchanged(plan.segments[0], job.reader)
+        frozen.check_unchanged(plan.segments[0], job.reader)
     assert caught.value.exit_code == 1
 
 
@@ -216,12 +216,14 @@ def test_files_that_came_and_went_are_told(tmp_path, make_job):
     tables = {"input": many_files(tmp_path, 1, 1)}
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
-    assert planning.new_files(plan, job) == []
+    assert frozen.new_files(plan, job.job) == []
     (tmp_path / "in-0.jsonl").unlink()
     write_jsonl(tmp_path / "in-2.jsonl", numbered(5, 6))
     again = prepare(make_job(None, **tables))
-    assert changes(plan, again) == [f"input: {tmp_path}/in-0.jsonl is gone"]
-    assert planning.new_files(plan, again) == [str(tmp_path / "in-2.jsonl")]
+    assert changes(plan, again) == [
+        f"input: {tmp_path}/in-0.jsonl is gone: does not exist, expected an input file"
+    ]
+    assert frozen.new_files(plan, again.job) == [str(tmp_path / "in-2.jsonl")]
 
 
 def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
@@ -229,7 +231,7 @@ def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
     plan = freeze(job, 1)
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(InputChangedError, match=r"rows\.jsonl: vanished during the run: does not"):
-        planning.check_unchanged(plan.segments[0], job.reader)
+        frozen.check_unchanged(plan.segments[0], job.reader)
 
 
 def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
@@ -237,7 +239,7 @@ def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
     assert [segment.num_rows for segment in plan.segments] == [2]
-    assert planning.new_files(plan, job) == []
+    assert frozen.new_files(plan, job.job) == []
     assert changes(plan, job) == []
 
 
@@ -245,9 +247,7 @@ def test_a_limit_that_is_not_filled_wants_new_files(tmp_path, make_job):
     tables = {"input": {**many_files(tmp_path, 2), "limit": 5}}
     plan = freeze(prepare(make_job(None, **tables)), 1)
     write_jsonl(tmp_path / "in-9.jsonl", numbered(5, 6))
-    assert planning.new_files(plan, prepare(make_job(None, **tables))) == [
-        str(tmp_path / "in-9.jsonl")
-    ]
+    assert frozen.new_files(plan, make_job(None, **tables)) == [str(tmp_path / "in-9.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_changed_job_is_told_line_by_line(prepared, tables, lines):
 def read(job, plan, todo):
     return [
         (one.segment, list(one.rows), list(one.skipped))
-        for one in planning.read_rows(job, plan, todo)
+        for one in frozen.read_rows(plan, todo, job.reader, job.spec())
     ]
 
 
@@ -298,7 +298,7 @@ def test_nothing_missing_reads_nothing(tmp_path, prepared):
 def test_reading_stops_at_a_file_that_changed_before_its_first_row(tmp_path, prepared):
     job = prepared(None, input=many_files(tmp_path, 2, 2))
     plan = freeze(job, 1)
-    rows = planning.read_rows(job, plan, {0: Ranges.until(2), 1: Ranges.until(2)})
+    rows = frozen.read_rows(plan, {0: Ranges.until(2), 1: Ranges.until(2)}, job.reader, job.spec())
     assert list(next(rows).rows) == [0, 1]
     write_jsonl(tmp_path / "in-1.jsonl", numbered(7, 10))
     with pytest.raises(InputChangedError, match=r"in-1\.jsonl: has "):
@@ -308,7 +308,7 @@ def test_reading_stops_at_a_file_that_changed_before_its_first_row(tmp_path, pre
 def test_reading_notices_a_file_that_changed_under_it(tmp_path, prepared):
     job = prepared()
     plan = freeze(job, 1)
-    rows = planning.read_rows(job, plan, {0: Ranges.until(10)})
+    rows = frozen.read_rows(plan, {0: Ranges.until(10)}, job.reader, job.spec())
     next(rows)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write("{}\n")
@@ -321,8 +321,8 @@ def test_columns_are_read_as_the_plan_froze_them(tmp_path, prepared):
     job = prepared([{"text": "a", "n": 1}, {"text": "b", "n": 2}])
     plan = freeze(job, 1)
     as_float = pa.schema([("text", pa.string()), ("n", pa.float64())])
-    frozen = replace(plan, schema=freeze(replace(job, columns=as_float), 1).schema)
-    (found,) = planning.read_rows(job, frozen, {0: Ranges.until(2)})
+    again = prepare(job.job, replace(plan, schema=freeze(replace(job, columns=as_float), 1).schema))
+    (found,) = frozen.read_rows(plan, {0: Ranges.until(2)}, again.reader, again.spec())
     assert found.carried.schema.field("n").type == pa.float64()
 
 
@@ -338,7 +338,7 @@ def test_a_plan_of_parquet_keeps_the_files_types(tmp_path, make_job):
     plan = freeze(job, 1)
     assert Plan(**json.loads(json.dumps(asdict(plan))) | {"segments": plan.segments}) == plan
     assert planning.planned_columns(plan).field("chat").type == data_type
-    (found,) = planning.read_rows(job, plan, {0: Ranges.of([1])})
+    (found,) = frozen.read_rows(plan, {0: Ranges.of([1])}, job.reader, job.spec())
     assert found.values == [{"chat": [{"role": "user", "content": "hi"}]}]
 
 

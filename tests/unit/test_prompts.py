@@ -117,8 +117,6 @@ def test_the_word_none_never_gets_into_a_prompt(template):
         "{{ user.pop('n') }}{{ a }}",
         "{{ range(10**9)|list|length }}{{ a }}",
         "{{ lipsum() }}{{ a }}",
-        "{% include a %}",
-        "{% import a as b %}{{ b }}",
     ],
 )
 def test_a_template_cannot_escape_nor_change_the_row(template):
@@ -143,6 +141,13 @@ def test_one_bad_row_does_not_spoil_the_next():
         ("{% if %}", "template error in line 1: Expected an expression"),
         ("{{ a|shout }}", "template error in line 1: No filter named 'shout'."),
         ("{{ ''.__class__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
+        ("{% include a %}", "template error in line 1: include reads another file"),
+        ("{% import a as b %}{{ b }}", "template error in line 1: import reads another file"),
+        ("{{ 'a' * 10**9 }}", "the template makes more than 16,777,216 characters"),
+        ("{{ 10**(10**10) }}", "the template makes a number of more than 65,536 bits"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "template cannot be compiled: Recursion"),
+        ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "template cannot be compiled: Syntax"),
+        ("{{ " + "9" * 5000 + " }}", "template cannot be compiled: ValueError: Exceeds"),
     ],
 )
 def test_a_template_that_can_never_work_is_refused(key, template, problem):
@@ -337,6 +342,24 @@ def test_a_chat_that_is_not_json_is_an_error_row(content):
     assert result.error.error_type == "bad_prompt"
     assert result.error.error.startswith("the prompt is not text: ")
     assert result.request_key is None
+
+
+@pytest.mark.parametrize(
+    "prompt", [{"text": "text"}, {"user": "{{ text }}"}, {"messages": "text"}], ids=str
+)
+def test_a_prompt_beyond_any_context_window_is_an_error_row(prompt):
+    text = "é" * (9 << 20)  # Fewer characters than the limit, more bytes.
+    value = [{"role": "user", "content": text}] if "messages" in prompt else text
+    (result,) = requests_of([{"text": value}], **prompt)
+    assert isinstance(result, Result)
+    assert result.error == RowError("bad_prompt", "the prompt is longer than 16 MiB")
+
+
+def test_an_error_that_quotes_a_lone_surrogate_or_a_megabyte_can_be_written():
+    error = error_of({"a": "x"}, user='{{ a }}{{ row["\\ud800"] }}')[1]
+    assert "\\ud800" in error
+    error.encode()
+    assert len(error_of({"a": "x" * 2**20}, user="{{ row[a] }}")[1]) < 400
 
 
 def test_a_lone_surrogate_in_a_template_value_is_an_error_row():

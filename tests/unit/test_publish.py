@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import AccountingError, DamagedPartError, StorageError
+from batchgen.errors import AccountingError, DamagedPartError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
@@ -166,7 +166,7 @@ def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 2)])
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
     with pytest.raises(
-        AccountingError, match=r"s000000\.parquet: gave 2 rows, its footer says 3; not published"
+        DamagedPartError, match=r"s000000\.parquet: damaged \(gave 2 rows, its footer says 3\)"
     ):
         write_snapshot(storage, "snap", [(name, claimed)], form())
     assert not storage.temps("snap")
@@ -175,14 +175,14 @@ def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
 def test_a_part_with_a_row_of_a_segment_its_footer_does_not_name_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 1), (1, 0)])
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
-    with pytest.raises(AccountingError, match="gave 2 rows, its footer says 3; not published"):
+    with pytest.raises(DamagedPartError, match="gave 2 rows, its footer says 3"):
         write_snapshot(storage, "snap", [(name, claimed)], form())
 
 
 def test_a_part_with_another_row_than_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 1), (0, 9)])
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
-    with pytest.raises(AccountingError, match="not published"):
+    with pytest.raises(DamagedPartError, match="holds a row that its footer does not name"):
         write_snapshot(storage, "snap", [(name, claimed)], form())
 
 
@@ -192,10 +192,10 @@ def test_what_an_earlier_try_of_this_run_left_is_replaced(storage):
     assert ids(storage, files) == ["0/0"]
 
 
-def test_a_part_that_is_gone_is_a_storage_error(storage):
+def test_a_part_that_is_gone_is_named(storage):
     parts = put(storage, [(0, 0)])
     storage.remove(parts[0][0])
-    with pytest.raises(StorageError, match="what was committed stays"):
+    with pytest.raises(DamagedPartError, match=r"s000000\.parquet: damaged .*No such file"):
         write_snapshot(storage, "snap", parts, form())
 
 

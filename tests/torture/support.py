@@ -1,0 +1,331 @@
+"""A small job, its forked runs, and the one question: is the published snapshot the right one?"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec.implementations.local  # noqa: F401 - children are forked warm
+import pyarrow.parquet as pq
+import zstandard  # noqa: F401
+
+import batchgen.source.jsonl  # noqa: F401
+from batchgen import cli, planning, views  # noqa: F401 - children are forked warm
+from batchgen.api import load
+from batchgen.errors import BatchgenError
+from batchgen.executor.local import LocalRun
+from batchgen.ledger import STATE
+from batchgen.runner import StopSwitch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from batchgen.storage import Disk
+
+HANG_S = 60.0
+CRASHED = 99
+"""Exit code of a child that raised what is not a `BatchgenError`."""
+VOLATILE = {"gen_latency_s", "gen_run_id"}
+
+
+class ProofError(AssertionError):
+    """The promise is broken."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job file beside its input; runs of it go to any output folder."""
+
+    path: Path
+    num_rows: int
+    overrides: tuple[str, ...] = ()
+
+    def argv(self, out: Path, *extra: str) -> list[str]:
+        """For the real command line."""
+        sets = [f"output.path={out}", *self.overrides]
+        return ["run", str(self.path), *(arg for text in sets for arg in ("--set", text)), *extra]
+
+
+def make_job(folder: Path, num_rows: int, *, step_s: float = 0.0, flush_rows: int = 20) -> Job:
+    """Several parts, finished out of order, published as two files; some rows bad, some blank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(num_rows):
+        if number % 17 == 16:
+            lines.append(f'{{"id": {number}, "text": ')
+        elif number % 23 == 22:
+            lines.append("")
+        else:
+            text = f"row {number} " + "lorem " * (number % 7)
+            lines.append(json.dumps({"id": number, "text": text}))
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = folder / "job.toml"
+    path.write_text(
+        f"""
+[input]
+path = "in.jsonl"
+[prompt]
+user = "Repeat: {{{{ text }}}}"
+[model]
+backend = "echo"
+[model.engine]
+max_num_seqs = 16
+max_steps = 6
+step_s = {step_s}
+[sampling]
+max_tokens = 40
+temperature = 0
+[output]
+path = "out"
+rows_per_file = {num_rows * 3 // 5}
+[run]
+flush_rows = {flush_rows}
+max_in_flight = 32
+disk_grace_s = 20.0
+""",
+        encoding="utf-8",
+    )
+    return Job(path, num_rows)
+
+
+def run_here(
+    job: Job, out: Path, *, disk: Disk | None = None, fresh: bool = False, steal: bool = False
+) -> dict[str, Any]:
+    """One run in this process; how it ended, as plain values. Anything unforeseen is raised."""
+    try:
+        config = load(job.path, (f"output.path={out}", *job.overrides))
+        run = LocalRun(config, stop=StopSwitch(), fresh=fresh, steal=steal, disk=disk)
+        summary = run.run()
+    except BatchgenError as error:
+        kind = type(error).__name__
+        return {"code": int(error.exit_code), "error": kind, "text": str(error), "resumed": 0}
+    return {
+        "code": summary.exit_code,
+        "error": None,
+        "text": summary.state,
+        "resumed": summary.run.get("num_resumed", 0),
+    }
+
+
+@dataclass
+class Child:
+    """A forked run."""
+
+    pid: int
+    report: Path
+    code: int | None = None
+    """Exit code, negative for a signal; None while it runs."""
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within the time."""
+        if self.code is not None:
+            return True
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            if not select.select([descriptor], [], [], max(0.0, timeout_s))[0]:
+                return False
+        finally:
+            os.close(descriptor)
+        return self._reap()
+
+    def _reap(self) -> bool:
+        _, status = os.waitpid(self.pid, 0)
+        self.code = os.waitstatus_to_exitcode(status)
+        if self.report.exists():
+            text = self.report.read_text(encoding="utf-8", errors="replace")
+            self.told = json.loads(text) if text.startswith("{") else {"text": text, "error": None}
+            self.report.unlink()
+        if self.code == CRASHED:
+            msg = f"a run died of something that is no BatchgenError:\n{self.told.get('text')}"
+            raise ProofError(msg)
+        return True
+
+    def end(self) -> Child:
+        """Wait to the end; a run that hangs is a failure."""
+        if not self.wait(HANG_S):
+            self.kill()
+            msg = f"a run hung for {HANG_S:g} s"
+            raise ProofError(msg)
+        return self
+
+    def wait_until_frozen(self) -> bool:
+        """Wait until it has stopped itself (True) or ended (False)."""
+        deadline = time.monotonic() + HANG_S
+        while time.monotonic() < deadline:
+            if self.wait(0.001):
+                return False
+            if _state(self.pid) == "T":
+                return True
+        msg = f"a run neither stopped nor ended within {HANG_S:g} s"
+        raise ProofError(msg)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait(HANG_S)
+
+    def thaw(self) -> Child:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+        return self
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+
+
+def spawn(work: Callable[[], int | None], report: Path) -> Child:
+    """Fork a child that does `work` and exits with what it returns; stderr goes to `report`."""
+    pid = os.fork()
+    if pid:
+        return Child(pid, report)
+    code = CRASHED
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+        code = work() or 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:  # noqa: BLE001 - the parent is told
+        os.write(2, traceback.format_exc().encode())
+    os._exit(code)
+
+
+def spawn_run(job: Job, out: Path, **how: Any) -> Child:
+    """`run_here` in a forked child; it tells in its report how it ended."""
+    report = _report_path(job)
+
+    def work() -> int:
+        told = run_here(job, out, **how)
+        report.write_text(json.dumps(told), encoding="utf-8")
+        return int(told["code"])
+
+    return spawn(work, report)
+
+
+def spawn_cli(job: Job, out: Path, *extra: str) -> Child:
+    """The real command line in a forked child."""
+
+    def work() -> int:
+        sys.argv = ["batchgen", *job.argv(out, *extra)]
+        cli.main()
+        return 0
+
+    return spawn(work, _report_path(job))
+
+
+_SERIAL = iter(range(10**9))
+
+
+def _report_path(job: Job) -> Path:
+    return job.path.parent / f"report-{os.getpid()}-{next(_SERIAL)}"
+
+
+def manifest_of(out: Path) -> dict[str, Any] | None:
+    """The newest manifest, read without batchgen."""
+    found = sorted((out / STATE / "manifests").glob("[0-9]*.json"))
+    return json.loads(found[-1].read_bytes()) if found else None
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Rows of a published file, less what may differ; single-threaded, so that we may fork."""
+    with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+        names = [name for name in file.schema_arrow.names if name not in VOLATILE]
+        return file.read(columns=names, use_threads=False).to_pylist()
+
+
+def published(out: Path) -> list[dict[str, Any]]:
+    """Every published row in order.
+
+    Raises:
+        ProofError: Nothing is published, the books do not balance, or the files in the folder
+            are not those of the newest manifest.
+    """
+    manifest = manifest_of(out)
+    if manifest is None:
+        msg = f"{out}: no manifest"
+        raise ProofError(msg)
+    names = [file["name"] for file in manifest["files"]]
+    counts = {name: manifest[f"num_{name}"] for name in ("planned", "ok", "errors", "skipped")}
+    if counts["planned"] != counts["ok"] + counts["errors"] + counts["skipped"]:
+        msg = f"{out}: the books do not balance: {counts}"
+        raise ProofError(msg)
+    shown = sorted(path.name for path in out.glob("part-*.parquet"))
+    if shown != [name.rpartition("/")[2] for name in names]:
+        msg = f"{out}: shows {shown}, the manifest names {names}"
+        raise ProofError(msg)
+    rows = [row for name in names for row in rows_of(out / name)]
+    if [row for name in shown for row in rows_of(out / name)] != rows:
+        msg = f"{out}: the files shown are not those of the manifest"
+        raise ProofError(msg)
+    if len(rows) != counts["ok"] + counts["errors"]:
+        msg = f"{out}: {len(rows)} rows in the files, the manifest says {counts}"
+        raise ProofError(msg)
+    return rows
+
+
+def check_snapshot(out: Path, expected: list[dict[str, Any]], where: str) -> None:
+    """Raise unless what is published is exactly what an uninterrupted run publishes."""
+    found = published(out)
+    if found == expected:
+        return
+    ids = [row["id"] for row in found if row["id"] is not None]
+    wanted = [row["id"] for row in expected if row["id"] is not None]
+    lost = sorted(set(wanted) - set(ids))
+    doubled = sorted({id_ for id_ in ids if ids.count(id_) > 1})
+    differing = [a["id"] for a, b in zip(found, expected, strict=False) if a != b]
+    msg = (
+        f"{where}: {len(found)} rows published, {len(expected)} expected; "
+        f"lost {lost}, doubled {doubled}, differing {differing[:20]}"
+    )
+    raise ProofError(msg)
+
+
+def expected_of(job: Job, out: Path) -> list[dict[str, Any]]:
+    """What an uninterrupted run publishes; run in a child, this process stays without threads."""
+    child = spawn_run(job, out).end()
+    if child.code != 0:
+        msg = f"the uninterrupted run ended with {child.code}: {child.told}"
+        raise ProofError(msg)
+    rows = published(out)
+    blank = sum(n % 17 != 16 and n % 23 == 22 for n in range(job.num_rows))
+    if len(rows) != job.num_rows - blank:
+        msg = f"the uninterrupted run published {len(rows)} of {job.num_rows - blank} rows"
+        raise ProofError(msg)
+    return rows
+
+
+def leftovers(out: Path) -> dict[str, int]:
+    """What lies about and should not, by kind; harmless, but space."""
+    manifest = manifest_of(out)
+    named = {file["name"].rpartition("/")[0] for file in manifest["files"]} if manifest else set()
+    snapshots = out / STATE / "snapshots"
+    return {
+        "temp files": sum(1 for _ in out.rglob("*.tmp")),
+        "parts": sum(1 for _ in (out / STATE / "parts").glob("*.parquet")),
+        "orphan snapshots": sum(
+            f"{STATE}/snapshots/{path.name}" not in named for path in snapshots.glob("e*")
+        ),
+    }
+
+
+@contextmanager
+def replayable(what: str) -> Iterator[None]:
+    """Say with any failure how to get it again."""
+    try:
+        yield
+    except ProofError as error:
+        msg = f"{error}\n  replay: {what}"
+        raise ProofError(msg) from error

@@ -1,0 +1,167 @@
+"""Proof 2: every call that changes the output, failed once, in every way.
+
+Modes are those of `disks`; `freeze` stops the run before the call, lets another one take over,
+and wakes it. Scenes: a new job, one resumed from a half-done folder, `--fresh` over a published one.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from batchgen.ledger import STATE
+from tests.torture.disks import MODES, Log, SpoiltDisk
+from tests.torture.harness import main
+from tests.torture.support import (
+    Child,
+    Job,
+    ProofError,
+    check_snapshot,
+    expected_of,
+    make_job,
+    manifest_of,
+    replayable,
+    spawn_run,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROWS = 60
+SCENES = ("new", "resume", "fresh")
+FAULTS = {"StorageError"}
+"""How a run may end that the disk failed."""
+TAKEN_OVER = {None, "FencedError", "StorageError", "DamagedPartError", "BusyError"}
+
+
+def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
+    """One of two workers: every other point; of these, `amount` percent by chance."""
+    worker = int(seed.rpartition(".")[2])
+    job = make_job(folder / "job", ROWS)
+    expected = expected_of(job, folder / "expected")
+    sweep = Sweep(job, expected, folder, random.Random(seed))
+    for scene in SCENES:
+        sweep.prepare(scene)
+        for mode in MODES:
+            sweep.mode(scene, mode, worker, amount)
+    return sweep.counts
+
+
+class Sweep:
+    """One job, failed at one point after another."""
+
+    def __init__(
+        self, job: Job, expected: list[dict[str, Any]], folder: Path, chance: random.Random
+    ) -> None:
+        self.job = job
+        self.expected = expected
+        self.folder = folder
+        self.chance = chance
+        self.counts: Counter[str] = Counter()
+        self._num_begun = 0
+
+    def prepare(self, scene: str) -> None:
+        """Make the folder that every point of the scene starts from."""
+        self._start = self.folder / f"start-{scene}"
+        self._num_begun = 0
+        if scene == "fresh":
+            spawn_run(self.job, self._start).end()
+        elif scene == "resume":
+            log = self.folder / "log-start"
+            for at in range(1000):
+                shutil.rmtree(self._start, ignore_errors=True)
+                log.unlink(missing_ok=True)
+                spawn_run(self.job, self._start, disk=SpoiltDisk(at, "kill before", log)).end()
+                if Log(log).num_durable:
+                    break
+            self._num_begun = Log(log).num_durable
+
+    def mode(self, scene: str, mode: str, worker: int, percent: int) -> None:
+        """Every point of one way to fail; ends with the first that the run does not reach."""
+        for at in range(worker, 10_000, 2):
+            if self.chance.randrange(100) >= percent:
+                continue
+            with replayable(f"scene {scene}, mode {mode}, point {at}"):
+                if not self.point(scene, mode, at):
+                    return
+            self.counts[f"points: {scene}, {mode}"] += 1
+            self.counts["points"] += 1
+
+    def point(self, scene: str, mode: str, at: int) -> bool:
+        """Fail one call, run again, compare; False if the run ended before that call."""
+        out = self.folder / "out"
+        log_path = self.folder / "log"
+        shutil.rmtree(out, ignore_errors=True)
+        log_path.unlink(missing_ok=True)
+        if self._start.exists():
+            shutil.copytree(self._start, out)
+        disk = SpoiltDisk(at, mode, log_path)
+        how = {"fresh": scene == "fresh", "steal": self.chance.random() < 0.5}
+        child = spawn_run(self.job, out, disk=disk, **how)
+        heir = None
+        if mode == "freeze" and child.wait_until_frozen():
+            heir = self._take_over(out, child, how)
+        child.end()
+        log = Log(log_path)
+        if log.spoilt is None:
+            _expect(child, {None})
+            return False
+        if heir is None and not mode.startswith("kill"):
+            self._check_error(child, mode, log)
+        self._check_rerun(out, log, scene, is_alone=heir is None)
+        return True
+
+    def _take_over(self, out: Path, child: Child, how: dict[str, Any]) -> Child:
+        """While `child` is frozen: run to the end, or freeze too and go on after it."""
+        heir_log = self.folder / "log-heir"
+        heir_log.unlink(missing_ok=True)
+        at = self.chance.randrange(120)
+        disk = SpoiltDisk(at, "freeze", heir_log)
+        fresh = how["fresh"] and self.chance.random() < 0.5
+        heir = spawn_run(self.job, out, disk=disk, steal=True, fresh=fresh)
+        if heir.wait_until_frozen():
+            self.counts["two frozen at once"] += 1
+            child.thaw().end()
+            heir.thaw().end()
+        else:
+            child.thaw().end()
+        _expect(heir, TAKEN_OVER)
+        _expect(child, TAKEN_OVER)
+        return heir
+
+    def _check_error(self, child: Child, mode: str, log: Log) -> None:
+        kind, path = log.spoilt or ("", "")
+        is_part = f"/{STATE}/parts/" in f"{path}/" and kind != "make_folder"
+        is_commit = is_part and log.kinds["link"] and not _is_clean_up(kind, path)
+        _expect(child, {None} if is_commit else {None, *FAULTS})
+        if is_commit:
+            self.counts["recovered by the same run"] += 1
+
+    def _check_rerun(self, out: Path, log: Log, scene: str, *, is_alone: bool) -> None:
+        is_done = manifest_of(out) is not None and scene != "fresh"
+        child = spawn_run(self.job, out).end()
+        _expect(child, {None})
+        check_snapshot(out, self.expected, "after a clean run")
+        durable = log.num_durable + self._num_begun
+        is_same_plan = scene != "fresh" or child.told["text"] != "nothing_to_do"
+        if is_alone and not is_done and is_same_plan and child.told["resumed"] < durable:
+            msg = f"{durable} rows were durable, {child.told['resumed']} were taken over"
+            raise ProofError(msg)
+
+
+def _is_clean_up(kind: str, path: str) -> bool:
+    return kind == "unlink" and not path.endswith(".tmp")
+
+
+def _expect(child: Child, errors: set[str | None]) -> None:
+    if child.code is not None and child.code < 0:
+        return
+    if child.told.get("error") not in errors:
+        msg = f"a run ended with {child.code}, {child.told}; expected one of {errors}"
+        raise ProofError(msg)
+
+
+if __name__ == "__main__":
+    main("tests.torture.sweep", "percent", shard, 100, is_split=False)
