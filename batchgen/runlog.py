@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from batchgen.storage import LocalStorage
 
+# vLLM's lines: `WARNING 11-22 18:06:31 [cpu_worker.py:140] text` (vllm/logger.py, 0.26 to 0.33).
+_LEVEL = re.compile(r"\b(?:WARNING|ERROR) [\d-]+ [\d:]+ (.*)")
 _STATS_SCHEMA = pa.schema(
     [
         ("elapsed_s", pa.float64()),
@@ -90,6 +93,15 @@ class RunLog:
         name = f"engine-death-{number:02}.json"
         self._replace(name, json.dumps(facts, indent=1).encode() + b"\n")
         return str(self._storage.path(f"{self._folder}/{name}"))
+
+    def num_engine_warnings(self) -> int:
+        """How many different warnings and errors the engine's log holds."""
+        path = self._storage.path(f"{self._folder}/vllm.log")
+        if not path.exists():
+            return 0
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = (_LEVEL.search(line) for line in lines)
+        return len({match.group(1) for match in found if match})
 
     def _write_stats(self) -> None:
         out = io.BytesIO()

@@ -80,6 +80,7 @@ class Runner:
         self._in_flight: dict[int, Request] = {}
         self._part = OpenPart()
         self._row_bytes = 0.0
+        self._trouble: BatchgenError | None = None
         self._is_held_up = False  # The disk does not take what is finished: admit no more.
 
     @property
@@ -118,27 +119,29 @@ class Runner:
         give_up_s: float | None = None
         while not self._is_through():
             now_s = self._clock()
-            if stop.state is Stop.NO:
+            if stop.state is Stop.NO and self._trouble is None:
                 if not self._is_held_up:
                     self._admit()
             else:
                 give_up_s = give_up_s or now_s + self._config.grace_s
                 if stop.state is Stop.NOW or now_s >= give_up_s or not self._may_still_finish():
-                    return self._is_through()
+                    break
             self._step(now_s)
             if self._part.is_due(self._clock(), self._config):
                 self._is_held_up = not self._flush(_STEP_WAIT_S)
             self._committer.check()
             on_tick()
-        return True
+        if self._trouble is not None:
+            raise self._trouble
+        return self._is_through()
 
     def _is_through(self) -> bool:
         return self._feeder.is_done and not self._waiting and not self._in_flight
 
     def _may_still_finish(self) -> bool:
         """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
-        if not self._in_flight and not self._waiting:
-            self._feeder.take(0)  # The end of the input may be all that is left to hear.
+        if not self._in_flight and not self._waiting and self._trouble is None:
+            self._take()  # The end of the input may be all that is left to hear.
         return bool(self._in_flight) and self._engine.facts is not None
 
     def _admit(self) -> None:
@@ -146,7 +149,7 @@ class Runner:
         room = self._engine.capacity - len(self._in_flight)
         while room > 0:
             if not self._waiting:
-                fed = self._feeder.take(0 if self._in_flight else _IDLE_WAIT_S)
+                fed = self._take()
                 if fed is None:
                     return
                 self._take_in(fed)
@@ -157,6 +160,14 @@ class Runner:
             self._in_flight.update((request.request_id, request) for request in chunk)
             self._engine.add(chunk)
             room -= len(chunk)
+
+    def _take(self) -> Fed | None:
+        """What the feeder has ready; its trouble waits until what is in flight has finished."""
+        try:
+            return self._feeder.take(0 if self._in_flight else _IDLE_WAIT_S)
+        except BatchgenError as error:
+            self._trouble = error
+            return None
 
     def _take_in(self, fed: Fed) -> None:
         num_rows = len(fed.requests) + len(fed.results)

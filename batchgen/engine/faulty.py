@@ -75,10 +75,11 @@ class FaultyEchoEngine(EchoEngine):
         """
         self._check_alive()
         try:
-            completions = super().step(timeout_s)
+            completions = [] if self._hangs else super().step(timeout_s)
         except _HangsError:
-            time.sleep(timeout_s)
             return []
+        if self._hangs:
+            time.sleep(timeout_s)
         if not self._marks:
             return completions
         return [changed for done in completions for changed in self._change(done)]
@@ -88,8 +89,6 @@ class FaultyEchoEngine(EchoEngine):
             raise self._death
 
     def _prepare(self, request: EngineRequest) -> tuple[str, bytes] | RowError:
-        if self._hangs:
-            raise _HangsError
         prepared = super()._prepare(request)
         if isinstance(prepared, RowError):
             return prepared

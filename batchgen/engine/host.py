@@ -76,6 +76,7 @@ class Host:
         engine = build_engine(spec)
         receiver = threading.Thread(target=self._receive, args=(engine,), daemon=True)
         receiver.start()
+        self._report(engine)  # One that is up at once should be known to be before it can die.
         while not self._closing:
             self._wake.clear()
             if engine.num_in_flight or not self._is_ready:

@@ -307,6 +307,7 @@ class LocalRun:
             started_at=self._started_at,
             elapsed_s=now_s - self._started_s,
             warnings=self._warnings + (self._engine.warnings if self._engine else []),
+            num_engine_warnings=self._log.num_engine_warnings(),
             summary_path=str(self._storage.path(f"{STATE}/runs/{self._run_id}/summary.json")),
         )
 

@@ -45,6 +45,8 @@ class Summary:
     engine: dict[str, Any] = field(default_factory=dict)
     started_at: str = ""
     elapsed_s: float = 0.0
+    num_engine_warnings: int = 0
+    """Different warnings and errors in the engine's own log, `vllm.log` beside the summary."""
     warnings: list[str] = field(default_factory=list)
     summary_path: str | None = None
 

@@ -131,5 +131,7 @@ class Log:
         durable = dict(line.split()[1:] for line in lines if line.startswith("durable "))
         self.num_durable = sum(map(int, durable.values()))
         self.spoilt = next((line.split()[1:] for line in lines if line.startswith("spoil")), None)
+        words = [line.split() for line in lines]
+        self.calls = [(word[0], word[1]) for word in words if word[0] in CALLS]
         self.kinds = Counter(line.split()[0] for line in lines)
         self.num_calls = sum(self.kinds[kind] for kind in CALLS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ def main(
     amount: int,
     *,
     is_split: bool = True,
+    in_memory: bool = False,
 ) -> None:
     """Run `amount` in several fresh processes, print the sums; exit 1 on a broken promise.
 
@@ -38,6 +40,7 @@ def main(
         amount: Default of the option.
         is_split: Give each worker its share of the amount; else all of it, and the worker's
             number, the last word of its seed, says which share is its.
+        in_memory: Work in /dev/shm where there is one: what is proven does not depend on the disk.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument(f"--{unit}", dest="amount", type=int, default=amount)
@@ -50,6 +53,8 @@ def main(
         _one(args.folder, args.seed, args.amount, shard)
         return
     began_s = time.monotonic()
+    if args.folder is None and in_memory and os.access("/dev/shm", os.W_OK):  # noqa: S108
+        args.folder = Path("/dev/shm")  # noqa: S108
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="torture-") as folder:
         counts, failed = _all(module, unit, args, Path(folder), is_split=is_split)
     sys.stdout.write(f"{module}: seed {args.seed}, {time.monotonic() - began_s:.0f} s\n")

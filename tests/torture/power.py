@@ -293,4 +293,4 @@ def _torture(
 
 
 if __name__ == "__main__":
-    main("tests.torture.power", "losses", shard, 10_000)
+    main("tests.torture.power", "losses", shard, 10_000, in_memory=True)
