@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def take(table: pa.Table, rows: Sequence[int] | pa.Array) -> pa.Table:
+def take(table: pa.Table, rows: pa.Array) -> pa.Table:
     """`table.take(rows)` for every type.
 
     `take` has no kernel for string_view and binary_view, nor for what holds them (pyarrow 26);
@@ -19,6 +19,16 @@ def take(table: pa.Table, rows: Sequence[int] | pa.Array) -> pa.Table:
     try:
         return table.take(rows)
     except pa.ArrowNotImplementedError:
-        numbers = rows.to_pylist() if isinstance(rows, pa.Array) else rows
-        slices = [table.slice(number, 1) for number in numbers]
-        return pa.concat_tables(slices).combine_chunks() if slices else table.slice(0, 0)
+        slices = [table.slice(start, length) for start, length in _runs(rows.to_pylist())]
+        return pa.concat_tables(slices) if slices else table.slice(0, 0)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as (start, length), in the order given."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs

@@ -17,7 +17,8 @@ from batchgen.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_EDGE_BYTES = 2**20
+_WHOLE_BYTES = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 256, 64 * 2**10
 _SAFE_WEIGHTS = ("*.safetensors", "*.gguf")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What vLLM reads of a hub repository, pickled weights left out.
@@ -79,10 +80,11 @@ def _refuse_pickles(folder: Path, *, allow_pickle: bool, is_complete: bool = Tru
 
 
 def _identity(folder: Path) -> dict[str, str]:
-    """Hash what the engine reads: small files whole, weights by size and both ends.
+    """Hash what the engine reads: files up to 64 MiB whole, larger ones by size and samples.
 
-    Both ends of a safetensors file hold its header and real weights, so a retrained model of the
-    same shape differs, and a model of hundreds of GB costs milliseconds.
+    The samples lie evenly over the file: a model trained further, or with an adapter merged in,
+    differs in them, and a model of hundreds of GB costs seconds. A change of few weights between
+    two samples is not seen; a hub model's commit sees it.
     """
     if not (folder / "config.json").is_file():
         where = "model.name"
@@ -92,19 +94,19 @@ def _identity(folder: Path) -> dict[str, str]:
         path for suffix in ("json", "jinja", "txt", "model") for path in folder.glob(f"*.{suffix}")
     }
     files = sorted(weights | small)
-    return {path.name: _edges_hash(path) for path in files if path.is_file()}
+    return {path.name: _content_hash(path) for path in files if path.is_file()}
 
 
-def _edges_hash(path: Path) -> str:
+def _content_hash(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with path.open("rb") as file:
-        if path.suffix != ".safetensors" and size <= 64 * _EDGE_BYTES:
+        if size <= _WHOLE_BYTES:
             digest.update(file.read())
         else:
-            digest.update(file.read(_EDGE_BYTES))
-            file.seek(max(size - _EDGE_BYTES, 0))
-            digest.update(file.read(_EDGE_BYTES))
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).

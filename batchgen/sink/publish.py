@@ -246,7 +246,8 @@ class _PartReader:
         table = self._read(wanted)
         row = table.column(ROW)
         here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
-        table = table.filter(pc.and_(pc.equal(table.column(SEGMENT), segment), here))
+        here = pc.and_(pc.equal(table.column(SEGMENT), segment), here)
+        table = arrow.take(table, pc.indices_nonzero(here))
         if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
             raise DamagedPartError(self._name, "holds a row that its footer does not name")
         self._num_read += table.num_rows

@@ -25,7 +25,7 @@ class Scan:
     num_rows: int
     """Physical rows: lines of JSONL with blank and bad ones, records of CSV, rows of Parquet."""
     digest: str
-    """Hash of the content: all raw bytes for text formats, head and tail for Parquet."""
+    """sha256 of all raw bytes, compressed ones as they are."""
 
 
 @dataclass(frozen=True, slots=True)

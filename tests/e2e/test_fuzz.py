@@ -34,7 +34,7 @@ VALID: dict[str, dict[str, Any]] = {
     "model": {"backend": "echo", "max_num_seqs": 4, "engine": {"max_steps": 2}},
     "sampling": {"max_tokens": 8, "temperature": 0.5, "top_p": 0.9, "stop": ["x"], "seed": 3},
     "output": {"path": "out", "prefix": "gen_", "rows_per_file": 100},
-    "run": {"flush_rows": 10, "max_error_rate": 1.0, "grace_s": 0.5},
+    "run": {"flush_rows": 10, "max_error_rate": 1.0, "grace_s": 0.5, "stats_s": 2.0, "flush_s": 3},
 }
 KEYS = [(table, key) for table, keys in VALID.items() for key in keys]
 
@@ -136,7 +136,7 @@ def test_the_unchanged_job_file_is_right(folder: Path) -> None:
     assert outcome_of(folder, "\n".join(toml(VALID, {})).encode(), ROWS) == (0, "")
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=100)
 @given(st.dictionaries(st.sampled_from(KEYS), WRONG | SOUP, min_size=1, max_size=2))
 @example({("output", "path"): "'x'"})
 @example({("prompt", "user"): "'{{ text * 10**9 }}'"})
@@ -154,7 +154,7 @@ def test_a_value_replaced_by_anything(folder: Path, replaced: dict[tuple[str, st
     assert "secretword" not in text
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=100)
 @given(st.data())
 def test_lines_of_a_job_file_dropped_doubled_or_soup(folder: Path, data: st.DataObject) -> None:
     lines = toml(VALID, {})
@@ -279,7 +279,7 @@ def has_wild_numbers(line: bytes) -> bool:
 HEAD = [json.dumps({"id": n, "text": f"row {n}", "extra": None}).encode() for n in range(80)]
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=100)
 @given(LINES, st.sampled_from([b"\n", b"\r\n"]), st.booleans())
 def test_jsonl_of_any_bytes_is_answered_row_by_row_as_plain_python_says(
     folder: Path, lines: list[bytes], ending: bytes, ends: bool
@@ -297,7 +297,7 @@ def test_jsonl_of_any_bytes_is_answered_row_by_row_as_plain_python_says(
         }
         (Path(name) / "in.jsonl").write_bytes(content)
         summary = batchgen.run(job)
-        found = batchgen.read(job).select("gen_text", "gen_status").rows()
+        found = batchgen.read(job).select("gen_text", "gen_status").collect().rows()
     physical = content.split(b"\n")
     physical = physical[:-1] if physical[-1] == b"" else physical
     num_blank = sum(not line.strip() for line in physical)

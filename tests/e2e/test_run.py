@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -217,3 +218,42 @@ def test_the_output_may_not_be_a_folder_with_other_files(tmp_path: Path) -> None
     assert refused.returncode == 2
     assert "holds files that are not batchgen's" in refused.stderr
     assert (tmp_path / "out" / "part-00000.parquet").read_bytes() == b"mine"
+
+
+def test_an_unfinished_job_goes_on_with_the_columns_that_its_plan_froze(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 2)):
+        rows = [{"x": value, "text": f"{name} {n}"} for n in range(50)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = write_job(tmp_path, "*.jsonl", run={"max_error_rate": 0.0})
+    bad = {"x": "no number", "text": "c", "extra": 1}
+    with (tmp_path / "b.jsonl").open("a") as out:
+        out.write("\n{")
+    assert run_cli("run", job).returncode == 3
+    (tmp_path / "c.jsonl").write_text("\n".join([json.dumps(bad)] * 900))
+    done = run_cli("run", job, "--set", "run.max_error_rate=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "1 input files came after the plan was made" in done.stdout
+    frame = batchgen.read(job).collect()
+    assert (frame.schema["x"], len(frame), "extra" in frame.columns) == (pl.Int64, 101, False)
+
+
+def test_a_where_that_lets_nothing_through_publishes_no_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 60)
+    job = write_job(tmp_path, "in.jsonl", input={"where": "id < 0"}, run={"max_error_rate": 1.0})
+    summary = summary_of(job)
+    assert (summary["num_ok"], summary["num_errors"], summary["num_skipped"]) == (0, 1, 59)
+
+
+def test_types_that_arrow_cannot_take_pass_through(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": [f"row {n}" for n in range(40)],
+            "view": pa.array([f"v{n}" for n in range(40)], pa.string_view()),
+            "views": pa.array([[f"v{n}"] for n in range(40)], pa.list_(pa.string_view())),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    job = write_job(tmp_path, "in.parquet", run={"flush_rows": 7})
+    assert summary_of(job)["state"] == "complete"
+    read = pq.read_table(tmp_path / "out" / "part-00000.parquet", columns=["text", "view"])
+    assert read.to_pylist() == table.select(["text", "view"]).to_pylist()
