@@ -245,7 +245,8 @@ def _to_words(value: Any, args: Args) -> int:  # noqa: ANN401 - any value
         return 0
     separator = args[0] if args else None
     if separator and type(separator) is type(value):
-        return ITEM_CHARS * int(value.count(separator))
+        text: Any = value
+        return ITEM_CHARS * int(text.count(separator))
     if isinstance(value, str) and value.isascii():
         return ITEM_CHARS * sum(map(value.count, " \n\t\r\v\f\x1c\x1d\x1e\x1f"))
     return ITEM_CHARS * len(value) // 2

@@ -56,7 +56,7 @@ def main() -> None:
         **chat,
         "ratio_to_chat": product["product_s"] / chat_s,
     }
-    print(json.dumps(report))  # noqa: T201
+    print(json.dumps(report))
 
 
 def _rows(prompts: Path, num_rows: int, path: Path) -> list[str]:

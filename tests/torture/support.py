@@ -203,11 +203,20 @@ def spawn(work: Callable[[], int | None], report: Path) -> Child:
     os._exit(code)
 
 
-def spawn_run(job: Job, out: Path, **how: Any) -> Child:
-    """`run_here` in a forked child; it tells in its report how it ended."""
+def spawn_run(job: Job, out: Path, *, gate: int | None = None, **how: Any) -> Child:
+    """`run_here` in a forked child; it tells in its report how it ended.
+
+    Args:
+        job: What to run.
+        out: The output folder.
+        gate: Pipe to read a byte from before it begins.
+        how: For `run_here`.
+    """
     report = _report_path(job)
 
     def work() -> int:
+        if gate is not None:
+            os.read(gate, 1)
         told = run_here(job, out, **how)
         report.write_text(json.dumps(told), encoding="utf-8")
         return int(told["code"])

@@ -370,3 +370,129 @@ def test_the_json_schema_describes_every_key():
 @pytest.mark.parametrize("path", sorted(Path("jobs").glob("*.toml")), ids=str)
 def test_every_job_that_comes_along_is_loaded(path):
     assert isinstance(load_job(path), JobConfig)
+
+
+HUB = {"name": "org/model", "trust_remote_code": True}
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "abc123", "A" * 40, "g" * 40])
+def test_code_from_the_hub_needs_the_commit_that_was_read(tmp_path, job_tables, revision):
+    model = {**HUB, "backend": "vllm", **({"revision": revision} if revision else {})}
+    (problem,) = problems(tmp_path, job_tables(model=model))
+    assert problem == (
+        "model.trust_remote_code: runs code from the hub, so model.revision has to be the commit "
+        f"that you have read (40 hex digits), found {revision!r}"
+    )
+
+
+def test_code_at_a_commit_or_in_a_folder_may_be_trusted(tmp_path, job_tables):
+    pinned = job_tables(model={**HUB, "backend": "vllm", "revision": "0a" * 20})
+    assert parse_job(pinned, base=tmp_path, where="job.toml").model.trust_remote_code
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    local = job_tables(model={**HUB, "backend": "vllm"})
+    assert parse_job(local, base=tmp_path, where="job.toml").model.trust_remote_code
+
+
+@pytest.mark.parametrize("load_format", ["pt", "npcache"])
+def test_a_load_format_that_unpickles_needs_leave(tmp_path, job_tables, load_format):
+    model = {"backend": "vllm", "name": "org/model", "engine": {"load_format": load_format}}
+    (problem,) = problems(tmp_path, job_tables(model=model))
+    assert "unpickles weights, set allow_pickle = true" in problem
+    allowed = job_tables(model={**model, "allow_pickle": True})
+    assert parse_job(allowed, base=tmp_path, where="job.toml").model.allow_pickle
+
+
+SECRET = "canary0123456789canary0123456789canary"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("input.path", f"s3://me:{SECRET}@bucket/in.jsonl", "AWS_SECRET_ACCESS_KEY"),
+        ("input.path", ["ok.jsonl", f"https://me:{SECRET}@host/in.jsonl"], "fsspec"),
+        ("input.path", f"https://b.s3.amazonaws.com/x?a=b&X-Amz-Signature={SECRET}", "fsspec"),
+        ("input.path", f"https://storage.googleapis.com/x?X-Goog-Signature={SECRET}", "fsspec"),
+        ("input.path", f"abfs://c@a.dfs.core.windows.net/x?sv=1&sig={SECRET}", "AZURE_STORAGE"),
+        ("input.path", f"https://host/x?token={SECRET}", "fsspec"),
+        ("input.path", f"https://host/x?access_key={SECRET}", "fsspec"),
+        ("input.path", f"gs://b/x?access_token={SECRET}", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("output.path", f"s3a://me:{SECRET}@bucket/out", "AWS_SECRET_ACCESS_KEY"),
+        ("model.engine", {"hf_token": f"x{SECRET}"}, "HF_TOKEN"),
+        ("model.engine", {"token": SECRET}, "HF_TOKEN"),
+        ("model.engine", {"api_key": SECRET}, "environment variable"),
+        ("model.engine", {"a": {"password": SECRET}}, "environment variable"),
+        ("model.engine", {"aws_secret_access_key": SECRET}, "environment variable"),
+        ("model.engine", {"client_secret": SECRET}, "environment variable"),
+        ("model.engine", {"x": [f"hf_{SECRET}"]}, "HF_TOKEN"),
+        ("model.name", f"hf_{SECRET}", "HF_TOKEN"),
+        ("prompt.user", f"{{{{ text }}}} sk-{SECRET}", "environment variable"),
+    ],
+)
+@pytest.mark.parametrize("by_set", [False, True])
+def test_a_credential_in_a_job_is_refused_and_not_repeated(
+    tmp_path, job_tables, key, value, instead, by_set
+):
+    tables = job_tables()
+    table, name = key.split(".")
+    overrides = []
+    if by_set and isinstance(value, str):
+        overrides = [f"{key}={value}"]
+    else:
+        tables[table][name] = value
+    tables["run"] = {"flush_rows": "wrong as well, which must wait"}
+    (problem,) = problems(tmp_path, tables, *overrides)
+    assert problem.startswith(key)
+    assert instead in problem
+    assert SECRET[:12] not in problem
+
+
+@pytest.mark.parametrize(
+    "override", [f"hf_token={SECRET}", f"https://me:{SECRET}@host", f"input.path.token={SECRET}"]
+)
+def test_a_wrong_set_does_not_repeat_a_credential(tmp_path, job_tables, override):
+    for problem in problems(tmp_path, job_tables(), override):
+        assert SECRET[:12] not in problem
+
+
+@pytest.mark.parametrize(
+    ("table", "keys"),
+    [
+        ("input", {"types": {"password": "string", "token": "string"}}),
+        ("input", {"path": ["abfs://container@account.dfs.core.windows.net/x.jsonl"]}),
+        ("input", {"path": ["https://host/x.jsonl?version=2&page=3"]}),
+        ("prompt", {"user": "Mail me@example.org: what is a token=? {{ text }}"}),
+        ("prompt", {"chat_template_kwargs": {"bos_token": "<s>", "enable_thinking": False}}),
+        ("sampling", {"min_tokens": 1, "stop_token_ids": [1], "skip_special_tokens": True}),
+        ("model", {"engine": {"max_num_batched_tokens": 8192, "token": False}}),
+    ],
+)
+def test_what_only_sounds_like_a_credential_is_accepted(tmp_path, job_tables, table, keys):
+    parse_job(job_tables(**{table: keys}), base=tmp_path, where="job.toml")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "problem"),
+    [
+        ("input", "path", "a\0b", "input.path: holds a NUL character, expected text"),
+        ("prompt", "user", "\ud800", "prompt.user: holds a lone surrogate, expected text"),
+        ("output", "path", "x" * 300, "is too long for a path (300 bytes)"),
+        ("input", "path", ["a/" * 3000], "is too long for a path (6000 bytes)"),
+        ("input", "path", "~no-such-user/x", "there is no such user"),
+        ("run", "flush_rows", 10**30, "run.flush_rows: "),
+    ],
+)
+def test_what_no_file_system_takes_is_told_before_one_is_asked(
+    tmp_path, job_tables, table, key, value, problem
+):
+    (found,) = problems(tmp_path, job_tables(**{table: {key: value}}))
+    assert found.startswith(f"{table}.{key}: ")
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = " + "9" * 5000, "a = " + "[" * 5000, "a = 1979-13-99", "\ufeff= 1", 'a = "\\ud800"'],
+)
+def test_toml_that_breaks_the_parser_is_refused(job_file, text):
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_job(job_file(text))

@@ -108,7 +108,10 @@ def run_with_poison(num, poison, width, capacity, chunk):
     )
     waiting, done = list(range(num)), []
     try:
-        while waiting or lab.engine.num_in_flight:
+        for num_steps in itertools.count():
+            if not waiting and not lab.engine.num_in_flight:
+                break
+            assert num_steps < 20 * num + 500, "it does not come to an end"
             room = min(lab.engine.capacity - lab.engine.num_in_flight, chunk)
             if waiting and room > 0:
                 lab.engine.add(asks(*waiting[:room]))

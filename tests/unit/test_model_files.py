@@ -120,3 +120,25 @@ def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(name):
 def test_whether_there_is_a_chat_template_at_all(tmp_path, name, content, has_one):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert chat_template_hint(str(tmp_path)) is has_one
+
+
+PICKLES = ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"]
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_folder_of_pickles_alone_is_refused_unless_asked_for(model, name):
+    (model / "model.safetensors").rename(model / name)
+    with pytest.raises(ConfigError, match=f"only {name}; pickled weights can run any code"):
+        resolve_model(str(model), None)
+    assert name in resolve_model(str(model), None, allow_pickle=True).identity
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_beside_safetensors_is_not_what_the_engine_loads(model, name):
+    (model / name).write_bytes(b"x")
+    assert name in identity(model)
+
+
+def test_a_folder_without_any_weights_is_for_dummy_ones(model):
+    (model / "model.safetensors").unlink()
+    assert resolve_model(str(model), None).path == str(model)

@@ -96,8 +96,8 @@ ATTACKS = {
     "{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ [ns.x] }}{{ a }}",
     "hash of deep": DEEP + "{% endfor %}{{ {ns.x: a}|length }}",
     # Loops and calls.
-    "nested loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
-    "{{ a }}",
+    "nested loops": "{% set r = range(90000) %}{% for i in r %}{% for j in r %}{% for k in r %}"
+    "{% endfor %}{% endfor %}{% endfor %}{{ a }}",
     "nested loops that filter": "{% for i in range(90000) %}{% for j in range(90000) if j < 0 %}"
     "{% endfor %}{% endfor %}{{ a }}",
     "data in a loop": "{% for i in range(90000) %}" + "x" * 10000 + "{% endfor %}{{ a }}",

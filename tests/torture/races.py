@@ -1,0 +1,89 @@
+"""Proof 4: six processes run one job at the same moment, no lock between them.
+
+Exactly one consistent snapshot comes of it, and every process ends well or says why not.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from tests.torture.harness import main
+from tests.torture.support import (
+    Job,
+    ProofError,
+    check_snapshot,
+    expected_of,
+    make_job,
+    manifest_of,
+    replayable,
+    spawn_run,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.torture.support import Child
+
+RUNNERS = 6
+ROWS = 60
+GOOD_ENDS = {None, "FencedError", "BusyError", "StorageError"}
+
+
+def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
+    """So many rounds."""
+    job = make_job(folder / "job", ROWS, step_s=0.0005)
+    expected = expected_of(job, folder / "expected")
+    counts: Counter[str] = Counter()
+    for number in range(amount):
+        with replayable(f"seed {seed!r}, round {number}"):
+            chance = random.Random(f"{seed}/{number}")
+            _race(job, expected, folder / f"out-{number}", chance, counts)
+        counts["rounds: 0 lost, 0 doubled, 0 wrong"] += 1
+    return counts
+
+
+def _race(
+    job: Job, expected: list[dict[str, Any]], out: Path, chance: random.Random, counts: Counter[str]
+) -> None:
+    """One round: all at once, then one more run, which finds or finishes the newest plan."""
+    kind = chance.choice(["alike", "alike", "alike", "fresh among them", "fresh over published"])
+    if kind == "fresh over published":
+        _wait(spawn_run(job, out, steal=True))
+    may_be_fresh = kind != "alike"
+    gate, opening = os.pipe()
+    runners = [
+        spawn_run(job, out, gate=gate, steal=True, fresh=may_be_fresh and chance.random() < 0.5)
+        for _ in range(RUNNERS)
+    ]
+    os.write(opening, b"!" * RUNNERS)
+    for runner in runners:
+        _wait(runner)
+        counts[f"ends: {runner.told['error'] or runner.told['text']}"] += 1
+    os.close(gate)
+    os.close(opening)
+    counts[f"rounds, {kind}"] += 1
+    if kind == "alike":
+        if not any(runner.code == 0 for runner in runners):
+            msg = f"nobody won: {[runner.told for runner in runners]}"
+            raise ProofError(msg)
+        check_snapshot(out, expected, "after the race")
+    elif manifest_of(out) is not None:
+        check_snapshot(out, expected, "after the race")
+    _wait(spawn_run(job, out, steal=True), {None})
+    check_snapshot(out, expected, "after one more run")
+    shutil.rmtree(out)
+
+
+def _wait(child: Child, ends: set[str | None] = GOOD_ENDS) -> None:
+    child.end()
+    if child.told.get("error") not in ends:
+        msg = f"a run ended with {child.code}, {child.told}; expected one of {ends}"
+        raise ProofError(msg)
+
+
+if __name__ == "__main__":
+    main("tests.torture.races", "rounds", shard, 1000, in_memory=True)
