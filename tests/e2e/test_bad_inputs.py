@@ -237,7 +237,7 @@ def test_29_parquet_types_pass_through_unchanged(tmp_path: Path) -> None:
             "view": pa.array(["c", None], pa.string_view()),
             "dictionary": pa.array(["d", "d"]).dictionary_encode(),
             "decimal": pa.array([1, 2], pa.decimal128(30, 2)),
-            "time": pa.array([1, 2], pa.timestamp("ns")),
+            "time": pa.array([1000, 2000], pa.timestamp("ns")),
             "nested": pa.array([{"l": [{"x": 1}]}, None]),
         }
     )

@@ -94,8 +94,10 @@ class Platter:
         self._names[path] = {name: self._binding(path / name) for name in os.listdir(path)}
         self._history.pop(path, None)
 
-    def lose(self, target: Path, chance: random.Random) -> None:
-        """Write what is left after a power loss to a new folder."""
+    def lose(self, target: Path, chance: random.Random, *, is_worst: bool = False) -> None:
+        """Write what is left after a power loss to a new folder; at worst nothing unsynced is."""
+        self._is_worst = is_worst
+        self._kept: dict[int, Path] = {}
         target.mkdir()
         self._lose_folder(self.root, target, chance)
 
@@ -108,12 +110,20 @@ class Platter:
             bindings = [durable.get(name, GONE), *history.get(name, []), *now]
             if name in durable and name not in history:
                 bindings = [durable[name]]
-            binding = chance.choice(bindings)
+            binding = bindings[0] if self._is_worst else chance.choice(bindings)
             if binding == FOLDER:
                 (target / name).mkdir()
                 self._lose_folder(folder / name, target / name, chance)
             elif binding != GONE:
-                (target / name).write_bytes(self._content(binding, folder / name, chance))
+                self._keep_file(binding, folder / name, target / name, chance)
+
+    def _keep_file(self, number: int, path: Path, target: Path, chance: random.Random) -> None:
+        """One file may have several names; it has one content."""
+        if number in self._kept:
+            target.hardlink_to(self._kept[number])
+            return
+        target.write_bytes(self._content(number, path, chance))
+        self._kept[number] = target
 
     def _content(self, number: int, path: Path, chance: random.Random) -> bytes:
         kept = self._morgue / str(number)
@@ -123,7 +133,8 @@ class Platter:
             return now
         cut = chance.randrange(len(now) + 1)
         zeroed = now[:cut] + bytes(len(now) - cut)
-        return chance.choice([durable or b"", now, now[:cut], zeroed])
+        whole = durable or b""
+        return whole if self._is_worst else chance.choice([whole, now, now[:cut], zeroed])
 
 
 class PowerLossDisk(Disk):
@@ -209,12 +220,12 @@ class Machine:
         """The output folder on the disk of now."""
         return self._platter.root / "out"
 
-    def lose_power(self) -> None:
+    def lose_power(self, *, is_worst: bool = False) -> None:
         """Forget what is not durable."""
         self._counts["losses"] += 1
         self._num_disks += 1
         target = self._folder / f"disk-{self._num_disks}"
-        self._platter.lose(target, self._chance)
+        self._platter.lose(target, self._chance, is_worst=is_worst)
         self._next = target
 
     def boot(self) -> None:
@@ -238,11 +249,22 @@ class Machine:
 
 
 def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
-    """Lose power until it was lost `amount` times, every job to its end."""
+    """Lose power until it was lost `amount` times, every job to its end.
+
+    At first once for each call: a process dies there, another run reports success, power goes.
+    """
     sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
     job = make_job(folder / "job", ROWS)
     expected = expected_of(job, folder / "expected")
     counts: Counter[str] = Counter()
+    number = int(seed.rpartition(".")[2])
+    for at in range(number, 10_000, 2):
+        here = folder / f"call-{at}"
+        here.mkdir()
+        with replayable(f"killed at call {at}, then a run, then the worst power loss"):
+            if not _kill_run_lose(job, expected, here, at, counts):
+                break
+        shutil.rmtree(here)
     number = 0
     while counts["losses"] < amount:
         here = folder / f"machine-{number}"
@@ -253,6 +275,24 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
         counts["jobs: 0 lost, 0 doubled, 0 wrong"] += 1
         number += 1
     return counts
+
+
+def _kill_run_lose(
+    job: Job, expected: list[dict[str, Any]], here: Path, at: int, counts: Counter[str]
+) -> bool:
+    """False if the run ended before call `at`."""
+    machine = Machine(here, random.Random(at), counts)
+    if machine.run(job, at, is_kill=True) is not None:
+        return False
+    told = machine.run(job, -1, is_kill=True)
+    if told is None or told["error"] is not None:
+        msg = f"a run after a kill ended so: {told}"
+        raise ProofError(msg)
+    machine.lose_power(is_worst=True)
+    machine.boot()
+    counts["losses after success was reported"] += 1
+    check_snapshot(machine.out, expected, "after a kill, a success and the worst power loss")
+    return True
 
 
 def _torture(

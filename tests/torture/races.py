@@ -56,7 +56,13 @@ def _race(
     may_be_fresh = kind != "alike"
     gate, opening = os.pipe()
     runners = [
-        spawn_run(job, out, gate=gate, steal=True, fresh=may_be_fresh and chance.random() < 0.5)
+        spawn_run(
+            job.flushing(chance.randrange(7, 40)),
+            out,
+            gate=gate,
+            steal=True,
+            fresh=may_be_fresh and chance.random() < 0.5,
+        )
         for _ in range(RUNNERS)
     ]
     os.write(opening, b"!" * RUNNERS)

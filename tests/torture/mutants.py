@@ -1,0 +1,154 @@
+"""The bugs that the proofs must find: exact text replacements, and the smallest proof for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POWER = ("-m", "tests.torture.power", "--losses", "120", "--workers", "1")
+RACES = ("-m", "tests.torture.races", "--rounds", "25", "--workers", "1")
+SWEEP = ("-m", "tests.torture.sweep", "--percent", "0", "--workers", "1")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug."""
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    """Old text, which must occur exactly once, and new text."""
+    proof: tuple[str, ...]
+    """Arguments of Python, to be run in the copy; must end with an error there, only there."""
+    only: str = ""
+    """Restricts a sweep, see `sweep`."""
+
+
+STORAGE, LEDGER = "batchgen/storage.py", "batchgen/ledger.py"
+SNAPSHOT, LOCAL = "batchgen/executor/snapshot.py", "batchgen/executor/local.py"
+COMMIT_END = """            self._disk.unlink(self._temp)
+            self._disk.sync_folder(self._final.parent)
+"""
+LINK = "                self._disk.link(self._temp, self._final)\n"
+SHOWN = """    show(ledger, manifest)
+    return manifest
+
+
+def _put_snapshot"""
+
+MUTANTS = (
+    Mutant(
+        "write in place, no temp file",
+        STORAGE,
+        (
+            ("        self._temp = temp\n", "        self._temp = temp = final\n"),
+            (LINK, "                pass\n"),
+            (COMMIT_END, "            self._disk.sync_folder(self._final.parent)\n"),
+        ),
+        SWEEP,
+        "new/kill before,new/kill after",
+    ),
+    Mutant(
+        "no fsync of the file",
+        STORAGE,
+        (("                self._disk.sync(self._file)\n", "                self._file.flush()\n"),),
+        POWER,
+    ),
+    Mutant(
+        "no fsync of the folder after a commit",
+        STORAGE,
+        ((COMMIT_END, "            self._disk.unlink(self._temp)\n"),),
+        POWER,
+    ),
+    Mutant(
+        "new folders are not made durable",
+        STORAGE,
+        (("                self._disk.sync_folder(path.parent)\n", ""),),
+        POWER,
+    ),
+    Mutant(
+        "what a dead run left is believed before it is durable",
+        LOCAL,
+        (("            self._ledger.settle()\n", ""),),
+        ("-m", "tests.torture.power", "--losses", "1", "--workers", "2"),
+    ),
+    Mutant(
+        "rename instead of link",
+        STORAGE,
+        ((LINK, LINK.replace("link", "rename")),),
+        RACES,
+    ),
+    Mutant(
+        "no fence: every part that is listed is accepted",
+        LEDGER,
+        (
+            (
+                'names = [*claim["accepted"], *self._parts_of(number)]',
+                'names = self.storage.list(f"{STATE}/parts")',
+            ),
+        ),
+        SWEEP,
+        "new/freeze,resume/freeze",
+    ),
+    Mutant(
+        "resume by count",
+        LOCAL,
+        (("- durable.done(number)\n", "- Ranges.until(len(durable.done(number)))\n"),),
+        SWEEP,
+        "new/kill before",
+    ),
+    Mutant(
+        "snapshot by plain listing of the parts",
+        SNAPSHOT,
+        (
+            (
+                "[(part.name, part.footer) for part in durable.parts],",
+                '[(name, ledger._footer(name, plan)) for name in ledger.storage.list(f"{STATE}/parts")],',  # noqa: E501
+            ),
+        ),
+        SWEEP,
+        "new/freeze,resume/freeze",
+    ),
+    Mutant(
+        "no read-back after a doubted put",
+        STORAGE,
+        (("return pending.commit() or self.read(name) == data", "return pending.commit()"),),
+        SWEEP,
+        "new/EIO,new/EIO after",
+    ),
+    Mutant(
+        "a dead engine is spoken to again",
+        "batchgen/engine/supervised.py",
+        (
+            (
+                "        self._let_go()\n        self._is_admitting = False\n",
+                "        self._is_admitting = False\n",
+            ),
+        ),
+        ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/test_engine_supervised.py"),
+    ),
+    Mutant(
+        "published without balanced books",
+        LEDGER,
+        (("            raise AccountingError(msg)\n        self.storage.put_if_absent(", "        self.storage.put_if_absent("),),
+        ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/test_ledger.py"),
+    ),
+    Mutant(
+        "parts removed before the manifest",
+        SNAPSHOT,
+        (
+            (
+                "    return ledger.put_manifest(manifest)\n",
+                "    ledger.tidy(manifest)\n    return ledger.put_manifest(manifest)\n",
+            ),
+        ),
+        SWEEP,
+        "new/kill before",
+    ),
+    Mutant(
+        "a frozen run shows its old snapshot",
+        SNAPSHOT,
+        (("    newest = ledger.latest_manifest() or manifest\n", "    newest = manifest\n"),),
+        SWEEP,
+        "fresh/freeze",
+    ),
+)
