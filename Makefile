@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := batchgen tests sample_data jobs
 
-.PHONY: quickstart test lint fmt docs check clean
+.PHONY: quickstart test torture lint fmt docs check clean
 
 quickstart: .venv/ready
 	$(BIN)/batchgen run jobs/quickstart.toml --fresh
@@ -11,6 +11,14 @@ quickstart: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest -m "not slow and not gpu"
+
+# The long versions of the proofs in tests/torture: an hour or two.
+torture: .venv/ready
+	$(BIN)/python -m tests.torture.kills --kills 10000
+	$(BIN)/python -m tests.torture.sweep --percent 100
+	$(BIN)/python -m tests.torture.power --losses 10000
+	$(BIN)/python -m tests.torture.races --rounds 1000
+	$(BIN)/pytest -rP tests/torture/test_mutants.py
 
 lint: .venv/ready
 	$(BIN)/ruff check $(SOURCES)

@@ -322,7 +322,11 @@ def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
 
 
 def _refuse_foreign(root: Path) -> None:
-    """An output folder is ours, empty or absent."""
+    """An output folder is ours, empty or absent; its state is not somewhere else."""
+    for link in (root / STATE, *(root / STATE).glob("*")):
+        if link.is_symlink():
+            msg = f"{link}: is a link, expected a folder; remove it or choose another output.path"
+            raise OutputError(msg)
     if root.exists() and not root.is_dir():
         msg = f"{root}: is a file, expected a folder; choose another output.path"
         raise OutputError(msg)

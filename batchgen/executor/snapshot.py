@@ -97,8 +97,10 @@ def show(ledger: Ledger, manifest: Manifest) -> None:
     The newest, which need not be `manifest`: a run that was frozen before this point must not
     bring an old snapshot back.
     """
-    newest = ledger.latest_manifest() or manifest
-    expose(ledger.storage, newest)
+    newest, shown = ledger.latest_manifest() or manifest, None
+    while newest != shown:  # Frozen inside `expose`, it puts right what it then overwrote.
+        expose(ledger.storage, newest)
+        newest, shown = ledger.latest_manifest() or newest, newest
     ledger.tidy(newest)
 
 

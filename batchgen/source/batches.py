@@ -108,8 +108,11 @@ def make_batch(shape: Shape, read: Rows) -> RowBatch:
     values = [None if at in read.errors else value for at, value in enumerate(read.values)]
     if shape.where is not None and read.rows:
         tested = [read.arrays[name] for name in shape.where.columns]
-        passed = shape.where.keep(tested, len(read.rows)).to_pylist()
-        keep = [at for at, good in enumerate(passed) if good or at in read.errors]
+        passed, failed = shape.where.keep(tested, len(read.rows))
+        for at, why in failed.items():
+            read.errors.setdefault(at, RowError("where_failed", why))
+            values[at] = None
+        keep = [at for at, good in enumerate(passed.to_pylist()) if good or at in read.errors]
         if len(keep) < len(read.rows):
             return _subset(shape, read, values, carried, keep)
     skipped = Ranges.of(read.blank)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen.errors import SourceError
 from batchgen.source.columns import suggestion
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Where:
     expression: pl.Expr
     columns: tuple[str, ...]
 
-    def keep(self, columns: Sequence[pa.Array], num_rows: int) -> pa.Array:
+    def keep(self, columns: Sequence[pa.Array], num_rows: int) -> tuple[pa.Array, dict[int, str]]:
         """Evaluate; null counts as false.
 
         Args:
@@ -61,25 +60,32 @@ class Where:
             num_rows: Rows to judge.
 
         Returns:
-            Booleans without nulls, shape (num_rows,).
-
-        Raises:
-            SourceError: A strict cast or the like fails.
+            Booleans without nulls, shape (num_rows,), and index -> why it fails on a row, such
+            as a strict cast of a value that does not fit. The text holds no value.
         """
+        import polars as pl
+
+        try:
+            return self._evaluate(columns, num_rows), {}
+        except pl.exceptions.PolarsError as error:
+            if num_rows == 1:
+                # What polars says after this word are values.
+                reason = _first_line(error).split(" for ", 1)[0]
+                problem = f"where = {self.text!r} fails: {reason}; TRY_CAST gives null"
+                return pa.array([False]), {0: problem}
+        # Rare, and only the row's own trouble: find the rows by halves.
+        half = num_rows // 2
+        left, left_why = self.keep([column[:half] for column in columns], half)
+        right, right_why = self.keep([column[half:] for column in columns], num_rows - half)
+        why = {**left_why, **{half + at: text for at, text in right_why.items()}}
+        return pa.concat_arrays([left, right]), why
+
+    def _evaluate(self, columns: Sequence[pa.Array], num_rows: int) -> pa.Array:
         import polars as pl
 
         # The extra column keeps the number of rows when the expression reads none.
         table = pa.table([pa.array(range(num_rows)), *columns], names=[_SPARE, *self.columns])
-        try:
-            passed = pl.DataFrame(table).with_columns(self.expression.alias(_SPARE))[_SPARE]
-        except pl.exceptions.PolarsError as error:
-            # What polars says after this word are values.
-            reason = _first_line(error).split(" for ", 1)[0]
-            where_is, text = (
-                f"where = {self.text!r}",
-                f"fails on some row: {reason}; TRY_CAST gives null",
-            )
-            raise SourceError(where_is, text) from error
+        passed = pl.DataFrame(table).with_columns(self.expression.alias(_SPARE))[_SPARE]
         return passed.fill_null(value=False).to_arrow()
 
 

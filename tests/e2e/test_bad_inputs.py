@@ -409,3 +409,18 @@ def test_a_text_too_long_for_the_screen_is_cut_in_errors(tmp_path: Path) -> None
     code, text = run(job_of(tmp_path, output={"path": str(tmp_path / ("x" * 5000))}))
     assert code == 2
     assert len(text) < 1000
+
+
+@pytest.mark.parametrize("place", ["", "/parts", "/runs"])
+def test_working_state_that_is_a_link_is_refused(tmp_path: Path, place: str) -> None:
+    """Catalogue 38: nothing is ever written where a link in the output leads."""
+    write_rows(tmp_path / "in.jsonl", 5)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    state = tmp_path / "out" / "_batchgen"
+    (state.parent if not place else state).mkdir(parents=True)
+    Path(f"{state}{place}").symlink_to(elsewhere)
+    done = run_cli("run", write_job(tmp_path, "in.jsonl"))
+    assert done.returncode == 2
+    assert "is a link, expected a folder" in done.stderr
+    assert list(elsewhere.iterdir()) == []

@@ -257,3 +257,13 @@ def test_types_that_arrow_cannot_take_pass_through(tmp_path: Path) -> None:
     assert summary_of(job)["state"] == "complete"
     read = pq.read_table(tmp_path / "out" / "part-00000.parquet", columns=["text", "view"])
     assert read.to_pylist() == table.select(["text", "view"]).to_pylist()
+
+
+def test_a_row_that_where_cannot_judge_is_an_error_row(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "text": f"row {n}"} for n in range(30)]
+    rows[7]["id"] = "seven"
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = write_job(tmp_path, "in.jsonl", input={"where": "CAST(id AS INTEGER) >= 5"})
+    summary = summary_of(job)
+    assert (summary["num_ok"], summary["num_errors"], summary["num_skipped"]) == (24, 1, 5)
+    assert summary["run"]["error_types"] == {"where_failed": 1}

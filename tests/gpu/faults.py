@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `question`")
+    parser.add_argument("--kv-gib", type=float, default=76.5, help="Leaves too little beside it")
+    parser.add_argument("--only", choices=["kill", "memory"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -37,8 +39,11 @@ def main() -> None:
         with args.prompts.open(encoding="utf-8") as lines:
             rows = list(lines)[: args.rows]
         (folder / "in.jsonl").write_text("".join(rows), encoding="utf-8")
-        print(json.dumps({"fault": "core killed", **_core_killed(folder, model)}), flush=True)
-        print(json.dumps({"fault": "out of memory", **_out_of_memory(folder, model)}), flush=True)
+        if args.only != "memory":
+            print(json.dumps({"fault": "core killed", **_core_killed(folder, model)}), flush=True)
+        if args.only != "kill":
+            report = _out_of_memory(folder, model, args.kv_gib)
+            print(json.dumps({"fault": "out of memory", **report}), flush=True)
 
 
 def _job(folder: Path, model: Path, out: str, **engine: Any) -> dict[str, Any]:
@@ -73,10 +78,10 @@ def _core_killed(folder: Path, model: Path) -> dict[str, Any]:
     return {**_run(_job(folder, model, "killed"), out), "killed": len(killed)}
 
 
-def _out_of_memory(folder: Path, model: Path) -> dict[str, Any]:
+def _out_of_memory(folder: Path, model: Path, kv_gib: float) -> dict[str, Any]:
     # With the KV cache's size given, vLLM does not measure what else it needs: long prefills find
     # no room beside it.
-    memory = {"kv_cache_memory_bytes": 74 << 30, "max_num_batched_tokens": 65536}
+    memory = {"kv_cache_memory_bytes": int(kv_gib * 2**30), "max_num_batched_tokens": 65536}
     return _run(_job(folder, model, "oom", **memory), folder / "oom")
 
 

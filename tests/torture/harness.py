@@ -53,8 +53,8 @@ def main(
         _one(args.folder, args.seed, args.amount, shard)
         return
     began_s = time.monotonic()
-    if args.folder is None and in_memory and os.access("/dev/shm", os.W_OK):  # noqa: S108
-        args.folder = Path("/dev/shm")  # noqa: S108
+    if args.folder is None and in_memory and os.access("/dev/shm", os.W_OK):
+        args.folder = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="torture-") as folder:
         counts, failed = _all(module, unit, args, Path(folder), is_split=is_split)
     sys.stdout.write(f"{module}: seed {args.seed}, {time.monotonic() - began_s:.0f} s\n")
@@ -113,5 +113,5 @@ def prove(module: str, *args: str, timeout_s: float = 280) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)  # noqa: T201 - the figures, for `pytest -rP`
+    print(done.stdout)
     return done.stdout

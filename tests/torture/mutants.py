@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 POWER = ("-m", "tests.torture.power", "--losses", "120", "--workers", "1")
-RACES = ("-m", "tests.torture.races", "--rounds", "25", "--workers", "1")
+PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 SWEEP = ("-m", "tests.torture.sweep", "--percent", "0", "--workers", "1")
 
 
@@ -25,15 +25,11 @@ class Mutant:
 
 STORAGE, LEDGER = "batchgen/storage.py", "batchgen/ledger.py"
 SNAPSHOT, LOCAL = "batchgen/executor/snapshot.py", "batchgen/executor/local.py"
+RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
 """
 LINK = "                self._disk.link(self._temp, self._final)\n"
-SHOWN = """    show(ledger, manifest)
-    return manifest
-
-
-def _put_snapshot"""
 
 MUTANTS = (
     Mutant(
@@ -50,7 +46,12 @@ MUTANTS = (
     Mutant(
         "no fsync of the file",
         STORAGE,
-        (("                self._disk.sync(self._file)\n", "                self._file.flush()\n"),),
+        (
+            (
+                "                self._disk.sync(self._file)\n",
+                "                self._file.flush()\n",
+            ),
+        ),
         POWER,
     ),
     Mutant(
@@ -75,7 +76,7 @@ MUTANTS = (
         "rename instead of link",
         STORAGE,
         ((LINK, LINK.replace("link", "rename")),),
-        RACES,
+        (*PYTEST, "tests/unit/test_storage.py"),
     ),
     Mutant(
         "no fence: every part that is listed is accepted",
@@ -86,8 +87,7 @@ MUTANTS = (
                 'names = self.storage.list(f"{STATE}/parts")',
             ),
         ),
-        SWEEP,
-        "new/freeze,resume/freeze",
+        (*PYTEST, "tests/unit/test_ledger.py"),
     ),
     Mutant(
         "resume by count",
@@ -124,13 +124,26 @@ MUTANTS = (
                 "        self._is_admitting = False\n",
             ),
         ),
-        ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/test_engine_supervised.py"),
+        (
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "tests/unit/test_engine_supervised.py",
+        ),
     ),
     Mutant(
         "published without balanced books",
         LEDGER,
-        (("            raise AccountingError(msg)\n        self.storage.put_if_absent(", "        self.storage.put_if_absent("),),
-        ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/unit/test_ledger.py"),
+        (
+            (
+                "            raise AccountingError(msg)\n        self.storage.put_if_absent(",
+                "        self.storage.put_if_absent(",
+            ),
+        ),
+        (*PYTEST, "tests/unit/test_ledger.py"),
     ),
     Mutant(
         "parts removed before the manifest",
@@ -138,16 +151,17 @@ MUTANTS = (
         (
             (
                 "    return ledger.put_manifest(manifest)\n",
-                "    ledger.tidy(manifest)\n    return ledger.put_manifest(manifest)\n",
+                "    ledger._remove_old(ledger.storage.list(f'{STATE}/parts'), epoch.number)\n"
+                "    return ledger.put_manifest(manifest)\n",
             ),
         ),
         SWEEP,
         "new/kill before",
     ),
     Mutant(
-        "a frozen run shows its old snapshot",
+        "a frozen run that wakes shows its old snapshot for good",
         SNAPSHOT,
-        (("    newest = ledger.latest_manifest() or manifest\n", "    newest = manifest\n"),),
+        (("newest, shown = ledger.latest_manifest() or newest, newest", "shown = newest"),),
         SWEEP,
         "fresh/freeze",
     ),

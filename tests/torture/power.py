@@ -18,6 +18,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ GONE, FOLDER = 0, -1
 """Bindings of a name that are no file's inode number."""
 
 
-class PowerLost(BaseException):  # noqa: N818 - no error of batchgen's; nothing may catch it
+class PowerLost(BaseException):
     """The process is no more."""
 
 
@@ -75,8 +76,8 @@ class Platter:
 
     def saw_create(self, path: Path) -> None:
         """A file came to be; a link keeps its inode number from being used again."""
-        number = path.stat().st_ino
-        os.link(path, self._morgue / str(number))
+        with suppress(FileExistsError):  # Another name of a file that is known.
+            os.link(path, self._morgue / str(path.stat().st_ino))
         self.saw_name(path)
 
     def saw_name(self, path: Path) -> None:
@@ -91,7 +92,7 @@ class Platter:
 
     def saw_sync_folder(self, path: Path) -> None:
         """A folder's names are durable: those that it has right now."""
-        self._names[path] = {name: self._binding(path / name) for name in os.listdir(path)}
+        self._names[path] = {name: self._binding(path / name) for name in _names_in(path)}
         self._history.pop(path, None)
 
     def lose(self, target: Path, chance: random.Random, *, is_worst: bool = False) -> None:
@@ -104,7 +105,7 @@ class Platter:
     def _lose_folder(self, folder: Path, target: Path, chance: random.Random) -> None:
         durable = self._names.get(folder, {})
         history = self._history.get(folder, {})
-        visible = set(os.listdir(folder)) if folder.is_dir() else set()
+        visible = set(_names_in(folder)) if folder.is_dir() else set()
         for name in sorted(visible | durable.keys() | history.keys()):
             now = [self._binding(folder / name)]
             bindings = [durable.get(name, GONE), *history.get(name, []), *now]
@@ -135,6 +136,10 @@ class Platter:
         zeroed = now[:cut] + bytes(len(now) - cut)
         whole = durable or b""
         return whole if self._is_worst else chance.choice([whole, now, now[:cut], zeroed])
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 class PowerLossDisk(Disk):
@@ -169,9 +174,7 @@ class PowerLossDisk(Disk):
             self.is_dead = True
 
     def create(self, path: Path) -> IO[bytes]:
-        return self._call(
-            lambda: Disk.create(self, path), lambda: self._platter.saw_create(path)
-        )
+        return self._call(lambda: Disk.create(self, path), lambda: self._platter.saw_create(path))
 
     def write(self, file: IO[bytes], data: bytes) -> None:
         def really() -> None:
@@ -187,9 +190,7 @@ class PowerLossDisk(Disk):
         self._call(lambda: None, lambda: self._platter.saw_sync_folder(path))
 
     def link(self, source: Path, target: Path) -> None:
-        self._call(
-            lambda: Disk.link(self, source, target), lambda: self._platter.saw_name(target)
-        )
+        self._call(lambda: Disk.link(self, source, target), lambda: self._platter.saw_name(target))
 
     def rename(self, source: Path, target: Path) -> None:
         def saw() -> None:
@@ -233,7 +234,9 @@ class Machine:
         shutil.rmtree(self._platter.root)
         self._platter = Platter(self._next, self._folder / f"morgue-{self._num_disks}")
 
-    def run(self, job: Job, at: int, *, is_kill: bool, fresh: bool = False) -> dict[str, Any] | None:
+    def run(
+        self, job: Job, at: int, *, is_kill: bool, fresh: bool = False
+    ) -> dict[str, Any] | None:
         """One run; None if it died at call `at`."""
         disk = PowerLossDisk(self._platter, at, (lambda: None) if is_kill else self.lose_power)
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec.implementations.local  # noqa: F401 - children are forked warm
+import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard  # noqa: F401
 
@@ -253,7 +254,19 @@ def manifest_of(out: Path) -> dict[str, Any] | None:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Rows of a published file, less what may differ; single-threaded, so that we may fork."""
+    """Rows of a published file, less what may differ; single-threaded, so that we may fork.
+
+    Raises:
+        ProofError: The file is not whole.
+    """
+    try:
+        return _rows_of(path)
+    except (OSError, pa.ArrowException) as error:
+        msg = f"{path}: published, but {error}"
+        raise ProofError(msg) from error
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
     with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
         names = [name for name in file.schema_arrow.names if name not in VOLATILE]
         return file.read(columns=names, use_threads=False).to_pylist()

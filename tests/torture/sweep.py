@@ -1,7 +1,7 @@
 """Proof 2: every call that changes the output, failed once, in every way.
 
 Modes are those of `disks`; `freeze` stops the run before the call, lets another one take over,
-and wakes it. Scenes: a new job, one resumed from a half-done folder, `--fresh` over a published one.
+and wakes it. Scenes: a new job, one resumed half-done, `--fresh` over a published one.
 
 Some points are twins: they leave the very state that another point leaves. Killed after a call is
 killed before the next one; a write inside a file is like the file's first; ENOSPC and EIO take the
@@ -143,7 +143,7 @@ class Sweep:
         """While `child` is frozen: run to the end, or freeze too and go on after it."""
         heir_log = self.folder / "log-heir"
         heir_log.unlink(missing_ok=True)
-        at = self.chance.randrange(120)
+        at = self.chance.choice([self.chance.randrange(120), 10_000])
         disk = SpoiltDisk(at, "freeze", heir_log)
         fresh = how["fresh"] and self.chance.random() < 0.5
         job = self.job.flushing(self.chance.randrange(7, 40))

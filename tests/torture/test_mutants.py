@@ -70,14 +70,14 @@ def test_every_planted_bug_is_caught_and_the_code_without_them_is_green(tmp_path
         plant(mutant, root)
         code, told, took_s = prove(root, mutant.proof, mutant.only)
         why = next((line for line in told.splitlines() if line.startswith(("BROKEN", "E  "))), "")
-        print(f"{took_s:5.0f} s  {mutant.name}: {why[:160]}")  # noqa: T201 - the figures
+        print(f"{took_s:5.0f} s  {mutant.name}: {why[:160]}")
         # A proof that could not even begin proves nothing.
         is_caught = code == 1 and "ImportError" not in told and "SyntaxError" not in told
         return "" if is_caught else f"not caught: {mutant.name}\n{told[-2000:]}"
 
     def unmutated(proof: tuple[tuple[str, ...], str]) -> str:
         code, told, took_s = prove(clean, *proof)
-        print(f"{took_s:5.0f} s  green without a bug: {proof}")  # noqa: T201
+        print(f"{took_s:5.0f} s  green without a bug: {proof}")
         return f"red without a bug: {proof}\n{told[-2000:]}" if code else ""
 
     proofs = sorted({(mutant.proof, mutant.only) for mutant in MUTANTS})
