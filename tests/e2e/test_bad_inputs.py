@@ -29,7 +29,7 @@ import pytest
 
 import batchgen
 from batchgen.errors import BatchgenError
-from tests.e2e.support import command
+from tests.e2e.support import command, run_cli, write_job, write_rows
 
 GOOD = b'{"id": 1, "text": "good"}\n'
 LAST = b'{"id": 2, "text": "last"}\n'
