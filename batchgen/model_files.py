@@ -7,7 +7,6 @@ a wrong name fails in milliseconds, and the recipe names the exact content, not 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,12 +129,3 @@ def _from_hub(name: str, revision: str | None, *, allow_pickle: bool) -> ModelFi
         raise ConfigError(where, [problem]) from error
     # The cache keeps each commit in a folder of its name.
     return ModelFiles(path, {"hub": name, "commit": Path(path).name})
-
-
-def chat_template_hint(path: str) -> bool:
-    """Whether the folder has a chat template at all, as far as can be told without loading it."""
-    folder = Path(path)
-    if any(folder.glob("*chat_template*")):
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))

@@ -122,9 +122,10 @@ class ModelConfig(Table):
         if self.backend == "vllm" and not self.name:
             msg = "name is missing, expected the model's folder or hub id"
             raise ValueError(msg)
-        clash = sorted(set(self.engine) & (set(type(self).model_fields) | {"model", "tokenizer"}))
+        clash = sorted(set(self.engine) & {*type(self).model_fields, "model"})
         if clash and self.backend == "vllm":
-            msg = f"engine.{clash[0]} has a key of its own, set it in [model]"
+            key = "name" if clash[0] == "model" else clash[0]
+            msg = f"engine.{clash[0]} has a key of its own, set model.{key}"
             raise ValueError(msg)
         load_format = self.engine.get("load_format")
         if load_format in PICKLE_FORMATS and not self.allow_pickle:

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from batchgen.errors import ConfigError
-from batchgen.model_files import chat_template_hint, resolve_model
+from batchgen.model_files import resolve_model
 
 MIB = 2**20
 
@@ -105,21 +105,6 @@ def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(name):
     assert caught.value.problems == (
         f"{name!r} does not exist, expected a model's folder or hub id",
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "has_one"),
-    [
-        ("chat_template.jinja", "x", True),
-        ("chat_template.json", "{}", True),
-        ("tokenizer_config.json", '{"chat_template": "x"}', True),
-        ("tokenizer_config.json", '{"eos_token": "x"}', False),
-        ("config.json", '{"chat_template": "x"}', False),
-    ],
-)
-def test_whether_there_is_a_chat_template_at_all(tmp_path, name, content, has_one):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    assert chat_template_hint(str(tmp_path)) is has_one
 
 
 PICKLES = ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt"]
