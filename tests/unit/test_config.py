@@ -128,7 +128,7 @@ MISTAKES = {
     ),
     "an engine option with a key of its own": (
         {"model": {"backend": "vllm", "name": "m", "engine": {"dtype": "float16"}}},
-        "model: engine.dtype has a key of its own, set it in [model]",
+        "model: engine.dtype has a key of its own, set model.dtype",
     ),
     "seed of 63 bits": (
         {"sampling": {"seed": 2**62}},
