@@ -288,16 +288,15 @@ class LocalStorage:
             raise storage_error(path, error) from error
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder and the files in it; absent is fine."""
+        """Remove a folder and the files in it; absent is fine, and so is one still written to."""
         folder = self.path(name)
         try:
             for path in folder.iterdir():
                 self._disk.unlink(path)
             folder.rmdir()
-        except FileNotFoundError:
-            return
         except OSError as error:
-            raise storage_error(folder, error) from error
+            if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}:
+                raise storage_error(folder, error) from error
 
     def make_folder(self, folder: Path) -> None:
         """Create missing folders, and make their names durable before anything goes in.
