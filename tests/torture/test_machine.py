@@ -75,7 +75,7 @@ class CrashingDisk(Disk):
 
 
 class Job(RuleBasedStateMachine):
-    @initialize(num_rows=st.integers(0, 12))
+    @initialize(num_rows=st.integers(5, 30))
     def begin(self, num_rows: int) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.output = self.folder / "out"
@@ -90,7 +90,7 @@ class Job(RuleBasedStateMachine):
                 "model": {"backend": "echo", "engine": {"max_steps": 3}},
                 "sampling": {"max_tokens": 100, "temperature": 0},
                 "output": {"path": "out"},
-                "run": {"flush_rows": 3, "max_error_rate": 1.0, "disk_grace_s": 0},
+                "run": {"flush_rows": 2, "max_error_rate": 1.0, "disk_grace_s": 0},
             },
             base=self.folder,
             where="job",
@@ -107,6 +107,10 @@ class Job(RuleBasedStateMachine):
             self.rows.append('{"text": ' if is_bad else good)
         text = "".join(f"{row}\n" for row in ['{"text": "first"}', *self.rows])
         (self.folder / "in.jsonl").write_text(text)
+
+    @rule(crash_at=st.none() | st.integers(20, 120))
+    def resume(self, crash_at: int | None) -> None:
+        self.run(crash_at, fresh=self.planned not in (None, self.rows))
 
     @rule(crash_at=st.none() | st.integers(0, 150), fresh=st.booleans())
     def run(self, crash_at: int | None, *, fresh: bool) -> None:
@@ -163,8 +167,8 @@ class Job(RuleBasedStateMachine):
 
 TestJob = Job.TestCase
 TestJob.settings = settings(
-    max_examples=60,
-    stateful_step_count=12,
+    max_examples=80,
+    stateful_step_count=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
