@@ -47,7 +47,11 @@ def cli() -> None:
 @cli.command()
 @JOB
 @SET
-@click.option("--fresh", is_flag=True, help="Begin anew; what is published stays until then.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Begin anew; the published snapshot stays until the new one is complete.",
+)
 @click.option("--steal", is_flag=True, help="Take the job from a frozen run that holds it.")
 @JSON
 def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, steal: bool, as_json: bool) -> None:
