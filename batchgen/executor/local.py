@@ -330,6 +330,7 @@ def _refuse_foreign(root: Path) -> None:
     if root.exists() and not root.is_dir():
         msg = f"{root}: is a file, expected a folder; choose another output.path"
         raise OutputError(msg)
-    if root.is_dir() and not (root / STATE).is_dir() and any(root.iterdir()):
+    # In this order: a run that starts beside this one makes STATE before anything else.
+    if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():
         msg = f"{root}: holds files that are not batchgen's; choose another output.path"
         raise OutputError(msg)
