@@ -25,6 +25,8 @@ def run(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     steal: bool = False,
+    retry_errors: bool = False,
+    publish_anyway: bool = False,
 ) -> Summary:
     """Run a job to its published snapshot, or as far as it goes.
 
@@ -34,6 +36,9 @@ def run(
         overrides: `table.key=value` each, as `--set` takes them.
         fresh: Begin anew; what is published stays until the new snapshot is complete.
         steal: Take the job from a frozen run that holds it.
+        retry_errors: Run only the error rows of a finished job again, and what is damaged in its
+            output; the other rows are taken over.
+        publish_anyway: Publish although a limit of `[gate]` is exceeded.
 
     Returns:
         How it ended; `state` is `complete`, `nothing_to_do` or `stopped`.
@@ -42,9 +47,11 @@ def run(
         BatchgenError: Job trouble, see `batchgen.errors`; `exit_code` is what the shell gives.
     """
     from batchgen.executor.local import LocalRun
+    from batchgen.executor.options import RunOptions
     from batchgen.runner import StopSwitch
 
-    return LocalRun(load(job, overrides), stop=StopSwitch(), fresh=fresh, steal=steal).run()
+    options = RunOptions(fresh, steal, retry_errors, publish_anyway)
+    return LocalRun(load(job, overrides), stop=StopSwitch(), options=options).run()
 
 
 def read(source: str | Path | Mapping[str, Any]) -> pl.LazyFrame:

@@ -23,6 +23,31 @@ def take(table: pa.Table, rows: pa.Array) -> pa.Table:
         return pa.concat_tables(slices) if slices else table.slice(0, 0)
 
 
+def gather(
+    places: Sequence[tuple[pa.RecordBatch, int]], names: Sequence[str]
+) -> list[pa.ChunkedArray]:
+    """Collect rows that lie in several batches of one schema, in the order given.
+
+    Args:
+        places: Batch and row number in it; at least one.
+        names: The columns wanted.
+
+    Returns:
+        One array a name, each `len(places)` long.
+    """
+    batches: dict[int, tuple[pa.RecordBatch, int]] = {}
+    offset = 0
+    rows = []
+    for batch, row in places:
+        key = id(batch)
+        if key not in batches:
+            batches[key] = (batch, offset)
+            offset += batch.num_rows
+        rows.append(batches[key][1] + row)
+    table = pa.Table.from_batches([batch for batch, _ in batches.values()])
+    return list(take(table, pa.array(rows, pa.int64())).select(names).columns)
+
+
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     """Consecutive numbers as (start, length), in the order given."""
     runs: list[tuple[int, int]] = []

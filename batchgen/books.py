@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from batchgen.footer import PartFooter
 
@@ -48,6 +49,15 @@ class Plan:
     segments: Sequence[Segment]
     is_cut: bool = False
     """`input.limit` was filled: files after the last segment are not wanted."""
+    base: Mapping[str, Any] | None = None
+    """Where rows that are ok already are taken from, for a plan that tries errors again: `plan`,
+    the number of an earlier one, and `parts`, its accepted parts, used while it has no manifest.
+    A source of answers and no more: what counts are this plan's own parts."""
+
+    @property
+    def generation(self) -> int:
+        """How many plans in a row have tried errors again; seeds differ by it."""
+        return int((self.base or {}).get("generation", 0))
 
     @property
     def num_rows(self) -> int:
@@ -94,9 +104,25 @@ class Durable:
         return sum(part.footer.num_skipped for part in self.parts)
 
     @property
+    def tally(self) -> dict[str, dict[str, int]]:
+        """Sums of the parts' tallies."""
+        return sum_tallies(part.footer.tally for part in self.parts)
+
+    @property
     def num_done(self) -> int:
         """Physical rows accounted for."""
         return self.num_ok + self.num_errors + self.num_skipped
+
+
+def sum_tallies(
+    tallies: Iterable[Mapping[str, Mapping[str, int]]],
+) -> dict[str, dict[str, int]]:
+    """Add counts up, name by name."""
+    total: dict[str, Counter[str]] = {}
+    for tally in tallies:
+        for name, counts in tally.items():
+            total.setdefault(name, Counter()).update(counts)
+    return {name: dict(counts) for name, counts in total.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +151,23 @@ class Manifest:
     num_ok: int
     num_errors: int
     num_skipped: int
+    index: Mapping[str, Any] | None = None
+    """The file that says which row of the input each published row is: fields as in `files`."""
+    tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of the published rows, see `sink.tally`; the next snapshot is compared with it."""
+    gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """The gate's figures, see `gate.Limit.as_dict`; `overridden` where one was let through."""
+
+    def imbalance(self) -> str | None:
+        """What does not add up, None if all does."""
+        num_results = self.num_ok + self.num_errors
+        num_in_files = sum(file["num_rows"] for file in self.files)
+        num_in_index = num_results if self.index is None else self.index["num_rows"]
+        is_planned = num_results + self.num_skipped == self.num_planned
+        if is_planned and num_results == num_in_files == num_in_index:
+            return None
+        return (
+            f"{self.num_planned} rows planned, but {self.num_ok} ok + {self.num_errors} errors + "
+            f"{self.num_skipped} skipped, {num_in_files} rows in the files, {num_in_index} in "
+            "the index"
+        )

@@ -39,8 +39,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 def cli() -> None:
     """Run prompts from JSONL or Parquet through vLLM and publish Parquet, exactly once.
 
-    Exit codes: 0 complete, 1 stopped by a fault (rerun resumes), 2 refused, 3 over the error
-    limit (nothing published), 75 stopped on purpose with work left, or another run is at work.
+    Exit codes: 0 complete, 1 stopped by a fault (rerun resumes), 2 refused, 3 over a limit of
+    the gate (nothing published), 75 stopped on purpose with work left, or another run is at work.
     """
 
 
@@ -53,14 +53,23 @@ def cli() -> None:
     help="Begin anew; the published snapshot stays until the new one is complete.",
 )
 @click.option("--steal", is_flag=True, help="Take the job from a frozen run that holds it.")
+@click.option(
+    "--retry-errors",
+    is_flag=True,
+    help="Run only the error rows of a finished job again, and what is damaged in its output.",
+)
+@click.option(
+    "--publish-anyway", is_flag=True, help="Publish although a limit of [gate] is exceeded."
+)
 @JSON
-def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, steal: bool, as_json: bool) -> None:
+def run(job: Path, overrides: tuple[str, ...], *, as_json: bool, **options: bool) -> None:
     """Run a job, or go on with it.
 
     Example: batchgen run jobs/quickstart.toml --set input.limit=100
     """
     from batchgen.api import load
     from batchgen.executor.local import LocalRun
+    from batchgen.executor.options import RunOptions
     from batchgen.executor.summary import Summary, state_of
     from batchgen.runner import StopSwitch
 
@@ -68,7 +77,7 @@ def run(job: Path, overrides: tuple[str, ...], *, fresh: bool, steal: bool, as_j
     _stop_on_signals(stop)
     this = None
     try:
-        this = LocalRun(load(job, overrides), stop=stop, fresh=fresh, steal=steal)
+        this = LocalRun(load(job, overrides), stop=stop, options=RunOptions(**options))
         summary = this.run()
     except BatchgenError as error:
         failed = this.summary if this is not None else None
@@ -105,6 +114,9 @@ def check(job: Path, overrides: tuple[str, ...], num_rows: int) -> None:
     click.echo(f"columns  {', '.join(f'{field.name}: {field.type}' for field in prepared.columns)}")
     click.echo(f"carried  {', '.join(prepared.carried)}")
     click.echo(f"model    {prepared.model.path or prepared.job.model.backend}")
+    click.echo(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
+    for why in prepared.form.fallbacks:
+        click.echo(f"as JSON  {why}")
     click.echo(f"recipe   {prepared.recipe_fingerprint}")
     for where, text in first_prompts(prepared, num_rows):
         click.secho(f"--- {where}", dim=True)
@@ -139,13 +151,14 @@ def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
 def show(job: Path, overrides: tuple[str, ...], num_rows: int, *, errors: bool) -> None:
     """Print rows readably: of the newest plan, published or durable so far.
 
+    JOB may be an output folder.
+
     Example: batchgen show jobs/quickstart.toml --errors
     """
-    from batchgen.api import load
+    from batchgen.api import output_of
     from batchgen.views import rows
 
-    config = load(job, overrides)
-    frame = rows(Path(config.output.path), config.output.prefix, num_rows, errors=errors)
+    frame = rows(output_of(job, overrides), num_rows, errors=errors)
     if frame.is_empty():
         click.echo("no such rows", err=True)
     for number, row in enumerate(frame.iter_rows(named=True)):
@@ -233,8 +246,12 @@ def _told(summary: Summary, job: Path) -> str:
     skipped = f", {summary.num_skipped:,} skipped" if summary.num_skipped else ""
     left = f", {summary.num_left:,} left" if summary.num_left else ""
     lines.append(f"  rows     {summary.num_ok:,} ok, {summary.num_errors:,} errors{skipped}{left}")
+    if summary.num_carried:
+        lines.append(f"  of them  {summary.num_carried:,} taken over from the earlier plan")
     if totals := summary.run.get("error_types"):
         lines.append("  errors   " + ", ".join(f"{kind} {n:,}" for kind, n in totals.items()))
+    if summary.run.get("num_retries"):
+        lines.append(f"  retries  {_told_retries(summary.run)}")
     if summary.engine:
         run = summary.run
         start = f"engine start {duration(summary.engine['startup_s'])}"
@@ -244,6 +261,8 @@ def _told(summary: Summary, job: Path) -> str:
             f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
             f"{run['output_tokens_per_s']:,.0f} out",
         ]
+    if limited := [entry for entry in summary.gate if entry["limit"] is not None]:
+        lines.append("  gate     " + ", ".join(map(_told_limit, limited)))
     if summary.files:
         lines.append(f"  output   {summary.output}/{summary.files[0]}{_more(summary.files, 1)}")
     if summary.num_engine_warnings and summary.summary_path:
@@ -252,6 +271,23 @@ def _told(summary: Summary, job: Path) -> str:
     if summary.num_errors:
         lines.append(f"  see      batchgen show {job} --errors")
     return "\n".join(lines)
+
+
+def _told_retries(run: Mapping[str, Any]) -> str:
+    verdicts = run["verdicts"]
+    num_asked = sum(verdicts.get("1", {}).values())
+    num_at_first = verdicts.get("1", {}).get("ok", 0)
+    num_ok = sum(found.get("ok", 0) for found in verdicts.values())
+    return (
+        f"{run['num_retries']:,} attempts more: {num_at_first / max(num_asked, 1):.1%} of the "
+        f"answers ok at first, {num_ok / max(num_asked, 1):.1%} in the end"
+    )
+
+
+def _told_limit(entry: Mapping[str, Any]) -> str:
+    name = entry["name"].removeprefix("max_").replace("_", " ")
+    figure = "unknown" if entry["figure"] is None else f"{entry['figure']:.3g}"
+    return f"{name} {figure} of at most {entry['limit']:g}"
 
 
 def _more(files: Sequence[str], num_shown: int) -> str:

@@ -12,14 +12,15 @@
     |-- BusyError                  75 another run holds the job right now
     |-- EngineError                1  the engine did not start
     |   `-- EngineDeadError        1  the engine died under the run
-    |-- GateError                  3  complete, but over the error limit: nothing published
+    |-- GateError                  3  complete, but over a limit of the gate: nothing published
     `-- AccountingError            1  the books do not balance: a bug in batchgen, never published
 
 Texts read `where: what is wrong, what was expected; what to do`, on one line, values in `repr`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -137,9 +138,22 @@ class EngineDeadError(EngineError):
 
 
 class GateError(BatchgenError):
-    """Every row is answered, but more failed than the job allows: nothing is published."""
+    """Every row is answered, but a limit of `[gate]` is exceeded: nothing is published."""
 
     exit_code = ExitCode.OVER_LIMIT
+
+    def __init__(
+        self, told: str, gate: Sequence[Mapping[str, Any]], examples: Sequence[str] = ()
+    ) -> None:
+        self.gate = tuple(gate)
+        """Every figure, see `gate.Limit.as_dict`."""
+        lines = "".join(f"\n  {example}" for example in examples)
+        super().__init__(
+            f"{told}; nothing published{lines}\n"
+            "`batchgen show JOB --errors` shows error rows, `batchgen run JOB --retry-errors` "
+            "tries them again; to publish all the same, run again with --publish-anyway or with "
+            "a higher limit"
+        )
 
 
 class AccountingError(BatchgenError):

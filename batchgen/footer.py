@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.ranges import Ranges
@@ -33,6 +33,8 @@ class PartFooter:
     num_skipped: int
     engine: Mapping[str, Any]
     """Who answered: engine name and version, device, batchgen version."""
+    tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What the gate needs of the rows: see `sink.tally`."""
 
     @property
     def num_results(self) -> int:
@@ -44,6 +46,7 @@ class PartFooter:
         fields = {name: getattr(self, name) for name in self.__slots__}
         fields["done"] = {str(seg): ranges.to_json() for seg, ranges in self.done.items()}
         fields["engine"] = dict(self.engine)
+        fields["tally"] = {name: dict(counts) for name, counts in self.tally.items()}
         return {FOOTER_KEY: json.dumps(fields, separators=(",", ":")).encode()}
 
     @classmethod
@@ -61,6 +64,8 @@ class PartFooter:
             footer = cls(**fields)
             num_done = sum(len(ranges) for ranges in footer.done.values())
             balance = footer.num_results + footer.num_skipped
+            for counts in footer.tally.values():
+                sum(counts.values())
         except (KeyError, TypeError, AttributeError) as error:
             msg = f"no batchgen footer: {error!r}"
             raise ValueError(msg) from error

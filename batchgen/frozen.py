@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def job_changes(plan: Plan, frozen_job: Mapping[str, Any]) -> list[str]:
     """Return what differs between a plan's job and the job as it is now; empty if nothing."""
     found = recipes.diff(plan.job["recipe"], frozen_job["recipe"])
-    for table in ("input", "output"):
+    for table in ("input", "output", "checks"):
         lines = recipes.diff(plan.job[table], frozen_job[table])
         found += [f"{table}.{line}" for line in lines]
     return found

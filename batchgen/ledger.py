@@ -99,8 +99,13 @@ class Ledger:
 
     def latest_manifest(self) -> Manifest | None:
         """The newest published snapshot, None if nothing was ever published."""
-        names = self._numbered_files("manifests")
-        return self.manifest(_number(names[-1])) if names else None
+        return self.manifest_before(None)
+
+    def manifest_before(self, number: int | None) -> Manifest | None:
+        """The newest snapshot of a plan before plan `number`; None: of all plans."""
+        numbers = [_number(name) for name in self._numbered_files("manifests")]
+        earlier = [found for found in numbers if number is None or found < number]
+        return self.manifest(earlier[-1]) if earlier else None
 
     def put_manifest(self, manifest: Manifest) -> Manifest:
         """Publish; return the manifest that holds, which may be another run's equal one.
@@ -108,17 +113,8 @@ class Ledger:
         Raises:
             AccountingError: The counts do not balance; nothing is published.
         """
-        num_accounted = manifest.num_ok + manifest.num_errors + manifest.num_skipped
-        num_in_files = sum(file["num_rows"] for file in manifest.files)
-        if (num_accounted, num_in_files) != (
-            manifest.num_planned,
-            manifest.num_ok + manifest.num_errors,
-        ):
-            msg = (
-                f"{self.storage.where}: {manifest.num_planned} rows planned, but "
-                f"{manifest.num_ok} ok + {manifest.num_errors} errors + {manifest.num_skipped} "
-                f"skipped, {num_in_files} rows in the files; not published"
-            )
+        if imbalance := manifest.imbalance():
+            msg = f"{self.storage.where}: {imbalance}; not published"
             raise AccountingError(msg)
         self.storage.put_if_absent(
             _numbered("manifests", manifest.number), _dumps(asdict(manifest))
@@ -147,6 +143,10 @@ class Ledger:
         if not number or claim["plan_id"] != plan.plan_id:
             return Durable()
         names = [*claim["accepted"], *self._parts_of(number)]
+        return self.parts(plan, names)
+
+    def parts(self, plan: Plan, names: Collection[str]) -> Durable:
+        """Those of the named parts that are whole and fit the plan."""
         parts: list[Part] = []
         rejected = self._rejected(names)
         taken: dict[int, Ranges] = {}

@@ -57,6 +57,21 @@ def resolve_model(name: str, revision: str | None, *, allow_pickle: bool = False
     return found
 
 
+def resolve_lora(name: str, path: str) -> Mapping[str, str]:
+    """Hash a LoRA adapter's files, which are part of the recipe.
+
+    Raises:
+        ConfigError: The folder holds no adapter, or only a pickled one.
+    """
+    where = f"model.lora.{name}"
+    folder = Path(path)
+    weights = folder / "adapter_model.safetensors"
+    if not (folder / "adapter_config.json").is_file() or not weights.is_file():
+        expected = "expected a folder with adapter_config.json and adapter_model.safetensors"
+        raise ConfigError(where, [f"{path!r} holds no LoRA adapter, {expected}"])
+    return {file.name: _content_hash(file) for file in (folder / "adapter_config.json", weights)}
+
+
 def _refuse_pickles(folder: Path, *, allow_pickle: bool, is_complete: bool = True) -> None:
     """Refuse a model whose weights can only be unpickled.
 

@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen import frozen, prompts
+from batchgen.answers.columns import AnswerColumns, answer_columns
+from batchgen.answers.form import Form, make_form
+from batchgen.answers.judge import Judge
+from batchgen.answers.retries import check_ladder
 from batchgen.books import Plan, Segment
 from batchgen.config import recipe as recipes
-from batchgen.errors import ConfigError, InputChangedError, RecipeChangedError, SourceError
+from batchgen.errors import InputChangedError, RecipeChangedError, SourceError
 from batchgen.inputs import stat_input
-from batchgen.model_files import ModelFiles, resolve_model
+from batchgen.job_checks import check_columns, check_examples, check_gate, job_schema
+from batchgen.model_files import ModelFiles, resolve_lora, resolve_model
 from batchgen.ranges import Ranges
 from batchgen.records import EngineSpec, Prompt, RowError
+from batchgen.requests import RowOptions
 from batchgen.runlog import utc_now
-from batchgen.sink.schema import part_schema
 from batchgen.source.base import ReadSpec
 from batchgen.source.files import find_files, reader_for
-from batchgen.source.where import check_where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,6 +57,8 @@ class Prepared:
     columns: pa.Schema
     carried: Sequence[str]
     builder: prompts.PromptBuilder
+    form: Form
+    answer: AnswerColumns
 
     @property
     def recipe_fingerprint(self) -> str:
@@ -60,23 +66,44 @@ class Prepared:
         return recipes.fingerprint(self.recipe)
 
     @property
+    def model_name(self) -> str:
+        """Hub id and commit, or a folder's name and a hash of what is in it."""
+        if not self.model.path:
+            return self.job.model.backend
+        identity = self.model.identity
+        if "commit" in identity:
+            return f"{identity['hub']}@{identity['commit']}"
+        return f"{Path(self.model.path).name}@{recipes.fingerprint(dict(identity))[:12]}"
+
+    @property
     def frozen_job(self) -> dict[str, Any]:
         """What must not change under a plan."""
         return frozen_job(self.job, self.recipe)
+
+    def judge(self) -> Judge:
+        """What reads the job's answers."""
+        return Judge(
+            self.form,
+            self.answer,
+            rules=self.job.checks.rules,
+            prefix=self.job.output.prefix,
+            allow_cut=self.job.checks.allow_truncated or bool(self.job.sampling.ignore_eos),
+        )
 
     def spec(self) -> ReadSpec:
         """How to read."""
         return ReadSpec(
             columns=self.columns,
             carried=self.carried,
-            needed=self.builder.columns(self.columns.names),
+            needed=self.builder.columns(self.columns.names)
+            | set(RowOptions(self.job).columns().values()),
             where=self.job.input.where,
         )
 
     @property
     def part_schema(self) -> pa.Schema:
         """Schema of the job's parts."""
-        return part_schema(self.carried_schema, self.job.output.prefix)
+        return job_schema(self.job, self.answer, self.carried_schema)
 
     @property
     def carried_schema(self) -> pa.Schema:
@@ -85,11 +112,12 @@ class Prepared:
 
 
 def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
-    """What must not change under a plan: recipe, choice of rows, layout of the output."""
+    """What must not change under a plan: recipe, choice of rows, checks, layout of the output."""
     return {
         "recipe": recipe,
         "input": job.input.model_dump(exclude={"path"}),
-        "output": {"prefix": job.output.prefix},
+        "output": job.output.model_dump(include={"prefix", "flatten", "with_seed"}),
+        "checks": job.checks.model_dump(),
     }
 
 
@@ -107,23 +135,29 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
         RecipeChangedError: The job is not the plan's.
     """
     builder = prompts.PromptBuilder(job.prompt)
+    form = make_form(job.output)
+    answer = answer_columns(job, form)
+    check_examples(job.prompt.examples, form)
+    check_ladder(job.retry, job.sampling, is_chat=job.prompt.text is None)
+    loras = {name: resolve_lora(name, path) for name, path in job.model.lora.items()}
     model = ModelFiles("", {})
     if job.model.backend == "vllm":
         is_dummy = job.model.engine.get("load_format") == "dummy"  # Reads no weights at all.
         allow_pickle = job.model.allow_pickle or is_dummy
         model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
-    recipe = recipes.make_recipe(job, model.identity)
+    recipe = recipes.make_recipe(job, model.identity, loras)
     if plan is not None:
         if changes := frozen.job_changes(plan, frozen_job(job, recipe)):
             raise RecipeChangedError(job.output.path, changes)
         format_name = plan.input_format
         files: Sequence[str] = [segment.path for segment in plan.segments]
         columns, carried = planned_columns(plan), plan.carried
+        check_gate(job, answer)
     else:
         format_name, files = _find_input(job)
         columns = reader_for(format_name).columns(files, job.input.types)
         carried = columns.names if job.input.columns is None else job.input.columns
-        _check_columns(job, builder, columns)
+        check_columns(job, builder, answer, columns)
     return Prepared(
         job=job,
         model=model,
@@ -134,6 +168,8 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
         columns=columns,
         carried=carried,
         builder=builder,
+        form=form,
+        answer=answer,
     )
 
 
@@ -144,38 +180,6 @@ def _find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
     for path in files:
         reader_for(format_name).sniff(path)
     return format_name, files
-
-
-def _check_columns(job: JobConfig, builder: prompts.PromptBuilder, columns: pa.Schema) -> None:
-    """Check everything that names a column, and tell all mistakes at once."""
-    problems = _wrong_columns(job.input.columns or [], columns.names)
-    if job.input.where is not None:
-        try:
-            check_where(job.input.where, columns)
-        except ValueError as error:
-            problems.append(f"input.where: {error}")
-    carried = [name for name in job.input.columns or columns.names if name in columns.names]
-    for check in (
-        lambda: builder.columns(columns.names),
-        lambda: part_schema(pa.schema([columns.field(n) for n in carried]), job.output.prefix),
-    ):
-        try:
-            check()
-        except ConfigError as error:
-            problems += [f"{error.where}: {problem}" for problem in error.problems]
-    if problems:
-        where = "job"
-        raise ConfigError(where, problems)
-
-
-def _wrong_columns(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
-    unknown = [
-        f"input.columns: no column {name!r} in the input, it has: {', '.join(available)}"
-        for name in wanted
-        if name not in available
-    ]
-    twice = sorted({name for name in wanted if wanted.count(name) > 1})
-    return unknown + [f"input.columns: {name!r} is listed twice" for name in twice]
 
 
 def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
@@ -288,9 +292,20 @@ def engine_spec(prepared: Prepared, log_path: str | None) -> EngineSpec:
         backend=model.backend,
         model=prepared.model.path,
         model_kwargs={**kwargs, **model.engine},
-        sampling_params=prepared.job.sampling.model_dump(exclude={"seed"}, exclude_none=True),
+        sampling_params=_sampling_params(prepared),
         chat_template=Path(template).read_text(encoding="utf-8") if template else None,
         chat_template_kwargs=prompt.chat_template_kwargs,
+        tools=prompt.tools,
+        loras=model.lora,
+        reasoning_parser=model.reasoning_parser,
+        tool_call_parser=model.tool_call_parser,
         log_path=log_path,
         max_in_flight=prepared.job.run.max_in_flight,
     )
+
+
+def _sampling_params(prepared: Prepared) -> dict[str, Any]:
+    params = prepared.job.sampling.model_dump(exclude={"seed", "column"}, exclude_none=True)
+    if prepared.form.structured_outputs is not None:
+        params["structured_outputs"] = dict(prepared.form.structured_outputs)
+    return params

@@ -7,9 +7,10 @@ one is that row's error, never the word "None" in a prompt.
 
 from __future__ import annotations
 
+import base64
 import difflib
-import hashlib
-from dataclasses import replace
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -17,13 +18,13 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
 from batchgen.budget import BudgetError
 from batchgen.errors import ConfigError
-from batchgen.records import Ordinal, Prompt, Request, Result, RowBatch, RowError
+from batchgen.records import Messages, Prompt, RowError
 from batchgen.sandbox import NULL, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.config.model import PromptConfig
+    from batchgen.config.model import Example, PromptConfig
 
     Values = Mapping[str, Any]
     Render = Callable[[Values], str]
@@ -35,9 +36,6 @@ _TABLE = "[prompt]"
 _GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
 _MAX_ERROR_CHARS = 300
-MAX_PROMPT_BYTES = 16 << 20
-"""A prompt that is longer, as JSON, is an error row: it is beyond any context window."""
-_SEED_BITS = 62  # vLLM takes an int64, and adds the sample's index for n > 1.
 
 
 class PromptBuilder:
@@ -59,6 +57,9 @@ class PromptBuilder:
         if config.system is not None:
             self._system, system_names = _compile("prompt.system", config.system)
             names |= system_names
+        if config.images is not None:
+            names.add(config.images)
+        self._examples = [message for example in config.examples for message in turns(example)]
         self._names = frozenset(names)
         self._globals = _GLOBALS if self._user is not None else frozenset()
 
@@ -81,7 +82,7 @@ class PromptBuilder:
     def build(self, values: Values) -> Prompt | RowError:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
         try:
-            return self._from_column(values) if self._user is None else self._rendered(values)
+            prompt = self._from_column(values) if self._user is None else self._rendered(values)
         except NullPrintedError:
             nulls = sorted(name for name in self._names if values.get(name, "") is None)
             here = f"; null here: {', '.join(nulls)}" if nulls else ""
@@ -93,6 +94,10 @@ class PromptBuilder:
             return RowError("template_error", str(error))
         except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
             return RowError("template_error", _told(error))
+        if self._config.images is None or isinstance(prompt, RowError | str):
+            return prompt
+        folder = Path(self._config.images_folder or ".")
+        return with_images(prompt, values.get(self._config.images), folder)
 
     def _rendered(self, values: Values) -> Prompt | RowError:
         assert self._user is not None  # noqa: S101 - else the prompt is a column
@@ -104,7 +109,8 @@ class PromptBuilder:
         user = self._user(scope)
         if not user.strip():
             return RowError("empty_prompt", "prompt.user renders to nothing")
-        messages = [{"role": "user", "content": user}]
+        # What all rows share comes first, so that the prefix cache serves it.
+        messages: list[dict[str, Any]] = [*self._examples, {"role": "user", "content": user}]
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": self._system(scope)})
         return messages
@@ -168,9 +174,67 @@ def _checked_messages(name: str, value: object) -> Prompt | RowError:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             problem = f"column {name!r}[{at}] has no role, expected {{role, content}}"
             return RowError("bad_messages", problem)
+        if not _is_content(message.get("content")):
+            expected = "expected a string or a list of parts {type, ...}"
+            problem = f"column {name!r}[{at}].content is neither text nor parts, {expected}"
+            return RowError("bad_messages", problem)
         # Parquet structs carry every field of every message: null means absent.
         messages.append({key: item for key, item in message.items() if item is not None})
     return messages
+
+
+def _is_content(content: object) -> bool:
+    """Whether a chat may hold it: nothing, a text, or parts as OpenAI's API has them."""
+    if isinstance(content, list):
+        return all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in content)
+    return content is None or isinstance(content, str)
+
+
+def turns(example: Example) -> list[dict[str, Any]]:
+    """The two messages of an example: question and answer."""
+    answer = example.assistant
+    if not isinstance(answer, str):
+        try:
+            answer = orjson.dumps(answer).decode()
+        except TypeError:  # An integer of more than 64 bits, which JSON has.
+            answer = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    return [
+        {"role": "user", "content": example.user},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def with_images(messages: Messages, images: object, folder: Path) -> Prompt | RowError:
+    """Put a row's images before the text of its last user message, as content parts.
+
+    Args:
+        messages: The chat.
+        images: A path, a URL or bytes, or a list of these; null is no image.
+        folder: Where relative paths start.
+    """
+    given = images if isinstance(images, list) else [images]
+    parts = []
+    for image in given:
+        if image is None:
+            continue
+        if not isinstance(image, str | bytes):
+            found = type(image).__name__
+            return RowError("bad_image", f"an image is {found}, expected a path, URL or bytes")
+        parts.append({"type": "image_url", "image_url": {"url": _image_url(image, folder)}})
+    last = max((at for at, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if not parts or last is None:
+        return messages
+    content = messages[last].get("content")
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else (content or [])
+    changed = {**messages[last], "content": [*parts, *text]}
+    return [*messages[:last], changed, *messages[last + 1 :]]
+
+
+def _image_url(image: str | bytes, folder: Path) -> str:
+    if isinstance(image, bytes):
+        return f"data:application/octet-stream;base64,{base64.b64encode(image).decode()}"
+    is_url = "://" in image or image.startswith("data:")
+    return image if is_url else (folder / image).absolute().as_uri()
 
 
 def _near(name: str, available: Sequence[str]) -> str:
@@ -178,59 +242,3 @@ def _near(name: str, available: Sequence[str]) -> str:
     if near:
         return f", did you mean {near[0]!r}?"
     return f", it has: {', '.join(available)}"
-
-
-class RequestBuilder:
-    """Rows to requests, with keys and seeds. Counts request ids; owned by one thread."""
-
-    def __init__(self, prompts: PromptBuilder, recipe: str, seed: int | None) -> None:
-        """Bind to a job.
-
-        Args:
-            prompts: The compiled templates.
-            recipe: Fingerprint of the recipe, part of every key.
-            seed: The job's seed; None when sampling is greedy and seeds change nothing.
-        """
-        self._prompts = prompts
-        self._key = hashlib.blake2b(recipe.encode(), digest_size=16)
-        self._seed = seed
-        self._next_id = 0
-
-    def of(self, batch: RowBatch) -> Iterator[Request | Result]:
-        """Yield one entry a row of `batch`, in order: a request, or the result of a bad row."""
-        # What waits for its answer keeps only the carried columns, not the parsed values.
-        kept = replace(batch, values=())
-        for index, (row, values) in enumerate(zip(batch.rows, batch.values, strict=True)):
-            ordinal = Ordinal(batch.segment, row)
-            outcome = batch.errors[index] if values is None else self._prompts.build(values)
-            if isinstance(outcome, RowError):
-                yield Result(ordinal, kept, index, None, None, outcome)
-                continue
-            try:
-                content = orjson.dumps(outcome, option=orjson.OPT_SORT_KEYS)
-            except orjson.JSONEncodeError as error:
-                problem = RowError("bad_prompt", f"the prompt is not text: {error}")
-                yield Result(ordinal, kept, index, None, None, problem)
-                continue
-            if len(content) > MAX_PROMPT_BYTES:
-                problem = RowError(
-                    "bad_prompt", f"the prompt is longer than {MAX_PROMPT_BYTES >> 20} MiB"
-                )
-                yield Result(ordinal, kept, index, None, None, problem)
-                continue
-            key = self._request_key(content)
-            seed = None if self._seed is None else row_seed(self._seed, ordinal)
-            yield Request(self._next_id, ordinal, outcome, key, seed, kept, index)
-            self._next_id += 1
-
-    def _request_key(self, content: bytes) -> str:
-        key = self._key.copy()
-        key.update(content)
-        return key.hexdigest()
-
-
-def row_seed(job_seed: int, ordinal: Ordinal) -> int:
-    """The row's own sampling seed: the same in every run, however rows are spread over runs."""
-    text = f"{job_seed}:{ordinal.segment}:{ordinal.row}".encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -61,36 +62,103 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row as it goes to the engine."""
+    """A row as it goes to the engine; one for each attempt."""
 
     request_id: int
-    """Unique within one run; counts up from 0 in admission order. Not the row's identity."""
+    """Unique within one run; counts up from 0. Not the row's identity."""
     ordinal: Ordinal
     prompt: Prompt
     request_key: str
-    """128-bit hash of content and recipe, 32 hex digits."""
+    """128-bit hash of content and recipe, 32 hex digits; the same for every attempt."""
     seed: int | None
     """For sampling, 0 <= seed < 2**62; None when sampling is greedy."""
     batch: RowBatch
     index: int
     """Where the row's carried columns are: `batch.carried[index]`."""
+    params: Mapping[str, Any] | None = None
+    """vLLM's SamplingParams fields that this request has otherwise than the job."""
+    lora: str | None = None
+    """Name of the adapter in `EngineSpec.loras`; None for the model itself."""
+    attempt: int = 1
+    retry: Retry | None = None
+    """None for the first attempt."""
+
+
+class Retry(NamedTuple):
+    """What came before a further attempt."""
+
+    first: Request
+    failed: Result
+    """Of the attempt before this one; it stands if this one brings no answer at all."""
+    rung: int
+    """The index in the job's `[[retry]]`."""
+
+
+class TokenLogprobs(NamedTuple):
+    """One generated token and what else was likely there."""
+
+    token: str | None
+    """Its text; None for a special token, which ends an answer and is no text of it."""
+    logprob: float
+    """Natural logarithm of its probability, after the grammar's mask."""
+    top: Sequence[tuple[str | None, float]]
+    """The likeliest tokens with theirs, likeliest first; `SamplingParams.logprobs` of them."""
+
+
+class Sample(NamedTuple):
+    """One answer of the `n` that a request has."""
+
+    text: str
+    """Without the reasoning and the tool calls, where the model's are parsed."""
+    finish_reason: str | None
+    """vLLM's word, an open set: stop, length, repetition."""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    """Where asked for, one a token of the whole output."""
+    reasoning: str | None = None
+    tool_calls: Sequence[tuple[str, str]] | None = None
+    """Name and arguments (JSON text) of each call; None where none are parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine says of one request: an answer, or why there is none."""
+    """What the engine says of one request: answers, or why there are none."""
 
     request_id: int
-    text: str | None
-    finish_reason: str | None
-    """vLLM's word, an open set: stop, length, abort, error, repetition."""
+    samples: Sequence[Sample]
+    """`n` of them; none if `error`."""
     num_prompt_tokens: int | None
     num_cached_tokens: int | None
     """Prompt tokens that the prefix cache served."""
     num_output_tokens: int | None
+    """Of all samples."""
     latency_s: float | None
     """From admission into the engine to the last token."""
     error: RowError | None = None
+
+    @property
+    def text(self) -> str | None:
+        """Of the first sample."""
+        return self.samples[0].text if self.samples else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Of the first sample."""
+        return self.samples[0].finish_reason if self.samples else None
+
+
+class Verdict(StrEnum):
+    """What became of an answer."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    """It ended at max_tokens or max_model_len."""
+    INVALID_JSON = "invalid_json"
+    SCHEMA_VIOLATION = "schema_violation"
+    """Not of the form that the job asks for: schema, choice, regex."""
+    REFUSED = "refused"
+    """A rule of the job's `[checks]` refused it."""
+    ERROR = "error"
+    """There is no answer: `error_type` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +171,13 @@ class Result:
     request_key: str | None
     completion: Completion | None
     error: RowError | None
+    verdict: Verdict = Verdict.ERROR
+    values: Sequence[Any] | None = None
+    """One a column of the job's answer, see `answers.form.Form.fields`; None: all null."""
+    attempts: int = 0
+    """How often the engine was asked."""
+    seed: int | None = None
+    """Of the attempt that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +216,19 @@ class EngineSpec:
     model_kwargs: Mapping[str, Any]
     """vLLM's `LLM(...)` keywords from `[model]` and `[model.engine]`; unset ones absent."""
     sampling_params: Mapping[str, Any]
-    """vLLM's `SamplingParams` fields from `[sampling]`, without `seed`; unset ones absent."""
+    """vLLM's `SamplingParams` fields from `[sampling]` and the job's form, without `seed`; unset
+    ones absent. `structured_outputs` is a mapping of StructuredOutputsParams fields."""
     chat_template: str | None = None
     """Jinja text that replaces the model's own chat template."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tools for the chat template, as OpenAI's API describes them."""
+    loras: Mapping[str, str] = field(default_factory=dict)
+    """Name of each LoRA adapter that a request may name -> its folder."""
+    reasoning_parser: str | None = None
+    """vLLM's reasoning parser: what it finds goes to `Sample.reasoning`."""
+    tool_call_parser: str | None = None
+    """vLLM's tool parser: what it finds goes to `Sample.tool_calls`."""
     log_path: str | None = None
     """Where the engine's own log lines go."""
     max_in_flight: int | None = None

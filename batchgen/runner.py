@@ -4,7 +4,7 @@ Follow a row:
 
     Feeder thread      reader.read -> RequestBuilder.of -> bounded queue      (render ahead)
     Runner (caller)    engine.add up to engine.capacity, engine.step          (never waits for I/O)
-                       completion -> settle -> Result -> open part
+                       completion -> Judge -> Result -> open part, or Ladder -> again
     Committer thread   open part -> PartWriter.commit                         (durable from here)
 
 No stage waits for a slow row: the window is topped up as completions come, in whatever order,
@@ -18,16 +18,19 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from batchgen.answers.retries import final
 from batchgen.errors import AccountingError, BatchgenError, EngineDeadError
 from batchgen.ranges import Ranges
-from batchgen.records import Completion, Request, Result
 from batchgen.stages import Committer, Fed, Feeder, OpenPart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from batchgen.answers.judge import Judge
+    from batchgen.answers.retries import Ladder
     from batchgen.config.model import RunConfig
     from batchgen.engine.base import Engine
+    from batchgen.records import Completion, Request, Result
     from batchgen.stats import RunStats
 
 _IDLE_WAIT_S = 0.05
@@ -59,13 +62,15 @@ class StopSwitch:
 class Runner:
     """Keeps the engine full and the books straight. One run, one instance, one thread."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the one place where all stages meet
         self,
         engine: Engine,
         feeder: Feeder,
-        committer: Committer,
+        committer: Committer[OpenPart],
         stats: RunStats,
         *,
+        judge: Judge,
+        ladder: Ladder,
         config: RunConfig,
         clock: Callable[[], float],
     ) -> None:
@@ -74,6 +79,8 @@ class Runner:
         self._feeder = feeder
         self._committer = committer
         self.stats = stats
+        self._judge = judge
+        self._ladder = ladder
         self._config = config
         self._clock = clock
         self._waiting: deque[Request] = deque()
@@ -189,36 +196,39 @@ class Runner:
         completions = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
         if self.stats.engine_ready_s is None and self._engine.facts is not None:
             self.stats.engine_ready_s = now_s
-        for completion in completions:
-            self._settle(completion)
         if completions:
+            self._settle(completions)
             self.stats.note_progress(now_s)
         elif self._engine.num_in_flight == 0:
             msg = f"the engine lost {len(self._in_flight)} requests; run again to go on"
             raise EngineDeadError(msg)
 
-    def _settle(self, completion: Completion) -> None:
-        request = self._in_flight.pop(completion.request_id, None)
-        if request is None:
-            msg = f"the engine answered request {completion.request_id}, which is not in flight"
+    def _settle(self, completions: Sequence[Completion]) -> None:
+        """Judge what came back: it ends its row, or the row goes to the end of the queue."""
+        asked = [
+            (request, completion)
+            for completion in completions
+            if (request := self._in_flight.pop(completion.request_id, None)) is not None
+        ]
+        for (request, _), result in zip(asked, self._judge.judge(asked), strict=True):
+            self.stats.note_attempt(result)
+            again = self._ladder.next(request, result)
+            if again is not None:
+                self._waiting.append(again)
+            else:
+                self._end(final(request, result))
+        if len(asked) < len(completions):
+            known = {request.request_id for request, _ in asked}
+            stray = next(c.request_id for c in completions if c.request_id not in known)
+            msg = f"the engine answered request {stray}, which is not in flight"
             raise AccountingError(msg)
-        self._end(
-            Result(
-                ordinal=request.ordinal,
-                batch=request.batch,
-                index=request.index,
-                request_key=request.request_key,
-                completion=completion,
-                error=completion.error,
-            )
-        )
 
     def _end(self, result: Result) -> None:
         part = self._part
         part.results.append(result)
         part.num_bytes += self._row_bytes
-        if result.completion is not None and result.completion.text is not None:
-            part.num_bytes += len(result.completion.text)
+        if result.completion is not None:
+            part.num_bytes += sum(len(sample.text) for sample in result.completion.samples)
         if part.since_s is None:
             part.since_s = self._clock()
         self.stats.note(result)

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from batchgen.errors import StorageError
 from batchgen.records import Request, Result
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from batchgen.config.model import RunConfig
-    from batchgen.prompts import RequestBuilder
     from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
+    from batchgen.requests import RequestBuilder
 
 # Batches rendered ahead of the engine's own read-ahead: enough to ride out a slow read.
 _FEED_BATCHES = 4
@@ -30,6 +30,9 @@ _FLUSH_EARLY = 0.8
 _PUT_WAIT_S = 0.2
 _RETRY_FIRST_S = 0.1
 _RETRY_MOST_S = 10.0
+
+Work = TypeVar("Work")
+"""What one commit makes durable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ class OpenPart:
         )
 
 
-class Committer:
+class Committer(Generic[Work]):
     """Makes parts durable in a thread, so that no disk ever makes the engine wait.
 
     A disk in trouble (full, over quota, I/O error) gets time to recover: the part stays in
@@ -144,7 +147,7 @@ class Committer:
 
     def __init__(
         self,
-        commit: Callable[[OpenPart], None],
+        commit: Callable[[Work], None],
         grace_s: float,
         on_retry: Callable[[StorageError], None],
     ) -> None:
@@ -159,13 +162,13 @@ class Committer:
         self._grace_s = grace_s
         self._on_retry = on_retry
         # One part waiting while one is written: more would only be memory.
-        self._queue: queue.Queue[OpenPart | None] = queue.Queue(1)
+        self._queue: queue.Queue[Work | None] = queue.Queue(1)
         self._error: BaseException | None = None
         self._give_up = threading.Event()
         self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
         self._thread.start()
 
-    def put(self, part: OpenPart, timeout_s: float | None) -> bool:
+    def put(self, part: Work, timeout_s: float | None) -> bool:
         """Hand a part over; False if another one was still waiting when the time was up.
 
         Raises:
@@ -206,7 +209,7 @@ class Committer:
             except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
                 self._error = error
 
-    def _commit_patiently(self, part: OpenPart) -> None:
+    def _commit_patiently(self, part: Work) -> None:
         give_up_s = time.monotonic() + self._grace_s
         wait_s = _RETRY_FIRST_S
         while True:

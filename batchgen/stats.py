@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from batchgen.records import EngineStats, Result
+    from batchgen.records import EngineStats, Result, Verdict
 
 # Rates that a person reads are over the last so many seconds.
 _WINDOW_S = 30.0
@@ -30,6 +30,10 @@ class RunStats:
     num_errors: int = 0
     num_skipped: int = 0
     error_types: Counter[str] = field(default_factory=Counter)
+    num_retries: int = 0
+    """Attempts beyond each row's first."""
+    verdicts: dict[int, Counter[Verdict]] = field(default_factory=dict)
+    """Attempt number -> what became of it."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -51,13 +55,21 @@ class RunStats:
         """Physical rows that nobody has accounted for yet."""
         return self.num_rows - self.num_resumed - self.num_results - self.num_skipped
 
-    def note(self, result: Result) -> None:
-        """Count a result."""
+    def note_attempt(self, result: Result) -> None:
+        """Count an answer of the engine, whether it ends its row or not."""
         completion = result.completion
         if completion is not None:
             self.prompt_tokens += completion.num_prompt_tokens or 0
             self.cached_tokens += completion.num_cached_tokens or 0
             self.output_tokens += completion.num_output_tokens or 0
+        self.num_retries += result.attempts > 1
+        verdicts = self.verdicts.get(result.attempts)
+        if verdicts is None:
+            verdicts = self.verdicts[result.attempts] = Counter()
+        verdicts[result.verdict] += 1
+
+    def note(self, result: Result) -> None:
+        """Count the end of a row."""
         if result.error is None:
             self.num_ok += 1
         else:
@@ -121,6 +133,11 @@ class RunStats:
             "num_skipped": self.num_skipped,
             "num_resumed": self.num_resumed,
             "error_types": dict(self.error_types.most_common()),
+            "num_retries": self.num_retries,
+            "verdicts": {
+                str(at): {verdict.value: n for verdict, n in self.verdicts[at].items()}
+                for at in sorted(self.verdicts)
+            },
             "num_prompt_tokens": self.prompt_tokens,
             "num_cached_tokens": self.cached_tokens,
             "num_output_tokens": self.output_tokens,

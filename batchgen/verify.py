@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from batchgen.errors import OutputError
 from batchgen.ledger import Ledger
 from batchgen.ranges import Ranges
+from batchgen.sink.hashed import is_as_published
 from batchgen.sink.schema import ROW, SEGMENT
 from batchgen.storage import LocalStorage
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from batchgen.books import Manifest, Part, Plan
 
 _HASH_BYTES = 2**22
+_OTHER_BYTES = "its bytes are not those that were published (sha256 differs)"
 
 
 @dataclass(slots=True)
@@ -92,9 +94,10 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Non
         except (ValueError, OSError, pa.ArrowException) as error:
             why = str(error).splitlines()[0]
             verdict.problems.append(
-                f"{file['name']}: {why}; published rows are damaged: run again with --fresh, or "
-                "bring the file back from a backup"
+                f"{file['name']}: {why}; published rows are damaged: `batchgen run JOB "
+                "--retry-errors` computes them again, or bring the file back from a backup"
             )
+    _check_index(ledger, manifest, verdict)
     if not verdict.problems and (counted["ok"], counted["error"]) != (
         manifest.num_ok,
         manifest.num_errors,
@@ -102,6 +105,29 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Non
         verdict.problems.append(
             f"manifest {manifest.number}: says {manifest.num_ok} ok and {manifest.num_errors} "
             f"errors, the files hold {counted['ok']} and {counted['error']}"
+        )
+
+
+def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
+    """The index is no output, so it is not counted; but its damage is told."""
+    if manifest.index is None:
+        return
+    path = ledger.storage.path(manifest.index["name"])
+    try:
+        if not is_as_published(path, manifest.index):
+            raise ValueError(_OTHER_BYTES)  # noqa: TRY301 - told as the other damages are
+        num_rows = sum(rows.num_rows for rows, _ in _row_groups(path))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        why = str(error).splitlines()[0]
+        verdict.problems.append(
+            f"{manifest.index['name']}: {why}; no published row is damaged by that, but "
+            "--retry-errors needs the index: bring it back from a backup"
+        )
+        return
+    if num_rows != manifest.index["num_rows"]:
+        verdict.problems.append(
+            f"{manifest.index['name']}: holds {num_rows} rows, the manifest says "
+            f"{manifest.index['num_rows']}"
         )
 
 
@@ -113,8 +139,7 @@ def _check_hash(path: Path, entry: Mapping[str, Any], verdict: Verdict) -> None:
             verdict.num_bytes += len(block)
     verdict.num_files += 1
     if digest.hexdigest() != entry["sha256"]:
-        msg = "its bytes are not those that were published (sha256 differs)"
-        raise ValueError(msg)
+        raise ValueError(_OTHER_BYTES)
 
 
 def _check_published(

@@ -20,8 +20,8 @@ def status(root: Path) -> dict[str, Any]:
     """The job's state as one flat mapping.
 
     Returns:
-        `state` is one of `new`, `running`, `interrupted`, `complete`; then counts of the plan,
-        what is durable, and the last live view of the newest run.
+        `state` is one of `new`, `running`, `interrupted`, `held_back` (by the gate), `complete`;
+        then counts of the plan, what is durable, and the last live view of the newest run.
 
     Raises:
         OutputError: The folder was written by another version.
@@ -38,6 +38,8 @@ def status(root: Path) -> dict[str, Any]:
     if plan is None:
         return facts
     facts |= {"plan": plan.number, "num_rows": plan.num_rows, "recipe": plan.recipe_fingerprint}
+    if plan.base is not None:
+        facts["retries_plan"] = plan.base["plan"]
     manifest = ledger.manifest(plan.number)
     if manifest is not None:
         facts |= {
@@ -57,7 +59,8 @@ def status(root: Path) -> dict[str, Any]:
         "num_rejected_parts": len(durable.rejected),
     }
     if not holder:
-        facts["state"] = "interrupted"
+        held_back = live.get("state") == "over_limit"
+        facts["state"] = "held_back" if held_back else "interrupted"
         facts["last_run"] = {name: live.get(name) for name in ("run_id", "state", "reason")}
     return facts
 
@@ -74,12 +77,11 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
     return {}
 
 
-def rows(root: Path, prefix: str, num_rows: int, *, errors: bool) -> pl.DataFrame:
+def rows(root: Path, num_rows: int, *, errors: bool) -> pl.DataFrame:
     """The first rows of the snapshot, or of what is durable while nothing is published.
 
     Args:
         root: The output folder.
-        prefix: The job's column prefix.
         num_rows: At most so many.
         errors: Only rows that are errors.
 
@@ -97,9 +99,11 @@ def rows(root: Path, prefix: str, num_rows: int, *, errors: bool) -> pl.DataFram
         names = [part.name for part in ledger.durable(plan).parts]
     elif manifest is not None:
         names = [file["name"] for file in manifest.files]
-    if not names:
+    if plan is None or not names:
         return pl.DataFrame()
     frame = pl.scan_parquet([storage.path(name) for name in names], glob=False)
     if errors:
+        # The plan's: the job file may have another by now.
+        prefix = plan.job["output"]["prefix"]
         frame = frame.filter(pl.col(f"{prefix}status") == "error")
     return frame.head(num_rows).collect()

@@ -8,22 +8,31 @@ import polars as pl
 import batchgen
 
 JOB = Path(__file__).with_name("quickstart.toml")
+SURE = 0.99
 
 
 def main() -> int:
-    """Compare the labels with the sample's gold column; return a shell's exit code."""
+    """Compare the labels with the sample's gold columns; return a shell's exit code."""
     rows = batchgen.read(JOB).filter(gen_status="ok")
+    chance = pl.col("gen_probabilities").struct.field("label")
     scored = rows.select(
-        right=pl.col("gen_text").str.strip_chars() == pl.col("gold_label"), hard=pl.col("hard")
+        "subject",
+        "gen_label",
+        "gen_urgency",
+        "hard",
+        right=pl.col("gen_label") == pl.col("gold_label"),
+        # The likeliest label's; greedy answers take it.
+        probability=pl.max_horizontal(chance.struct.unnest()),
     ).collect()
-    share = scored["right"].mean()
-    hard = scored.filter("hard")["right"].mean()
-    example = rows.select("subject", "gen_text").head(3).collect()
+    sure = scored.filter(pl.col("probability") >= SURE)
     print(
-        f"\n{share:.1%} of {len(scored):,} labels are right ({hard:.1%} of the hard ones). Such as:"
+        f"\n{scored['right'].mean():.1%} of {len(scored):,} labels are right "
+        f"({scored.filter('hard')['right'].mean():.1%} of the hard ones).\n"
+        f"Those with a probability of {SURE} or more, {len(sure) / len(scored):.0%} of the rows: "
+        f"{sure['right'].mean():.1%} right. Such as:"
     )
-    for subject, label in example.iter_rows():
-        print(f"  {label:16} {subject}")
+    for subject, label, urgency, *_, probability in scored.head(4).iter_rows():
+        print(f"  {label:16} {urgency:7} {probability:.2f}  {subject}")
     print(
         "\nNext:\n"
         "  .venv/bin/batchgen show jobs/quickstart.toml -n 3\n"

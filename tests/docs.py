@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_args, get_origin
 
 from batchgen.config.load import json_schema
 from batchgen.config.model import JobConfig, Table
@@ -25,16 +26,19 @@ def option_table() -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for table, field in JobConfig.model_fields.items():
         model = field.annotation
+        is_list = get_origin(model) is list
+        model = get_args(model)[0] if is_list else model
         assert isinstance(model, type)
         assert issubclass(model, Table)
         for name, key in model.model_fields.items():
             default = "required" if key.is_required() else _shown(key.default)
-            lines.append(f"| `{table}.{name}` | {default} | {_one_line(key.description)} |")
+            shown = f"[{table}].{key.alias or name}" if is_list else f"{table}.{key.alias or name}"
+            lines.append(f"| `{shown}` | {default} | {_one_line(key.description)} |")
     return "\n".join(lines) + "\n"
 
 
 def _shown(default: object) -> str:
-    return "" if default in (None, "", {}) else f"`{json.dumps(default)}`"
+    return "" if default in (None, "", {}, []) else f"`{json.dumps(default)}`"
 
 
 def _one_line(text: str | None) -> str:

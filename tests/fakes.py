@@ -5,24 +5,41 @@ Plus the few values that many tests need: batches, results, plans.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batchgen.answers.columns import answer_columns
+from batchgen.answers.form import make_form
+from batchgen.answers.judge import Judge
 from batchgen.books import Plan, Segment
-from batchgen.config.model import PromptConfig
-from batchgen.prompts import PromptBuilder, RequestBuilder
+from batchgen.config.model import JobConfig
+from batchgen.prompts import PromptBuilder
 from batchgen.ranges import Ranges
-from batchgen.records import Completion, EngineFacts, EngineStats, Ordinal, Result, RowBatch
+from batchgen.records import (
+    Completion,
+    EngineFacts,
+    EngineStats,
+    Ordinal,
+    Result,
+    RowBatch,
+    Sample,
+    Verdict,
+)
+from batchgen.requests import RequestBuilder
+from batchgen.seeds import Seeds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from batchgen.records import Request, RowError
 
+ANSWER = (pa.field("text", pa.string()),)
+"""The answer's columns of a job for free text."""
 FACTS = EngineFacts("fake", "7", "none", None, 4, 0.0)
 
 
@@ -124,15 +141,15 @@ def finish(*request_ids: int) -> Callable[[FakeEngine], list[Completion]]:
 
 def completion(request_id: int, **changes: Any) -> Completion:
     fields: dict[str, Any] = {
-        "text": f"answer {request_id}",
-        "finish_reason": "stop",
         "num_prompt_tokens": 10,
         "num_cached_tokens": 4,
         "num_output_tokens": 3,
         "latency_s": 0.5,
         **changes,
     }
-    return Completion(request_id, **fields)
+    text = fields.pop("text", f"answer {request_id}")
+    reason = fields.pop("finish_reason", "stop")
+    return Completion(request_id, () if text is None else (Sample(text, reason),), **fields)
 
 
 def batch(
@@ -167,13 +184,46 @@ def results(given: RowBatch, *, errors: Mapping[int, RowError] | None = None) ->
             request_key=None if row in failed else f"{given.segment:016x}{row:016x}",
             completion=None if row in failed else completion(row, text=f"{given.segment}:{row}"),
             error=failed.get(row),
+            verdict=Verdict.ERROR if row in failed else Verdict.OK,
+            values=None if row in failed else [f"{given.segment}:{row}"],
+            attempts=0 if row in failed else 1,
         )
         for index, row in enumerate(given.rows)
     ]
 
 
-def request_builder(seed: int | None = None) -> RequestBuilder:
-    return RequestBuilder(PromptBuilder(PromptConfig(user="{{ text }}")), "recipe", seed)
+def job(**tables: Any) -> JobConfig:
+    """A job that asks for each row's `text`, with tables or keys of them otherwise."""
+    given: dict[str, Any] = {
+        "input": {"path": "rows.jsonl"},
+        "prompt": {"user": "{{ text }}"},
+        "model": {"backend": "echo"},
+        "sampling": {"max_tokens": 32, "temperature": 0.0},
+        "output": {"path": "out"},
+    }
+    for name, table in tables.items():
+        given[name] = {**given.get(name, {}), **table} if isinstance(table, dict) else table
+    return JobConfig.model_validate(given)
+
+
+def request_builder(
+    made: JobConfig | None = None, *, recipe: str = "recipe", ids: Iterator[int] | None = None
+) -> RequestBuilder:
+    made = made or job()
+    seeds, ids = Seeds(made.sampling), ids or itertools.count()
+    return RequestBuilder(PromptBuilder(made.prompt), made, recipe, seeds=seeds, ids=ids)
+
+
+def judge_of(made: JobConfig | None = None) -> Judge:
+    made = made or job()
+    form = make_form(made.output)
+    return Judge(
+        form,
+        answer_columns(made, form),
+        rules=made.checks.rules,
+        prefix=made.output.prefix,
+        allow_cut=made.checks.allow_truncated,
+    )
 
 
 def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:

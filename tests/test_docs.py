@@ -37,9 +37,15 @@ def test_every_shipped_job_loads_and_names_the_schema(path: Path) -> None:
 
 
 def test_the_readmes_job_loads(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", docs.README.read_text(), re.DOTALL)
-    job = parse_job(tomllib.loads(block), base=tmp_path, where="README.md")
+    first, labels = re.findall(r"```toml\n(.*?)```", docs.README.read_text(), re.DOTALL)
+    tables = tomllib.loads(first)
+    job = parse_job(tables, base=tmp_path, where="README.md")
     assert job.model.name == "Qwen/Qwen3-8B"
+    (tmp_path / "ticket.schema.json").write_bytes(
+        (docs.ROOT / "jobs" / "ticket.schema.json").read_bytes()
+    )
+    job = parse_job(tables | tomllib.loads(labels), base=tmp_path, where="README.md")
+    assert len(job.retry) == 2
 
 
 def test_the_readme_names_every_exit_code() -> None:

@@ -10,11 +10,24 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"errors"},
-    {"ranges", "budget"},
-    {"records", "sandbox", "arrow", "inputs", "storage", "footer"},
+    {"ranges", "budget", "words"},
+    {"records", "sandbox", "arrow", "inputs", "storage", "footer", "expressions"},
     {"config", "books"},
-    {"source", "prompts", "engine", "ledger", "sink", "stats", "progress", "runlog", "model_files"},
-    {"stages", "frozen"},
+    {"seeds"},
+    {
+        "source",
+        "prompts",
+        "answers",
+        "engine",
+        "ledger",
+        "sink",
+        "stats",
+        "progress",
+        "runlog",
+        "model_files",
+    },
+    {"requests"},
+    {"stages", "frozen", "gate", "job_checks"},
     {"planning"},
     {"runner"},
     {"executor"},
@@ -23,7 +36,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "vllm": {"engine/vllm.py"},
+    "vllm": {"engine/vllm.py", "engine/vllm_params.py", "engine/vllm_answers.py"},
     "torch": {"engine/vllm.py"},
     "transformers": {"engine/vllm.py", "engine/encoder.py"},
     "fsspec": {"inputs.py"},

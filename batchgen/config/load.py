@@ -16,19 +16,31 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from batchgen.config.credentials import find_credentials, redacted
+from batchgen.config.files import read_into, reason, unusable
 from batchgen.config.model import JobConfig
 from batchgen.errors import ConfigError
 from batchgen.inputs import is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4000
+# Union members show up in pydantic's paths, where they are no keys of the file; each member tells
+# of the same mistake.
+_MEMBERS = frozenset({"str", "list[str]", "dict[str,any]"})
+_UNIONS = {
+    "path": "a path or a list of paths",
+    "schema": "a path or a table",
+    "stop": "a text or a list of texts",
+    "assistant": "a text or a table",
+}
+_TABLE_LISTS = frozenset({"retry", "prompt.examples", "prompt.tools"})
+_NOT_EMPTY = {"choice": "at least one label", "on": "at least one verdict"}
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -65,7 +77,7 @@ def parse_job(
         merged: dict[str, Any] = json.loads(json.dumps(dict(tables), default=str))
         problems = [problem for text in overrides if (problem := _apply(merged, text))]
         # First and alone: what else is wrong would be told with the values.
-        refused = find_credentials(merged) or list(_unusable(merged, ""))
+        refused = find_credentials(merged) or list(unusable(merged, ""))
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(where, [f"holds what TOML cannot: {error}"]) from error
     if refused:
@@ -104,30 +116,10 @@ def _toml_value(text: str) -> Any:  # noqa: ANN401 - any TOML value, checked by 
         return text
 
 
-def _unusable(value: object, key: str) -> Iterator[str]:
-    """Texts that no file system, database or model takes."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _unusable(name, f"{key}.{name!r}" if key else repr(name))
-            yield from _unusable(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for at, item in enumerate(value):
-            yield from _unusable(item, f"{key}[{at}]")
-    elif isinstance(value, str):
-        if "\0" in value:
-            yield f"{_escaped(key)}: holds a NUL character, expected text"
-        if _SURROGATE.search(value):
-            yield f"{_escaped(key)}: holds a lone surrogate, expected text"
-
-
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-
-
 def _problem(detail: ErrorDetails) -> str:
     """One pydantic finding as `key: what is wrong, what was expected`."""
-    # Union members show up in the path as `str` and `list[str]`: no keys of the file.
-    location = [str(part) for part in detail["loc"] if str(part) not in {"str", "list[str]"}]
+    parts = [str(part) for part in detail["loc"]]
+    location = [part for part in parts if part not in _MEMBERS]
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
         return f"{key}: unknown key{_did_you_mean(location)}"
@@ -138,9 +130,14 @@ def _problem(detail: ErrorDetails) -> str:
     given = f"{detail['input']!r:.60}"
     if detail["type"] == "model_type":
         return f"{key}: {given} is wrong, expected: the table [{key}]"
-    if key == "input.path" and detail["type"] in {"string_type", "list_type"}:
-        return f"{key}: {given} is wrong, expected: a path or a list of paths"
-    return f"{key}: {given} is wrong, expected: {_expected(detail['msg'])}"
+    expected = _expected(detail["msg"])
+    if parts[-1] in _MEMBERS and detail["type"] in {"string_type", "list_type", "dict_type"}:
+        expected = _UNIONS.get(location[-1], expected)
+    elif key in _TABLE_LISTS and isinstance(detail["input"], dict):
+        expected = f"[[{key}]], a list of tables"
+    elif detail["type"] == "too_short":
+        expected = _NOT_EMPTY.get(location[-1], expected)
+    return f"{key}: {given} is wrong, expected: {expected}"
 
 
 def _expected(message: str) -> str:
@@ -150,7 +147,9 @@ def _expected(message: str) -> str:
 def _table_at(location: Sequence[str]) -> type[BaseModel] | None:
     table: type[BaseModel] = JobConfig
     for name in location:
-        field = table.model_fields.get(name)
+        if name.isdigit():  # Where in a list of tables.
+            continue
+        field = _fields(table).get(name)
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
         inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not inner:
@@ -167,16 +166,21 @@ def _did_you_mean(location: Sequence[str]) -> str:
     homes = [name for name in JobConfig.model_fields if _has_key(_table_at([name]), last)]
     if homes:
         return f", did you mean '{homes[0]}.{last}'?"
-    near = difflib.get_close_matches(last, table.model_fields, n=1)
+    near = difflib.get_close_matches(last, _fields(table), n=1)
     if near:
         return f", did you mean {near[0]!r}?"
     if list(parents) == ["model"]:
         return "; vLLM's other options go in [model.engine]"
-    return f", expected one of: {', '.join(table.model_fields)}"
+    return f", expected one of: {', '.join(_fields(table))}"
 
 
 def _has_key(table: type[BaseModel] | None, key: str) -> bool:
-    return table is not None and key in table.model_fields
+    return table is not None and key in _fields(table)
+
+
+def _fields(table: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields by the names that they have in a job file."""
+    return {field.alias or name: field for name, field in table.model_fields.items()}
 
 
 def _meaning(location: Sequence[str]) -> str:
@@ -184,12 +188,12 @@ def _meaning(location: Sequence[str]) -> str:
     if table is not None:
         return f"the table [{'.'.join(location)}]"
     parent = _table_at(location[:-1])
-    field = parent.model_fields.get(location[-1]) if parent else None
+    field = _fields(parent).get(location[-1]) if parent else None
     return (field.description if field and field.description else "a value").splitlines()[0]
 
 
 def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
-    """Make paths absolute and read the template files."""
+    """Make paths absolute and read the files that the job names."""
     problems: list[str] = []
     prompt = job.prompt.model_dump()
     for name in ("user", "system", "chat_template"):
@@ -201,12 +205,16 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
+            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {reason(error)}")
             continue
+        problems += unusable(text, f"prompt.{key}")
         if name != "chat_template":
             prompt[name], prompt[key] = text, None
         else:
             prompt[key] = str(path)
+    output = read_into(job, prompt, base, problems)
+    if job.prompt.images is not None:
+        prompt["images_folder"] = _absolute(base, job.prompt.images_folder or ".")
     inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
     places = {"output.path": [job.output.path], "input.path": inputs, "model.name": []}
     if job.model.name:
@@ -222,14 +230,17 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         update={
             "prompt": job.prompt.model_copy(update=prompt),
             "input": job.input.model_copy(update={"path": [_absolute(base, p) for p in inputs]}),
-            "output": job.output.model_copy(update={"path": _absolute(base, job.output.path)}),
-            "model": job.model.model_copy(update={"name": name}),
+            "output": job.output.model_copy(
+                update={**output, "path": _absolute(base, job.output.path)}
+            ),
+            "model": job.model.model_copy(
+                update={
+                    "name": name,
+                    "lora": {key: _absolute(base, path) for key, path in job.model.lora.items()},
+                }
+            ),
         }
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _bad_path(path: str) -> str | None:

@@ -9,25 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from batchgen.config.answers import ChecksConfig, GateConfig, RetryConfig, SamplingConfig
+from batchgen.config.table import PositiveInt, Table
 
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
 PICKLE_FORMATS = frozenset({"pt", "npcache"})
-
-
-class Table(BaseModel):
-    """Base of every table: unknown keys are mistakes, values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class InputConfig(Table):
@@ -39,12 +27,21 @@ class InputConfig(Table):
     """Only needed when file names do not end in .jsonl, .csv, .tsv or .parquet (+ .gz, .zst)."""
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
-    types: dict[str, str] = {}
+    types: dict[str, str] = Field(default={})
     """Column types for JSONL and CSV where the guess from the first rows is not wanted."""
     where: str | None = None
     """SQL expression over the columns; only rows for which it is true are run."""
     limit: PositiveInt | None = None
     """Only the first so many rows (of those that `where` lets through)."""
+
+
+class Example(Table):
+    """One question and its answer."""
+
+    user: str
+    """The question, as a row's `user` would render; plain text."""
+    assistant: str | dict[str, Any]
+    """The answer; a table is written as JSON."""
 
 
 class PromptConfig(Table):
@@ -62,9 +59,22 @@ class PromptConfig(Table):
     """Name of a column that holds a whole chat: a list of {role, content}."""
     text: str | None = None
     """Name of a column that holds the raw prompt; no chat template is applied."""
+    examples: list[Example] = Field(default=[])
+    """Few-shot: questions and answers between system and user, the same for every row."""
+    examples_file: str | None = None
+    """The same from a JSONL file of {"user": ..., "assistant": ...}."""
+    images: str | None = None
+    """Column with a row's images (path, URL or bytes, or a list), for vision models. A path counts
+    by its name: another image under the same name is no other request."""
+    images_folder: str | None = None
+    """Where relative paths of images start. Default: the job file's folder."""
+    tools: list[dict[str, Any]] = Field(default=[])
+    """Tools that the model may call, as OpenAI's API describes them."""
+    tools_file: str | None = None
+    """The same from a JSON file: a list."""
     chat_template_file: str | None = None
     """Chat template to use instead of the model's own."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default={})
     """Extra variables for the chat template, for example enable_thinking = false."""
 
     @model_validator(mode="after")
@@ -85,6 +95,15 @@ class PromptConfig(Table):
                 raise ValueError(msg)
         if (self.system is not None or self.system_file is not None) and not forms["user"]:
             msg = f"system goes with user, not with {given[0]}"
+            raise ValueError(msg)
+        if (self.examples or self.examples_file is not None) and not forms["user"]:
+            msg = f"examples go with user, not with {given[0]}"
+            raise ValueError(msg)
+        if self.examples and self.examples_file is not None:
+            msg = "both examples and examples_file are given, expected one"
+            raise ValueError(msg)
+        if self.images is not None and forms["text"]:
+            msg = "images go with user or messages, not with text"
             raise ValueError(msg)
         return self
 
@@ -114,7 +133,15 @@ class ModelConfig(Table):
     """Run Python code that comes with the model. From the hub only with `revision` = a commit."""
     allow_pickle: bool = False
     """Load weights from *.bin, *.pt, *.pth or *.ckpt, which can run any code."""
-    engine: dict[str, Any] = {}
+    lora: dict[str, str] = Field(default={})
+    """LoRA adapters: name -> folder. A single one serves every row."""
+    lora_column: str | None = None
+    """Column with the name of the row's adapter; null is the model itself."""
+    reasoning_parser: str | None = None
+    """vLLM's reasoning parser, such as qwen3: reasoning gets a column, forms hold for the rest."""
+    tool_call_parser: str | None = None
+    """vLLM's tool parser, such as hermes: tool calls get a column."""
+    engine: dict[str, Any] = Field(default={})
     """Any other keyword of vLLM's LLM(...), passed as it is."""
 
     @model_validator(mode="after")
@@ -127,51 +154,17 @@ class ModelConfig(Table):
             key = "name" if clash[0] == "model" else clash[0]
             msg = f"engine.{clash[0]} has a key of its own, set model.{key}"
             raise ValueError(msg)
+        if self.lora_column is not None and not self.lora:
+            msg = "lora_column is given without adapters, expected [model.lora] name = folder"
+            raise ValueError(msg)
+        if len(self.lora) > 1 and self.lora_column is None:
+            msg = f"{len(self.lora)} lora adapters, expected lora_column to say which row has which"
+            raise ValueError(msg)
         load_format = self.engine.get("load_format")
         if load_format in PICKLE_FORMATS and not self.allow_pickle:
             msg = f"engine.load_format = {load_format!r} unpickles weights, set allow_pickle = true"
             raise ValueError(msg)
         return self
-
-
-class SamplingConfig(Table):
-    """vLLM's SamplingParams, by its names.
-
-    What is not set here comes from the model's generation_config.json, as in `vllm serve`.
-    """
-
-    max_tokens: PositiveInt
-    """Longest answer, in tokens. No default: it bounds the time that a row can take."""
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    """0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Nucleus sampling."""
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    """0 or -1: all tokens."""
-    min_p: Share | None = None
-    """Least probability relative to the likeliest token."""
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Penalty for tokens already in the answer."""
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Penalty growing with each use."""
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    """Over 1 discourages tokens of prompt and answer."""
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Shortest answer, in tokens."""
-    stop: str | list[str] | None = None
-    """Texts that end the answer."""
-    stop_token_ids: list[int] | None = None
-    """Tokens that end the answer."""
-    bad_words: list[str] | None = None
-    """Words never to be generated."""
-    include_stop_str_in_output: bool | None = None
-    """Keep the stop text in the answer."""
-    ignore_eos: bool | None = None
-    """Go on after the end token, up to max_tokens: for benchmarks."""
-    skip_special_tokens: bool | None = None
-    """Leave special tokens out of the text. Default: true."""
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Seed of the job; each row's own is derived from it and the row's position."""
 
 
 class OutputConfig(Table):
@@ -181,10 +174,45 @@ class OutputConfig(Table):
     """Folder of the published Parquet files and of the job's state (`_batchgen/`)."""
     prefix: str = "gen_"
     """Begins the name of every column that batchgen adds."""
+    json_schema: str | dict[str, Any] | None = Field(default=None, alias="schema")
+    """JSON Schema of the answer, a file or inline: answers are held to it and get typed columns."""
+    schema_column: str | None = None
+    """Column with a row's own JSON Schema: an object, or JSON text. Answers stay JSON text."""
+    choice: list[str] | None = Field(default=None, min_length=1)
+    """The answer is one of these."""
+    regex: str | None = None
+    """The answer matches this, as a whole."""
+    grammar: str | None = None
+    """The answer follows this grammar (EBNF or Lark, see vLLM)."""
+    json_object: bool = False
+    """The answer is some JSON object."""
+    flatten: bool = False
+    """With `schema`: a column for each of its fields, instead of one struct."""
+    with_seed: bool = False
+    """A column with the seed that each row was sampled with."""
     compression: Literal["zstd", "snappy", "lz4", "gzip", "none"] = "zstd"
     """Of the published files."""
     rows_per_file: PositiveInt = 1_000_000
     """Published files hold at most so many rows."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        forms = {
+            "schema": self.json_schema,
+            "schema_column": self.schema_column,
+            "choice": self.choice,
+            "regex": self.regex,
+            "grammar": self.grammar,
+            "json_object": self.json_object or None,
+        }
+        given = [name for name, value in forms.items() if value is not None]
+        if len(given) > 1:
+            msg = f"{' and '.join(given)} are given, expected one of them"
+            raise ValueError(msg)
+        if self.flatten and self.json_schema is None:
+            msg = "flatten is given without schema"
+            raise ValueError(msg)
+        return self
 
 
 class RunConfig(Table):
@@ -198,8 +226,6 @@ class RunConfig(Table):
     """Commit after about so many MiB of finished rows at the latest."""
     max_in_flight: PositiveInt | None = None
     """Requests inside the engine at once. Default: twice its max_num_seqs, which saturates it."""
-    max_error_rate: Share = 0.1
-    """Publish only if at most this share of the rows are errors; over it, exit 3."""
     grace_s: Annotated[float, Field(ge=0)] = 20.0
     """After SIGTERM or Ctrl-C: how long rows in flight may take to finish."""
     disk_grace_s: Annotated[float, Field(ge=0)] = 300.0
@@ -218,4 +244,7 @@ class JobConfig(Table):
     model: ModelConfig
     sampling: SamplingConfig
     output: OutputConfig
+    checks: ChecksConfig = ChecksConfig()
+    retry: list[RetryConfig] = Field(default=[], max_length=10)
+    gate: GateConfig = GateConfig()
     run: RunConfig = RunConfig()

@@ -50,29 +50,70 @@ SPEED_OPTIONS = frozenset(
 Recipe = dict[str, Any]
 
 
-def make_recipe(job: JobConfig, model_identity: Mapping[str, str]) -> Recipe:
+def make_recipe(
+    job: JobConfig,
+    model_identity: Mapping[str, str],
+    lora_identity: Mapping[str, Mapping[str, str]] | None = None,
+) -> Recipe:
     """Gather the recipe of a loaded job.
+
+    `[[retry]]` is left out: it only touches rows that failed, and may change for the next night.
 
     Args:
         job: As `load_job` returns it.
         model_identity: What tells this model from others: content hashes of a folder, or hub id
             and commit.
+        lora_identity: The same of each LoRA adapter, by its name.
     """
-    prompt = job.prompt.model_dump(
-        exclude={"user_file", "system_file", "chat_template_file"}, exclude_none=True
-    )
+    files = {f"{name}_file" for name in ("user", "system", "chat_template", "examples", "tools")}
+    prompt = job.prompt.model_dump(exclude=files | {"images_folder"}, exclude_none=True)
+    for name in ("examples", "tools"):
+        if prompt[name]:
+            prompt[name] = [_ordered(item) for item in prompt[name]]
+        else:
+            del prompt[name]
     if job.prompt.chat_template_file:
         prompt["chat_template"] = Path(job.prompt.chat_template_file).read_text(encoding="utf-8")
     model = job.model.model_dump(
-        include={"backend", "dtype", "quantization", "max_model_len", "trust_remote_code"},
+        include={
+            *("backend", "dtype", "quantization", "max_model_len", "trust_remote_code"),
+            *("lora_column", "reasoning_parser", "tool_call_parser"),
+        },
         exclude_none=True,
     )
+    if lora_identity:
+        model["lora"] = {name: dict(files) for name, files in lora_identity.items()}
     engine = {k: v for k, v in job.model.engine.items() if k not in SPEED_OPTIONS}
     return {
         "prompt": prompt,
         "model": {**model, **({"engine": engine} if engine else {}), "files": dict(model_identity)},
-        "sampling": job.sampling.model_dump(exclude_none=True),
+        "sampling": _sampling(job),
+        **({"form": form} if (form := _form(job)) else {}),
     }
+
+
+def _sampling(job: JobConfig) -> dict[str, Any]:
+    sampling = job.sampling.model_dump(exclude_none=True)
+    if sampling["n"] == 1:
+        del sampling["n"]
+    return sampling
+
+
+def _form(job: JobConfig) -> dict[str, Any]:
+    """The form that answers are held to; empty for free text."""
+    names = {"json_schema", "schema_column", "choice", "regex", "grammar", "json_object"}
+    form = job.output.model_dump(include=names, exclude_none=True, exclude_defaults=True)
+    if "json_schema" in form:
+        form["schema"] = _ordered(form.pop("json_schema"))
+    return form
+
+
+def _ordered(value: object) -> str:
+    """As text, which keeps the order of keys.
+
+    That of a schema's properties is the order in which the model answers, and of the columns.
+    """
+    return json.dumps(value, ensure_ascii=False)
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -6,10 +6,10 @@ The runner keeps `capacity` requests inside, tops up as completions come, and ne
 slow row: there is no batch and no barrier at this seam.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from batchgen.records import Completion, EngineFacts, EngineStats, Prompt
+from batchgen.records import Completion, EngineFacts, EngineStats, Prompt, RowError
 
 
 class EngineRequest(Protocol):
@@ -26,6 +26,14 @@ class EngineRequest(Protocol):
     @property
     def seed(self) -> int | None:
         """For sampling, 0 <= seed < 2**62."""
+
+    @property
+    def params(self) -> Mapping[str, Any] | None:
+        """SamplingParams fields that differ from the spec's."""
+
+    @property
+    def lora(self) -> str | None:
+        """Name of an adapter of the spec's, or None."""
 
 
 class Engine(Protocol):
@@ -64,10 +72,22 @@ class Engine(Protocol):
         in time, which is normal while the engine starts.
 
         Raises:
-            EngineError: The engine did not start.
+            ConfigError: It did not start: the job asks for what it cannot do.
+            EngineError: It did not start.
             EngineDeadError: The engine died. Completions returned before stay valid; requests
                 still in flight are lost to it and may be added to another engine.
         """
 
     def close(self) -> None:
         """Stop at once, drop what is in flight, leave no process behind. Idempotent."""
+
+
+def failed(request_id: int, error: RowError) -> Completion:
+    """The completion of a request that has no answer."""
+    return Completion(request_id, (), None, None, None, None, error)
+
+
+def unknown_adapter(name: str, known: Iterable[str]) -> RowError:
+    """Say which LoRA adapters there are."""
+    names = ", ".join(known) or "none"
+    return RowError("unknown_adapter", f"no LoRA adapter {name!r}; the job has {names}")

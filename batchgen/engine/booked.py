@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchgen.engine.base import failed
 from batchgen.errors import EngineDeadError
 from batchgen.records import Completion, EngineStats, RowError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 LOST_S = 2.0
 """Patience where an engine's own count cannot be trusted; its statistics are 0.5 s old at most."""
-LOST = "the engine lost the request twice: no answer, no error"
+LOST = RowError("engine_lost", "the engine lost the request twice: no answer, no error")
 
 
 @dataclass(slots=True)
@@ -128,10 +129,4 @@ class BookedEngine:
         if again:
             self._progress_s = self._clock()
             self.engine.add(again)
-        return [failed(request_id, "engine_lost", LOST) for request_id in sorted(given_up)]
-
-
-def failed(request_id: int, error_type: str, text: str) -> Completion:
-    """The completion of a request that the engine failed."""
-    error = RowError(error_type, " ".join(text.split()))
-    return Completion(request_id, None, None, None, None, None, None, error)
+        return [failed(request_id, LOST) for request_id in sorted(given_up)]

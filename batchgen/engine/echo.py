@@ -5,7 +5,8 @@ pipeline around the engine, and for fault tests (`faults`, `faulty`). It behaves
 that matters to its callers: it holds at most `max_num_seqs` requests at once, finishes them out
 of order, honours `max_tokens`, and refuses bad requests one by one. Its "tokens" are UTF-8 bytes.
 
-The answer depends on the prompt and `max_tokens` alone, so a rerun must give the same dataset.
+The answer depends on the prompt and `max_tokens` alone, so a rerun must give the same dataset; `n`
+answers are `n` times the same. It has no grammar, no log probabilities and no weights to adapt.
 One thread may `add` while another `step`s: their counters are apart, and deques are atomic.
 """
 
@@ -18,10 +19,18 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
+from batchgen.engine.base import failed, unknown_adapter
 from batchgen.engine.encoder import flatten_parts
 from batchgen.engine.faults import read_faults
 from batchgen.errors import ConfigError
-from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
+from batchgen.records import (
+    Completion,
+    EngineFacts,
+    EngineSpec,
+    EngineStats,
+    RowError,
+    Sample,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 WHERE = "model.engine (backend echo)"
+SAMPLING = "sampling"
 DEFAULT_MAX_TOKENS = 16
 """As vLLM's: vllm/sampling_params.py, SamplingParams.max_tokens, 0.26 to 0.33."""
 NUMBERS = ("max_num_seqs", "step_s", "max_steps", "max_model_len")
@@ -105,11 +115,36 @@ def _is_at_least(value: object, minimum: int) -> bool:
     return is_number and value >= minimum  # type: ignore[operator]
 
 
+class _Limits(NamedTuple):
+    """What sampling parameters mean here."""
+
+    max_tokens: int
+    n: int
+
+
+def read_limits(params: Mapping[str, Any]) -> _Limits:
+    """Read what the echo engine honours of SamplingParams.
+
+    Raises:
+        ValueError: A value is none that vLLM would take either.
+    """
+    max_tokens, n = params.get("max_tokens", DEFAULT_MAX_TOKENS), params.get("n", 1)
+    for name, value in (("max_tokens", max_tokens), ("n", n)):
+        if not isinstance(value, int) and not (name == "max_tokens" and value is None):
+            problem = f"{name} = {value!r} is not a whole number"
+            raise ValueError(problem)
+        if value is not None and value < 1:
+            problem = f"{name} = {value!r} is less than 1"
+            raise ValueError(problem)
+    return _Limits(2**62 if max_tokens is None else max_tokens, n)
+
+
 class _Running(NamedTuple):
     request_id: int
     text: str
     data: bytes
     admitted_at: float
+    limits: _Limits
 
 
 class EchoEngine:
@@ -122,8 +157,9 @@ class EchoEngine:
         self._max_steps = int(options.max_steps)
         self._step_s = float(options.step_s)
         self._max_model_len = options.max_model_len
-        max_tokens = spec.sampling_params.get("max_tokens", DEFAULT_MAX_TOKENS)
-        self._max_tokens = max_tokens if max_tokens is not None else 2**62
+        self._loras = spec.loras
+        self._sampling_params = spec.sampling_params
+        self._limits = _job_limits(spec.sampling_params)
         window = spec.max_in_flight or 2 * self._max_num_seqs
         self._capacity = window if self._step_s else max(window, INSTANT_CAPACITY)
         self._waiting: deque[EngineRequest] = deque()
@@ -219,17 +255,32 @@ class EchoEngine:
             request = waiting.popleft()
             prepared = self._prepare(request)
             if isinstance(prepared, RowError):
-                refusals.append(refusal(request.request_id, prepared))
+                refusals.append(failed(request.request_id, prepared))
                 continue
+            limits = self._limits
+            if request.params is not None or request.lora is not None:
+                found = self._limits_of(request)
+                if isinstance(found, RowError):
+                    refusals.append(failed(request.request_id, found))
+                    continue
+                limits = found
             text, data = prepared
             last = self._step
             if self._max_steps > 1:
                 # Not hash(): that differs between processes, and finish order should not.
                 last += zlib.crc32(data) % self._max_steps
-            running = _Running(request.request_id, text, data, now)
+            running = _Running(request.request_id, text, data, now, limits)
             self._buckets.setdefault(last, []).append(running)
             self._num_running += 1
         return refusals
+
+    def _limits_of(self, request: EngineRequest) -> _Limits | RowError:
+        if request.lora is not None and request.lora not in self._loras:
+            return unknown_adapter(request.lora, self._loras)
+        try:
+            return read_limits({**self._sampling_params, **(request.params or {})})
+        except ValueError as exc:
+            return RowError("bad_request", str(exc))
 
     def _prepare(self, request: EngineRequest) -> tuple[str, bytes] | RowError:
         prompt = request.prompt
@@ -248,7 +299,7 @@ class EchoEngine:
 
     def _answer(self, running: _Running) -> Completion:
         num_prompt_tokens = len(running.data)
-        limit = self._max_tokens
+        limit, n = running.limits
         if self._max_model_len is not None:
             limit = min(limit, self._max_model_len - num_prompt_tokens)
         text, num_output_tokens, finish_reason = running.text, num_prompt_tokens, "stop"
@@ -259,13 +310,19 @@ class EchoEngine:
         latency_s = time.perf_counter() - running.admitted_at
         return Completion(
             running.request_id,
-            text,
-            finish_reason,
+            (Sample(text, finish_reason),) * n,
             num_prompt_tokens,
             0,
-            num_output_tokens,
+            num_output_tokens * n,
             latency_s,
         )
+
+
+def _job_limits(params: Mapping[str, Any]) -> _Limits:
+    try:
+        return read_limits(params)
+    except ValueError as exc:
+        raise ConfigError(SAMPLING, [str(exc)]) from exc
 
 
 def chat_text(messages: Messages) -> str:
@@ -278,11 +335,6 @@ def chat_text(messages: Messages) -> str:
     if not all(isinstance(content, str) for content in contents):
         contents = [message["content"] for message in flatten_parts(messages)]
     return "\n".join(contents)
-
-
-def refusal(request_id: int, error: RowError) -> Completion:
-    """Build the completion of a request that never ran."""
-    return Completion(request_id, None, None, None, None, None, None, error)
 
 
 def prompt_too_long(num_prompt_tokens: int, max_model_len: int) -> RowError:

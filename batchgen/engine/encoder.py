@@ -35,8 +35,12 @@ class Encoded(NamedTuple):
     request_id: int
     seed: int | None
     token_ids: array[int] | None
-    """4 bytes a token instead of the 36 of a list; None if `error`."""
+    """4 bytes a token instead of the 36 of a list; None if `error` or `chat`."""
     error: RowError | None
+    params: Mapping[str, Any] | None = None
+    lora: str | None = None
+    chat: Messages | None = None
+    """One with images, which only the engine can render."""
 
 
 class ChatStyle(NamedTuple):
@@ -44,6 +48,7 @@ class ChatStyle(NamedTuple):
 
     chat_template: str | None
     chat_template_kwargs: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 class Encoder:
@@ -108,6 +113,8 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
     results: dict[int, array[int] | RowError] = {}
     is_chat = [not isinstance(request.prompt, str) for request in requests]
     for index, request in enumerate(requests):
+        if is_chat[index] and has_images(request.prompt):
+            continue
         try:
             texts[index] = render(tokenizer, request.prompt, style)
         except Exception as exc:  # noqa: BLE001 - row border: templates raise what they like
@@ -117,7 +124,7 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
         # A chat template writes the special tokens itself; a raw text gets the tokenizer's own.
         ids = _encode_texts(tokenizer, [texts[i] for i in indices], add_special_tokens=not chat)
         results.update(zip(indices, ids, strict=True))
-    return [_encoded(request, results[index]) for index, request in enumerate(requests)]
+    return [_encoded(request, results.get(index)) for index, request in enumerate(requests)]
 
 
 def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:  # noqa: ANN401
@@ -126,12 +133,23 @@ def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:  # noqa: AN
         return prompt
     text = tokenizer.apply_chat_template(
         flatten_parts(prompt),
+        tools=list(style.tools) or None,
         chat_template=style.chat_template,
         tokenize=False,
         add_generation_prompt=True,
         **style.chat_template_kwargs,
     )
     return str(text)
+
+
+def has_images(prompt: Prompt) -> bool:
+    """Whether any message of a chat has a content part of type `image_url`."""
+    return not isinstance(prompt, str) and any(
+        isinstance(part, dict) and part.get("type") == "image_url"
+        for message in prompt
+        if isinstance(content := message.get("content"), list)
+        for part in content
+    )
 
 
 def flatten_parts(messages: Messages) -> list[dict[str, Any]]:
@@ -149,6 +167,9 @@ def flatten_parts(messages: Messages) -> list[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
+            if not all(isinstance(part, dict) for part in content):
+                problem = "a content part is no object, expected {type, text}"
+                raise TypeError(problem)
             kinds = {part.get("type") for part in content}
             if kinds - {"text"}:
                 kind = sorted(map(str, kinds - {"text"}))[0]
@@ -193,7 +214,14 @@ def _encode_one(tokenizer: Any, text: str, add_special_tokens: bool) -> array[in
         return RowError("tokenizer_error", one_line(exc))
 
 
-def _encoded(request: EngineRequest, result: array[int] | RowError) -> Encoded:
-    if isinstance(result, RowError):
-        return Encoded(request.request_id, request.seed, None, result)
-    return Encoded(request.request_id, request.seed, result, None)
+def _encoded(request: EngineRequest, result: array[int] | RowError | None) -> Encoded:
+    token_ids, error = (None, result) if isinstance(result, RowError) else (result, None)
+    return Encoded(
+        request.request_id,
+        request.seed,
+        token_ids,
+        error,
+        request.params,
+        request.lora,
+        None if result is not None or isinstance(request.prompt, str) else request.prompt,
+    )

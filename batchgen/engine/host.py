@@ -7,9 +7,9 @@ never contend with vLLM's front end for the GIL.
 
 Over the socket go pickled tuples, whose first item says what they are:
 
-    in   the EngineSpec, once; then ("add", [(request_id, prompt, seed), ...]) and ("close",)
+    in   the EngineSpec, once; then ("add", [HostedRequest fields, ...]) and ("close",)
     out  ("ready", EngineFacts, capacity), ("stats", EngineStats), ("done", [Completion fields]),
-         and as the last one ("refused", text) or ("dead", text)
+         and as the last one ("config", (where, problems)), ("refused", text) or ("dead", text)
 
 When the parent is gone, however it went, so is this process group: the socket's end kills it.
 """
@@ -25,13 +25,14 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.engine.encoder import one_line
 from batchgen.engine.faulty import echo_engine
-from batchgen.errors import BatchgenError, EngineDeadError
+from batchgen.errors import BatchgenError, ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import NoReturn
 
     from batchgen.engine.base import Engine
@@ -46,6 +47,8 @@ class HostedRequest(NamedTuple):
     request_id: int
     prompt: Prompt
     seed: int | None
+    params: Mapping[str, Any] | None = None
+    lora: str | None = None
 
 
 def build_engine(spec: EngineSpec) -> Engine:
@@ -121,14 +124,22 @@ def completion_fields(completion: Completion) -> tuple[object, ...]:
     """Take a completion apart, in the order of `records.Completion`; tuples pickle fastest."""
     return (
         completion.request_id,
-        completion.text,
-        completion.finish_reason,
+        [tuple(sample) for sample in completion.samples],
         completion.num_prompt_tokens,
         completion.num_cached_tokens,
         completion.num_output_tokens,
         completion.latency_s,
         completion.error,
     )
+
+
+def last_words(exc: Exception) -> tuple[str, object]:
+    """Say why it ends: the job is at fault, the engine cannot be had, or it died."""
+    if isinstance(exc, ConfigError):
+        return "config", (exc.where, exc.problems)
+    if isinstance(exc, BatchgenError) and not isinstance(exc, EngineDeadError):
+        return "refused", str(exc)
+    return "dead", str(exc) if isinstance(exc, BatchgenError) else one_line(exc)
 
 
 def _end_with_thread(args: threading.ExceptHookArgs) -> None:
@@ -155,9 +166,7 @@ def main() -> NoReturn:
         code = 1
     except Exception as exc:  # noqa: BLE001 - the process border: told to the parent, then the end
         traceback.print_exc()
-        text = str(exc) if isinstance(exc, BatchgenError) else one_line(exc)
-        is_refusal = isinstance(exc, BatchgenError) and not isinstance(exc, EngineDeadError)
-        host.send("refused" if is_refusal else "dead", text)
+        host.send(*last_words(exc))
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 import batchgen
 from batchgen.engine.log import find_cause, is_vague, log_size, log_tail
-from batchgen.errors import EngineDeadError, EngineError
-from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats
+from batchgen.errors import BatchgenError, ConfigError, EngineDeadError, EngineError
+from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,7 @@ class _Child:
         self.facts: EngineFacts | None = None
         self.capacity: int | None = None
         self.stats = EngineStats()
-        self.last_words: tuple[str, str] | None = None
+        self.last_words: tuple[str, Any] | None = None
         self.heard_at = time.monotonic()
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.inbox: queue.SimpleQueue[list[Completion] | None] = queue.SimpleQueue()
@@ -101,7 +101,7 @@ class _Child:
     def _hear(self, kind: str, payload: Any, *rest: Any) -> None:  # noqa: ANN401
         self.heard_at = time.monotonic()
         if kind == "done":
-            self.inbox.put([Completion(*fields) for fields in payload])
+            self.inbox.put([_completion(*fields) for fields in payload])
         elif kind == "stats":
             self.stats = payload
         elif kind == "ready":
@@ -155,7 +155,7 @@ class EngineProcess:
         self._stall_s = stall_s
         self._expected_capacity = _expected_capacity(spec)
         self._num_in_flight = 0
-        self._death: EngineError | None = None
+        self._death: BatchgenError | None = None
         # Also runs at interpreter exit; bound to the child, so that it does not keep self alive.
         self._stop = weakref.finalize(self, self._child.stop, orderly=False)
 
@@ -194,13 +194,14 @@ class EngineProcess:
         if self._death is not None:
             raise EngineDeadError(str(self._death))
         self._num_in_flight += len(requests)
-        self._child.post(("add", [(r.request_id, r.prompt, r.seed) for r in requests]))
+        fields = [(r.request_id, r.prompt, r.seed, r.params, r.lora) for r in requests]
+        self._child.post(("add", fields))
 
     def step(self, timeout_s: float) -> list[Completion]:
         """Return what has arrived; wait up to `timeout_s` if that is nothing.
 
         Raises:
-            EngineError: The engine did not start.
+            ConfigError, EngineError: It did not start; by the job's fault, or for other reasons.
             EngineDeadError: It died, was killed, or has been silent for too long.
         """
         if self._death is not None:
@@ -239,7 +240,7 @@ class EngineProcess:
             self._death = self._explain()
         return completions
 
-    def _explain(self) -> EngineError:
+    def _explain(self) -> BatchgenError:
         """Bury the child and say why it went, in one line."""
         child = self._child
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -247,6 +248,8 @@ class EngineProcess:
         code = child.process.returncode
         child.stop(orderly=False)
         kind, text = child.last_words or ("dead", _exit_text(code))
+        if kind == "config":
+            return ConfigError(*text)
         if kind == "dead" or is_vague(text):
             lines = log_tail(child.log_path, child.log_start)
             last_line = lines[-1][:300] if lines and child.last_words is None else None
@@ -266,6 +269,10 @@ class EngineProcess:
         problem = f"the engine died: no sign of life for {silent_s:.0f} s with work to do; killed"
         self._death = EngineDeadError(problem)
         raise self._death
+
+
+def _completion(request_id: int, samples: Sequence[tuple[Any, ...]], *rest: Any) -> Completion:  # noqa: ANN401
+    return Completion(request_id, [Sample(*fields) for fields in samples], *rest)
 
 
 def is_group_alive(pgid: int) -> bool:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchgen.errors import EngineError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from batchgen.records import EngineSpec
 
 TINY_WEIGHTS_BYTES = 64 << 20
 TINY_KV_CACHE_BYTES = 256 << 20
+MAX_LOGPROBS = 20
+"""vLLM's own default of `max_logprobs`: vllm/config/model.py, 0.26 to 0.33."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`: vllm/config/lora.py, MaxLoRARanks, 0.26 to 0.33."""
+MAX_LORAS = 8
+"""Adapters on the device at once; each takes room for `max_lora_rank` in every layer."""
+MAX_CPU_LORAS = 64
+"""Adapters kept in the host's memory; any beyond are read from disk again."""
 
 ENVIRONMENT = {
     # It phones home otherwise.
@@ -82,8 +95,88 @@ def cpu_kv_cache_bytes(model: Path) -> int:
 def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     """Build the keywords of `LLM(...)`: the job's own, over our defaults."""
     # With statistics on, the core reports its scheduler's state; see `SchedulerWatch`.
-    kwargs: dict[str, Any] = {"disable_log_stats": False, **spec.model_kwargs, "model": spec.model}
+    kwargs: dict[str, Any] = {
+        "disable_log_stats": False,
+        # It goes out of step when a request with an image is refused after its rendering; the
+        # next one with that image would fail (MultiModalCacheMissError, vLLM 0.32).
+        "mm_processor_cache_gb": 0,
+        **_max_logprobs(spec),
+        **lora_kwargs(spec.loras),
+        **spec.model_kwargs,
+        "model": spec.model,
+    }
+    if spec.reasoning_parser is not None:
+        # So that a grammar binds the answer only (vllm/engine/arg_utils.py, 0.26 to 0.33).
+        kwargs.setdefault("reasoning_parser", spec.reasoning_parser)
+    if is_cpu:
+        # A seeded request whose prompt is cut over two steps kills the engine on a CPU: "CPU
+        # Generator does not use offset" (v1/worker/gpu_model_runner.py, 0.26 and 0.32).
+        kwargs.setdefault("enable_chunked_prefill", False)
+    if is_cpu and spec.loras:
+        kwargs |= _spare_lora_slot(kwargs, len(spec.loras))
     sized = kwargs.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization"}
     if is_cpu and not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(Path(spec.model))
     return kwargs
+
+
+def _max_logprobs(spec: EngineSpec) -> dict[str, Any]:
+    num = spec.sampling_params.get("logprobs")
+    # -1 is the whole vocabulary, for vLLM's limit as well.
+    return {"max_logprobs": num} if num is not None and not 0 <= num <= MAX_LOGPROBS else {}
+
+
+def lora_kwargs(loras: Mapping[str, str]) -> dict[str, Any]:
+    """Make room for adapters: all of them in host memory, the first few on the device.
+
+    Those beyond `max_loras` are swapped, so a job with more should have its rows in their order.
+
+    Args:
+        loras: Name of each adapter -> its folder, in PEFT's format.
+
+    Raises:
+        EngineError: A folder holds no adapter.
+    """
+    if not loras:
+        return {}
+    max_loras = min(len(loras), MAX_LORAS)
+    rank = max(read_lora_rank(name, Path(folder)) for name, folder in loras.items())
+    return {
+        "enable_lora": True,
+        "max_loras": max_loras,
+        "max_cpu_loras": min(len(loras), MAX_CPU_LORAS),
+        # One beyond them all goes through, for vLLM to refuse.
+        "max_lora_rank": next((known for known in LORA_RANKS if known >= rank), rank),
+    }
+
+
+def _spare_lora_slot(kwargs: Mapping[str, Any], num_loras: int) -> dict[str, Any]:
+    """Leave the last slot for adapters empty: on a CPU requests without one are given that.
+
+    A mark of -1 for "none" is taken for an index there, so that beside a request with an adapter
+    all those without had the last one's answers (seen with vLLM 0.32: vllm/lora/ops/torch_ops/
+    lora_ops.py, bgmv_shrink, mended in 0.33; vllm#48421). On a GPU -1 is understood.
+    """
+    num_slots = max(kwargs.get("max_loras") or 1, num_loras + 1)
+    return {"max_loras": num_slots, "max_cpu_loras": max(kwargs["max_cpu_loras"], num_slots)}
+
+
+def read_lora_rank(name: str, folder: Path) -> int:
+    """Read an adapter's rank.
+
+    Raises:
+        EngineError: There is no adapter, or it does not say its rank.
+
+    Source:
+        `r` in adapter_config.json: peft, LoraConfig; vllm/lora/peft_helper.py, 0.26 to 0.33.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        rank = json.loads(path.read_bytes())["r"]
+    except OSError as exc:
+        problem = f"adapter {name!r}: {path} cannot be read: {exc.strerror}"
+        raise EngineError(problem) from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        problem = f"adapter {name!r}: {path} does not say its rank, 'r'"
+        raise EngineError(problem) from exc
+    return int(rank)

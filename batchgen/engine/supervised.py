@@ -21,7 +21,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from batchgen.engine.booked import BookedEngine, Oddities, failed
+from batchgen.engine.base import failed
+from batchgen.engine.booked import BookedEngine, Oddities
 from batchgen.engine.death import (
     MAX_LOG_LINES,
     EngineDeath,
@@ -35,7 +36,7 @@ from batchgen.engine.death import (
 from batchgen.engine.log import log_size, log_tail
 from batchgen.engine.suspects import SOLO_DEATHS, SuspectSearch
 from batchgen.errors import EngineDeadError, EngineError
-from batchgen.records import EngineStats
+from batchgen.records import EngineStats, RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -158,6 +159,7 @@ class SupervisedEngine:
         """Return what finished; after a death see to the next engine, which takes many calls.
 
         Raises:
+            ConfigError: The job asks for what the engine cannot do; no other would start either.
             EngineError: The first engine did not start.
             EngineDeadError: It died too often, or is closed.
         """
@@ -275,7 +277,9 @@ class SupervisedEngine:
     def _blame(self, request: EngineRequest, reason: str) -> None:
         self._tally.note_blamed()
         text = f"the engine died {SOLO_DEATHS} times with this row alone in it: {reason}"
-        self._blamed.append(failed(request.request_id, "engine_crash", text))
+        self._blamed.append(
+            failed(request.request_id, RowError("engine_crash", " ".join(text.split())))
+        )
 
     def _ask_less(self) -> None:
         before, self._spec = self._spec, ask_less(self._spec, self._facts)

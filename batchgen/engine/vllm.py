@@ -1,4 +1,4 @@
-"""`VllmEngine`: vLLM's offline engine, fed by rolling admission. The only module that imports it.
+"""`VllmEngine`: vLLM's offline engine, fed by rolling admission.
 
 It lives in a process of its own (`host.py`), so nothing here needs to survive vLLM. What it owes
 its caller is that every request comes back once, as an answer or as that row's error:
@@ -10,7 +10,8 @@ its caller is that every request comes back once, as an answer or as that row's 
 - a core that is killed leaves `step()` waiting for ever; a watchdog wakes it.
 
 Checked against vLLM 0.26.0, 0.32.0 and 0.33.0. Internals are reached through guards: where one is
-missing, statistics are unknown and the run goes on.
+missing, statistics are unknown and the run goes on. What goes in is built in `vllm_params`, what
+comes out is read in `vllm_answers`; these three and no others import vLLM.
 """
 
 from __future__ import annotations
@@ -19,14 +20,30 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchgen.engine.base import failed, unknown_adapter
 from batchgen.engine.encoder import ChatStyle, Encoder, one_line
+from batchgen.engine.images import render_images
 from batchgen.engine.settings import is_cpu_build, llm_kwargs, prepare_environment
-from batchgen.engine.watch import SchedulerWatch, wake_when_dead
+from batchgen.engine.vllm_answers import (
+    AnswerReader,
+    ParserError,
+    Splitter,
+    has_parser,
+    special_token_ids,
+)
+from batchgen.engine.vllm_params import (
+    Sampling,
+    job_fields,
+    load_loras,
+    load_tokenizer,
+    lora_requests,
+    structured_outputs_config,
+)
+from batchgen.engine.watch import SchedulerWatch, pass_to_reasoner, wake_when_dead
 from batchgen.errors import EngineDeadError, EngineError
 from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
 
@@ -35,61 +52,22 @@ if TYPE_CHECKING:
 
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.encoder import Encoded
+    from batchgen.records import Sample
 
 READ_AHEAD = 1024
 """Requests kept tokenized, or on their way there, beyond the window inside vLLM."""
 MAX_ATTEMPTS = 2
+RENDERING_S = 0.1
+"""How long images may be rendered before the requests inside go on."""
 CORE_DIED = "vLLM's engine core died"
-NOT_ANSWERS = frozenset({"abort", "error"})
-
-
-def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
-    """Load a tokenizer for us alone, the way that vLLM loads its own.
-
-    vLLM's loader and not `AutoTokenizer`: it corrects the class for some model types
-    (vllm/tokenizers/registry.py, 0.32) and knows `tokenizer_mode`.
-    """
-    from vllm.tokenizers import get_tokenizer
-
-    kwargs = spec.model_kwargs
-    tokenizer = get_tokenizer(
-        kwargs.get("tokenizer") or spec.model,
-        tokenizer_mode=kwargs.get("tokenizer_mode", "auto"),
-        trust_remote_code=kwargs.get("trust_remote_code", False),
-        revision=kwargs.get("tokenizer_revision"),
-    )
-    fast: Any = getattr(tokenizer, "_tokenizer", None)
-    if hasattr(fast, "encode_batch_fast"):
-        # tokenizer.json may switch both on; an offline prompt is never cut or filled silently.
-        fast.no_truncation()
-        fast.no_padding()
-    return tokenizer
-
-
-def sampling_params(llm: Any, overrides: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Overlay the job's sampling on the model's own (generation_config.json).
-
-    Explicit `SamplingParams` inherit nothing of the model's but its end tokens
-    (vllm/entrypoints/llm.py, get_default_sampling_params, 0.26 to 0.33).
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-    fields = {**(llm.model_config.get_diff_sampling_param() or {}), **overrides}
-    if isinstance(structured := fields.get("structured_outputs"), Mapping):
-        fields["structured_outputs"] = StructuredOutputsParams(**structured)
-    # FINAL_ONLY: `add_request` leaves it CUMULATIVE, which costs twice and returns every step.
-    params = SamplingParams.from_optional(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
-    if params.n != 1:
-        problem = f"sampling n = {params.n}: a row has one answer; repeat the row instead"
-        raise ValueError(problem)
-    return params
+NOT_ANSWERS = frozenset({"abort", "error", None})
 
 
 class _Admitted(NamedTuple):
     encoded: Encoded
     admitted_at: float
     attempt: int
+    num_logprobs: int | None
 
 
 class VllmEngine:
@@ -105,8 +83,8 @@ class VllmEngine:
         self._is_cpu = is_cpu_build()
         prepare_environment(is_cpu=self._is_cpu)
         self._imported = threading.Event()
-        style = ChatStyle(spec.chat_template, spec.chat_template_kwargs)
-        self._encoder = Encoder(self._load_tokenizer, style)
+        self._style = ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools)
+        self._encoder = Encoder(self._load_tokenizer, self._style)
         self._watch = SchedulerWatch()
         self._closed = threading.Event()
         self._facts: EngineFacts | None = None
@@ -149,6 +127,7 @@ class VllmEngine:
         """Run one engine iteration; wait up to `timeout_s` only if nothing is ready to run.
 
         Raises:
+            ConfigError: vLLM cannot compile the job's grammar, or lacks one of its parsers.
             EngineError: vLLM refused its settings, or could not load the model or tokenizer.
             EngineDeadError: The core is gone.
         """
@@ -185,22 +164,35 @@ class VllmEngine:
             problem = f"{one_line(exc)}; install batchgen[cuda], or batchgen[cpu] on a CPU"
             raise EngineError(problem) from exc
         self._tokens_input = tokens_input
-        self._imported.set()
+        self._dead_error = _dead_error_type()
         return LLM
 
     def _build(self) -> None:
         llm_type = self._import()
-        self._dead_error = _dead_error_type()
+        spec = self._spec
+        # What only the job can be at fault for comes before the minutes that a model takes.
+        config = structured_outputs_config(spec)
+        splitter = Splitter(spec, load_tokenizer(spec)) if has_parser(spec) else None
+        self._loras = lora_requests(spec.loras)
+        self._imported.set()
+        kwargs = {**llm_kwargs(spec, is_cpu=self._is_cpu), "structured_outputs_config": config}
         try:
-            llm = llm_type(**llm_kwargs(self._spec, is_cpu=self._is_cpu))
-            self._params = sampling_params(llm, self._spec.sampling_params)
+            llm = llm_type(**kwargs)
+            kept = splitter.params if splitter is not None else {}
+            self._sampling = Sampling({**kept, **job_fields(llm, spec)})
+            self._reader = AnswerReader(*_tokens_of(llm, spec), splitter)
         except Exception as exc:
             raise EngineError(one_line(exc)) from exc
         engine = llm.llm_engine
+        load_loras(engine, self._loras)
+        if spec.reasoning_parser is not None and spec.chat_template_kwargs:
+            pass_to_reasoner(engine, spec.chat_template_kwargs)
         self._watch.attach(engine)
         wake_when_dead(engine.engine_core, self._dead_error, self._closed)
         self._facts = self._read_facts(engine.vllm_config)
-        self._window = self._spec.max_in_flight or 2 * self._facts.max_num_seqs
+        # A request takes `n` of the sequences that vLLM runs at once.
+        num = max(1, 2 * self._facts.max_num_seqs // self._sampling.default.n)
+        self._window = spec.max_in_flight or num
         self._llm, self._llm_engine = llm, engine
 
     def _read_facts(self, config: Any) -> EngineFacts:  # noqa: ANN401
@@ -220,21 +212,41 @@ class VllmEngine:
 
     def _admit(self, timeout_s: float) -> None:
         """Move encoded requests into vLLM up to the window; wait only if it would idle."""
+        started, is_slow = time.perf_counter(), False
         while len(self._admitted) < self._window:
+            if is_slow and self._admitted and time.perf_counter() - started > RENDERING_S:
+                return
             if not self._encoded:
                 idle = not self._admitted and not self._refused and self.num_in_flight
                 self._encoded.extend(self._encoder.take(timeout_s if idle else 0))
             if not self._encoded:
                 return
-            self._admit_one(self._encoded.popleft(), attempt=1)
+            encoded = self._encoded.popleft()
+            is_slow = is_slow or encoded.chat is not None
+            self._admit_one(encoded, attempt=1)
 
     def _admit_one(self, encoded: Encoded, attempt: int) -> None:
-        token_ids = encoded.token_ids or array("i")
-        error = encoded.error or self._problem(token_ids)
+        prompt = encoded.error or self._prompt(encoded)
+        error = prompt if isinstance(prompt, RowError) else self._refusal(encoded)
         if error is None:
-            error = self._add_request(encoded, token_ids, attempt)
+            error = self._add_request(encoded, prompt, attempt)
         if error is not None:
-            self._refused.append(_failed(encoded.request_id, error))
+            self._refused.append(failed(encoded.request_id, error))
+
+    def _refusal(self, encoded: Encoded) -> RowError | None:
+        if encoded.lora is None or encoded.lora in self._loras:
+            return None
+        return unknown_adapter(encoded.lora, self._loras)
+
+    def _prompt(self, encoded: Encoded) -> Any | RowError:  # noqa: ANN401
+        """Return what vLLM takes as a prompt, if it is one that the model can take."""
+        if encoded.chat is None:
+            token_ids = encoded.token_ids or array("i")
+            return self._problem(token_ids) or self._tokens_input(token_ids.tolist())
+        rendered = render_images(self._llm, encoded.chat, self._style)
+        if isinstance(rendered, RowError):
+            return rendered
+        return self._problem(array("i", rendered["prompt_token_ids"])) or rendered
 
     def _problem(self, token_ids: array[int]) -> RowError | None:
         if not token_ids:
@@ -253,24 +265,23 @@ class VllmEngine:
             )
         return None
 
-    def _add_request(
-        self, encoded: Encoded, token_ids: array[int], attempt: int
-    ) -> RowError | None:
+    def _add_request(self, encoded: Encoded, prompt: Any, attempt: int) -> RowError | None:  # noqa: ANN401
         request_id = str(encoded.request_id)
-        params = self._params
-        if encoded.seed is not None:
-            # Shallow is enough: vLLM takes a deep copy of its own.
-            params = copy(params)
-            params.seed = encoded.seed
-        prompt = self._tokens_input(token_ids.tolist())
+        lora = self._loras[encoded.lora] if encoded.lora is not None else None
         try:
-            self._llm_engine.add_request(request_id, prompt, params)
+            params = self._sampling.of(encoded.params)
+            if encoded.seed is not None:
+                # Shallow is enough: vLLM takes a deep copy of its own.
+                params = copy(params)
+                params.seed = encoded.seed
+            self._llm_engine.add_request(request_id, prompt, params, lora_request=lora)
         except self._dead_error as exc:
             raise EngineDeadError(CORE_DIED) from exc
         except Exception as exc:  # noqa: BLE001 - row border: vLLM's own errors share no base class
             self._llm_engine.abort_request([request_id])
             return RowError("bad_request", one_line(exc))
-        self._admitted[request_id] = _Admitted(encoded, time.perf_counter(), attempt)
+        now = time.perf_counter()
+        self._admitted[request_id] = _Admitted(encoded, now, attempt, params.logprobs)
         return None
 
     def _run_iteration(self) -> list[Completion]:
@@ -288,27 +299,40 @@ class VllmEngine:
     def _completion(self, output: Any, now: float) -> Completion | None:  # noqa: ANN401
         """Read vLLM's output; None if the request was given to it once more."""
         admitted = self._admitted.pop(output.request_id)
-        answer = output.outputs[0]
+        reasons = {answer.finish_reason for answer in output.outputs}
         error = None
-        if answer.finish_reason in NOT_ANSWERS or answer.finish_reason is None:
+        if unfinished := reasons & NOT_ANSWERS:
             if admitted.attempt < MAX_ATTEMPTS:
                 self._admit_one(admitted.encoded, admitted.attempt + 1)
                 return None
-            reason = answer.finish_reason or "nothing"
+            reason = sorted(unfinished, key=str)[0] or "error"
             error = RowError(
-                f"engine_{answer.finish_reason or 'error'}",
+                f"engine_{reason}",
                 f"vLLM ended the request with {reason!r}, {MAX_ATTEMPTS} times",
             )
+        samples: Sequence[Sample] = ()
+        if error is None:
+            try:
+                samples = self._reader.read(output, admitted.num_logprobs)
+            except ParserError as exc:
+                error = RowError("parser_error", str(exc))
         return Completion(
             request_id=admitted.encoded.request_id,
-            text=None if error else answer.text,
-            finish_reason=answer.finish_reason,
+            samples=samples,
             num_prompt_tokens=len(output.prompt_token_ids),
             num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=len(answer.token_ids),
+            num_output_tokens=sum(len(answer.token_ids) for answer in output.outputs),
             latency_s=now - admitted.admitted_at,
             error=error,
         )
+
+
+def _tokens_of(llm: Any, spec: EngineSpec) -> tuple[Any, frozenset[int]]:  # noqa: ANN401
+    """Return the tokenizer, and the ids that are no text."""
+    tokenizer = llm.get_tokenizer()
+    ends = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
+    stops = spec.sampling_params.get("stop_token_ids")
+    return tokenizer, special_token_ids(tokenizer, ends, stops)
 
 
 def _dead_error_type() -> type[Exception]:
@@ -318,7 +342,3 @@ def _dead_error_type() -> type[Exception]:
     except ImportError:
         return EngineDeadError
     return VllmEngineDeadError  # type: ignore[no-any-return]
-
-
-def _failed(request_id: int, error: RowError) -> Completion:
-    return Completion(request_id, None, None, None, None, None, None, error)

@@ -1,6 +1,6 @@
-"""What we see of vLLM's inside: the scheduler's statistics, and the death of its core.
+"""What we reach of vLLM's inside: the scheduler's statistics, the death of its core, the reasoner.
 
-Both hang on attributes that vLLM does not promise (checked in 0.26.0, 0.32.0 and 0.33.0), so each
+All hang on attributes that vLLM does not promise (checked in 0.26.0, 0.32.0 and 0.33.0), so each
 is looked up first; a missing one costs the statistics or the early warning, never the run.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.records import EngineStats
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 WATCH_S = 0.2
 
@@ -99,3 +99,27 @@ def wake_when_dead(core: Any, dead_error: type[Exception], closed: threading.Eve
                 return
 
     threading.Thread(target=watch, name="batchgen-core-watch", daemon=True).start()
+
+
+def pass_to_reasoner(llm_engine: Any, chat_template_kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Tell the core's reasoning parser how chats are rendered: whether there will be reasoning.
+
+    A grammar binds only what follows the reasoning, and some parsers (deepseek_v3) know from
+    these keywords alone. vLLM's server passes them on, its offline `add_request` cannot.
+
+    Source:
+        EngineCoreRequest.reasoning_parser_kwargs: vllm/v1/engine/async_llm.py, 0.26 to 0.33.
+    """
+    processor = getattr(llm_engine, "input_processor", None)
+    process = getattr(processor, "process_inputs", None)
+    if processor is None or process is None:
+        return
+    kwargs = {"chat_template_kwargs": dict(chat_template_kwargs)}
+
+    def process_and_tell(*args: Any, **named: Any) -> Any:  # noqa: ANN401
+        request = process(*args, **named)
+        if hasattr(request, "reasoning_parser_kwargs"):
+            request.reasoning_parser_kwargs = kwargs
+        return request
+
+    processor.process_inputs = process_and_tell

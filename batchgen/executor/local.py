@@ -7,6 +7,7 @@ the snapshot after the last part, the manifest after the snapshot.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -15,40 +16,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__, frozen, planning
-from batchgen.books import Durable, Epoch, Plan
+from batchgen.answers.retries import Ladder
 from batchgen.engine.start import start_engine
 from batchgen.errors import (
     AccountingError,
     BatchgenError,
     ExitCode,
     FencedError,
-    OutputError,
-    RecipeChangedError,
+    GateError,
     StorageError,
 )
+from batchgen.executor.carry_over import carry_over, missing
+from batchgen.executor.commits import Commits
 from batchgen.executor.lock import RunLock
-from batchgen.executor.snapshot import publish, show
+from batchgen.executor.options import RunOptions
+from batchgen.executor.refusals import check_input, refuse_foreign
+from batchgen.executor.retry import NO_ERRORS, UNFINISHED, carried_over, retry_plan
+from batchgen.executor.snapshot import overridden, publish, show
 from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of
 from batchgen.executor.watch import Watch
 from batchgen.ledger import STATE, Ledger
 from batchgen.progress import Progress
-from batchgen.prompts import RequestBuilder
-from batchgen.ranges import Ranges
+from batchgen.requests import RequestBuilder
 from batchgen.runlog import RunLog, new_run_id, utc_now
 from batchgen.runner import Runner, Stop, StopSwitch
+from batchgen.seeds import Seeds
+from batchgen.sink.carry import Wanted
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.stages import Committer, Feeder, OpenPart
 from batchgen.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.books import Manifest
+    from batchgen.books import Epoch, Manifest, Plan
     from batchgen.config.model import JobConfig
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.planning import Prepared
+    from batchgen.ranges import Ranges
 
 
 class LocalRun:
@@ -59,8 +66,7 @@ class LocalRun:
         job: JobConfig,
         *,
         stop: StopSwitch,
-        fresh: bool = False,
-        steal: bool = False,
+        options: RunOptions | None = None,
         disk: Disk | None = None,
     ) -> None:
         """Bind; nothing is touched yet.
@@ -68,28 +74,30 @@ class LocalRun:
         Args:
             job: As loaded.
             stop: Asked by whoever wants the run to end early.
-            fresh: Begin a new plan even if the old one is unfinished or another recipe's.
-            steal: Take the job from a run that holds it and cannot be stopped, a frozen one.
+            options: Of `batchgen run`.
             disk: The system calls; only fault tests bring their own.
 
         Raises:
+            ConfigError: The options do not go together.
             OutputError: The output folder is not batchgen's to use.
         """
         self._job = job
-        self._fresh = fresh
-        self._steal = steal
+        self._options = options or RunOptions()
+        self._options.check()
         self._stop = stop
         self._started_s = time.monotonic()
         now = utc_now()
         self._started_at = now.isoformat(timespec="seconds")
         self._run_id = new_run_id(now)
         root = Path(job.output.path)
-        _refuse_foreign(root)
+        refuse_foreign(root)
         self._storage = LocalStorage(root, temp_tag=self._run_id, disk=disk)
         self._ledger = Ledger(self._storage)
         self._log = RunLog(self._storage, f"{STATE}/runs", self._run_id)
         self._stats = RunStats(self._started_s, 0)
-        self._resumed = Durable()
+        self._before = (0, 0, 0)
+        self._num_carried = 0
+        self._gate: Sequence[Mapping[str, Any]] = ()
         self._engine: SupervisedEngine | None = None
         self._warnings: list[str] = []
         self._note: Callable[[str], None] = self._warnings.append
@@ -104,16 +112,18 @@ class LocalRun:
             BatchgenError: Job trouble, with its exit code. What finished is committed, and the
                 run's summary says what happened.
         """
-        plan = None if self._fresh else self._ledger.latest_plan()
+        plan = None if self._options.fresh else self._ledger.latest_plan()
         num_plans = self._ledger.latest_plan_number()
         prepared = planning.prepare(self._job, plan)
         with ExitStack() as stack:
-            self._lock.acquire(steal=self._steal)
+            self._lock.acquire(steal=self._options.steal)
             stack.callback(self._lock.release)
             try:
                 self._check_no_newer_plan(num_plans)
                 return self._run(prepared, plan, stack)
             except BatchgenError as error:
+                if isinstance(error, GateError):
+                    self._gate = error.gate
                 self._finish(state_of(error), error.exit_code, reason=str(error))
                 raise
             except BaseException as error:
@@ -122,29 +132,51 @@ class LocalRun:
 
     def _run(self, prepared: Prepared, plan: Plan | None, stack: ExitStack) -> Summary:
         if plan is not None:
-            manifest = self._ledger.manifest(plan.number)
-            self._ledger.settle()
-            self._check_input(prepared, plan, is_published=manifest is not None)
+            plan, manifest = self._go_on_with(prepared, plan)
             if manifest is not None:
-                show(self._ledger, manifest)
                 reason = f"already complete, published by run {manifest.run_id}"
+                if self._options.retry_errors:
+                    reason = f"{NO_ERRORS}; {reason}"
                 return self._summary("nothing_to_do", ExitCode.COMPLETE, reason, manifest)
-            epoch = self._ledger.claim(plan, self._run_id, self._who())
-            if missing(plan, epoch.durable):
-                self._start_engine(prepared, stack)
         else:
+            if self._options.retry_errors:
+                self._warnings.append(UNFINISHED)
             # Before the input is scanned: both take long, and neither needs the other.
             self._start_engine(prepared, stack)
             plan = planning.freeze(prepared, self._ledger.latest_plan_number() + 1)
             self._ledger.put_plan(plan)
-            epoch = self._ledger.claim(plan, self._run_id, self._who())
-        if self._stop.state is not Stop.NO or not self._compute(prepared, epoch):
+        epoch = self._ledger.claim(plan, self._run_id, self._who())
+        if self._stop.state is not Stop.NO or not self._compute(prepared, epoch, stack):
             reason = "on purpose, with work left; run again to go on"
             return self._finish("stopped", ExitCode.STOPPED, reason=reason)
         if self._engine is not None:
             self._engine.close()
-        manifest = publish(self._ledger, prepared, epoch)
+        manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
+        self._warnings += overridden(manifest)
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
+
+    def _go_on_with(self, prepared: Prepared, plan: Plan) -> tuple[Plan, Manifest | None]:
+        """The newest plan, or one that tries its errors again; and its manifest, if it has one."""
+        manifest = self._ledger.manifest(plan.number)
+        self._ledger.settle()
+        is_published = manifest is not None
+        self._warnings += check_input(prepared, plan, is_published=is_published)
+        # What is to be repaired cannot be shown.
+        if manifest is not None and not (self._options.retry_errors and self._is_gone(manifest)):
+            show(self._ledger, manifest)
+        if not self._options.retry_errors:
+            return plan, manifest
+        again = retry_plan(self._ledger, plan, manifest)
+        if isinstance(again, str):
+            if manifest is None:
+                self._warnings.append(again)
+            return plan, manifest
+        self._ledger.put_plan(again)
+        return again, None
+
+    def _is_gone(self, manifest: Manifest) -> bool:
+        """Whether a published file is missing."""
+        return not all(self._storage.path(file["name"]).exists() for file in manifest.files)
 
     def _check_no_newer_plan(self, num_plans: int) -> None:
         if self._ledger.latest_plan_number() != num_plans:
@@ -159,24 +191,6 @@ class LocalRun:
         )
         stack.callback(self._engine.close)
 
-    def _check_input(self, prepared: Prepared, plan: Plan, *, is_published: bool) -> None:
-        """Refuse a job whose input is not the plan's.
-
-        Raises:
-            RecipeChangedError: Planned files changed; or, once published, files came.
-        """
-        changes = frozen.input_changes(plan, prepared.reader)
-        new_files = frozen.new_files(plan, self._job)
-        if is_published:
-            changes += [f"input: {path} is new" for path in new_files]
-        elif new_files:
-            self._warnings.append(
-                f"{len(new_files)} input files came after the plan was made, such as "
-                f"{new_files[0]}: not in this snapshot"
-            )
-        if changes:
-            raise RecipeChangedError(self._job.output.path, changes)
-
     def _who(self) -> dict[str, Any]:
         return {
             "host": socket.gethostname(),
@@ -185,22 +199,34 @@ class LocalRun:
             "batchgen": __version__,
         }
 
-    def _compute(self, prepared: Prepared, epoch: Epoch) -> bool:
+    def _compute(self, prepared: Prepared, epoch: Epoch, stack: ExitStack) -> bool:
         """Compute what is missing; return whether nothing is missing any more."""
-        plan, self._resumed = epoch.plan, epoch.durable
-        for name, why in epoch.durable.rejected.items():
+        plan, durable = epoch.plan, epoch.durable
+        self._before = (durable.num_ok, durable.num_errors, durable.num_skipped)
+        for name, why in durable.rejected.items():
             self._warnings.append(f"{name} does not count ({why}); its rows are done again")
         self._stats.num_rows = plan.num_rows
-        self._stats.num_resumed = epoch.durable.num_done
-        todo = missing(plan, epoch.durable)
-        if not todo:
-            return True
+        self._stats.num_resumed = durable.num_done
+        writer = PartWriter(self._storage, f"{STATE}/parts", self._part_context(prepared, epoch))
+        commits = Commits(self._lock, self._ledger, epoch, writer, self._stats)
+        todo = missing(plan, durable)
+        if todo and plan.base is not None:
+            if not durable.num_done:
+                self._start_engine(prepared, stack)  # Needed for sure: begin while rows are copied.
+            todo = self._carry_over(prepared, plan, todo, commits)
+        if not todo or self._stop.state is not Stop.NO:
+            return not todo
+        if self._engine is None:
+            self._start_engine(prepared, stack)
         rows = frozen.read_rows(plan, todo, prepared.reader, prepared.spec())
-        seed = None if self._job.sampling.temperature == 0 else self._job.sampling.seed
-        builder = RequestBuilder(prepared.builder, plan.recipe_fingerprint, seed)
+        ids = itertools.count()
+        seeds = Seeds(self._job.sampling, plan.generation)
+        recipe = plan.recipe_fingerprint
+        builder = RequestBuilder(prepared.builder, self._job, recipe, seeds=seeds, ids=ids)
+        ladder = Ladder(self._job.retry, seeds, ids)
         feeder = Feeder(rows, builder)
         try:
-            complete = self._work(feeder, PartWriter(*self._part_context(prepared, epoch)), epoch)
+            complete = self._work(prepared, feeder, ladder, commits)
         finally:
             feeder.close()
         num_todo = sum(len(rows) for rows in todo.values())
@@ -210,30 +236,43 @@ class LocalRun:
             raise AccountingError(msg)
         return complete
 
-    def _work(self, feeder: Feeder, writer: PartWriter, epoch: Epoch) -> bool:
-        assert self._engine is not None  # noqa: S101 - started whenever rows are missing
+    def _carry_over(
+        self, prepared: Prepared, plan: Plan, todo: dict[int, Ranges], commits: Commits
+    ) -> dict[int, Ranges]:
+        """Take over what the plan's base has of `todo`; return the rest."""
+        self._log.live({"state": "taking over rows", "num_rows": plan.num_rows})
+        wanted = Wanted(prepared.part_schema, self._job.output.prefix, todo, self._warnings.append)
+        pieces = carried_over(self._ledger, plan, wanted, self._job.run)
+        committer = Committer(commits.carried, self._job.run.disk_grace_s, self._tell_disk_trouble)
+        carried = carry_over(pieces, committer, lambda: self._stop.state is not Stop.NO)
+        num_ok, num_errors, num_skipped = self._before
+        self._before = (num_ok + carried.num_ok, num_errors, num_skipped + carried.num_skipped)
+        self._num_carried = carried.num_rows
+        self._stats.num_resumed += carried.num_rows
+        return carried.left(todo)
+
+    def _work(self, prepared: Prepared, feeder: Feeder, ladder: Ladder, commits: Commits) -> bool:
+        engine = self._engine
+        assert engine is not None  # noqa: S101 - started whenever rows are missing
 
         def commit(part: OpenPart) -> None:  # In the committer's thread.
-            self._lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
-            self._ledger.check_fence(epoch)
-            writer.commit(part.results, part.skipped, self._engine_facts())
-            self._stats.num_committed += len(part.results)
-            self._stats.num_committed += sum(len(rows) for rows in part.skipped.values())
-            self._stats.num_parts += 1
+            commits.computed(part, engine)
 
         runner = Runner(
-            self._engine,
+            engine,
             feeder,
             Committer(commit, self._job.run.disk_grace_s, self._tell_disk_trouble),
             self._stats,
+            judge=prepared.judge(),
+            ladder=ladder,
             config=self._job.run,
             clock=time.monotonic,
         )
-        with Progress(epoch.plan.num_rows, epoch.durable.num_done) as progress:
+        with Progress(self._stats.num_rows, self._stats.num_resumed) as progress:
             self._note = progress.note
             for warning in self._warnings:
                 progress.note(warning)
-            watch = Watch(runner, self._engine, self._log, progress, self._job.run.stats_s)
+            watch = Watch(runner, engine, self._log, progress, self._job.run.stats_s)
             try:
                 return runner.run(self._stop, watch.tick)
             finally:
@@ -250,29 +289,19 @@ class LocalRun:
         path = self._log.engine_death(death.number, death.as_dict())
         self._warnings.append(f"engine death {death.number}: {death.reason}; see {path}")
 
-    def _part_context(
-        self, prepared: Prepared, epoch: Epoch
-    ) -> tuple[LocalStorage, str, PartContext]:
-        context = PartContext(
+    def _part_context(self, prepared: Prepared, epoch: Epoch) -> PartContext:
+        return PartContext(
             plan_id=epoch.plan.plan_id,
             epoch=epoch.number,
             worker=0,
             run_id=self._run_id,
             schema=prepared.part_schema,
             prefix=self._job.output.prefix,
+            num_answer_columns=len(prepared.answer.columns),
+            origin={"model": prepared.model_name, "recipe": epoch.plan.recipe_fingerprint},
+            labels=prepared.answer.label_paths,
+            with_seed=self._job.output.with_seed,
         )
-        return self._storage, f"{STATE}/parts", context
-
-    def _engine_facts(self) -> dict[str, Any]:
-        facts = self._engine.facts if self._engine is not None else None
-        if facts is None:
-            return {"batchgen": __version__}
-        return {
-            "batchgen": __version__,
-            "engine": facts.name,
-            "version": facts.version,
-            "device": facts.device,
-        }
 
     def _finish(
         self,
@@ -292,16 +321,17 @@ class LocalRun:
         self, state: str, code: ExitCode, reason: str | None, manifest: Manifest | None
     ) -> Summary:
         now_s = time.monotonic()
-        before = (self._resumed.num_ok, self._resumed.num_errors, self._resumed.num_skipped)
         return Summary(
             state=state,
             exit_code=int(code),
             run_id=self._run_id,
             output=self._job.output.path,
             reason=reason,
-            **job_counts(manifest, self._stats, before),
+            **job_counts(manifest, self._stats, self._before),
             files=[file["name"].rpartition("/")[2] for file in manifest.files] if manifest else [],
             num_durable=self._stats.num_resumed + self._stats.num_committed,
+            num_carried=self._num_carried,
+            gate=[dict(entry) for entry in (manifest.gate if manifest else self._gate)],
             run=self._stats.totals(now_s),
             engine=engine_dict(self._engine.facts if self._engine else None),
             started_at=self._started_at,
@@ -310,27 +340,3 @@ class LocalRun:
             num_engine_warnings=self._log.num_engine_warnings(),
             summary_path=str(self._storage.path(f"{STATE}/runs/{self._run_id}/summary.json")),
         )
-
-
-def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
-    """Segment -> rows that no accepted part accounts for; segments with none left out."""
-    todo = {
-        number: Ranges.until(segment.num_rows) - durable.done(number)
-        for number, segment in enumerate(plan.segments)
-    }
-    return {number: rows for number, rows in todo.items() if rows}
-
-
-def _refuse_foreign(root: Path) -> None:
-    """An output folder is ours, empty or absent; its state is not somewhere else."""
-    for link in (root / STATE, *(root / STATE).glob("*")):
-        if link.is_symlink():
-            msg = f"{link}: is a link, expected a folder; remove it or choose another output.path"
-            raise OutputError(msg)
-    if root.exists() and not root.is_dir():
-        msg = f"{root}: is a file, expected a folder; choose another output.path"
-        raise OutputError(msg)
-    # In this order: a run that starts beside this one makes STATE before anything else.
-    if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():
-        msg = f"{root}: holds files that are not batchgen's; choose another output.path"
-        raise OutputError(msg)

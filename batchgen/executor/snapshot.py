@@ -12,39 +12,45 @@ from typing import TYPE_CHECKING
 from batchgen import __version__, frozen
 from batchgen.books import Durable, Epoch, Manifest
 from batchgen.errors import AccountingError, DamagedPartError, GateError, OutputError
+from batchgen.executor.examples import NUM_EXAMPLES, example_rows
+from batchgen.gate import Limit, judge_gate, told
 from batchgen.ledger import STATE, Ledger
 from batchgen.runlog import utc_now
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.books import Plan
     from batchgen.planning import Prepared
     from batchgen.storage import LocalStorage
 
 _ALIAS = re.compile(r"part-\d{5,}\.parquet")
 
 
-def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch) -> Manifest:
+def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool = False) -> Manifest:
     """Publish a job whose every row is durable, and show the snapshot.
 
     Args:
         ledger: The job's books.
         prepared: The job.
         epoch: This run's claim.
+        anyway: Let it pass the gate whatever its figures are; the manifest tells.
 
     Returns:
         The plan's manifest: ours, or that of a run that was faster; they hold the same rows.
 
     Raises:
         AccountingError: The durable rows are not the planned rows.
-        GateError: Too many of them are errors.
+        GateError: A limit of `[gate]` is exceeded; the parts stay.
         DamagedPartError: A part is not what was written; the next run redoes its rows.
         InputChangedError: An input file is no longer what was planned.
         FencedError: Another run has taken over.
     """
     try:
-        manifest = _put_snapshot(ledger, prepared, epoch)
-    except (AccountingError, OutputError):
-        # A faster run publishes and then removes the parts that we were reading.
+        manifest = _put_snapshot(ledger, prepared, epoch, anyway=anyway)
+    except (AccountingError, GateError, OutputError):
+        # A faster run publishes and then removes the parts that we were reading; its gate decided.
         published = ledger.manifest(epoch.plan.number)
         if published is None:
             raise
@@ -54,18 +60,18 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch) -> Manifest:
     return manifest
 
 
-def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch) -> Manifest:
+def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool) -> Manifest:
     plan = epoch.plan
     durable = ledger.durable(plan)
     if durable.num_done != plan.num_rows:
         ledger.check_fence(epoch)
         msg = f"{plan.num_rows} rows planned, {durable.num_done} durable; not published"
         raise AccountingError(msg)
-    check_error_limit(durable, prepared.job.run.max_error_rate)
+    limits = _pass_gate(ledger, prepared, plan, durable, anyway=anyway)
     for segment in plan.segments:
         frozen.check_unchanged(segment, prepared.reader)
     try:
-        files = write_snapshot(
+        snapshot = write_snapshot(
             ledger.storage,
             f"{STATE}/snapshots/e{epoch.number:06d}",
             [(part.name, part.footer) for part in durable.parts],
@@ -82,11 +88,14 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch) -> Manifest:
         epoch=epoch.number,
         run_id=epoch.run_id,
         created_at=utc_now().isoformat(timespec="seconds"),
-        files=files,
+        files=snapshot.files,
         num_planned=plan.num_rows,
         num_ok=durable.num_ok,
         num_errors=durable.num_errors,
         num_skipped=durable.num_skipped,
+        index=snapshot.index,
+        tally=durable.tally,
+        gate=[limit.as_dict(is_overridden=anyway) for limit in limits],
     )
     return ledger.put_manifest(manifest)
 
@@ -104,20 +113,41 @@ def show(ledger: Ledger, manifest: Manifest) -> None:
     ledger.tidy(newest)
 
 
-def check_error_limit(durable: Durable, limit: float) -> None:
-    """Hold a job back that failed too often.
+def _pass_gate(
+    ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable, *, anyway: bool
+) -> Sequence[Limit]:
+    """The gate's figures.
 
     Raises:
-        GateError: Over the limit; the parts stay, so that a higher limit publishes at once.
+        GateError: Over a limit; the parts stay, so that a higher limit publishes at once.
     """
-    num_results = durable.num_ok + durable.num_errors
-    if num_results and durable.num_errors / num_results > limit:
-        msg = (
-            f"{durable.num_errors:,} of {num_results:,} rows are errors, over "
-            f"run.max_error_rate = {limit:g}; nothing published. See them with "
-            "`batchgen show JOB --errors`; to publish all the same, raise the limit and run again"
-        )
-        raise GateError(msg)
+    last = ledger.manifest_before(plan.number)
+    counts = (durable.num_ok, durable.num_errors)
+    limits = judge_gate(
+        prepared.job.gate, counts, durable.tally, last.tally if last is not None else None
+    )
+    exceeded = [limit for limit in limits if limit.is_exceeded]
+    if not exceeded or anyway:
+        return limits
+    prefix = prepared.job.output.prefix
+    rows = [
+        text
+        for limit in exceeded
+        if limit.column is None
+        for text in example_rows(ledger.storage, plan, durable, prefix, limit.name)
+    ]
+    examples = list(dict.fromkeys(rows))[:NUM_EXAMPLES]
+    raise GateError(told(limits), [limit.as_dict() for limit in limits], examples)
+
+
+def overridden(manifest: Manifest) -> list[str]:
+    """What a snapshot's readers should know: limits that were exceeded and let through."""
+    return [
+        f"published over a limit of the gate: {entry['text']}, over "
+        f"gate.{entry['name']} = {entry['limit']:g}"
+        for entry in manifest.gate
+        if entry.get("overridden")
+    ]
 
 
 def expose(storage: LocalStorage, manifest: Manifest) -> None:
@@ -137,7 +167,9 @@ def expose(storage: LocalStorage, manifest: Manifest) -> None:
 def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> SnapshotFormat:
     plan = epoch.plan
     by = [part.footer.engine for part in durable.parts]
-    engines = {f"{facts.get('engine', '')} {facts.get('version', '')}".strip() for facts in by}
+    told_of = {f"{facts.get('engine', '')} {facts.get('version', '')}".strip() for facts in by}
+    # A part that was carried over may name several.
+    engines = {engine for names in told_of for engine in names.split(", ")}
     metadata = {
         "batchgen.version": __version__,
         "batchgen.plan": plan.plan_id,
@@ -152,5 +184,6 @@ def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> Snap
         prefix=output.prefix,
         compression=output.compression,
         rows_per_file=output.rows_per_file,
+        labels=prepared.answer.labels,
         metadata={key.encode(): value.encode() for key, value in metadata.items()},
     )

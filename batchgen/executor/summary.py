@@ -38,10 +38,14 @@ class Summary:
     num_left: int = 0
     num_durable: int = 0
     """Rows that no later run does again, while nothing is published."""
+    num_carried: int = 0
+    """Rows that this run took over from an earlier plan, see `--retry-errors`."""
     files: list[str] = field(default_factory=list)
     """Published files, relative to `output`."""
     run: dict[str, Any] = field(default_factory=dict)
     """See `RunStats.totals`."""
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    """Every figure of the gate, see `gate.Limit.as_dict`, once the job is complete."""
     engine: dict[str, Any] = field(default_factory=dict)
     started_at: str = ""
     elapsed_s: float = 0.0

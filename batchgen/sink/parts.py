@@ -8,17 +8,19 @@ to a final name, because a writer that is closed by an exception leaves a valid,
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import arrow
 from batchgen.errors import AccountingError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
-from batchgen.sink.schema import RESULT_FIELDS, dictionary_columns
+from batchgen.sink.schema import OPTIONAL, ROW, SEGMENT, dictionary_columns
+from batchgen.sink.tally import tally
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from batchgen.records import Result
     from batchgen.storage import Storage
 
-_NUM_RESULT_FIELDS = len(RESULT_FIELDS)
 # Publishing reads parts by row group: small enough that a straggler does not drag a whole part.
 _ROW_GROUP_ROWS = 4096
 
@@ -41,6 +42,13 @@ class PartContext:
     run_id: str
     schema: pa.Schema
     prefix: str
+    num_answer_columns: int = 1
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """`model` and `recipe`, for the columns of these names."""
+    labels: Sequence[Sequence[str]] = ()
+    """Paths to labels: an answer column without the prefix, and the fields of structs in it."""
+    with_seed: bool = False
+    """Whether the schema has the seeds' column."""
 
 
 class PartWriter:
@@ -70,22 +78,36 @@ class PartWriter:
             StorageError: Not durable; the same call may be made again.
             AccountingError: The part's name holds something else.
         """
+        ordered = sorted(results, key=lambda result: result.ordinal)
+        return self.commit_table(_table(ordered, self._context, engine), skipped, engine)
+
+    def commit_table(
+        self, table: pa.Table, skipped: Mapping[int, Ranges], engine: Mapping[str, str]
+    ) -> str:
+        """The same for results that are a table in the part schema, in ordinal order.
+
+        Raises:
+            StorageError: Not durable; the same call may be made again.
+            AccountingError: The part's name holds something else.
+        """
         context = self._context
         name = (
             f"{self._folder}/e{context.epoch:06d}-w{context.worker:02d}-s{self._serial:06d}.parquet"
         )
-        ordered = sorted(results, key=lambda result: result.ordinal)
+        status = table.column(f"{context.prefix}status")
+        num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
         footer = PartFooter(
             plan=context.plan_id,
             epoch=context.epoch,
             run_id=context.run_id,
-            done=_done(ordered, skipped),
-            num_ok=sum(result.error is None for result in ordered),
-            num_errors=sum(result.error is not None for result in ordered),
+            done=_done(table, skipped),
+            num_ok=num_ok,
+            num_errors=table.num_rows - num_ok,
             num_skipped=sum(len(rows) for rows in skipped.values()),
             engine=engine,
+            tally=tally(table, context.prefix, context.labels),
         )
-        data = _encode(_table(ordered, context), footer, context.prefix)
+        data = _encode(table, footer, context)
         if not self._storage.put_if_absent(name, data):
             # Epochs are exclusive, so nobody else writes this name; silence would lose rows.
             msg = f"{self._storage.where}/{name}: holds other rows than this run's; run again"
@@ -94,37 +116,41 @@ class PartWriter:
         return name
 
 
-def _done(ordered: Sequence[Result], skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    rows: dict[int, list[int]] = {}
-    for result in ordered:
-        rows.setdefault(result.ordinal.segment, []).append(result.ordinal.row)
+def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    rows = rows_of(table)
     none = Ranges()
     return {
-        segment: Ranges.of(rows.get(segment, [])) | skipped.get(segment, none)
+        segment: rows.get(segment, none) | skipped.get(segment, none)
         for segment in sorted(rows.keys() | skipped.keys())
     }
 
 
-def _table(ordered: Sequence[Result], context: PartContext) -> pa.Table:
-    """One row a result: ordinal, carried columns, result columns, in the part schema."""
+def rows_of(table: pa.Table) -> dict[int, Ranges]:
+    """Segment -> row numbers of a table with ordinals."""
+    rows: dict[int, list[int]] = {}
+    ordinals = (table.column(SEGMENT).to_pylist(), table.column(ROW).to_pylist())
+    for segment, row in zip(*ordinals, strict=True):
+        rows.setdefault(segment, []).append(row)
+    return {segment: Ranges.of(numbers) for segment, numbers in rows.items()}
+
+
+def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]) -> pa.Table:
+    """One row a result: ordinal, carried columns, answer, result columns, in the part schema."""
     schema = context.schema
-    completions = [result.completion for result in ordered]
-    errors = [result.error for result in ordered]
-    columns = [
+    facts = _fact_columns(ordered, context, engine)
+    if not context.with_seed:
+        del facts[OPTIONAL]
+    num_carried = len(schema) - 2 - context.num_answer_columns - len(facts)
+    carried = [field.name for field in list(schema)[2 : 2 + num_carried]]
+    columns: list[Any] = [
         [result.ordinal.segment for result in ordered],
         [result.ordinal.row for result in ordered],
-        *_carried_columns(ordered, schema),
-        [c and c.text for c in completions],
-        ["ok" if e is None else "error" for e in errors],
-        [c and c.finish_reason for c in completions],
-        [e and e.error_type for e in errors],
-        [e and e.error for e in errors],
-        [c and c.num_prompt_tokens for c in completions],
-        [c and c.num_cached_tokens for c in completions],
-        [c and c.num_output_tokens for c in completions],
-        [c and c.latency_s for c in completions],
-        [result.request_key for result in ordered],
-        [context.run_id] * len(ordered),
+        *_carried_columns(ordered, carried, schema),
+        *(
+            [None if r.values is None else r.values[at] for r in ordered]
+            for at in range(context.num_answer_columns)
+        ),
+        *facts.values(),
     ]
     arrays = [
         column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, field.type)
@@ -133,26 +159,46 @@ def _table(ordered: Sequence[Result], context: PartContext) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _carried_columns(ordered: Sequence[Result], schema: pa.Schema) -> list[pa.ChunkedArray]:
-    """Gather the carried columns of rows that lie in several batches, in the order given."""
-    batches: dict[int, tuple[pa.RecordBatch, int]] = {}
-    offset = 0
-    take = []
-    for result in ordered:
-        key = id(result.batch)
-        if key not in batches:
-            batches[key] = (result.batch.carried, offset)
-            offset += result.batch.carried.num_rows
-        take.append(batches[key][1] + result.index)
-    fields = list(schema)[2:-_NUM_RESULT_FIELDS]
-    names = [field.name for field in fields]
-    if not batches or not names:
-        return [pa.chunked_array([], field.type) for field in fields]
-    table = pa.Table.from_batches([carried for carried, _ in batches.values()])
-    return list(arrow.take(table, pa.array(take, pa.int64())).select(names).columns)
+def _fact_columns(
+    ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]
+) -> dict[str, Any]:
+    """The columns of `RESULT_FIELDS`, in that order."""
+    completions = [result.completion for result in ordered]
+    errors = [result.error for result in ordered]
+
+    def repeated(value: str | None) -> pa.Array:
+        return pa.repeat(pa.scalar(value, pa.string()), len(ordered))
+
+    by = f"{engine['engine']} {engine['version']}" if "engine" in engine else None
+    return {
+        "status": ["ok" if e is None else "error" for e in errors],
+        "verdict": [result.verdict.value for result in ordered],
+        "finish_reason": [c and c.finish_reason for c in completions],
+        "error_type": [e and e.error_type for e in errors],
+        "error": [e and e.error for e in errors],
+        "attempts": [result.attempts for result in ordered],
+        "seed": [result.seed for result in ordered],
+        "num_prompt_tokens": [c and c.num_prompt_tokens for c in completions],
+        "num_cached_tokens": [c and c.num_cached_tokens for c in completions],
+        "num_output_tokens": [c and c.num_output_tokens for c in completions],
+        "latency_s": [c and c.latency_s for c in completions],
+        "request_key": [result.request_key for result in ordered],
+        "run_id": repeated(context.run_id),
+        "model": repeated(context.origin.get("model")),
+        "recipe": repeated(context.origin.get("recipe", "")),
+        "engine": repeated(by),
+    }
 
 
-def _encode(table: pa.Table, footer: PartFooter, prefix: str) -> bytes:
+def _carried_columns(
+    ordered: Sequence[Result], names: Sequence[str], schema: pa.Schema
+) -> list[pa.ChunkedArray]:
+    if not ordered or not names:
+        return [pa.chunked_array([], schema.field(name).type) for name in names]
+    return arrow.gather([(result.batch.carried, result.index) for result in ordered], names)
+
+
+def _encode(table: pa.Table, footer: PartFooter, context: PartContext) -> bytes:
     sink = io.BytesIO()
     metadata = {**(table.schema.metadata or {}), **footer.to_metadata()}
     pq.write_table(
@@ -160,7 +206,9 @@ def _encode(table: pa.Table, footer: PartFooter, prefix: str) -> bytes:
         sink,
         compression="lz4",
         row_group_size=_ROW_GROUP_ROWS,
-        use_dictionary=dictionary_columns(prefix),
+        use_dictionary=dictionary_columns(
+            context.prefix, [".".join(path) for path in context.labels]
+        ),
         write_page_checksum=True,
     )
     return sink.getvalue()

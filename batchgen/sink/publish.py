@@ -1,12 +1,15 @@
-"""Parts to snapshot: every result once, in input order, in few Parquet files.
+"""Parts to snapshot: every result once, in input order, in few Parquet files, and their index.
 
 Memory is bounded by one chunk of rows and by what overlaps it: parts are sorted by ordinal and
 their footers name the rows that they hold, so each chunk reads the row groups that it needs.
+
+The index says what the published files do not: which row of the input each row is, and the hash
+of each row group. It has the row groups of all files, one by one, in order.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +20,7 @@ import pyarrow.parquet as pq
 from batchgen import arrow
 from batchgen.errors import AccountingError, DamagedPartError
 from batchgen.ranges import Ranges
+from batchgen.sink.hashed import HashedParquet
 from batchgen.sink.schema import ROW, SEGMENT, dictionary_columns, published_schema
 from batchgen.storage import raise_if_not_damage, storage_error
 
@@ -24,9 +28,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.footer import PartFooter
-    from batchgen.storage import LocalStorage, PendingFile
+    from batchgen.sink.hashed import Chunk
+    from batchgen.storage import LocalStorage
 
 _CHUNK_ROWS = 16_384
+
+GROUPS_KEY = "batchgen.groups"
+"""In the index's footer: a `Chunk` for each row group and the footer of each file."""
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field(SEGMENT, pa.int32(), nullable=False),
+        pa.field(ROW, pa.int64(), nullable=False),
+    ]
+)
+INDEX_OPTIONS = {
+    "compression": "zstd",
+    "use_dictionary": False,
+    "column_encoding": dict.fromkeys((SEGMENT, ROW), "DELTA_BINARY_PACKED"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +59,16 @@ class SnapshotFormat:
     rows_per_file: int
     metadata: Mapping[bytes, bytes]
     """Goes into every footer: job, recipe, versions."""
+    labels: Sequence[str] = ()
+    """Columns with few distinct values, without the prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was written: `name`, `num_rows`, `size_bytes`, `sha256` of each file."""
+
+    files: list[dict[str, Any]]
+    index: dict[str, Any]
 
 
 def write_snapshot(
@@ -47,7 +76,7 @@ def write_snapshot(
     folder: str,
     parts: Sequence[tuple[str, PartFooter]],
     form: SnapshotFormat,
-) -> list[dict[str, Any]]:
+) -> Snapshot:
     """Write all results of `parts` under `folder`, in input order.
 
     Args:
@@ -57,8 +86,8 @@ def write_snapshot(
         form: How to write.
 
     Returns:
-        `name`, `num_rows`, `size_bytes`, `sha256` of each file in order. A job without a row
-        has one file with the schema and no rows.
+        The entries of the files, in order, and of the index. A job without a row has one file
+        with the schema and no rows.
 
     Raises:
         StorageError: A write failed; nothing is published by it.
@@ -73,106 +102,36 @@ def write_snapshot(
 
 def _write_files(
     storage: LocalStorage, folder: str, chunks: Iterator[pa.Table], form: SnapshotFormat
-) -> list[dict[str, Any]]:
+) -> Snapshot:
+    schema = published_schema(form.schema).with_metadata(dict(form.metadata))
+    options = {
+        "compression": form.compression,
+        "use_dictionary": dictionary_columns(form.prefix, form.labels),
+    }
     files: list[dict[str, Any]] = []
+    groups: list[list[Chunk]] = []
     chunk: pa.Table | None = next(chunks, None)
-    while chunk is not None or not files:
-        name = f"{folder}/part-{len(files):05d}.parquet"
-        storage.remove(name)  # Left by an earlier try of this very run.
-        with _FileWriter(storage, name, form) as writer:
-            while chunk is not None and writer.num_rows < form.rows_per_file:
-                room = form.rows_per_file - writer.num_rows
-                writer.write(chunk.slice(0, room))
-                chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
-        files.append(writer.entry())
-    return files
+    with _open(storage, f"{folder}/index.parquet", INDEX_SCHEMA, INDEX_OPTIONS) as index:
+        while chunk is not None or not files:
+            name = f"{folder}/part-{len(files):05d}.parquet"
+            with _open(storage, name, schema, options) as file:
+                while chunk is not None and file.num_rows < form.rows_per_file:
+                    room = form.rows_per_file - file.num_rows
+                    rows = chunk.slice(0, room)
+                    file.write(rows)
+                    index.write(rows)
+                    chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
+            files.append(file.entry())
+            groups.append(file.chunks)
+        index.note({GROUPS_KEY: json.dumps(groups)})
+    return Snapshot(files, index.entry())
 
 
-class _FileWriter:
-    """One snapshot file: hashed while it is written, visible when complete."""
-
-    def __init__(self, storage: LocalStorage, name: str, form: SnapshotFormat) -> None:
-        self._name = name
-        self._pending = storage.begin(name)
-        self._out = _HashedFile(self._pending)
-        self.num_rows = 0
-        self._schema = published_schema(form.schema).with_metadata(dict(form.metadata))
-        self._writer = pq.ParquetWriter(
-            self._out,
-            self._schema,
-            compression=form.compression,
-            use_dictionary=dictionary_columns(form.prefix),
-            write_page_checksum=True,
-        )
-
-    def __enter__(self) -> _FileWriter:
-        return self
-
-    def write(self, rows: pa.Table) -> None:
-        """Append rows of the part schema."""
-        self._writer.write_table(rows.select(self._schema.names).cast(self._schema))
-        self.num_rows += rows.num_rows
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Closing writes a valid footer, also after an error: only `commit` makes a file of it.
-        try:
-            self._writer.close()
-        except BaseException:
-            self._pending.discard()
-            raise
-        if kind is None:
-            self._pending.commit()
-        else:
-            self._pending.discard()
-
-    def entry(self) -> dict[str, Any]:
-        """The file's line in the manifest."""
-        return {
-            "name": self._name,
-            "num_rows": self.num_rows,
-            "size_bytes": self._out.size_bytes,
-            "sha256": self._out.digest.hexdigest(),
-        }
-
-
-class _HashedFile:
-    """The few file methods that pyarrow's writer calls, hashing what passes."""
-
-    def __init__(self, pending: PendingFile) -> None:
-        self._pending = pending
-        self.digest = hashlib.sha256()
-        self.size_bytes = 0
-        self.closed = False
-
-    def write(self, data: bytes) -> int:
-        """Append."""
-        self._pending.write(data)
-        self.digest.update(data)
-        self.size_bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing waits here; durability comes with the commit."""
-
-    def close(self) -> None:
-        """The pending file is closed by its commit."""
-        self.closed = True
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.size_bytes
-
-    def seekable(self) -> bool:
-        """Written front to back only."""
-        return False
-
-    def readable(self) -> bool:
-        """Written only."""
-        return False
-
-    def writable(self) -> bool:
-        """Written only."""
-        return True
+def _open(
+    storage: LocalStorage, name: str, schema: pa.Schema, options: Mapping[str, Any]
+) -> HashedParquet:
+    storage.remove(name)  # Left by an earlier try of this very run.
+    return HashedParquet(storage, name, schema, options)
 
 
 def _chunks(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batchgen.expressions import RowTest, parse_row_test
 from batchgen.ranges import Ranges
 from batchgen.records import RowBatch, RowError
 from batchgen.source.columns import to_array, type_word
-from batchgen.source.where import Where, parse_where
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,12 +46,12 @@ class Shape:
     table_columns: tuple[str, ...]
     """Columns that are read as Arrow: the carried ones and those of `where`."""
     needed: tuple[str, ...]
-    where: Where | None
+    where: RowTest | None
 
 
 def shape_of(segment: int, spec: ReadSpec) -> Shape:
     """Work out which columns a read touches."""
-    where = None if spec.where is None else parse_where(spec.where)
+    where = None if spec.where is None else parse_row_test("where", spec.where)
     tested = () if where is None else where.columns
     return Shape(
         segment=segment,

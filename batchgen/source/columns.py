@@ -17,6 +17,7 @@ import orjson
 import pyarrow as pa
 
 from batchgen.errors import ConfigError, SourceError
+from batchgen.words import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,14 +45,6 @@ _FITTING: dict[pa.DataType, frozenset[type]] = {
 }
 _INT_BITS = {pa.int32(): 31, pa.int64(): 63}
 _KIND_WORDS = {str: "string", bool: "bool", int: "integer", float: "float", list: "list"}
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or else what there is."""
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(map(repr, known)) or 'none'}"
 
 
 def parse_field(name: str, word: Word) -> pa.Field:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.errors import SourceError
 from batchgen.inputs import find_inputs
-from batchgen.source.columns import suggestion
+from batchgen.words import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -119,7 +119,7 @@ def _parse_line(line: bytes | None) -> dict[str, Any] | RowError:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return RowError("invalid_json", f"invalid JSON: {_why(line, error)}")
+        return RowError("bad_json", f"invalid JSON: {_why(line, error)}")
     if type(value) is not dict:
         return RowError("not_an_object", f"expected a JSON object, found {kind_word(value)}")
     return value
@@ -144,7 +144,7 @@ def _parse_exact(line: bytes | None) -> dict[str, Any] | RowError:
 def _reparse(line: bytes, value: Mapping[str, Any]) -> dict[str, Any] | RowError:
     """Parse what orjson parsed into `value`, slower, with integers of any size."""
     if is_too_deep(value):
-        return RowError("invalid_json", "invalid JSON: nested too deeply for integers over 64 bits")
+        return RowError("bad_json", "invalid JSON: nested too deeply for integers over 64 bits")
     exact: dict[str, Any] = json.loads(line)
     return exact
 

@@ -39,6 +39,7 @@ def main() -> None:
                 "model": {"backend": "echo"},
                 "sampling": {"max_tokens": 64, "temperature": 0},
                 "output": {"path": str(folder / "out")},
+                "checks": {"allow_truncated": True},
             }
         )
         elapsed_s = time.monotonic() - started

@@ -17,7 +17,7 @@ from batchgen.engine.echo import EchoEngine
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.process import EngineProcess
 from batchgen.engine.start import start_engine
-from batchgen.errors import EngineDeadError, EngineError
+from batchgen.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.records import Completion, EngineSpec, EngineStats
 
 ROOT = Path(__file__).parent.parent.parent
@@ -203,6 +203,38 @@ def test_equal_prompts_with_equal_seeds_get_equal_answers(engine):
     assert len(texts) == 1
 
 
+def test_a_request_may_have_its_own_max_tokens(engine):
+    alone = HostedRequest(next(ids), "row " * 20, 7, {"max_tokens": 3})
+    before, short, after = run(engine, [ask("row " * 20), alone, ask("row " * 20)])
+    assert short.num_output_tokens <= 3
+    assert len(short.text) < len(before.text)
+    assert before.text == after.text
+
+
+def test_a_request_may_have_several_answers(engine):
+    several = HostedRequest(next(ids), "tell me", 7, {"n": 3})
+    (completion,) = run(engine, [several])
+    assert len(completion.samples) == 3
+    assert completion.text == completion.samples[0].text
+    assert completion.num_output_tokens >= 3
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": -1}, {"n": "many"}], ids=str)
+def test_a_bad_parameter_is_that_rows_error(engine, params):
+    bad = HostedRequest(next(ids), "row", 7, params)
+    refused, answered = run(engine, [bad, ask("row")])
+    assert refused.error.error_type == "bad_request"
+    assert "\n" not in refused.error.error
+    assert answered.error is None
+
+
+def test_an_adapter_that_the_job_lacks_is_that_rows_error(engine):
+    refused, answered = run(engine, [HostedRequest(next(ids), "row", 7, None, "x"), ask("row")])
+    assert refused.error.error_type == "unknown_adapter"
+    assert "'x'" in refused.error.error
+    assert answered.error is None
+
+
 def test_facts_say_what_the_engine_is(engine):
     facts = engine.facts
     assert facts.max_model_len == MAX_MODEL_LEN
@@ -332,7 +364,7 @@ def test_an_unknown_option_of_a_hosted_engine_names_itself(tmp_path):
     spec = EngineSpec("echo", "x", {"max_num_seq": 3}, {}, log_path=str(tmp_path / "log"))
     with (
         EngineProcess(spec) as engine,
-        pytest.raises(EngineError, match=r"did not start: .*'max_num_seq'.* 'max_num_seqs'"),
+        pytest.raises(ConfigError, match=r"'max_num_seq'.* 'max_num_seqs'"),
     ):
         engine.step(20.0)
 
@@ -406,9 +438,8 @@ def test_different_seeds_sample_different_answers(tmp_path):
         ({"max_model_len": 10**7}, {}, "max_model_len"),
         ({"no_such_option": 1}, {}, "no_such_option"),
         ({}, {"temperature": -1.0}, "temperature"),
-        ({}, {"n": 2}, "sampling n = 2"),
     ],
-    ids=["model length", "unknown option", "bad sampling", "several answers"],
+    ids=["model length", "unknown option", "bad sampling"],
 )
 def test_what_vllm_refuses_is_told_in_one_line(tmp_path, options, sampling, cause):
     good = make_spec("vllm", tmp_path / "log", **sampling)

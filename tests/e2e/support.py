@@ -35,7 +35,7 @@ def write_rows(path: Path, num_rows: int, start: int = 0) -> Path:
     return path
 
 
-def write_job(folder: Path, source: str, **tables: dict[str, Any]) -> Path:
+def write_job(folder: Path, source: str, **tables: Any) -> Path:
     """A job file for the echo engine; `tables` adds to or replaces keys of its tables."""
     job: dict[str, dict[str, Any]] = {
         "input": {"path": source},
@@ -43,11 +43,15 @@ def write_job(folder: Path, source: str, **tables: dict[str, Any]) -> Path:
         "model": {"backend": "echo"},
         "sampling": {"max_tokens": 40, "temperature": 0},
         "output": {"path": "out"},
+        "checks": {"allow_truncated": True},
         "run": {"flush_rows": 50},
     }
+    rungs = tables.pop("retry", [])
     for name, keys in tables.items():
-        job[name] = {**job[name], **keys}
+        job[name] = {**job.get(name, {}), **keys}
     lines = []
+    for rung in rungs:
+        lines += ["[[retry]]", *(f"{key} = {json.dumps(value)}" for key, value in rung.items())]
     for name, keys in job.items():
         lines.append(f"[{name}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if key != "engine"]
@@ -69,6 +73,16 @@ def run_cli(*args: str | Path, timeout: float = 60) -> subprocess.CompletedProce
     return subprocess.run(
         command(*args), capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def summary_of(job: Path, *args: str) -> dict[str, Any]:
+    """Run a job; what it says of itself."""
+    done = run_cli("run", job, "--json", *args)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, done.stderr
+    summary: dict[str, Any] = json.loads(lines[0])
+    assert summary["exit_code"] == done.returncode
+    return summary
 
 
 def published(output: Path) -> list[dict[str, Any]]:

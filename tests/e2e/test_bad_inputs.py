@@ -43,10 +43,11 @@ def job_of(folder: Path, **tables: dict[str, Any]) -> dict[str, Any]:
         "model": {"backend": "echo"},
         "sampling": {"max_tokens": 40, "temperature": 0},
         "output": {"path": str(folder / "out")},
-        "run": {"max_error_rate": 1.0},
+        "checks": {"allow_truncated": True},
+        "gate": {"max_error_rate": 1.0},
     }
     for name, keys in tables.items():
-        job[name] = {**job[name], **keys}
+        job[name] = {**job.get(name, {}), **keys}
     return job
 
 
@@ -65,8 +66,8 @@ def rows_of(job: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("number", "line", "error_type", "error"),
     [
-        (1, b'{"id": 3, "text": ', "invalid_json", "in.jsonl:2: invalid JSON"),
-        (1, b"plain text", "invalid_json", "in.jsonl:2: invalid JSON"),
+        (1, b'{"id": 3, "text": ', "bad_json", "in.jsonl:2: invalid JSON"),
+        (1, b"plain text", "bad_json", "in.jsonl:2: invalid JSON"),
         (3, b'["text"]', "not_an_object", "in.jsonl:2: expected a JSON object, found list"),
         (3, b'"text"', "not_an_object", "found string"),
         (3, b"7", "not_an_object", "found integer"),
@@ -74,18 +75,18 @@ def rows_of(job: dict[str, Any]) -> list[dict[str, Any]]:
         (
             5,
             b'{"id": 3, "text": "\xff\xfe"}',
-            "invalid_json",
+            "bad_json",
             "2: invalid JSON: not UTF-8",
         ),
-        (6, b'{"id": 3, "text": "a\x00b"}', "invalid_json", "in.jsonl:2"),
-        (6, b'{"id": 3, "text": "a\x1bb"}', "invalid_json", "in.jsonl:2"),
-        (7, rb'{"id": 3, "text": "\ud800"}', "invalid_json", "in.jsonl:2"),
-        (8, b'{"id": NaN, "text": "a"}', "invalid_json", "in.jsonl:2"),
-        (8, b'{"id": Infinity, "text": "a"}', "invalid_json", "in.jsonl:2"),
+        (6, b'{"id": 3, "text": "a\x00b"}', "bad_json", "in.jsonl:2"),
+        (6, b'{"id": 3, "text": "a\x1bb"}', "bad_json", "in.jsonl:2"),
+        (7, rb'{"id": 3, "text": "\ud800"}', "bad_json", "in.jsonl:2"),
+        (8, b'{"id": NaN, "text": "a"}', "bad_json", "in.jsonl:2"),
+        (8, b'{"id": Infinity, "text": "a"}', "bad_json", "in.jsonl:2"),
         (9, b'{"id": 36893488147419103232, "text": "a"}', "type_mismatch", "out of range"),
-        (9, b'{"id": ' + b"9" * 5000 + b', "text": "a"}', "invalid_json", "in.jsonl:2"),
-        (10, b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "invalid_json", "in.jsonl:2"),
-        (10, b'{"text": ' + b"[" * 500_000, "invalid_json", "in.jsonl:2"),
+        (9, b'{"id": ' + b"9" * 5000 + b', "text": "a"}', "bad_json", "in.jsonl:2"),
+        (10, b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "bad_json", "in.jsonl:2"),
+        (10, b'{"text": ' + b"[" * 500_000, "bad_json", "in.jsonl:2"),
         (12, b'{"id": "three", "text": "a"}', "type_mismatch", "'id' is planned as int64"),
         (13, b'{"text": "' + b"x" * (65 << 20) + b'"}', "line_too_long", "longer than 64 MiB"),
         (23, b'{"id": 3, "text": null}', "null_value", "text"),

@@ -38,7 +38,7 @@ def test_check_shows_columns_and_prompts_and_loads_no_engine(tmp_path: Path) -> 
     assert shown.returncode == 0
     assert "columns  id: int64, text: string" in shown.stdout
     assert "--- row 1\n[user]\nRepeat: row 1 lorem" in shown.stdout
-    assert "--- row 49\ninvalid_json" in shown.stdout
+    assert "--- row 49\nbad_json" in shown.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -78,10 +78,10 @@ def test_status_follows_a_job(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", 100)
     job = write_job(tmp_path, "in.jsonl")
     assert "new" in run_cli("status", job).stdout
-    run_cli("run", job, "--set", "run.max_error_rate=0.001")
-    interrupted = run_cli("status", job, "--json").stdout
-    assert '"state": "interrupted"' in interrupted
-    assert '"num_durable": 100' in interrupted
+    run_cli("run", job, "--set", "gate.max_error_rate=0.001")
+    held_back = run_cli("status", job, "--json").stdout
+    assert '"state": "held_back"' in held_back
+    assert '"num_durable": 100' in held_back
     run_cli("run", job)
     complete = run_cli("status", job.parent / "out", "--json").stdout
     assert '"state": "complete"' in complete
@@ -94,7 +94,10 @@ def test_show_prints_rows_without_the_ledgers_columns(tmp_path: Path) -> None:
     shown = run_cli("show", job, "-n", "1").stdout
     assert "row 0" in shown
     assert "_batchgen" not in shown
-    assert run_cli("show", job, "--errors").stdout.count("invalid_json") == 2
+    assert run_cli("show", job, "--errors").stdout.count("bad_json") == 2
+    # Rows are the plan's, whatever the job file says by now.
+    for source in ([job, "--set", "output.prefix=my_"], [tmp_path / "out"]):
+        assert run_cli("show", *source, "--errors").stdout.count("bad_json") == 2
 
 
 def test_an_unknown_option_is_refused_with_exit_2(tmp_path: Path) -> None:

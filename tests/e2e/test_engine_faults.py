@@ -45,9 +45,10 @@ def make_job(folder: Path, faults: list[dict[str, Any]], **options: Any) -> Path
 
 
 def published(output: Path) -> list[dict[str, Any]]:
-    """Without the request keys: the echo engine's options, faults too, are of the recipe."""
+    """Without keys and recipe: the echo engine's options, faults too, are of the recipe."""
     rows = support.published(output)
-    return [{k: v for k, v in row.items() if k != "gen_request_key"} for row in rows]
+    of_recipe = {"gen_request_key", "gen_recipe"}
+    return [{k: v for k, v in row.items() if k not in of_recipe} for row in rows]
 
 
 def run(job: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -46,7 +46,7 @@ def test_an_uninterrupted_run_answers_every_row_that_is_not_blank(
         n for n in range(ROWS) if n not in blank and n not in bad
     ]
     assert {row["gen_error_type"] for row in expected if row["gen_status"] == "error"} == {
-        "invalid_json"
+        "bad_json"
     }
 
 
@@ -134,7 +134,7 @@ def test_a_part_with_a_flipped_bit_is_redone_by_the_next_run(
     slow_job: Path, expected: list[dict[str, object]]
 ) -> None:
     storage = LocalStorage(slow_job.parent / "out")
-    assert run_cli("run", slow_job, "--set", "run.max_error_rate=0.001").returncode == 3
+    assert run_cli("run", slow_job, "--set", "gate.max_error_rate=0.001").returncode == 3
     flipped = storage.path(storage.list(f"{STATE}/parts")[2])
     data = bytearray(flipped.read_bytes())
     data[300] ^= 1

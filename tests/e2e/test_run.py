@@ -6,7 +6,7 @@ import gzip
 import json
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 import pyarrow as pa
@@ -16,7 +16,15 @@ import pytest
 import batchgen
 from batchgen.errors import RecipeChangedError
 from batchgen.ledger import STATE
-from tests.e2e.support import command, published, run_cli, wait_until, write_job, write_rows
+from tests.e2e.support import (
+    command,
+    published,
+    run_cli,
+    summary_of,
+    wait_until,
+    write_job,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,15 +34,6 @@ if TYPE_CHECKING:
 def job(tmp_path: Path) -> Path:
     write_rows(tmp_path / "in.jsonl", 300)
     return write_job(tmp_path, "in.jsonl")
-
-
-def summary_of(job: Path, *args: str) -> dict[str, Any]:
-    done = run_cli("run", job, "--json", *args)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 1, done.stderr
-    summary: dict[str, Any] = json.loads(lines[0])
-    assert summary["exit_code"] == done.returncode
-    return summary
 
 
 def test_a_job_publishes_its_rows_in_input_order_with_carried_columns(job: Path) -> None:
@@ -50,13 +49,18 @@ def test_a_job_publishes_its_rows_in_input_order_with_carried_columns(job: Path)
         "text",
         "gen_text",
         "gen_status",
+        "gen_verdict",
         "gen_finish_reason",
         "gen_error_type",
         "gen_error",
+        "gen_attempts",
         "gen_num_prompt_tokens",
         "gen_num_cached_tokens",
         "gen_num_output_tokens",
         "gen_request_key",
+        "gen_model",
+        "gen_recipe",
+        "gen_engine",
     ]
 
 
@@ -133,19 +137,19 @@ def test_a_stopped_fresh_run_leaves_the_published_snapshot_as_it_was(job: Path) 
     summary_of(job)
     before = published(job.parent / "out")
     files = {f.name: f.read_bytes() for f in (job.parent / "out").glob("part-*")}
-    over = run_cli("run", job, "--fresh", "--set", "run.max_error_rate=0.001")
+    over = run_cli("run", job, "--fresh", "--set", "gate.max_error_rate=0.001")
     assert over.returncode == 3
     assert published(job.parent / "out") == before
     assert {f.name: f.read_bytes() for f in (job.parent / "out").glob("part-*")} == files
 
 
 def test_over_the_error_limit_nothing_is_published_until_the_limit_is_raised(job: Path) -> None:
-    over = run_cli("run", job, "--set", "run.max_error_rate=0.01")
+    over = run_cli("run", job, "--set", "gate.max_error_rate=0.01")
     assert over.returncode == 3
-    assert "6 of 296 rows are errors, over run.max_error_rate = 0.01" in over.stderr
+    assert "6 of 296 rows are errors, over gate.max_error_rate = 0.01" in over.stderr
     assert not list((job.parent / "out").glob("part-*.parquet"))
     shown = run_cli("show", job, "--errors", "-n", "1")
-    assert "invalid_json" in shown.stdout
+    assert "bad_json" in shown.stdout
     raised = summary_of(job)
     assert raised["state"] == "complete"
     assert raised["run"]["num_ok"] == 0
@@ -224,13 +228,13 @@ def test_an_unfinished_job_goes_on_with_the_columns_that_its_plan_froze(tmp_path
     for name, value in (("a", 1), ("b", 2)):
         rows = [{"x": value, "text": f"{name} {n}"} for n in range(50)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    job = write_job(tmp_path, "*.jsonl", run={"max_error_rate": 0.0})
+    job = write_job(tmp_path, "*.jsonl", gate={"max_error_rate": 0.0})
     bad = {"x": "no number", "text": "c", "extra": 1}
     with (tmp_path / "b.jsonl").open("a") as out:
         out.write("\n{")
     assert run_cli("run", job).returncode == 3
     (tmp_path / "c.jsonl").write_text("\n".join([json.dumps(bad)] * 900))
-    done = run_cli("run", job, "--set", "run.max_error_rate=0.5")
+    done = run_cli("run", job, "--set", "gate.max_error_rate=0.5")
     assert done.returncode == 0, done.stderr
     assert "1 input files came after the plan was made" in done.stdout
     frame = batchgen.read(job).collect()
@@ -239,7 +243,7 @@ def test_an_unfinished_job_goes_on_with_the_columns_that_its_plan_froze(tmp_path
 
 def test_a_where_that_lets_nothing_through_publishes_no_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", 60)
-    job = write_job(tmp_path, "in.jsonl", input={"where": "id < 0"}, run={"max_error_rate": 1.0})
+    job = write_job(tmp_path, "in.jsonl", input={"where": "id < 0"}, gate={"max_error_rate": 1.0})
     summary = summary_of(job)
     assert (summary["num_ok"], summary["num_errors"], summary["num_skipped"]) == (0, 1, 59)
 

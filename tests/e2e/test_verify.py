@@ -59,7 +59,7 @@ def test_every_flipped_byte_of_a_snapshot_is_found(job: Path) -> None:
 
 
 def test_a_bad_part_is_named_and_only_its_rows_are_redone(job: Path) -> None:
-    assert run_cli("run", job, "--set", "run.max_error_rate=0.001").returncode == 3
+    assert run_cli("run", job, "--set", "gate.max_error_rate=0.001").returncode == 3
     storage = LocalStorage(job.parent / "out")
     ledger = Ledger(storage)
     plan = ledger.latest_plan()
@@ -82,7 +82,7 @@ def test_a_part_of_another_job_is_named_and_does_not_count(job: Path, tmp_path: 
     write_rows(other / "in.jsonl", 300)
     foreign = write_job(other, "in.jsonl")
     for one in (job, foreign):
-        assert run_cli("run", one, "--set", "run.max_error_rate=0.001").returncode == 3
+        assert run_cli("run", one, "--set", "gate.max_error_rate=0.001").returncode == 3
     name = "e000001-w00-s000000.parquet"
     parts = job.parent / "out" / STATE / "parts"
     (parts / name).write_bytes((other / "out" / STATE / "parts" / name).read_bytes())

@@ -69,7 +69,7 @@ MUTANTS = (
     Mutant(
         "what a dead run left is believed before it is durable",
         LOCAL,
-        (("            self._ledger.settle()\n", ""),),
+        (("        self._ledger.settle()\n", ""),),
         ("-m", "tests.torture.power", "--losses", "1", "--workers", "2"),
     ),
     Mutant(
@@ -91,7 +91,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume by count",
-        LOCAL,
+        "batchgen/executor/carry_over.py",
         (("- durable.done(number)\n", "- Ranges.until(len(durable.done(number)))\n"),),
         SWEEP,
         "new/kill before",

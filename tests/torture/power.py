@@ -234,13 +234,11 @@ class Machine:
         shutil.rmtree(self._platter.root)
         self._platter = Platter(self._next, self._folder / f"morgue-{self._num_disks}")
 
-    def run(
-        self, job: Job, at: int, *, is_kill: bool, fresh: bool = False
-    ) -> dict[str, Any] | None:
+    def run(self, job: Job, at: int, *, is_kill: bool, **options: bool) -> dict[str, Any] | None:
         """One run; None if it died at call `at`."""
         disk = PowerLossDisk(self._platter, at, (lambda: None) if is_kill else self.lose_power)
         try:
-            return run_here(job, self.out, disk=disk, fresh=fresh)
+            return run_here(job, self.out, disk=disk, **options)
         except PowerLost:
             if is_kill:
                 self._counts["killed, power on"] += 1
@@ -261,13 +259,15 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
     expected = expected_of(job, folder / "expected")
     counts: Counter[str] = Counter()
     number = int(seed.rpartition(".")[2])
-    for at in range(number, 10_000, 2):
-        here = folder / f"call-{at}"
-        here.mkdir()
-        with replayable(f"killed at call {at}, then a run, then the worst power loss"):
-            if not _kill_run_lose(job, expected, here, at, counts):
-                break
-        shutil.rmtree(here)
+    for is_retry in (False, True):
+        for at in range(number, 10_000, 2):
+            here = folder / f"call-{is_retry}-{at}"
+            here.mkdir()
+            what = "--retry-errors" if is_retry else "a new job"
+            with replayable(f"{what} killed at call {at}, then a run, then the worst power loss"):
+                if not _kill_run_lose(job, expected, here, at, counts, is_retry=is_retry):
+                    break
+            shutil.rmtree(here)
     number = 0
     while counts["losses"] < amount:
         here = folder / f"machine-{number}"
@@ -281,11 +281,19 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
 
 
 def _kill_run_lose(
-    job: Job, expected: list[dict[str, Any]], here: Path, at: int, counts: Counter[str]
+    job: Job,
+    expected: list[dict[str, Any]],
+    here: Path,
+    at: int,
+    counts: Counter[str],
+    *,
+    is_retry: bool,
 ) -> bool:
     """False if the run ended before call `at`."""
     machine = Machine(here, random.Random(at), counts)
-    if machine.run(job, at, is_kill=True) is not None:
+    if is_retry:  # Of a job that was held back, or published: each every other call.
+        machine.run(job if at // 2 % 2 else job.strict(), -1, is_kill=True)
+    if machine.run(job, at, is_kill=True, retry_errors=is_retry) is not None:
         return False
     told = machine.run(job, -1, is_kill=True)
     if told is None or told["error"] is not None:
@@ -306,15 +314,24 @@ def _torture(
     counts: Counter[str],
 ) -> None:
     machine = Machine(here, chance, counts)
-    fresh = False
+    # Held back first, and then its errors tried again; or published at once.
+    now = chance.choice([job, job, job.strict()])
+    options: dict[str, bool] = {}
     for _ in range(1000):
         # Few calls make losses early and during recovery; many reach the end.
         at = chance.choice([chance.randrange(30), chance.randrange(220), chance.randrange(400)])
-        told = machine.run(job, at, is_kill=chance.random() < KILL_SHARE, fresh=fresh)
+        told = machine.run(now, at, is_kill=chance.random() < KILL_SHARE, **options)
         if told is None:
             views.status(machine.out)  # Whatever is left, it can be looked at.
             continue
-        fresh = False
+        if told["error"] == "GateError" and now is not job:
+            counts["runs that the gate held back"] += 1
+            now, options = job, {"retry_errors": True}
+            if chance.random() < LOSS_AFTER_SUCCESS_SHARE:
+                machine.lose_power()
+                machine.boot()
+            continue
+        now, options = job, {}
         if told["error"] is not None:
             msg = f"a run after a power loss ended so: {told}"
             raise ProofError(msg)
@@ -330,7 +347,7 @@ def _torture(
         if manifest_of(machine.out) != manifest:
             msg = "the manifest is another one after a loss"
             raise ProofError(msg)
-        fresh = chance.random() < 0.2
+        options = chance.choice([{}, {}, {"fresh": True}, {"retry_errors": True}])
     msg = "1,000 runs and no end"
     raise ProofError(msg)
 

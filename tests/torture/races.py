@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 RUNNERS = 6
 ROWS = 60
+OTHERS = {
+    "fresh among them": "fresh",
+    "fresh over published": "fresh",
+    "retries over published": "retry_errors",
+    "retries over held back": "retry_errors",
+}
 GOOD_ENDS = {None, "FencedError", "BusyError", "StorageError"}
 
 
@@ -50,10 +56,12 @@ def _race(
     job: Job, expected: list[dict[str, Any]], out: Path, chance: random.Random, counts: Counter[str]
 ) -> None:
     """One round: all at once, then one more run, which finds or finishes the newest plan."""
-    kind = chance.choice(["alike", "alike", "alike", "fresh among them", "fresh over published"])
-    if kind == "fresh over published":
+    kind = chance.choice(["alike", "alike", "alike", *OTHERS])
+    if kind.endswith("over published"):
         _wait(spawn_run(job, out, steal=True))
-    may_be_fresh = kind != "alike"
+    if kind.endswith("over held back"):
+        _wait(spawn_run(job.strict(), out, steal=True), {"GateError"})
+    option = OTHERS.get(kind)
     gate, opening = os.pipe()
     runners = [
         spawn_run(
@@ -61,7 +69,7 @@ def _race(
             out,
             gate=gate,
             steal=True,
-            fresh=may_be_fresh and chance.random() < 0.5,
+            **({option: True} if option and chance.random() < 0.5 else {}),
         )
         for _ in range(RUNNERS)
     ]

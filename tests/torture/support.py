@@ -24,6 +24,7 @@ from batchgen import cli, planning, views  # noqa: F401 - children are forked wa
 from batchgen.api import load
 from batchgen.errors import BatchgenError
 from batchgen.executor.local import LocalRun
+from batchgen.executor.options import RunOptions
 from batchgen.ledger import STATE
 from batchgen.runner import StopSwitch
 
@@ -53,6 +54,10 @@ class Job:
     def flushing(self, num_rows: int) -> Job:
         """The same job with parts of another size."""
         return Job(self.path, self.num_rows, (f"run.flush_rows={num_rows}",))
+
+    def strict(self) -> Job:
+        """The same job with a gate that holds it back."""
+        return Job(self.path, self.num_rows, (*self.overrides, "gate.max_error_rate=0.01"))
 
     def argv(self, out: Path, *extra: str) -> list[str]:
         """For the real command line."""
@@ -89,6 +94,8 @@ step_s = {step_s}
 [sampling]
 max_tokens = 40
 temperature = 0
+[checks]
+allow_truncated = true
 [output]
 path = "out"
 rows_per_file = {num_rows * 3 // 5}
@@ -102,13 +109,11 @@ disk_grace_s = 20.0
     return Job(path, num_rows)
 
 
-def run_here(
-    job: Job, out: Path, *, disk: Disk | None = None, fresh: bool = False, steal: bool = False
-) -> dict[str, Any]:
+def run_here(job: Job, out: Path, *, disk: Disk | None = None, **options: bool) -> dict[str, Any]:
     """One run in this process; how it ended, as plain values. Anything unforeseen is raised."""
     try:
         config = load(job.path, (f"output.path={out}", *job.overrides))
-        run = LocalRun(config, stop=StopSwitch(), fresh=fresh, steal=steal, disk=disk)
+        run = LocalRun(config, stop=StopSwitch(), options=RunOptions(**options), disk=disk)
         summary = run.run()
     except BatchgenError as error:
         kind = type(error).__name__

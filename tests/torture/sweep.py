@@ -1,7 +1,8 @@
 """Proof 2: every call that changes the output, failed once, in every way.
 
 Modes are those of `disks`; `freeze` stops the run before the call, lets another one take over,
-and wakes it. Scenes: a new job, one resumed half-done, `--fresh` over a published one.
+and wakes it. Scenes: a new job, one resumed half-done, `--fresh` and `--retry-errors` over a
+published one.
 
 Some points are twins: they leave the very state that another point leaves. Killed after a call is
 killed before the next one; a write inside a file is like the file's first; ENOSPC and EIO take the
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROWS = 60
-SCENES = ("new", "resume", "fresh")
+SCENES = ("new", "resume", "fresh", "retry")
+PUBLISHED = {"fresh", "retry"}
+"""Scenes that begin with a snapshot."""
 FAULTS = {"StorageError"}
 """How a run may end that the disk failed."""
 TAKEN_OVER = {None, "FencedError", "StorageError", "DamagedPartError", "BusyError"}
@@ -79,7 +82,7 @@ class Sweep:
         self._start = self.folder / f"start-{scene}"
         self._num_begun = 0
         self._scene = scene
-        if scene == "fresh":
+        if scene in PUBLISHED:
             spawn_run(self.job, self._start).end()
         elif scene == "resume":
             log = self.folder / "log-start"
@@ -124,7 +127,11 @@ class Sweep:
         if self._start.exists():
             shutil.copytree(self._start, out)
         disk = SpoiltDisk(at, mode, log_path)
-        how = {"fresh": scene == "fresh", "steal": self.chance.random() < 0.5}
+        how = {
+            "fresh": scene == "fresh",
+            "retry_errors": scene == "retry",
+            "steal": self.chance.random() < 0.5,
+        }
         child = spawn_run(self.job, out, disk=disk, **how)
         heir = None
         if mode == "freeze" and child.wait_until_frozen():
@@ -145,9 +152,10 @@ class Sweep:
         heir_log.unlink(missing_ok=True)
         at = self.chance.choice([self.chance.randrange(120), 10_000])
         disk = SpoiltDisk(at, "freeze", heir_log)
-        fresh = how["fresh"] and self.chance.random() < 0.5
+        is_alike = self.chance.random() < 0.5
+        again = {name: how[name] and is_alike for name in ("fresh", "retry_errors")}
         job = self.job.flushing(self.chance.randrange(7, 40))
-        heir = spawn_run(job, out, disk=disk, steal=True, fresh=fresh)
+        heir = spawn_run(job, out, disk=disk, steal=True, **again)
         if heir.wait_until_frozen():
             self.counts["two frozen at once"] += 1
             child.thaw().end()
@@ -169,12 +177,12 @@ class Sweep:
             self.counts["recovered by the same run"] += 1
 
     def _check_rerun(self, out: Path, log: Log, scene: str, *, is_alone: bool) -> None:
-        is_done = manifest_of(out) is not None and scene != "fresh"
+        is_done = manifest_of(out) is not None and scene not in PUBLISHED
         child = spawn_run(self.job, out).end()
         _expect(child, {None})
         check_snapshot(out, self.expected, "after a clean run")
         durable = log.num_durable + self._num_begun
-        is_same_plan = scene != "fresh" or child.told["text"] != "nothing_to_do"
+        is_same_plan = scene not in PUBLISHED or child.told["text"] != "nothing_to_do"
         if is_alone and not is_done and is_same_plan and child.told["resumed"] < durable:
             msg = f"{durable} rows were durable, {child.told['resumed']} were taken over"
             raise ProofError(msg)

@@ -21,6 +21,7 @@ import batchgen
 from batchgen.config.load import parse_job
 from batchgen.errors import RecipeChangedError
 from batchgen.executor.local import LocalRun
+from batchgen.executor.options import RunOptions
 from batchgen.ledger import Ledger
 from batchgen.runner import StopSwitch
 from batchgen.storage import Disk, LocalStorage
@@ -90,7 +91,8 @@ class Job(RuleBasedStateMachine):
                 "model": {"backend": "echo", "engine": {"max_steps": 3}},
                 "sampling": {"max_tokens": 100, "temperature": 0},
                 "output": {"path": "out"},
-                "run": {"flush_rows": 2, "max_error_rate": 1.0, "disk_grace_s": 0},
+                "run": {"flush_rows": 2, "disk_grace_s": 0},
+                "gate": {"max_error_rate": 1.0},
             },
             base=self.folder,
             where="job",
@@ -110,17 +112,18 @@ class Job(RuleBasedStateMachine):
 
     @rule(crash_at=st.none() | st.integers(20, 120))
     def resume(self, crash_at: int | None) -> None:
-        self.run(crash_at, fresh=self.planned not in (None, self.rows))
+        self.run(crash_at, fresh=self.planned not in (None, self.rows), retry=False)
 
-    @rule(crash_at=st.none() | st.integers(0, 150), fresh=st.booleans())
-    def run(self, crash_at: int | None, *, fresh: bool) -> None:
+    @rule(crash_at=st.none() | st.integers(0, 150), fresh=st.booleans(), retry=st.booleans())
+    def run(self, crash_at: int | None, *, fresh: bool, retry: bool) -> None:
         if self.planned not in (None, self.rows) and not fresh:
             with pytest.raises(RecipeChangedError, match=r"in\.jsonl has"):
                 LocalRun(self.job, stop=StopSwitch(), disk=CrashingDisk(None)).run()
             return
         disk = CrashingDisk(crash_at)
         try:
-            summary = LocalRun(self.job, stop=StopSwitch(), fresh=fresh, disk=disk).run()
+            options = RunOptions(fresh=fresh, retry_errors=retry and not fresh)
+            summary = LocalRun(self.job, stop=StopSwitch(), options=options, disk=disk).run()
             assert summary.state in {"complete", "nothing_to_do"}
         except CrashError:
             assert crash_at is not None

@@ -52,7 +52,7 @@ def test_a_minimal_job_has_these_values(job_file, tmp_path):
     assert (job.output.prefix, job.output.compression) == ("gen_", "zstd")
     assert job.output.rows_per_file == 1_000_000
     assert (job.run.flush_s, job.run.flush_rows, job.run.flush_mib) == (30.0, 20_000, 64)
-    assert (job.run.max_in_flight, job.run.max_error_rate) == (None, 0.1)
+    assert (job.run.max_in_flight, job.gate.max_error_rate) == (None, 0.1)
     assert (job.run.grace_s, job.run.stats_s) == (20.0, 5.0)
     assert (job.input.where, job.input.limit, job.input.columns) == (None, None, None)
 
@@ -79,7 +79,8 @@ MISTAKES = {
     ),
     "nothing near": (
         {"output": {"zzz": 1}},
-        "output.zzz: unknown key, expected one of: path, prefix, compression, rows_per_file",
+        "output.zzz: unknown key, expected one of: path, prefix, schema, schema_column, "
+        "choice, regex, grammar, json_object, flatten, with_seed, compression, rows_per_file",
     ),
     "wrong type": (
         {"sampling": {"max_tokens": "5"}},
@@ -98,8 +99,8 @@ MISTAKES = {
         "run.flush_rows: 0 is wrong, expected: greater than 0",
     ),
     "over the top": (
-        {"run": {"max_error_rate": 1.5}},
-        "run.max_error_rate: 1.5 is wrong, expected: less than or equal to 1",
+        {"gate": {"max_error_rate": 1.5}},
+        "gate.max_error_rate: 1.5 is wrong, expected: less than or equal to 1",
     ),
     "not one of": (
         {"output": {"compression": "brotli"}},
@@ -113,6 +114,39 @@ MISTAKES = {
     "system beside a raw text": (
         {"prompt": {"user": None, "text": "t", "system": "s"}},
         "prompt: system goes with user, not with text",
+    ),
+    "two forms of answer": (
+        {"output": {"choice": ["a"], "regex": "a"}},
+        "output: choice and regex are given, expected one of them",
+    ),
+    "flatten without a schema": (
+        {"output": {"flatten": True}},
+        "output: flatten is given without schema",
+    ),
+    "a key of a list of tables": (
+        {"retry": [{"max_tokens": 4}, {"max_token": 5}]},
+        "retry.1.max_token: unknown key, did you mean 'max_tokens'?",
+    ),
+    "a verdict that does not exist": (
+        {"retry": [{"on": ["bad"]}]},
+        "retry.0.on.0: 'bad' is wrong, expected: 'truncated', 'invalid_json', "
+        "'schema_violation' or 'refused'",
+    ),
+    "examples beside a chat": (
+        {"prompt": {"user": None, "messages": "m", "examples": [{"user": "a", "assistant": "b"}]}},
+        "prompt: examples go with user, not with messages",
+    ),
+    "images beside a raw text": (
+        {"prompt": {"user": None, "text": "t", "images": "i"}},
+        "prompt: images go with user or messages, not with text",
+    ),
+    "a column of adapters without adapters": (
+        {"model": {"lora_column": "a"}},
+        "model: lora_column is given without adapters, expected [model.lora] name = folder",
+    ),
+    "adapters without a column": (
+        {"model": {"lora": {"a": "x", "b": "y"}}},
+        "model: 2 lora adapters, expected lora_column to say which row has which",
     ),
     "user twice": (
         {"prompt": {"user_file": "u.txt"}},
@@ -129,6 +163,38 @@ MISTAKES = {
     "an engine option with a key of its own": (
         {"model": {"backend": "vllm", "name": "m", "engine": {"dtype": "float16"}}},
         "model: engine.dtype has a key of its own, set model.dtype",
+    ),
+    "a schema that is neither": (
+        {"output": {"schema": 5}},
+        "output.schema: 5 is wrong, expected: a path or a table",
+    ),
+    "stops that are neither": (
+        {"sampling": {"stop": 5}},
+        "sampling.stop: 5 is wrong, expected: a text or a list of texts",
+    ),
+    "an example's answer that is neither": (
+        {"prompt": {"examples": [{"user": "q", "assistant": 5}]}},
+        "prompt.examples.0.assistant: 5 is wrong, expected: a text or a table",
+    ),
+    "one table for a list of them": (
+        {"retry": {"temperature": 1.0}},
+        "retry: {'temperature': 1.0} is wrong, expected: [[retry]], a list of tables",
+    ),
+    "no labels": (
+        {"output": {"choice": []}},
+        "output.choice: [] is wrong, expected: at least one label",
+    ),
+    "no verdicts": (
+        {"retry": [{"on": []}]},
+        "retry.0.on: [] is wrong, expected: at least one verdict",
+    ),
+    "no number of JSON": (
+        {"output": {"schema": {"minimum": float("nan")}}},
+        "output.schema.minimum: holds nan, expected a finite number",
+    ),
+    "an infinite example": (
+        {"prompt": {"examples": [{"user": "q", "assistant": {"x": [float("inf")]}}]}},
+        "prompt.examples[0].assistant.x[0]: holds inf, expected a finite number",
     ),
     "seed of 63 bits": (
         {"sampling": {"seed": 2**62}},
@@ -496,3 +562,84 @@ def test_what_no_file_system_takes_is_told_before_one_is_asked(
 def test_toml_that_breaks_the_parser_is_refused(job_file, text):
     with pytest.raises(ConfigError, match="is not TOML"):
         load_job(job_file(text))
+
+
+def test_files_that_answers_depend_on_are_read(make_job, tmp_path):
+    (tmp_path / "s.json").write_text('{"type": "object", "properties": {"a": {}}}')
+    (tmp_path / "e.jsonl").write_text('{"user": "q", "assistant": {"a": 1}}\n\n')
+    (tmp_path / "t.json").write_text('[{"type": "function"}]')
+    made = make_job(
+        output={"schema": "s.json"},
+        prompt={"examples_file": "e.jsonl", "tools_file": "t.json"},
+        model={"lora": {"x": "adapters/x"}},
+    )
+    assert made.output.json_schema == {"type": "object", "properties": {"a": {}}}
+    (example,) = made.prompt.examples
+    assert (example.user, example.assistant) == ("q", {"a": 1})
+    assert (made.prompt.examples_file, made.prompt.tools) == (None, [{"type": "function"}])
+    assert made.model.lora == {"x": str(tmp_path / "adapters/x")}
+
+
+def test_files_that_cannot_be_used_are_all_named(make_job, tmp_path):
+    (tmp_path / "s.json").write_text("[]")
+    (tmp_path / "e.jsonl").write_text('{"user": "q"}\n')
+    with pytest.raises(ConfigError) as caught:
+        make_job(
+            output={"schema": "s.json"},
+            prompt={"examples_file": "e.jsonl", "tools_file": "none.json"},
+        )
+    schema, tools, examples = caught.value.problems
+    assert schema == "output.schema: expected a JSON object that is a JSON Schema"
+    assert tools.startswith("prompt.tools_file: ")
+    assert "e.jsonl:1: Field required; expected" in examples
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (r'"\ud800"', "holds a lone surrogate, expected text"),
+        (r'"a\u0000"', "holds a NUL character, expected text"),
+        ("NaN", "holds nan, expected a finite number"),
+        ("-1e999", "holds -inf, expected a finite number"),
+    ],
+)
+def test_what_files_hold_is_checked_as_the_job_file_is(make_job, tmp_path, text, why):
+    (tmp_path / "s.json").write_text(f'{{"properties": {{"a": {{"enum": [1, {text}]}}}}}}')
+    (tmp_path / "t.json").write_text(f'[{{}}, {{"function": {text}}}]')
+    (tmp_path / "e.jsonl").write_text(
+        f'{{"user": "q", "assistant": "a"}}\n{{"user": "q", "assistant": {{"x": {text}}}}}\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        make_job(
+            output={"schema": "s.json"},
+            prompt={"examples_file": "e.jsonl", "tools_file": "t.json"},
+        )
+    schema, tools, examples = caught.value.problems
+    assert schema == f"output.schema.properties.a.enum[1]: {why}"
+    assert tools == f"prompt.tools_file[1].function: {why}"
+    assert examples.startswith(f"prompt.examples_file: {tmp_path}/e.jsonl:2: ")
+    if "surrogate" not in why:  # The parser has words of its own for these.
+        assert examples.endswith(f": assistant.x: {why}")
+
+
+def test_keys_of_a_file_are_checked_too(make_job, tmp_path):
+    (tmp_path / "s.json").write_text(r'{"properties": {"\ud800": {}}}')
+    with pytest.raises(
+        ConfigError, match=r"output\.schema\.properties\.'.*': holds a lone surrogate"
+    ):
+        make_job(output={"schema": "s.json"})
+
+
+def test_a_template_file_that_holds_a_nul_is_refused(make_job, tmp_path):
+    (tmp_path / "p.txt").write_text("{{ text }}\0")
+    with pytest.raises(ConfigError, match=r"prompt\.user_file: holds a NUL character"):
+        make_job(prompt={"user": None, "user_file": "p.txt"})
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_examples_end_at_line_feeds_alone(make_job, tmp_path, end):
+    texts = ["a\u2028b", "c\x85d", "e"]
+    lines = [f'{{"user": "{text}", "assistant": "x"}}{end}' for text in texts]
+    (tmp_path / "e.jsonl").write_bytes("".join(lines).encode())
+    made = make_job(prompt={"examples_file": "e.jsonl"})
+    assert [example.user for example in made.prompt.examples] == texts

@@ -131,3 +131,49 @@ def test_close_drops_what_is_in_flight():
         assert engine.num_in_flight == 3
     assert engine.num_in_flight == 0
     assert engine.step(0) == []
+
+
+def ask(engine, prompt="abcdef", params=None, lora=None):
+    engine.add([HostedRequest(0, prompt, None, params, lora)])
+    (completion,) = engine.step(1.0)
+    return completion
+
+
+def test_a_request_may_have_its_own_limits():
+    engine = make_engine(max_tokens=4)
+    short = ask(engine, params={"max_tokens": 2, "n": 3})
+    assert [sample.text for sample in short.samples] == ["ab"] * 3
+    assert short.num_output_tokens == 6
+    assert ask(engine, params={"n": 1, "temperature": 2}).text == "abcd"
+    assert ask(engine, params={"max_tokens": None}).text == "abcdef"
+    assert ask(engine).text == "abcd"
+
+
+def test_the_job_may_ask_for_several_answers():
+    engine = EchoEngine(EngineSpec("echo", "none", {}, {"n": 2, "logprobs": 5}))
+    assert [sample.text for sample in ask(engine).samples] == ["abcdef"] * 2
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 0}, {"max_tokens": "2"}, {"n": None}, {"n": 0}])
+def test_limits_that_are_none_are_refused(params):
+    refused = ask(make_engine(), params=params)
+    assert refused.error.error_type == "bad_request"
+    assert next(iter(params)) in refused.error.error
+    with pytest.raises(ConfigError, match="sampling"):
+        EchoEngine(EngineSpec("echo", "none", {}, params))
+
+
+def test_only_the_jobs_adapters_are_known():
+    spec = EngineSpec("echo", "none", {}, {}, loras={"red": "folder", "blue": "folder"})
+    engine = EchoEngine(spec)
+    assert ask(engine, lora="red").text == "abcdef"
+    refused = ask(engine, lora="green")
+    assert refused.error.error_type == "unknown_adapter"
+    assert "'green'; the job has red, blue" in refused.error.error
+    assert engine.num_in_flight == 0
+
+
+@pytest.mark.parametrize("content", [5, None, ["x"], [None], [{"type": "text"}], {}])
+def test_content_that_is_no_text_is_the_rows_error(content):
+    answer = ask(make_engine(), [{"role": "user", "content": content}])
+    assert answer.error.error_type == "chat_template_error"

@@ -146,3 +146,9 @@ def test_a_tokenizer_that_does_not_load_is_an_engine_error():
     ):
         encoder.take(5.0)
     encoder.close()
+
+
+@pytest.mark.parametrize("part", ["x", None, 5])
+def test_a_part_that_is_no_object_is_refused(part):
+    with pytest.raises(TypeError, match=r"a content part is no object, expected \{type, text\}"):
+        flatten_parts([{"role": "user", "content": [part]}])

@@ -20,6 +20,7 @@ FOOTER = PartFooter(
     num_errors=1,
     num_skipped=1,
     engine={"engine": "fake", "version": "7"},
+    tally={"verdict": {"ok": 2, "error": 1}},
 )
 
 
@@ -34,13 +35,20 @@ def test_the_footer_is_this_json_under_this_key():
     assert found == (
         b"batchgen",
         b'{"plan":"plan-a","epoch":3,"run_id":"run-1","done":{"0":[0,2,5,6],"7":[2,3]},'
-        b'"num_ok":2,"num_errors":1,"num_skipped":1,"engine":{"engine":"fake","version":"7"}}',
+        b'"num_ok":2,"num_errors":1,"num_skipped":1,"engine":{"engine":"fake","version":"7"},'
+        b'"tally":{"verdict":{"ok":2,"error":1}}}',
     )
 
 
 def test_a_footer_comes_back_as_it_went():
     assert PartFooter.from_metadata(FOOTER.to_metadata()) == FOOTER
     assert FOOTER.num_results == 3
+
+
+@pytest.mark.parametrize("tally", [{"verdict": 3}, {"verdict": {"ok": "2"}}, [1], 7])
+def test_a_tally_that_is_no_counts_is_no_footer(tally):
+    with pytest.raises(ValueError, match="no batchgen footer"):
+        PartFooter.from_metadata(changed(tally=tally))
 
 
 @given(

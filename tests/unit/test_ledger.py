@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from batchgen.books import Epoch, Plan
 
 PARTS = "_batchgen/parts"
-SCHEMA = part_schema(pa.schema([("id", pa.string())]), "gen_")
+SCHEMA = part_schema(pa.schema([("id", pa.string())]), [pa.field("text", pa.string())], "gen_")
 PLAN = plan(10, 5)
 
 
@@ -50,7 +50,7 @@ def writer(ledger: Ledger, epoch: Epoch, *, plan_id: str | None = None) -> PartW
 
 
 def commit(out: PartWriter, segment: int, *rows: int) -> str:
-    return out.commit(results(batch(rows, segment=segment)), {}, {"engine": "fake"})
+    return out.commit(results(batch(rows, segment=segment)), {}, {"engine": "fake", "version": "7"})
 
 
 def claim(ledger: Ledger, run_id: str, on: Plan = PLAN) -> Epoch:
@@ -344,6 +344,45 @@ def test_a_plan_comes_back_as_it_was_put(ledger):
     assert PLAN.num_rows == 15
 
 
+def test_a_plan_with_a_base_comes_back_with_it(ledger):
+    again = replace(PLAN, number=2, base={"plan": 1, "parts": [f"{PARTS}/a.parquet"]})
+    ledger.put_plan(again)
+    assert ledger.latest_plan() == again
+    assert PLAN.base is None
+
+
+def test_named_parts_of_an_earlier_plan_are_found_though_a_later_plan_has_the_claim(ledger):
+    out = writer(ledger, claim(ledger, "run-1"))
+    first, second = commit(out, 0, 0, 1), commit(out, 0, 2)
+    gone = f"{PARTS}/e000001-w00-s000007.parquet"
+    later = plan(10, 5, plan_id="plan-b", number=2)
+    commit(writer(ledger, claim(ledger, "run-2", later)), 0, 9)
+    found = ledger.parts(PLAN, [second, gone, first])
+    assert [part.name for part in found.parts] == [first, second]
+    assert list(found.rejected) == [gone]
+    assert ledger.durable(PLAN).num_done == 0
+
+
+def test_parts_of_a_held_back_plan_stay_while_its_successor_is_unpublished(ledger):
+    """Whatever earlier snapshot is shown again meanwhile."""
+    ledger.put_manifest(manifest(number=1, epoch=1))
+    claim(ledger, "run-1")
+    kept = commit(writer(ledger, claim(ledger, "run-2", plan(3, plan_id="b", number=2))), 0, 1)
+    claim(ledger, "run-3", plan(3, plan_id="c", number=3))
+    ledger.tidy(manifest(number=1, epoch=1))
+    assert ledger.storage.list(PARTS) == [kept]
+
+
+def test_durable_rows_are_tallied(ledger):
+    out = writer(ledger, claim(ledger, "run-1"))
+    commit(out, 0, 0, 1)
+    out.commit(results(batch([4], segment=1), errors={4: RowError("bad", "it is")}), {}, {})
+    assert ledger.durable(PLAN).tally == {
+        "verdict": {"ok": 2, "error": 1},
+        "attempts": {"1": 2, "0": 1},
+    }
+
+
 def test_a_plan_number_that_is_taken_is_not_taken_again(ledger):
     ledger.put_plan(PLAN)
     with pytest.raises(FencedError, match="another run has just planned this job; run again"):
@@ -391,6 +430,28 @@ def test_the_latest_manifest_is_the_highest_plans(ledger):
     assert ledger.latest_manifest().number == 10
 
 
+def test_the_snapshot_before_a_plan_is_the_newest_of_earlier_plans(ledger):
+    for number in (1, 4):
+        ledger.put_manifest(manifest(number=number))
+    before = {number: ledger.manifest_before(number) for number in (1, 2, 4, 5)}
+    assert {number: found and found.number for number, found in before.items()} == {
+        1: None,
+        2: 1,
+        4: 1,
+        5: 4,
+    }
+
+
+def test_a_manifest_from_before_there_was_an_index_is_read(ledger):
+    fields = {name: getattr(manifest(), name) for name in Manifest.__slots__}
+    for name in ("index", "tally", "gate"):
+        del fields[name]
+    content = json.dumps({"format": 1, **fields}).encode()
+    ledger.storage.put_if_absent("_batchgen/manifests/000001.json", content)
+    assert ledger.latest_manifest() == manifest()
+    assert (manifest().index, manifest().tally, manifest().gate) == (None, {}, [])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -401,6 +462,8 @@ def test_the_latest_manifest_is_the_highest_plans(ledger):
         {"num_skipped": 0},
         {"files": []},
         {"files": [{"name": "a", "num_rows": 12}, {"name": "b", "num_rows": 1}]},
+        {"index": {"name": "index.parquet", "num_rows": 11}},
+        {"index": {"name": "index.parquet", "num_rows": 13}},
         # Too few results and too many skipped rows must not cancel out.
         {"num_ok": 9, "num_skipped": 4},
     ],

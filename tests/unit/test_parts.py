@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import errno
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,29 +20,37 @@ from batchgen.records import Ordinal, Result, RowError
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.schema import dictionary_columns, part_schema, published_schema
 from batchgen.storage import LocalStorage
-from tests.fakes import batch, completion, results
+from tests.fakes import ANSWER, batch, completion, results
 
 ID = pa.schema([("id", pa.string())])
+ORIGIN = {"model": "tiny@7", "recipe": "r" * 32}
 BAD = RowError("prompt_too_long", "the prompt has 9 tokens, the model takes fewer than 8")
 OURS = [
     "text",
     "status",
+    "verdict",
     "finish_reason",
     "error_type",
     "error",
+    "attempts",
     "num_prompt_tokens",
     "num_cached_tokens",
     "num_output_tokens",
     "latency_s",
     "request_key",
     "run_id",
+    "model",
+    "recipe",
+    "engine",
 ]
 
 
 def writer(storage, carried=ID, *, prefix="gen_", epoch=3, worker=2) -> PartWriter:
-    schema = part_schema(carried, prefix)
+    schema = part_schema(carried, ANSWER, prefix)
     return PartWriter(
-        storage, "parts", PartContext("plan-a", epoch, worker, "run-9", schema, prefix)
+        storage,
+        "parts",
+        PartContext("plan-a", epoch, worker, "run-9", schema, prefix, origin=ORIGIN),
     )
 
 
@@ -61,6 +70,11 @@ def test_an_ok_row_and_an_error_row_are_these_values(storage):
         "id": "0/4",
         "gen_text": "0:4",
         "gen_status": "ok",
+        "gen_verdict": "ok",
+        "gen_attempts": 1,
+        "gen_model": "tiny@7",
+        "gen_recipe": "r" * 32,
+        "gen_engine": None,
         "gen_finish_reason": "stop",
         "gen_error_type": None,
         "gen_error": None,
@@ -76,6 +90,10 @@ def test_an_ok_row_and_an_error_row_are_these_values(storage):
         "_batchgen_row": 5,
         "id": "0/5",
         "gen_status": "error",
+        "gen_verdict": "error",
+        "gen_attempts": 0,
+        "gen_model": "tiny@7",
+        "gen_recipe": "r" * 32,
         "gen_error_type": "prompt_too_long",
         "gen_error": "the prompt has 9 tokens, the model takes fewer than 8",
         "gen_run_id": "run-9",
@@ -94,7 +112,7 @@ def test_a_refused_completion_is_an_error_row_that_keeps_its_key(storage):
 def test_an_empty_answer_is_an_ok_row(storage):
     given_batch = batch([0])
     empty = completion(0, text="", num_output_tokens=0, num_cached_tokens=0, latency_s=0.0)
-    result = Result(Ordinal(0, 0), given_batch, 0, "k" * 32, empty, None)
+    result = Result(Ordinal(0, 0), given_batch, 0, "k" * 32, empty, None, values=[""])
     (row,) = read(storage, writer(storage).commit([result], {}, {}))[0].to_pylist()
     assert row["gen_text"] == ""
     assert row["gen_status"] == "ok"
@@ -123,7 +141,9 @@ def test_the_footer_books_are_the_content(storage):
         num_errors=1,
         num_skipped=3,
         engine=engine,
+        tally={"verdict": {"ok": 3, "error": 1}, "attempts": {"1": 3, "0": 1}},
     )
+    assert table["gen_engine"].to_pylist() == ["fake 7"] * 4
     assert table.num_rows == footer.num_results == 4
 
 
@@ -143,7 +163,7 @@ def test_only_skipped_rows_make_a_part_without_rows_but_with_the_schema(storage)
     name = writer(storage).commit([], {0: Ranges.until(5)}, {})
     table, footer = read(storage, name)
     assert table.num_rows == 0
-    assert table.schema.remove_metadata() == part_schema(ID, "gen_")
+    assert table.schema.remove_metadata() == part_schema(ID, ANSWER, "gen_")
     assert (footer.num_skipped, footer.done) == (5, {0: Ranges.until(5)})
 
 
@@ -249,7 +269,9 @@ def test_a_carried_slice_of_a_larger_batch_gives_its_own_rows(storage):
 def test_a_text_of_any_unicode_comes_back(storage):
     text = "a\x00b\u2028\U0001f600\u00e9\r\n"
     given_batch = batch([0])
-    result = Result(Ordinal(0, 0), given_batch, 0, "k", completion(0, text=text), None)
+    result = Result(
+        Ordinal(0, 0), given_batch, 0, "k", completion(0, text=text), None, values=[text]
+    )
     table, _ = read(storage, writer(storage).commit([result], {}, {}))
     assert table["gen_text"].to_pylist() == [text]
 
@@ -285,11 +307,28 @@ def test_a_name_that_holds_other_rows_is_not_taken_for_success(storage):
 
 @pytest.mark.parametrize("prefix", ["gen_", "", "x."])
 def test_our_columns_follow_the_carried_ones_under_the_prefix(prefix):
-    schema = part_schema(pa.schema([("id", pa.string()), ("n", pa.int64())]), prefix)
+    schema = part_schema(pa.schema([("id", pa.string()), ("n", pa.int64())]), ANSWER, prefix)
     ours = [prefix + name for name in OURS]
     assert schema.names == ["_batchgen_segment", "_batchgen_row", "id", "n", *ours]
     assert published_schema(schema).names == ["id", "n", *ours]
     assert set(dictionary_columns(prefix)) <= set(ours)
+
+
+def test_seeds_are_kept_where_they_are_asked_for(storage):
+    schema = part_schema(ID, ANSWER, "gen_", with_seed=True)
+    out = PartWriter(
+        storage, "parts", PartContext("plan-a", 1, 0, "run-9", schema, "gen_", with_seed=True)
+    )
+    one, two = results(batch([0, 1]))
+    table, _ = read(storage, out.commit([one, replace(two, seed=2**62 - 1)], {}, {}))
+    assert table["gen_seed"].to_pylist() == [None, 2**62 - 1]
+    assert table.column_names.index("gen_seed") == table.column_names.index("gen_attempts") + 1
+
+
+def test_two_columns_of_one_name_are_refused():
+    answer = [*ANSWER, pa.field("status", pa.string())]
+    with pytest.raises(ConfigError, match="the schema's field 'status' is a column of batchgen's"):
+        part_schema(ID, answer, "gen_")
 
 
 @pytest.mark.parametrize(
@@ -297,4 +336,32 @@ def test_our_columns_follow_the_carried_ones_under_the_prefix(prefix):
 )
 def test_a_carried_column_of_our_name_is_refused(column, prefix):
     with pytest.raises(ConfigError, match=f"output.prefix: '{prefix}' makes the column '{column}'"):
-        part_schema(pa.schema([("id", pa.string()), (column, pa.string())]), prefix)
+        part_schema(pa.schema([("id", pa.string()), (column, pa.string())]), ANSWER, prefix)
+
+
+def test_a_carried_column_named_like_an_optional_one_of_ours_is_carried(storage):
+    carried = pa.record_batch({"id": ["a"], "seed": ["s"]})
+    schema = part_schema(carried.schema, ANSWER, "")
+    out = PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-9", schema, ""))
+    table, _ = read(storage, out.commit(results(batch([0], carried=carried)), {}, {}))
+    assert (table["seed"].to_pylist(), table["run_id"].to_pylist()) == (["s"], ["run-9"])
+
+
+def test_an_answer_column_may_be_named_seed(storage):
+    answer = [pa.field("seed", pa.string())]
+    schema = part_schema(ID, answer, "gen_")
+    out = PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-9", schema, "gen_"))
+    table, _ = read(storage, out.commit(results(batch([0])), {}, {}))
+    assert table["gen_seed"].to_pylist() == ["0:0"]
+
+
+def test_labels_are_counted_whatever_their_fields_are_called(storage):
+    kind = pa.struct([("a.b", pa.string()), ("", pa.string())])
+    schema = part_schema(ID, [pa.field("output", kind)], "gen_")
+    paths = [("output", "a.b"), ("output", "")]
+    context = PartContext("plan-a", 1, 0, "run-9", schema, "gen_", labels=paths)
+    rows = [replace(row, values=[{"a.b": "x", "": "y"}]) for row in results(batch([0, 1]))]
+    name = PartWriter(storage, "parts", context).commit(rows, {}, {})
+    _, footer = read(storage, name)
+    assert footer.tally["gen_output.a.b"] == {"x": 2}
+    assert footer.tally["gen_output."] == {"y": 2}

@@ -62,7 +62,11 @@ def test_a_plan_freezes_files_columns_and_recipe(tmp_path, prepared):
         "types": {},
         "format": None,
     }
-    assert plan.job["output"] == {"prefix": "gen_"}
+    assert plan.job["output"] == {
+        "prefix": "gen_",
+        "flatten": False,
+        "with_seed": False,
+    }
 
 
 def test_each_plan_has_an_id_of_its_own(prepared):
@@ -360,3 +364,30 @@ def test_first_prompts_are_of_rows_that_will_be_run(tmp_path, prepared):
         ("row 3", "[user]\nsay 3"),
         ("row 4", "[user]\nsay 4"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("gate", "problem"),
+    [
+        ({"drift_column": "gen_lable"}, "drift_column: 'gen_lable' holds no labels"),
+        ({"drift_column": "gen_label"}, "drift_column: 'gen_label' holds no labels"),
+        (
+            {"max_drift": 0.1},
+            "max_drift: the answer has no labels, expected output.choice or an enum in "
+            "output.schema",
+        ),
+    ],
+)
+def test_limits_for_labels_that_there_are_none_of_are_refused_in_every_run(make_job, gate, problem):
+    plan = freeze(prepare(make_job()), 1)
+    for known in (None, plan):
+        with pytest.raises(ConfigError, match=problem):
+            prepare(make_job(gate=gate), known)
+
+
+def test_a_typo_in_drift_column_is_found_when_a_run_goes_on(make_job):
+    choice = {"choice": ["a", "b"]}
+    plan = freeze(prepare(make_job(output=choice)), 1)
+    prepare(make_job(output=choice, gate={"drift_column": "gen_label", "max_drift": 0.1}), plan)
+    with pytest.raises(ConfigError, match="'gen_lable' holds no labels; did you mean 'gen_label'"):
+        prepare(make_job(output=choice, gate={"drift_column": "gen_lable"}), plan)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import itertools
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.config.model import PromptConfig
+from batchgen.config.model import Example, PromptConfig
 from batchgen.errors import ConfigError
-from batchgen.prompts import PromptBuilder, RequestBuilder, row_seed
+from batchgen.prompts import PromptBuilder, turns
 from batchgen.records import Ordinal, Request, Result, RowBatch, RowError
-from tests.fakes import batch, request_builder
+from batchgen.seeds import Seeds, row_seed
+from tests.fakes import batch, job, request_builder
 
 
 def built(values, **prompt):
@@ -253,15 +255,29 @@ def test_a_messages_column_is_the_chat_without_its_nulls():
             ("bad_messages", "column 'm'[1] has no role, expected {role, content}"),
         ),
         ([{"role": 3}], ("bad_messages", "column 'm'[0] has no role, expected {role, content}")),
+        *(
+            (
+                [{"role": "system", "content": "s"}, {"role": "user", "content": content}],
+                (
+                    "bad_messages",
+                    "column 'm'[1].content is neither text nor parts, expected a string or a "
+                    "list of parts {type, ...}",
+                ),
+            )
+            for content in (5, ["x"], [None], [{"text": "a"}], [{"type": 1}], {"type": "text"}, b"")
+        ),
     ],
 )
 def test_a_messages_column_that_is_no_chat_is_an_error(value, error):
     assert error_of({"m": value}, messages="m") == error
+    images = {"images": "i", "images_folder": "/"}
+    assert error_of({"m": value, "i": ["a.png"]}, messages="m", **images) == error
 
 
 def requests_of(values, *, recipe="recipe", seed=None, **prompt):
-    prompt = prompt or {"user": "{{ text }}"}
-    builder = RequestBuilder(PromptBuilder(PromptConfig(**prompt)), recipe, seed)
+    prompt = {"user": None, **prompt} if prompt else {"user": "{{ text }}"}
+    sampling = {"temperature": 0.0} if seed is None else {"temperature": 1.0, "seed": seed}
+    builder = request_builder(job(prompt=prompt, sampling=sampling), recipe=recipe)
     rows = RowBatch(
         2, range(10, 10 + len(values)), values, batch([0]).carried, {}, batch([0]).skipped
     )
@@ -337,7 +353,8 @@ def test_keys_are_equal_exactly_where_texts_are(texts):
     "content", ["\ud800", 2**70, {1, 2}, object(), b"x"], ids=["surrogate", "big", "set", "o", "b"]
 )
 def test_a_chat_that_is_not_json_is_an_error_row(content):
-    (result,) = requests_of([{"text": [{"role": "user", "content": content}]}], messages="text")
+    chat = [{"role": "user", "content": [{"type": "text", "text": content}]}]
+    (result,) = requests_of([{"text": chat}], messages="text")
     assert isinstance(result, Result)
     assert result.error.error_type == "bad_prompt"
     assert result.error.error.startswith("the prompt is not text: ")
@@ -394,6 +411,16 @@ def test_row_seeds_fit_what_vllm_takes(job_seed, segment, row):
     assert 0 <= row_seed(job_seed, Ordinal(segment, row)) < 2**62
 
 
+def test_every_attempt_and_every_later_plan_draws_otherwise():
+    at = Ordinal(3, 4)
+    seeds = {row_seed(7, at, attempt, plan) for attempt in (1, 2, 11) for plan in (0, 1, 11)}
+    assert len(seeds) == 9
+    assert row_seed(7, at) == row_seed(7, at, 1, 0)
+    warm = job(sampling={"temperature": 1.0, "seed": 7}).sampling
+    assert Seeds(warm, 2).of(at, {}, 3) == row_seed(7, at, 3, 2)
+    assert Seeds(warm, 2).of(at, {"temperature": 0}, 3) is None
+
+
 def test_row_seeds_differ_by_job_seed_segment_and_row():
     at = itertools.product((0, 1, 11), (0, 1, 11), (0, 1, 11))
     seeds = {row_seed(job, Ordinal(segment, row)) for job, segment, row in at}
@@ -414,3 +441,60 @@ def test_row_seeds_differ_by_job_seed_segment_and_row():
 )
 def test_a_null_may_be_tested_and_written_as_json(template, text):
     assert built({"null": None}, user=template) == [{"role": "user", "content": text}]
+
+
+EXAMPLES = [
+    {"user": "my card was charged twice", "assistant": {"label": "billing"}},
+    {"user": "where is it", "assistant": "shipping"},
+]
+
+
+def test_examples_stand_between_what_all_rows_share_and_the_row():
+    built = PromptBuilder(
+        PromptConfig(system="Label it.", user="{{ text }}", examples=EXAMPLES)
+    ).build({"text": "hello {{ not a template }}"})
+    assert built == [
+        {"role": "system", "content": "Label it."},
+        {"role": "user", "content": "my card was charged twice"},
+        {"role": "assistant", "content": '{"label":"billing"}'},
+        {"role": "user", "content": "where is it"},
+        {"role": "assistant", "content": "shipping"},
+        {"role": "user", "content": "hello {{ not a template }}"},
+    ]
+
+
+def images_of(value, **prompt):
+    prompt = prompt or {"user": "What is it?"}
+    built = PromptBuilder(PromptConfig(images="pics", **prompt)).build({"pics": value})
+    return built if isinstance(built, RowError) else built[-1]["content"]
+
+
+def test_images_stand_before_the_text_of_the_last_user_message():
+    parts = images_of(["https://example.org/a.png", b"\x89PNG", None])
+    assert parts == [
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {
+            "type": "image_url",
+            "image_url": {"url": "data:application/octet-stream;base64,iVBORw=="},
+        },
+        {"type": "text", "text": "What is it?"},
+    ]
+    assert images_of("/a b.png")[0]["image_url"]["url"] == "file:///a%20b.png"
+    relative = images_of("b.png", user="What is it?", images_folder="/pics")
+    assert relative[0]["image_url"]["url"] == "file:///pics/b.png"
+
+
+def test_a_row_without_an_image_is_a_plain_chat():
+    assert images_of(None) == images_of([]) == "What is it?"
+
+
+def test_what_is_no_image_is_the_rows_error():
+    assert images_of(7) == RowError("bad_image", "an image is int, expected a path, URL or bytes")
+
+
+def test_an_example_answer_is_written_as_json_whatever_integers_it_has():
+    small, large = ({"n": n, "t": "\u00e9", "x": [1e16, 0.5]} for n in (2**64 - 1, 2**70))
+    texts = [turns(Example(user="q", assistant=answer))[1]["content"] for answer in (small, large)]
+    assert texts[0] == '{"n":18446744073709551615,"t":"\u00e9","x":[1e+16,0.5]}'
+    assert texts[1].startswith('{"n":1180591620717411303424,"t":"\u00e9","x":[')
+    assert json.loads(texts[1]) == large

@@ -19,7 +19,7 @@ from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 from batchgen.sink.schema import part_schema, published_schema
 from batchgen.storage import LocalStorage
-from tests.fakes import batch, results
+from tests.fakes import ANSWER, batch, results
 
 CARRIED = pa.schema([("id", pa.string())])
 BAD = RowError("bad", "it is bad")
@@ -27,7 +27,7 @@ BAD = RowError("bad", "it is bad")
 
 def form(carried=CARRIED, **changes) -> SnapshotFormat:
     fields = {
-        "schema": part_schema(carried, "gen_"),
+        "schema": part_schema(carried, ANSWER, "gen_"),
         "prefix": "gen_",
         "compression": "zstd",
         "rows_per_file": 1000,
@@ -38,12 +38,20 @@ def form(carried=CARRIED, **changes) -> SnapshotFormat:
 
 
 def writer(storage, carried=CARRIED) -> PartWriter:
-    schema = part_schema(carried, "gen_")
+    schema = part_schema(carried, ANSWER, "gen_")
     return PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-1", schema, "gen_"))
 
 
 def footed(storage, name):
     return name, PartFooter.from_metadata(pq.read_metadata(storage.path(name)).metadata)
+
+
+def written(storage, folder, parts, how):
+    """The data files' entries; the index is always true to them."""
+    snapshot = write_snapshot(storage, folder, parts, how)
+    index = pq.read_table(storage.path(snapshot.index["name"]))
+    assert index.num_rows == snapshot.index["num_rows"] == read(storage, snapshot.files).num_rows
+    return snapshot.files
 
 
 def put(storage, *parts, skipped=None):
@@ -73,7 +81,7 @@ def test_out_of_order_parts_come_out_in_input_order(storage):
         [(0, 3), (2, 9), (1, 1)],
         [(2, 0), (0, 1), (1, 5)],
     )
-    files = write_snapshot(storage, "snap", parts, form())
+    files = written(storage, "snap", parts, form())
     assert ids(storage, files) == [
         "0/0", "0/1", "0/3", "0/7", "1/0", "1/1", "1/5", "2/0", "2/9",
     ]  # fmt: skip
@@ -82,16 +90,16 @@ def test_out_of_order_parts_come_out_in_input_order(storage):
 
 
 def test_the_published_file_has_our_schema_without_the_ordinal_and_the_metadata(storage):
-    files = write_snapshot(storage, "snap", put(storage, [(0, 0)]), form())
+    files = written(storage, "snap", put(storage, [(0, 0)]), form())
     (file,) = files
     schema = pq.read_schema(storage.path(file["name"]))
     assert schema.metadata == {b"batchgen.plan": b"plan-a"}
-    assert schema.remove_metadata() == published_schema(part_schema(CARRIED, "gen_"))
+    assert schema.remove_metadata() == published_schema(part_schema(CARRIED, ANSWER, "gen_"))
     assert not [name for name in schema.names if name.startswith("_batchgen")]
 
 
 def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
-    (file,) = write_snapshot(storage, "snap", put(storage, [(0, 0), (0, 1)]), form())
+    (file,) = written(storage, "snap", put(storage, [(0, 0), (0, 1)]), form())
     data = storage.read("snap/part-00000.parquet")
     assert file == {
         "name": "snap/part-00000.parquet",
@@ -99,7 +107,7 @@ def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
         "size_bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    assert storage.list("snap") == ["snap/part-00000.parquet"]
+    assert storage.list("snap") == ["snap/index.parquet", "snap/part-00000.parquet"]
     assert not storage.temps("snap")
 
 
@@ -109,7 +117,7 @@ def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
 )
 def test_files_hold_at_most_rows_per_file_across_segments(storage, rows_per_file, sizes):
     parts = put(storage, [(0, 2), (1, 0), (1, 3)], [(0, 0), (0, 1), (1, 1), (1, 2)])
-    files = write_snapshot(storage, "snap", parts, form(rows_per_file=rows_per_file))
+    files = written(storage, "snap", parts, form(rows_per_file=rows_per_file))
     assert [file["num_rows"] for file in files] == sizes
     assert [file["name"] for file in files] == [
         f"snap/part-{at:05d}.parquet" for at in range(len(sizes))
@@ -120,27 +128,27 @@ def test_files_hold_at_most_rows_per_file_across_segments(storage, rows_per_file
 
 
 def test_a_job_without_a_row_has_one_file_with_the_schema(storage):
-    (file,) = write_snapshot(storage, "snap", [], form())
+    (file,) = written(storage, "snap", [], form())
     table = pq.read_table(storage.path(file["name"]))
     assert (file["num_rows"], table.num_rows) == (0, 0)
-    assert table.schema.remove_metadata() == published_schema(part_schema(CARRIED, "gen_"))
+    assert table.schema.remove_metadata() == published_schema(part_schema(CARRIED, ANSWER, "gen_"))
 
 
 def test_skipped_rows_leave_no_trace(storage):
     parts = put(storage, [(0, 1)], skipped={0: Ranges.of([0, 2]), 3: Ranges.until(4)})
-    assert ids(storage, write_snapshot(storage, "snap", parts, form())) == ["0/1"]
+    assert ids(storage, written(storage, "snap", parts, form())) == ["0/1"]
 
 
 def test_a_job_of_skipped_rows_alone_has_one_empty_file(storage):
     parts = put(storage, skipped={0: Ranges.until(3)})
-    (file,) = write_snapshot(storage, "snap", parts, form())
+    (file,) = written(storage, "snap", parts, form())
     assert file["num_rows"] == 0
 
 
 def test_error_rows_stand_where_their_input_stood(storage):
     done = results(batch([0, 1, 2]), errors={1: BAD})
     name = writer(storage).commit(done[::-1], {}, {})
-    files = write_snapshot(storage, "snap", [footed(storage, name)], form())
+    files = written(storage, "snap", [footed(storage, name)], form())
     table = read(storage, files)
     assert table["gen_status"].to_pylist() == ["ok", "error", "ok"]
     assert table["gen_text"].to_pylist() == ["0:0", None, "0:2"]
@@ -149,7 +157,7 @@ def test_error_rows_stand_where_their_input_stood(storage):
 def test_two_parts_with_the_same_row_are_never_published(storage):
     parts = put(storage, [(0, 0), (0, 1)], [(0, 1), (0, 2)])
     with pytest.raises(AccountingError, match="two accepted parts hold the same row; not pub"):
-        write_snapshot(storage, "snap", parts, form())
+        written(storage, "snap", parts, form())
     assert storage.list("snap") == []
     assert not storage.temps("snap")
 
@@ -159,7 +167,7 @@ def test_one_part_with_the_same_row_twice_is_never_published(storage):
     name = writer(storage).commit(done, {}, {})
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
     with pytest.raises(AccountingError, match="hold the same row; not published"):
-        write_snapshot(storage, "snap", [(name, claimed)], form())
+        written(storage, "snap", [(name, claimed)], form())
 
 
 def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
@@ -168,7 +176,7 @@ def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
     with pytest.raises(
         DamagedPartError, match=r"s000000\.parquet: damaged \(gave 2 rows, its footer says 3\)"
     ):
-        write_snapshot(storage, "snap", [(name, claimed)], form())
+        written(storage, "snap", [(name, claimed)], form())
     assert not storage.temps("snap")
 
 
@@ -176,19 +184,19 @@ def test_a_part_with_a_row_of_a_segment_its_footer_does_not_name_is_never_publis
     ((name, _),) = put(storage, [(0, 0), (0, 1), (1, 0)])
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
     with pytest.raises(DamagedPartError, match="gave 2 rows, its footer says 3"):
-        write_snapshot(storage, "snap", [(name, claimed)], form())
+        written(storage, "snap", [(name, claimed)], form())
 
 
 def test_a_part_with_another_row_than_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 1), (0, 9)])
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
     with pytest.raises(DamagedPartError, match="holds a row that its footer does not name"):
-        write_snapshot(storage, "snap", [(name, claimed)], form())
+        written(storage, "snap", [(name, claimed)], form())
 
 
 def test_what_an_earlier_try_of_this_run_left_is_replaced(storage):
     storage.put_if_absent("snap/part-00000.parquet", b"torn")
-    files = write_snapshot(storage, "snap", put(storage, [(0, 0)]), form())
+    files = written(storage, "snap", put(storage, [(0, 0)]), form())
     assert ids(storage, files) == ["0/0"]
 
 
@@ -196,7 +204,7 @@ def test_a_part_that_is_gone_is_named(storage):
     parts = put(storage, [(0, 0)])
     storage.remove(parts[0][0])
     with pytest.raises(DamagedPartError, match=r"s000000\.parquet: damaged .*No such file"):
-        write_snapshot(storage, "snap", parts, form())
+        written(storage, "snap", parts, form())
 
 
 def flipped(storage):
@@ -212,14 +220,14 @@ def flipped(storage):
 
 def test_a_part_with_a_flipped_bit_is_named_and_never_published(storage):
     with pytest.raises(DamagedPartError, match=r"s000000\.parquet: damaged \(could not"):
-        write_snapshot(storage, "snap", [flipped(storage)], form())
+        written(storage, "snap", [flipped(storage)], form())
     assert storage.list("snap") == []
     assert not storage.temps("snap")
 
 
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "lz4", "gzip", "none"])
 def test_every_compression_that_the_job_file_offers_is_written(storage, compression):
-    (file,) = write_snapshot(storage, "s", put(storage, [(0, 0)]), form(compression=compression))
+    (file,) = written(storage, "s", put(storage, [(0, 0)]), form(compression=compression))
     column = pq.read_metadata(storage.path(file["name"])).row_group(0).column(0)
     wanted = {"none": "UNCOMPRESSED"}.get(compression, compression.upper())
     assert column.compression == wanted
@@ -253,7 +261,7 @@ def test_carried_types_are_published_from_several_parts(storage, data_type):
         part = pa.record_batch({"x": column.take(pa.array(rows))})
         name = out.commit(results(batch(rows, carried=part)), {}, {})
         parts.append(footed(storage, name))
-    files = write_snapshot(storage, "snap", parts, form(carried))
+    files = written(storage, "snap", parts, form(carried))
     table = read(storage, files)
     assert table.schema.field("x").type == data_type
     assert table["x"].to_pylist() == column.to_pylist()
@@ -264,7 +272,7 @@ def test_a_dictionary_with_small_indices_is_published(storage):
     data_type = pa.dictionary(pa.int8(), pa.string())
     carried = pa.record_batch({"x": pa.array(["a", "b"]).cast(data_type)})
     name = writer(storage, carried.schema).commit(results(batch([0, 1], carried=carried)), {}, {})
-    files = write_snapshot(storage, "snap", [footed(storage, name)], form(carried.schema))
+    files = written(storage, "snap", [footed(storage, name)], form(carried.schema))
     assert read(storage, files)["x"].to_pylist() == ["a", "b"]
 
 
@@ -283,7 +291,7 @@ def test_any_rows_in_any_parts_come_out_once_and_in_order(tmp_path_factory, draw
         if new:
             disjoint.append(new)
     parts = put(storage, *disjoint)
-    files = write_snapshot(storage, "snap", parts, form(rows_per_file=rows_per_file))
+    files = written(storage, "snap", parts, form(rows_per_file=rows_per_file))
     assert ids(storage, files) == [f"{seg}/{row}" for seg, row in sorted(seen)]
     assert sum(file["num_rows"] for file in files) == len(seen)
 
@@ -305,6 +313,6 @@ def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
         others = results(batch([5], segment=1)) if rows[0] == on_time[cut] else []
         name = out.commit([*others, *results(batch(rows))], {}, {})
         parts.append(footed(storage, name))
-    files = write_snapshot(storage, "snap", parts, form(rows_per_file=20_000))
+    files = written(storage, "snap", parts, form(rows_per_file=20_000))
     assert [file["num_rows"] for file in files] == [20_000, NUM_ROWS + 1 - 20_000]
     assert ids(storage, files) == [*(f"0/{row}" for row in range(NUM_ROWS)), "1/5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,13 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchgen.answers.retries import Ladder
 from batchgen.config.model import RunConfig
 from batchgen.errors import AccountingError, EngineDeadError, SourceError, StorageError
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.runner import Runner, Stop, StopSwitch
+from batchgen.seeds import Seeds
 from batchgen.stages import Committer, Feeder, OpenPart
 from batchgen.stats import RunStats
+from tests import fakes
 from tests.fakes import (
     FACTS,
     FakeClock,
@@ -27,6 +31,7 @@ from tests.fakes import (
     finish_all,
     finish_newest,
     finish_nothing,
+    judge_of,
     lose_all,
     request_builder,
 )
@@ -34,9 +39,10 @@ from tests.fakes import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from batchgen.config.model import JobConfig
     from batchgen.records import RowBatch
 
-BAD = RowError("invalid_json", "rows.jsonl:4: not JSON")
+BAD = RowError("bad_json", "rows.jsonl:4: not JSON")
 
 
 @dataclass
@@ -71,17 +77,22 @@ class Run:
         clock: FakeClock | None = None,
         on_tick: Callable[[Outcome], None] | None = None,
         commit: Callable[[OpenPart], None] | None = None,
+        job: JobConfig | None = None,
         **config: Any,
     ) -> None:
         clock = clock or FakeClock()
         self.outcome = Outcome(engine, RunStats(clock(), 0))
         self._on_tick = on_tick
-        self.feeder = Feeder(batches, request_builder())
+        made = job or fakes.job()
+        ids = itertools.count()
+        self.feeder = Feeder(batches, request_builder(made, ids=ids))
         self.runner = Runner(
             engine,
             self.feeder,
             Committer(commit or self.outcome.parts.append, 0.0, lambda _: None),
             self.outcome.stats,
+            judge=judge_of(made),
+            ladder=Ladder(made.retry, Seeds(made.sampling), ids),
             config=RunConfig(**{"grace_s": 20.0, **config}),
             clock=clock,
         )
@@ -174,7 +185,7 @@ def test_a_row_that_could_not_be_read_ends_as_an_error_without_the_engine():
     by_row = {result.ordinal.row: result for part in outcome.parts for result in part.results}
     assert sorted(by_row) == [0, 1, 2]
     assert (by_row[1].error, by_row[1].completion, by_row[1].request_key) == (BAD, None, None)
-    assert outcome.stats.error_types == {"invalid_json": 1}
+    assert outcome.stats.error_types == {"bad_json": 1}
     assert (outcome.stats.num_ok, outcome.stats.num_errors) == (2, 1)
 
 

@@ -21,6 +21,8 @@ def note(stats: RunStats, num_ok: int, num_errors: int = 0) -> None:
     """Each ok result has 10 tokens in, 4 of them cached, and 3 out."""
     rows = range(num_ok + num_errors)
     for result in results(batch(rows), errors=dict.fromkeys(rows[num_ok:], BAD)):
+        if result.completion is not None:
+            stats.note_attempt(result)
         stats.note(result)
 
 
@@ -37,6 +39,7 @@ def test_an_error_with_a_completion_counts_its_tokens():
         result.ordinal, result.batch, 0, "k", result.completion, RowError("invalid_answer", "x")
     )
     stats = RunStats(0.0, 1)
+    stats.note_attempt(refused)
     stats.note(refused)
     assert (stats.num_ok, stats.num_errors, stats.prompt_tokens) == (0, 1, 10)
 
@@ -126,6 +129,8 @@ def test_totals_are_over_the_time_that_the_engine_worked():
         "num_skipped": 0,
         "num_resumed": 4,
         "error_types": {"prompt_too_long": 2},
+        "num_retries": 0,
+        "verdicts": {"1": {"ok": 8}},
         "num_prompt_tokens": 80,
         "num_cached_tokens": 32,
         "num_output_tokens": 24,

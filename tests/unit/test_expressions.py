@@ -3,10 +3,24 @@
 import pyarrow as pa
 import pytest
 
-from batchgen.source.where import check_where, parse_where
+from batchgen.expressions import check_row_test, parse_row_test
 
 SCHEMA = pa.schema(
     {"id": pa.string(), "n": pa.int64(), "good": pa.bool_(), "at": pa.timestamp("us")}
+)
+ODD = pa.schema(
+    [
+        *SCHEMA,
+        pa.field("tags", pa.list_(pa.string())),
+        pa.field("wide", pa.decimal256(50)),
+        pa.field("__batchgen", pa.int64()),
+        pa.field("both", pa.struct({"a": pa.string(), "b": pa.list_(pa.int8(), 2)})),
+        pa.field("code", pa.dictionary(pa.int32(), pa.string())),
+        pa.field("day", pa.date32()),
+        pa.field("raw", pa.binary()),
+        pa.field("none", pa.null()),
+        pa.field("price", pa.decimal128(9, 2)),
+    ]
 )
 N = pa.array([1, None, 3, 4])
 
@@ -27,8 +41,8 @@ N = pa.array([1, None, 3, 4])
     ],
 )
 def test_null_counts_as_false(text, passed):
-    check_where(text, SCHEMA)
-    where = parse_where(text)
+    check_row_test("where", text, SCHEMA)
+    where = parse_row_test("where", text)
     columns = [N for _ in where.columns]
     assert where.keep(columns, 4)[0].to_pylist() == passed
     one_by_one = [where.keep([c[i : i + 1] for c in columns], 1)[0][0].as_py() for i in range(4)]
@@ -50,10 +64,19 @@ def test_null_counts_as_false(text, passed):
         "id = 'Shift'",
         "ABS(n) > 1",
         "CAST(n AS DOUBLE) / 2 > 0.5",
+        "CAST(id AS INTEGER) > 1",
+        "CAST(id || 'x' AS INTEGER) > 1",
+        "CAST(n + 500 AS TINYINT) > 1",
+        "DATE(id) > DATE '2020-01-01'",
+        "STRPTIME(id, '%Y-%m-%d') > DATE '2020-01-01'",
+        "ARRAY_LENGTH(tags) > 1 AND ARRAY_CONTAINS(tags, 'a')",
+        "both IS NOT NULL AND raw IS NOT NULL AND none IS NULL",
+        "code = 'a' AND price > 1 AND day > DATE '2020-01-01'",
+        "1 / n > 0 OR n % 0 = 1",
     ],
 )
 def test_tests_of_one_row_are_accepted(text):
-    assert check_where(text, SCHEMA) is None
+    assert check_row_test("where", text, ODD) is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +87,7 @@ def test_tests_of_one_row_are_accepted(text):
         ("", "is not an SQL expression"),
         ("random() > 0.5", "is not an SQL expression"),
         ("idd = 'a'", r"unknown column 'idd'; did you mean 'id'\?"),
-        ("zzzzz = 1", "unknown column 'zzzzz'; there are 'id', 'n', 'good', 'at'"),
+        ("zzzzz = 1", "unknown column 'zzzzz'; there are 'id', 'n', 'good', 'at', 'tags'"),
         ("n + 1", "gives Int64, expected a boolean"),
         ("id", "gives String, expected a boolean"),
         ("n > AVG(n)", "looks at other rows"),
@@ -85,15 +108,23 @@ def test_tests_of_one_row_are_accepted(text):
         ("at < NOW()", "reads the clock"),
         ("at < CURRENT_TIMESTAMP", "reads the clock"),
         ("at < CURRENT_DATE", "reads the clock"),
+        ("len(tags) < 4", r"where = 'len\(tags\) < 4': .*expected `String`, got `list"),
+        ("id = 1", "cannot compare string with numeric type"),
+        ("id ~ '('", "regex error"),
+        ("id ~ 'a' AND tags = 'a'", "cannot cast List"),
+        ("NOT id", "String|Utf8|casting|conversion"),
+        ("CAST('x' AS INT) = 1", "conversion from"),
+        ("__batchgen > 1", "a column named '__batchgen' cannot be read here, rename it"),
+        ("wide > 1", r"polars cannot read column 'wide' \(decimal256\(50, 0\)\)"),
     ],
 )
 def test_what_cannot_decide_a_row_by_itself_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        check_where(text, SCHEMA)
+        check_row_test("where", text, ODD)
 
 
 def test_a_failing_cast_names_the_reason_and_not_the_value():
-    where = parse_where("CAST(id AS INTEGER) > 1")
+    where = parse_row_test("where", "CAST(id AS INTEGER) > 1")
     passed, failed = where.keep([pa.array(["1", "2", "secret", "3", "hidden"])], 5)
     assert passed.to_pylist() == [False, True, False, True, False]
     assert list(failed) == [2, 4]
@@ -101,9 +132,20 @@ def test_a_failing_cast_names_the_reason_and_not_the_value():
         "where = 'CAST(id AS INTEGER) > 1' fails: conversion from `str` to `i32`"
     )
     assert "secret" not in failed[2]
-    tried = parse_where("TRY_CAST(id AS INTEGER) > 1").keep([pa.array(["2", "secret"])], 2)
+    tried = parse_row_test("where", "TRY_CAST(id AS INTEGER) > 1").keep(
+        [pa.array(["2", "secret"])], 2
+    )
     assert (tried[0].to_pylist(), tried[1]) == ([True, False], {})
 
 
 def test_a_column_named_as_ours_is_read():
-    assert parse_where("column_0 = 5").keep([pa.array([5, 6])], 2)[0].to_pylist() == [True, False]
+    assert parse_row_test("where", "column_0 = 5").keep([pa.array([5, 6])], 2)[0].to_pylist() == [
+        True,
+        False,
+    ]
+
+
+def test_len_is_understood_and_left_alone_in_quotes():
+    test = parse_row_test("where", "len(a) < 4 and a <> 'len(x)'")
+    kept, why = test.keep([pa.array(["abc", "abcd", "len(x)"])], 3)
+    assert (kept.to_pylist(), why) == ([True, False, False], {})

@@ -1,0 +1,144 @@
+"""`Judge`: completions to results. Every answer is read against its form and the job's rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from batchgen import arrow
+from batchgen.errors import ConfigError
+from batchgen.expressions import check_row_test, parse_row_test
+from batchgen.records import Result, RowError, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from batchgen.answers.columns import AnswerColumns
+    from batchgen.answers.form import Form, Reading
+    from batchgen.expressions import RowTest
+    from batchgen.records import Completion, Request
+
+WHERE = "[checks]"
+_FACTS: dict[str, tuple[pa.DataType, Callable[[Completion], Any]]] = {
+    "finish_reason": (pa.string(), lambda completion: completion.finish_reason),
+    "num_prompt_tokens": (pa.int32(), lambda completion: completion.num_prompt_tokens),
+    "num_output_tokens": (pa.int32(), lambda completion: completion.num_output_tokens),
+}
+"""Columns beside the answer's own that rules may read."""
+
+
+def rule_schema(carried: pa.Schema, columns: AnswerColumns, prefix: str) -> pa.Schema:
+    """Everything that a rule may read."""
+    facts = [pa.field(prefix + name, kind) for name, (kind, _) in _FACTS.items()]
+    ours = [field.with_name(prefix + field.name) for field in columns.fields]
+    return pa.schema([*carried, *ours, *facts])
+
+
+def check_rules(rules: Sequence[str], columns: pa.Schema) -> None:
+    """Refuse rules that cannot decide each row by itself.
+
+    Raises:
+        ConfigError: With every wrong rule.
+    """
+    problems = []
+    for at, text in enumerate(rules):
+        try:
+            check_row_test(f"rules[{at}]", text, columns)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(WHERE, problems)
+
+
+class Judge:
+    """Judges the answers of one job. Holds no row."""
+
+    def __init__(
+        self,
+        form: Form,
+        columns: AnswerColumns,
+        *,
+        rules: Sequence[str] = (),
+        prefix: str = "",
+        allow_cut: bool = False,
+    ) -> None:
+        """Bind to a job.
+
+        Args:
+            form: What an answer has to be.
+            columns: What it becomes.
+            rules: SQL expressions, checked before.
+            prefix: Of batchgen's columns, as rules name them.
+            allow_cut: Whether free text that ends at max_tokens counts as ok.
+        """
+        self._form = form
+        self._columns = columns
+        self._rules = [parse_row_test(f"rules[{at}]", text) for at, text in enumerate(rules)]
+        self._prefix = prefix
+        self._allow_cut = allow_cut and form.is_free
+
+    def judge(self, asked: Sequence[tuple[Request, Completion]]) -> list[Result]:
+        """One result each, in order; `error` says why an answer does not count."""
+        results = [self._read(request, completion) for request, completion in asked]
+        for rule in self._rules:
+            self._apply(rule, results)
+        return results
+
+    def _read(self, request: Request, completion: Completion) -> Result:
+        samples = completion.samples
+        error, verdict, values = completion.error, Verdict.ERROR, None
+        if error is None:
+            readings = [self._form.read(sample, request) for sample in samples]
+            best = _best(readings)
+            verdict, error = best.verdict, best.error
+            if verdict is Verdict.TRUNCATED and self._allow_cut:
+                error = None
+            values = self._columns.values(samples, readings)
+        return Result(
+            ordinal=request.ordinal,
+            batch=request.batch,
+            index=request.index,
+            request_key=request.request_key,
+            completion=completion,
+            error=error,
+            verdict=verdict,
+            values=values,
+            attempts=request.attempt,
+            seed=request.seed,
+        )
+
+    def _apply(self, rule: RowTest, results: list[Result]) -> None:
+        """Refuse those for which the rule is not true; in place."""
+        places = [at for at, result in enumerate(results) if result.error is None]
+        if not places:
+            return
+        tested = [results[at] for at in places]
+        arrays = [self._array(name, tested) for name in rule.columns]
+        passed, failures = rule.keep(arrays, len(tested))
+        for place, is_kept in enumerate(passed.to_pylist()):
+            if not is_kept:
+                why = failures.get(place, f"{rule.name} = {rule.text!r} is not true")
+                error = RowError(Verdict.REFUSED.value, why)
+                refused = replace(tested[place], error=error, verdict=Verdict.REFUSED)
+                results[places[place]] = refused
+
+    def _array(self, name: str, results: Sequence[Result]) -> pa.Array:
+        ours = name.removeprefix(self._prefix) if name.startswith(self._prefix) else None
+        for at, field in enumerate(self._columns.fields):
+            if field.name == ours:
+                return pa.array([r.values[at] for r in results if r.values], field.type)
+        if ours in _FACTS:
+            kind, fact = _FACTS[ours]
+            return pa.array([fact(r.completion) for r in results if r.completion], kind)
+        places = [(result.batch.carried, result.index) for result in results]
+        return arrow.gather(places, [name])[0].combine_chunks()
+
+
+def _best(readings: Sequence[Reading]) -> Reading:
+    """Of several samples: the first that is ok, since one good answer is an answer."""
+    for reading in readings:
+        if reading.verdict is Verdict.OK:
+            return reading
+    return readings[0]

@@ -1,0 +1,257 @@
+"""What vLLM answered, as `records.Sample`: log probabilities, reasoning and tool calls.
+
+Only for `vllm.py`, in the engine's process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgen.engine.encoder import one_line
+from batchgen.errors import ConfigError
+from batchgen.records import Sample, TokenLogprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.records import EngineSpec
+
+MIN_LOGPROB = math.log(1e-5)
+"""Below it a token was no real alternative: under a grammar nearly all have none at all."""
+WHERE = "model"
+KEPT_IN_TEXT = ("skip_special_tokens", "spaces_between_special_tokens")
+"""SamplingParams fields that parsers ask for: their marks are often special tokens."""
+
+
+class ParserError(Exception):
+    """A parser failed on an answer; of no use to any other."""
+
+
+class AnswerReader:
+    """Reads the outputs of one engine."""
+
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401
+        special_ids: frozenset[int],
+        splitter: Splitter | None,
+    ) -> None:
+        """Take what reading needs.
+
+        Args:
+            tokenizer: Only for tokens that vLLM has not decoded.
+            special_ids: Token ids that end an answer or are otherwise no text of it.
+            splitter: Splits a text into its parts; None where a text is an answer as it is.
+        """
+        self._decode: Callable[[list[int]], str] = tokenizer.decode
+        self._special_ids = special_ids
+        self._splitter = splitter
+
+    def read(self, output: Any, num_logprobs: int | None) -> list[Sample]:  # noqa: ANN401
+        """Read a finished RequestOutput.
+
+        Args:
+            output: vLLM's RequestOutput.
+            num_logprobs: `SamplingParams.logprobs` of its request.
+
+        Raises:
+            ParserError: A parser failed on one of the answers.
+        """
+        answers = sorted(output.outputs, key=lambda answer: answer.index)
+        if self._splitter is None and num_logprobs is None:
+            return [Sample(answer.text, answer.finish_reason) for answer in answers]
+        prompt_ids = output.prompt_token_ids
+        return [self._sample(answer, num_logprobs, prompt_ids) for answer in answers]
+
+    def _sample(
+        self,
+        answer: Any,  # noqa: ANN401
+        num_logprobs: int | None,
+        prompt_ids: Sequence[int],
+    ) -> Sample:
+        logprobs = None
+        if num_logprobs is not None and answer.logprobs is not None:
+            logprobs = self.token_logprobs(answer.token_ids, answer.logprobs, num_logprobs)
+        if self._splitter is None:
+            return Sample(answer.text, answer.finish_reason, logprobs)
+        text, reasoning, calls = self._splitter.split(answer.text, answer.token_ids, prompt_ids)
+        return Sample(text, answer.finish_reason, logprobs, reasoning, calls)
+
+    def token_logprobs(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[Mapping[int, Any]],
+        num_logprobs: int,
+    ) -> list[TokenLogprobs]:
+        """Turn vLLM's log probabilities into ours.
+
+        With vLLM's default `logprobs_mode`, raw_logprobs, they are of the model's distribution
+        before penalties, temperature and top_p, but after the grammar's mask: both runners apply
+        that to the logits before the sampler takes its copy (apply_grammar_bitmask in
+        v1/worker/gpu_model_runner.py and v1/worker/gpu/model_runner.py; v1/sample/sampler.py,
+        forward; 0.26 to 0.33). Seen on 0.32, CPU: the probabilities of the first tokens that a
+        choice allows sum up to 1.
+
+        Args:
+            token_ids: What was generated.
+            positions: One mapping of token id -> vLLM's Logprob a generated token: the likeliest
+                `num_logprobs`, and the one sampled if it is not among them.
+            num_logprobs: How many at most go to `top`; -1 for all.
+        """
+        return [
+            self._position(token_id, found, num_logprobs)
+            for token_id, found in zip(token_ids, positions, strict=True)
+        ]
+
+    def _position(self, token_id: int, found: Mapping[int, Any], num: int) -> TokenLogprobs:
+        likely = [item for item in found.items() if item[1].logprob >= MIN_LOGPROB]
+        likely.sort(key=lambda item: -item[1].logprob)
+        top = [
+            (self._token(other, entry), entry.logprob)
+            for other, entry in (likely if num < 0 else likely[:num])
+        ]
+        sampled = found[token_id]
+        return TokenLogprobs(self._token(token_id, sampled), sampled.logprob, top)
+
+    def _token(self, token_id: int, entry: Any) -> str | None:  # noqa: ANN401
+        if token_id in self._special_ids:
+            return None
+        token: str | None = entry.decoded_token
+        return token if token is not None else self._decode([token_id])
+
+
+def special_token_ids(tokenizer: Any, *more: int | Sequence[int] | None) -> frozenset[int]:  # noqa: ANN401
+    """Collect the token ids that are no text: the tokenizer's special ones, and `more`.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        more: Ids that end an answer: of generation_config.json, `stop_token_ids`.
+    """
+    ids = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    ids.update(number for number, token in added.items() if token.special)
+    for given in more:
+        ids.update([given] if isinstance(given, int) else given or ())
+    return frozenset(ids)
+
+
+class Splitter:
+    """Splits texts by vLLM's parsers of reasoning and tool calls, as vLLM's server does.
+
+    Source:
+        vllm/entrypoints/openai/chat_completion/serving.py, chat_completion_full_generator, and
+        vllm/parser, 0.26 to 0.33.
+    """
+
+    def __init__(self, spec: EngineSpec, tokenizer: Any) -> None:  # noqa: ANN401
+        """Take the parsers, which there are (`has_parser`), and try them with the tokenizer.
+
+        Raises:
+            ConfigError: A parser does not find its marks in the tokenizer, say.
+        """
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.parser.parser_manager import ParserManager
+
+        self._tokenizer = tokenizer
+        self._kwargs = dict(spec.chat_template_kwargs)
+        self._has_tools = spec.tool_call_parser is not None
+        self._has_reasoning = spec.reasoning_parser is not None
+        chat: dict[str, Any] = {"messages": [{"role": "user", "content": ""}]}
+        chat["tool_choice"] = "auto" if spec.tools else None
+        try:
+            self._request = ChatCompletionRequest(**chat, tools=list(spec.tools) or None)
+            self._parser_type = ParserManager.get_parser(
+                tool_parser_name=spec.tool_call_parser,
+                reasoning_parser_name=spec.reasoning_parser,
+                enable_auto_tools=self._has_tools,
+                model_name=spec.model,
+                is_harmony=_model_type(spec) == "gpt_oss",
+            )
+            before = self._request.model_copy()
+            adjusted = self._parser().adjust_request(self._request)
+        except Exception as exc:
+            raise ConfigError(WHERE, [_unfit(spec, exc)]) from exc
+        self.params = {
+            name: getattr(adjusted, name)
+            for name in KEPT_IN_TEXT
+            if getattr(adjusted, name) != getattr(before, name)
+        }
+        """SamplingParams fields without which the parsers would miss their marks."""
+
+    def _parser(self) -> Any:  # noqa: ANN401
+        # Parsers keep state: vLLM's server, too, takes a new one for each text.
+        return self._parser_type(
+            self._tokenizer, self._request.tools, chat_template_kwargs=self._kwargs
+        )
+
+    def split(
+        self, text: str, token_ids: Sequence[int], prompt_ids: Sequence[int]
+    ) -> tuple[str, str | None, list[tuple[str, str]] | None]:
+        """Return the answer, the reasoning and the tool calls (name, arguments as JSON text).
+
+        Where the reasoning never ended there is no answer: its text is empty.
+
+        Raises:
+            ParserError: vLLM's parser failed.
+        """
+        try:
+            parser = self._parser()
+            if hasattr(parser, "set_prompt_token_ids"):
+                parser.set_prompt_token_ids(prompt_ids)
+            reasoning, content, calls = parser.parse(
+                text,
+                self._request,
+                enable_auto_tools=self._has_tools,
+                model_output_token_ids=token_ids,
+            )
+        except Exception as exc:
+            raise ParserError(one_line(exc)) from exc
+        pairs = [(call.name, call.arguments) for call in calls or ()]
+        return content or "", reasoning, pairs if self._has_tools else None
+
+
+def has_parser(spec: EngineSpec) -> bool:
+    """Whether answers have to be split.
+
+    Raises:
+        ConfigError: vLLM does not have one of the parsers.
+    """
+    if spec.reasoning_parser is None and spec.tool_call_parser is None:
+        return False
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    known = {
+        "reasoning_parser": (spec.reasoning_parser, ReasoningParserManager),
+        "tool_call_parser": (spec.tool_call_parser, ToolParserManager),
+    }
+    problems = []
+    for key, (name, manager) in known.items():
+        names = manager.list_registered()
+        if name is not None and name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+            problems.append(f"{key} = {name!r}: vLLM has no such parser; {hint}")
+    if problems:
+        raise ConfigError(WHERE, problems)
+    return True
+
+
+def _unfit(spec: EngineSpec, exc: Exception) -> str:
+    given = {"reasoning_parser": spec.reasoning_parser, "tool_call_parser": spec.tool_call_parser}
+    names = " and ".join(f"{key} = {name!r}" for key, name in given.items() if name is not None)
+    return f"{names} cannot be used with this model: {one_line(exc)}"
+
+
+def _model_type(spec: EngineSpec) -> str | None:
+    """Read it before vLLM does; a model without config.json is vLLM's to refuse."""
+    try:
+        config = json.loads((Path(spec.model) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    found = config.get("model_type")
+    return found if isinstance(found, str) else None

@@ -1,0 +1,208 @@
+"""What a job asks of vLLM, in vLLM's own objects: sampling, grammars, adapters, a tokenizer.
+
+Only for `vllm.py`, in the engine's process, after it has prepared the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from batchgen.engine.encoder import one_line
+from batchgen.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from batchgen.records import EngineSpec
+
+MAX_VARIANTS = 64
+"""Rungs of a retry ladder, say; each more than that is built anew when it comes again."""
+BACKENDS = ("xgrammar", "guidance")
+"""In the order tried. Both are in every vLLM wheel, and say beforehand what they cannot do."""
+WHERE = "output"
+WHERE_GIVEN = "model.engine"
+SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
+"""What xgrammar writes before an error's text."""
+
+
+def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
+    """Load a tokenizer for us alone, the way that vLLM loads its own.
+
+    vLLM's loader and not `AutoTokenizer`: it corrects the class for some model types
+    (vllm/tokenizers/registry.py, 0.32) and knows `tokenizer_mode`.
+    """
+    from vllm.tokenizers import get_tokenizer
+
+    kwargs = spec.model_kwargs
+    tokenizer = get_tokenizer(
+        kwargs.get("tokenizer") or spec.model,
+        tokenizer_mode=kwargs.get("tokenizer_mode", "auto"),
+        trust_remote_code=kwargs.get("trust_remote_code", False),
+        revision=kwargs.get("tokenizer_revision"),
+    )
+    fast: Any = getattr(tokenizer, "_tokenizer", None)
+    if hasattr(fast, "encode_batch_fast"):
+        # tokenizer.json may switch both on; an offline prompt is never cut or filled silently.
+        fast.no_truncation()
+        fast.no_padding()
+    return tokenizer
+
+
+class Sampling:
+    """The job's SamplingParams, and those of requests that want something else."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        """Build the job's.
+
+        Args:
+            fields: SamplingParams fields; `structured_outputs` may be a mapping.
+
+        Raises:
+            Exception: vLLM's own; a value is wrong.
+        """
+        self._fields = fields
+        self.default = build_params(fields)
+        self._variant = lru_cache(MAX_VARIANTS)(self._build)
+
+    def of(self, params: Mapping[str, Any] | None) -> Any:  # noqa: ANN401
+        """Return the job's with `params` over them; shared, so not to be changed.
+
+        Raises:
+            Exception: vLLM's own, or of JSON: a value is wrong.
+        """
+        if params is None:
+            return self.default
+        # Not sorted: a model answers in the order of the schema's properties.
+        return self._variant(json.dumps(params))
+
+    def _build(self, text: str) -> Any:  # noqa: ANN401
+        return build_params({**self._fields, **json.loads(text)})
+
+
+def job_fields(llm: Any, spec: EngineSpec) -> dict[str, Any]:  # noqa: ANN401
+    """Overlay the job's sampling on the model's own (generation_config.json).
+
+    Explicit `SamplingParams` inherit nothing of the model's but its end tokens
+    (vllm/entrypoints/llm.py, get_default_sampling_params, 0.26 to 0.33).
+    """
+    return {**(llm.model_config.get_diff_sampling_param() or {}), **spec.sampling_params}
+
+
+def build_params(fields: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Build SamplingParams; `structured_outputs` may be a mapping.
+
+    Raises:
+        Exception: vLLM's own; a value is wrong.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = dict(fields)
+    if isinstance(structured := fields.get("structured_outputs"), Mapping):
+        fields["structured_outputs"] = StructuredOutputsParams(**structured)
+    # FINAL_ONLY: `add_request` leaves it CUMULATIVE, which costs twice and returns every step.
+    return SamplingParams.from_optional(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def structured_outputs_config(spec: EngineSpec) -> Mapping[str, Any]:
+    """Choose the grammar backend of the engine, and prove that it takes the job's grammar.
+
+    Always one by name, also where only requests may bring grammars. vLLM's `auto` chooses for
+    each request, but the engine compiles all of them with the backend of the first (vllm#43920;
+    v1/structured_output/__init__.py, grammar_init, 0.26 to 0.33): a schema that xgrammar was
+    found unfit for would be compiled by it all the same, and what it does not know it leaves
+    out. With a name, a request's grammar is checked for that backend, and is that row's error.
+
+    Whitespace in JSON stays the model's choice. `disable_any_whitespace` saves tokens, but a
+    model that learnt `": "` and may not write it answers worse: the sample's went from 95 % right
+    labels to 32 % (vLLM 0.32, xgrammar).
+
+    Returns:
+        vLLM's `structured_outputs_config`; what the job gives in `[model.engine]` stays.
+
+    Raises:
+        ConfigError: No backend takes the grammar. Told before a model is loaded; takes
+            milliseconds, a regex that is too hard at most VLLM_REGEX_COMPILATION_TIMEOUT_S.
+    """
+    given = spec.model_kwargs.get("structured_outputs_config") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(WHERE_GIVEN, [f"structured_outputs_config = {given!r} is not a table"])
+    fields = spec.sampling_params.get("structured_outputs")
+    backend = str(given.get("backend") or _first_fit(fields))
+    problem = grammar_problem(backend, fields) if backend in BACKENDS else None
+    if problem is not None:
+        raise _refusal(fields, [problem])
+    return {"backend": backend, **given}
+
+
+def _first_fit(fields: Mapping[str, Any] | None) -> str:
+    problems: list[str] = []
+    for backend in BACKENDS:
+        if (problem := grammar_problem(backend, fields)) is None:
+            return backend
+        problems.append(problem)
+    raise _refusal(fields, problems)
+
+
+def _refusal(fields: Mapping[str, Any] | None, problems: list[str]) -> ConfigError:
+    kind = next(iter(fields or ()), "structured_outputs")
+    what = {"json": "JSON schema"}.get(kind, kind)
+    text = f"vLLM cannot compile the {what}: {'; '.join(problems)}; leave that out of it"
+    return ConfigError(WHERE, [text])
+
+
+def grammar_problem(backend: str, fields: Mapping[str, Any] | None) -> str | None:
+    """Say in one line why a backend does not take a grammar; None if it does.
+
+    Source:
+        vllm/sampling_params.py, SamplingParams._validate_structured_outputs, 0.26 to 0.33, which
+        does the same for every request; it needs the model's configuration, this does not.
+    """
+    from vllm.v1.structured_output.backend_guidance import (
+        has_guidance_unsupported_json_features,
+        validate_guidance_grammar,
+    )
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    if not fields:
+        return None
+    validate = {"xgrammar": validate_xgrammar_grammar, "guidance": validate_guidance_grammar}
+    try:
+        # A copy for each: xgrammar's check writes a choice down as a grammar.
+        params = build_params({"structured_outputs": fields})
+        validate[backend](params)
+        schema = params.structured_outputs.json
+    except Exception as exc:  # noqa: BLE001 - vLLM's and its backends' errors share no base class
+        text = SOURCE_LINE.sub("", one_line(exc)).partition(": ")[2] or one_line(exc)
+        return f"{backend}: {text}"
+    if backend == "guidance" and schema is not None:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        if has_guidance_unsupported_json_features(schema):
+            return "guidance: the schema has patternProperties, which it leaves out"
+    return None
+
+
+def lora_requests(loras: Mapping[str, str]) -> dict[str, Any]:
+    """Give each adapter its vLLM request; their numbers count from 1."""
+    from vllm.lora.request import LoRARequest
+
+    return {
+        name: LoRARequest(name, number, folder)
+        for number, (name, folder) in enumerate(loras.items(), start=1)
+    }
+
+
+def load_loras(llm_engine: Any, requests: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Load every adapter once: a bad one that a row brought would end vLLM's core.
+
+    Raises:
+        EngineError: vLLM cannot use one.
+    """
+    for name, request in requests.items():
+        try:
+            llm_engine.add_lora(request)
+        except Exception as exc:
+            problem = f"adapter {name!r} ({request.lora_path}): {one_line(exc)}"
+            raise EngineError(problem) from exc

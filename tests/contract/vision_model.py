@@ -1,0 +1,70 @@
+"""A vision-language model of random weights, a few hundred kilobytes: Idefics3.
+
+    python -m tests.contract.vision_model FOLDER
+
+Of vLLM's vision models it is one that needs no torchvision, which the CPU build does not bring
+(checked with vLLM 0.32: llava, qwen2_vl, gemma3 and paligemma do).
+"""
+
+import sys
+from pathlib import Path
+
+TOKENIZER = Path(__file__).parents[2] / "sample_data" / "model"
+IMAGE_SIZE, PATCH_SIZE, SCALE = 56, 14, 2
+TEMPLATE = """{%- for message in messages -%}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
+{%- if part.type == "image" %}<image>{% else %}{{ part.text }}{% endif -%}
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def main(folder: str) -> None:
+    """Write model, tokenizer and processor."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        LlamaConfig,
+    )
+    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+    from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>"]})
+    tokenizer.chat_template = TEMPLATE
+    edge = {"longest_edge": IMAGE_SIZE}
+    pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
+    num_tokens = (IMAGE_SIZE // PATCH_SIZE // SCALE) ** 2
+    processor = Idefics3Processor(pictures, tokenizer, num_tokens, chat_template=TEMPLATE)
+    layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    vision = Idefics3VisionConfig(
+        **layers, num_attention_heads=2, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE
+    )
+    text = LlamaConfig(
+        **layers,
+        vocab_size=2624,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = Idefics3Config(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=SCALE,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    Idefics3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,410 @@
+"""The gate and `--retry-errors`, through the real command line on the echo engine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import batchgen
+from batchgen.ledger import STATE, Ledger
+from batchgen.storage import LocalStorage
+from tests.e2e.support import command, published, run_cli, wait_until, write_job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NUM_ROWS = 200
+STRICT = {"allow_truncated": False}
+AGAIN = [{"max_tokens": 100}]
+"""The rung that long rows need: no part of the recipe, so a finished job may get it."""
+
+
+def write_input(folder: Path, num_rows: int = NUM_ROWS) -> None:
+    """Every 4th row is too long for max_tokens = 40; some rows are bad, some blank."""
+    lines = []
+    for number in range(num_rows):
+        text = f"row {number} " + "lorem " * (8 if number % 4 == 0 else 1)
+        good = json.dumps({"id": number, "text": text})
+        lines.append("{bad" if number % 50 == 49 else "" if number % 70 == 69 else good)
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_job(folder: Path, **tables: Any) -> Path:
+    return write_job(folder, "in.jsonl", **{"checks": STRICT, "run": {"flush_rows": 20}, **tables})
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What a run publishes that had the rung from the start."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_input(folder)
+    job = make_job(folder, retry=AGAIN)
+    assert run_cli("run", job).returncode == 0
+    rows = published(folder / "out")
+    assert {row["gen_status"] for row in rows if row["gen_error_type"] is None} == {"ok"}
+    assert sum(row["gen_status"] == "error" for row in rows) == 4
+    return rows
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """54 of 198 rows are errors: 50 too long, 4 bad."""
+    write_input(tmp_path)
+    return make_job(tmp_path)
+
+
+def give_rung(job: Path, **tables: Any) -> Path:
+    return make_job(job.parent, retry=AGAIN, **tables)
+
+
+def run_json(*args: str | Path, code: int = 0) -> dict[str, Any]:
+    done = run_cli("run", *args, "--json")
+    assert done.returncode == code, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def ledger_of(job: Path) -> Ledger:
+    return Ledger(LocalStorage(job.parent / "out"))
+
+
+def assert_is_whole(job: Path, expected: list[dict[str, Any]]) -> None:
+    assert published(job.parent / "out") == expected
+    verdict = json.loads(run_cli("verify", job, "--json").stdout)
+    assert verdict["problems"] == []
+    assert verdict["num_planned"] == NUM_ROWS
+
+
+# --- the gate ---------------------------------------------------------------------------------
+
+
+def test_over_the_error_limit_nothing_is_published_and_examples_are_named(job: Path) -> None:
+    done = run_cli("run", job)
+    assert done.returncode == 3
+    limit, *examples, hint = done.stderr.splitlines()[-5:]
+    assert limit == (
+        "batchgen: 54 of 198 rows are errors, over gate.max_error_rate = 0.1; nothing published"
+    )
+    assert examples[0] == (
+        f"  {job.parent}/in.jsonl row 0: truncated: cut off at max_tokens or max_model_len, after "
+        "40 characters"
+    )
+    assert "--publish-anyway" in hint
+    assert not list((job.parent / "out").glob("part-*"))
+    (summary,) = (job.parent / "out" / STATE / "runs").glob("*/summary.json")
+    gate = json.loads(summary.read_text())["gate"]
+    assert [(entry["name"], entry["exceeded"]) for entry in gate] == [
+        ("max_error_rate", True),
+        ("max_truncated_rate", False),
+        ("max_retry_rate", False),
+    ]
+    assert gate[0]["figure"] == 54 / 198
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ({"max_truncated_rate": 0.01}, "50 of 198 rows are cut off at max_tokens, over"),
+        ({"max_retry_rate": 0.2}, "50 of 198 rows needed more than one attempt, over"),
+    ],
+)
+def test_other_limits_hold_a_job_back_too(job: Path, gate: dict[str, Any], told: str) -> None:
+    tables = {"retry": AGAIN} if "max_retry_rate" in gate else {}
+    make_job(job.parent, gate={"max_error_rate": 1.0, **gate}, **tables)
+    done = run_cli("run", job)
+    assert done.returncode == 3
+    assert told in done.stderr
+    assert f"{job.parent}/in.jsonl row 0: " in done.stderr
+
+
+def test_publish_anyway_publishes_warns_and_is_recorded(job: Path) -> None:
+    assert run_cli("run", job).returncode == 3
+    done = run_cli("run", job, "--publish-anyway")
+    assert done.returncode == 0, done.stderr
+    text = "54 of 198 rows are errors, over gate.max_error_rate = 0.1"
+    assert f"warning: published over a limit of the gate: {text}" in done.stdout
+    manifest = ledger_of(job).latest_manifest()
+    assert manifest is not None
+    assert [entry.get("overridden") for entry in manifest.gate] == [True, None, None]
+    assert manifest.tally["verdict"] == {"ok": 144, "truncated": 50, "error": 4}
+    assert len(batchgen.read(job.parent / "out").collect()) == 198
+
+
+def label_job(folder: Path, labels: list[str], **tables: Any) -> Path:
+    rows = [json.dumps({"label": label}) for label in labels]
+    (folder / "in.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    choice = {"choice": ["refund", "invoice", "other"]}
+    return write_job(folder, "in.jsonl", prompt={"user": "{{ label }}"}, output=choice, **tables)
+
+
+def test_labels_that_drift_from_the_last_snapshot_hold_the_next_one_back(tmp_path: Path) -> None:
+    limit = {"gate": {"max_drift": 0.1}}
+    job = label_job(tmp_path, ["refund"] * 12 + ["invoice"] * 88, **limit)
+    first = run_json(job)
+    assert [(e["column"], e["figure"]) for e in first["gate"] if e["name"] == "max_drift"] == [
+        ("gen_label", None)
+    ]
+    label_job(tmp_path, ["refund"] * 63 + ["invoice"] * 137, **limit)
+    done = run_cli("run", job, "--fresh")
+    assert done.returncode == 3
+    assert (
+        "gen_label has drifted by 0.195 from the last snapshot (invoice 88.0 % -> 68.5 %, refund "
+        "12.0 % -> 31.5 %), over gate.max_drift = 0.1; nothing published"
+    ) in done.stderr
+    assert run_json(job, "--publish-anyway")["state"] == "complete"
+    third = run_json(job, "--fresh")  # Compared with what was published, not with the first.
+    assert [e["figure"] for e in third["gate"] if e["name"] == "max_drift"] == [0.0]
+
+
+# --- --retry-errors ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_only_error_rows_run_again(
+    job: Path, expected: list[dict[str, Any]], *, is_published: bool
+) -> None:
+    first = run_cli("run", job, *(["--publish-anyway"] if is_published else []))
+    assert first.returncode == (0 if is_published else 3)
+    give_rung(job)
+    summary = run_json(job, "--retry-errors")
+    assert (summary["state"], summary["num_ok"], summary["num_errors"]) == ("complete", 194, 4)
+    assert summary["run"]["num_ok"] + summary["run"]["num_errors"] == 54
+    assert summary["num_carried"] == NUM_ROWS - 54
+    assert_is_whole(job, expected)
+    kept = batchgen.read(job.parent / "out").collect()["gen_run_id"].value_counts()
+    assert sorted(kept["count"]) == [54, 144]  # Rows that were taken over tell who answered them.
+
+
+def test_a_job_that_failed_again_is_held_back_again_and_may_be_tried_once_more(
+    job: Path, expected: list[dict[str, Any]]
+) -> None:
+    assert run_cli("run", job).returncode == 3
+    assert run_cli("run", job, "--retry-errors").returncode == 3
+    give_rung(job)
+    assert run_json(job, "--retry-errors")["state"] == "complete"
+    assert ledger_of(job).latest_plan_number() == 3
+    assert_is_whole(job, expected)
+
+
+SLOW = {"backend": "echo", "engine": {"max_num_seqs": 4, "step_s": 0.05}}
+"""Another recipe than that of `expected`: keys differ, rows do not."""
+
+
+def unkeyed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = {"gen_request_key", "gen_recipe"}
+    return [{name: row[name] for name in row if name not in keys} for row in rows]
+
+
+@pytest.mark.parametrize("num_durable", [1, NUM_ROWS - 54 + 5], ids=["taking over", "computing"])
+@pytest.mark.parametrize("is_published", [True, False])
+def test_killed_in_the_middle_it_goes_on_and_readers_see_the_old_snapshot_until_then(
+    job: Path, expected: list[dict[str, Any]], num_durable: int, *, is_published: bool
+) -> None:
+    tables = {"model": SLOW, "run": {"flush_rows": 5}}
+    make_job(job.parent, **tables)
+    run_cli("run", job, *(["--publish-anyway"] if is_published else []))
+    give_rung(job, **tables)
+    ledger = ledger_of(job)
+    with subprocess.Popen(
+        command("run", job, "--retry-errors"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_until(
+            lambda: (
+                (plan := ledger.latest_plan()) is not None
+                and plan.number == 2
+                and ledger.durable(plan).num_done >= num_durable
+            )
+        )
+        process.kill()
+    if is_published:
+        assert batchgen.read(job.parent / "out").collect()["gen_status"].value_counts()[
+            "count"
+        ].to_list() in ([54, 144], [144, 54])
+    facts = json.loads(run_cli("status", job, "--json").stdout)
+    assert (facts["state"], facts["retries_plan"]) == ("interrupted", 1)
+    assert num_durable <= facts["num_durable"] < NUM_ROWS
+    assert run_cli("verify", job).returncode == 0
+    resumed = run_json(job)
+    assert resumed["run"]["num_resumed"] == facts["num_durable"] + resumed["num_carried"]
+    assert resumed["num_carried"] <= max(0, NUM_ROWS - 54 - facts["num_durable"])
+    assert unkeyed(published(job.parent / "out")) == unkeyed(expected)
+
+
+def test_stopped_by_a_signal_it_goes_on(job: Path, expected: list[dict[str, Any]]) -> None:
+    make_job(job.parent, model=SLOW)
+    run_cli("run", job)
+    give_rung(job, model=SLOW)
+    ledger = ledger_of(job)
+    with subprocess.Popen(
+        command("run", job, "--retry-errors"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        wait_until(lambda: ledger.latest_epoch()[0] == 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert run_json(job, "--retry-errors")["state"] == "complete"
+    assert unkeyed(published(job.parent / "out")) == unkeyed(expected)
+
+
+def test_going_on_with_an_unfinished_job_comes_first(job: Path) -> None:
+    done = run_json(job, "--retry-errors", code=3)
+    assert done["warnings"] == [
+        "error rows are tried again once every row has ended: run with --retry-errors then"
+    ]
+    assert ledger_of(job).latest_plan_number() == 1
+
+
+def test_without_error_rows_there_is_nothing_to_do(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    job = make_job(tmp_path)
+    assert run_cli("run", job).returncode == 0
+    again = run_json(job, "--retry-errors")
+    assert again["state"] == "nothing_to_do"
+    assert again["reason"].startswith("there are no error rows to try again; already complete")
+    assert ledger_of(job).latest_plan_number() == 1
+
+
+def test_fresh_and_retry_errors_do_not_go_together(job: Path) -> None:
+    done = run_cli("run", job, "--fresh", "--retry-errors")
+    assert done.returncode == 2
+    assert "fresh runs every row again and retry_errors only some" in done.stderr
+    assert not (job.parent / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["recipe", "input", "new file"])
+def test_another_recipe_or_input_is_refused(job: Path, change: str) -> None:
+    (job.parent / "more").mkdir()
+    (job.parent / "in.jsonl").rename(job.parent / "more" / "in.jsonl")
+    make_job(job.parent, input={"path": "more/*.jsonl"})
+    assert run_cli("run", job, "--publish-anyway").returncode == 0
+    if change == "recipe":
+        give_rung(job, input={"path": "more/*.jsonl"}, prompt={"user": "Say: {{ text }}"})
+    elif change == "input":
+        with (job.parent / "more" / "in.jsonl").open("a") as file:
+            file.write('{"text": "new"}\n')
+    else:
+        (job.parent / "more" / "new.jsonl").write_text('{"text": "new"}\n')
+    done = run_cli("run", job, "--retry-errors")
+    assert done.returncode == 2
+    assert "this job is not the one that the output belongs to" in done.stderr
+    assert ledger_of(job).latest_plan_number() == 1
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [200, 3000, -100], ids=["page", "later page", "footer"])
+def test_a_damaged_published_file_is_repaired(tmp_path: Path, at: int) -> None:
+    write_input(tmp_path)
+    job = make_job(tmp_path, retry=AGAIN, output={"rows_per_file": 60})
+    assert run_cli("run", job).returncode == 0
+    whole = published(tmp_path / "out")
+    damaged = tmp_path / "out" / "part-00001.parquet"
+    flip(damaged, at)
+    found = run_cli("verify", job)
+    assert found.returncode == 1
+    assert "part-00001.parquet: " in found.stdout
+    assert "--retry-errors` computes them again" in found.stdout
+    summary = run_json(job, "--retry-errors")
+    assert any("part-00001.parquet: damaged" in text for text in summary["warnings"])
+    # The damaged file's rows, and the error rows of the others.
+    assert 60 <= summary["run"]["num_ok"] + summary["run"]["num_errors"] <= 64
+    assert run_cli("verify", job).returncode == 0
+    assert published(tmp_path / "out") == whole
+
+
+def test_damage_is_repaired_where_no_row_is_an_error(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"row {number}"}) for number in range(50)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    job = make_job(tmp_path)
+    assert run_cli("run", job).returncode == 0
+    whole = published(tmp_path / "out")
+    flip(tmp_path / "out" / "part-00000.parquet", 300)
+    assert run_json(job, "--retry-errors")["run"]["num_ok"] == 50
+    assert run_cli("verify", job).returncode == 0
+    assert published(tmp_path / "out") == whole
+
+
+def test_a_published_file_that_is_gone_is_computed_again(tmp_path: Path) -> None:
+    write_input(tmp_path)
+    job = make_job(tmp_path, retry=AGAIN, output={"rows_per_file": 60})
+    assert run_cli("run", job).returncode == 0
+    whole = published(tmp_path / "out")
+    manifest = ledger_of(job).latest_manifest()
+    assert manifest is not None
+    for path in (manifest.files[1]["name"], "part-00001.parquet"):
+        (tmp_path / "out" / path).unlink()
+    assert "--retry-errors` computes them again" in run_cli("verify", job).stdout
+    summary = run_json(job, "--retry-errors")
+    assert 60 <= summary["run"]["num_ok"] + summary["run"]["num_errors"] <= 64
+    assert_is_whole(job, whole)
+    assert len(list((tmp_path / "out").glob("part-*"))) == 4
+
+
+def test_a_damaged_index_is_named_and_only_fresh_helps(job: Path) -> None:
+    run_cli("run", job, "--publish-anyway")
+    ledger = ledger_of(job)
+    manifest = ledger.latest_manifest()
+    assert manifest is not None
+    assert manifest.index is not None
+    flip(ledger.storage.path(manifest.index["name"]), 10)
+    (problem,) = json.loads(run_cli("verify", job, "--json").stdout)["problems"]
+    assert "index.parquet: its bytes are not those that were published" in problem
+    done = run_cli("run", job, "--retry-errors")
+    assert done.returncode == 2
+    assert "index.parquet: damaged" in done.stderr
+    assert len(published(job.parent / "out")) == 198
+    assert run_cli("run", job, "--fresh", "--publish-anyway").returncode == 0
+    assert run_cli("verify", job).returncode == 0
+
+
+def test_if_only_rows_to_take_over_are_missing_no_engine_is_started(
+    job: Path, expected: list[dict[str, Any]]
+) -> None:
+    assert run_cli("run", job, "--publish-anyway").returncode == 0
+    give_rung(job, gate={"max_error_rate": 0.0})
+    assert run_cli("run", job, "--retry-errors").returncode == 3
+    ledger = ledger_of(job)
+    carried, *_ = ledger.storage.list(f"{STATE}/parts")
+    flip(ledger.storage.path(carried), 900)
+    assert run_cli("verify", job).returncode == 1
+    summary = run_json(job, "--publish-anyway")
+    assert (summary["state"], summary["engine"]) == ("complete", {})
+    assert summary["num_carried"] == NUM_ROWS - 54
+    assert_is_whole(job, expected)
+
+
+def test_a_base_that_another_run_publishes_meanwhile_is_read_where_it_is_then(
+    job: Path, expected: list[dict[str, Any]]
+) -> None:
+    """Its parts are gone, its snapshot is there."""
+    assert run_cli("run", job).returncode == 3
+    ledger = ledger_of(job)
+    parts = {name: ledger.storage.read(name) for name in ledger.storage.list(f"{STATE}/parts")}
+    run_cli("run", job, "--retry-errors")  # Held back: plan 2 has plan 1's parts as its base.
+    plan = ledger.latest_plan()
+    assert plan is not None
+    assert plan.base == {"plan": 1, "parts": list(parts), "generation": 1}
+    for name in ledger.storage.list(f"{STATE}/parts"):
+        if "/e000002" in name:
+            ledger.storage.remove(name)
+    other = job.parent / "out" / STATE
+    hidden = job.parent / "hidden"
+    hidden.mkdir()
+    for kind in ("plan", "epochs"):
+        (other / kind / "000002.json").rename(hidden / f"{kind}.json")
+    assert run_cli("run", job, "--publish-anyway").returncode == 0  # The frozen run of plan 1.
+    for kind in ("plan", "epochs"):
+        (hidden / f"{kind}.json").replace(other / kind / "000002.json")
+    assert not any(name in parts for name in ledger.storage.list(f"{STATE}/parts"))
+    give_rung(job)
+    summary = run_json(job)
+    assert summary["num_carried"] == NUM_ROWS - 54
+    assert_is_whole(job, expected)

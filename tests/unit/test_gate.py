@@ -1,0 +1,153 @@
+"""Figures and limits of the gate, from counts alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.config.answers import GateConfig
+from batchgen.errors import GateError
+from batchgen.gate import judge_gate, told, total_variation
+
+TALLY = {
+    "verdict": {"ok": 940, "truncated": 40, "error": 20},
+    "attempts": {"0": 20, "1": 900, "2": 70, "10": 10},
+}
+
+
+def judged(gate: dict, counts=(940, 60), tally=TALLY, last=None):
+    return {limit.name: limit for limit in judge_gate(GateConfig(**gate), counts, tally, last)}
+
+
+def test_every_figure_is_there_without_any_limit():
+    limits = judged({})
+    assert {name: limit.figure for name, limit in limits.items()} == {
+        "max_error_rate": 0.06,
+        "max_truncated_rate": 0.04,
+        "max_retry_rate": 0.08,
+    }
+    assert [limit.limit for limit in limits.values()] == [0.1, None, None]
+    assert not any(limit.is_exceeded for limit in limits.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "figure", "text"),
+    [
+        ("max_error_rate", 0.06, "60 of 1,000 rows are errors"),
+        ("max_truncated_rate", 0.04, "40 of 1,000 rows are cut off at max_tokens"),
+        ("max_retry_rate", 0.08, "80 of 1,000 rows needed more than one attempt"),
+    ],
+)
+def test_a_limit_is_exceeded_above_it_and_not_at_it(name, figure, text):
+    at = judged({name: figure})[name]
+    above = judged({name: figure - 0.001})[name]
+    assert (at.is_exceeded, above.is_exceeded) == (False, True)
+    assert told([at]) == ""
+    assert told([above]) == f"{text}, over gate.{name} = {figure - 0.001:g}"
+
+
+def test_a_job_without_results_exceeds_nothing():
+    limits = judged({"max_error_rate": 0, "max_truncated_rate": 0}, (0, 0), {}, {})
+    assert not any(limit.is_exceeded for limit in limits.values())
+
+
+def test_exceeded_limits_are_told_together():
+    limits = judge_gate(GateConfig(max_error_rate=0, max_retry_rate=0), (940, 60), TALLY, None)
+    assert told(limits) == (
+        "60 of 1,000 rows are errors, over gate.max_error_rate = 0; "
+        "80 of 1,000 rows needed more than one attempt, over gate.max_retry_rate = 0"
+    )
+
+
+def labels(**counts):
+    return {**TALLY, "gen_label": counts}
+
+
+def drift(gate, now, last):
+    return judged({"max_drift": 0.1, **gate}, tally=now, last=last)["max_drift"]
+
+
+def test_drift_is_the_total_variation_and_names_the_labels_that_moved_most():
+    last = labels(refund=12, invoice=50, other=20, praise=18)
+    limit = drift({}, labels(refund=63, invoice=100, other=1, praise=36), last)
+    assert limit.figure == pytest.approx(0.195)
+    assert limit.is_exceeded
+    assert limit.text == (
+        "gen_label has drifted by 0.195 from the last snapshot "
+        "(other 20.0 % -> 0.5 %, refund 12.0 % -> 31.5 %)"
+    )
+
+
+def test_alike_labels_have_not_drifted_and_new_ones_count():
+    assert drift({}, labels(a=1, b=3), labels(a=10, b=30)).figure == 0
+    assert drift({}, labels(c=4), labels(a=10, b=30)).figure == 1
+
+
+@pytest.mark.parametrize("last", [None, {}, TALLY, labels()])
+def test_without_labels_to_compare_with_drift_is_unknown_and_holds_nothing_back(last):
+    limit = drift({"max_drift": 0}, labels(a=1), last)
+    assert (limit.figure, limit.is_exceeded) == (None, False)
+    assert limit.as_dict()["figure"] is None
+    assert limit.text == "gen_label has no labels, or had none in the last snapshot, to compare"
+
+
+def test_each_label_column_has_its_drift_unless_one_is_chosen():
+    now = {**labels(a=1), "gen_output.tone": {"kind": 4}}
+    last = {**labels(b=1), "gen_output.tone": {"kind": 9}}
+    limits = judge_gate(GateConfig(), (5, 0), now, last)[3:]
+    assert [(limit.column, limit.figure) for limit in limits] == [
+        ("gen_label", 1.0),
+        ("gen_output.tone", 0.0),
+    ]
+    only = judge_gate(GateConfig(drift_column="gen_output.tone"), (5, 0), now, last)[3:]
+    assert [limit.column for limit in only] == ["gen_output.tone"]
+
+
+def test_a_column_of_labels_that_is_not_there_is_told_and_not_passed_over():
+    (limit,) = judge_gate(GateConfig(drift_column="gen_x", max_drift=0.1), (5, 0), TALLY, TALLY)[3:]
+    assert (limit.column, limit.figure) == ("gen_x", None)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.integers(0, 50)),
+    st.dictionaries(st.sampled_from("abcd"), st.integers(0, 50)),
+)
+def test_total_variation_is_a_distance(p, q):
+    found = total_variation(p, q)
+    assert found == total_variation(q, p)  # To the last bit: limits must not flicker.
+    if not sum(p.values()) or not sum(q.values()):
+        assert found is None
+    else:
+        assert -1e-9 <= found <= 1 + 1e-9
+        assert total_variation(p, p) == 0
+
+
+def test_a_limit_as_plain_values():
+    limit = judged({"max_error_rate": 0.05})["max_error_rate"]
+    plain = {
+        "name": "max_error_rate",
+        "figure": 0.06,
+        "limit": 0.05,
+        "text": "60 of 1,000 rows are errors",
+        "exceeded": True,
+    }
+    assert limit.as_dict() == plain
+    assert limit.as_dict(is_overridden=True) == {**plain, "overridden": True}
+    passed = judged({})["max_error_rate"]
+    assert passed.as_dict(is_overridden=True) == {**plain, "limit": 0.1, "exceeded": False}
+
+
+def test_the_error_shows_examples_and_what_to_do():
+    error = GateError(
+        "6 of 9 rows are errors, over gate.max_error_rate = 0.1", [{"name": "x"}], ["a", "b"]
+    )
+    assert str(error).splitlines() == [
+        "6 of 9 rows are errors, over gate.max_error_rate = 0.1; nothing published",
+        "  a",
+        "  b",
+        "`batchgen show JOB --errors` shows error rows, `batchgen run JOB --retry-errors` tries "
+        "them again; to publish all the same, run again with --publish-anyway or with a higher "
+        "limit",
+    ]
+    assert (error.exit_code, error.gate) == (3, ({"name": "x"},))
