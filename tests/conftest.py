@@ -8,7 +8,7 @@ import pytest
 
 from batchgen.config.load import parse_job
 from batchgen.storage import LocalStorage
-from tests.fakes import write_jsonl
+from tests.fakes import tables_of_job, write_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,16 +35,7 @@ def job_tables(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def make(rows: Sequence[Any] | None = ROWS, **tables: dict[str, Any]) -> dict[str, Any]:
         if rows is not None:
             write_jsonl(tmp_path / "rows.jsonl", rows)
-        job: dict[str, dict[str, Any]] = {
-            "input": {"path": "rows.jsonl"},
-            "prompt": {"user": "{{ text }}"},
-            "model": {"backend": "echo"},
-            "sampling": {"max_tokens": 32, "temperature": 0.0},
-            "output": {"path": "out"},
-        }
-        for name, table in tables.items():
-            job[name] = {**job.get(name, {}), **table}
-        return job
+        return tables_of_job(**tables)
 
     return make
 

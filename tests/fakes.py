@@ -192,8 +192,8 @@ def results(given: RowBatch, *, errors: Mapping[int, RowError] | None = None) ->
     ]
 
 
-def job(**tables: Any) -> JobConfig:
-    """A job that asks for each row's `text`, with tables or keys of them otherwise."""
+def tables_of_job(**tables: Any) -> dict[str, Any]:
+    """A job that asks for each row's `text`; keywords are tables whose keys replace or join."""
     given: dict[str, Any] = {
         "input": {"path": "rows.jsonl"},
         "prompt": {"user": "{{ text }}"},
@@ -203,7 +203,12 @@ def job(**tables: Any) -> JobConfig:
     }
     for name, table in tables.items():
         given[name] = {**given.get(name, {}), **table} if isinstance(table, dict) else table
-    return JobConfig.model_validate(given)
+    return given
+
+
+def job(**tables: Any) -> JobConfig:
+    """The same, checked; its files are not read."""
+    return JobConfig.model_validate(tables_of_job(**tables))
 
 
 def request_builder(
