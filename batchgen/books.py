@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from batchgen.ranges import Ranges
@@ -31,6 +32,20 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """An earlier plan that a later one takes rows over from.
+
+    A source of answers and no more: what counts are the later plan's own parts. So whatever
+    happens to it (another run publishes it, a disk eats it) can cost work, never a row.
+    """
+
+    plan: int
+    """Its number."""
+    parts: Sequence[str] = ()
+    """Its accepted parts, used while it has no manifest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A job, frozen: what goes in and what is asked of it."""
 
@@ -49,15 +64,17 @@ class Plan:
     segments: Sequence[Segment]
     is_cut: bool = False
     """`input.limit` was filled: files after the last segment are not wanted."""
-    base: Mapping[str, Any] | None = None
-    """Where rows that are ok already are taken from, for a plan that tries errors again: `plan`,
-    the number of an earlier one, and `parts`, its accepted parts, used while it has no manifest.
-    A source of answers and no more: what counts are this plan's own parts."""
+    bases: Sequence[Base] = ()
+    """Where rows that are answered already are taken from, the newest plan first."""
+    takes_errors: bool = True
+    """Whether the bases' error rows are taken over like the others, or run again."""
+    generation: int = 0
+    """How many plans up to this one have tried errors again."""
 
     @property
-    def generation(self) -> int:
-        """How many plans in a row have tried errors again; seeds differ by it."""
-        return int((self.base or {}).get("generation", 0))
+    def seed_generation(self) -> int:
+        """By what seeds differ, where errors are tried again; other rows get those of a new job."""
+        return 0 if self.takes_errors else self.generation
 
     @property
     def num_rows(self) -> int:
@@ -171,3 +188,40 @@ class Manifest:
             f"{self.num_skipped} skipped, {num_in_files} rows in the files, {num_in_index} in "
             "the index"
         )
+
+
+def disjoint(parts: list[Part], rejected: dict[str, str]) -> list[Part]:
+    """Leave out parts that hold a row of an earlier one, and note them as rejected."""
+    # Nearly always there are none, which sorting tells faster than adding up.
+    return parts if _are_disjoint(parts) else _first_of_each_row(parts, rejected)
+
+
+def _are_disjoint(parts: Sequence[Part]) -> bool:
+    """Whether no row is in two parts."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for part in parts:
+        for segment, rows in part.footer.done.items():
+            spans.setdefault(segment, []).extend(rows.spans)
+    return all(
+        this[1] <= following[0]
+        for found in spans.values()
+        for this, following in pairwise(sorted(found))
+    )
+
+
+def _first_of_each_row(parts: Sequence[Part], rejected: dict[str, str]) -> list[Part]:
+    """The parts but those that hold a row of an earlier one; these are noted as rejected."""
+    accepted: list[Part] = []
+    taken: dict[int, Ranges] = {}
+    for part in parts:
+        done = part.footer.done
+        twice = {segment: rows & taken.get(segment, NO_ROWS) for segment, rows in done.items()}
+        found = next(((seg, rows) for seg, rows in twice.items() if rows), None)
+        if found is not None:
+            row = found[1].spans[0][0]
+            rejected[part.name] = f"row {row} of segment {found[0]} is in another part already"
+            continue
+        accepted.append(part)
+        for segment, rows in done.items():
+            taken[segment] = taken.get(segment, NO_ROWS) | rows
+    return accepted

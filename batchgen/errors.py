@@ -77,15 +77,26 @@ class RecipeChangedError(BatchgenError):
 
     exit_code = ExitCode.REFUSED
 
-    def __init__(self, where: str, changes: Sequence[str]) -> None:
+    def __init__(self, where: str, changes: Sequence[str], *, is_finished: bool = True) -> None:
         self.where = where
         self.changes = tuple(changes)
         lines = "".join(f"\n  {change}" for change in self.changes)
+        ways = _WAYS if is_finished else _WAYS_UNFINISHED
         super().__init__(
-            f"{where}: this job is not the one that the output belongs to:{lines}\n"
-            "undo the change, choose another output.path, or start anew with --fresh "
-            "(what is published stays until the new snapshot is complete)"
+            f"{where}: this job is not the one that the output belongs to:{lines}\n{ways}"
         )
+
+
+_WAYS = (
+    "undo the change; or --accept-recipe: every row again, into a new snapshot; or --accept-recipe "
+    "--only-errors: only rows that are errors, edited or new; or choose another output.path "
+    "(what is published stays until the new snapshot is complete)"
+)
+_WAYS_UNFINISHED = (
+    "undo the change and finish what was begun; or --accept-recipe: go on by the job as it is now; "
+    "or --fresh: begin anew (what is published stays until the new snapshot is complete); or "
+    "choose another output.path"
+)
 
 
 class OutputError(BatchgenError):

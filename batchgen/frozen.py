@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.config import recipe as recipes
 from batchgen.errors import InputChangedError, SourceError
-from batchgen.inputs import stat_input
+from batchgen.inputs import InputStat, is_url, stat_input
 from batchgen.source.files import find_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from batchgen.books import Plan, Segment
     from batchgen.config.model import JobConfig
@@ -41,17 +41,17 @@ def input_changes(plan: Plan, reader: Reader) -> list[str]:
     return found
 
 
-def new_files(plan: Plan, job: JobConfig) -> Sequence[str]:
-    """Files that came after the plan was frozen. A limit that is filled wants no more."""
-    if plan.is_cut:
-        return []
-    planned = {segment.path for segment in plan.segments}
+def has_other_files(plan: Plan, job: JobConfig) -> bool:
+    """Whether the input's files are others than the plan's, or in another order.
+
+    Raises:
+        SourceError: There is none any more, or it is not what its name says.
+    """
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    try:
-        _, files = find_files(paths, job.input.format)
-    except SourceError:
-        return []  # What is gone or of another format is no new file; changes are told apart.
-    return [path for path in files if path not in planned]
+    _, files = find_files(paths, job.input.format)
+    planned = [segment.path for segment in plan.segments]
+    # A limit that is filled wants no more files.
+    return (files[: len(planned)] if plan.is_cut else files) != planned
 
 
 def difference(segment: Segment, reader: Reader) -> str | None:
@@ -63,7 +63,7 @@ def difference(segment: Segment, reader: Reader) -> str | None:
     now = stat_input(segment.path)
     if now.size_bytes != segment.size_bytes:
         return f"has {now.size_bytes} bytes, planned with {segment.size_bytes}"
-    if now.version == segment.version:
+    if now.is_still(InputStat(segment.size_bytes, segment.version)):
         return None
     if reader.digest_prefix(segment.path, segment.size_bytes) == segment.digest:
         return None
@@ -89,9 +89,33 @@ def check_unchanged(segment: Segment, reader: Reader) -> None:
 def read_rows(
     plan: Plan, todo: Mapping[int, Ranges], reader: Reader, spec: ReadSpec
 ) -> Iterator[RowBatch]:
-    """Yield the rows of `todo`, segment by segment, checking each file before and after."""
+    """Yield the rows of `todo`, segment by segment.
+
+    Each batch was read before its file was seen to be the plan's, so that no row of a file that
+    moves is taken for the row that was planned there.
+
+    Raises:
+        InputChangedError: A file changed or vanished.
+    """
     for number, segment in enumerate(plan.segments):
         if rows := todo.get(number):
             check_unchanged(segment, reader)
-            yield from reader.read(segment.path, number, rows, spec)
+            seen = InputStat(segment.size_bytes, segment.version)
+            for batch in reader.read(segment.path, number, rows, spec):
+                # Asking for a remote file's state takes a round trip: it is asked once, at the end.
+                if not is_url(segment.path):
+                    seen = _still(segment, reader, seen)
+                yield batch
             check_unchanged(segment, reader)
+
+
+def _still(segment: Segment, reader: Reader, seen: InputStat) -> InputStat:
+    """Check a file whose state is not the one that was last found good; return its state."""
+    try:
+        now = stat_input(segment.path)
+    except SourceError:
+        now = seen  # It vanished: told by the check.
+        check_unchanged(segment, reader)
+    if now != seen:
+        check_unchanged(segment, reader)
+    return now

@@ -55,6 +55,7 @@ def judge_gate(
     counts: tuple[int, int],
     tally: Mapping[str, Mapping[str, int]],
     last: Mapping[str, Mapping[str, int]] | None,
+    num_last: int | None = None,
 ) -> list[Limit]:
     """Return every figure of the gate, whether a limit is set for it or not.
 
@@ -63,6 +64,7 @@ def judge_gate(
         counts: Results that are ok, and that are errors.
         tally: Of all results, see `sink.tally`.
         last: The same of the last published snapshot of an earlier plan, None if there is none.
+        num_last: How many results that snapshot has, ok and errors.
     """
     num_ok, num_errors = counts
     num_results = num_ok + num_errors
@@ -90,12 +92,23 @@ def judge_gate(
     for column in columns if gate.drift_column is None else [gate.drift_column]:
         before = None if last is None else last.get(column)
         limits.append(_drift(column, gate.max_drift, tally.get(column, {}), before))
+    if num_last is not None or gate.max_shrink is not None:
+        limits.append(_shrink(gate.max_shrink, num_results, num_last))
     return limits
 
 
 def _rate(name: str, limit: float | None, count: int, num_results: int, what: str) -> Limit:
     figure = count / num_results if num_results else 0.0
     return Limit(name, figure, limit, f"{count:,} of {num_results:,} rows {what}")
+
+
+def _shrink(limit: float | None, num_now: int, num_last: int | None) -> Limit:
+    """By how much fewer the rows are; files that went missing show here and nowhere else."""
+    if num_last is None:
+        return Limit("max_shrink", None, limit, "there is no last snapshot to compare with")
+    num_gone = max(num_last - num_now, 0)
+    text = f"{num_now:,} rows are {num_gone:,} fewer than the {num_last:,} of the last snapshot"
+    return Limit("max_shrink", num_gone / num_last if num_last else 0.0, limit, text)
 
 
 def _drift(

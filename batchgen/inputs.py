@@ -15,7 +15,11 @@ class InputStat:
 
     size_bytes: int
     version: str
-    """mtime in ns for a local file, ETag or the like for a remote one."""
+    """mtime in ns for a local file, ETag or the like for a remote one; empty: it tells nothing."""
+
+    def is_still(self, other: InputStat) -> bool:
+        """Whether a file that was `other` has not changed, as told without reading it."""
+        return self == other and bool(self.version)
 
 
 def is_url(path: str) -> bool:

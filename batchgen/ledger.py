@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.books import NO_ROWS, Durable, Epoch, Manifest, Part, Plan, Segment
+from batchgen import row_digests
+from batchgen.books import Base, Durable, Epoch, Manifest, Part, Plan, Segment, disjoint
 from batchgen.errors import AccountingError, FencedError, OutputError
 from batchgen.footer import PartFooter
 from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from batchgen.ranges import Ranges
     from batchgen.storage import LocalStorage
 
 STATE = "_batchgen"
@@ -72,7 +72,9 @@ class Ledger:
         fields = self._read_json(name)
         try:
             segments = [Segment(**segment) for segment in fields.pop("segments")]
-            return Plan(**fields, segments=segments)
+            fields.pop("base", None)  # As it was before there could be several.
+            bases = tuple(_base(**base) for base in fields.pop("bases", ()))
+            return Plan(**fields, segments=segments, bases=bases)
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
 
@@ -147,20 +149,14 @@ class Ledger:
 
     def parts(self, plan: Plan, names: Collection[str]) -> Durable:
         """Those of the named parts that are whole and fit the plan."""
-        parts: list[Part] = []
         rejected = self._rejected(names)
-        taken: dict[int, Ranges] = {}
+        parts: list[Part] = []
         for name in sorted(set(names) - rejected.keys()):
             try:
-                footer = self._footer(name, plan)
-                _check_disjoint(footer, taken)
+                parts.append(Part(name, self._footer(name, plan)))
             except ValueError as error:
                 rejected[name] = str(error)
-                continue
-            for segment, rows in footer.done.items():
-                taken[segment] = taken.get(segment, NO_ROWS) | rows
-            parts.append(Part(name, footer))
-        return Durable(parts, rejected)
+        return Durable(disjoint(parts, rejected), rejected)
 
     def reject(self, name: str, why: str) -> None:
         """Leave a part out of every later claim; for damage that its footer does not show."""
@@ -271,7 +267,8 @@ class Ledger:
         """
         folder = f"{STATE}/parts"
         self._remove_old(self.storage.list(folder), manifest.epoch)
-        for temp in (*self.storage.temps(folder), *self.storage.temps("")):
+        folders = (folder, row_digests.FOLDER, "")
+        for temp in (temp for name in folders for temp in self.storage.temps(name)):
             if _epoch_of(temp.name) <= manifest.epoch:
                 self.storage.remove_path(temp)
         named = {folder_of(manifest) for manifest in self._manifests()}
@@ -309,17 +306,13 @@ class Ledger:
         )
 
 
+def _base(plan: int, parts: Sequence[str] = ()) -> Base:
+    return Base(plan, tuple(parts))
+
+
 def folder_of(manifest: Manifest) -> str:
     """Where the snapshot's files are."""
     return f"{STATE}/snapshots/e{manifest.epoch:06d}"
-
-
-def _check_disjoint(footer: PartFooter, taken: Mapping[int, Ranges]) -> None:
-    for segment, rows in footer.done.items():
-        twice = rows & taken.get(segment, NO_ROWS)
-        if twice:
-            msg = f"row {twice.spans[0][0]} of segment {segment} is in another part already"
-            raise ValueError(msg)
 
 
 def _numbered(kind: str, number: int) -> str:

@@ -1,14 +1,11 @@
-"""A job file to a frozen plan: cheap checks first, the pass over the input after.
+"""A job file and its input, checked: everything that can refuse a job in milliseconds.
 
-`prepare` finds everything that can refuse a job in milliseconds, before a model is loaded.
-`freeze` reads the input once, counting and hashing; it may run while the engine starts.
+Neither the model nor the input is loaded; `freezing` makes a plan of what is prepared here.
 """
 
 from __future__ import annotations
 
 import base64
-import secrets
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -21,27 +18,22 @@ from batchgen.answers.columns import AnswerColumns, answer_columns
 from batchgen.answers.form import Form, make_form
 from batchgen.answers.judge import Judge
 from batchgen.answers.retries import check_ladder
-from batchgen.books import Plan, Segment
 from batchgen.config import recipe as recipes
-from batchgen.errors import InputChangedError, RecipeChangedError, SourceError
-from batchgen.inputs import stat_input
+from batchgen.errors import RecipeChangedError, SourceError
 from batchgen.job_checks import check_columns, check_examples, check_gate, job_schema
 from batchgen.model_files import ModelFiles, resolve_lora, resolve_model
 from batchgen.ranges import Ranges
 from batchgen.records import EngineSpec, Prompt, RowError
 from batchgen.requests import RowOptions
-from batchgen.runlog import utc_now
 from batchgen.source.base import ReadSpec
 from batchgen.source.files import find_files, reader_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from batchgen.books import Plan
     from batchgen.config.model import JobConfig
     from batchgen.source.base import Reader
-
-# Hashing and counting leave the GIL; more threads than this only fight for the disk.
-_SCAN_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +113,27 @@ def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
     }
 
 
-def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
-    """Check a job against its input and its model; loads neither.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A job by itself: what can be told of it without its input."""
 
-    Args:
-        job: As loaded.
-        plan: The plan to go on with, whose files, columns and types then hold, whatever else
-            lies beside them by now; None for a new one.
+    job: JobConfig
+    model: ModelFiles
+    recipe: recipes.Recipe
+    builder: prompts.PromptBuilder
+    form: Form
+    answer: AnswerColumns
+
+    def changes(self, plan: Plan) -> list[str]:
+        """What differs from a plan's job, one line a key, each beginning with its table."""
+        return frozen.job_changes(plan, frozen_job(self.job, self.recipe))
+
+
+def look_at(job: JobConfig) -> Look:
+    """Check a job's tables and find its model; loads neither input nor model.
 
     Raises:
-        ConfigError: Templates, columns or the model's name do not fit; all of it at once.
-        SourceError: The input does not exist or is not what its name says.
-        RecipeChangedError: The job is not the plan's.
+        ConfigError: Templates, schema or the model's name are wrong.
     """
     builder = prompts.PromptBuilder(job.prompt)
     form = make_form(job.output)
@@ -146,34 +147,86 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
         allow_pickle = job.model.allow_pickle or is_dummy
         model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
     recipe = recipes.make_recipe(job, model.identity, loras)
-    if plan is not None:
-        if changes := frozen.job_changes(plan, frozen_job(job, recipe)):
-            raise RecipeChangedError(job.output.path, changes)
-        format_name = plan.input_format
-        files: Sequence[str] = [segment.path for segment in plan.segments]
-        columns, carried = planned_columns(plan), plan.carried
-        check_gate(job, answer)
-    else:
-        format_name, files = _find_input(job)
-        columns = reader_for(format_name).columns(files, job.input.types)
-        carried = columns.names if job.input.columns is None else job.input.columns
-        check_columns(job, builder, answer, columns)
+    return Look(job, model, recipe, builder, form, answer)
+
+
+def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
+    """Check a job against its input and its model; loads neither.
+
+    Args:
+        job: As loaded.
+        plan: The plan to go on with; None for a new one.
+
+    Raises:
+        ConfigError: Templates, columns or the model's name do not fit; all of it at once.
+        SourceError: The input does not exist or is not what its name says.
+        RecipeChangedError: The job is not the plan's.
+    """
+    look = look_at(job)
+    if plan is None:
+        return with_input(look)
+    if changes := look.changes(plan):
+        raise RecipeChangedError(job.output.path, changes)
+    return with_plan(look, plan)
+
+
+def with_plan(look: Look, plan: Plan) -> Prepared:
+    """A job as its plan froze it: files, columns and types hold, whatever there is by now.
+
+    Raises:
+        ConfigError: A limit of the gate is for labels that the answer has not.
+    """
+    check_gate(look.job, look.answer)
+    files = [segment.path for segment in plan.segments]
+    columns = planned_columns(plan)
+    return _prepared(look, plan.input_format, files, columns, plan.carried)
+
+
+def with_input(look: Look, seen: Plan | None = None) -> Prepared:
+    """A job with its input as it is now.
+
+    Args:
+        look: The job.
+        seen: The newest plan: its columns hold for input that has no row to tell any by.
+
+    Raises:
+        ConfigError: Columns that the job names are not there or do not fit.
+        SourceError: The input does not exist or is not what its name says.
+    """
+    job = look.job
+    format_name, files = find_input(job)
+    columns = reader_for(format_name).columns(files, job.input.types)
+    if not columns.names and seen is not None and seen.input_format == format_name:
+        columns = planned_columns(seen)
+    carried = columns.names if job.input.columns is None else job.input.columns
+    check_columns(job, look.builder, look.answer, columns)
+    return _prepared(look, format_name, files, columns, carried)
+
+
+def _prepared(
+    look: Look, format_name: str, files: Sequence[str], columns: pa.Schema, carried: Sequence[str]
+) -> Prepared:
     return Prepared(
-        job=job,
-        model=model,
-        recipe=recipe,
+        job=look.job,
+        model=look.model,
+        recipe=look.recipe,
         format=format_name,
         reader=reader_for(format_name),
         files=files,
         columns=columns,
         carried=carried,
-        builder=builder,
-        form=form,
-        answer=answer,
+        builder=look.builder,
+        form=look.form,
+        answer=look.answer,
     )
 
 
-def _find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
+def find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
+    """The input's format and its files, in order.
+
+    Raises:
+        SourceError: There is none, or it is not what its name says.
+    """
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
     format_name, files = find_files(paths, job.input.format)
     _refuse_output_as_input(files, job.output.path)
@@ -187,72 +240,6 @@ def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
     for path in files:
         if root in Path(path).resolve().parents:
             raise SourceError(path, f"lies in the output folder {output}; choose another one")
-
-
-def freeze(prepared: Prepared, number: int) -> Plan:
-    """Read the input once and fix what belongs to the job.
-
-    Raises:
-        SourceError: A file cannot be read to its end.
-        InputChangedError: A file changed while it was read.
-    """
-    limit = prepared.job.input.limit
-    files = prepared.files
-    left = 1
-    if limit is None:
-        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            segments = list(pool.map(lambda path: _scan(prepared.reader, path), files))
-    else:
-        segments, left = _limited(prepared, limit)
-    return Plan(
-        number=number,
-        plan_id=secrets.token_hex(8),
-        created_at=utc_now().isoformat(timespec="seconds"),
-        job=prepared.frozen_job,
-        recipe_fingerprint=prepared.recipe_fingerprint,
-        input_format=prepared.format,
-        columns=[f"{field.name}: {field.type}" for field in prepared.columns],
-        schema=base64.b64encode(prepared.columns.serialize().to_pybytes()).decode(),
-        carried=prepared.carried,
-        segments=segments,
-        is_cut=not left,
-    )
-
-
-def _scan(reader: Reader, path: str) -> Segment:
-    before = stat_input(path)
-    scan = reader.scan(path)
-    if stat_input(path) != before:
-        raise InputChangedError(path, "changed while it was read; run again when it is at rest")
-    return Segment(path, before.size_bytes, before.version, scan.digest, scan.num_rows)
-
-
-def _limited(prepared: Prepared, limit: int) -> tuple[list[Segment], int]:
-    """Segments cut after the row that fills the limit, and what is left of it.
-
-    Only rows that `where` keeps count.
-    """
-    segments = []
-    left = limit
-    for path in prepared.files:
-        segment = _scan(prepared.reader, path)
-        num_rows, left = _cut(prepared, segment, left)
-        segments.append(
-            Segment(path, segment.size_bytes, segment.version, segment.digest, num_rows)
-        )
-        if not left:
-            break
-    return segments, left
-
-
-def _cut(prepared: Prepared, segment: Segment, left: int) -> tuple[int, int]:
-    """How many physical rows of the segment it takes, and what is left of the limit."""
-    todo = Ranges.until(segment.num_rows)
-    for batch in prepared.reader.read(segment.path, 0, todo, prepared.spec()):
-        if len(batch.rows) >= left:
-            return batch.rows[left - 1] + 1, 0
-        left -= len(batch.rows)
-    return segment.num_rows, left
 
 
 def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:

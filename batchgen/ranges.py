@@ -107,6 +107,15 @@ class Ranges:
             left.append((at, stop))
         return Ranges(left)
 
+    def within(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the spans, cut to `start` up to, not including, `stop`."""
+        at = max(bisect_right(self.spans, (start, float("inf"))) - 1, 0)
+        while at < len(self.spans) and self.spans[at][0] < stop:
+            first, end = self.spans[at]
+            if max(first, start) < min(end, stop):
+                yield max(first, start), min(end, stop)
+            at += 1
+
     def to_json(self) -> list[int]:
         """Return a flat list: start, stop, start, stop, ..."""
         return [number for span in self.spans for number in span]

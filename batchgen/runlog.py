@@ -71,6 +71,11 @@ class RunLog:
         self._storage.make_folder(path.parent)
         return str(path)
 
+    @property
+    def summary_path(self) -> str:
+        """Where `finish` writes."""
+        return str(self._storage.path(f"{self._folder}/summary.json"))
+
     def live(self, facts: Mapping[str, Any]) -> None:
         """Rewrite the live view."""
         data = {"run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname(), **facts}
@@ -86,7 +91,7 @@ class RunLog:
         """Write the stats and the summary; return the summary's path."""
         self._write_stats()
         self._replace("summary.json", json.dumps(summary, indent=1).encode() + b"\n")
-        return str(self._storage.path(f"{self._folder}/summary.json"))
+        return self.summary_path
 
     def engine_death(self, number: int, facts: Mapping[str, Any]) -> str:
         """Write down what is known of an engine's death; return the record's path."""

@@ -47,16 +47,28 @@ class Stop(StrEnum):
 
 
 class StopSwitch:
-    """Asked from signal handlers, read by the runner. Only ever moves forward."""
+    """Asked by signal handlers and by the deadline, read by the runner. Only ever moves forward."""
 
     def __init__(self) -> None:
         self.state = Stop.NO
+        self.is_patient = False
+        """Who asked will say when to stop waiting for what is in flight: no grace is counted."""
         self.is_heard = False
         """A runner's loop is looking; nobody else has to act on a second asking."""
 
     def ask(self) -> None:
         """Ask once: drain. Ask again: now."""
         self.state = Stop.DRAIN if self.state is Stop.NO else Stop.NOW
+
+    def drain(self) -> None:
+        """Admit nothing more; `now` will come when it is time."""
+        if self.state is Stop.NO:
+            self.is_patient = True
+            self.state = Stop.DRAIN
+
+    def now(self) -> None:
+        """Stop waiting."""
+        self.state = Stop.NOW
 
 
 class Runner:
@@ -88,6 +100,7 @@ class Runner:
         self._part = OpenPart()
         self._row_bytes = 0.0
         self._trouble: BatchgenError | None = None
+        self._has_dropped = False  # Rows were read that nobody will ask about.
         self._is_held_up = False  # The disk does not take what is finished: admit no more.
 
     @property
@@ -131,24 +144,33 @@ class Runner:
                     self._admit()
             else:
                 give_up_s = give_up_s or now_s + self._config.grace_s
-                if stop.state is Stop.NOW or now_s >= give_up_s or not self._may_still_finish():
+                is_over = now_s >= give_up_s and not stop.is_patient
+                if stop.state is Stop.NOW or is_over or not self._may_still_finish():
                     break
             self._step(now_s)
             if self._part.is_due(self._clock(), self._config):
                 self._is_held_up = not self._flush(_STEP_WAIT_S)
             self._committer.check()
             on_tick()
+        if not self._in_flight and not self._waiting and self._trouble is None:
+            self._hear_the_end()
         if self._trouble is not None:
             raise self._trouble
         return self._is_through()
 
     def _is_through(self) -> bool:
-        return self._feeder.is_done and not self._waiting and not self._in_flight
+        is_at_end = self._feeder.is_done and not self._has_dropped
+        return is_at_end and not self._waiting and not self._in_flight
+
+    def _hear_the_end(self) -> None:
+        """Stopped at the last row, the end of the input may be all that is left to hear."""
+        if not self._has_dropped:
+            self._has_dropped = self._take() is not None
 
     def _may_still_finish(self) -> bool:
         """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
         if not self._in_flight and not self._waiting and self._trouble is None:
-            self._take()  # The end of the input may be all that is left to hear.
+            self._hear_the_end()
         return bool(self._in_flight) and self._engine.facts is not None
 
     def _admit(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from batchgen.records import RowBatch
     from batchgen.requests import RequestBuilder
 
+    Passing = Callable[[Sequence[Request]], list[Request]]
+
 # Batches rendered ahead of the engine's own read-ahead: enough to ride out a slow read.
 _FEED_BATCHES = 4
+_LOOK_AHEAD_BATCHES = 16
 # Begin the commit a little early, so that a row is durable, not merely sent, within flush_s.
 _FLUSH_EARLY = 0.8
 _PUT_WAIT_S = 0.2
@@ -51,15 +55,33 @@ class Fed:
 class Feeder:
     """Reads and renders ahead, in a thread, into a bounded queue."""
 
-    def __init__(self, batches: Iterable[RowBatch], builder: RequestBuilder) -> None:
-        """Start reading at once."""
+    def __init__(
+        self, batches: Iterable[RowBatch], builder: RequestBuilder, sieve: Passing | None = None
+    ) -> None:
+        """Start reading at once.
+
+        Args:
+            batches: The rows.
+            builder: Makes requests of them.
+            sieve: Which requests are to be computed; None: all. Asked in the thread.
+        """
         self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(_FEED_BATCHES)
+        self._held: deque[Fed | BaseException | None] = deque()
         self._stopped = threading.Event()
         self.is_done = False
+        self._sieve = sieve
         self._thread = threading.Thread(
             target=self._work, args=(iter(batches), builder), name="feeder", daemon=True
         )
         self._thread.start()
+
+    def has_requests(self) -> bool:
+        """Whether a request is ready, as far as can be told without holding many rows."""
+        while not any(isinstance(item, Fed) and item.requests for item in self._held):
+            if len(self._held) >= _LOOK_AHEAD_BATCHES or self._queue.empty():
+                return False
+            self._held.append(self._queue.get_nowait())
+        return True
 
     def take(self, timeout_s: float) -> Fed | None:
         """Return the next batch; None if none is ready in time or the input is at its end.
@@ -70,13 +92,16 @@ class Feeder:
         if self.is_done:
             return None
         try:
-            item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+            item = self._held.popleft() if self._held else self._next(timeout_s)
         except queue.Empty:
             return None
         if isinstance(item, BaseException):
             raise item
         self.is_done = item is None
         return item
+
+    def _next(self, timeout_s: float) -> Fed | BaseException | None:
+        return self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
 
     def close(self) -> None:
         """Stop reading and wait for it; what is queued is dropped.
@@ -90,7 +115,7 @@ class Feeder:
         end: BaseException | None = None
         try:
             for batch in batches:
-                if not self._put(_fed(batch, builder)):
+                if not self._put(_fed(batch, builder, self._sieve)):
                     return
         except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
             end = error
@@ -106,7 +131,7 @@ class Feeder:
         return False
 
 
-def _fed(batch: RowBatch, builder: RequestBuilder) -> Fed:
+def _fed(batch: RowBatch, builder: RequestBuilder, sieve: Passing | None) -> Fed:
     requests: list[Request] = []
     results: list[Result] = []
     for outcome in builder.of(batch):
@@ -114,6 +139,8 @@ def _fed(batch: RowBatch, builder: RequestBuilder) -> Fed:
             requests.append(outcome)
         else:
             results.append(outcome)
+    if sieve is not None:
+        requests = sieve(requests)
     return Fed(requests, results, batch.segment, batch.skipped, batch.carried.nbytes)
 
 

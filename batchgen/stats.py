@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Rates that a person reads are over the last so many seconds.
 _WINDOW_S = 30.0
+_LATENCIES = 2000
 
 
 @dataclass(slots=True)
@@ -43,6 +44,8 @@ class RunStats:
     engine_ready_s: float | None = None
     """When the engine was up: rates count from here."""
     last_done_s: float | None = None
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    """Of the last rows, from admission into the engine to the last token."""
     _window: deque[tuple[float, int, int, int]] = field(default_factory=deque)
 
     @property
@@ -62,6 +65,8 @@ class RunStats:
             self.prompt_tokens += completion.num_prompt_tokens or 0
             self.cached_tokens += completion.num_cached_tokens or 0
             self.output_tokens += completion.num_output_tokens or 0
+            if completion.latency_s is not None:
+                self.latencies_s.append(completion.latency_s)
         self.num_retries += result.attempts > 1
         verdicts = self.verdicts.get(result.attempts)
         if verdicts is None:

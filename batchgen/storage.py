@@ -118,12 +118,16 @@ class PendingFile:
         """Append; raises OSError, which `commit` and `discard` survive."""
         self._disk.write(self._file, data)
 
-    def commit(self) -> bool:
+    def commit(self, name: str | None = None) -> bool:
         """Make the content durable, then the name; False if the name was taken.
+
+        `name` replaces the one that was begun with, in its folder: one that tells the content.
 
         Raises:
             StorageError: The name was not given, or its state is unknown.
         """
+        if name is not None:
+            self._final = self._final.with_name(name)
         try:
             with self._file:
                 self._disk.sync(self._file)

@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from batchgen import history
 from batchgen.executor.lock import RunLock
 from batchgen.ledger import STATE, Ledger
 from batchgen.storage import LocalStorage
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import polars as pl
+
+    from batchgen.books import Plan
 
 
 def status(root: Path) -> dict[str, Any]:
@@ -38,8 +41,10 @@ def status(root: Path) -> dict[str, Any]:
     if plan is None:
         return facts
     facts |= {"plan": plan.number, "num_rows": plan.num_rows, "recipe": plan.recipe_fingerprint}
-    if plan.base is not None:
-        facts["retries_plan"] = plan.base["plan"]
+    if plan.bases:
+        facts["based_on"] = [base.plan for base in plan.bases]
+        if not plan.takes_errors:
+            facts["retries_plan"] = plan.bases[0].plan
     manifest = ledger.manifest(plan.number)
     if manifest is not None:
         facts |= {
@@ -77,33 +82,44 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
     return {}
 
 
-def rows(root: Path, num_rows: int, *, errors: bool) -> pl.DataFrame:
+def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None) -> pl.DataFrame:
     """The first rows of the snapshot, or of what is durable while nothing is published.
 
     Args:
         root: The output folder.
         num_rows: At most so many.
         errors: Only rows that are errors.
+        snapshot: Number of an old snapshot, whatever has been done since.
 
     Raises:
-        OutputError: The folder was written by another version.
+        OutputError: There is no such snapshot, or the folder was written by another version.
     """
     import polars as pl
 
     storage = LocalStorage(root)
     ledger = Ledger(storage)
-    manifest = ledger.latest_manifest()
-    plan = ledger.latest_plan()
-    names: list[str] = []
-    if plan is not None and (manifest is None or manifest.number != plan.number):
-        names = [part.name for part in ledger.durable(plan).parts]
-    elif manifest is not None:
-        names = [file["name"] for file in manifest.files]
-    if plan is None or not names:
+    found = _files(ledger, snapshot)
+    if found is None:
         return pl.DataFrame()
+    plan, names = found
     frame = pl.scan_parquet([storage.path(name) for name in names], glob=False)
     if errors:
         # The plan's: the job file may have another by now.
         prefix = plan.job["output"]["prefix"]
         frame = frame.filter(pl.col(f"{prefix}status") == "error")
     return frame.head(num_rows).collect()
+
+
+def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:
+    """The plan whose rows are to be seen, and where they are; None if there are none yet."""
+    if snapshot is not None:
+        manifest = history.snapshot(ledger, snapshot)
+        return ledger.plan(snapshot), [file["name"] for file in manifest.files]
+    plan, newest = ledger.latest_plan(), ledger.latest_manifest()
+    if plan is None:
+        return None
+    if newest is not None and newest.number == plan.number:
+        names = [file["name"] for file in newest.files]
+    else:
+        names = [part.name for part in ledger.durable(plan).parts]
+    return (plan, names) if names else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow as pa
 from batchgen.answers.columns import answer_columns
 from batchgen.answers.form import make_form
 from batchgen.answers.judge import Judge
-from batchgen.books import Plan, Segment
+from batchgen.books import Manifest, Plan, Segment
 from batchgen.config.model import JobConfig
 from batchgen.prompts import PromptBuilder
 from batchgen.ranges import Ranges
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from batchgen.records import Request, RowError
+    from batchgen.sink.publish import Snapshot
 
 ANSWER = (pa.field("text", pa.string()),)
 """The answer's columns of a job for free text."""
@@ -248,6 +250,25 @@ def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:
             for at, rows in enumerate(num_rows)
         ],
     )
+
+
+def manifest_of(written: Snapshot, **changes: Any) -> Manifest:
+    """Of a snapshot, as if each of its rows were ok."""
+    num_rows = sum(file["num_rows"] for file in written.files)
+    whole = Manifest(
+        number=1,
+        plan_id="plan-a",
+        epoch=1,
+        run_id="run-1",
+        created_at="2025-01-01T00:00:00+00:00",
+        files=written.files,
+        num_planned=num_rows,
+        num_ok=num_rows,
+        num_errors=0,
+        num_skipped=0,
+        index=written.index,
+    )
+    return replace(whole, **changes)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:

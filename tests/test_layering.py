@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"errors"},
-    {"ranges", "budget", "words"},
+    {"ranges", "budget", "words", "deadline"},
     {"records", "sandbox", "arrow", "inputs", "storage", "footer", "expressions"},
-    {"config", "books"},
-    {"seeds"},
+    {"config", "books", "row_digests"},
+    {"seeds", "matching", "known"},
     {
         "source",
         "prompts",
@@ -26,12 +26,13 @@ LAYERS = (
         "runlog",
         "model_files",
     },
-    {"requests"},
-    {"stages", "frozen", "gate", "job_checks"},
+    {"requests", "history", "pairing"},
+    {"stages", "frozen", "gate", "job_checks", "pruning", "snapshot_side"},
     {"planning"},
+    {"freezing"},
     {"runner"},
     {"executor"},
-    {"views", "verify", "api"},
+    {"views", "verify", "forecast", "api", "snapshots", "snapshot_diff"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -119,7 +119,7 @@ class Judge:
         passed, failures = rule.keep(arrays, len(tested))
         for place, is_kept in enumerate(passed.to_pylist()):
             if not is_kept:
-                why = failures.get(place, f"{rule.name} = {rule.text!r} is not true")
+                why = failures.get(place, refusal(rule))
                 error = RowError(Verdict.REFUSED.value, why)
                 refused = replace(tested[place], error=error, verdict=Verdict.REFUSED)
                 results[places[place]] = refused
@@ -134,6 +134,11 @@ class Judge:
             return pa.array([fact(r.completion) for r in results if r.completion], kind)
         places = [(result.batch.carried, result.index) for result in results]
         return arrow.gather(places, [name])[0].combine_chunks()
+
+
+def refusal(rule: RowTest) -> str:
+    """The error text of an answer for which a rule is not true."""
+    return f"{rule.name} = {rule.text!r} is not true"
 
 
 def _best(readings: Sequence[Reading]) -> Reading:

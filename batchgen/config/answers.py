@@ -102,5 +102,8 @@ class GateConfig(Table):
     """At most this share of the rows may have needed more than one attempt."""
     max_drift: Share | None = None
     """Total variation distance of the labels to those of the last published snapshot, at most."""
+    max_shrink: Share | None = None
+    """At most this share of the last snapshot's rows may be gone from the input; what came
+    makes up for what went."""
     drift_column: str | None = None
     """Which labels, by the column's name. Default: the choice, or each enum of the schema."""

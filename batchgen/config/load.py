@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -16,20 +15,20 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from batchgen.config.credentials import find_credentials, redacted
+from batchgen.config.dates import today
 from batchgen.config.files import read_into, reason, unusable
 from batchgen.config.model import JobConfig
+from batchgen.config.paths import absolute, bad_path, places_of, run_paths
 from batchgen.errors import ConfigError
-from batchgen.inputs import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import date
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_MAX_NAME_BYTES = 255
-_MAX_PATH_BYTES = 4000
 # Union members show up in pydantic's paths, where they are no keys of the file; each member tells
 # of the same mistake.
 _MEMBERS = frozenset({"str", "list[str]", "dict[str,any]"})
@@ -43,12 +42,13 @@ _TABLE_LISTS = frozenset({"retry", "prompt.examples", "prompt.tools"})
 _NOT_EMPTY = {"choice": "at least one label", "on": "at least one verdict"}
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_job(path: Path, overrides: Sequence[str] = (), run_date: date | None = None) -> JobConfig:
     """Read a job file.
 
     Args:
         path: The TOML file; relative paths in it are relative to its folder.
         overrides: `table.key=value` each; the value is TOML, or else a plain string.
+        run_date: What `{date}` in paths means; None: today in this machine's zone.
 
     Raises:
         ConfigError: With every problem found.
@@ -62,13 +62,26 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
         raise ConfigError(where, [f"cannot be read as UTF-8 text: {error}"]) from error
     except (ValueError, RecursionError) as error:  # A number of 5,000 digits, 1,000 brackets.
         raise ConfigError(where, [f"is not TOML: {error}"]) from error
-    return parse_job(tables, base=path.parent.resolve(), where=where, overrides=overrides)
+    base = path.parent.resolve()
+    return parse_job(tables, base=base, where=where, overrides=overrides, run_date=run_date)
 
 
 def parse_job(
-    tables: Mapping[str, Any], *, base: Path, where: str, overrides: Sequence[str] = ()
+    tables: Mapping[str, Any],
+    *,
+    base: Path,
+    where: str,
+    overrides: Sequence[str] = (),
+    run_date: date | None = None,
 ) -> JobConfig:
     """Make a `JobConfig` of parsed TOML, or of the same shape built in Python.
+
+    Args:
+        tables: Not changed.
+        base: Where relative paths start.
+        where: Begins the error's text.
+        overrides: See `load_job`.
+        run_date: See `load_job`.
 
     Raises:
         ConfigError: With every problem found.
@@ -90,7 +103,7 @@ def parse_job(
         raise ConfigError(where, problems) from None
     if problems:
         raise ConfigError(where, problems)
-    return _with_files(job, base, where)
+    return _with_files(job.dated(run_date or today()), base, where)
 
 
 def _apply(tables: dict[str, Any], override: str) -> str | None:
@@ -135,13 +148,17 @@ def _problem(detail: ErrorDetails) -> str:
         expected = _UNIONS.get(location[-1], expected)
     elif key in _TABLE_LISTS and isinstance(detail["input"], dict):
         expected = f"[[{key}]], a list of tables"
+    elif key == "run.on_finish" and detail["type"] == "list_type":
+        expected = "a list: [program, arguments...]"
     elif detail["type"] == "too_short":
         expected = _NOT_EMPTY.get(location[-1], expected)
     return f"{key}: {given} is wrong, expected: {expected}"
 
 
 def _expected(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("Value should be ")
+    for start in ("Input should be ", "Value should be ", "String should have "):
+        message = message.removeprefix(start)
+    return message
 
 
 def _table_at(location: Sequence[str]) -> type[BaseModel] | None:
@@ -214,13 +231,10 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
             prompt[key] = str(path)
     output = read_into(job, prompt, base, problems)
     if job.prompt.images is not None:
-        prompt["images_folder"] = _absolute(base, job.prompt.images_folder or ".")
-    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    places = {"output.path": [job.output.path], "input.path": inputs, "model.name": []}
-    if job.model.name:
-        places["model.name"] = [job.model.name]
+        prompt["images_folder"] = absolute(base, job.prompt.images_folder or ".")
+    places = places_of(job, problems)
     for key, paths in places.items():
-        problems += [f"{key}: {why}" for path in paths if (why := _bad_path(path))]
+        problems += [f"{key}: {why}" for path in paths if (why := bad_path(path))]
     if problems:
         raise ConfigError(where, problems)
     name = _model_name(base, job.model.name)
@@ -229,32 +243,21 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
     return job.model_copy(
         update={
             "prompt": job.prompt.model_copy(update=prompt),
-            "input": job.input.model_copy(update={"path": [_absolute(base, p) for p in inputs]}),
-            "output": job.output.model_copy(
-                update={**output, "path": _absolute(base, job.output.path)}
+            "input": job.input.model_copy(
+                update={"path": [absolute(base, path) for path in places["input.path"]]}
             ),
+            "output": job.output.model_copy(
+                update={**output, "path": absolute(base, places["output.path"][0])}
+            ),
+            "run": job.run.model_copy(update=run_paths(job.run, base)),
             "model": job.model.model_copy(
                 update={
                     "name": name,
-                    "lora": {key: _absolute(base, path) for key, path in job.model.lora.items()},
+                    "lora": {key: absolute(base, path) for key, path in job.model.lora.items()},
                 }
             ),
         }
     )
-
-
-def _bad_path(path: str) -> str | None:
-    """What no file system takes, told before one is asked."""
-    if is_url(path):
-        return None
-    encoded = path.encode()
-    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
-        return f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        return f"{path!r}: there is no such user"
-    return None
 
 
 def _unpinned_code(job: JobConfig, name: str) -> str | None:
@@ -268,11 +271,6 @@ def _unpinned_code(job: JobConfig, name: str) -> str | None:
         "model.trust_remote_code: runs code from the hub, so model.revision has to be the commit "
         f"that you have read (40 hex digits), found {job.model.revision!r}"
     )
-
-
-def _absolute(base: Path, path: str) -> str:
-    # normpath, not resolve: a symlinked input keeps the name that the user gave it.
-    return path if is_url(path) else os.path.normpath(base / Path(path).expanduser())
 
 
 def _model_name(base: Path, name: str) -> str:

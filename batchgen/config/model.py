@@ -7,12 +7,16 @@ which is passed on as it is.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from batchgen.config.answers import ChecksConfig, GateConfig, RetryConfig, SamplingConfig
+from batchgen.config.dates import today
 from batchgen.config.table import PositiveInt, Table
+
+if TYPE_CHECKING:
+    from datetime import date
 
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
 PICKLE_FORMATS = frozenset({"pt", "npcache"})
@@ -22,7 +26,8 @@ class InputConfig(Table):
     """What to read."""
 
     path: str | list[str] = Field(min_length=1)
-    """File, glob, folder, or a list of these. Relative to the job file; URLs go to fsspec."""
+    """File, glob, folder, or a list of these. Relative to the job file; URLs go to fsspec.
+    `{date}`, `{yesterday}`, `{run_date-3d}` are days, `{date:%Y/%m/%d}` says how to write them."""
     format: Literal["jsonl", "csv", "parquet"] | None = None
     """Only needed when file names do not end in .jsonl, .csv, .tsv or .parquet (+ .gz, .zst)."""
     columns: list[str] | None = None
@@ -171,7 +176,8 @@ class OutputConfig(Table):
     """Where the results go."""
 
     path: str = Field(min_length=1)
-    """Folder of the published Parquet files and of the job's state (`_batchgen/`)."""
+    """Folder of the published Parquet files and of the job's state (`_batchgen/`).
+    May hold dates, as `input.path`: then every day is a job of its own."""
     prefix: str = "gen_"
     """Begins the name of every column that batchgen adds."""
     json_schema: str | dict[str, Any] | None = Field(default=None, alias="schema")
@@ -194,6 +200,9 @@ class OutputConfig(Table):
     """Of the published files."""
     rows_per_file: PositiveInt = 1_000_000
     """Published files hold at most so many rows."""
+    keep_snapshots: PositiveInt | None = None
+    """So many snapshots stay: older ones are removed once a new one is published. Default: all
+    stay, see `batchgen prune`."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -234,6 +243,15 @@ class RunConfig(Table):
     """An engine that has work and makes no progress for so many seconds counts as dead."""
     stats_s: Annotated[float, Field(gt=0)] = 5.0
     """A row in stats.parquet every so many seconds."""
+    dedupe: Literal["auto", "always", "never"] = "auto"
+    """Rows with equal requests run once and all get the answer: auto where sampling is
+    deterministic, always also where it is not, or never."""
+    on_finish: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Command to run at the end, [program, arguments...]; it gets the run's summary as JSON on
+    stdin. A program with a slash is relative to the job file. Its failure is only a warning."""
+    metrics_file: Annotated[str, Field(min_length=1)] | None = None
+    """Where to write figures of the last run for Prometheus (textfile collector, *.prom).
+    Relative to the job file."""
 
 
 class JobConfig(Table):
@@ -248,3 +266,15 @@ class JobConfig(Table):
     retry: list[RetryConfig] = Field(default=[], max_length=10)
     gate: GateConfig = GateConfig()
     run: RunConfig = RunConfig()
+    _run_date: date = PrivateAttr(default_factory=today)
+
+    @property
+    def run_date(self) -> date:
+        """The day that dates in paths are counted from; no key of the file, not in the recipe."""
+        return self._run_date
+
+    def dated(self, run_date: date) -> Self:
+        """The same job with another `run_date`; paths that are resolved already stay."""
+        copy = self.model_copy()
+        copy._run_date = run_date
+        return copy

@@ -1,24 +1,34 @@
-"""What is left to do: not what this plan has, and not what it can take over from its base."""
+"""Rows that earlier plans have answered, made this plan's own."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from batchgen.books import NO_ROWS
-from batchgen.errors import BatchgenError
+import pyarrow as pa
+
+from batchgen.books import NO_ROWS, Durable
+from batchgen.errors import BatchgenError, OutputError, StorageError
+from batchgen.matching import answered_by, is_same_reading, match, restricted
 from batchgen.ranges import Ranges
-from batchgen.sink.parts import rows_of
+from batchgen.sink.carry import Wanted, from_parts, gathered
+from batchgen.sink.published import Index, from_snapshot
+from batchgen.sink.renumber import Renumbering
+from batchgen.stages import Committer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from batchgen.books import Durable, Plan
+    from batchgen.books import Base, Plan
+    from batchgen.executor.commits import Commits
+    from batchgen.executor.context import RunContext
+    from batchgen.matching import Span
+    from batchgen.planning import Prepared
     from batchgen.sink.carry import Piece
-    from batchgen.stages import Committer
 
 _WAIT_S = 0.2
+# Several pieces are in memory at once, and as tables they are larger than as files.
+_PIECE_MIB = 8
 
 
 def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
@@ -30,54 +40,118 @@ def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
     return {number: rows for number, rows in todo.items() if rows}
 
 
-@dataclass(slots=True)
-class Carried:
-    """What a run took over."""
-
-    rows: dict[int, Ranges] = field(default_factory=dict)
-    num_ok: int = 0
-    num_skipped: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Physical rows."""
-        return self.num_ok + self.num_skipped
-
-    def add(self, piece: Piece) -> None:
-        """Count a piece."""
-        self.num_ok += piece.table.num_rows
-        self.num_skipped += sum(len(rows) for rows in piece.skipped.values())
-        for found in (rows_of(piece.table), piece.skipped):
-            for segment, rows in found.items():
-                self.rows[segment] = self.rows.get(segment, NO_ROWS) | rows
-
-    def left(self, todo: dict[int, Ranges]) -> dict[int, Ranges]:
-        """What of `todo` is still to do."""
-        rest = {segment: rows - self.rows.get(segment, NO_ROWS) for segment, rows in todo.items()}
-        return {segment: rows for segment, rows in rest.items() if rows}
+def without(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    """Segment -> those of `rows` that are not in `others`; segments with none left out."""
+    left = {segment: found - others.get(segment, NO_ROWS) for segment, found in rows.items()}
+    return {segment: found for segment, found in left.items() if found}
 
 
-def carry_over(
-    pieces: Iterable[Piece], committer: Committer[Piece], is_stopped: Callable[[], bool]
-) -> Carried:
+class Takeover:
+    """What a plan takes from one of its bases."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        prepared: Prepared,
+        plan: Plan,
+        base: Base,
+        todo: Mapping[int, Ranges],
+    ) -> None:
+        """Find the rows of `todo` that the base has ended, without reading the input."""
+        self._context = context
+        self._base = base
+        ledger = context.ledger
+        self._old = ledger.plan(base.plan)
+        self._manifest = ledger.manifest(base.plan)
+        self._durable = Durable()
+        spans: list[Span] = []
+        if is_same_reading(self._old, plan) and self._has_index():
+            spans = restricted(match(ledger.storage, self._old, plan), todo)
+            if self._manifest is None:
+                self._durable = self._parts()
+                spans = answered_by(spans, self._durable)
+        found: dict[int, list[tuple[int, int]]] = {}
+        for span in spans:
+            found.setdefault(span.segment, []).append((span.start, span.start + span.length))
+        self.rows = {segment: Ranges(those) for segment, those in found.items()}
+        """Segment -> rows that the base has ended. Errors among them may not be wanted."""
+        self._wanted = Wanted(
+            prepared.part_schema,
+            context.job.output.prefix,
+            Renumbering(spans, self._old, plan),
+            plan.takes_errors,
+            context.notes.add,
+        )
+
+    def _has_index(self) -> bool:
+        """Whether rows of the base can be told apart; if not, their requests still can."""
+        if self._manifest is None:
+            return True
+        try:
+            Index(self._context.storage, self._manifest).close()
+        except StorageError:
+            raise
+        except OutputError as error:
+            self._context.notes.add(f"{error}; every row is read again, answers are found by key")
+            return False
+        return True
+
+    def _parts(self) -> Durable:
+        durable = self._context.ledger.parts(self._old, self._base.parts)
+        for name, why in durable.rejected.items():
+            self._context.notes.add(f"{name} cannot be taken over ({why}); its rows are done again")
+        return durable
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the rows, each piece as large as a part may be.
+
+        Raises:
+            OutputError: The base is damaged beyond telling rows apart.
+            StorageError: It cannot be read right now.
+        """
+        if not self.rows:
+            return iter(())
+        storage, run = self._context.storage, self._context.job.run
+        if self._manifest is not None:
+            num_rows = [segment.num_rows for segment in self._old.segments]
+            pieces = from_snapshot(storage, self._manifest, num_rows, self._wanted)
+        else:
+            pieces = from_parts(storage, self._durable.parts, self._wanted)
+        return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
+
+
+def takeovers(
+    context: RunContext, prepared: Prepared, plan: Plan, todo: Mapping[int, Ranges]
+) -> list[Takeover]:
+    """What a plan takes from each of its bases: a row from the newest that has it."""
+    found: list[Takeover] = []
+    for base in plan.bases:
+        source = Takeover(context, prepared, plan, base, todo)
+        todo = without(todo, source.rows)
+        if source.rows:
+            found.append(source)
+    return found
+
+
+def commit_all(
+    context: RunContext, commits: Commits, pieces: Iterable[Piece], on_piece: Callable[[], None]
+) -> None:
     """Make pieces durable, one after the other, until the end or until stopped.
 
-    Args:
-        pieces: Rows of an earlier plan.
-        committer: Of this run; closed at the end.
-        is_stopped: Asked between commits, and while one is refused.
-
     Raises:
-        BatchgenError: A commit failed, or the earlier plan cannot be read.
+        BatchgenError: A commit failed, or the pieces cannot be read.
     """
-    carried = Carried()
+    committer: Committer[Piece] = Committer(
+        commits.taken, context.job.run.disk_grace_s, context.tell_disk_trouble
+    )
     try:
         for piece in pieces:
             while not committer.put(piece, _WAIT_S):
-                if is_stopped():
+                if context.is_stopped():
                     committer.hurry()
-            carried.add(piece)
-            if is_stopped():
+            on_piece()
+            pa.default_memory_pool().release_unused()
+            if context.is_stopped():
                 committer.hurry()
                 break
     except BaseException:
@@ -86,4 +160,3 @@ def carry_over(
             committer.close()
         raise
     committer.close()
-    return carried

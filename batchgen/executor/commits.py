@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
 
 from batchgen import __version__
 
@@ -11,30 +14,28 @@ if TYPE_CHECKING:
 
     from batchgen.books import Epoch
     from batchgen.engine.base import Engine
-    from batchgen.executor.lock import RunLock
-    from batchgen.ledger import Ledger
+    from batchgen.executor.context import RunContext
     from batchgen.sink.carry import Piece
     from batchgen.sink.parts import PartWriter
     from batchgen.stages import OpenPart
-    from batchgen.stats import RunStats
+
+
+_NUM_TIMES = 20
 
 
 class Commits:
     """Makes rows durable, in the committer's thread."""
 
-    def __init__(
-        self, lock: RunLock, ledger: Ledger, epoch: Epoch, writer: PartWriter, stats: RunStats
-    ) -> None:
+    def __init__(self, context: RunContext, epoch: Epoch, writer: PartWriter) -> None:
         """Bind."""
-        self._lock = lock
-        self._ledger = ledger
+        self._context = context
         self._epoch = epoch
         self._writer = writer
-        self._stats = stats
+        self._stats = context.stats
 
     def _check(self) -> None:
-        self._lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
-        self._ledger.check_fence(self._epoch)
+        self._context.lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
+        self._context.ledger.check_fence(self._epoch)
 
     def computed(self, part: OpenPart, engine: Engine) -> None:
         """Commit results of the engine.
@@ -43,23 +44,40 @@ class Commits:
             FencedError: Another run has taken over.
             StorageError: Not durable; may be tried again.
         """
+        began_s = time.monotonic()
         self._check()
         self._writer.commit(part.results, part.skipped, engine_facts(engine))
         self._stats.num_committed += len(part.results)
         self._stats.num_committed += sum(len(rows) for rows in part.skipped.values())
         self._stats.num_parts += 1
+        self._context.commits_s.append(time.monotonic() - began_s)
+        del self._context.commits_s[:-_NUM_TIMES]
 
-    def carried(self, piece: Piece) -> None:
-        """Commit rows of an earlier plan.
+    def taken(self, piece: Piece) -> None:
+        """Commit rows that another row or plan has had answered.
 
         Raises:
             FencedError: Another run has taken over.
             StorageError: Not durable; may be tried again.
         """
+        if not piece.table.num_rows and not piece.skipped:
+            return
         self._check()
         facts = {"batchgen": __version__, **({"engine": piece.engine} if piece.engine else {})}
         self._writer.commit_table(piece.table, piece.skipped, facts)
         self._stats.num_parts += 1
+        self._count(piece)
+
+    def _count(self, piece: Piece) -> None:
+        taken = self._context.taken
+        status = piece.table.column(f"{self._context.job.output.prefix}status")
+        num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
+        num_skipped = sum(len(rows) for rows in piece.skipped.values())
+        taken.num_ok += num_ok
+        taken.num_errors += piece.table.num_rows - num_ok
+        taken.num_skipped += num_skipped
+        taken.num_rows += piece.table.num_rows + num_skipped
+        self._stats.num_resumed += piece.table.num_rows + num_skipped
 
 
 def engine_facts(engine: Engine) -> Mapping[str, Any]:

@@ -14,9 +14,12 @@ from batchgen.errors import BusyError, OutputError
 from batchgen.runlog import utc_now
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from batchgen.storage import LocalStorage
 
 _TRIES, _TRY_S = 4, 0.02
+_WAIT_S = 0.5
 
 
 class RunLock:
@@ -61,6 +64,23 @@ class RunLock:
                 "work on this job; wait for it, or take the job from a frozen one with --steal"
             )
             raise BusyError(msg)
+
+    def wait(self, is_stopped: Callable[[], bool]) -> None:
+        """Take the lock as soon as it is free.
+
+        Raises:
+            BusyError: Another run still held it when this one was asked to stop.
+            OutputError: The folder cannot be written to.
+        """
+        while True:
+            try:
+                self.acquire()
+            except BusyError:
+                if is_stopped():
+                    raise
+                time.sleep(_WAIT_S)
+            else:
+                return
 
     def _sign(self, descriptor: int) -> None:
         who = {

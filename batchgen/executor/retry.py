@@ -1,9 +1,7 @@
 """`--retry-errors`: the plan that runs only the error rows of a finished job again.
 
-It is an ordinary plan for the same rows of the same files. What it has beside them is a base: an
-earlier plan, published or held back by the gate, whose ok rows are carried over instead of being
-computed. What counts is what this plan's own parts hold, as for every plan; so whatever happens
-to the base (another run publishes it, a disk eats it) can cost work, never a row.
+It is a plan for the same rows of the same files, whose base is the finished one, published or held
+back by the gate: ok rows are taken over from it, error rows are not.
 """
 
 from __future__ import annotations
@@ -12,17 +10,14 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from batchgen.books import Base
 from batchgen.runlog import utc_now
-from batchgen.sink.carry import Piece, Wanted, from_parts, gathered
 from batchgen.sink.hashed import is_as_published
-from batchgen.sink.published import Index, from_snapshot
+from batchgen.sink.published import Index
 from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from batchgen.books import Manifest, Plan
-    from batchgen.config.model import RunConfig
     from batchgen.ledger import Ledger
 
 UNFINISHED = "error rows are tried again once every row has ended: run with --retry-errors then"
@@ -41,7 +36,7 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
         OutputError: The snapshot cannot be taken over from.
         StorageError: It cannot be read right now.
     """
-    parts: list[str] = []
+    parts: tuple[str, ...] = ()
     if manifest is not None:
         Index(ledger.storage, manifest).close()
         if not manifest.num_errors and not has_damage(ledger, manifest):
@@ -52,13 +47,15 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
             return UNFINISHED
         if not durable.num_errors:
             return NO_ERRORS
-        parts = [part.name for part in durable.parts]
+        parts = tuple(part.name for part in durable.parts)
     return replace(
         plan,
         number=plan.number + 1,
         plan_id=secrets.token_hex(8),
         created_at=utc_now().isoformat(timespec="seconds"),
-        base={"plan": plan.number, "parts": parts, "generation": plan.generation + 1},
+        bases=(Base(plan.number, parts),),
+        takes_errors=False,
+        generation=plan.generation + 1,
     )
 
 
@@ -77,24 +74,3 @@ def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
             raise_if_not_damage(path, error)
             return True
     return False
-
-
-def carried_over(ledger: Ledger, plan: Plan, wanted: Wanted, run: RunConfig) -> Iterator[Piece]:
-    """Yield what a plan takes over from its base, each piece as large as a part may be.
-
-    Raises:
-        OutputError: The base is gone, or damaged beyond telling rows apart.
-        StorageError: It cannot be read right now.
-    """
-    base = plan.base
-    assert base is not None  # noqa: S101 - asked only of plans that have one
-    manifest = ledger.manifest(base["plan"])
-    if manifest is not None:
-        num_rows = [segment.num_rows for segment in plan.segments]
-        pieces = from_snapshot(ledger.storage, manifest, num_rows, wanted)
-    else:
-        durable = ledger.parts(ledger.plan(base["plan"]), base["parts"])
-        for name, why in durable.rejected.items():
-            wanted.tell(f"{name} cannot be taken over ({why}); its rows are done again")
-        pieces = from_parts(ledger.storage, durable.parts, wanted)
-    return gathered(pieces, run.flush_rows, run.flush_mib * 2**20)

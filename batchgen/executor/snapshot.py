@@ -113,6 +113,17 @@ def show(ledger: Ledger, manifest: Manifest) -> None:
     ledger.tidy(newest)
 
 
+def gate_figures(
+    ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable
+) -> Sequence[Limit]:
+    """Every figure of the gate, for a plan whose rows have all ended."""
+    last = ledger.manifest_before(plan.number)
+    counts = (durable.num_ok, durable.num_errors)
+    tally = last.tally if last is not None else None
+    num_last = last.num_ok + last.num_errors if last is not None else None
+    return judge_gate(prepared.job.gate, counts, durable.tally, tally, num_last)
+
+
 def _pass_gate(
     ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable, *, anyway: bool
 ) -> Sequence[Limit]:
@@ -121,11 +132,7 @@ def _pass_gate(
     Raises:
         GateError: Over a limit; the parts stay, so that a higher limit publishes at once.
     """
-    last = ledger.manifest_before(plan.number)
-    counts = (durable.num_ok, durable.num_errors)
-    limits = judge_gate(
-        prepared.job.gate, counts, durable.tally, last.tally if last is not None else None
-    )
+    limits = gate_figures(ledger, prepared, plan, durable)
     exceeded = [limit for limit in limits if limit.is_exceeded]
     if not exceeded or anyway:
         return limits
@@ -133,7 +140,7 @@ def _pass_gate(
     rows = [
         text
         for limit in exceeded
-        if limit.column is None
+        if limit.column is None and limit.name != "max_shrink"
         for text in example_rows(ledger.storage, plan, durable, prefix, limit.name)
     ]
     examples = list(dict.fromkeys(rows))[:NUM_EXAMPLES]

@@ -9,6 +9,7 @@ from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
     from batchgen.books import Manifest
+    from batchgen.executor.context import Taken
     from batchgen.records import EngineFacts
     from batchgen.stats import RunStats
 
@@ -39,7 +40,9 @@ class Summary:
     num_durable: int = 0
     """Rows that no later run does again, while nothing is published."""
     num_carried: int = 0
-    """Rows that this run took over from an earlier plan, see `--retry-errors`."""
+    """Rows that this run took over from earlier plans, unread."""
+    num_copied: int = 0
+    """Rows that this run gave the answer of a row with an equal request."""
     files: list[str] = field(default_factory=list)
     """Published files, relative to `output`."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -48,11 +51,16 @@ class Summary:
     """Every figure of the gate, see `gate.Limit.as_dict`, once the job is complete."""
     engine: dict[str, Any] = field(default_factory=dict)
     started_at: str = ""
+    run_date: str = ""
+    """What `{date}` stands for in the job's paths."""
+    planned_s: float = 0.0
+    """Until it was known which rows there are and which of them can be taken over."""
     elapsed_s: float = 0.0
     num_engine_warnings: int = 0
     """Different warnings and errors in the engine's own log, `vllm.log` beside the summary."""
     warnings: list[str] = field(default_factory=list)
     summary_path: str | None = None
+    """None where nothing was done: nothing is written then."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -65,13 +73,14 @@ def state_of(error: BatchgenError) -> str:
 
 
 def job_counts(
-    manifest: Manifest | None, stats: RunStats, resumed: tuple[int, int, int]
+    manifest: Manifest | None, stats: RunStats, taken: Taken, resumed: tuple[int, int, int]
 ) -> dict[str, int]:
     """The job's counts: the snapshot's if there is one, else what this and earlier runs did.
 
     Args:
         manifest: Of the job's plan.
         stats: Of this run.
+        taken: Of this run.
         resumed: ok, errors and skipped rows of earlier runs.
     """
     if manifest is not None:
@@ -84,9 +93,9 @@ def job_counts(
         }
     return {
         "num_planned": stats.num_rows,
-        "num_ok": stats.num_ok + resumed[0],
-        "num_errors": stats.num_errors + resumed[1],
-        "num_skipped": stats.num_skipped + resumed[2],
+        "num_ok": stats.num_ok + taken.num_ok + resumed[0],
+        "num_errors": stats.num_errors + taken.num_errors + resumed[1],
+        "num_skipped": stats.num_skipped + taken.num_skipped + resumed[2],
         "num_left": stats.num_left,
     }
 

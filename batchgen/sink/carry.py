@@ -1,4 +1,4 @@
-"""Rows that an earlier plan has answered, read back with their ordinals, to be taken over.
+"""Rows that an earlier plan has answered, read back to be taken over under new ordinals.
 
 What is damaged is left out and told of: its rows are then computed again. Nothing is believed
 that cannot be shown to be what was written.
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from batchgen import arrow
 from batchgen.books import NO_ROWS
-from batchgen.sink.parts import rows_of
+from batchgen.sink.renumber import common_rows, rows_of
 from batchgen.sink.schema import ROW, SEGMENT
 from batchgen.storage import raise_if_not_damage
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from batchgen.books import Part
     from batchgen.ranges import Ranges
+    from batchgen.sink.renumber import Renumbering
     from batchgen.storage import LocalStorage
 
 READ_ERRORS = (pa.ArrowException, OSError, MemoryError)
@@ -38,47 +39,37 @@ class Wanted:
     schema: pa.Schema
     """Of parts."""
     prefix: str
-    rows: Mapping[int, Ranges]
-    """Segment -> rows that are missing."""
+    moves: Renumbering
+    """Which rows, and where they go."""
+    takes_errors: bool
+    """Whether rows that are errors are wanted too."""
     tell: Callable[[str], None]
     """Hears of damage."""
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """The wanted rows of a table in the part schema, under their new ordinals."""
+        return self.moves.table(table, self.prefix, takes_errors=self.takes_errors)
 
 
 class Piece(NamedTuple):
     """Rows taken over."""
 
     table: pa.Table
-    """Results in the part schema, only ok ones."""
+    """Results in the part schema."""
     skipped: Mapping[int, Ranges]
     """Rows that end without a result."""
     engine: str
     """Who answered."""
 
 
-def ok_rows(table: pa.Table, rows: Mapping[int, Ranges], prefix: str) -> pa.Table:
-    """Those in `rows`, all of which the table has."""
-    is_ok = pc.equal(table.column(f"{prefix}status"), "ok")
-    if sum(len(found) for found in rows.values()) < table.num_rows:
-        ordinals = zip(table[SEGMENT].to_pylist(), table[ROW].to_pylist(), strict=True)
-        is_wanted = pa.array([row in rows.get(segment, NO_ROWS) for segment, row in ordinals])
-        is_ok = pc.and_(is_ok, is_wanted)
-    return arrow.take(table, pc.indices_nonzero(is_ok))
-
-
-def common_rows(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    """Segment -> rows in both; segments with none left out."""
-    both = {segment: found & others.get(segment, NO_ROWS) for segment, found in rows.items()}
-    return {segment: found for segment, found in both.items() if found}
-
-
 def from_parts(storage: LocalStorage, parts: Sequence[Part], wanted: Wanted) -> Iterator[Piece]:
-    """Yield the wanted rows that are ok in the parts, or skipped by them, part by part.
+    """Yield the wanted rows of parts, answered or skipped, part by part.
 
     Raises:
         StorageError: Something cannot be read right now.
     """
     for part in parts:
-        if not common_rows(part.footer.done, wanted.rows):
+        if not common_rows(part.footer.done, wanted.moves.old_rows):
             continue
         facts = part.footer.engine
         engine = f"{facts.get('engine', '')} {facts.get('version', '')}".strip()
@@ -89,14 +80,9 @@ def from_parts(storage: LocalStorage, parts: Sequence[Part], wanted: Wanted) -> 
             continue
         if skipped is None:
             wanted.tell(f"{part.name}: damaged; rows that cannot be read are done again")
-        skipped = common_rows(skipped or {}, wanted.rows)
-        found = [
-            ok_rows(
-                rows.cast(wanted.schema), common_rows(rows_of(rows), wanted.rows), wanted.prefix
-            )
-            for rows in tables
-        ]
-        yield Piece(pa.concat_tables([wanted.schema.empty_table(), *found]), skipped, engine)
+        found = [wanted.of(rows.cast(wanted.schema)) for rows in tables]
+        table = pa.concat_tables([wanted.schema.empty_table(), *found])
+        yield Piece(table, wanted.moves.ranges(skipped or {}), engine)
 
 
 def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges] | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -153,3 +153,22 @@ def is_as_published(path: Path, entry: Mapping[str, Any]) -> bool:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return bool(digest.hexdigest() == entry["sha256"])
+
+
+def is_whole(path: Path, chunks: Sequence[Chunk], number: int) -> bool:
+    """Whether one chunk of a file is still what was written. Reads the chunk.
+
+    Args:
+        path: The file.
+        chunks: All of the file's, in order.
+        number: Which one; -1 is the footer.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    at = number % len(chunks)
+    start = chunks[at - 1].end if at else 0
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(chunks[at].end - start)
+    return hashlib.sha256(data).hexdigest() == chunks[at].sha256

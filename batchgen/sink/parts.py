@@ -19,7 +19,8 @@ from batchgen import arrow
 from batchgen.errors import AccountingError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
-from batchgen.sink.schema import OPTIONAL, ROW, SEGMENT, dictionary_columns
+from batchgen.sink.renumber import rows_of
+from batchgen.sink.schema import OPTIONAL, dictionary_columns
 from batchgen.sink.tally import tally
 
 if TYPE_CHECKING:
@@ -125,15 +126,6 @@ def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
     }
 
 
-def rows_of(table: pa.Table) -> dict[int, Ranges]:
-    """Segment -> row numbers of a table with ordinals."""
-    rows: dict[int, list[int]] = {}
-    ordinals = (table.column(SEGMENT).to_pylist(), table.column(ROW).to_pylist())
-    for segment, row in zip(*ordinals, strict=True):
-        rows.setdefault(segment, []).append(row)
-    return {segment: Ranges.of(numbers) for segment, numbers in rows.items()}
-
-
 def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]) -> pa.Table:
     """One row a result: ordinal, carried columns, answer, result columns, in the part schema."""
     schema = context.schema
@@ -186,7 +178,8 @@ def _fact_columns(
         "run_id": repeated(context.run_id),
         "model": repeated(context.origin.get("model")),
         "recipe": repeated(context.origin.get("recipe", "")),
-        "engine": repeated(by),
+        # Who was never asked has not answered, whatever happened to run at that time.
+        "engine": [by if result.attempts else None for result in ordered],
     }
 
 

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from batchgen.sink.hashed import Chunk
     from batchgen.storage import LocalStorage
 
+# Rows read, sorted and written at once: a row group of what is published.
 _CHUNK_ROWS = 16_384
+_CHUNK_BYTES = 8 * 2**20
 
 GROUPS_KEY = "batchgen.groups"
 """In the index's footer: a `Chunk` for each row group and the footer of each file."""
@@ -137,13 +139,31 @@ def _open(
 def _chunks(
     storage: LocalStorage, parts: Sequence[tuple[str, PartFooter]], schema: pa.Schema
 ) -> Iterator[pa.Table]:
-    """Yield all results in ordinal order, about `_CHUNK_ROWS` at a time."""
+    """Yield all results in ordinal order, so many at a time as fit into memory with ease."""
     readers = [_PartReader(storage, name, footer) for name, footer in parts]
-    for segment in sorted({seg for _, footer in parts for seg in footer.done}):
+    chunk_rows = _chunk_rows(readers)
+    held: list[pa.Table] = []
+    # Of small files many together: a row group for each would be slow to read.
+    for chunk in _in_turn(readers, chunk_rows, schema):
+        held.append(chunk)
+        if sum(table.num_rows for table in held) >= chunk_rows:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+    for reader in readers:
+        reader.check_all_read()
+
+
+def _in_turn(
+    readers: Sequence[_PartReader], chunk_rows: int, schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Yield the results, segment by segment, at most `chunk_rows` of one at a time."""
+    for segment in sorted({seg for reader in readers for seg in reader.footer.done}):
         here = [reader for reader in readers if segment in reader.footer.done]
         stop = max(reader.last_row(segment) for reader in here) + 1
-        for start in range(0, stop, _CHUNK_ROWS):
-            stop_row = start + _CHUNK_ROWS
+        for start in range(0, stop, chunk_rows):
+            stop_row = start + chunk_rows
             tables = [
                 reader.rows(segment, start, stop_row)
                 for reader in here
@@ -153,8 +173,12 @@ def _chunks(
             if found:
                 chunk = pa.concat_tables(found) if len(found) > 1 else found[0]
                 yield _in_order(chunk.cast(schema))
-    for reader in readers:
-        reader.check_all_read()
+
+
+def _chunk_rows(readers: Sequence[_PartReader]) -> int:
+    """As many rows as have `_CHUNK_BYTES`, on average of the parts with the widest rows."""
+    widest = max((reader.row_bytes for reader in readers), default=1.0)
+    return int(min(max(_CHUNK_BYTES / max(widest, 1.0), 1), _CHUNK_ROWS))
 
 
 def _in_order(chunk: pa.Table) -> pa.Table:
@@ -178,6 +202,18 @@ class _PartReader:
         self._path = storage.path(name)
         self._groups: list[tuple[int, _Group]] | None = None
         self._num_read = 0
+        self._row_bytes = 0.0
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes that a row takes, not compressed; 0 without a row.
+
+        Raises:
+            DamagedPartError: The part is not what was written.
+            StorageError: It cannot be read right now.
+        """
+        self._row_groups()
+        return self._row_bytes
 
     def last_row(self, segment: int) -> int:
         """Highest row of the segment that the part accounts for."""
@@ -229,7 +265,10 @@ class _PartReader:
                 raise_if_not_damage(self._path, error)
                 raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
             groups = ((at, metadata.row_group(at)) for at in range(metadata.num_row_groups))
-            self._groups = [(at, _extent(group)) for at, group in groups if group.num_rows]
+            found = [(at, group) for at, group in groups if group.num_rows]
+            self._groups = [(at, _extent(group)) for at, group in found]
+            num_bytes = sum(group.total_byte_size for _, group in found)
+            self._row_bytes = num_bytes / max(metadata.num_rows, 1)
         return self._groups
 
     def check_all_read(self) -> None:

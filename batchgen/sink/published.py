@@ -1,11 +1,10 @@
-"""Published rows, read back with their ordinals, to be taken over by a later plan.
+"""Published rows, read back to be taken over by a later plan under its ordinals.
 
 Of a damaged file those row groups are believed whose bytes have the hash that the index keeps.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,10 @@ import pyarrow.parquet as pq
 from batchgen.books import NO_ROWS
 from batchgen.errors import OutputError
 from batchgen.ranges import Ranges
-from batchgen.sink.carry import READ_ERRORS, Piece, common_rows, ok_rows
-from batchgen.sink.hashed import Chunk, is_as_published
-from batchgen.sink.parts import rows_of
+from batchgen.sink.carry import READ_ERRORS, Piece
+from batchgen.sink.hashed import Chunk, is_as_published, is_whole
 from batchgen.sink.publish import GROUPS_KEY, INDEX_SCHEMA
+from batchgen.sink.renumber import common_rows, rows_of
 from batchgen.sink.schema import ROW, SEGMENT
 from batchgen.storage import raise_if_not_damage
 
@@ -77,7 +76,7 @@ def _damaged_index(path: Path, why: str) -> OutputError:
 def from_snapshot(
     storage: LocalStorage, manifest: Manifest, num_rows: Sequence[int], wanted: Wanted
 ) -> Iterator[Piece]:
-    """Yield the wanted rows that are ok in a snapshot, or skipped by it, in ordinal order.
+    """Yield the wanted rows of a snapshot, answered or skipped, in its ordinal order.
 
     Args:
         storage: Where it is.
@@ -90,6 +89,7 @@ def from_snapshot(
         StorageError: Something cannot be read right now.
     """
     index = Index(storage, manifest)
+    moves = wanted.moves
     try:
         cursor, number = (0, 0), 0
         for entry, chunks in zip(manifest.files, index.chunks, strict=True):
@@ -99,16 +99,16 @@ def from_snapshot(
                 number += 1
                 here = rows_of(ordinals)
                 last = (ordinals[SEGMENT][-1].as_py(), ordinals[ROW][-1].as_py() + 1)
-                skipped = common_rows(_gaps(cursor, last, here, num_rows), wanted.rows)
+                skipped = moves.ranges(_gaps(cursor, last, here, num_rows))
                 cursor = last
                 table = wanted.schema.empty_table()
-                if rows := common_rows(here, wanted.rows):
+                if rows := common_rows(here, moves.old_rows):
                     table = file.rows(group, ordinals, rows, wanted)
                 if table.num_rows or skipped:
                     yield Piece(table, skipped, file.engine)
             file.close(wanted.tell)
         end = (len(num_rows) - 1, num_rows[-1]) if num_rows else cursor
-        if skipped := common_rows(_gaps(cursor, end, {}, num_rows), wanted.rows):
+        if skipped := moves.ranges(_gaps(cursor, end, {}, num_rows)):
             yield Piece(wanted.schema.empty_table(), skipped, "")
     finally:
         index.close()
@@ -147,18 +147,18 @@ class _PublishedFile:
     def rows(
         self, group: int, ordinals: pa.Table, rows: Mapping[int, Ranges], wanted: Wanted
     ) -> pa.Table:
-        """Those of a row group that are in `rows` and ok; none of a damaged one."""
+        """The wanted ones of a row group, which are in `rows`; none of a damaged one."""
         table = self._read(group, ordinals, wanted.schema)
         if table is None:
             self._num_damaged += sum(len(found) for found in rows.values())
             return wanted.schema.empty_table()
-        return ok_rows(table, rows, wanted.prefix)
+        return wanted.of(table)
 
     def _read(self, group: int, ordinals: pa.Table, schema: pa.Schema) -> pa.Table | None:
         try:
             if not self._is_opened:
                 self._open()
-            if self._file is None or not self._is_whole(group):
+            if self._file is None or not is_whole(self._path, self._chunks, group):
                 return None
             table = self._file.read_row_group(group)
         except READ_ERRORS as error:
@@ -177,19 +177,11 @@ class _PublishedFile:
     def _open(self) -> None:
         """Open the file if its footer can be believed."""
         self._is_opened = True
-        if self._path.stat().st_size == self._chunks[-1].end and self._is_whole(-1):
+        is_all = self._path.stat().st_size == self._chunks[-1].end
+        if is_all and is_whole(self._path, self._chunks, -1):
             self._file = pq.ParquetFile(self._path, page_checksum_verification=True)
             metadata = self._file.metadata.metadata or {}
             self.engine = metadata.get(_ENGINE_KEY, b"").decode()
-
-    def _is_whole(self, group: int) -> bool:
-        number = group % len(self._chunks)
-        start = self._chunks[number - 1].end if number else 0
-        chunk = self._chunks[number]
-        with self._path.open("rb") as file:
-            file.seek(start)
-            data = file.read(chunk.end - start)
-        return hashlib.sha256(data).hexdigest() == chunk.sha256
 
     def close(self, tell: Callable[[str], None]) -> None:
         """Let go of the file, and tell of its damage."""

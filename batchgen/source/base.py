@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import pyarrow as pa
 
@@ -65,8 +65,13 @@ class Reader(Protocol):
             SourceError: Files disagree, names repeat, or `types` names an unknown column.
         """
 
-    def scan(self, path: str) -> Scan:
+    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
         """Count physical rows and hash the content in one pass.
+
+        Args:
+            path: Of the file.
+            on_rows: Called with the digests of rows that follow each other, see `row_digests`;
+                never by a format whose rows are not to be told apart without parsing them.
 
         Raises:
             SourceError: The file ends early or cannot be decoded as what its name says.

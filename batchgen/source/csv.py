@@ -81,7 +81,7 @@ class CsvReader:
             {n: parse_field(n, "string") for n in first}, types, first_path, may_add=False
         )
 
-    def scan(self, path: str) -> Scan:
+    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
         """See `Reader`. Takes a second pass if there is any quote."""
         has_quote = False
 

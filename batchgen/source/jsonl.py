@@ -19,11 +19,18 @@ from batchgen.errors import SourceError
 from batchgen.records import RowError
 from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays, to_values
 from batchgen.source.columns import infer_field, is_too_deep, kind_word, override
-from batchgen.source.lines import MAX_LINE_BYTES, digest_prefix, iter_lines, read_lines, scan_lines
+from batchgen.source.lines import (
+    MAX_LINE_BYTES,
+    digest_prefix,
+    iter_lines,
+    read_lines,
+    scan_lines,
+    scan_rows,
+)
 from batchgen.source.sniffing import refuse_other_content, text_looks_like
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import pyarrow as pa
 
@@ -69,9 +76,9 @@ class JsonlReader:
         found = {name: infer_field(name, values) for name, values in samples.items()}
         return override(found, types, paths[0], may_add=True)
 
-    def scan(self, path: str) -> Scan:
+    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
         """See `Reader`."""
-        return scan_lines(path)
+        return scan_lines(path) if on_rows is None else scan_rows(path, on_rows)
 
     def digest_prefix(self, path: str, size_bytes: int) -> str:
         """See `Reader`."""

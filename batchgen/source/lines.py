@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from batchgen.errors import SourceError
 from batchgen.inputs import open_input
+from batchgen.row_digests import DIGEST_BYTES, NO_DIGEST
 from batchgen.source.base import Scan
 
 if TYPE_CHECKING:
@@ -164,6 +165,32 @@ def scan_lines(path: str, on_text: Callable[[bytes], object] = len) -> Scan:
     return Scan(num_rows + (last != b"\n"), hashed.hexdigest())
 
 
+def scan_rows(path: str, on_rows: Callable[[bytes], object]) -> Scan:
+    """As `scan_lines`, telling each line's digest as well.
+
+    Args:
+        path: Local path or URL.
+        on_rows: Called with the digests of lines that follow each other, `DIGEST_BYTES` each.
+
+    Raises:
+        SourceError: As `text_blocks`.
+    """
+    hashed = hashlib.sha256()
+    num_rows = 0
+    for body in _bodies(path, MAX_LINE_BYTES, hashed.update):
+        lines = _split(body, MAX_LINE_BYTES)
+        num_rows += len(lines)
+        on_rows(b"".join(map(_digest, lines)))
+    return Scan(num_rows, hashed.hexdigest())
+
+
+def _digest(line: bytes | None) -> bytes:
+    """Of a line that is not kept: `NO_DIGEST`, which is no line's."""
+    if line is None:
+        return NO_DIGEST
+    return hashlib.sha256(line).digest()[:DIGEST_BYTES]
+
+
 def digest_prefix(path: str, size_bytes: int) -> str:
     """Hash the first `size_bytes` raw bytes as `scan_lines` does the whole file.
 
@@ -264,12 +291,14 @@ def _split(body: bytes | None, max_line_bytes: int) -> list[bytes | None]:
     return lines
 
 
-def _bodies(path: str, max_line_bytes: int) -> Iterator[bytes | None]:
+def _bodies(
+    path: str, max_line_bytes: int, on_raw: Callable[[bytes], object] | None = None
+) -> Iterator[bytes | None]:
     r"""Yield runs of whole lines, without the last one's `\n`; None stands for one long line."""
     held: list[bytes] = []
     held_bytes = 0
     is_open = False
-    for block in text_blocks(path):
+    for block in text_blocks(path, on_raw):
         cut = block.rfind(b"\n")
         if cut >= 0:
             first = block.find(b"\n")

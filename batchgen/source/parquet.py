@@ -24,7 +24,7 @@ from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.records import RowBatch
     from batchgen.source.base import ReadSpec
@@ -59,7 +59,7 @@ class ParquetReader:
                 raise SourceError(paths[0], text)
         return first
 
-    def scan(self, path: str) -> Scan:
+    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
         """See `Reader`. The footer alone would not tell values that were changed in place."""
         with _opened(path) as file:
             num_rows = file.metadata.num_rows

@@ -388,6 +388,8 @@ def _toml(value: object) -> str:
 def test_52_no_decision_is_taken_from_the_clock_on_the_wall() -> None:
     package = Path(batchgen.__file__).parent
     for path in package.rglob("*.py"):
+        if path.name == "deadline.py":  # `--until` is a time of that clock.
+            continue
         assert "time.time(" not in path.read_text(encoding="utf-8"), path
 
 

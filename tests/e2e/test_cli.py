@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import batchgen
 from batchgen import cli
-from tests.e2e.support import run_cli, write_job, write_rows
+from batchgen.cli.run import _ended, _told
+from batchgen.executor.summary import Summary
+from batchgen.ledger import STATE
+from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+SLOW = {"backend": "echo", "engine": {"max_num_seqs": 1, "step_s": 0.02}}
+"""A job of 20 ms a row."""
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -104,3 +114,174 @@ def test_an_unknown_option_is_refused_with_exit_2(tmp_path: Path) -> None:
     done = run_cli("run", tmp_path / "job.toml", "--frehs")
     assert done.returncode == 2
     assert "--fresh" in done.stderr
+
+
+# --- the last line of `run --json`: one object, however it ends ---------------------------------
+
+
+def object_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """Whatever is on stdout: one line, one object, and true to the exit code."""
+    assert done.stdout.endswith("\n"), done.stderr
+    (line,) = done.stdout.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    assert found.keys() == {*Summary("", 0).as_dict()}
+    assert found["exit_code"] == done.returncode
+    return found
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "in.jsonl", 60)
+    return write_job(tmp_path, "in.jsonl")
+
+
+def test_json_of_a_run_that_completes_and_of_one_with_nothing_to_do(job: Path) -> None:
+    first = object_of(run_cli("run", job, "--json"))
+    assert (first["state"], first["exit_code"], first["num_planned"]) == ("complete", 0, 60)
+    again = object_of(run_cli("run", job, "--json"))
+    assert (again["state"], again["exit_code"]) == ("nothing_to_do", 0)
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--set", "input.colums=x"], "input.colums: unknown key, did you mean 'columns'?"),
+        (["--set", "input.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--fresh", "--retry-errors"], "expected one of them"),
+        (["--fresh", "--accept-recipe"], "fresh begins anew by any recipe"),
+        (["--only-errors"], "expected accept_recipe with it"),
+        (["--frehs"], "No such option"),
+        (["--until", "noon-ish"], "Invalid value for '--until': 'noon-ish' is no time"),
+        (["--max-runtime", "a while"], "Invalid value for '--max-runtime'"),
+        (["--date", "yesterday"], "Invalid value for '--date'"),
+    ],
+)
+def test_json_of_a_run_that_is_refused(job: Path, args: list[str], reason: str) -> None:
+    done = run_cli("run", job, "--json", *args)
+    found = object_of(done)
+    assert (found["state"], found["exit_code"]) == ("refused", 2)
+    assert reason in found["reason"]
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (job.parent / "out").exists()
+
+
+def test_json_of_a_job_that_is_not_there_or_not_named(tmp_path: Path) -> None:
+    found = object_of(run_cli("run", tmp_path / "no.toml", "--json"))
+    assert (found["state"], found["exit_code"]) == ("refused", 2)
+    assert "does not exist" in found["reason"]
+    found = object_of(run_cli("run", "--json"))
+    assert (found["state"], found["exit_code"]) == ("refused", 2)
+    assert "Missing argument 'JOB'" in found["reason"]
+
+
+def test_a_usage_error_without_json_leaves_stdout_empty(job: Path) -> None:
+    assert run_cli("run", job, "--frehs").stdout == ""
+    assert run_cli("show", job, "--json").stdout == ""
+
+
+def test_json_of_a_run_over_a_limit(job: Path) -> None:
+    found = object_of(run_cli("run", job, "--json", "--set", "gate.max_error_rate=0.001"))
+    assert (found["state"], found["exit_code"]) == ("over_limit", 3)
+    assert "over gate.max_error_rate" in found["reason"]
+
+
+def test_json_of_a_run_that_a_fault_ends(job: Path) -> None:
+    assert run_cli("run", job, "--set", "gate.max_error_rate=0.001").returncode == 3
+    (part, *_) = sorted((job.parent / "out" / STATE / "parts").glob("*.parquet"))
+    data = bytearray(part.read_bytes())
+    data[300] ^= 1  # In a page, not in the footer: seen when the snapshot is written.
+    part.write_bytes(data)
+    found = object_of(run_cli("run", job, "--json"))
+    assert (found["state"], found["exit_code"]) == ("fault", 1)
+    assert part.name in found["reason"]
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A slow job, and its run at work."""
+    write_rows(tmp_path / "in.jsonl", 1000)
+    job = write_job(tmp_path, "in.jsonl", model=SLOW, run={"flush_rows": 5})
+    with subprocess.Popen(
+        command("run", job, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(lambda: any((tmp_path / "out" / STATE / "parts").glob("*.parquet")))
+        yield job, process
+        process.kill()
+
+
+def test_json_of_a_second_run_and_of_one_that_is_stopped(
+    running: tuple[Path, subprocess.Popen[str]],
+) -> None:
+    job, process = running
+    found = object_of(run_cli("run", job, "--json"))
+    assert (found["state"], found["exit_code"]) == ("stopped", 75)
+    assert f"process {process.pid}" in found["reason"]
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=20)
+    code = process.returncode
+    found = object_of(subprocess.CompletedProcess(process.args, code, stdout, stderr))
+    assert (found["state"], found["exit_code"]) == ("stopped", 75)
+    assert 0 < found["num_durable"] < 1000
+
+
+def test_an_interruption_counts_as_stopped_and_a_bug_as_a_fault() -> None:
+    fault = Summary("fault", 1, "run-1", reason="KeyboardInterrupt()", num_planned=7)
+    stopped = _ended(KeyboardInterrupt(), fault)
+    assert (stopped.state, stopped.exit_code, stopped.num_planned) == ("stopped", 75, 7)
+    assert stopped.reason == "interrupted; run again to go on"
+    assert _ended(KeyboardInterrupt(), None).exit_code == 75
+    bug = _ended(RuntimeError("oh"), None)
+    assert (bug.state, bug.exit_code, bug.reason) == ("fault", 1, "RuntimeError('oh')")
+    assert _ended(RuntimeError("oh"), fault) is fault
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def test_the_date_of_a_run_is_what_paths_say(tmp_path: Path) -> None:
+    for day, num_rows in (("2026-11-20", 10), ("2026-11-21", 20)):
+        write_rows(tmp_path / f"{day}.jsonl", num_rows)
+    job = write_job(tmp_path, "{date}.jsonl", output={"path": "out/{date}"})
+    assert "\nRepeat: row 1" in run_cli("check", job, "--date", "2026-11-20").stdout
+    assert run_cli("check", job, "--date", "2026-11-19").returncode == 2
+    found = object_of(run_cli("run", job, "--json", "--date", "2026-11-21"))
+    assert (found["num_planned"], found["output"]) == (20, str(tmp_path / "out" / "2026-11-21"))
+    assert len(batchgen.read(tmp_path / "out" / "2026-11-21").collect()) == 20
+
+
+def test_a_run_with_time_enough_completes(job: Path) -> None:
+    args = ["--max-runtime", "1h30m", "--until", "2099-01-01 06:00", "--wait"]
+    assert object_of(run_cli("run", job, "--json", *args))["state"] == "complete"
+
+
+def test_the_summary_says_where_rows_come_from(tmp_path: Path) -> None:
+    run = {"num_ok": 1200, "num_errors": 34}
+    for taken in ({"num_carried": 7}, {"num_copied": 8}, {"num_carried": 7, "num_copied": 8}):
+        lines = _told(Summary("complete", 0, run=run, **taken), tmp_path).splitlines()
+        carried, copied = taken.get("num_carried", 0), taken.get("num_copied", 0)
+        assert lines[2] == (
+            f"  of them  {carried} taken over, {copied} copied from equal rows, 1,234 computed in "
+            "this run"
+        )
+    assert "of them" not in _told(Summary("complete", 0, run=run), tmp_path)
+
+
+def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 1000)
+    job = write_job(tmp_path, "in.jsonl", model=SLOW)
+    done = run_cli("run", job, "--max-runtime", "4s")
+    assert done.returncode == 75, done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    assert first == "stopped: max runtime 4s, with work left; run again to go on"
+    assert second.startswith("  rows     ")
+    assert second.endswith(" left")
+
+
+def test_the_summary_of_a_stopped_run_gives_its_reason(tmp_path: Path) -> None:
+    reason = "deadline 2026-11-23T06:00+00:00, with work left; run again to go on"
+    stopped = Summary("stopped", 75, reason=reason, num_ok=3, num_left=4)
+    assert _told(stopped, tmp_path).splitlines()[:2] == [
+        f"stopped: {reason}",
+        "  rows     3 ok, 0 errors, 4 left",
+    ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
+from batchgen.books import Base
 from batchgen.ledger import STATE, Ledger
 from batchgen.storage import LocalStorage
 from tests.e2e.support import command, published, run_cli, wait_until, write_job
@@ -275,23 +276,50 @@ def test_fresh_and_retry_errors_do_not_go_together(job: Path) -> None:
     assert not (job.parent / "out").exists()
 
 
-@pytest.mark.parametrize("change", ["recipe", "input", "new file"])
-def test_another_recipe_or_input_is_refused(job: Path, change: str) -> None:
-    (job.parent / "more").mkdir()
-    (job.parent / "in.jsonl").rename(job.parent / "more" / "in.jsonl")
-    make_job(job.parent, input={"path": "more/*.jsonl"})
+def test_another_recipe_is_refused(job: Path) -> None:
     assert run_cli("run", job, "--publish-anyway").returncode == 0
-    if change == "recipe":
-        give_rung(job, input={"path": "more/*.jsonl"}, prompt={"user": "Say: {{ text }}"})
-    elif change == "input":
-        with (job.parent / "more" / "in.jsonl").open("a") as file:
-            file.write('{"text": "new"}\n')
-    else:
-        (job.parent / "more" / "new.jsonl").write_text('{"text": "new"}\n')
+    give_rung(job, prompt={"user": "Say: {{ text }}"})
     done = run_cli("run", job, "--retry-errors")
     assert done.returncode == 2
     assert "this job is not the one that the output belongs to" in done.stderr
+    assert "prompt.user: 'Repeat: {{ text }}' -> 'Say: {{ text }}'" in done.stderr
     assert ledger_of(job).latest_plan_number() == 1
+
+
+@pytest.mark.parametrize("change", ["longer", "edited", "new file"])
+@pytest.mark.parametrize("retries", [True, False])
+def test_rows_that_came_meanwhile_run_and_error_rows_on_request(
+    tmp_path: Path, change: str, *, retries: bool
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    write_input(more)
+    tables = {"input": {"path": "more/*.jsonl"}, "gate": {"max_error_rate": 1.0}}
+    job = make_job(tmp_path, **tables)
+    assert run_cli("run", job).returncode == 0
+    make_job(tmp_path, retry=AGAIN, **tables)
+    new = json.dumps({"id": 1000, "text": "new"}) + "\n"
+    lines = (more / "in.jsonl").read_text().splitlines(keepends=True)
+    if change == "longer":
+        (more / "in.jsonl").write_text("".join([*lines, new]))
+    elif change == "edited":
+        (more / "in.jsonl").write_text("".join([*lines[:2], new, *lines[3:]]))
+    else:
+        (more / "new.jsonl").write_text(new)
+    summary = run_json(job, *(["--retry-errors"] if retries else []))
+    assert summary["state"] == "complete"
+    # 50 rows are too long and 4 are bad.
+    assert summary["run"]["num_ok"] + summary["run"]["num_errors"] == (55 if retries else 1)
+    assert summary["num_carried"] == NUM_ROWS - (54 if retries else 0) - (change == "edited")
+    assert summary["num_errors"] == (4 if retries else 54)
+    plan = ledger_of(job).latest_plan()
+    assert plan is not None
+    assert (plan.number, plan.bases, plan.takes_errors) == (2, (Base(1),), not retries)
+    assert plan.generation == int(retries)
+    assert run_cli("verify", job).returncode == 0
+    found = {row["id"]: row["gen_text"] for row in published(tmp_path / "out")}
+    assert found[1000] == "Repeat: new"
+    assert (2 in found) is (change != "edited")
 
 
 def flip(path: Path, at: int) -> None:
@@ -391,7 +419,8 @@ def test_a_base_that_another_run_publishes_meanwhile_is_read_where_it_is_then(
     run_cli("run", job, "--retry-errors")  # Held back: plan 2 has plan 1's parts as its base.
     plan = ledger.latest_plan()
     assert plan is not None
-    assert plan.base == {"plan": 1, "parts": list(parts), "generation": 1}
+    assert plan.bases == (Base(1, tuple(parts)),)
+    assert (plan.takes_errors, plan.generation) == (False, 1)
     for name in ledger.storage.list(f"{STATE}/parts"):
         if "/e000002" in name:
             ledger.storage.remove(name)

@@ -12,7 +12,15 @@ import pytest
 
 from batchgen.ledger import STATE, Ledger
 from batchgen.storage import LocalStorage
-from tests.e2e.support import command, published, run_cli, wait_until, write_job, write_rows
+from tests.e2e.support import (
+    command,
+    published,
+    run_cli,
+    summary_of,
+    wait_until,
+    write_job,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,6 +85,42 @@ def test_a_resume_computes_only_what_is_missing(slow_job: Path) -> None:
     assert 0 < num_durable < ROWS
     done = run_cli("run", slow_job, "--json")
     assert f'"num_resumed": {num_durable}' in done.stdout
+
+
+@pytest.mark.parametrize("change", ["longer", "edited", "renamed"])
+def test_an_input_that_moves_on_under_an_unfinished_job_costs_only_what_changed(
+    slow_job: Path, tmp_path_factory: pytest.TempPathFactory, change: str
+) -> None:
+    """What the killed run has committed is taken over, and the snapshot is that of one run."""
+    ledger = Ledger(LocalStorage(slow_job.parent / "out"))
+    with subprocess.Popen(command("run", slow_job), stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: len(ledger.storage.list(f"{STATE}/parts")) >= 4)
+        process.kill()
+    plan = ledger.latest_plan()
+    assert plan is not None
+    done = ledger.durable(plan).done(0)
+    assert 0 < len(done) < ROWS
+    source = slow_job.parent / "in.jsonl"
+    text = source.read_text()
+    lost = 0
+    if change == "longer":
+        source.write_text(text + '{"id": 5000, "text": "new"}\n')
+    elif change == "edited":
+        source.write_text(text.replace('"row 0 ', '"row X ').replace('"row 998 ', '"row Y '))
+        lost = (0 in done) + (998 in done)
+    else:
+        source = source.rename(source.with_name("renamed.jsonl"))
+        write_job(slow_job.parent, source.name, model=SLOW)
+        lost = sum(row % 50 == 49 for row in done)  # Their errors name the file.
+    summary = summary_of(slow_job)
+    assert (summary["state"], summary["num_carried"]) == ("complete", len(done) - lost)
+    later = ledger.latest_plan()
+    assert later is not None
+    assert (later.number, [base.plan for base in later.bases]) == (2, [1])
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / source.name).write_bytes(source.read_bytes())
+    assert run_cli("run", write_job(whole, source.name, model=SLOW)).returncode == 0
+    assert published(slow_job.parent / "out") == published(whole / "out")
 
 
 def test_sigterm_commits_what_finished_and_exits_75(

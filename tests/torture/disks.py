@@ -123,6 +123,58 @@ def _num_rows(part: Path) -> int:
     return sum(len(rows) for rows in footer.done.values())
 
 
+class CrashError(BaseException):
+    """The process is gone: nothing may catch it and go on."""
+
+
+class CrashingDisk(Disk):
+    """Works until its n-th call; from then on every call fails: a crash without a new process."""
+
+    def __init__(self, crash_at: int | None) -> None:
+        self.left = crash_at
+        self.files: list[Any] = []
+
+    def bury(self) -> None:
+        """Close what the dead process held open, as the kernel does."""
+        for file in self.files:
+            file.close()
+
+    def count(self) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise CrashError
+
+    def create(self, path: Path) -> Any:
+        self.count()
+        self.files.append(super().create(path))
+        return self.files[-1]
+
+    def write(self, file: Any, data: bytes) -> None:
+        self.count()
+        super().write(file, data)
+
+    def sync(self, file: Any) -> None:
+        self.count()
+        super().sync(file)
+
+    def sync_folder(self, path: Path) -> None:
+        self.count()
+        super().sync_folder(path)
+
+    def link(self, source: Path, target: Path) -> None:
+        self.count()
+        super().link(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.count()
+        super().rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self.count()
+        super().unlink(path)
+
+
 class Log:
     """What a `SpoiltDisk` wrote."""
 

@@ -23,11 +23,14 @@ from tests.torture.support import (
     ProofError,
     check_snapshot,
     expected_of,
+    first_day,
     leftovers,
     make_job,
     manifest_of,
+    next_day,
     replayable,
     spawn_cli,
+    whole_run,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 ROWS = 120
 ZOMBIE_SHARE = 0.12
+NIGHT_SHARE = 0.3
+"""Jobs that were published before their input changed."""
 KINDLY_CODES = {0, 75}
 """How a run may end that nobody killed: complete, fenced, busy."""
 
@@ -43,23 +48,31 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
     """Kill until `amount` kills are done, every job to its end."""
     job = make_job(folder / "job", ROWS, step_s=0.001)
     expected = expected_of(job, folder / "expected")
+    next_day(job)
+    expected_next = whole_run(job, folder / "expected-next")
     counts: Counter[str] = Counter()
     number = 0
     while counts["kills"] < amount:
+        first_day(job)
         if number % 20 == 0:  # Anew, because others come and go on the machine.
             usual_s = _usual_s(job, folder)
         moments = random.Random(f"{seed}/{number}")
         out = folder / f"out-{number}"
+        is_night = moments.random() < NIGHT_SHARE
+        if is_night:
+            shutil.copytree(folder / "expected", out)
+            next_day(job)
+            counts["jobs that are a second night"] += 1
         with replayable(f"seed {seed!r}, job {number}, usual {usual_s:.3f} s"):
             _torture(job, out, moments, usual_s, counts)
-            check_snapshot(out, expected, "after the kills")
+            check_snapshot(out, expected_next if is_night else expected, "after the kills")
             for kind, count in leftovers(out).items():
                 counts[f"left over: {kind}"] += count
             if number % 10 == 0:  # A finished job stays as it is.
                 if spawn_cli(job, out).end().code != 0:
                     msg = "a run of a finished job did not end with 0"
                     raise ProofError(msg)
-                check_snapshot(out, expected, "after one more run")
+                check_snapshot(out, expected_next if is_night else expected, "after one more run")
         counts["jobs: 0 lost, 0 doubled, 0 wrong"] += 1
         shutil.rmtree(out)
         number += 1
@@ -106,10 +119,11 @@ def _num_epochs(out: Path) -> int:
 
 def _phase(out: Path, num_epochs_before: int) -> str:
     number = _num_epochs(out)
-    if manifest_of(out) is not None:
-        return "after the manifest"
     if number == num_epochs_before:
         return "before the claim"
+    manifest = manifest_of(out)
+    if manifest is not None and manifest["epoch"] == number:
+        return "after the manifest"
     if (out / STATE / "snapshots" / f"e{number:06d}").is_dir():
         return "while publishing"
     return "while computing"

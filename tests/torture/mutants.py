@@ -7,6 +7,9 @@ from dataclasses import dataclass
 POWER = ("-m", "tests.torture.power", "--losses", "120", "--workers", "1")
 PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 SWEEP = ("-m", "tests.torture.sweep", "--percent", "0", "--workers", "1")
+WHOLE_SWEEP = ("-m", "tests.torture.sweep", "--percent", "0", "--workers", "2")
+"""Every call, not every other one."""
+NIGHTS = ("-m", "tests.torture.nights", "--worlds", "40", "--workers", "1")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ MUTANTS = (
     Mutant(
         "what a dead run left is believed before it is durable",
         LOCAL,
-        (("        self._ledger.settle()\n", ""),),
+        (
+            ("        ledger.settle()\n        newest", "        newest"),
+            ("        ledger.settle()\n        # What is to be repaired", "        # What"),
+        ),
         ("-m", "tests.torture.power", "--losses", "1", "--workers", "2"),
     ),
     Mutant(
@@ -162,7 +168,58 @@ MUTANTS = (
         "a frozen run that wakes shows its old snapshot for good",
         SNAPSHOT,
         (("newest, shown = ledger.latest_manifest() or newest, newest", "shown = newest"),),
-        SWEEP,
+        WHOLE_SWEEP,
         "fresh/freeze",
+    ),
+    Mutant(
+        "a line is taken for the one that was at its place, whatever it says",
+        "batchgen/matching.py",
+        (
+            (
+                'left_on=["old", "a", "b"], right_on=["row", "a", "b"]',
+                'left_on=["old"], right_on=["row"]',
+            ),
+        ),
+        NIGHTS,
+    ),
+    Mutant(
+        "a line is known by its beginning",
+        "batchgen/source/lines.py",
+        (
+            (
+                "hashlib.sha256(line).digest()[:DIGEST_BYTES]",
+                "hashlib.sha256(line[:25]).digest()[:DIGEST_BYTES]",
+            ),
+        ),
+        NIGHTS,
+    ),
+    Mutant(
+        "an answer is known by the beginning of its key",
+        "batchgen/sink/answered.py",
+        (('is_same = found == rows["key"]', "is_same = found == found"),),
+        NIGHTS,
+    ),
+    Mutant(
+        "a copied answer stands beside another row's columns",
+        "batchgen/executor/copies.py",
+        (
+            (
+                "request.ordinal, batch.carried, request.index)",
+                "request.ordinal, batch.carried, 0)",
+            ),
+        ),
+        NIGHTS,
+    ),
+    Mutant(
+        "an error that names a line is taken over although the line has moved",
+        "batchgen/sink/renumber.py",
+        (('is_wanted = is_wanted | pl.col("has_key") | stays', "is_wanted = is_wanted | True"),),
+        NIGHTS,
+    ),
+    Mutant(
+        "what an unfinished night would have taken over is forgotten",
+        "batchgen/executor/nights.py",
+        (("(Base(plan.number, parts), *plan.bases)", "(Base(plan.number, parts),)"),),
+        NIGHTS,
     ),
 )

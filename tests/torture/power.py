@@ -30,10 +30,13 @@ from tests.torture.support import (
     ProofError,
     check_snapshot,
     expected_of,
+    first_day,
     make_job,
     manifest_of,
+    next_day,
     replayable,
     run_here,
+    whole_run,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 ROWS = 60
 KILL_SHARE = 0.25
 LOSS_AFTER_SUCCESS_SHARE = 0.4
+NIGHT_SHARE = 0.4
+BEGINNINGS = ("a new job", "--retry-errors", "a second night")
+Rows = list[dict[str, Any]]
 GONE, FOLDER = 0, -1
 """Bindings of a name that are no file's inode number."""
 
@@ -257,23 +263,25 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
     sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
     job = make_job(folder / "job", ROWS)
     expected = expected_of(job, folder / "expected")
+    next_day(job)
+    days = expected, whole_run(job, folder / "expected-next")
     counts: Counter[str] = Counter()
     number = int(seed.rpartition(".")[2])
-    for is_retry in (False, True):
+    for what in BEGINNINGS:
         for at in range(number, 10_000, 2):
-            here = folder / f"call-{is_retry}-{at}"
+            here = folder / f"call-{at}"
             here.mkdir()
-            what = "--retry-errors" if is_retry else "a new job"
             with replayable(f"{what} killed at call {at}, then a run, then the worst power loss"):
-                if not _kill_run_lose(job, expected, here, at, counts, is_retry=is_retry):
-                    break
+                is_reached = _kill_run_lose(job, days, here, at, counts, what=what)
             shutil.rmtree(here)
+            if not is_reached:
+                break
     number = 0
     while counts["losses"] < amount:
         here = folder / f"machine-{number}"
         here.mkdir()
         with replayable(f"seed {seed!r}, machine {number}"):
-            _torture(job, expected, here, random.Random(f"{seed}/{number}"), counts)
+            _torture(job, days, here, random.Random(f"{seed}/{number}"), counts)
         shutil.rmtree(here)
         counts["jobs: 0 lost, 0 doubled, 0 wrong"] += 1
         number += 1
@@ -281,18 +289,17 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
 
 
 def _kill_run_lose(
-    job: Job,
-    expected: list[dict[str, Any]],
-    here: Path,
-    at: int,
-    counts: Counter[str],
-    *,
-    is_retry: bool,
+    job: Job, days: tuple[Rows, Rows], here: Path, at: int, counts: Counter[str], *, what: str
 ) -> bool:
     """False if the run ended before call `at`."""
     machine = Machine(here, random.Random(at), counts)
-    if is_retry:  # Of a job that was held back, or published: each every other call.
+    first_day(job)
+    if what == "--retry-errors":  # Of a job that was held back, or published: every other call.
         machine.run(job if at // 2 % 2 else job.strict(), -1, is_kill=True)
+    if what == "a second night":
+        machine.run(job, -1, is_kill=True)
+        next_day(job)
+    is_retry = what == "--retry-errors"
     if machine.run(job, at, is_kill=True, retry_errors=is_retry) is not None:
         return False
     told = machine.run(job, -1, is_kill=True)
@@ -302,18 +309,17 @@ def _kill_run_lose(
     machine.lose_power(is_worst=True)
     machine.boot()
     counts["losses after success was reported"] += 1
+    expected = days[what == "a second night"]
     check_snapshot(machine.out, expected, "after a kill, a success and the worst power loss")
     return True
 
 
 def _torture(
-    job: Job,
-    expected: list[dict[str, Any]],
-    here: Path,
-    chance: random.Random,
-    counts: Counter[str],
+    job: Job, days: tuple[Rows, Rows], here: Path, chance: random.Random, counts: Counter[str]
 ) -> None:
     machine = Machine(here, chance, counts)
+    first_day(job)
+    expected = days[0]
     # Held back first, and then its errors tried again; or published at once.
     now = chance.choice([job, job, job.strict()])
     options: dict[str, bool] = {}
@@ -323,6 +329,8 @@ def _torture(
         told = machine.run(now, at, is_kill=chance.random() < KILL_SHARE, **options)
         if told is None:
             views.status(machine.out)  # Whatever is left, it can be looked at.
+            # Each retry begins another plan where the last one only lacks its manifest.
+            options = chance.choice([options, {}])
             continue
         if told["error"] == "GateError" and now is not job:
             counts["runs that the gate held back"] += 1
@@ -348,6 +356,10 @@ def _torture(
             msg = "the manifest is another one after a loss"
             raise ProofError(msg)
         options = chance.choice([{}, {}, {"fresh": True}, {"retry_errors": True}])
+        if expected is days[0] and chance.random() < NIGHT_SHARE:
+            next_day(job)
+            expected, options = days[1], {}
+            counts["second nights"] += 1
     msg = "1,000 runs and no end"
     raise ProofError(msg)
 

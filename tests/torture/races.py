@@ -17,10 +17,14 @@ from tests.torture.support import (
     ProofError,
     check_snapshot,
     expected_of,
+    first_day,
     make_job,
     manifest_of,
+    next_day,
+    published,
     replayable,
     spawn_run,
+    whole_run,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +39,9 @@ OTHERS = {
     "fresh over published": "fresh",
     "retries over published": "retry_errors",
     "retries over held back": "retry_errors",
+    "night over published": None,
 }
+Rows = list[dict[str, Any]]
 GOOD_ENDS = {None, "FencedError", "BusyError", "StorageError"}
 
 
@@ -43,24 +49,39 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
     """So many rounds."""
     job = make_job(folder / "job", ROWS, step_s=0.0005)
     expected = expected_of(job, folder / "expected")
+    next_day(job)
+    expected_next = whole_run(job, folder / "expected-next")
     counts: Counter[str] = Counter()
     for number in range(amount):
         with replayable(f"seed {seed!r}, round {number}"):
             chance = random.Random(f"{seed}/{number}")
-            _race(job, expected, folder / f"out-{number}", chance, counts)
+            first_day(job)
+            _race(job, (expected, expected_next), folder / f"out-{number}", chance, counts)
         counts["rounds: 0 lost, 0 doubled, 0 wrong"] += 1
     return counts
 
 
 def _race(
-    job: Job, expected: list[dict[str, Any]], out: Path, chance: random.Random, counts: Counter[str]
+    job: Job, days: tuple[Rows, Rows], out: Path, chance: random.Random, counts: Counter[str]
 ) -> None:
-    """One round: all at once, then one more run, which finds or finishes the newest plan."""
+    """One round: all at once, then one more run, which finds or finishes the newest plan.
+
+    Args:
+        job: Its input is the first day's.
+        days: What is expected of the input on the first and on the next day.
+        out: A new folder.
+        chance: Of this round.
+        counts: Added to.
+    """
     kind = chance.choice(["alike", "alike", "alike", *OTHERS])
     if kind.endswith("over published"):
         _wait(spawn_run(job, out, steal=True))
     if kind.endswith("over held back"):
         _wait(spawn_run(job.strict(), out, steal=True), {"GateError"})
+    expected = days[0]
+    if kind == "night over published":
+        next_day(job)
+        expected = days[1]
     option = OTHERS.get(kind)
     gate, opening = os.pipe()
     runners = [
@@ -85,7 +106,7 @@ def _race(
             msg = f"nobody won: {[runner.told for runner in runners]}"
             raise ProofError(msg)
         check_snapshot(out, expected, "after the race")
-    elif manifest_of(out) is not None:
+    elif manifest_of(out) is not None and published(out) != days[0]:
         check_snapshot(out, expected, "after the race")
     _wait(spawn_run(job, out, steal=True), {None})
     check_snapshot(out, expected, "after one more run")

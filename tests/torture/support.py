@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec.implementations.local  # noqa: F401 - children are forked warm
+import polars as pl  # noqa: F401 - its threads begin with its first work, which is a child's
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard  # noqa: F401
@@ -68,17 +69,8 @@ class Job:
 def make_job(folder: Path, num_rows: int, *, step_s: float = 0.0, flush_rows: int = 20) -> Job:
     """Several parts, finished out of order, published as two files; some rows bad, some blank."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number in range(num_rows):
-        if number % 17 == 16:
-            lines.append(f'{{"id": {number}, "text": ')
-        elif number % 23 == 22:
-            lines.append("")
-        else:
-            text = f"row {number} " + "lorem " * (number % 7)
-            lines.append(json.dumps({"id": number, "text": text}))
-    (folder / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path = folder / "job.toml"
+    first_day(Job(path, num_rows))
     path.write_text(
         f"""
 [input]
@@ -109,6 +101,48 @@ disk_grace_s = 20.0
     return Job(path, num_rows)
 
 
+def _line(number: int) -> str:
+    if number % 17 == 16:
+        return f'{{"id": {number}, "text": '
+    if number % 23 == 22:
+        return ""
+    return json.dumps({"id": number, "text": _text(number)})
+
+
+def _text(number: int) -> str:
+    return f"row {number} " + "lorem " * (number % 7)
+
+
+def first_day(job: Job) -> None:
+    """Write the job's input as it is at first."""
+    _write_input(job, [_line(number) for number in range(job.num_rows)])
+
+
+def next_day(job: Job) -> int:
+    """Change the input as a day does; return how many texts are new.
+
+    Edits in place, lines inserted, deleted and moved, a bad line that moves, copies of a text with
+    another id, old and new.
+    """
+    lines = [_line(number) for number in range(job.num_rows)]
+    lines[5] = json.dumps({"id": 5, "text": "edited"})
+    lines[7] = json.dumps({"id": -7, "text": _text(7)})
+    lines[10:10] = [_line(number) for number in range(1000, 1004)]
+    del lines[25:28]
+    lines.insert(2, lines.pop(40))
+    lines += [json.dumps({"id": id_, "text": _text(3)}) for id_ in (-1, -2)]
+    lines += [json.dumps({"id": id_, "text": "twice"}) for id_ in (-3, -4)]
+    lines += [_line(number) for number in range(2000, 2010)]
+    _write_input(job, lines)
+    whole = [_line(number) for number in (*range(1000, 1004), *range(2000, 2010))]
+    return 2 + sum(line.endswith("}") for line in whole)
+
+
+def _write_input(job: Job, lines: list[str]) -> None:
+    path = job.path.parent / "in.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def run_here(job: Job, out: Path, *, disk: Disk | None = None, **options: bool) -> dict[str, Any]:
     """One run in this process; how it ended, as plain values. Anything unforeseen is raised."""
     try:
@@ -117,12 +151,14 @@ def run_here(job: Job, out: Path, *, disk: Disk | None = None, **options: bool) 
         summary = run.run()
     except BatchgenError as error:
         kind = type(error).__name__
-        return {"code": int(error.exit_code), "error": kind, "text": str(error), "resumed": 0}
+        told = {"code": int(error.exit_code), "error": kind, "text": str(error)}
+        return {**told, "resumed": 0, "computed": 0}
     return {
         "code": summary.exit_code,
         "error": None,
         "text": summary.state,
         "resumed": summary.run.get("num_resumed", 0),
+        "computed": summary.run.get("num_ok", 0),
     }
 
 
@@ -325,17 +361,26 @@ def check_snapshot(out: Path, expected: list[dict[str, Any]], where: str) -> Non
 
 
 def expected_of(job: Job, out: Path) -> list[dict[str, Any]]:
-    """What an uninterrupted run publishes; run in a child, this process stays without threads."""
-    child = spawn_run(job, out).end()
-    if child.code != 0:
-        msg = f"the uninterrupted run ended with {child.code}: {child.told}"
-        raise ProofError(msg)
-    rows = published(out)
+    """`whole_run` over the input of the first day."""
+    rows = whole_run(job, out)
     blank = sum(n % 17 != 16 and n % 23 == 22 for n in range(job.num_rows))
     if len(rows) != job.num_rows - blank:
         msg = f"the uninterrupted run published {len(rows)} of {job.num_rows - blank} rows"
         raise ProofError(msg)
     return rows
+
+
+def whole_run(job: Job, out: Path) -> list[dict[str, Any]]:
+    """What a run that nothing disturbs publishes; in a child, this process stays without threads.
+
+    Raises:
+        ProofError: It fails.
+    """
+    child = spawn_run(job, out).end()
+    if child.code != 0:
+        msg = f"the uninterrupted run ended with {child.code}: {child.told}"
+        raise ProofError(msg)
+    return published(out)
 
 
 def leftovers(out: Path) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 Modes are those of `disks`; `freeze` stops the run before the call, lets another one take over,
 and wakes it. Scenes: a new job, one resumed half-done, `--fresh` and `--retry-errors` over a
-published one.
+published one, and a night: published, the input changed since.
 
 Some points are twins: they leave the very state that another point leaves. Killed after a call is
 killed before the next one; a write inside a file is like the file's first; ENOSPC and EIO take the
-same way. `--percent` says how many of the twins are run: each kind of call is always failed in
-every mode, and every call that is not a twin always.
+same way, and in a night the same as in the other scenes. `--percent` says how many of the twins
+are run: each kind of call is always failed in every mode, and every call that is not a twin
+always.
 
 `TORTURE_SWEEP="new/EIO,resume/freeze"` runs only these.
 """
@@ -31,16 +32,19 @@ from tests.torture.support import (
     expected_of,
     make_job,
     manifest_of,
+    next_day,
     replayable,
     spawn_run,
+    whole_run,
 )
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ROWS = 60
-SCENES = ("new", "resume", "fresh", "retry")
-PUBLISHED = {"fresh", "retry"}
+SCENES = ("new", "resume", "fresh", "retry", "night")
+"""The night is the last: it changes the input."""
+PUBLISHED = {"fresh", "retry", "night"}
 """Scenes that begin with a snapshot."""
 FAULTS = {"StorageError"}
 """How a run may end that the disk failed."""
@@ -76,6 +80,7 @@ class Sweep:
         self.chance = chance
         self.counts: Counter[str] = Counter()
         self._num_begun = 0
+        self._num_new = job.num_rows
 
     def prepare(self, scene: str) -> None:
         """Make the folder that every point of the scene starts from."""
@@ -84,6 +89,9 @@ class Sweep:
         self._scene = scene
         if scene in PUBLISHED:
             spawn_run(self.job, self._start).end()
+            if scene == "night":
+                self._num_new = next_day(self.job)
+                self.expected = whole_run(self.job, self.folder / "expected-night")
         elif scene == "resume":
             log = self.folder / "log-start"
             for at in range(1000):
@@ -116,6 +124,8 @@ class Sweep:
             return True
         if mode == "ENOSPC torn":
             return kind != "write"
+        if self._scene == "night" and mode in ("ENOSPC", "EIO after"):
+            return True  # Its calls are those of the other scenes; what it leaves is not.
         return self._scene != "new" and mode in ("kill after", "EIO")
 
     def point(self, scene: str, mode: str, at: int) -> bool:
@@ -181,6 +191,9 @@ class Sweep:
         child = spawn_run(self.job, out).end()
         _expect(child, {None})
         check_snapshot(out, self.expected, "after a clean run")
+        if child.told["computed"] > self._num_new:
+            msg = f"{child.told['computed']} rows computed, {self._num_new} were new"
+            raise ProofError(msg)
         durable = log.num_durable + self._num_begun
         is_same_plan = scene not in PUBLISHED or child.told["text"] != "nothing_to_do"
         if is_alone and not is_done and is_same_plan and child.told["resumed"] < durable:

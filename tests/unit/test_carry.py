@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,17 +14,19 @@ from hypothesis import strategies as st
 from batchgen.books import NO_ROWS, Manifest, Part
 from batchgen.errors import OutputError
 from batchgen.footer import PartFooter
+from batchgen.matching import Span
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.sink import publish
 from batchgen.sink.carry import Piece, Wanted, from_parts, gathered
-from batchgen.sink.parts import PartContext, PartWriter, rows_of
+from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 from batchgen.sink.published import Index, from_snapshot
+from batchgen.sink.renumber import Renumbering, rows_of
 from batchgen.sink.schema import part_schema
 from batchgen.sink.tally import tally
 from batchgen.storage import LocalStorage
-from tests.fakes import ANSWER, batch, results
+from tests.fakes import ANSWER, batch, plan, results
 
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), ANSWER, "gen_")
 BAD = RowError("bad", "it is bad")
@@ -70,9 +73,22 @@ def snapshot(storage: LocalStorage, parts: list[Part], rows_per_file: int = 25) 
     )
 
 
-def wanted(told: list[str], rows: dict[int, Ranges] | None = None) -> Wanted:
+def staying(rows: dict[int, Ranges]) -> Renumbering:
+    """These rows are where they were."""
+    spans = [
+        Span(segment, start, segment, start, stop - start)
+        for segment, found in rows.items()
+        for start, stop in found.spans
+    ]
+    return Renumbering(spans, plan(*NUM_ROWS), plan(*NUM_ROWS, number=2))
+
+
+def wanted(
+    told: list[str], rows: dict[int, Ranges] | None = None, *, takes_errors: bool = False
+) -> Wanted:
     every = {segment: Ranges.until(num_rows) for segment, num_rows in enumerate(NUM_ROWS)}
-    return Wanted(SCHEMA, "gen_", every if rows is None else rows, told.append)
+    moves = staying(every if rows is None else rows)
+    return Wanted(SCHEMA, "gen_", moves, takes_errors, told.append)
 
 
 def collect(pieces: Any) -> tuple[list[dict[str, Any]], dict[int, Ranges]]:
@@ -138,6 +154,44 @@ def test_only_wanted_rows_come_back(storage, parts, kind, others):
     rows, skipped = collect(pieces)
     assert sorted(ids(rows)) == ["0/2", "0/4", "0/5", "0/6", "0/8", "2/28"]
     assert skipped == {0: Ranges.of([7]), 2: Ranges.of([29])}
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "parts"])
+def test_errors_come_back_too_where_they_are_wanted(storage, parts, kind):
+    want = wanted([], takes_errors=True)
+    manifest = snapshot(storage, parts)
+    if kind == "snapshot":
+        pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
+    else:
+        pieces = from_parts(storage, parts, want)
+    rows, skipped = collect(pieces)
+    failed = {f"{segment}/{row}" for segment, found in FAILED.items() for row in found}
+    assert sorted(ids(rows)) == sorted([*expected_ids(), *failed])
+    assert {row["id"] for row in rows if row["gen_status"] == "error"} == failed
+    assert {row["gen_error"] for row in rows if row["gen_status"] == "error"} == {"it is bad"}
+    assert skipped == BLANK
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "parts"])
+def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind):
+    """Segment 2 comes first now, behind five new rows; of segment 0, rows are gone and swapped."""
+    spans = [Span(0, 5, 2, 0, 30), Span(1, 0, 0, 20, 20), Span(1, 20, 0, 5, 10)]
+    old = plan(*NUM_ROWS)
+    new = replace(old, number=2, segments=[old.segments[2], old.segments[0]])
+    want = Wanted(SCHEMA, "gen_", Renumbering(spans, old, new), takes_errors=True, tell=print)
+    manifest = snapshot(storage, parts)
+    if kind == "snapshot":
+        pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
+    else:
+        pieces = from_parts(storage, parts, want)
+    rows, skipped = collect(pieces)
+    moved = {f"2/{row}": f"0/{row + 5}" for row in range(30)}
+    moved |= {f"0/{row}": f"1/{row - 20}" for row in range(20, 40)}
+    moved |= {f"0/{row}": f"1/{row + 15}" for row in range(5, 15)}
+    # The failed rows have no key, and their texts name the line that they stood in.
+    answered = {was: now for was, now in moved.items() if was in expected_ids()}
+    assert dict(zip([row["id"] for row in rows], ids(rows), strict=True)) == answered
+    assert skipped == {0: Ranges.of([34]), 1: Ranges.of([19, 22])}
 
 
 def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
@@ -219,7 +273,7 @@ def test_a_snapshot_from_before_there_was_an_index_is_refused(storage, parts):
 def test_a_snapshot_with_other_columns_is_refused(storage, parts):
     manifest = snapshot(storage, parts)
     other = part_schema(pa.schema([("name", pa.string())]), ANSWER, "gen_")
-    want = Wanted(other, "gen_", {0: Ranges.until(40)}, print)
+    want = Wanted(other, "gen_", staying({0: Ranges.until(40)}), takes_errors=False, tell=print)
     with pytest.raises(OutputError, match="has other columns than this job's parts"):
         collect(from_snapshot(storage, manifest, NUM_ROWS, want))
 

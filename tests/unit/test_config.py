@@ -9,7 +9,9 @@ import pytest
 
 from batchgen.config.load import json_schema, load_job, parse_job
 from batchgen.config.model import JobConfig
+from batchgen.config.recipe import make_recipe
 from batchgen.errors import ConfigError
+from batchgen.planning import frozen_job
 
 MINIMAL = """
 [input]
@@ -57,6 +59,46 @@ def test_a_minimal_job_has_these_values(job_file, tmp_path):
     assert (job.input.where, job.input.limit, job.input.columns) == (None, None, None)
 
 
+def test_a_minimal_job_runs_no_hook_and_keeps_every_snapshot(job_file):
+    job = load_job(job_file())
+    assert (job.run.dedupe, job.run.on_finish, job.run.metrics_file) == ("auto", [], None)
+    assert (job.output.keep_snapshots, job.gate.max_shrink) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("notify.py", "notify.py"),
+        ("./notify.py", "{base}/notify.py"),
+        ("hooks/../notify.py", "{base}/notify.py"),
+        ("/usr/bin/mail", "/usr/bin/mail"),
+    ],
+)
+def test_a_hook_with_a_slash_is_beside_the_job_file(make_job, tmp_path, program, found):
+    job = make_job(run={"on_finish": [program, "./an/argument"], "metrics_file": "m/x.prom"})
+    assert job.run.on_finish == [found.format(base=tmp_path), "./an/argument"]
+    assert job.run.metrics_file == f"{tmp_path}/m/x.prom"
+
+
+def test_paths_of_the_hook_and_the_metrics_are_checked_as_others(tmp_path, job_tables):
+    run = {"on_finish": ["~no-such-user/x"], "metrics_file": "x" * 300}
+    hook, metrics = problems(tmp_path, job_tables(run=run))
+    assert hook == "run.on_finish: '~no-such-user/x': there is no such user"
+    assert metrics.endswith("is too long for a path (300 bytes)")
+
+
+def test_how_nights_are_run_is_neither_recipe_nor_frozen(make_job):
+    plain = make_job()
+    nightly = make_job(
+        run={"dedupe": "never", "on_finish": ["x"], "metrics_file": "x.prom"},
+        output={"keep_snapshots": 7},
+        gate={"max_shrink": 0.1},
+    )
+    recipe = make_recipe(plain, {})
+    assert make_recipe(nightly, {}) == recipe
+    assert frozen_job(nightly, recipe) == frozen_job(plain, recipe)
+
+
 def test_a_loaded_job_cannot_be_changed(make_job):
     with pytest.raises(ValueError, match="frozen"):
         make_job().run.flush_s = 1.0
@@ -80,7 +122,8 @@ MISTAKES = {
     "nothing near": (
         {"output": {"zzz": 1}},
         "output.zzz: unknown key, expected one of: path, prefix, schema, schema_column, "
-        "choice, regex, grammar, json_object, flatten, with_seed, compression, rows_per_file",
+        "choice, regex, grammar, json_object, flatten, with_seed, compression, rows_per_file, "
+        "keep_snapshots",
     ),
     "wrong type": (
         {"sampling": {"max_tokens": "5"}},
@@ -195,6 +238,34 @@ MISTAKES = {
     "an infinite example": (
         {"prompt": {"examples": [{"user": "q", "assistant": {"x": [float("inf")]}}]}},
         "prompt.examples[0].assistant.x[0]: holds inf, expected a finite number",
+    ),
+    "a way of deduplication that does not exist": (
+        {"run": {"dedupe": "sometimes"}},
+        "run.dedupe: 'sometimes' is wrong, expected: 'auto', 'always' or 'never'",
+    ),
+    "a command that is a text": (
+        {"run": {"on_finish": "mail -s done"}},
+        "run.on_finish: 'mail -s done' is wrong, expected: a list: [program, arguments...]",
+    ),
+    "a command without a program": (
+        {"run": {"on_finish": ["", "x"]}},
+        "run.on_finish.0: '' is wrong, expected: at least 1 character",
+    ),
+    "no name of a file": (
+        {"run": {"metrics_file": ""}},
+        "run.metrics_file: '' is wrong, expected: at least 1 character",
+    ),
+    "metrics to a URL": (
+        {"run": {"metrics_file": "https://host/x.prom"}},
+        "run.metrics_file: 'https://host/x.prom' is a URL, expected a file on this machine",
+    ),
+    "no snapshot to keep": (
+        {"output": {"keep_snapshots": 0}},
+        "output.keep_snapshots: 0 is wrong, expected: greater than 0",
+    ),
+    "to shrink by more than all": (
+        {"gate": {"max_shrink": 2.0}},
+        "gate.max_shrink: 2.0 is wrong, expected: less than or equal to 1",
     ),
     "seed of 63 bits": (
         {"sampling": {"seed": 2**62}},

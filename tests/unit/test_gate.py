@@ -151,3 +151,33 @@ def test_the_error_shows_examples_and_what_to_do():
         "limit",
     ]
     assert (error.exit_code, error.gate) == (3, ({"name": "x"},))
+
+
+@pytest.mark.parametrize(
+    ("num_last", "figure", "is_exceeded"),
+    [(1000, 0.0, False), (900, 0.0, False), (1250, 0.2, False), (1252, 252 / 1252, True)],
+)
+def test_rows_that_are_gone_since_the_last_snapshot_count(num_last, figure, is_exceeded):
+    *others, shrink = judge_gate(GateConfig(max_shrink=0.2), (940, 60), TALLY, TALLY, num_last)
+    assert (shrink.name, shrink.figure, shrink.is_exceeded) == ("max_shrink", figure, is_exceeded)
+    assert not any(limit.is_exceeded for limit in others)
+    num_gone = max(num_last - 1000, 0)
+    text = f"1,000 rows are {num_gone:,} fewer than the {num_last:,} of the last snapshot"
+    assert shrink.text == text
+    assert told([shrink]) == (f"{text}, over gate.max_shrink = 0.2" if is_exceeded else "")
+
+
+def test_a_first_or_an_empty_snapshot_has_nothing_to_shrink_from():
+    first = judged({"max_shrink": 0.0})["max_shrink"]
+    assert (first.figure, first.is_exceeded) == (None, False)
+    (empty,) = judge_gate(GateConfig(max_shrink=0.0), (0, 0), {}, None, 0)[3:]
+    assert (empty.figure, empty.is_exceeded) == (0.0, False)
+
+
+def test_an_input_that_is_gone_altogether_has_shrunk_by_all_of_it():
+    (limit,) = judge_gate(GateConfig(max_shrink=0.99), (0, 0), {}, None, 5)[3:]
+    assert (limit.figure, limit.is_exceeded) == (1.0, True)
+
+
+def test_without_a_limit_the_shrinking_is_still_told():
+    assert judge_gate(GateConfig(), (8, 0), {}, {}, 10)[-1].figure == 0.2

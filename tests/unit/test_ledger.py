@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.books import Manifest, Part
+from batchgen.books import Base, Manifest, Part
 from batchgen.errors import AccountingError, FencedError, OutputError, StorageError
 from batchgen.footer import PartFooter
 from batchgen.ledger import Ledger
@@ -345,10 +345,20 @@ def test_a_plan_comes_back_as_it_was_put(ledger):
 
 
 def test_a_plan_with_a_base_comes_back_with_it(ledger):
-    again = replace(PLAN, number=2, base={"plan": 1, "parts": [f"{PARTS}/a.parquet"]})
+    bases = (Base(2, (f"{PARTS}/a.parquet", f"{PARTS}/b.parquet")), Base(1))
+    again = replace(PLAN, number=3, bases=bases, takes_errors=False, generation=2)
     ledger.put_plan(again)
     assert ledger.latest_plan() == again
-    assert PLAN.base is None
+
+
+def test_a_plan_from_before_there_were_bases_takes_nothing_over(ledger):
+    fields = asdict(PLAN)
+    for name in ("bases", "takes_errors", "generation"):
+        del fields[name]
+    content = json.dumps({"format": 1, **fields}).encode()
+    ledger.storage.put_if_absent("_batchgen/plan/000001.json", content)
+    assert ledger.latest_plan() == PLAN
+    assert (PLAN.bases, PLAN.takes_errors, PLAN.generation) == ((), True, 0)
 
 
 def test_named_parts_of_an_earlier_plan_are_found_though_a_later_plan_has_the_claim(ledger):
@@ -407,6 +417,7 @@ def test_a_plan_number_that_is_absent_is_refused(ledger):
         (b'{"format": 1, "segments": [{}]}', r"missing 5 required positional arguments"),
         (b'{"format": 1, "segments": []}', r"missing \d+ required positional arguments"),
         (b'{"format": 1, "segments": [], "colour": 1}', r"unexpected keyword argument 'colour'"),
+        (b'{"format": 1, "segments": [], "bases": [{}]}', r"missing 1 required .* 'plan'"),
         (b"\xff", r"invalid start byte"),
     ],
 )

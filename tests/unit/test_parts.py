@@ -143,7 +143,9 @@ def test_the_footer_books_are_the_content(storage):
         engine=engine,
         tally={"verdict": {"ok": 3, "error": 1}, "attempts": {"1": 3, "0": 1}},
     )
-    assert table["gen_engine"].to_pylist() == ["fake 7"] * 4
+    # A row that was never asked for was answered by nobody.
+    assert table["id"].to_pylist() == ["0/0", "1/2", "1/3", "1/9"]
+    assert table["gen_engine"].to_pylist() == ["fake 7", "fake 7", None, "fake 7"]
     assert table.num_rows == footer.num_results == 4
 
 

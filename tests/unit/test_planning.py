@@ -14,10 +14,11 @@ import pytest
 from batchgen import frozen, planning
 from batchgen.books import Durable, Part, Plan
 from batchgen.errors import ConfigError, InputChangedError, SourceError
-from batchgen.executor.local import missing
+from batchgen.executor.carry_over import missing
 from batchgen.footer import PartFooter
+from batchgen.freezing import freeze
 from batchgen.ledger import Ledger
-from batchgen.planning import freeze, prepare
+from batchgen.planning import prepare
 from batchgen.ranges import Ranges
 from tests.fakes import write_jsonl
 
@@ -220,14 +221,29 @@ def test_files_that_came_and_went_are_told(tmp_path, make_job):
     tables = {"input": many_files(tmp_path, 1, 1)}
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
-    assert frozen.new_files(plan, job.job) == []
-    (tmp_path / "in-0.jsonl").unlink()
+    assert not frozen.has_other_files(plan, job.job)
     write_jsonl(tmp_path / "in-2.jsonl", numbered(5, 6))
+    assert frozen.has_other_files(plan, job.job)
+    (tmp_path / "in-2.jsonl").rename(tmp_path / "in-0.jsonl")
+    assert not frozen.has_other_files(plan, job.job)  # Its content is told by `input_changes`.
+    (tmp_path / "in-0.jsonl").unlink()
     again = prepare(make_job(None, **tables))
     assert changes(plan, again) == [
         f"input: {tmp_path}/in-0.jsonl is gone: does not exist, expected an input file"
     ]
-    assert frozen.new_files(plan, again.job) == [str(tmp_path / "in-2.jsonl")]
+    assert frozen.has_other_files(plan, again.job)
+    (tmp_path / "in-1.jsonl").unlink()
+    with pytest.raises(SourceError, match="names no file"):
+        frozen.has_other_files(plan, again.job)
+
+
+def test_files_in_another_order_are_told(tmp_path, make_job):
+    many_files(tmp_path, 1, 1)
+    plan = freeze(prepare(make_job(None, input={"path": ["in-0.jsonl", "in-1.jsonl"]})), 1)
+    assert frozen.has_other_files(
+        plan, make_job(None, input={"path": ["in-1.jsonl", "in-0.jsonl"]})
+    )
+    assert not frozen.has_other_files(plan, make_job(None, input={"path": "in-*.jsonl"}))
 
 
 def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
@@ -243,15 +259,18 @@ def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
     assert [segment.num_rows for segment in plan.segments] == [2]
-    assert frozen.new_files(plan, job.job) == []
+    assert not frozen.has_other_files(plan, job.job)
     assert changes(plan, job) == []
+    write_jsonl(tmp_path / "in-.jsonl", numbered(5, 6))  # Sorts first, so its rows would count.
+    assert frozen.has_other_files(plan, job.job)
 
 
 def test_a_limit_that_is_not_filled_wants_new_files(tmp_path, make_job):
     tables = {"input": {**many_files(tmp_path, 2), "limit": 5}}
     plan = freeze(prepare(make_job(None, **tables)), 1)
+    assert not frozen.has_other_files(plan, make_job(None, **tables))
     write_jsonl(tmp_path / "in-9.jsonl", numbered(5, 6))
-    assert frozen.new_files(plan, make_job(None, **tables)) == [str(tmp_path / "in-9.jsonl")]
+    assert frozen.has_other_files(plan, make_job(None, **tables))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +359,8 @@ def test_a_plan_of_parquet_keeps_the_files_types(tmp_path, make_job):
         make_job(None, input={"path": "a.parquet"}, prompt={"user": None, "messages": "chat"})
     )
     plan = freeze(job, 1)
-    assert Plan(**json.loads(json.dumps(asdict(plan))) | {"segments": plan.segments}) == plan
+    kept = json.loads(json.dumps(asdict(plan)))
+    assert Plan(**kept | {"segments": plan.segments, "bases": plan.bases}) == plan
     assert planning.planned_columns(plan).field("chat").type == data_type
     (found,) = frozen.read_rows(plan, {0: Ranges.of([1])}, job.reader, job.spec())
     assert found.values == [{"chat": [{"role": "user", "content": "hi"}]}]

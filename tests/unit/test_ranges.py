@@ -44,6 +44,38 @@ def test_set_operations_agree_with_sets(a, b):
         assert is_normal(made)
 
 
+@given(numbers, st.integers(0, 60), st.integers(0, 60))
+def test_the_spans_within_bounds_agree_with_sets(a, start, stop):
+    made = Ranges.of(a)
+    found = list(made.within(start, stop))
+    assert [n for first, end in found for n in range(first, end)] == sorted(
+        n for n in a if start <= n < stop
+    )
+    assert all(first < end for first, end in found)
+    # As few as can be: a span is cut at the bounds only.
+    assert found == list((made & Ranges([(start, stop)])).spans)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "found"),
+    [
+        (0, 100, [(2, 5), (7, 9)]),
+        (2, 9, [(2, 5), (7, 9)]),
+        (3, 8, [(3, 5), (7, 8)]),
+        (3, 4, [(3, 4)]),
+        (5, 7, []),
+        (4, 7, [(4, 5)]),
+        (0, 2, []),
+        (9, 20, []),
+        (4, 4, []),
+        (8, 3, []),
+    ],
+)
+def test_spans_are_cut_to_the_bounds(start, stop, found):
+    assert list(Ranges([(2, 5), (7, 9)]).within(start, stop)) == found
+    assert list(Ranges().within(start, stop)) == []
+
+
 @given(numbers, numbers)
 def test_equality_and_hash_agree_with_sets(a, b):
     assert (Ranges.of(a) == Ranges.of(b)) is (a == b)

@@ -1,0 +1,201 @@
+"""Commands about what has been published: snapshots, prune, diff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchgen.cli.common import JOB, JSON, SET, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from batchgen.snapshot_diff import Diff, LabelMoves
+    from batchgen.snapshots import Listed
+
+_SHOWN_MOVES = 20
+_SHOWN_CHARS = 60
+
+
+@click.command()
+@JOB
+@SET
+@JSON
+def snapshots(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """List the published snapshots of a job, the newest last. JOB may be an output folder.
+
+    Example: batchgen snapshots jobs/quickstart.toml
+    """
+    from batchgen.api import output_of
+    from batchgen.snapshots import listed
+
+    root = output_of(job, overrides)
+    found = listed(root)
+    if as_json:
+        print_json({"output": str(root), "snapshots": [line.as_dict() for line in found]})
+        return
+    if not found:
+        click.echo("nothing is published yet", err=True)
+    for line in found:
+        click.echo(_told_line(line))
+
+
+@click.command()
+@JOB
+@SET
+@click.option(
+    "--keep", type=click.IntRange(min=1), required=True, metavar="N", help="So many newest stay."
+)
+@click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+@JSON
+def prune(
+    job: Path, overrides: tuple[str, ...], *, keep: int, dry_run: bool, as_json: bool
+) -> None:
+    """Remove all but the newest snapshots of a job. JOB may be an output folder.
+
+    The newest stays in any case, and what an unfinished run takes rows over from. Exits 75 while
+    a run is at work on the job.
+
+    Example: batchgen prune jobs/quickstart.toml --keep 7
+    """
+    from batchgen.api import output_of
+    from batchgen.snapshots import listed
+    from batchgen.snapshots import prune as prune_output
+
+    root = output_of(job, overrides)
+    num_snapshots = len(listed(root))
+    removed = prune_output(root, keep, dry_run=dry_run)
+    if as_json:
+        lines = [line.as_dict() for line in removed]
+        print_json({"output": str(root), "dry_run": dry_run, "removed": lines})
+        return
+    for line in removed:
+        click.echo(_told_line(line))
+    num_bytes = sum(line.size_bytes for line in removed)
+    verb = "would go" if dry_run else "removed"
+    click.echo(f"{len(removed)} of {num_snapshots} snapshots {verb}, {_size(num_bytes)}")
+
+
+@click.command()
+@JOB
+@SET
+@click.argument("numbers", type=int, nargs=-1, metavar="[OLD NEW]")
+@click.option(
+    "--on",
+    metavar="COL[,COL]",
+    help="Columns that name a row. Default: rows are paired by where they stand in the input.",
+)
+@click.option("-n", "num_rows", default=5, show_default=True, help="Changed rows to show.")
+@JSON
+def diff(
+    job: Path,
+    overrides: tuple[str, ...],
+    *,
+    numbers: tuple[int, ...],
+    on: str | None,
+    num_rows: int,
+    as_json: bool,
+) -> None:
+    """Compare two snapshots, by default the newest two: rows and how the labels moved.
+
+    JOB may be an output folder. OLD and NEW are numbers as `batchgen snapshots` lists them.
+
+    Example: batchgen diff jobs/quickstart.toml 3 5 --on id
+    """
+    from batchgen.api import output_of
+    from batchgen.snapshot_diff import diff as diff_output
+
+    if len(numbers) not in {0, 2}:
+        msg = f"{len(numbers)} snapshot given, expected none or two: OLD NEW"
+        raise click.UsageError(msg)
+    both = (numbers[0], numbers[1]) if numbers else None
+    columns = [name.strip() for name in on.split(",")] if on else []
+    found = diff_output(output_of(job, overrides), both, on=columns, num_examples=num_rows)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        click.echo("\n".join(_told_diff(found)))
+
+
+def _told_line(line: Listed) -> str:
+    """One snapshot on one line."""
+    marks = ["shown"] if line.is_shown else []
+    marks += [f"over gate.{name}" for name in line.overridden]
+    return (
+        f"{line.number:>6}  {line.published_at}  run {line.run_id}  recipe {line.recipe[:12]}  "
+        f"{line.num_ok:,} ok, {line.num_errors:,} errors, {_size(line.size_bytes)}"
+        f"{'  ' if marks else ''}{', '.join(marks)}"
+    )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _told_diff(found: Diff) -> list[str]:
+    lines = [
+        f"snapshot {found.old} -> {found.new}, rows paired by {found.matched_by}",
+        f"  rows     {found.num_old:,} -> {found.num_new:,}: {found.num_added:,} added, "
+        f"{found.num_removed:,} removed, {found.num_changed:,} changed, {found.num_same:,} same",
+    ]
+    if found.num_changed:
+        lines.append(
+            f"  changed  {found.num_input_changed:,} in their input, "
+            f"{found.num_answer_changed:,} in their answer only"
+        )
+    if any(found.num_without_key):
+        old, new = found.num_without_key
+        lines.append(f"  no key   {old:,} old and {new:,} new rows are not compared")
+    columns = {
+        "came": found.columns_came,
+        "went": found.columns_went,
+        "of another type": found.columns_retyped,
+    }
+    lines += [f"  columns  {what}: {', '.join(names)}" for what, names in columns.items() if names]
+    for moves in found.labels:
+        lines += _told_moves(moves)
+    for example in found.examples:
+        lines.append(f"--- {example['where']}: {example['changed']} changed")
+        lines += [
+            f"{name:24} {_short(old)} -> {_short(new)}"
+            for name, (old, new) in example["columns"].items()
+        ]
+    return lines
+
+
+def _told_moves(moves: LabelMoves) -> list[str]:
+    drift = "unknown" if moves.drift is None else f"{moves.drift:.3g}"
+    names = sorted(
+        moves.before.keys() | moves.after.keys(), key=lambda name: (-moves.after.get(name, 0), name)
+    )
+    lines = [f"labels {moves.column}, drift {drift}"]
+    lines += [
+        f"  {name:22} {moves.before.get(name, 0):,} -> {moves.after.get(name, 0):,}"
+        for name in names
+    ]
+    moved = [move for move in moves.moves if move["old"] != move["new"]]
+    lines += [
+        f"  {move['num_rows']:,} rows: {_label(move['old'])} -> {_label(move['new'])}"
+        for move in moved[:_SHOWN_MOVES]
+    ]
+    if len(moved) > _SHOWN_MOVES:
+        lines.append(f"  and {len(moved) - _SHOWN_MOVES} more moves, see --json")
+    return lines
+
+
+def _label(name: str | None) -> str:
+    return "(no label)" if name is None else name
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - a column's value has any type
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
+
+
+COMMANDS: Sequence[click.Command] = (snapshots, prune, diff)

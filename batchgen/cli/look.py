@@ -1,0 +1,138 @@
+"""Commands that look at a job and change nothing: check, status, show, verify, schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from batchgen.cli.common import DATE, JOB, JSON, SET, flat, print_json
+from batchgen.errors import ExitCode
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
+
+@click.command()
+@JOB
+@SET
+@DATE
+@click.option("-n", "num_rows", default=3, show_default=True, help="Rows to render.")
+def check(
+    job: Path, overrides: tuple[str, ...], *, run_date: datetime | None, num_rows: int
+) -> None:
+    """Check a job file and show its first prompts; loads no model.
+
+    Example: batchgen check jobs/quickstart.toml -n 1
+    """
+    from batchgen.api import load
+    from batchgen.planning import first_prompts, prepare
+
+    prepared = prepare(load(job, overrides, run_date.date() if run_date else None))
+    click.echo(
+        f"input    {len(prepared.files)} {prepared.format} file(s), first {prepared.files[:1]}"
+    )
+    click.echo(f"columns  {', '.join(f'{field.name}: {field.type}' for field in prepared.columns)}")
+    click.echo(f"carried  {', '.join(prepared.carried)}")
+    click.echo(f"model    {prepared.model.path or prepared.job.model.backend}")
+    click.echo(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
+    for why in prepared.form.fallbacks:
+        click.echo(f"as JSON  {why}")
+    click.echo(f"recipe   {prepared.recipe_fingerprint}")
+    for where, text in first_prompts(prepared, num_rows):
+        click.secho(f"--- {where}", dim=True)
+        click.echo(text)
+
+
+@click.command()
+@JOB
+@SET
+@JSON
+def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """Tell the state of a running, interrupted or finished job. JOB may be an output folder.
+
+    Example: batchgen status jobs/quickstart.toml
+    """
+    from batchgen.api import output_of
+    from batchgen.views import status as status_of
+
+    facts = status_of(output_of(job, overrides))
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in flat(facts):
+        click.echo(f"{name:24} {value}")
+
+
+@click.command()
+@JOB
+@SET
+@click.option("-n", "num_rows", default=5, show_default=True, help="Rows to show.")
+@click.option("--errors", is_flag=True, help="Only rows that are errors.")
+@click.option("--snapshot", type=int, metavar="N", help="Of an old snapshot, by its number.")
+def show(
+    job: Path, overrides: tuple[str, ...], num_rows: int, *, errors: bool, snapshot: int | None
+) -> None:
+    """Print rows readably: of the newest plan, published or durable so far.
+
+    JOB may be an output folder.
+
+    Example: batchgen show jobs/quickstart.toml --errors
+    """
+    from batchgen.api import output_of
+    from batchgen.views import rows
+
+    frame = rows(output_of(job, overrides), num_rows, errors=errors, snapshot=snapshot)
+    if frame.is_empty():
+        click.echo("no such rows", err=True)
+    for number, row in enumerate(frame.iter_rows(named=True)):
+        click.secho(f"--- row {number}", dim=True)
+        for name, value in row.items():
+            if value is not None and not name.startswith("_batchgen_"):
+                click.echo(f"{name:24} {value}")
+
+
+@click.command()
+@JOB
+@SET
+@JSON
+def verify(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """Read every byte of a job's output and prove the books. JOB may be an output folder.
+
+    Exits 0 if all is well, 1 if something is damaged; the next run redoes what can be redone.
+
+    Example: batchgen verify jobs/quickstart.toml
+    """
+    from batchgen.api import output_of
+    from batchgen.verify import verify as verify_output
+
+    verdict = verify_output(output_of(job, overrides))
+    if as_json:
+        print_json(verdict.as_dict())
+    else:
+        for problem in verdict.problems:
+            click.secho(problem, fg="red")
+        click.echo(
+            f"{verdict.num_planned:,} planned = {verdict.num_ok:,} ok + {verdict.num_errors:,} "
+            f"errors + {verdict.num_skipped:,} skipped + {verdict.num_left:,} left; "
+            f"{verdict.num_files} files, {verdict.num_bytes:,} bytes, "
+            f"{len(verdict.problems)} problems"
+        )
+    sys.exit(ExitCode.FAULT if verdict.problems else ExitCode.COMPLETE)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON Schema of job files, for editors.
+
+    Example: batchgen schema > job.schema.json
+    """
+    from batchgen.config.load import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1))
+
+
+COMMANDS = (check, status, show, verify, schema)

@@ -1,0 +1,133 @@
+"""What a run has to do: go on, begin, take up what changed, or nothing.
+
+    nothing is planned here yet, or --fresh      a new plan
+    nothing has changed                          the newest plan, finished or not
+    files have changed                           a new plan that takes over what it can
+    the recipe has changed                       refused, unless --accept-recipe
+
+A plan that takes rows over is an ordinary plan: it only has bases, earlier plans whose answers it
+may use. So a night that is killed goes on like every run, and an unfinished plan whose input
+moved on is itself a base, so that nothing it has computed is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from batchgen import frozen, planning
+from batchgen.books import Base
+from batchgen.errors import RecipeChangedError
+from batchgen.freezing import Before
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.books import Manifest, Plan
+    from batchgen.config.model import JobConfig
+    from batchgen.executor.options import RunOptions
+    from batchgen.ledger import Ledger
+    from batchgen.planning import Look, Prepared
+
+
+class Decision(NamedTuple):
+    """What a run is to do."""
+
+    prepared: Prepared
+    plan: Plan | None
+    """The plan to go on with, None for a new one."""
+    before: Before
+    """What a new plan goes back to."""
+    notes: Sequence[str] = ()
+    """Worth a warning."""
+
+
+def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
+    """Look at job, input and output; reads no row.
+
+    Raises:
+        ConfigError: The job does not fit itself or its input.
+        SourceError: The input does not exist or is not what its name says.
+        RecipeChangedError: The job is not the newest plan's, and nobody said that it may be.
+        OutputError: The output is not one that this version understands.
+    """
+    look = planning.look_at(job)
+    plan = ledger.latest_plan()
+    if plan is None or options.fresh:
+        return Decision(planning.with_input(look, plan), None, Before(seen=plan))
+    manifest = ledger.manifest(plan.number)
+    changes = look.changes(plan)
+    if any(not change.startswith("input.") for change in changes):
+        return _with_new_recipe(ledger, look, plan, manifest, changes, options)
+    if changes and manifest is None and not options.accept_recipe:
+        raise RecipeChangedError(job.output.path, changes, is_finished=False)
+    if not changes and not frozen.has_other_files(plan, job):
+        prepared = planning.with_plan(look, plan)
+        if not frozen.input_changes(plan, prepared.reader):
+            return Decision(prepared, plan, Before())
+    before = Before(
+        seen=plan,
+        bases=_bases(ledger, plan, manifest),
+        takes_errors=not options.retry_errors and (manifest is not None or plan.takes_errors),
+        generation=plan.generation + options.retry_errors,
+    )
+    return Decision(planning.with_input(look, plan), None, before, _gone(plan, job))
+
+
+def _with_new_recipe(
+    ledger: Ledger,
+    look: Look,
+    plan: Plan,
+    manifest: Manifest | None,
+    changes: Sequence[str],
+    options: RunOptions,
+) -> Decision:
+    output = look.job.output.path
+    if not options.accept_recipe:
+        raise RecipeChangedError(output, changes, is_finished=manifest is not None)
+    prepared = planning.with_input(look, plan)
+    if not options.only_errors:
+        return Decision(prepared, None, Before(seen=plan))
+    if wrong := _other_columns(plan, prepared):
+        raise RecipeChangedError(output, [*changes, wrong], is_finished=manifest is not None)
+    bases = _bases(ledger, plan, manifest)
+    return Decision(
+        prepared, None, Before(plan, bases, takes_errors=False, generation=plan.generation + 1)
+    )
+
+
+def _other_columns(plan: Plan, prepared: Prepared) -> str | None:
+    """Why the plan's rows cannot stand beside those of a new recipe."""
+    now = prepared.frozen_job
+    if all(pick(plan.job) == pick(now) for pick in _DECIDE_COLUMNS):
+        return None
+    return "--only-errors: answers would have other columns than those that are taken over"
+
+
+_DECIDE_COLUMNS: Sequence[Callable[[Mapping[str, Any]], Any]] = (
+    lambda job: job["output"],
+    lambda job: job["recipe"].get("form"),
+    lambda job: job["recipe"]["sampling"].get("n"),
+    lambda job: job["recipe"]["sampling"].get("logprobs"),
+    lambda job: job["recipe"]["model"].get("reasoning_parser"),
+    lambda job: job["recipe"]["model"].get("tool_call_parser"),
+)
+
+
+def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Base]:
+    """Where to take rows from: the newest plan first, and what an unfinished one would take."""
+    if manifest is not None:
+        return (Base(plan.number),)
+    parts = tuple(part.name for part in ledger.durable(plan).parts)
+    return (Base(plan.number, parts), *plan.bases)
+
+
+def _gone(plan: Plan, job: JobConfig) -> list[str]:
+    """Planned files that are not in the input any more."""
+    _, files = planning.find_input(job)
+    gone = [segment.path for segment in plan.segments if segment.path not in set(files)]
+    if not gone or plan.is_cut:
+        return []
+    return [
+        f"{len(gone)} input files are gone, such as {gone[0]}: rows that no other file has leave "
+        "the snapshot"
+    ]

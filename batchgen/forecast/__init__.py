@@ -1,0 +1,1 @@
+"""`batchgen plan`: what a run would do, told before any GPU and without touching the output."""

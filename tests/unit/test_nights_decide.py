@@ -1,0 +1,369 @@
+"""What a run has to do: nothing, go on, a new plan and from what, or refuse."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+import pytest
+
+from batchgen.books import Base, Manifest
+from batchgen.errors import ConfigError, RecipeChangedError, SourceError
+from batchgen.executor.nights import decide
+from batchgen.executor.options import RunOptions
+from batchgen.freezing import Before, freeze
+from batchgen.ledger import STATE, Ledger
+from batchgen.sink.parts import PartContext, PartWriter
+from tests.fakes import batch, results, write_jsonl
+
+PLAIN = RunOptions()
+ACCEPT = RunOptions(accept_recipe=True)
+ONLY_ERRORS = RunOptions(accept_recipe=True, only_errors=True)
+RETRY = RunOptions(retry_errors=True)
+FRESH = RunOptions(fresh=True)
+OTHER_RECIPE = {"prompt": {"user": "Say {{ text }}"}}
+OTHER_SELECTION = {"input": {"path": "in-*.jsonl", "where": "id <> 'r1'"}}
+
+
+class Lab:
+    """A job over two files of two rows, and its books."""
+
+    def __init__(self, tmp_path, make_job, storage):
+        self.folder = tmp_path
+        self.ledger = Ledger(storage)
+        self._make_job = make_job
+        for at in range(2):
+            self.write(at, 2 * at, 2 * at + 1)
+
+    def write(self, at, *numbers):
+        path = self.folder / f"in-{at}.jsonl"
+        return write_jsonl(path, [{"id": f"r{n}", "text": f"say {n}"} for n in numbers])
+
+    def decide(self, options=PLAIN, **tables):
+        job = self._make_job(None, **{"input": {"path": "in-*.jsonl"}, **tables})
+        return decide(self.ledger, job, options)
+
+    def plan(self, before=None, **tables):
+        """What a run would freeze, put."""
+        number = self.ledger.latest_plan_number() + 1
+        plan = freeze(self.decide(FRESH, **tables).prepared, number, before or Before())
+        self.ledger.put_plan(plan)
+        return plan
+
+    def commit(self, plan, *rows):
+        """Claim, and end these rows of the first file."""
+        epoch = self.ledger.claim(plan, "run-1", {})
+        ids = pa.record_batch({"id": ["x"] * len(rows), "text": ["y"] * len(rows)})
+        schema = self.decide(FRESH).prepared.part_schema
+        context = PartContext(plan.plan_id, epoch.number, 0, "run-1", schema, "gen_")
+        writer = PartWriter(self.ledger.storage, f"{STATE}/parts", context)
+        return writer.commit(results(batch(rows, carried=ids)), {}, {})
+
+    def publish(self, plan):
+        files = [{"name": "part-00000.parquet", "num_rows": plan.num_rows}]
+        self.ledger.put_manifest(
+            Manifest(
+                number=plan.number,
+                plan_id=plan.plan_id,
+                epoch=1,
+                run_id="run-1",
+                created_at="",
+                files=files,
+                num_planned=plan.num_rows,
+                num_ok=plan.num_rows,
+                num_errors=0,
+                num_skipped=0,
+            )
+        )
+        return plan
+
+    def touch(self, at):
+        path = self.folder / f"in-{at}.jsonl"
+        now = path.stat()
+        os.utime(path, ns=(now.st_atime_ns, now.st_mtime_ns + 10**9))
+
+
+@pytest.fixture
+def lab(tmp_path, make_job, storage):
+    return Lab(tmp_path, make_job, storage)
+
+
+@pytest.fixture(params=[True, False], ids=["published", "unfinished"])
+def newest(lab, request):
+    """A plan; the last of its life or in the middle of it."""
+    plan = lab.plan()
+    lab.commit(plan, 0, 1)
+    return lab.publish(plan) if request.param else plan
+
+
+def assert_goes_on(decision, plan):
+    assert decision.plan == plan
+    assert list(decision.prepared.files) == [segment.path for segment in plan.segments]
+
+
+def assert_begins(decision, **before):
+    """A new plan that goes back to this."""
+    assert decision.plan is None
+    assert decision.before == Before(**before)
+
+
+# --- nothing is planned yet, or --fresh -------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [PLAIN, FRESH, RETRY, ACCEPT, ONLY_ERRORS])
+def test_a_job_that_was_never_planned_begins(lab, options):
+    decision = lab.decide(options)
+    assert_begins(decision)
+    assert len(decision.prepared.files) == 2
+
+
+@pytest.mark.parametrize("tables", [{}, OTHER_RECIPE, OTHER_SELECTION])
+def test_fresh_begins_whatever_changed_and_takes_no_row_over(lab, newest, tables):
+    lab.write(0, 7)
+    decision = lab.decide(FRESH, **tables)
+    assert_begins(decision, seen=newest)  # What is known of files still holds.
+    assert decision.notes == ()
+
+
+# --- nothing has changed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [PLAIN, RETRY, ACCEPT, ONLY_ERRORS])
+@pytest.mark.parametrize("is_touched", [True, False])
+def test_an_unchanged_job_goes_on_with_its_newest_plan(lab, newest, options, is_touched):
+    if is_touched:
+        lab.touch(0)
+    decision = lab.decide(options)
+    assert_goes_on(decision, newest)
+    assert list(decision.notes) == []
+
+
+def test_the_newest_plan_is_the_one_that_counts(lab):
+    lab.publish(lab.plan())
+    second = lab.plan(before=Before(bases=(Base(1),), takes_errors=False, generation=1))
+    assert_goes_on(lab.decide(), second)
+
+
+def test_a_filled_limit_wants_no_new_files(lab):
+    limit = {"input": {"path": "in-*.jsonl", "limit": 3}}
+    plan = lab.publish(lab.plan(**limit))
+    lab.write(2, 4)
+    decision = lab.decide(**limit)
+    assert_goes_on(decision, plan)
+    assert list(decision.notes) == []
+
+
+# --- files have changed -----------------------------------------------------------------------
+
+
+def edit(lab):
+    lab.write(0, 0, 7)
+
+
+def grow(lab):
+    lab.write(0, 0, 1, 7)
+
+
+def remove(lab):
+    (lab.folder / "in-1.jsonl").unlink()
+
+
+def add(lab):
+    lab.write(2, 4)
+
+
+@pytest.mark.parametrize("change", [edit, grow, remove, add])
+def test_a_published_job_takes_over_what_it_can_from_its_snapshot(lab, change):
+    plan = lab.publish(lab.plan())
+    change(lab)
+    decision = lab.decide()
+    assert_begins(decision, seen=plan, bases=(Base(plan.number),), takes_errors=True)
+    assert len(decision.prepared.files) == {edit: 2, grow: 2, remove: 1, add: 3}[change]
+
+
+@pytest.mark.parametrize("change", [edit, grow, remove, add])
+def test_an_unfinished_job_takes_over_what_is_durable(lab, change):
+    plan = lab.plan()
+    part = lab.commit(plan, 1)
+    change(lab)
+    assert_begins(lab.decide(), seen=plan, bases=(Base(plan.number, (part,)),), takes_errors=True)
+
+
+def test_an_unfinished_job_passes_on_what_it_would_have_taken_over(lab):
+    lab.publish(lab.plan())
+    second = lab.plan(before=Before(bases=(Base(1),)))
+    part = lab.commit(second, 0)
+    edit(lab)
+    third = lab.decide()
+    assert_begins(third, seen=second, bases=(Base(2, (part,)), Base(1)), takes_errors=True)
+    lab.plan(before=third.before)
+    grow(lab)
+    bases = (Base(3), Base(2, (part,)), Base(1))
+    assert lab.decide().before.bases == bases
+
+
+def test_a_published_job_is_all_that_the_next_one_goes_back_to(lab):
+    lab.publish(lab.plan())
+    second = lab.publish(
+        lab.plan(before=Before(bases=(Base(1),), takes_errors=False, generation=1))
+    )
+    edit(lab)
+    assert_begins(lab.decide(), seen=second, bases=(Base(2),), takes_errors=True, generation=1)
+    assert second.seed_generation == 1
+    assert lab.decide().before.takes_errors  # So that its new rows get the seeds of a new job.
+
+
+def test_files_in_another_order_are_another_snapshot(lab, newest):
+    swapped = {"input": {"path": ["in-1.jsonl", "in-0.jsonl"]}}
+    decision = lab.decide(**swapped)
+    assert decision.plan is None
+    assert [base.plan for base in decision.before.bases] == [1]
+    assert [path[-7] for path in decision.prepared.files] == ["1", "0"]
+
+
+def test_errors_are_run_again_on_request(lab):
+    plan = lab.publish(lab.plan())
+    edit(lab)
+    before = {"seen": plan, "bases": (Base(1),)}
+    assert_begins(lab.decide(RETRY), **before, takes_errors=False, generation=1)
+
+
+def test_a_retry_of_a_retry_is_of_the_next_generation(lab):
+    lab.publish(lab.plan(before=Before(generation=1)))
+    edit(lab)
+    assert lab.decide(RETRY).before.generation == 2
+
+
+def test_a_retry_whose_input_moves_on_still_takes_no_errors(lab):
+    lab.publish(lab.plan())
+    lab.plan(before=Before(bases=(Base(1),), takes_errors=False, generation=1))
+    edit(lab)
+    before = lab.decide().before
+    assert before.takes_errors is False
+    assert before.bases == (Base(2), Base(1))
+
+
+def test_a_retry_whose_input_moves_on_keeps_its_generation(lab):
+    """Or its errors would be asked for with the seeds with which they failed."""
+    lab.publish(lab.plan())
+    lab.plan(before=Before(bases=(Base(1),), takes_errors=False, generation=1))
+    edit(lab)
+    assert lab.decide().before.generation == 1
+
+
+def test_files_that_are_gone_are_told_of(lab):
+    lab.publish(lab.plan())
+    remove(lab)
+    (note,) = lab.decide().notes
+    assert note.startswith(f"1 input files are gone, such as {lab.folder / 'in-1.jsonl'}: ")
+    lab.write(1, 2, 3)
+    edit(lab)
+    assert list(lab.decide().notes) == []
+
+
+def test_an_input_of_which_nothing_is_left_is_refused(lab, newest):
+    for path in lab.folder.glob("in-*"):
+        path.unlink()
+    with pytest.raises(SourceError, match="names no file"):
+        lab.decide()
+
+
+# --- the choice of rows has changed -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{"where": "id <> 'r1'"}, {"limit": 3}, {"columns": ["id"]}])
+def test_another_choice_of_rows_is_a_new_plan_once_the_job_is_published(lab, keys):
+    plan = lab.publish(lab.plan())
+    decision = lab.decide(input={"path": "in-*.jsonl", **keys})
+    assert_begins(decision, seen=plan, bases=(Base(1),), takes_errors=True)
+
+
+def test_another_choice_of_rows_is_refused_while_the_job_is_unfinished(lab):
+    plan = lab.plan()
+    part = lab.commit(plan, 0)
+    with pytest.raises(RecipeChangedError) as caught:
+        lab.decide(**OTHER_SELECTION)
+    assert caught.value.changes == ("""input.where: None -> "id <> 'r1'\"""",)
+    assert "finish what was begun" in str(caught.value)
+    decision = lab.decide(ACCEPT, **OTHER_SELECTION)
+    assert_begins(decision, seen=plan, bases=(Base(1, (part,)),), takes_errors=True)
+
+
+# --- the recipe has changed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tables", "change"),
+    [
+        (OTHER_RECIPE, "prompt.user: '{{ text }}' -> 'Say {{ text }}'"),
+        ({"sampling": {"max_tokens": 9}}, "sampling.max_tokens: 32 -> 9"),
+        ({"output": {"prefix": "x_"}}, "output.prefix: 'gen_' -> 'x_'"),
+        ({"checks": {"allow_truncated": True}}, "checks.allow_truncated: False -> True"),
+    ],
+)
+def test_another_recipe_is_refused_with_the_difference(lab, newest, tables, change):
+    for options in (PLAIN, RETRY):
+        with pytest.raises(RecipeChangedError) as caught:
+            lab.decide(options, **tables)
+        assert caught.value.exit_code == 2
+        assert caught.value.changes == (change,)
+    is_published = lab.ledger.manifest(newest.number) is not None
+    assert ("--only-errors" in str(caught.value)) is is_published
+    assert lab.ledger.latest_plan() == newest
+
+
+def test_a_recipe_that_is_accepted_relabels_every_row(lab, newest):
+    decision = lab.decide(ACCEPT, **OTHER_RECIPE)
+    assert_begins(decision, seen=newest)
+    assert decision.prepared.recipe_fingerprint != newest.recipe_fingerprint
+
+
+def test_a_recipe_that_is_accepted_for_errors_takes_what_is_ok(lab, newest):
+    decision = lab.decide(ONLY_ERRORS, **OTHER_RECIPE)
+    if lab.ledger.manifest(newest.number) is not None:
+        base = Base(1)
+    else:
+        base = Base(1, tuple(part.name for part in lab.ledger.durable(newest).parts))
+        assert len(base.parts) == 1
+    assert_begins(decision, seen=newest, bases=(base,), takes_errors=False, generation=1)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"output": {"prefix": "x_"}},
+        {"output": {"choice": ["a", "b"]}},
+        {"sampling": {"n": 2, "temperature": 1.0}},
+        {"sampling": {"logprobs": 2}},
+    ],
+)
+def test_rows_of_other_columns_cannot_be_taken_over(lab, newest, tables):
+    with pytest.raises(RecipeChangedError, match="answers would have other columns than those"):
+        lab.decide(ONLY_ERRORS, **tables)
+    assert_begins(lab.decide(ACCEPT, **tables), seen=newest)
+
+
+def test_a_job_that_does_not_fit_is_refused_before_it_is_compared(lab, newest):
+    with pytest.raises(ConfigError, match="no column 'titel' in the input"):
+        lab.decide(ACCEPT, prompt={"user": "{{ titel }}"})
+    with pytest.raises(ConfigError, match=r"prompt\.user: template error"):
+        lab.decide(prompt={"user": "{% if %}"})
+
+
+def test_an_output_that_is_not_understood_is_refused(lab):
+    lab.ledger.storage.put_if_absent("_batchgen/plan/000001.json", b"{}")
+    with pytest.raises(Exception, match="not a batchgen file of this version") as caught:
+        lab.decide()
+    assert caught.value.exit_code == 2
+
+
+def test_deciding_writes_nothing(lab, newest):
+    held = {path: path.read_bytes() for path in lab.folder.rglob("*") if path.is_file()}
+    lab.decide()
+    edit(lab)
+    del held[lab.folder / "in-0.jsonl"]
+    lab.decide()
+    lab.decide(ACCEPT, **OTHER_RECIPE)
+    after = {path: path.read_bytes() for path in lab.folder.rglob("*") if path.is_file()}
+    del after[lab.folder / "in-0.jsonl"]
+    assert after == held
