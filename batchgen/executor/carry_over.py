@@ -11,6 +11,7 @@ from batchgen.books import NO_ROWS, Durable
 from batchgen.errors import BatchgenError, OutputError, StorageError
 from batchgen.matching import answered_by, is_same_reading, match, restricted
 from batchgen.ranges import Ranges
+from batchgen.sink.answered import Source, published_sources
 from batchgen.sink.carry import Wanted, from_parts, gathered
 from batchgen.sink.published import Index, from_snapshot
 from batchgen.sink.renumber import Renumbering
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from batchgen.books import Base, Plan
     from batchgen.executor.commits import Commits
     from batchgen.executor.context import RunContext
+    from batchgen.ledger import Ledger
     from batchgen.matching import Span
     from batchgen.planning import Prepared
     from batchgen.sink.carry import Piece
@@ -130,6 +132,19 @@ def takeovers(
         todo = without(todo, source.rows)
         if source.rows:
             found.append(source)
+    return found
+
+
+def base_sources(ledger: Ledger, plan: Plan) -> list[Source]:
+    """Files with answers for requests like theirs, of the plans that a plan is based on."""
+    takes_errors = plan.takes_errors
+    found: list[Source] = []
+    for base in plan.bases:
+        manifest = ledger.manifest(base.plan)
+        if manifest is None:
+            found += [Source(name, takes_errors) for name in base.parts]
+        else:
+            found += published_sources(ledger.storage, manifest, takes_errors=takes_errors)
     return found
 
 

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 from batchgen import frozen
 from batchgen.answers.retries import Ladder
 from batchgen.errors import AccountingError
-from batchgen.executor.carry_over import Takeover, commit_all, missing, takeovers, without
+from batchgen.executor.carry_over import (
+    Takeover,
+    base_sources,
+    commit_all,
+    missing,
+    takeovers,
+    without,
+)
 from batchgen.executor.commits import Commits
 from batchgen.executor.copies import answer_fields, copies
 from batchgen.executor.watch import Watch
@@ -31,7 +38,7 @@ from batchgen.progress import Progress
 from batchgen.requests import RequestBuilder
 from batchgen.runner import Runner
 from batchgen.seeds import Seeds
-from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes, published_sources
+from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes
 from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.stages import Committer, Feeder, OpenPart
 
@@ -176,7 +183,7 @@ class Computation:
 
     def _sieve(self, durable: Durable) -> Sieve:
         """What tells the rows that need no engine."""
-        base, own = self._base_sources(), self._own_sources(durable)
+        base, own = base_sources(self._context.ledger, self._plan), self._own_sources(durable)
         if not base and not self._may_share():
             own = []  # Then nothing is ever set aside.
         return Sieve(self._keys(base), self._keys(own), self._context.job.run.dedupe)
@@ -196,17 +203,6 @@ class Computation:
     def _own_sources(self, durable: Durable) -> list[Source]:
         return [Source(part.name, takes_errors=True) for part in durable.parts]
 
-    def _base_sources(self) -> list[Source]:
-        ledger, takes_errors = self._context.ledger, self._plan.takes_errors
-        found: list[Source] = []
-        for base in self._plan.bases:
-            manifest = ledger.manifest(base.plan)
-            if manifest is None:
-                found += [Source(name, takes_errors) for name in base.parts]
-            else:
-                found += published_sources(ledger.storage, manifest, takes_errors=takes_errors)
-        return found
-
     def _answered(self, sources: Sequence[Source]) -> AnsweredKeys:
         prefix = self._context.job.output.prefix
         fields = answer_fields(self._prepared)
@@ -218,7 +214,8 @@ class Computation:
         context.log.live({"state": "copying answers", "num_rows": self._plan.num_rows})
         # The base first: a row with a draw of its own may have been set aside for the base's alone.
         durable = context.ledger.durable(self._plan)
-        answered = self._answered([*self._base_sources(), *self._own_sources(durable)])
+        base = base_sources(context.ledger, self._plan)
+        answered = self._answered([*base, *self._own_sources(durable)])
         before = context.taken.num_rows
         pieces = copies(self._read(todo), self._builder(), answered, self._prepared)
         commit_all(context, self._commits, pieces, lambda: None)

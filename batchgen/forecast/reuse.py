@@ -9,12 +9,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.books import NO_ROWS
-from batchgen.executor.carry_over import without
+from batchgen.errors import OutputError, StorageError
+from batchgen.executor.carry_over import base_sources, without
 from batchgen.known import KnownKeys
 from batchgen.matching import is_same_reading, match, restricted
 from batchgen.ranges import Ranges
 from batchgen.row_digests import digest_reader
-from batchgen.sink.answered import Source, key_prefixes, published_sources
+from batchgen.sink.answered import Source, key_prefixes
 from batchgen.sink.carry import READ_ERRORS
 from batchgen.sink.published import Index
 from batchgen.sink.renumber import rows_of
@@ -68,7 +69,6 @@ def take_over(ledger: Ledger, plan: Plan, todo: RowSets, digests: LocalStorage) 
         digests: Where the digests of rows are, of the bases' files and of the plan's.
 
     Raises:
-        OutputError: A base is damaged beyond telling rows apart.
         StorageError: Something cannot be read right now.
     """
     left = dict(todo)
@@ -141,7 +141,12 @@ def _answered(ledger: Ledger, base: Base, old: Plan, *, takes_errors: bool) -> R
     manifest = ledger.manifest(base.plan)
     rows: RowSets
     if manifest is not None:
-        Index(ledger.storage, manifest).close()  # What refuses a run refuses its plan.
+        try:
+            Index(ledger.storage, manifest).close()
+        except StorageError:
+            raise
+        except OutputError:  # As in a run: rows are read, and their requests tell them.
+            return {}
         rows = {at: Ranges.until(segment.num_rows) for at, segment in enumerate(old.segments)}
     else:
         durable = ledger.parts(old, base.parts)
@@ -209,14 +214,9 @@ def known_keys(
     Raises:
         StorageError: A result cannot be read right now.
     """
-    storage, takes_errors = ledger.storage, plan.takes_errors
+    storage = ledger.storage
     sources = [Source(name, takes_errors=True) for name in own_parts]
-    for base in plan.bases:
-        manifest = ledger.manifest(base.plan)
-        if manifest is None:
-            sources += [Source(name, takes_errors) for name in base.parts]
-        else:
-            sources += published_sources(storage, manifest, takes_errors=takes_errors)
+    sources += base_sources(ledger, plan)
     if not sources:
         return None
     known = KnownKeys()

@@ -238,3 +238,23 @@ def test_a_day_without_rows_is_published_as_one(tmp_path: Path) -> None:
     assert batchgen.run(job).state == "complete"
     frame = batchgen.read(job).collect()
     assert (frame.height, "text" in frame.columns) == (0, True)
+
+
+def test_without_its_index_a_snapshot_still_answers_by_key_and_a_plan_says_so(
+    tmp_path: Path,
+) -> None:
+    write_lines(tmp_path / "in.jsonl", numbered(0, 20))
+    job = write_job(tmp_path, "in.jsonl")
+    batchgen.run(job)
+    (index,) = (tmp_path / "out" / "_batchgen" / "snapshots").glob("*/index.parquet")
+    damaged = bytearray(index.read_bytes())
+    damaged[10] ^= 1
+    index.unlink()
+    index.write_bytes(damaged)
+    write_lines(tmp_path / "in.jsonl", numbered(0, 21))
+    plan = run_cli("plan", job, "--exact", "--json")
+    assert plan.returncode == 0, plan.stderr
+    night = batchgen.run(job)
+    assert (night.num_carried, night.num_copied, night.run["num_ok"]) == (0, 20, 1)
+    assert any("index.parquet: damaged" in text for text in night.warnings)
+    assert published(tmp_path / "out") == recomputed(tmp_path, job)
