@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen import history
 from batchgen.config.load import load_job, parse_job
+from batchgen.config.tuned import use_tuned
 from batchgen.ledger import STATE, Ledger
 from batchgen.storage import LocalStorage
 
@@ -25,6 +26,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     *,
     overrides: Sequence[str] = (),
     run_date: date | None = None,
+    tuned: bool = True,
     fresh: bool = False,
     steal: bool = False,
     retry_errors: bool = False,
@@ -42,6 +44,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
             to the working directory).
         overrides: `table.key=value` each, as `--set` takes them.
         run_date: What `{date}` in paths stands for; None: today, where this machine is.
+        tuned: Use what `batchgen tune` found for this job file, if it fits.
         fresh: Begin anew; what is published stays until the new snapshot is complete.
         steal: Take the job from a frozen run that holds it.
         retry_errors: Run only the error rows of a finished job again, and what is damaged in its
@@ -75,7 +78,8 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         until=until,
         max_runtime_s=max_runtime_s,
     )
-    return LocalRun(load(job, overrides, run_date), stop=StopSwitch(), options=options).run()
+    config = load(job, overrides, run_date, tuned=tuned)
+    return LocalRun(config, stop=StopSwitch(), options=options).run()
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:
@@ -102,6 +106,8 @@ def load(
     job: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     run_date: date | None = None,
+    *,
+    tuned: bool = True,
 ) -> JobConfig:
     """A job file, or the same tables as a mapping, checked.
 
@@ -109,12 +115,14 @@ def load(
         job: Path of a job file, or the same tables as a mapping.
         overrides: `table.key=value` each, as `--set` takes them.
         run_date: What `{date}` in paths stands for; None: today, where this machine is.
+        tuned: Add what `batchgen tune` found for this job file, if it fits.
 
     Raises:
         ConfigError: With every problem found.
     """
     if isinstance(job, str | Path):
-        return load_job(Path(job), overrides, run_date)
+        config = load_job(Path(job), overrides, run_date)
+        return use_tuned(config, Path(job)) if tuned else config
     return parse_job(job, base=Path.cwd(), where="job", overrides=overrides, run_date=run_date)
 
 
@@ -126,4 +134,4 @@ def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     """
     if isinstance(source, str | Path) and (Path(source) / STATE).is_dir():
         return Path(source)
-    return Path(load(source, overrides).output.path)
+    return Path(load(source, overrides, tuned=False).output.path)

@@ -52,6 +52,8 @@ class KnownKeys:
 
     def know(self, prefixes: Sequence[int]) -> list[bool]:
         """Whether each is in the set."""
+        if not self:
+            return [False] * len(prefixes)
         import polars as pl
 
         if len(self._recent) >= _MERGE_KEYS:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
-from batchgen.budget import BudgetError
+from batchgen.budget import MAX_CHARS, BudgetError
 from batchgen.errors import ConfigError
 from batchgen.records import Messages, Prompt, RowError
 from batchgen.sandbox import NULL, NullPrintedError, Sandbox
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchgen.config.model import Example, PromptConfig
 
     Values = Mapping[str, Any]
-    Render = Callable[[Values], str]
+    Render = Callable[[dict[str, Any]], str]
 
 ROW_VARIABLE = "row"
 """In templates, the whole row as a mapping, for columns whose names are no identifiers."""
@@ -132,8 +132,9 @@ class PromptBuilder:
 
 def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     """Compile a template; return it with the names that it looks up. A constant renders once."""
+    sandbox = Sandbox()
     try:
-        render, names = Sandbox().compile_template(source)
+        render, names = sandbox.compile_template(source)
     except TemplateSyntaxError as error:
         problem = f"{where}: template error in line {error.lineno}: {error.message}"
         raise ConfigError(_TABLE, [problem]) from error
@@ -141,7 +142,7 @@ def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
         problem = f"{where}: template cannot be compiled: {_told(error)}"
         raise ConfigError(_TABLE, [problem]) from error
     if names:
-        return render, names
+        return _with_shortcut(sandbox.parse(source), render), names
     try:
         constant = render({})
     except NullPrintedError as error:
@@ -151,6 +152,31 @@ def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     except Exception as error:  # A template can raise anything; this one does for every row.
         raise ConfigError(_TABLE, [f"{where}: {_told(error)}"]) from error
     return lambda _: constant, names
+
+
+def _with_shortcut(tree: nodes.Template, render: Render) -> Render:
+    """The same, but of texts that a template only puts together, without a detour by Jinja.
+
+    Whatever else it is given (a null, a number, nothing at all) goes the whole way.
+    """
+    pattern, wanted = "", []
+    for node in (child for output in tree.body for child in output.iter_child_nodes()):
+        if isinstance(node, nodes.TemplateData):
+            pattern += node.data.replace("%", "%%")
+        elif isinstance(node, nodes.Name) and node.name != "self":  # Jinja's, in any template.
+            pattern += "%s"
+            wanted.append(node.name)
+        else:
+            return render
+
+    def render_texts(values: dict[str, Any]) -> str:
+        found: tuple[Any, ...] = tuple([values.get(name) for name in wanted])
+        if {*map(type, found)} != {str} or sum(map(len, found)) > MAX_CHARS:
+            return render(values)
+        return pattern % found
+
+    is_plain = all(isinstance(output, nodes.Output) for output in tree.body)
+    return render_texts if is_plain else render
 
 
 def _told(error: Exception) -> str:

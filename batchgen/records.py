@@ -3,6 +3,8 @@
 This module is the whole contract between the stages of layer 3, which never import each other.
 Nothing here does work. A row is known by its `Ordinal` from the moment it is read to the moment
 its result is published; ids, texts and keys are data that ride along.
+
+What is made for every row is a named tuple: a frozen dataclass takes four times as long to make.
 """
 
 from __future__ import annotations
@@ -60,8 +62,7 @@ class RowBatch:
     """Physical row numbers that end without a result: blank lines, rows that `where` leaves out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A row as it goes to the engine; one for each attempt."""
 
     request_id: int
@@ -73,7 +74,7 @@ class Request:
     seed: int | None
     """For sampling, 0 <= seed < 2**62; None when sampling is greedy."""
     batch: RowBatch
-    index: int
+    index: int  # type: ignore[assignment]  # Hides tuple.index, of no use here.
     """Where the row's carried columns are: `batch.carried[index]`."""
     params: Mapping[str, Any] | None = None
     """vLLM's SamplingParams fields that this request has otherwise than the job."""
@@ -119,8 +120,7 @@ class Sample(NamedTuple):
     """Name and arguments (JSON text) of each call; None where none are parsed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """What the engine says of one request: answers, or why there are none."""
 
     request_id: int
@@ -161,13 +161,12 @@ class Verdict(StrEnum):
     """There is no answer: `error_type` says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """How a row ends: exactly one a row, `ok` (error is None) or an error."""
 
     ordinal: Ordinal
     batch: RowBatch
-    index: int
+    index: int  # type: ignore[assignment]  # As in Request.
     request_key: str | None
     completion: Completion | None
     error: RowError | None
@@ -203,6 +202,12 @@ class EngineStats:
     num_preemptions: int | None = None
     num_steps: int | None = None
     """Steps that did work: stands still when the engine hangs."""
+    num_prompt_tokens: int | None = None
+    """Of the requests whose prompt has been worked off, prefix cache or not; each counts once."""
+    num_generated_tokens: int | None = None
+    """Those of unfinished requests too."""
+    max_num_batched_tokens: int | None = None
+    """Tokens that one step takes at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from batchgen.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from batchgen.storage import LocalStorage
 
@@ -75,6 +75,11 @@ class RunLog:
     def summary_path(self) -> str:
         """Where `finish` writes."""
         return str(self._storage.path(f"{self._folder}/summary.json"))
+
+    @property
+    def samples(self) -> Sequence[Mapping[str, Any]]:
+        """The rows of stats.parquet so far."""
+        return self._samples
 
     def live(self, facts: Mapping[str, Any]) -> None:
         """Rewrite the live view."""

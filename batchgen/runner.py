@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from batchgen.answers.retries import final
+from batchgen.collector import rare_collection
 from batchgen.errors import AccountingError, BatchgenError, EngineDeadError
 from batchgen.ranges import Ranges
 from batchgen.stages import Committer, Fed, Feeder, OpenPart
@@ -123,7 +124,8 @@ class Runner:
         """
         stop.is_heard = True
         try:
-            complete = self._loop(stop, on_tick)
+            with rare_collection():
+                complete = self._loop(stop, on_tick)
         except BaseException:
             self._salvage()
             raise
@@ -203,8 +205,8 @@ class Runner:
         if num_rows:
             self._row_bytes = fed.num_bytes / num_rows
         self._waiting.extend(fed.requests)
-        for result in fed.results:
-            self._end(result)
+        if fed.results:
+            self._end(fed.results)
         if fed.skipped:
             before = self._part.skipped.get(fed.segment, Ranges())
             self._part.skipped[fed.segment] = before | fed.skipped
@@ -232,28 +234,33 @@ class Runner:
             for completion in completions
             if (request := self._in_flight.pop(completion.request_id, None)) is not None
         ]
-        for (request, _), result in zip(asked, self._judge.judge(asked), strict=True):
-            self.stats.note_attempt(result)
+        results = self._judge.judge(asked)
+        self.stats.note_attempts(results)
+        ended = []
+        for (request, _), result in zip(asked, results, strict=True):
             again = self._ladder.next(request, result)
             if again is not None:
                 self._waiting.append(again)
             else:
-                self._end(final(request, result))
+                ended.append(final(request, result))
+        self._end(ended)
         if len(asked) < len(completions):
             known = {request.request_id for request, _ in asked}
             stray = next(c.request_id for c in completions if c.request_id not in known)
             msg = f"the engine answered request {stray}, which is not in flight"
             raise AccountingError(msg)
 
-    def _end(self, result: Result) -> None:
+    def _end(self, results: Sequence[Result]) -> None:
+        if not results:
+            return
         part = self._part
-        part.results.append(result)
-        part.num_bytes += self._row_bytes
-        if result.completion is not None:
-            part.num_bytes += sum(len(sample.text) for sample in result.completion.samples)
+        part.results.extend(results)
+        done = [result.completion for result in results if result.completion is not None]
+        num_chars = sum([len(sample.text) for one in done for sample in one.samples])
+        part.num_bytes += self._row_bytes * len(results) + num_chars
         if part.since_s is None:
             part.since_s = self._clock()
-        self.stats.note(result)
+        self.stats.note_ends(results)
 
     def _flush(self, timeout_s: float | None = None) -> bool:
         """Hand the open part over; False if the committer is still busy with earlier ones."""

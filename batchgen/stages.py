@@ -10,17 +10,19 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from batchgen.admission.order import carried_bytes
 from batchgen.errors import StorageError
+from batchgen.ranges import Ranges
 from batchgen.records import Request, Result
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from batchgen.admission.order import AdmissionOrder
     from batchgen.config.model import RunConfig
-    from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
     from batchgen.requests import RequestBuilder
 
@@ -49,14 +51,31 @@ class Fed:
     segment: int
     skipped: Ranges
     num_bytes: int
-    """Arrow memory of the carried columns."""
+    """Memory of the carried columns."""
+
+
+_WAKE_UP = Fed((), (), 0, Ranges(), 0)
+"""For a taker that waits: there are requests in the order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The input is at its end, or reading has failed."""
+
+    error: BaseException | None
 
 
 class Feeder:
     """Reads and renders ahead, in a thread, into a bounded queue."""
 
     def __init__(
-        self, batches: Iterable[RowBatch], builder: RequestBuilder, sieve: Passing | None = None
+        self,
+        batches: Iterable[RowBatch],
+        builder: RequestBuilder,
+        sieve: Passing | None = None,
+        *,
+        order: AdmissionOrder | None = None,
+        is_loading: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start reading at once.
 
@@ -64,19 +83,28 @@ class Feeder:
             batches: The rows.
             builder: Makes requests of them.
             sieve: Which requests are to be computed; None: all. Asked in the thread.
+            order: In which order; None: as they come. Belongs to the feeder from now on.
+            is_loading: Whether the engine is about to come up: until then looking ahead, for a
+                better order, costs nothing.
         """
-        self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(_FEED_BATCHES)
-        self._held: deque[Fed | BaseException | None] = deque()
+        self._queue: queue.Queue[Fed | _End] = queue.Queue(_FEED_BATCHES)
+        self._held: deque[Fed | _End] = deque()
+        self._end: _End | None = None
         self._stopped = threading.Event()
         self.is_done = False
         self._sieve = sieve
+        self._order = order
+        self._ordering = threading.Condition()  # Who touches the order holds it.
+        self._is_loading = is_loading
         self._thread = threading.Thread(
             target=self._work, args=(iter(batches), builder), name="feeder", daemon=True
         )
         self._thread.start()
 
     def has_requests(self) -> bool:
-        """Whether a request is ready, as far as can be told without holding many rows."""
+        """Whether a request is there, as far as can be told without holding many rows."""
+        if self._is_holding():
+            return True
         while not any(isinstance(item, Fed) and item.requests for item in self._held):
             if len(self._held) >= _LOOK_AHEAD_BATCHES or self._queue.empty():
                 return False
@@ -87,21 +115,58 @@ class Feeder:
         """Return the next batch; None if none is ready in time or the input is at its end.
 
         Raises:
-            SourceError: What reading raised, once what was read before is taken.
+            BatchgenError: What reading raised, once what was read before is taken.
         """
         if self.is_done:
             return None
+        until_s = time.monotonic() + timeout_s
+        while (fed := self._next(0) or self._next_in_order()) is None and self._end is None:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return None
+            if (fed := self._next(left_s)) is not None:
+                return fed
+        if fed is None and self._end is not None and not self._is_holding():
+            if self._end.error is not None:
+                raise self._end.error
+            self.is_done = True
+        return fed
+
+    def _is_holding(self) -> bool:
+        return self._order is not None and self._order.num_held > 0
+
+    def _next(self, timeout_s: float) -> Fed | None:
+        """From the queue; None for nothing, for a wake-up, and for the end, which is noted."""
+        if self._end is not None:
+            return None
         try:
-            item = self._held.popleft() if self._held else self._next(timeout_s)
+            if self._held:
+                item = self._held.popleft()
+            else:
+                item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
         except queue.Empty:
             return None
-        if isinstance(item, BaseException):
-            raise item
-        self.is_done = item is None
-        return item
+        if isinstance(item, _End):
+            self._end = item
+            return None
+        return None if item is _WAKE_UP else item
 
-    def _next(self, timeout_s: float) -> Fed | BaseException | None:
-        return self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+    def _next_in_order(self) -> Fed | None:
+        """The best of what was read. An engine that waits gets it; one that loads can wait."""
+        order = self._order
+        if order is None or not order.num_held:
+            return None
+        # Sorting takes a moment, merging files seconds: the engine is not to wait for that.
+        if not self._ordering.acquire(blocking=False):
+            return None
+        try:
+            if self._is_loading() and not order.is_full and self._end is None:
+                return None
+            requests = order.take()
+            self._ordering.notify()
+        finally:
+            self._ordering.release()
+        return Fed(requests, (), 0, Ranges(), carried_bytes(requests))
 
     def close(self) -> None:
         """Stop reading and wait for it; what is queued is dropped.
@@ -110,18 +175,44 @@ class Feeder:
         """
         self._stopped.set()
         self._thread.join()
+        if self._order is not None:
+            self._order.close()
 
     def _work(self, batches: Iterator[RowBatch], builder: RequestBuilder) -> None:
-        end: BaseException | None = None
+        error: BaseException | None = None
         try:
             for batch in batches:
-                if not self._put(_fed(batch, builder, self._sieve)):
+                if not self._pass_on(_fed(batch, builder, self._sieve)):
                     return
-        except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
-            end = error
-        self._put(end)
+        except BaseException as raised:  # noqa: BLE001 - raised again in the runner's thread
+            error = raised
+        self._put(_End(error))
 
-    def _put(self, item: Fed | BaseException | None) -> bool:
+    def _pass_on(self, fed: Fed) -> bool:
+        """Hand a batch on, its requests by way of the order; False if the feeder was stopped."""
+        order = self._order
+        if order is None:
+            return self._put(fed)
+        with self._ordering:
+            is_plain = order.is_plain
+            if not is_plain:
+                order.put(fed.requests)
+        if is_plain:
+            return self._put(fed)
+        if fed.results or fed.skipped:
+            num_rows = len(fed.requests) + len(fed.results)
+            num_bytes = fed.num_bytes * len(fed.results) // max(1, num_rows)
+            fed = replace(fed, requests=(), num_bytes=num_bytes)
+        else:
+            fed = _WAKE_UP
+        if (fed is not _WAKE_UP or self._queue.empty()) and not self._put(fed):
+            return False
+        with self._ordering:
+            while order.is_full and not self._stopped.is_set():
+                self._ordering.wait(_PUT_WAIT_S)
+        return not self._stopped.is_set()
+
+    def _put(self, item: Fed | _End) -> bool:
         while not self._stopped.is_set():
             try:
                 self._queue.put(item, timeout=_PUT_WAIT_S)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from batchgen.records import EngineStats, Result, Verdict
 
 # Rates that a person reads are over the last so many seconds.
@@ -58,28 +60,24 @@ class RunStats:
         """Physical rows that nobody has accounted for yet."""
         return self.num_rows - self.num_resumed - self.num_results - self.num_skipped
 
-    def note_attempt(self, result: Result) -> None:
-        """Count an answer of the engine, whether it ends its row or not."""
-        completion = result.completion
-        if completion is not None:
-            self.prompt_tokens += completion.num_prompt_tokens or 0
-            self.cached_tokens += completion.num_cached_tokens or 0
-            self.output_tokens += completion.num_output_tokens or 0
-            if completion.latency_s is not None:
-                self.latencies_s.append(completion.latency_s)
-        self.num_retries += result.attempts > 1
-        verdicts = self.verdicts.get(result.attempts)
-        if verdicts is None:
-            verdicts = self.verdicts[result.attempts] = Counter()
-        verdicts[result.verdict] += 1
+    def note_attempts(self, results: Sequence[Result]) -> None:
+        """Count answers of the engine, whether they end their rows or not."""
+        done = [result.completion for result in results if result.completion is not None]
+        self.prompt_tokens += sum([completion.num_prompt_tokens or 0 for completion in done])
+        self.cached_tokens += sum([completion.num_cached_tokens or 0 for completion in done])
+        self.output_tokens += sum([completion.num_output_tokens or 0 for completion in done])
+        self.latencies_s.extend([one.latency_s for one in done if one.latency_s is not None])
+        found = Counter([(result.attempts, result.verdict) for result in results])
+        for (attempt, verdict), num in found.items():
+            self.verdicts.setdefault(attempt, Counter())[verdict] += num
+            self.num_retries += num * (attempt > 1)
 
-    def note(self, result: Result) -> None:
-        """Count the end of a row."""
-        if result.error is None:
-            self.num_ok += 1
-        else:
-            self.num_errors += 1
-            self.error_types[result.error.error_type] += 1
+    def note_ends(self, results: Sequence[Result]) -> None:
+        """Count the ends of rows."""
+        errors = [result.error.error_type for result in results if result.error is not None]
+        self.num_ok += len(results) - len(errors)
+        self.num_errors += len(errors)
+        self.error_types.update(errors)
 
     def note_progress(self, now_s: float) -> None:
         """Remember when results last came, for the rates. Call after each step with results."""

@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"errors"},
-    {"ranges", "budget", "words", "deadline"},
+    {"ranges", "budget", "words", "deadline", "devices", "collector"},
     {"records", "sandbox", "arrow", "inputs", "storage", "footer", "expressions"},
     {"config", "books", "row_digests"},
     {"seeds", "matching", "known"},
     {
+        "admission",
         "source",
         "prompts",
         "answers",
@@ -24,6 +25,7 @@ LAYERS = (
         "stats",
         "progress",
         "runlog",
+        "advice",
         "model_files",
     },
     {"requests", "history", "pairing"},
@@ -32,7 +34,9 @@ LAYERS = (
     {"freezing"},
     {"runner"},
     {"executor"},
+    {"tuning"},
     {"views", "verify", "forecast", "api", "snapshots", "snapshot_diff"},
+    {"doctor"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -21,11 +21,11 @@ def test_python_and_the_shell_take_every_option_of_a_run() -> None:
     keywords = {
         name: parameter.default
         for name, parameter in inspect.signature(batchgen.run).parameters.items()
-        if name not in {"job", "overrides", "run_date"}
+        if name not in {"job", "overrides", "run_date", "tuned"}
     }
     assert keywords == options
     shell = {parameter.name for parameter in cli.cli.commands["run"].params}
-    assert shell == {*options, "job", "overrides", "run_date", "as_json"}
+    assert shell == {*options, "job", "overrides", "run_date", "tuned", "as_json"}
 
 
 def test_every_option_of_a_run_reaches_it(monkeypatch) -> None:
@@ -39,7 +39,7 @@ def test_every_option_of_a_run_reaches_it(monkeypatch) -> None:
             pass
 
     monkeypatch.setattr("batchgen.executor.local.LocalRun", Recorded)
-    monkeypatch.setattr(api, "load", lambda *_: None)
+    monkeypatch.setattr(api, "load", lambda *_, **__: None)
     for field in fields(RunOptions):
         batchgen.run("job.toml", **{field.name: f"my {field.name}"})
         assert getattr(seen[-1], field.name) == f"my {field.name}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.answers.effort import begin_validation
 from batchgen.answers.schemas import checked_schema, parse_json, row_validator
@@ -29,14 +29,16 @@ WHERE = "[output]"
 _MAX_CHARS = 300
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """One sample, read."""
 
     verdict: Verdict
     value: Any = None
     """For the typed column, as `pa.array` takes it; the label of a choice; else None."""
     error: RowError | None = None
+
+
+_OK = Reading(Verdict.OK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def _schema_form(schema: dict[str, Any]) -> Form:
         if reading.error is not None:
             return reading
         try:
-            return replace(reading, value=typed.value(reading.value))
+            return reading._replace(value=typed.value(reading.value))
         except ValueError as error:
             return _violation(str(error))
 
@@ -139,7 +141,7 @@ def _regex_form(regex: str) -> Form:
             return _truncated(sample)
         if pattern.fullmatch(sample.text) is None:
             return _violation(f"does not match {regex[:60]!r}")
-        return Reading(Verdict.OK)
+        return _OK
 
     return Form({"regex": regex}, read)
 
@@ -147,22 +149,22 @@ def _regex_form(regex: str) -> Form:
 def _read_text(sample: Sample, _: Request | None) -> Reading:
     if sample.finish_reason == "length":
         return _truncated(sample)
-    return Reading(Verdict.OK)
+    return _OK
 
 
 def _read_object(sample: Sample, _: Request | None) -> Reading:
     reading = _read_json(sample, None)
     if reading.error is None and not isinstance(reading.value, dict):
         return _violation(f"is {type(reading.value).__name__}, expected a JSON object")
-    return replace(reading, value=None)
+    return reading._replace(value=None)
 
 
 def _read_own_schema(sample: Sample, request: Request | None) -> Reading:
     if request is None:
-        return Reading(Verdict.OK)
+        return _OK
     first = request.retry.first if request.retry is not None else request
     schema = (first.params or {})["structured_outputs"]["json"]
-    return replace(_read_json(sample, row_validator(json.dumps(schema))), value=None)
+    return _read_json(sample, row_validator(json.dumps(schema)))._replace(value=None)
 
 
 def _read_json(sample: Sample, validator: Any) -> Reading:  # noqa: ANN401

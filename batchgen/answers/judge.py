@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from batchgen import arrow
+from batchgen.answers.form import Reading
 from batchgen.errors import ConfigError
 from batchgen.expressions import check_row_test, parse_row_test
 from batchgen.records import Result, RowError, Verdict
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.answers.columns import AnswerColumns
-    from batchgen.answers.form import Form, Reading
+    from batchgen.answers.form import Form
     from batchgen.expressions import RowTest
-    from batchgen.records import Completion, Request
+    from batchgen.records import Completion, Request, Sample
 
 WHERE = "[checks]"
+_OK, _CUT = Reading(Verdict.OK), Reading(Verdict.TRUNCATED)
 _FACTS: dict[str, tuple[pa.DataType, Callable[[Completion], Any]]] = {
     "finish_reason": (pa.string(), lambda completion: completion.finish_reason),
     "num_prompt_tokens": (pa.int32(), lambda completion: completion.num_prompt_tokens),
@@ -73,11 +74,10 @@ class Judge:
             prefix: Of batchgen's columns, as rules name them.
             allow_cut: Whether free text that ends at max_tokens counts as ok.
         """
-        self._form = form
+        self._read_sample = _read_any if allow_cut and form.is_free else form.read
         self._columns = columns
         self._rules = [parse_row_test(f"rules[{at}]", text) for at, text in enumerate(rules)]
         self._prefix = prefix
-        self._allow_cut = allow_cut and form.is_free
 
     def judge(self, asked: Sequence[tuple[Request, Completion]]) -> list[Result]:
         """One result each, in order; `error` says why an answer does not count."""
@@ -90,11 +90,9 @@ class Judge:
         samples = completion.samples
         error, verdict, values = completion.error, Verdict.ERROR, None
         if error is None:
-            readings = [self._form.read(sample, request) for sample in samples]
+            readings = [self._read_sample(sample, request) for sample in samples]
             best = _best(readings)
             verdict, error = best.verdict, best.error
-            if verdict is Verdict.TRUNCATED and self._allow_cut:
-                error = None
             values = self._columns.values(samples, readings)
         return Result(
             ordinal=request.ordinal,
@@ -121,7 +119,7 @@ class Judge:
             if not is_kept:
                 why = failures.get(place, refusal(rule))
                 error = RowError(Verdict.REFUSED.value, why)
-                refused = replace(tested[place], error=error, verdict=Verdict.REFUSED)
+                refused = tested[place]._replace(error=error, verdict=Verdict.REFUSED)
                 results[places[place]] = refused
 
     def _array(self, name: str, results: Sequence[Result]) -> pa.Array:
@@ -139,6 +137,11 @@ class Judge:
 def refusal(rule: RowTest) -> str:
     """The error text of an answer for which a rule is not true."""
     return f"{rule.name} = {rule.text!r} is not true"
+
+
+def _read_any(sample: Sample, _: Request | None) -> Reading:
+    """Free text of which the beginning is good enough: there is nothing wrong with it."""
+    return _CUT if sample.finish_reason == "length" else _OK
 
 
 def _best(readings: Sequence[Reading]) -> Reading:

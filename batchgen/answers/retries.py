@@ -5,7 +5,6 @@ A further attempt goes to the end of the runner's queue like any row: nothing wa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from batchgen.errors import ConfigError
@@ -52,8 +51,7 @@ class Ladder:
         if self._rungs[rung].tell_error:
             prompt = _with_error(prompt, result)
         attempt = request.attempt + 1
-        return replace(
-            first,
+        return first._replace(
             request_id=next(self._ids),
             prompt=prompt,
             params=params or None,
@@ -67,7 +65,7 @@ def final(request: Request, result: Result) -> Result:
     """The result that stands: a last attempt without any answer does not replace a failed one."""
     if request.retry is None or result.verdict is not Verdict.ERROR:
         return result
-    return replace(request.retry.failed, attempts=request.attempt)
+    return request.retry.failed._replace(attempts=request.attempt)
 
 
 def _with_error(prompt: Prompt, result: Result) -> Prompt:

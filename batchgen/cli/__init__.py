@@ -11,7 +11,7 @@ import sys
 import click
 
 from batchgen import __version__
-from batchgen.cli import history, look, plan
+from batchgen.cli import doctor, history, look, plan, tune
 from batchgen.cli.run import refused_usage, run
 from batchgen.errors import BatchgenError, ExitCode
 
@@ -26,7 +26,14 @@ def cli() -> None:
     """
 
 
-for _command in (run, *look.COMMANDS, *plan.COMMANDS, *history.COMMANDS):
+for _command in (
+    run,
+    *tune.COMMANDS,
+    *look.COMMANDS,
+    *plan.COMMANDS,
+    *doctor.COMMANDS,
+    *history.COMMANDS,
+):
     cli.add_command(_command)
 
 

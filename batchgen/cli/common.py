@@ -19,6 +19,13 @@ SET = click.option(
     metavar="TABLE.KEY=VALUE",
     help="Override a key of the job file; may be given often.",
 )
+TUNED = click.option(
+    "--no-tuned",
+    "tuned",
+    flag_value=False,
+    default=True,
+    help="Do not use what `batchgen tune` found for this job.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 DATE = click.option(
     "--date",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import DATE, JOB, JSON, SET, print_json
+from batchgen.cli.common import DATE, JOB, JSON, SET, TUNED, print_json
 from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
@@ -88,12 +88,14 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 )
 @click.option("--wait", is_flag=True, help="Wait for a run that is at work on the job.")
 @click.option("--steal", is_flag=True, help="Take the job from a frozen run that holds it.")
+@TUNED
 @JSON
 def run(
     job: Path,
     overrides: tuple[str, ...],
     *,
     run_date: datetime | None,
+    tuned: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401 - each is a field of RunOptions
 ) -> None:
@@ -110,7 +112,8 @@ def run(
 
         stop = StopSwitch()
         _stop_on_signals(stop)
-        config = load(job, overrides, run_date.date() if run_date else None)
+        date = run_date.date() if run_date else None
+        config = load(job, overrides, date, tuned=tuned)
         this = LocalRun(config, stop=stop, options=RunOptions(**options))
         summary = this.run()
     except BaseException as error:
@@ -189,6 +192,8 @@ def _told(summary: Summary, job: Path) -> str:
             f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
             f"{run['output_tokens_per_s']:,.0f} out",
         ]
+    if summary.tuned:
+        lines.append(f"  tuned    {_told_tuned(summary.tuned)}")
     if limited := [entry for entry in summary.gate if entry["limit"] is not None]:
         lines.append("  gate     " + ", ".join(map(_told_limit, limited)))
     if summary.files:
@@ -211,6 +216,11 @@ def _told_origins(summary: Summary) -> str:
         "computed in this run": summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0),
     }
     return ", ".join(f"{num_rows:,} {how}" for how, num_rows in told.items())
+
+
+def _told_tuned(tuned: Mapping[str, Any]) -> str:
+    used = ", ".join(f"{name} = {value}" for name, value in tuned["settings"].items())
+    return f"{used or 'nothing'} by {tuned['path']}"
 
 
 def _told_retries(run: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ from batchgen.config.table import PositiveInt, Table
 if TYPE_CHECKING:
     from datetime import date
 
+    from batchgen.config.tuned import Tuned
+
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
 PICKLE_FORMATS = frozenset({"pt", "npcache"})
 
@@ -166,6 +168,9 @@ class ModelConfig(Table):
             msg = f"{len(self.lora)} lora adapters, expected lora_column to say which row has which"
             raise ValueError(msg)
         load_format = self.engine.get("load_format")
+        if load_format is not None and not isinstance(load_format, str):
+            msg = f"engine.load_format = {load_format!r:.80}, expected a text such as 'safetensors'"
+            raise ValueError(msg)
         if load_format in PICKLE_FORMATS and not self.allow_pickle:
             msg = f"engine.load_format = {load_format!r} unpickles weights, set allow_pickle = true"
             raise ValueError(msg)
@@ -246,6 +251,10 @@ class RunConfig(Table):
     dedupe: Literal["auto", "always", "never"] = "auto"
     """Rows with equal requests run once and all get the answer: auto where sampling is
     deterministic, always also where it is not, or never."""
+    order: Literal["auto", "input", "prefix"] = "auto"
+    """In which order rows reach the engine; the output's is always the input's. auto: where it
+    pays, long answers first and like prompts together, within some 30,000 rows; prefix: like
+    prompts together over the whole job, sorted in TMPDIR; input: as they come."""
     on_finish: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Command to run at the end, [program, arguments...]; it gets the run's summary as JSON on
     stdin. A program with a slash is relative to the job file. Its failure is only a warning."""
@@ -267,6 +276,7 @@ class JobConfig(Table):
     gate: GateConfig = GateConfig()
     run: RunConfig = RunConfig()
     _run_date: date = PrivateAttr(default_factory=today)
+    _tuned: Tuned | None = PrivateAttr(default=None)
 
     @property
     def run_date(self) -> date:
@@ -277,4 +287,15 @@ class JobConfig(Table):
         """The same job with another `run_date`; paths that are resolved already stay."""
         copy = self.model_copy()
         copy._run_date = run_date
+        return copy
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """The tuned file beside the job file, see `use_tuned`; no key of the file either."""
+        return self._tuned
+
+    def tuned_by(self, tuned: Tuned) -> Self:
+        """The same job, saying which tuned file there is."""
+        copy = self.model_copy()
+        copy._tuned = tuned
         return copy

@@ -167,6 +167,7 @@ class EchoEngine:
         self._num_running = 0
         self._num_added = 0
         self._num_returned = 0
+        self._tokens = {"num_prompt_tokens": 0, "num_generated_tokens": 0}
         self._step = 0
         self._step_done_at = 0.0
         self._facts = EngineFacts(
@@ -195,9 +196,9 @@ class EchoEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Running and waiting; there is no KV cache."""
+        """Rows and tokens; there is no KV cache. All tokens of an answer come in its last step."""
         num_waiting = len(self._waiting)
-        return EngineStats(self._num_running, num_waiting, num_steps=self._step)
+        return EngineStats(self._num_running, num_waiting, num_steps=self._step, **self._tokens)
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
         """Queue requests; they are looked at when a step admits them."""
@@ -272,6 +273,7 @@ class EchoEngine:
             running = _Running(request.request_id, text, data, now, limits)
             self._buckets.setdefault(last, []).append(running)
             self._num_running += 1
+            self._tokens["num_prompt_tokens"] += len(data)
         return refusals
 
     def _limits_of(self, request: EngineRequest) -> _Limits | RowError:
@@ -307,6 +309,7 @@ class EchoEngine:
             # "ignore" drops at most the one character that the limit cuts in two.
             text = running.data[:limit].decode("utf-8", "ignore")
             num_output_tokens, finish_reason = len(text.encode()), "length"
+        self._tokens["num_generated_tokens"] += num_output_tokens * n
         latency_s = time.perf_counter() - running.admitted_at
         return Completion(
             running.request_id,
@@ -331,10 +334,10 @@ def chat_text(messages: Messages) -> str:
     Raises:
         TypeError, KeyError: A message's content is missing or not a text.
     """
-    contents = [message["content"] for message in messages]
-    if not all(isinstance(content, str) for content in contents):
-        contents = [message["content"] for message in flatten_parts(messages)]
-    return "\n".join(contents)
+    try:
+        return "\n".join([message["content"] for message in messages])
+    except TypeError:  # Content parts, or none.
+        return "\n".join([message["content"] for message in flatten_parts(messages)])
 
 
 def prompt_too_long(num_prompt_tokens: int, max_model_len: int) -> RowError:

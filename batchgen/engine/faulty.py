@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from batchgen.engine.echo import EchoEngine, read_options
@@ -131,7 +130,7 @@ class FaultyEchoEngine(EchoEngine):
         if mark == "duplicate":
             return [done, done]
         if mark == "wrong_id":
-            return [replace(done, request_id=done.request_id + WRONG_ID)]
+            return [done._replace(request_id=done.request_id + WRONG_ID)]
         return [done]
 
 

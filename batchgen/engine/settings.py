@@ -172,11 +172,10 @@ def read_lora_rank(name: str, folder: Path) -> int:
     """
     path = folder / "adapter_config.json"
     try:
-        rank = json.loads(path.read_bytes())["r"]
+        return int(json.loads(path.read_bytes())["r"])
     except OSError as exc:
         problem = f"adapter {name!r}: {path} cannot be read: {exc.strerror}"
         raise EngineError(problem) from exc
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         problem = f"adapter {name!r}: {path} does not say its rank, 'r'"
         raise EngineError(problem) from exc
-    return int(rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from batchgen.engine.echo import read_options
 from batchgen.engine.faulty import echo_engine
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from batchgen.engine.base import Engine
     from batchgen.engine.death import EngineDeath
     from batchgen.records import EngineSpec
+
+
+class StartEngine(Protocol):
+    """What `start_engine` is."""
+
+    def __call__(
+        self, spec: EngineSpec, *, stall_s: float, on_death: Callable[[EngineDeath], None]
+    ) -> SupervisedEngine:
+        """Start an engine; returns at once."""
 
 
 def start_engine(

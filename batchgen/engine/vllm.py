@@ -33,10 +33,12 @@ from batchgen.engine.vllm_answers import (
     ParserError,
     Splitter,
     has_parser,
+    prime_with_prompt_ends,
     special_token_ids,
 )
 from batchgen.engine.vllm_params import (
     Sampling,
+    check_grammars_once,
     job_fields,
     load_loras,
     load_tokenizer,
@@ -175,6 +177,7 @@ class VllmEngine:
         splitter = Splitter(spec, load_tokenizer(spec)) if has_parser(spec) else None
         self._loras = lora_requests(spec.loras)
         self._imported.set()
+        prime_with_prompt_ends()
         kwargs = {**llm_kwargs(spec, is_cpu=self._is_cpu), "structured_outputs_config": config}
         try:
             llm = llm_type(**kwargs)
@@ -185,6 +188,7 @@ class VllmEngine:
             raise EngineError(one_line(exc)) from exc
         engine = llm.llm_engine
         load_loras(engine, self._loras)
+        check_grammars_once(engine)
         if spec.reasoning_parser is not None and spec.chat_template_kwargs:
             pass_to_reasoner(engine, spec.chat_template_kwargs)
         self._watch.attach(engine)

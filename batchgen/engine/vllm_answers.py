@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 MIN_LOGPROB = math.log(1e-5)
 """Below it a token was no real alternative: under a grammar nearly all have none at all."""
+PROMPT_END = 32
+"""Tokens of a prompt that its answer's text may depend on; nearly always far fewer do."""
+BYTE_MARK = "<0x"
 WHERE = "model"
 KEPT_IN_TEXT = ("skip_special_tokens", "spaces_between_special_tokens")
 """SamplingParams fields that parsers ask for: their marks are often special tokens."""
@@ -29,6 +33,60 @@ KEPT_IN_TEXT = ("skip_special_tokens", "spaces_between_special_tokens")
 
 class ParserError(Exception):
     """A parser failed on an answer; of no use to any other."""
+
+
+def prime_with_prompt_ends() -> None:
+    """Let vLLM's detokenizer begin with the end of each prompt instead of all of it.
+
+    It decodes the prompt once more with the first tokens of each answer, in the front end's only
+    thread: with 780 tokens in and 8 out that was 72 % of the thread's time, and the GPU waited
+    for it (H100, 0.6B model, vLLM 0.26; elsewhere 188 us a row instead of 8 us).
+
+    Source:
+        FastIncrementalDetokenizer.__init__, which reads the prompt for this alone: vllm/v1/
+        engine/detokenizer.py, 0.26 to 0.33. Where it is missing, nothing is changed.
+    """
+    try:
+        from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer as Fast
+    except ImportError:
+        return
+    begin = Fast.__init__
+    if getattr(begin, "sees_prompt_end", False):
+        return
+
+    def begin_with_end(self: Any, tokenizer: Any, request: Any) -> None:  # noqa: ANN401
+        if request.prompt_token_ids is not None:
+            skips = request.sampling_params.skip_special_tokens
+            end = prompt_end(request.prompt_token_ids, tokenizer._tokenizer, skips=skips)
+            request = copy(request)
+            request.prompt_token_ids = end
+        begin(self, tokenizer, request)
+
+    begin_with_end.sees_prompt_end = True  # type: ignore[attr-defined]
+    Fast.__init__ = begin_with_end
+
+
+def prompt_end(token_ids: list[int], tokenizer: Any, *, skips: bool) -> list[int]:  # noqa: ANN401
+    """Cut off what an answer's text cannot depend on.
+
+    A tokenizer's decoder looks back to the beginning of a character, to that of a run of byte
+    tokens (`<0x..>`: one bad byte spoils the run), and to whether there is text before, since
+    the first text loses its blank. So the end holds text, and does not begin within such a run.
+
+    Args:
+        token_ids: Of the whole prompt.
+        tokenizer: Of the tokenizers library.
+        skips: Whether special tokens are no text.
+    """
+    num = PROMPT_END
+    while num < len(token_ids):
+        end = token_ids[-num:]
+        text = tokenizer.decode(end, skip_special_tokens=skips)
+        first = tokenizer.id_to_token(end[0]) or BYTE_MARK
+        if text and not first.startswith(BYTE_MARK):
+            return end
+        num *= 2
+    return token_ids
 
 
 class AnswerReader:

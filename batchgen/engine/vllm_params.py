@@ -184,6 +184,38 @@ def grammar_problem(backend: str, fields: Mapping[str, Any] | None) -> str | Non
     return None
 
 
+def check_grammars_once(llm_engine: Any) -> None:  # noqa: ANN401
+    """Have each grammar checked with the first request that brings it, not with every one.
+
+    vLLM compiles it in the front end each time, only to see that it can: 0.05 ms for a small
+    schema, 0.6 ms for a larger one, of 0.2 ms that a request takes otherwise (0.32, one core).
+    Requests that share the object differ in their seeds only.
+
+    Source:
+        InputProcessor._validate_params, a function of the parameters: vllm/v1/engine/
+        input_processor.py, 0.26 to 0.33. Where it is missing, nothing is changed.
+    """
+    processor = getattr(llm_engine, "input_processor", None)
+    check = getattr(processor, "_validate_params", None)
+    if processor is None or check is None:
+        return
+    checked: dict[int, tuple[Any, Any]] = {}
+
+    def check_once(params: Any, *args: Any, **named: Any) -> Any:  # noqa: ANN401
+        grammar = getattr(params, "structured_outputs", None)
+        if grammar is None:
+            return check(params, *args, **named)
+        known, outcome = checked.get(id(grammar), (None, None))
+        if known is not grammar:
+            outcome = check(params, *args, **named)
+            if len(checked) >= MAX_VARIANTS:
+                checked.clear()
+            checked[id(grammar)] = (grammar, outcome)
+        return outcome
+
+    processor._validate_params = check_once
+
+
 def lora_requests(loras: Mapping[str, str]) -> dict[str, Any]:
     """Give each adapter its vLLM request; their numbers count from 1."""
     from vllm.lora.request import LoRARequest

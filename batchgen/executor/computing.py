@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from batchgen import frozen
+from batchgen.admission.order import AdmissionOrder
 from batchgen.answers.retries import Ladder
 from batchgen.errors import AccountingError
 from batchgen.executor.carry_over import (
@@ -31,6 +32,7 @@ from batchgen.executor.carry_over import (
 )
 from batchgen.executor.commits import Commits
 from batchgen.executor.copies import answer_fields, copies
+from batchgen.executor.past_lengths import lengths_of
 from batchgen.executor.watch import Watch
 from batchgen.known import KnownKeys, Sieve
 from batchgen.ledger import STATE
@@ -66,6 +68,7 @@ class Computation:
         )
         self._commits = Commits(context, epoch, writer)
         self._ids = itertools.count()
+        self._lengths = lengths_of(context)
         self._seeds = Seeds(context.job.sampling, epoch.plan.seed_generation)
         self._is_taken_over = threading.Event()
         self._left: Mapping[int, Ranges] = {}
@@ -149,7 +152,14 @@ class Computation:
 
     @contextmanager
     def _feeding(self, batches: Iterator[RowBatch], sieve: Sieve | None) -> Iterator[Feeder]:
-        feeder = Feeder(batches, self._builder(), sieve.passing if sieve else None)
+        engine, mode = self._context.engine, self._context.job.run.order
+        feeder = Feeder(
+            batches,
+            self._builder(),
+            sieve.passing if sieve else None,
+            order=None if mode == "input" else AdmissionOrder(mode, self._lengths),
+            is_loading=lambda: engine.is_started and engine.facts is None,
+        )
         try:
             yield feeder
         finally:

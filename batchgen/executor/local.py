@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,21 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__, planning
+from batchgen.advice import Way, advise
 from batchgen.deadline import Deadline, End, estimate_lead
 from batchgen.engine.lazy import LazyEngine
-from batchgen.engine.start import start_engine
+from batchgen.engine.start import StartEngine, start_engine
 from batchgen.errors import BatchgenError, BusyError, ExitCode, FencedError, GateError, StorageError
 from batchgen.executor.computing import Computation
 from batchgen.executor.context import RunContext
 from batchgen.executor.lock import RunLock
+from batchgen.executor.moment import Moment, look_at_run
 from batchgen.executor.nights import decide
 from batchgen.executor.notify import run_hook, write_metrics
 from batchgen.executor.options import RunOptions
+from batchgen.executor.plans import plan_of
 from batchgen.executor.refusals import refuse_foreign
-from batchgen.executor.retry import NO_ERRORS, UNFINISHED, retry_plan
-from batchgen.executor.snapshot import gate_figures, overridden, publish, show
-from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of
-from batchgen.freezing import freeze, has_new_rows
+from batchgen.executor.retry import NO_ERRORS
+from batchgen.executor.snapshot import overridden, publish
+from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of, tuned_dict
+from batchgen.executor.tuned import naming_tuned, tuned_notes
 from batchgen.ledger import STATE, Ledger
 from batchgen.pruning import prune
 from batchgen.runlog import RunLog, new_run_id, utc_now
@@ -40,7 +45,7 @@ from batchgen.storage import Disk, LocalStorage
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from batchgen.books import Epoch, Manifest, Plan
+    from batchgen.books import Epoch, Manifest
     from batchgen.config.model import JobConfig
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
@@ -59,6 +64,8 @@ class LocalRun:
         stop: StopSwitch,
         options: RunOptions | None = None,
         disk: Disk | None = None,
+        publishes: bool = True,
+        start: StartEngine = start_engine,
     ) -> None:
         """Bind; nothing is touched yet.
 
@@ -67,6 +74,8 @@ class LocalRun:
             stop: Asked by whoever wants the run to end early.
             options: Of `batchgen run`.
             disk: The system calls; only fault tests bring their own.
+            publishes: False: leave the snapshot of a job that is answered to a later run.
+            start: Starts the engine; benchmarks bring one that many runs share.
 
         Raises:
             ConfigError: The options do not go together.
@@ -74,6 +83,7 @@ class LocalRun:
         self._job = job
         self._options = options or RunOptions()
         self._options.check()
+        self._publishes = publishes
         self._started_s = time.monotonic()
         now = utc_now()
         self._started_at = now.isoformat(timespec="seconds")
@@ -95,6 +105,8 @@ class LocalRun:
         )
         self._before = (0, 0, 0)
         self._planned_at_s = self._started_s
+        self._published_at_s: float | None = None
+        self._start_engine = start
         self._is_busy = False
         end = End(self._options.until, self._options.max_runtime_s, self._started_s)
         self._deadline = Deadline(
@@ -104,6 +116,8 @@ class LocalRun:
         )
         self.summary: Summary | None = None
         """How the run ended, also where `run` raised."""
+        self.death: str | None = None
+        """Why the last engine that died did so."""
 
     def run(self) -> Summary:
         """Run to the end, or as far as it goes; then tell whom the job says.
@@ -139,9 +153,10 @@ class LocalRun:
             stack.callback(context.engine.close)
             try:
                 self._check_no_newer_plan(num_plans)
-                for note in decision.notes:
+                for note in (*decision.notes, *tuned_notes(self._job)):
                     context.notes.add(note)
-                return self._run(decision)
+                with naming_tuned(self._job, context.engine):
+                    return self._run(decision)
             except BatchgenError as error:
                 gate = error.gate if isinstance(error, GateError) else ()
                 self._finish(state_of(error), error.exit_code, str(error), gate=gate)
@@ -173,7 +188,7 @@ class LocalRun:
         context = self._context
         if context.is_stopped():
             return self._stopped()
-        plan, manifest = self._plan(decision)
+        plan, manifest = plan_of(context, self._options, decision)
         self._planned_at_s = time.monotonic()
         if manifest is not None:
             reason = f"already complete, published by run {manifest.run_id}"
@@ -190,15 +205,27 @@ class LocalRun:
         context.stats.num_resumed = durable.num_done
         if not Computation(context, decision.prepared, epoch).run():
             return self._stopped()
+        if not self._publishes:
+            return self._finish("answered", ExitCode.STOPPED, "run again to publish")
         return self._publish(decision.prepared, epoch)
+
+    def moment(self) -> Moment:
+        """Where the run is; may be asked from another thread."""
+        return look_at_run(self._context)
 
     def _stopped(self) -> Summary:
         reason = f"{self._deadline.reason or 'on purpose'}, with work left; run again to go on"
         return self._finish("stopped", ExitCode.STOPPED, reason)
 
     def _publish(self, prepared: Prepared, epoch: Epoch) -> Summary:
-        self._context.engine.close()
-        manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
+        # An engine takes seconds to let go of its GPU.
+        closing = threading.Thread(target=self._context.engine.close, name="engine-close")
+        closing.start()
+        try:
+            manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
+            self._published_at_s = time.monotonic()
+        finally:
+            closing.join()
         for text in overridden(manifest):
             self._context.notes.add(text)
         if (keep := self._job.output.keep_snapshots) is not None:
@@ -208,66 +235,16 @@ class LocalRun:
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
 
-    def _plan(self, decision: Decision) -> tuple[Plan, Manifest | None]:
-        """The plan to work on, put if it is new; and its manifest, if there is nothing to do."""
-        if decision.plan is not None:
-            return self._go_on_with(decision.plan)
-        ledger, before, prepared = self._ledger, decision.before, decision.prepared
-        ledger.settle()
-        newest = ledger.latest_manifest()
-        if newest is not None and before.bases and not self._is_gone(newest):
-            show(ledger, newest)
-        if self._options.retry_errors and before.seen is None:
-            self._context.notes.add(UNFINISHED)
-        if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
-            # Before the input is scanned: both take long, and neither needs the other.
-            self._context.engine.start()
-        number = ledger.latest_plan_number() + 1
-        plan = freeze(prepared, number, before, self._context.storage)
-        ledger.put_plan(plan)
-        return plan, None
-
-    def _go_on_with(self, plan: Plan) -> tuple[Plan, Manifest | None]:
-        """The newest plan, or one that tries its errors again; and its manifest, if it has one."""
-        ledger, retry_errors = self._ledger, self._options.retry_errors
-        manifest = ledger.manifest(plan.number)
-        ledger.settle()
-        # What is to be repaired cannot be shown.
-        if manifest is not None and not (retry_errors and self._is_gone(manifest)):
-            show(ledger, manifest)
-        if not retry_errors or (manifest is None and self._is_retried(plan)):
-            return plan, manifest
-        again = retry_plan(ledger, plan, manifest)
-        if isinstance(again, str):
-            if manifest is None:
-                self._context.notes.add(again)
-            return plan, manifest
-        ledger.put_plan(again)
-        return again, None
-
-    def _is_retried(self, plan: Plan) -> bool:
-        """Whether errors have just been tried again, with an end that only has to be published."""
-        assert self._prepared is not None  # noqa: S101 - decided before
-        durable = self._ledger.durable(plan)
-        if plan.takes_errors or durable.num_done != plan.num_rows:
-            return False
-        limits = gate_figures(self._ledger, self._prepared, plan, durable)
-        return not any(limit.is_exceeded for limit in limits)
-
-    def _is_gone(self, manifest: Manifest) -> bool:
-        """Whether a published file is missing."""
-        storage = self._context.storage
-        return not all(storage.path(file["name"]).exists() for file in manifest.files)
-
     def _build_engine(self) -> SupervisedEngine:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
-        return start_engine(
+        return self._start_engine(
             planning.engine_spec(self._prepared, self._context.log.engine_log),
             stall_s=self._job.run.stall_s,
             on_death=self._record_death,
         )
 
     def _record_death(self, death: EngineDeath) -> None:
+        self.death = death.reason
         path = self._context.log.engine_death(death.number, death.as_dict())
         self._context.notes.add(f"engine death {death.number}: {death.reason}; see {path}")
 
@@ -277,6 +254,7 @@ class LocalRun:
             "pid": os.getpid(),
             "started_at": self._started_at,
             "batchgen": __version__,
+            **({} if self._publishes else {"is_trial": True}),
         }
 
     def _finish(
@@ -288,11 +266,22 @@ class LocalRun:
         manifest: Manifest | None = None,
         gate: Sequence[Mapping[str, Any]] = (),
     ) -> Summary:
+        self._advise()
         self.summary = self._summary(state, code, reason, manifest, gate)
         self.summary = replace(self.summary, summary_path=self._context.log.summary_path)
         self._context.log.live({"state": state, "reason": reason})
         self._context.log.finish(self.summary.as_dict())
         return self.summary
+
+    def _advise(self) -> None:
+        """Say what the run's samples tell of its settings; those of one engine only."""
+        context, job = self._context, self._job
+        if not self._publishes or self.death is not None:
+            return
+        way = Way(job.run.max_in_flight, job.sampling.n, context.engine.capacity)
+        for text in advise(context.log.samples, context.engine.facts, way):
+            context.notes.add(text)
+            sys.stderr.write(f"batchgen: {text}\n")
 
     def _summary(
         self,
@@ -304,6 +293,7 @@ class LocalRun:
     ) -> Summary:
         context = self._context
         taken, stats, now_s = context.taken, context.stats, time.monotonic()
+        published_s = self._published_at_s
         return Summary(
             state=state,
             exit_code=int(code),
@@ -321,7 +311,9 @@ class LocalRun:
             engine=engine_dict(context.engine.facts),
             started_at=self._started_at,
             planned_s=(taken.known_at_s or self._planned_at_s) - self._started_s,
+            published_s=published_s - self._started_s if published_s is not None else None,
             elapsed_s=now_s - self._started_s,
+            tuned=tuned_dict(self._job.tuned),
             warnings=context.notes.texts + context.engine.warnings,
             num_engine_warnings=context.log.num_engine_warnings(),
             summary_path=None,

@@ -9,6 +9,7 @@ from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
     from batchgen.books import Manifest
+    from batchgen.config.tuned import Tuned
     from batchgen.executor.context import Taken
     from batchgen.records import EngineFacts
     from batchgen.stats import RunStats
@@ -55,9 +56,13 @@ class Summary:
     """What `{date}` stands for in the job's paths."""
     planned_s: float = 0.0
     """Until it was known which rows there are and which of them can be taken over."""
+    published_s: float | None = None
+    """From the start until the snapshot was there to be read; None if this run published none."""
     elapsed_s: float = 0.0
     num_engine_warnings: int = 0
     """Different warnings and errors in the engine's own log, `vllm.log` beside the summary."""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    """`path` of the tuned file and the `settings` that were used of it; empty without one."""
     warnings: list[str] = field(default_factory=list)
     summary_path: str | None = None
     """None where nothing was done: nothing is written then."""
@@ -98,6 +103,13 @@ def job_counts(
         "num_skipped": stats.num_skipped + taken.num_skipped + resumed[2],
         "num_left": stats.num_left,
     }
+
+
+def tuned_dict(tuned: Tuned | None) -> dict[str, Any]:
+    """The tuned file that was used, as plain values; empty if there is none, or it did not fit."""
+    if tuned is None or (tuned.note is not None and not tuned.settings):
+        return {}
+    return {"path": tuned.path, "settings": dict(tuned.settings)}
 
 
 def engine_dict(facts: EngineFacts | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from batchgen.errors import BatchgenError, OutputError
 from batchgen.executor.lock import RunLock
 from batchgen.executor.options import RunOptions
 from batchgen.executor.refusals import refuse_foreign
+from batchgen.executor.tuned import tuned_notes
 from batchgen.forecast import cost
 from batchgen.forecast.figures import BLOCK_TOKENS
 from batchgen.forecast.outlook import Outlook, look_ahead
@@ -69,6 +70,7 @@ def foresee(load: Callable[[], JobConfig], options: PlanOptions) -> Forecast:
 
 def _foresee(job: JobConfig, options: PlanOptions, warnings: list[str]) -> Forecast:
     options.run.check()
+    warnings += tuned_notes(job)
     root = Path(job.output.path)
     refuse_foreign(root)
     refuse_unwritable(root)

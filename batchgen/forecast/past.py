@@ -46,18 +46,19 @@ class PastRun:
 def last_run(storage: LocalStorage, prepared: Prepared) -> PastRun | None:
     """The newest run of an output with this recipe; failing that, with this model.
 
+    Trials of `batchgen tune` count where no other run is: most are of slower settings, and short.
     Figures are for people: a file that is gone or torn counts as no run.
     """
-    same_model = None
-    for past in _runs(storage, prepared):
-        if past.is_same_recipe:
+    best: dict[tuple[bool, bool], PastRun] = {}
+    for past, is_trial in _runs(storage, prepared):
+        if past.is_same_recipe and not is_trial:
             return past
-        same_model = same_model or past
-    return same_model
+        best.setdefault((past.is_same_recipe, not is_trial), past)
+    return best[max(best)] if best else None
 
 
-def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[PastRun]:
-    """Runs of this model, newest first."""
+def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[tuple[PastRun, bool]]:
+    """Runs of this model, newest first, and whether each was a trial."""
     ledger = Ledger(storage)
     plans: dict[int, Plan | None] = {}
     for name in reversed(storage.list(f"{STATE}/epochs")):
@@ -77,7 +78,7 @@ def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[PastRun]:
         summary = _read(storage, f"{STATE}/runs/{claim.get('run_id')}/summary.json")
         with suppress(KeyError, TypeError, ValueError):
             if (past := _past_run(summary, claim, is_same_recipe=is_same)) is not None:
-                yield past
+                yield past, claim.get("is_trial") is True
 
 
 def _past_run(

@@ -18,7 +18,7 @@ from batchgen.errors import EngineError
 from batchgen.records import RowError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from batchgen.engine.base import EngineRequest
     from batchgen.forecast.past import PastRun
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     """Token ids; why there are none; or None, for prompts that only the engine can render."""
     Tokenize = Callable[[Sequence[EngineRequest]], list[Tokens]]
 
+_MAX_LENGTH = 2**40
+"""No model reads so many tokens: a larger number is damage, as are 0 and below."""
 _LENGTH_KEYS = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
     *("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"),
@@ -119,12 +121,18 @@ def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, s
 
 
 def config_max_len(path: Path) -> int | None:
-    """The smallest limit in a model's config.json, or in its `text_config`; None without any."""
+    """The smallest limit in a model's config.json, or in its `text_config`; None without any.
+
+    None also of a file that is damaged: what loads the model says what is wrong with it.
+    """
     try:
-        config: Mapping[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        # Not a pipe, which would be waited for.
+        config: Any = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
         return None
     inner = config.get("text_config")
     config = {**config, **inner} if isinstance(inner, dict) else config
-    found = [value for key in _LENGTH_KEYS if isinstance(value := config.get(key), int)]
-    return min(found) if found else None
+    told = [value for key in _LENGTH_KEYS if type(value := config.get(key)) is int]
+    return min((value for value in told if 0 < value <= _MAX_LENGTH), default=None)

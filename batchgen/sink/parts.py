@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -79,7 +80,7 @@ class PartWriter:
             StorageError: Not durable; the same call may be made again.
             AccountingError: The part's name holds something else.
         """
-        ordered = sorted(results, key=lambda result: result.ordinal)
+        ordered = sorted(results, key=attrgetter("ordinal"))
         return self.commit_table(_table(ordered, self._context, engine), skipped, engine)
 
     def commit_table(
@@ -164,7 +165,7 @@ def _fact_columns(
     by = f"{engine['engine']} {engine['version']}" if "engine" in engine else None
     return {
         "status": ["ok" if e is None else "error" for e in errors],
-        "verdict": [result.verdict.value for result in ordered],
+        "verdict": [result.verdict for result in ordered],
         "finish_reason": [c and c.finish_reason for c in completions],
         "error_type": [e and e.error_type for e in errors],
         "error": [e and e.error for e in errors],
@@ -188,7 +189,8 @@ def _carried_columns(
 ) -> list[pa.ChunkedArray]:
     if not ordered or not names:
         return [pa.chunked_array([], schema.field(name).type) for name in names]
-    return arrow.gather([(result.batch.carried, result.index) for result in ordered], names)
+    places = [(result.batch.carried, result.index) for result in ordered]
+    return arrow.gather(places, names, copy=False)
 
 
 def _encode(table: pa.Table, footer: PartFooter, context: PartContext) -> bytes:

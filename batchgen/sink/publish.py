@@ -182,15 +182,17 @@ def _chunk_rows(readers: Sequence[_PartReader]) -> int:
 
 
 def _in_order(chunk: pa.Table) -> pa.Table:
-    rows = chunk.column(ROW)
-    if chunk.num_rows > 1:
-        order = pc.sort_indices(rows)
-        chunk = arrow.take(chunk, order)
-        ordered = chunk.column(ROW).combine_chunks()
-        if not pc.all(pc.greater(ordered[1:], ordered[:-1])).as_py():
+    if not _is_ascending(chunk):
+        chunk = arrow.take(chunk, pc.sort_indices(chunk.column(ROW)))
+        if not _is_ascending(chunk):
             msg = "two accepted parts hold the same row; not published"
             raise AccountingError(msg)
     return chunk
+
+
+def _is_ascending(chunk: pa.Table) -> bool:
+    rows = chunk.column(ROW).combine_chunks()
+    return bool(pc.all(pc.greater(rows[1:], rows[:-1]), min_count=0).as_py())
 
 
 class _PartReader:
@@ -242,7 +244,7 @@ class _PartReader:
         row = table.column(ROW)
         here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
         here = pc.and_(pc.equal(table.column(SEGMENT), segment), here)
-        table = arrow.take(table, pc.indices_nonzero(here))
+        table = arrow.keep(table, here)
         if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
             raise DamagedPartError(self._name, "holds a row that its footer does not name")
         self._num_read += table.num_rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import time
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -93,13 +92,11 @@ def test_jsonl_gzip_and_parquet_give_the_same_request_keys(tmp_path: Path) -> No
     assert len(set(keys["plain.jsonl"])) == 100
 
 
-def test_a_finished_job_says_so_and_exits_0_within_2_seconds(job: Path) -> None:
+def test_a_finished_job_says_so_exits_0_and_is_left_as_it_is(job: Path) -> None:
     summary_of(job)
     files = sorted((job.parent / "out").rglob("part-*.parquet"))
     stamps = [file.stat().st_mtime_ns for file in files]
-    started = time.monotonic()
     again = summary_of(job)
-    assert time.monotonic() - started < 2
     assert again["state"] == "nothing_to_do"
     assert again["num_ok"] == 290
     assert [file.stat().st_mtime_ns for file in files] == stamps

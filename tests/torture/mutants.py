@@ -7,8 +7,6 @@ from dataclasses import dataclass
 POWER = ("-m", "tests.torture.power", "--losses", "120", "--workers", "1")
 PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
 SWEEP = ("-m", "tests.torture.sweep", "--percent", "0", "--workers", "1")
-WHOLE_SWEEP = ("-m", "tests.torture.sweep", "--percent", "0", "--workers", "2")
-"""Every call, not every other one."""
 NIGHTS = ("-m", "tests.torture.nights", "--worlds", "40", "--workers", "1")
 
 
@@ -27,7 +25,7 @@ class Mutant:
 
 
 STORAGE, LEDGER = "batchgen/storage.py", "batchgen/ledger.py"
-SNAPSHOT, LOCAL = "batchgen/executor/snapshot.py", "batchgen/executor/local.py"
+SNAPSHOT = "batchgen/executor/snapshot.py"
 RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
@@ -71,10 +69,10 @@ MUTANTS = (
     ),
     Mutant(
         "what a dead run left is believed before it is durable",
-        LOCAL,
+        "batchgen/executor/plans.py",
         (
-            ("        ledger.settle()\n        newest", "        newest"),
-            ("        ledger.settle()\n        # What is to be repaired", "        # What"),
+            ("    ledger.settle()\n    newest", "    newest"),
+            ("    ledger.settle()\n    # What is to be repaired", "    # What"),
         ),
         ("-m", "tests.torture.power", "--losses", "1", "--workers", "2"),
     ),
@@ -111,8 +109,7 @@ MUTANTS = (
                 '[(name, ledger._footer(name, plan)) for name in ledger.storage.list(f"{STATE}/parts")],',  # noqa: E501
             ),
         ),
-        SWEEP,
-        "new/freeze,resume/freeze",
+        (*PYTEST, "tests/e2e/test_late_runs.py"),
     ),
     Mutant(
         "no read-back after a doubted put",
@@ -168,8 +165,7 @@ MUTANTS = (
         "a frozen run that wakes shows its old snapshot for good",
         SNAPSHOT,
         (("newest, shown = ledger.latest_manifest() or newest, newest", "shown = newest"),),
-        WHOLE_SWEEP,
-        "fresh/freeze",
+        (*PYTEST, "tests/e2e/test_late_runs.py"),
     ),
     Mutant(
         "a line is taken for the one that was at its place, whatever it says",

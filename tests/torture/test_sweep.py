@@ -31,8 +31,8 @@ needs_strace = pytest.mark.skipif(STRACE is None, reason="strace is not installe
 
 @pytest.mark.timeout(1200)
 def test_every_call_failed_once_in_every_way_costs_no_row():
-    told = prove("tests.torture.sweep", "--percent", "4", timeout_s=1100)
-    assert int(re.search(r"([\d,]+)  points\n", told)[1].replace(",", "")) > 2000
+    told = prove("tests.torture.sweep", "--percent", "2", timeout_s=1100)
+    assert int(re.search(r"([\d,]+)  points\n", told)[1].replace(",", "")) > 1500
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +113,12 @@ def test_no_system_call_changes_the_output_past_the_disk(job, tmp_path):
 @pytest.mark.parametrize(
     ("call", "number", "fault"),
     [
-        *[("fsync", number, "error=EIO") for number in (1, 6, 12, 18, 24, 30)],
-        *[("fsync", number, "signal=SIGKILL") for number in (3, 9, 15, 21, 27)],
-        *[("link", number, "error=ENOSPC") for number in (1, 2, 4, 6, 8)],
-        *[("link", number, "signal=SIGKILL") for number in (1, 3, 5, 7, 9)],
-        *[("rename", number, "error=EIO") for number in (1, 3, 5)],
-        *[("unlink", number, "signal=SIGKILL") for number in (1, 4, 8, 12)],
+        *[("fsync", number, "error=EIO") for number in (1, 12, 24)],
+        *[("fsync", number, "signal=SIGKILL") for number in (9, 21)],
+        *[("link", number, "error=ENOSPC") for number in (1, 4, 8)],
+        *[("link", number, "signal=SIGKILL") for number in (3, 7)],
+        *[("rename", number, "error=EIO") for number in (1, 5)],
+        *[("unlink", number, "signal=SIGKILL") for number in (4, 12)],
     ],
 )
 def test_a_call_that_the_kernel_fails_costs_no_row(job, expected, tmp_path, call, number, fault):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,7 +44,7 @@ class Parts:
         rows = list(range(len(keys)))
         done = results(batch(rows, segment=self._num), errors=dict.fromkeys(errors, BAD))
         self._num += 1
-        keyed = [replace(one, request_key=k) for one, k in zip(done, keys, strict=True)]
+        keyed = [one._replace(request_key=k) for one, k in zip(done, keys, strict=True)]
         return self._writer.commit(keyed, {}, {"engine": "fake", "version": "7"})
 
     def published(self, *names, rows_per_file=1000):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -32,7 +31,7 @@ DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 def request(params=None):
     (made,) = request_builder().of(batch([0]))
-    return replace(made, params=params)
+    return made._replace(params=params)
 
 
 def read(text, reason="stop", *, params=None, **output):
@@ -103,7 +102,7 @@ def test_a_row_may_bring_its_schema_also_on_a_retry():
     assert read(GOOD, params=params, schema_column="s").verdict is Verdict.OK
     assert read("{}", params=params, schema_column="s").verdict is Verdict.SCHEMA_VIOLATION
     form = make_form(OutputConfig.model_validate({"path": "out", "schema_column": "s"}))
-    again = replace(request(), retry=Retry(request(params), None, 0))
+    again = request()._replace(retry=Retry(request(params), None, 0))
     assert form.read(Sample("{}", "stop"), again).verdict is Verdict.SCHEMA_VIOLATION
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -247,7 +246,7 @@ def failing(made, verdict=Verdict.TRUNCATED, text="abc"):
     answer = completion(0, text=text)
     error = RowError(verdict.value, "too short")
     (result,) = judge_of(job()).judge([(request, answer)])
-    return request, replace(result, error=error, verdict=verdict)
+    return request, result._replace(error=error, verdict=verdict)
 
 
 def ladder_of(made):
@@ -270,7 +269,7 @@ def test_each_rung_changes_the_job_and_not_the_rung_before():
 def test_a_row_keeps_its_own_parameters_unless_the_rung_has_others():
     made = job(sampling={"column": "own"}, retry=[{"max_tokens": 9}])
     request, result = failing(job())
-    own = replace(request, params={"top_p": 0.5, "max_tokens": 3})
+    own = request._replace(params={"top_p": 0.5, "max_tokens": 3})
     assert ladder_of(made).next(own, result).params == {"top_p": 0.5, "max_tokens": 9}
 
 

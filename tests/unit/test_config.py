@@ -539,6 +539,13 @@ def test_a_load_format_that_unpickles_needs_leave(tmp_path, job_tables, load_for
     assert parse_job(allowed, base=tmp_path, where="job.toml").model.allow_pickle
 
 
+@pytest.mark.parametrize("load_format", [["x"], {}, 5])
+def test_a_load_format_is_a_text(tmp_path, job_tables, load_format):
+    model = {"backend": "vllm", "name": "org/model", "engine": {"load_format": load_format}}
+    (problem,) = problems(tmp_path, job_tables(model=model))
+    assert f"engine.load_format = {load_format!r}, expected a text" in problem
+
+
 SECRET = "canary0123456789canary0123456789canary"
 
 

@@ -3,16 +3,20 @@
 import base64
 import json
 import math
+import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 
 from batchgen.engine.encoder import ChatStyle, encode, has_images
 from batchgen.engine.host import HostedRequest, last_words
 from batchgen.engine.images import render_images, with_local_images
 from batchgen.engine.settings import llm_kwargs, lora_kwargs
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.engine.vllm_answers import AnswerReader, special_token_ids
+from batchgen.engine.vllm_answers import AnswerReader, prompt_end, special_token_ids
+from batchgen.engine.vllm_params import check_grammars_once
 from batchgen.engine.watch import pass_to_reasoner
 from batchgen.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.records import EngineSpec, RowError, TokenLogprobs
@@ -23,6 +27,7 @@ LETTERS = SimpleNamespace(
     added_tokens_decoder={3: SimpleNamespace(special=True), 4: SimpleNamespace(special=False)},
 )
 STYLE = ChatStyle(None, {})
+ROOT = Path(__file__).parents[2]
 
 
 def entry(probability, decoded_token=None):
@@ -114,7 +119,10 @@ def test_on_a_cpu_one_slot_for_adapters_stays_empty(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(None, "cannot be read: No such file"), ("{}", "its rank"), ("[", "its rank")],
+    [
+        (None, "cannot be read: No such file"),
+        *((text, "its rank") for text in ("{}", "[", '{"r": "x"}', '{"r": 1e999}', "[" * 100_000)),
+    ],
 )
 def test_a_folder_without_an_adapter_is_named(tmp_path, content, problem):
     if content is not None:
@@ -257,3 +265,88 @@ def test_the_cores_reasoner_is_told_how_chats_are_rendered():
     assert processor.process_inputs("a", seed=1) is request
     assert request.reasoning_parser_kwargs == {"chat_template_kwargs": {"thinking": True}}
     pass_to_reasoner(SimpleNamespace(), {"thinking": True})
+
+
+def test_a_grammar_is_checked_once_and_everything_else_each_time():
+    checked = []
+    processor = SimpleNamespace(_validate_params=lambda params, tasks: checked.append(params.seed))
+    engine = SimpleNamespace(input_processor=processor)
+    check_grammars_once(engine)
+    grammar, other = object(), object()
+    for seed, brought in enumerate([grammar, grammar, other, None, None, grammar]):
+        params = SimpleNamespace(seed=seed, structured_outputs=brought)
+        processor._validate_params(params, ("generate",))
+    assert checked == [0, 2, 3, 4]
+    check_grammars_once(SimpleNamespace())  # A vLLM without it is left as it is.
+
+
+def test_a_grammar_that_is_refused_is_refused_each_time():
+    def refuse(params, tasks):
+        raise ValueError("no")
+
+    processor = SimpleNamespace(_validate_params=refuse)
+    check_grammars_once(SimpleNamespace(input_processor=processor))
+    params = SimpleNamespace(structured_outputs=object())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            processor._validate_params(params, ("generate",))
+
+
+def byte_fallback():
+    """A tokenizer like Llama 2's: characters that it lacks are byte tokens."""
+    words = ["\u2581", "a", "b", "\u2581a", "\u2581b"]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    model = tokenizers.models.BPE(
+        {name: at for at, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True
+    )
+    made = tokenizers.Tokenizer(model)
+    d = tokenizers.decoders
+    strip = d.Strip(" ", 1, 0)
+    made.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse(), strip])
+    made.add_special_tokens(["<unk>", "<img>"])
+    return made
+
+
+def byte_level():
+    return tokenizers.Tokenizer.from_file(str(ROOT / "sample_data/model/tokenizer.json"))
+
+
+def streamed(tokenizer, prompt, answer):
+    """An answer's text, token by token, as vLLM's detokenizer makes it."""
+    stream, text = tokenizers.decoders.DecodeStream(ids=prompt, skip_special_tokens=True), ""
+    for token_id in answer:
+        try:
+            text += stream.step(tokenizer, token_id) or ""
+        except Exception as error:
+            if "Invalid prefix" not in str(error):
+                raise
+            stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+            text += stream.step(tokenizer, token_id) or ""
+    return text
+
+
+@pytest.mark.parametrize("make", [byte_fallback, byte_level])
+def test_an_answers_text_depends_on_no_more_than_the_prompts_end(make):
+    tokenizer, dice = make(), random.Random(1)
+    pieces = [
+        "a b",
+        " ",
+        "က" * 15,
+        "😀😀",
+        "Grüße",
+        "b" * 9,
+        "x\n",
+        "<img>" * 36,
+        "<|im_end|>" * 34,
+    ]
+    num_cut = 0
+    for _ in range(600):
+        text = "".join(dice.choices(pieces, k=dice.randrange(1, 30)))
+        prompt = tokenizer.encode(text, add_special_tokens=False).ids
+        answer = tokenizer.encode("".join(dice.choices(pieces, k=3)), add_special_tokens=False).ids
+        answer = answer[dice.randrange(3) :][:30] + dice.choices(range(256), k=6)
+        end = prompt_end(prompt, tokenizer, skips=True)
+        assert prompt[-len(end) :] == end
+        num_cut += len(end) < len(prompt)
+        assert streamed(tokenizer, end, answer) == streamed(tokenizer, prompt, answer)
+    assert num_cut > 200

@@ -11,13 +11,18 @@ from batchgen.records import EngineStats
 
 
 def make_engine(events=()):
-    output = SimpleNamespace(events=[SimpleNamespace(type=kind) for kind in events] or None)
+    output = SimpleNamespace(
+        events=[SimpleNamespace(type=kind) for kind in events] or None,
+        new_token_ids=[5, 6, 7],
+        prefill_stats=SimpleNamespace(num_prompt_tokens=40) if 2 in events else None,
+    )
     core = SimpleNamespace(get_output=lambda: SimpleNamespace(outputs=[output]))
     return SimpleNamespace(
         log_stats=True,
         output_processor=SimpleNamespace(log_stats=True),
         logger_manager=object(),
         engine_core=core,
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=8192)),
     )
 
 
@@ -32,16 +37,24 @@ def test_the_front_end_stops_counting_tokens_and_the_watch_takes_the_scheduler()
         scheduler_stats=reported, iteration_stats=None, mm_cache_stats=None
     )
     engine.logger_manager.log()
-    assert watch.stats == EngineStats(3, 5, 0.5, 0, num_steps=1)
+    assert watch.stats == EngineStats(3, 5, 0.5, 0, 1, 0, 0, 8192)
 
 
-def test_preemptions_add_up():
+def test_preemptions_and_tokens_add_up():
     engine, watch = make_engine(events=[1, 2, 3, 3]), SchedulerWatch()
     watch.attach(engine)
     assert len(engine.engine_core.get_output().outputs) == 1
     engine.engine_core.get_output()
     watch.record(scheduler_stats=SimpleNamespace())
-    assert watch.stats == EngineStats(None, None, None, 4, num_steps=1)
+    assert watch.stats == EngineStats(None, None, None, 4, 1, 80, 6, 8192)
+
+
+def test_a_token_after_the_first_has_no_prompt():
+    engine, watch = make_engine(), SchedulerWatch()
+    watch.attach(engine)
+    engine.engine_core.get_output()
+    watch.record(scheduler_stats=SimpleNamespace())
+    assert (watch.stats.num_prompt_tokens, watch.stats.num_generated_tokens) == (0, 3)
 
 
 @pytest.mark.parametrize("missing", ["output_processor", "logger_manager"])

@@ -31,12 +31,12 @@ def books(storage, make_job):
     """A job, and what writes a run of it into its output."""
     prepared = prepare(make_job())
 
-    def write(epoch, run_id, *, recipe=None, **run):
+    def write(epoch, run_id, *, recipe=None, is_trial=False, **run):
         made = plan(3, number=epoch)
         job = {**made.job, "recipe": recipe or prepared.recipe}
         fingerprint = prepared.recipe_fingerprint if recipe is None else "another"
         fields = {**asdict(made), "job": job, "recipe_fingerprint": fingerprint}
-        claim = {"plan": epoch, "run_id": run_id, "host": "n1"}
+        claim = {"plan": epoch, "run_id": run_id, "host": "n1", "is_trial": is_trial}
         totals = {
             "verdicts": {"1": {"ok": 8, "truncated": 2}, "2": {"ok": 2}},
             "num_prompt_tokens": 100,
@@ -69,6 +69,16 @@ def test_the_newest_run_of_this_recipe_counts(storage, books):
     assert (found.run_id, found.is_same_recipe, found.working_s) == ("second", True, 8.0)
     # A second attempt is no second row.
     assert (found.num_rows, found.prompt_tokens, found.startup_s) == (10, 100, 30.0)
+
+
+def test_a_trial_of_tune_counts_only_where_no_other_run_is(storage, books):
+    prepared, write = books
+    write(1, "another recipe", recipe={**prepared.recipe, "prompt": {"user": "another"}})
+    write(2, "trial", is_trial=True)
+    assert last_run(storage, prepared).run_id == "trial"
+    write(3, "ordinary")
+    write(4, "trial again", is_trial=True)
+    assert last_run(storage, prepared).run_id == "ordinary"
 
 
 def test_a_run_of_the_same_model_is_better_than_none(storage, books):

@@ -236,7 +236,11 @@ def test_the_job_says_the_longest_context_before_an_engine_and_before_the_model(
     assert max_model_len(SPEC, past) == (None, "echo has no limit")
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"max_seq_len": "long"}'])
+SAYS_NOTHING = [None, "{", "{}", '{"max_seq_len": "long"}', "[]", "5", "[" * 100_000]
+SAYS_NONSENSE = ['{"seq_len": 0}', '{"seq_len": true}', '{"seq_len": 1' + "0" * 400 + "}"]
+
+
+@pytest.mark.parametrize("text", SAYS_NOTHING + SAYS_NONSENSE)
 def test_a_model_may_not_say_it(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import errno
-from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -322,7 +321,7 @@ def test_seeds_are_kept_where_they_are_asked_for(storage):
         storage, "parts", PartContext("plan-a", 1, 0, "run-9", schema, "gen_", with_seed=True)
     )
     one, two = results(batch([0, 1]))
-    table, _ = read(storage, out.commit([one, replace(two, seed=2**62 - 1)], {}, {}))
+    table, _ = read(storage, out.commit([one, two._replace(seed=2**62 - 1)], {}, {}))
     assert table["gen_seed"].to_pylist() == [None, 2**62 - 1]
     assert table.column_names.index("gen_seed") == table.column_names.index("gen_attempts") + 1
 
@@ -362,7 +361,7 @@ def test_labels_are_counted_whatever_their_fields_are_called(storage):
     schema = part_schema(ID, [pa.field("output", kind)], "gen_")
     paths = [("output", "a.b"), ("output", "")]
     context = PartContext("plan-a", 1, 0, "run-9", schema, "gen_", labels=paths)
-    rows = [replace(row, values=[{"a.b": "x", "": "y"}]) for row in results(batch([0, 1]))]
+    rows = [row._replace(values=[{"a.b": "x", "": "y"}]) for row in results(batch([0, 1]))]
     name = PartWriter(storage, "parts", context).commit(rows, {}, {})
     _, footer = read(storage, name)
     assert footer.tally["gen_output.a.b"] == {"x": 2}

@@ -87,7 +87,7 @@ def test_the_bar_does_not_say_starting_while_rows_end_as_errors():
 def test_a_sample_of_run_stats_can_be_shown():
     stats = RunStats(0.0, 10)
     for result in results(batch([0, 1]), errors={1: RowError("x", "x")}):
-        stats.note(result)
+        stats.note_ends([result])
     stream = io.StringIO()
     with Progress(10, 0, stream=stream) as progress:
         progress.update(stats.sample(1.0, 3, EngineStats()), 2, stats.eta_s(1.0))

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchgen.budget import MAX_CHARS
 from batchgen.config.model import Example, PromptConfig
 from batchgen.errors import ConfigError
 from batchgen.prompts import PromptBuilder, turns
 from batchgen.records import Ordinal, Request, Result, RowBatch, RowError
+from batchgen.sandbox import NULL, Sandbox
 from batchgen.seeds import Seeds, row_seed
 from tests.fakes import batch, job, request_builder
 
@@ -192,6 +194,43 @@ def test_a_column_named_row_is_a_column():
     builder = PromptBuilder(PromptConfig(user="{{ row }}"))
     assert builder.columns(["row", "b"]) == {"row"}
     assert builder.build({"row": "r"}) == [{"role": "user", "content": "r"}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ a }}",
+        "100 % of {{ a }}, {{ b }}%s and {{a}} again\n\n",
+        "{# a #}{{ b }}{% raw %}{{ a }}{% endraw %} {{ '%' }}",
+        "{{ a }}{{ 'x' }}",
+        "{{ a }} {{ a.b }}",
+        "{{ range }} {{ a }}",
+        "{{ self }} {{ a }}",
+        "{{ row }}",
+        "{% if a %}{{ a }}{% endif %}{{ b }}",
+        "{% set a = b %}{{ a }}",
+    ],
+)
+def test_putting_texts_together_gives_what_jinja_gives(template):
+    values = ["%s", "", "<&>", "{{ b }}", 7, 1.5, True, None, ["x"], b"b", dt.date(2026, 1, 2)]
+    render, names = Sandbox().compile_template(template)
+    builder = PromptBuilder(PromptConfig(user="x", system=template))
+    for row in itertools.product(values, ["b", "", None], [{}, {"self": "s", "range": "r"}]):
+        columns = {"a": row[0], "b": row[1], **row[2]}
+        nulls = {name: NULL for name in names if columns.get(name, "") is None}
+        try:
+            wanted = render({"row": columns, **columns, **nulls})
+        except Exception:  # noqa: BLE001 - whatever it is, it is the same error
+            assert isinstance(builder.build(columns), RowError)
+        else:
+            assert builder.build(columns)[0]["content"] == wanted
+
+
+def test_putting_texts_together_has_the_same_limit():
+    half = "x" * (MAX_CHARS // 2)
+    assert len(text_of({"a": half}, "{{ a }}{{ a }} ")) == MAX_CHARS + 1
+    error_type, error = error_of({"a": half, "b": "y"}, user="{{ a }}{{ a }}{{ b }}")
+    assert (error_type, "more than" in error) == ("template_error", True)
 
 
 @pytest.mark.parametrize("name", ["range", "dict", "cycler", "joiner", "namespace"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 from collections import Counter
@@ -166,6 +167,13 @@ def test_the_engine_gets_what_it_can_hold_and_never_more():
     outcome = Run(engine, [batch(range(20))], on_tick=watch).go()
     assert outcome.engine.max_held == 4
     assert held[:4] == [4, 3, 4, 1]
+
+
+def test_the_collector_of_cycles_is_slower_while_rows_are_in_hand():
+    before, seen = gc.get_threshold(), []
+    Run(FakeEngine(4), [batch(range(9))], on_tick=lambda _: seen.append(gc.get_threshold()[0])).go()
+    assert min(seen) >= 50_000
+    assert gc.get_threshold() == before
 
 
 def test_requests_reach_the_engine_in_input_order_with_ids_from_zero():

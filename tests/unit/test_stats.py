@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchgen.records import EngineStats, RowError
+from batchgen.records import EngineStats, RowError, Verdict
 from batchgen.stats import RunStats
 from tests.fakes import batch, results
 
@@ -22,8 +22,8 @@ def note(stats: RunStats, num_ok: int, num_errors: int = 0) -> None:
     rows = range(num_ok + num_errors)
     for result in results(batch(rows), errors=dict.fromkeys(rows[num_ok:], BAD)):
         if result.completion is not None:
-            stats.note_attempt(result)
-        stats.note(result)
+            stats.note_attempts([result])
+        stats.note_ends([result])
 
 
 def test_results_are_counted_by_how_they_ended():
@@ -39,9 +39,26 @@ def test_an_error_with_a_completion_counts_its_tokens():
         result.ordinal, result.batch, 0, "k", result.completion, RowError("invalid_answer", "x")
     )
     stats = RunStats(0.0, 1)
-    stats.note_attempt(refused)
-    stats.note(refused)
+    stats.note_attempts([refused])
+    stats.note_ends([refused])
     assert (stats.num_ok, stats.num_errors, stats.prompt_tokens) == (0, 1, 10)
+
+
+def test_answers_are_counted_by_attempt_and_verdict():
+    attempts = [(1, "ok"), (1, "truncated"), (2, "ok"), (2, "ok"), (3, "refused")]
+    rows = results(batch(range(len(attempts))))
+    stats = RunStats(0.0, 5)
+    for some in (rows[:4], rows[4:]):
+        told = [attempts[row.ordinal.row] for row in some]
+        stats.note_attempts(
+            [
+                row._replace(attempts=attempt, verdict=Verdict(verdict))
+                for row, (attempt, verdict) in zip(some, told, strict=True)
+            ]
+        )
+    assert stats.num_retries == 3
+    assert stats.verdicts == {1: {"ok": 1, "truncated": 1}, 2: {"ok": 2}, 3: {"refused": 1}}
+    assert len(stats.latencies_s) == 5
 
 
 def test_rows_left_are_those_that_nobody_has_accounted_for():
@@ -155,5 +172,5 @@ def test_error_types_are_told_most_common_first():
     for kind, times in [("rare", 1), ("common", 3)]:
         for _ in range(times):
             (result,) = results(batch([0]), errors={0: RowError(kind, "x")})
-            stats.note(result)
+            stats.note_ends([result])
     assert list(stats.totals(1.0)["error_types"].items()) == [("common", 3), ("rare", 1)]

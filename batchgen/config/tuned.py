@@ -1,0 +1,306 @@
+"""`JOB.tuned.toml`, beside the job file: what `batchgen tune` found fastest, and when it is used.
+
+    [key]                             of what it was measured on; all of it must fit
+    [model], [model.engine], [run]    settings, at the places that they have in a job file
+    [[trials]]                        what was measured, for people
+
+What the job file or `--set` says itself wins. Only settings that move time and memory about can
+stand in it (`PLACES`); none is part of the recipe, so that a tuned job is the same job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tomllib
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgen.devices import device_name
+from batchgen.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.config.model import JobConfig
+
+PLACES: Mapping[str, str] = {
+    "max_num_seqs": "model",
+    "gpu_memory_utilization": "model",
+    "max_num_batched_tokens": "model.engine",
+    "enable_prefix_caching": "model.engine",
+    "async_scheduling": "model.engine",
+    "max_in_flight": "run",
+}
+"""Each setting that may be tuned -> its table in a job file."""
+_SHARES = frozenset({"gpu_memory_utilization"})
+_SWITCHES = frozenset({"enable_prefix_caching", "async_scheduling"})
+_MOST = 1_000_000
+"""Of any number: with a window far beyond what an engine runs at once, a run holds its whole input
+in memory."""
+_DEPENDS: Mapping[str, Any] = {
+    "pipeline_parallel_size": 1,
+    "max_model_len": None,
+    "dtype": "auto",
+    "quantization": None,
+    "kv_cache_dtype": "auto",
+    "enable_lora": False,
+}
+"""What a job may say that decides which settings are possible and fast -> what it is by default."""
+Settings = dict[str, Any]
+"""Names of `PLACES` -> values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A tuned file and what a run takes from it."""
+
+    path: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Those used."""
+    note: str | None = None
+    """Why it is not used, or what of it is not."""
+
+
+def tuned_path(job: Path) -> Path:
+    """`label.toml` -> `label.tuned.toml`."""
+    return job.with_name(f"{job.stem}.tuned.toml")
+
+
+def key_of(job: JobConfig, folder: Path, device: str) -> dict[str, Any]:
+    """What measured settings hold for.
+
+    Args:
+        job: As loaded.
+        folder: Of the job file: a model's folder is named from there, so that both may move.
+        device: See `devices.device_name`.
+
+    Returns:
+        Strings and numbers; None for what is as it is by default, which the file leaves out.
+    """
+    name = job.model.name
+    if Path(name).is_absolute():
+        name = os.path.relpath(name, folder.resolve())
+    return {
+        "backend": job.model.backend,
+        "model": name,
+        "revision": job.model.revision or "",
+        "tensor_parallel_size": job.model.tensor_parallel_size or 1,
+        "device": device,
+        **{name: _key_value(value_of(job, name), usual) for name, usual in _DEPENDS.items()},
+        "num_loras": len(job.model.lora) or None,
+    }
+
+
+def _key_value(value: object, usual: object) -> str | int | None:
+    if value is None or value == usual:
+        return None
+    if isinstance(value, str | int):
+        return value
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def value_of(job: JobConfig, name: str) -> Any:  # noqa: ANN401 - as the job file has it
+    """What the job itself says of a setting; None if nothing."""
+    if name in job.model.engine:
+        return job.model.engine[name]
+    return getattr(job.run if PLACES.get(name) == "run" else job.model, name, None)
+
+
+def with_settings(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
+    """The same job with other settings of `PLACES`, or of `[model.engine]`; its own lose."""
+    engine, model, run = dict(job.model.engine), {}, {}
+    for name, value in settings.items():
+        place = PLACES.get(name, "model.engine")
+        if place == "run":
+            run[name] = value
+        elif place == "model" and name not in engine:
+            model[name] = value
+        else:
+            engine[name] = value
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(update={**model, "engine": engine}),
+            "run": job.run.model_copy(update=run),
+        }
+    )
+
+
+def use_tuned(job: JobConfig, job_path: Path, device: Callable[[], str] = device_name) -> JobConfig:
+    """The job with what its tuned file adds, if there is one and it fits; else as it is.
+
+    Never raises for what is wrong with the file: `job.tuned.note` says why it is not used. A
+    setting that the engine would refuse beside the others is left out.
+
+    Args:
+        job: As loaded from `job_path`.
+        job_path: The job file.
+        device: Asked only where there is a tuned file.
+    """
+    path = tuned_path(job_path)
+    try:
+        tables = tomllib.loads(_read_text(path))
+    except FileNotFoundError:
+        return job
+    except (OSError, ValueError, RecursionError) as error:
+        return job.tuned_by(Tuned(str(path), note=f"{path}: not used, cannot be read: {error}"))
+    here, given = device(), _settings(tables)
+    problem = _misfit(tables.get("key"), key_of(job, job_path.parent, here)) or _wrong(given)
+    if problem is not None:
+        note = f"{path}: not used, {problem}; run `batchgen tune` again"
+        return job.tuned_by(Tuned(str(path), note=note))
+    used = {name: value for name, value in given.items() if value_of(job, name) is None}
+    partly = None
+    if (refused := _refused(job, used, is_cpu=here == "cpu")) is not None:
+        name, why = refused
+        value = used.pop(name)
+        partly = f"{path}: {name} = {value} is left out, {why}; run `batchgen tune` again"
+    return with_settings(job, used).tuned_by(Tuned(str(path), used, partly))
+
+
+def _read_text(path: Path) -> str:
+    """Read a file, and only a file: a pipe of that name would be waited for without end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        msg = "it is no regular file"
+        raise ValueError(msg)
+    return path.read_text(encoding="utf-8")
+
+
+def _misfit(found: object, wanted: Mapping[str, Any]) -> str | None:
+    """What it was made for, where that is not what is here."""
+    if not isinstance(found, dict):
+        return "it has no [key]"
+    names = [name for name, value in wanted.items() if found.get(name) != value]
+    if not names:
+        return None
+    told = (f"{name} {_shown(found.get(name))}, here {_shown(wanted[name])}" for name in names)
+    return f"it was made for {', '.join(told)}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "by default"
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits.
+        return "a number without end"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _settings(tables: Mapping[str, Any]) -> Settings:
+    """The settings of a parsed tuned file; what may not be tuned is passed over."""
+    found = {}
+    for name, place in PLACES.items():
+        table: Any = tables
+        for part in place.split("."):
+            table = table.get(part) if isinstance(table, dict) else None
+        if isinstance(table, dict) and name in table:
+            found[name] = table[name]
+    return found
+
+
+def _wrong(given: Settings) -> str | None:
+    """Values that no engine takes."""
+    wrong = [f"{name} = {_shown(value)}" for name, value in given.items() if _is_bad(name, value)]
+    return f"{', '.join(wrong)} cannot be" if wrong else None
+
+
+def _is_bad(name: str, value: object) -> bool:
+    if name in _SWITCHES:
+        return not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    if name in _SHARES:
+        return not 0 < value <= 1
+    return not isinstance(value, int) or not 1 <= value <= _MOST
+
+
+def _refused(job: JobConfig, used: Settings, *, is_cpu: bool) -> tuple[str, str] | None:
+    """The one of `used` that vLLM would refuse beside the others and the job's own, and why.
+
+    Source:
+        vllm/config/scheduler.py, verify_max_model_len, 0.26 to 0.33. What nobody says is fitted
+        to the rest: vllm/engine/arg_utils.py, _set_default_max_num_seqs_and_batched_tokens_args.
+    """
+    merged = with_settings(job, used)
+    tokens, seqs, length = (
+        value if isinstance(value := value_of(merged, name), int) else None
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len")
+    )
+    if tokens is None:
+        return None
+    # See `engine.settings.llm_kwargs`.
+    is_chunked = merged.model.engine.get("enable_chunked_prefill", not is_cpu)
+    is_tuned = "max_num_batched_tokens" in used
+    if is_tuned and not is_chunked and length is not None and tokens < length:
+        why = f"it is below max_model_len = {length} and prefill is not chunked"
+        return "max_num_batched_tokens", why
+    if seqs is None or tokens >= seqs:
+        return None
+    if is_tuned:
+        return "max_num_batched_tokens", f"it is below max_num_seqs = {seqs}"
+    why = f"it is above max_num_batched_tokens = {tokens}"
+    return ("max_num_seqs", why) if "max_num_seqs" in used else None
+
+
+def tuned_text(
+    head: Sequence[str],
+    key: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    trials: Sequence[Mapping[str, Any]],
+) -> str:
+    """The file's text.
+
+    Args:
+        head: Comment lines.
+        key: See `key_of`; more of it is for people.
+        settings: Names of `PLACES`.
+        trials: Plain values; None is left out.
+    """
+    lines = [*(f"# {line}".rstrip() for line in head), "", "[key]", *_assignments(key)]
+    for place in dict.fromkeys(PLACES.values()):
+        here = {name: value for name, value in settings.items() if PLACES[name] == place}
+        lines += ["", f"[{place}]", *_assignments(here)] if here else []
+    for trial in trials:
+        lines += ["", "[[trials]]", *_assignments(trial)]
+    return "\n".join(lines) + "\n"
+
+
+def _assignments(table: Mapping[str, Any]) -> list[str]:
+    # JSON's texts, numbers and truth values are TOML's as well.
+    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in table.items()}
+    return [f"{name} = {json.dumps(value)}" for name, value in shown.items() if value is not None]
+
+
+def write_tuned(path: Path, text: str) -> None:
+    """Write or replace the file, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temp.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        msg = f"{path}: cannot be written ({error.strerror}); this is what it was to hold:\n{text}"
+        raise OutputError(msg) from error
+
+
+def check_writable(path: Path) -> None:
+    """See beforehand, as far as can be seen, whether `write_tuned` will succeed.
+
+    Raises:
+        OutputError: It will not.
+    """
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        msg = f"{path}: cannot be written, and tuning is for that; expected a folder to write in"
+        raise OutputError(msg)

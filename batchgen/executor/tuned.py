@@ -1,0 +1,41 @@
+"""What a run says of the tuned file beside its job."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from batchgen.engine.death import is_out_of_memory
+from batchgen.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from batchgen.config.model import JobConfig
+    from batchgen.engine.lazy import LazyEngine
+
+
+def tuned_notes(job: JobConfig) -> list[str]:
+    """Why the tuned file is not used, or what of it is not; empty if all is well."""
+    return [job.tuned.note] if job.tuned is not None and job.tuned.note is not None else []
+
+
+@contextmanager
+def naming_tuned(job: JobConfig, engine: LazyEngine) -> Iterator[None]:
+    """Where the engine does not start, or runs out of memory, name the settings that were tuned.
+
+    They need not be at fault, but whoever reads the job file would look for them there.
+
+    Raises:
+        EngineError: The same, with more text.
+    """
+    try:
+        yield
+    except EngineError as error:
+        tuned = job.tuned
+        is_startup = engine.facts is None
+        if tuned is None or not tuned.settings or not (is_startup or is_out_of_memory(str(error))):
+            raise
+        told = ", ".join(f"{name} = {value}" for name, value in tuned.settings.items())
+        msg = f"{error}; it had {told} from {tuned.path}: --no-tuned runs without"
+        raise type(error)(msg) from error

@@ -1,0 +1,256 @@
+"""`tune`: trials within a time budget, the best of them confirmed, and the file beside the job.
+
+Best is what was fastest in the search *and* again at the end, beside the job's own settings: rows
+differ along an input and machines have moods, so that a gain is only told of two pairs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from batchgen import __version__
+from batchgen.config.tuned import (
+    check_writable,
+    key_of,
+    tuned_path,
+    tuned_text,
+    value_of,
+    write_tuned,
+)
+from batchgen.devices import device_name, read_devices, vllm_version
+from batchgen.errors import EngineError, ExitCode
+from batchgen.tuning.gauge import Times
+from batchgen.tuning.report import Report, file_head, settings_text, trial_dict
+from batchgen.tuning.search import MOST_MEMORY, Search
+from batchgen.tuning.trial import Stops, Trial, run_trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from batchgen.config.model import JobConfig
+
+LEAST_GAIN = 1.03
+"""Below, the job's own settings are as good: no reason to run by others."""
+FP8 = {"kv_cache_dtype": "fp8"}
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What `batchgen tune` is asked for beside its job."""
+
+    budget_s: float = 1200.0
+    """No trial begins that would probably end later; the first one always does."""
+    times: Times = field(default_factory=Times)
+    keeps_rows: bool = True
+    """False: in a temporary output, each trial over the same rows; nothing is kept."""
+    tries_fp8: bool = False
+    """Also look at a KV cache in FP8, which changes answers; in a temporary output."""
+
+
+class Tuning:
+    """One search. Use once: `Tuning(...).run()`."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        job_path: Path,
+        options: TuneOptions,
+        *,
+        stops: Stops,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Bind; nothing is touched yet.
+
+        Args:
+            job: As loaded, with its own settings: without a tuned file's.
+            job_path: The job file; what is found is written beside it.
+            options: Of `batchgen tune`.
+            stops: Asked by signal handlers.
+            tell: Gets a line before and after each trial.
+        """
+        self._job = job
+        self._path = job_path
+        self._options = options
+        self._stops = stops
+        self._tell = tell
+        self._began_s = time.monotonic()
+        device = "echo" if job.model.backend == "echo" else device_name()
+        self._is_gpu = device not in {"cpu", "echo"}
+        most_memory = _free_share() - 0.03 if self._is_gpu else MOST_MEMORY
+        self._search = Search(job, is_gpu=self._is_gpu, most_memory=most_memory)
+        self._repeats: list[Trial] = []
+        self._fp8: Trial | None = None
+        self._notes: list[str] = []
+
+    def run(self) -> Report:
+        """Search, confirm, write.
+
+        Raises:
+            BatchgenError: Job trouble. What was answered stays.
+        """
+        check_writable(tuned_path(self._path))
+        for settings in self._search.candidates():
+            if self._search.trials and not self._may_try(num_after=2):
+                break
+            self._search.note(self._try(settings))
+            if self._is_over():
+                break
+        own = self._search.own
+        if own.failure is not None:
+            msg = f"the engine died with the job's own settings: {own.failure}"
+            raise EngineError(msg)
+        if self._search.best.settings and not self._is_over():
+            self._confirm()
+        if self._options.tries_fp8 and not self._stops.is_asked and self._search.best.measure:
+            self._try_fp8()
+        return self._report()
+
+    def _confirm(self) -> None:
+        for settings in ({}, self._search.best.settings):
+            if not self._may_try(num_after=0):
+                self._notes.append("nothing was left to confirm it with")
+                return
+            self._repeats.append(self._try(settings, again=True))
+            if self._is_over():
+                return
+
+    def _try_fp8(self) -> None:
+        if "kv_cache_dtype" in self._job.model.engine:
+            self._notes.append("the job itself says kv_cache_dtype: no other was tried")
+            return
+        if not self._may_try(num_after=0, keeps_rows=False):
+            self._notes.append("no time was left for a KV cache in FP8")
+            return
+        settings = {**self._search.best.settings, **FP8}
+        self._fp8 = self._try(settings, keeps_rows=False)
+
+    def _may_try(self, *, num_after: int, keeps_rows: bool = True) -> bool:
+        """Whether time and rows suffice for another trial and `num_after` more."""
+        trials, num = [*self._search.trials, *self._repeats], 1 + num_after
+        cost_s = max(trial.wall_s for trial in trials[-2:])  # The first may have compiled kernels.
+        spent_s = time.monotonic() - self._began_s
+        has_time = spent_s + num * cost_s <= self._options.budget_s
+        num_rows = max(trial.num_answered for trial in trials)
+        keeps_rows = keeps_rows and self._options.keeps_rows
+        has_rows = not keeps_rows or trials[-1].num_left >= num * num_rows
+        if has_time and not has_rows:
+            self._notes.append("not all was tried: the rows would have run out")
+        return has_time and has_rows
+
+    def _is_over(self) -> bool:
+        """Whether no other trial can follow."""
+        last = [*self._search.trials, *self._repeats][-1]
+        return self._stops.is_asked or (self._options.keeps_rows and last.is_answered)
+
+    def _try(
+        self, settings: Mapping[str, Any], *, again: bool = False, keeps_rows: bool | None = None
+    ) -> Trial:
+        number = len(self._search.trials) + len(self._repeats) + 1
+        self._tell(f"trial {number}: {settings_text(settings)}{', again' if again else ''}")
+        keeps_rows = self._options.keeps_rows if keeps_rows is None else keeps_rows
+        best = self._search.best.measure if self._search.trials and not again else None
+        best_speed = best.speed if best else 0.0
+        if keeps_rows:
+            trial = run_trial(self._job, settings, self._stops, self._options.times, best_speed)
+        else:
+            with tempfile.TemporaryDirectory(prefix="batchgen-tune-") as folder:
+                output = self._job.output.model_copy(update={"path": f"{folder}/out"})
+                job = self._job.model_copy(update={"output": output})
+                trial = run_trial(job, settings, self._stops, self._options.times, best_speed)
+                trial = replace(trial, num_answered=0)
+        self._tell(f"trial {number}: {self._outcome(trial)}")
+        return trial
+
+    def _outcome(self, trial: Trial) -> str:
+        if trial.failure is not None:
+            return f"failed: {trial.failure:.200}"
+        if trial.measure is None:
+            return "ended before anything was measured"
+        own = self._search.own.measure if self._search.trials else None
+        told = f"{trial.measure.output_tokens_per_s:,.0f} tokens/s out"
+        return f"{told}, {trial.measure.speed / own.speed:.2f} x" if own else told
+
+    def _gain(self) -> tuple[float, bool]:
+        """How many times as fast the best is, and whether that has been seen twice."""
+        own, best = self._search.own.measure, self._search.best.measure
+        if own is None or best is None or not self._search.best.settings:
+            return 1.0, own is not None
+        again = [trial.measure for trial in self._repeats if trial.measure is not None]
+        if len(again) < 2:
+            return best.speed / own.speed, False
+        gain = (best.speed + again[1].speed) / (own.speed + again[0].speed)
+        return gain, gain >= LEAST_GAIN and again[1].speed > again[0].speed
+
+    def _report(self) -> Report:
+        search, trials = self._search, [*self._search.trials, *self._repeats]
+        gain, is_confirmed = self._gain()
+        settings = dict(search.best.settings)
+        if settings and len(self._repeats) == 2 and not is_confirmed:
+            self._notes.append(f"{settings_text(settings)} was no faster when tried again")
+            settings, gain, is_confirmed = {}, 1.0, search.own.measure is not None
+        state, reason, code = self._end(is_confirmed=is_confirmed)
+        notes = [*self._notes, *self._shadowed(settings)]
+        report = Report(
+            state=state,
+            exit_code=int(code),
+            reason=reason,
+            job=str(self._path),
+            settings=settings,
+            gain=gain,
+            is_confirmed=is_confirmed,
+            trials=[*trials, *([self._fp8] if self._fp8 else [])],
+            own=search.own.measure,
+            best=search.best.measure if settings else search.own.measure,
+            fp8=self._fp8,
+            num_answered=sum(trial.num_answered for trial in trials),
+            is_answered=self._options.keeps_rows and trials[-1].is_answered,
+            keeps_rows=self._options.keeps_rows,
+            elapsed_s=time.monotonic() - self._began_s,
+            notes=notes,
+        )
+        if state != "tuned":
+            return report
+        path = tuned_path(self._path)
+        write_tuned(path, self._file_text(report))
+        return replace(report, tuned_file=str(path))
+
+    def _end(self, *, is_confirmed: bool) -> tuple[str, str | None, ExitCode]:
+        """State, reason and exit code."""
+        own = self._search.own
+        if self._stops.is_asked:
+            reason = "stopped on purpose; run again to tune, or `batchgen run` to go on"
+            return "stopped", reason, ExitCode.STOPPED
+        if own.state == "nothing_to_do":
+            reason = "every row is answered and published; measure without keeping: --scratch"
+            return "nothing_to_do", reason, ExitCode.COMPLETE
+        if own.measure is None:
+            reason = "the rows were too few to measure anything with"
+            return "too_few_rows", reason, ExitCode.COMPLETE
+        if not is_confirmed:
+            reason = "time or rows ran out before the best was confirmed: more --minutes, --scratch"
+            return "unconfirmed", reason, ExitCode.COMPLETE
+        return "tuned", None, ExitCode.COMPLETE
+
+    def _shadowed(self, settings: Mapping[str, Any]) -> list[str]:
+        """What the job file says itself, and so would win."""
+        return [
+            f"the job itself says {name} = {own}, which wins: change it there to {value}"
+            for name, value in settings.items()
+            if (own := value_of(self._job, name)) is not None
+        ]
+
+    def _file_text(self, report: Report) -> str:
+        key = key_of(self._job, self._path.parent, device_name())
+        versions = {"vllm": vllm_version() or "", "batchgen": __version__}
+        trials = [trial_dict(trial, report.own) for trial in report.trials]
+        return tuned_text(file_head(report), {**key, **versions}, report.settings, trials)
+
+
+def _free_share() -> float:
+    """Free share of the GPU's memory that has least, before any engine of ours is up."""
+    gpus = read_devices().gpus
+    return min((gpu.free_bytes / gpu.total_bytes for gpu in gpus), default=1.0)

@@ -1,0 +1,73 @@
+"""One trial: how it is run, and who may stop it."""
+
+from __future__ import annotations
+
+import pytest
+
+from batchgen.errors import ConfigError
+from batchgen.runner import Stop
+from batchgen.tuning.gauge import Times
+from batchgen.tuning.trial import Stops, _for_trial, run_trial
+
+TIMES = Times(settle_s=0.05, settle_most_s=0.1, least_s=0.2, most_s=0.2)
+
+
+def test_nobody_is_told_of_a_trial_and_its_rows_come_as_they_are(make_job, tmp_path):
+    hook = {"on_finish": ["true"], "metrics_file": "x.prom"}
+    job = _for_trial(make_job(run=hook), {"max_num_seqs": 3})
+    assert (job.run.on_finish, job.run.metrics_file, job.run.order) == ([], None, "input")
+    assert job.model.max_num_seqs == 3
+    assert _for_trial(make_job(run={"order": "prefix"}), {}).run.order == "prefix"
+
+
+def test_a_trial_of_few_rows_answers_them_and_measures_nothing(make_job):
+    trial = run_trial(make_job(), {}, Stops(), TIMES)
+    assert (trial.num_answered, trial.num_left, trial.is_answered) == (10, 0, True)
+    assert (trial.measure, trial.failure, trial.state) == (None, None, "answered")
+    again = run_trial(make_job(), {}, Stops(), TIMES)
+    assert (again.num_answered, again.is_answered) == (0, True)
+
+
+def test_settings_that_the_engine_refuses_are_a_failed_trial_and_the_jobs_own_are_trouble(make_job):
+    trial = run_trial(make_job(), {"max_num_sqs": 3}, Stops(), TIMES)
+    assert "did you mean 'max_num_seqs'?" in trial.failure
+    assert not trial.is_answered
+    with pytest.raises(ConfigError):
+        run_trial(make_job(model={"engine": {"max_num_sqs": 3}}), {}, Stops(), TIMES)
+
+
+def test_settings_that_the_engine_always_dies_of_are_a_failed_trial(make_job):
+    engine = {"faults": [{"kind": "out_of_memory", "at": 1}], "max_num_seqs": 1, "step_s": 0.01}
+    job = make_job(model={"engine": engine})
+    trial = run_trial(job, {"max_num_seqs": 2}, Stops(), TIMES)
+    assert trial.is_out_of_memory
+    assert trial.measure is None
+
+
+def test_a_signal_stops_the_trial_at_work_and_every_later_one():
+    stops = Stops()
+    with stops.trial() as switch:
+        switch.is_heard = True
+        assert stops.ask() is True
+        assert switch.state is Stop.DRAIN
+        assert stops.ask() is True
+        assert switch.state is Stop.NOW
+    with stops.trial() as switch:
+        assert switch.state is Stop.DRAIN
+    assert stops.is_asked
+
+
+def test_a_trial_that_is_about_to_end_is_not_cut_short_by_the_first_signal():
+    stops = Stops()
+    with stops.trial() as switch:
+        switch.ask()
+        stops.ask()
+        assert switch.state is Stop.DRAIN
+
+
+def test_asked_again_where_nobody_hears_it_is_for_the_caller_to_end():
+    stops = Stops()
+    assert stops.ask() is True
+    assert stops.ask() is False
+    with stops.trial():
+        assert stops.ask() is False  # Planning: no loop is there to drain.
