@@ -2,7 +2,7 @@
 
 Follow a row:
 
-    Feeder thread      reader.read -> RequestBuilder.of -> bounded queue      (render ahead)
+    Feeder thread      reader.read -> RequestBuilder.of -> queue or order     (render ahead)
     Runner (caller)    engine.add up to engine.capacity, engine.step          (never waits for I/O)
                        completion -> Judge -> Result -> open part, or Ladder -> again
     Committer thread   open part -> PartWriter.commit                         (durable from here)

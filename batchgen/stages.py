@@ -1,7 +1,7 @@
 """The stages that run beside the runner's loop, each in a thread, each behind a bounded queue.
 
 The feeder reads and renders ahead; the committer makes parts durable. Neither ever makes the
-engine wait, and neither holds more than its queue.
+engine wait, and neither holds more than its queue, the feeder besides what its order looks ahead.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ class _End:
 
 
 class Feeder:
-    """Reads and renders ahead, in a thread, into a bounded queue."""
+    """Reads and renders ahead, in a thread, into a bounded queue.
+
+    Requests that an order sorts do not go through the queue: the taker draws the best of what is
+    held, so that an engine with room never waits for the reader.
+    """
 
     def __init__(
         self,

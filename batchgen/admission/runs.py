@@ -33,7 +33,7 @@ MAX_FILES = 64
 
 
 class SortedRuns:
-    """Requests in order. Owned by one thread."""
+    """Requests in order. One thread at a time."""
 
     def __init__(self, max_bytes: int | None, folder: Path | None = None) -> None:
         """Start empty.

@@ -68,7 +68,7 @@ class Computation:
         )
         self._commits = Commits(context, epoch, writer)
         self._ids = itertools.count()
-        self._lengths = lengths_of(context)
+        self._lengths = lengths_of(context.job, context.ledger)
         self._seeds = Seeds(context.job.sampling, epoch.plan.seed_generation)
         self._is_taken_over = threading.Event()
         self._left: Mapping[int, Ranges] = {}

@@ -88,8 +88,7 @@ class LocalRun:
         now = utc_now()
         self._started_at = now.isoformat(timespec="seconds")
         run_id = new_run_id(now)
-        root = Path(job.output.path)
-        storage = LocalStorage(root, temp_tag=run_id, disk=disk)
+        storage = LocalStorage(Path(job.output.path), temp_tag=run_id, disk=disk)
         self._ledger = Ledger(storage)
         self._prepared: Prepared | None = None
         self._context = RunContext(

@@ -13,29 +13,27 @@ from batchgen.admission.lengths import Lengths, mean_lengths
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from batchgen.executor.context import RunContext
+    from batchgen.config.model import JobConfig
+    from batchgen.ledger import Ledger
 
 MAX_ROWS = 20_000
 
 
-def lengths_of(context: RunContext) -> Lengths:
+def lengths_of(job: JobConfig, ledger: Ledger) -> Lengths:
     """What to expect of a job's answers; of a first run only their bound.
 
     A hint for the order of admission: what cannot be read is not known, and no trouble.
     """
-    sampling = context.job.sampling
-    is_exact = bool(sampling.ignore_eos)
-    seen = islice(_seen(context), MAX_ROWS)
-    return Lengths(sampling.max_tokens, is_exact, mean_lengths(seen))
+    means = mean_lengths(islice(_seen(ledger, job.output.prefix), MAX_ROWS))
+    return Lengths(job.sampling.max_tokens, bool(job.sampling.ignore_eos), means)
 
 
-def _seen(context: RunContext) -> Iterator[tuple[int | None, int | None]]:
-    manifest = context.ledger.latest_manifest()
-    prefix = context.job.output.prefix
+def _seen(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int | None]]:
+    manifest = ledger.latest_manifest()
     names = [f"{prefix}num_prompt_tokens", f"{prefix}num_output_tokens"]
     for file in manifest.files[:1] if manifest is not None else ():
         try:
-            with pq.ParquetFile(context.storage.path(file["name"])) as parquet:
+            with pq.ParquetFile(ledger.storage.path(file["name"])) as parquet:
                 for batch in parquet.iter_batches(columns=names):
                     yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
         except (OSError, pa.ArrowException, ValueError):

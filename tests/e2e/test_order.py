@@ -12,6 +12,11 @@ import polars as pl
 import pytest
 
 import batchgen
+from batchgen import api
+from batchgen.admission.lengths import Lengths
+from batchgen.executor.past_lengths import lengths_of
+from batchgen.ledger import Ledger
+from batchgen.storage import LocalStorage
 from tests.e2e.support import command, published, wait_until, write_job
 
 if TYPE_CHECKING:
@@ -102,3 +107,23 @@ def test_a_kill_costs_no_row_and_long_answers_came_first(
     assert set(first) <= long
     batchgen.run(job)
     assert answers(out) == expected
+
+
+def test_what_was_published_says_how_long_answers_will_be(tmp_path: Path) -> None:
+    texts = ["short", "long " * 300] * 20
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "in.jsonl").write_text(rows, encoding="utf-8")
+    path = write_job(tmp_path, "in.jsonl", sampling={"max_tokens": 900})
+    job, ledger = api.load(path), Ledger(LocalStorage(tmp_path / "out"))
+    assert lengths_of(job, ledger) == Lengths(900)
+    batchgen.run(path)
+    # The echo engine's tokens are bytes, so a prompt of 15 tokens stands for one of 60 characters.
+    lengths = lengths_of(job, ledger)
+    assert lengths.expect("x" * 60, None) == len("Repeat: short")
+    assert lengths.expect("x" * 6000, None) == 900
+    assert lengths.expect("x" * 600, None) == 900, "nothing is known of that size"
+    manifest = ledger.latest_manifest()
+    assert manifest is not None
+    for file in manifest.files:
+        ledger.storage.path(file["name"]).unlink()
+    assert lengths_of(job, ledger) == Lengths(900)
