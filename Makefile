@@ -10,7 +10,7 @@ quickstart: .venv/ready
 	$(BIN)/python jobs/quickstart_score.py
 
 test: .venv/ready
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 # The long versions of the proofs in tests/torture: an hour or two.
 torture: .venv/ready
@@ -19,6 +19,7 @@ torture: .venv/ready
 	$(BIN)/python -m tests.torture.power --losses 10000
 	$(BIN)/python -m tests.torture.races --rounds 1000
 	$(BIN)/python -m tests.torture.nights --worlds 3000
+	$(BIN)/python -m tests.torture.fleet --kills 500
 	$(BIN)/pytest -rP tests/torture/test_mutants.py
 
 lint: .venv/ready

@@ -29,6 +29,11 @@ SPARE_CACHE = 0.4
 """KV cache in use at most: below, more than twice as many rows would fit."""
 MOST_SEQS = 512
 """From so many rows at once steps take longer with each row: more of them gain little."""
+_SHARED = (
+    *("num_ok", "num_errors", "num_in_flight"),
+    *("num_running", "num_waiting", "num_preemptions"),
+)
+"""Figures of a sample that are sums over the engines."""
 
 
 class Way(NamedTuple):
@@ -38,23 +43,27 @@ class Way(NamedTuple):
     n: int = 1
     """Answers a row: a request takes so many of the sequences that run at once."""
     capacity: int = 0
-    """Requests that the engine wants to hold, those that it prepares included."""
+    """Requests that an engine wants to hold, those that it prepares included."""
+    num_engines: int = 1
+    """Alike, and at work on the samples' rows together; with several, all of the time."""
 
 
 def advise(samples: Sequence[Mapping[str, Any]], facts: EngineFacts | None, way: Way) -> list[str]:
     """What to change, a line each; most runs get none.
 
     Args:
-        samples: Of `RunStats.sample`, in order, from one engine.
-        facts: The engine's.
+        samples: Of `RunStats.sample`, in order, from one engine; of `Board.whole`, from several.
+        facts: An engine's.
         way: Of the job.
     """
     if facts is None or facts.name == "echo":
         return []
     steady = steady_samples(samples)
+    if way.num_engines > 1:
+        steady = [_of_one(sample, way.num_engines) for sample in steady]
     if len(steady) < LEAST_SAMPLES or _span(steady, "elapsed_s") < LEAST_S:
         return []
-    found = _storm(steady, facts) or _idle(steady, facts, way) or _spare(steady, facts)
+    found = _storm(steady, facts, way) or _idle(steady, facts, way) or _spare(steady, facts, way)
     return [found] if found else []
 
 
@@ -80,11 +89,22 @@ def _num_ended(sample: Mapping[str, Any]) -> int:
     return int(sample["num_ok"] + sample["num_errors"])
 
 
-def _storm(steady: Sequence[Mapping[str, Any]], facts: EngineFacts) -> str | None:
+def _of_one(sample: Mapping[str, Any], num_engines: int) -> Mapping[str, Any]:
+    """What a sample of several engines tells of one of them, on average."""
+    shares = {name: sample[name] and sample[name] / num_engines for name in _SHARED}
+    return {**sample, **shares}
+
+
+def _who(way: Way) -> str:
+    return "the engine" if way.num_engines == 1 else "each engine"
+
+
+def _storm(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) -> str | None:
     """The KV cache is too small for what runs at once."""
     if any(sample["num_preemptions"] is None for sample in steady):
         return None
-    num = int(_span(steady, "num_preemptions"))
+    num = _span(steady, "num_preemptions")
+    all_of_them = num * way.num_engines
     num_rows = _span(steady, "num_ok") + _span(steady, "num_errors")
     usages = _known(steady, "kv_cache_usage")
     if num < STORM * max(1.0, num_rows) or not usages or max(usages) < FULL_CACHE:
@@ -93,10 +113,10 @@ def _storm(steady: Sequence[Mapping[str, Any]], facts: EngineFacts) -> str | Non
     fewer = max(1, round(min(fits, 0.8 * facts.max_num_seqs)))
     fewer = fewer if fewer < 20 else round(fewer, -1)
     return (
-        f"the KV cache was full and {num:,} requests were preempted, {num / max(1, num_rows):.1f} "
-        f"a row: work that is done twice. Lower model.max_num_seqs from {facts.max_num_seqs} to "
-        f"about {fewer}, or give the cache more memory (model.gpu_memory_utilization), or run "
-        "`batchgen tune`"
+        f"the KV cache was full and {all_of_them:,.0f} requests were preempted, "
+        f"{num / max(1, num_rows):.1f} a row: work that is done twice. Lower "
+        f"model.max_num_seqs from {facts.max_num_seqs} to about {fewer}, or give the "
+        "cache more memory (model.gpu_memory_utilization), or run `batchgen tune`"
     )
 
 
@@ -107,7 +127,7 @@ def _idle(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) -> 
     usage = max(_known(steady, "kv_cache_usage") or [0.0])
     if running >= IDLE * facts.max_num_seqs or waiting > 0.05 * running or usage >= 0.9:
         return None  # It is full, or rows wait in it for something else: memory, tokens a step.
-    given = f"the engine ran {running:,.0f} rows at once, it may run {facts.max_num_seqs:,}"
+    given = f"{_who(way)} ran {running:,.0f} rows at once, it may run {facts.max_num_seqs:,}"
     window = way.max_in_flight
     if window is not None and window * way.n < facts.max_num_seqs:
         return (
@@ -126,7 +146,7 @@ def _idle(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) -> 
     )
 
 
-def _spare(steady: Sequence[Mapping[str, Any]], facts: EngineFacts) -> str | None:
+def _spare(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) -> str | None:
     """Rows waited at `max_num_seqs`, with room for more in the KV cache."""
     usages = _known(steady, "kv_cache_usage")
     if facts.device == "cpu" or facts.max_num_seqs >= MOST_SEQS or not usages:
@@ -136,7 +156,7 @@ def _spare(steady: Sequence[Mapping[str, Any]], facts: EngineFacts) -> str | Non
     if not is_full or max(usages) >= SPARE_CACHE:
         return None
     return (
-        f"the engine ran {facts.max_num_seqs} rows at once with at most {max(usages):.0%} of its "
+        f"{_who(way)} ran {facts.max_num_seqs} rows at once with at most {max(usages):.0%} of its "
         f"KV cache in use: model.max_num_seqs = {2 * facts.max_num_seqs} may be faster; "
         "`batchgen tune` measures it"
     )

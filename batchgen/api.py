@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from batchgen import history
 from batchgen.config.load import load_job, parse_job
 from batchgen.config.tuned import use_tuned
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:

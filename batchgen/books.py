@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.ranges import Ranges
 
@@ -82,9 +82,8 @@ class Plan:
         return sum(segment.num_rows for segment in self.segments)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """An accepted part."""
+class Part(NamedTuple):
+    """A part that is durable."""
 
     name: str
     footer: PartFooter

@@ -20,9 +20,22 @@ def rare_collection() -> Iterator[None]:
     thousands, those of rows in flight and of the open part: to walk through them in vain took a
     third of the time of a run with the echo engine. Cycles are collected all the same.
     """
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(max(young, _YOUNG_OBJECTS) if young else 0, middle, old)  # 0: it is off.
+    before = gc.get_threshold()
+    collect_rarely()
     try:
         yield
     finally:
-        gc.set_threshold(young, middle, old)
+        gc.set_threshold(*before)
+
+
+def collect_rarely(*, freeze: bool = False) -> None:
+    """Do as `rare_collection` does, until the process ends.
+
+    Args:
+        freeze: Never look again at what there is now: modules, and a model's classes.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(max(young, _YOUNG_OBJECTS) if young else 0, middle, old)  # 0: it is off.
+    if freeze:
+        gc.collect()
+        gc.freeze()

@@ -18,9 +18,13 @@
 Texts read `where: what is wrong, what was expected; what to do`, on one line, values in `repr`.
 """
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class ExitCode(IntEnum):
@@ -34,9 +38,21 @@ class ExitCode(IntEnum):
 
 
 class BatchgenError(Exception):
-    """Root of everything that batchgen raises on purpose."""
+    """Root of everything that batchgen raises on purpose; it survives pickling."""
 
     exit_code = ExitCode.FAULT
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[BatchgenError], args: tuple[Any, ...], fields: Mapping[str, Any]
+) -> BatchgenError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 class ConfigError(BatchgenError):

@@ -6,10 +6,11 @@ apart where the answer is copied, by all 128; until then the second row merely w
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import polars as pl
 
@@ -76,6 +77,10 @@ class KnownKeys:
         self._recent.add(prefix)
         return True
 
+    def forget(self, prefix: int) -> None:
+        """Remove one that was added lately."""
+        self._recent.discard(prefix)
+
 
 def prefixes_of(keys: pl.Series) -> pl.Series:
     """The first 64 bits of request keys; null for what is none."""
@@ -90,7 +95,7 @@ def prefix_of(key: str) -> int:
 
 
 class Sieve:
-    """Lets the first of equal requests pass and sets the others aside. Owned by one thread.
+    """Lets the first of equal requests pass and sets the others aside. For any thread.
 
     Where sampling is greedy, or the job says so, equal requests share one answer. Otherwise each
     row has its own draw: of equal rows that could not be taken over one by one, the first keeps
@@ -108,30 +113,47 @@ class Sieve:
         self._base = base
         self._own = own
         self._dedupe = dedupe
+        self._lock = threading.Lock()
         self.num_set_aside = 0
         """Rows that wait for another row's answer."""
 
     def passing(self, requests: Sequence[Request]) -> list[Request]:
         """Those that have to be computed."""
         prefixes = [prefix_of(request.request_key) for request in requests]
-        found = [
-            request
-            for request, prefix, in_base, in_own in zip(
-                requests, prefixes, self._base.know(prefixes), self._own.know(prefixes), strict=True
-            )
-            if not self._has_answer(request, prefix, in_base=in_base, in_own=in_own)
-        ]
-        self.num_set_aside += len(requests) - len(found)
-        return found
+        passes = self.let_pass(prefixes, [request.seed is not None for request in requests])
+        return [request for request, passed in zip(requests, passes, strict=True) if passed]
 
-    def _has_answer(self, request: Request, prefix: int, *, in_base: bool, in_own: bool) -> bool:
-        if shares(request, self._dedupe):
+    def let_pass(self, prefixes: Sequence[int], has_seed: Sequence[bool]) -> list[bool]:
+        """The same for requests that are told by the first 64 bits of their keys."""
+        with self._lock:
+            in_base, in_own = self._base.know(prefixes), self._own.know(prefixes)
+            passes = [
+                not self._has_answer(*one)
+                for one in zip(prefixes, has_seed, in_base, in_own, strict=True)
+            ]
+            self.num_set_aside += len(passes) - sum(passes)
+        return passes
+
+    def take_back(self, those: Iterable[tuple[int, bool]]) -> None:
+        """Requests (prefix, has_seed) that were let pass were not computed: others like them may.
+
+        As far as they are remembered one by one; what is not waits for an answer that does not
+        come, and is computed in the end.
+        """
+        with self._lock:
+            for prefix, has_seed in those:
+                # One with a draw of its own has not been remembered; another like it may be.
+                if shares(self._dedupe, has_seed=has_seed):
+                    self._own.forget(prefix)
+
+    def _has_answer(self, prefix: int, has_seed: bool, in_base: bool, in_own: bool) -> bool:  # noqa: FBT001
+        if shares(self._dedupe, has_seed=has_seed):
             return in_base or in_own or not self._own.add(prefix)
-        if request.seed is None:
+        if not has_seed:
             return in_base  # It would be the same again.
         return in_base and not in_own and self._own.add(prefix)
 
 
-def shares(request: Request, dedupe: Dedupe) -> bool:
+def shares(dedupe: Dedupe, *, has_seed: bool) -> bool:
     """Whether a request may have the answer of an equal one."""
-    return request.seed is None if dedupe == "auto" else dedupe == "always"
+    return not has_seed if dedupe == "auto" else dedupe == "always"

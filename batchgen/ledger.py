@@ -1,21 +1,22 @@
 """What is durable and what is missing: plans, epochs, accepted parts, manifests.
 
 The part file is the commit record of its rows; everything here is derived from part footers and
-from three kinds of small files, each put once and never changed:
+from some kinds of small files, each put once and never changed:
 
     _batchgen/plan/NNNNNN.json       the frozen input and recipe; the highest one is the job's
     _batchgen/epochs/NNNNNN.json     one run's claim: which parts of earlier epochs it accepts
+    _batchgen/seals/eNNNNNN-wNN.json a worker that was given up: which of its parts count
     _batchgen/rejected/PART.json     a part whose footer is whole and whose rows are not
     _batchgen/manifests/NNNNNN.json  the snapshot of plan NNNNNN, put last: its commit point
 
 Fencing needs no clock and no lock: a run that was frozen and wakes up writes parts that the
-later claim does not name, so nobody accepts them.
+later claim does not name, so nobody accepts them. Of a worker that its run has given up, likewise:
+what it writes later its seal does not name.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,17 @@ from batchgen import row_digests
 from batchgen.books import Base, Durable, Epoch, Manifest, Part, Plan, Segment, disjoint
 from batchgen.errors import AccountingError, FencedError, OutputError
 from batchgen.footer import PartFooter
+from batchgen.names import (
+    STATE,
+    epoch_of,
+    folder_of,
+    is_numbered,
+    number_of,
+    numbered,
+    rejection_of,
+    seal_of,
+    worker_of,
+)
 from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
@@ -33,10 +45,8 @@ if TYPE_CHECKING:
 
     from batchgen.storage import LocalStorage
 
-STATE = "_batchgen"
 FORMAT = 1
 _MAX_CLAIM_TRIES = 100
-_NUMBERED = re.compile(r"\d{6}\.json")
 
 
 class Ledger:
@@ -58,7 +68,7 @@ class Ledger:
     def latest_plan_number(self) -> int:
         """0 for a new job."""
         names = self._numbered_files("plan")
-        return _number(names[-1]) if names else 0
+        return number_of(names[-1]) if names else 0
 
     def plan(self, number: int) -> Plan:
         """A plan by number.
@@ -66,14 +76,15 @@ class Ledger:
         Raises:
             OutputError: It is absent or not understood.
         """
-        return self._read_plan(_numbered("plan", number))
+        return self._read_plan(numbered("plan", number))
 
     def _read_plan(self, name: str) -> Plan:
         fields = self._read_json(name)
         try:
             segments = [Segment(**segment) for segment in fields.pop("segments")]
             fields.pop("base", None)  # As it was before there could be several.
-            bases = tuple(_base(**base) for base in fields.pop("bases", ()))
+            found = fields.pop("bases", ())
+            bases = tuple(Base(**{**one, "parts": tuple(one.get("parts", ()))}) for one in found)
             return Plan(**fields, segments=segments, bases=bases)
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
@@ -84,14 +95,14 @@ class Ledger:
         Raises:
             FencedError: Another run froze that number first.
         """
-        name = _numbered("plan", plan.number)
+        name = numbered("plan", plan.number)
         if not self.storage.put_if_absent(name, _dumps(asdict(plan))):
             msg = f"{self.storage.where}: another run has just planned this job; run again"
             raise FencedError(msg)
 
     def manifest(self, number: int) -> Manifest | None:
         """The snapshot of plan `number`, None while it is unpublished."""
-        name = _numbered("manifests", number)
+        name = numbered("manifests", number)
         if self.storage.read(name) is None:
             return None
         try:
@@ -105,7 +116,7 @@ class Ledger:
 
     def manifest_before(self, number: int | None) -> Manifest | None:
         """The newest snapshot of a plan before plan `number`; None: of all plans."""
-        numbers = [_number(name) for name in self._numbered_files("manifests")]
+        numbers = [number_of(name) for name in self._numbered_files("manifests")]
         earlier = [found for found in numbers if number is None or found < number]
         return self.manifest(earlier[-1]) if earlier else None
 
@@ -118,9 +129,7 @@ class Ledger:
         if imbalance := manifest.imbalance():
             msg = f"{self.storage.where}: {imbalance}; not published"
             raise AccountingError(msg)
-        self.storage.put_if_absent(
-            _numbered("manifests", manifest.number), _dumps(asdict(manifest))
-        )
+        self.storage.put_if_absent(numbered("manifests", manifest.number), _dumps(asdict(manifest)))
         held = self.manifest(manifest.number)
         assert held is not None  # noqa: S101 - put-if-absent left a manifest, ours or another's
         return held
@@ -137,7 +146,7 @@ class Ledger:
     def latest_epoch(self) -> tuple[int, Mapping[str, Any]]:
         """Number and content of the newest claim; (0, {}) before the first."""
         names = self._numbered_files("epochs")
-        return (_number(names[-1]), self._read_json(names[-1])) if names else (0, {})
+        return (number_of(names[-1]), self._read_json(names[-1])) if names else (0, {})
 
     def durable(self, plan: Plan) -> Durable:
         """What counts right now, as the next claim would accept it. Reads footers only."""
@@ -158,25 +167,55 @@ class Ledger:
                 rejected[name] = str(error)
         return Durable(disjoint(parts, rejected), rejected)
 
+    def seal(self, epoch: Epoch, worker: int) -> Sequence[str]:
+        """Let nothing count that a worker writes from now on; return which of its parts do.
+
+        Its other rows may be given to another worker once this returns.
+
+        Raises:
+            StorageError: The seal may not hold; to be asked again.
+        """
+        mine = [name for name in self._parts_of(epoch.number) if worker_of(name) == worker]
+        name = seal_of(epoch.number, worker)
+        self.storage.put_if_absent(name, _dumps({"parts": mine}))
+        return list(self._read_json(name)["parts"])
+
+    def check_seal(self, epoch: Epoch, worker: int) -> None:
+        """Notice that this worker was given up. Politeness only, as `check_fence`.
+
+        Raises:
+            FencedError: It was.
+        """
+        if self.storage.read(seal_of(epoch.number, worker)) is not None:
+            msg = f"{self.storage.where}: worker {worker} was given up; its rows are others' now"
+            raise FencedError(msg)
+
     def reject(self, name: str, why: str) -> None:
         """Leave a part out of every later claim; for damage that its footer does not show."""
-        self.storage.put_if_absent(_rejection(name), _dumps({"why": why}))
+        self.storage.put_if_absent(rejection_of(name), _dumps({"why": why}))
 
     def _rejected(self, names: Collection[str]) -> dict[str, str]:
         marks = set(self.storage.list(f"{STATE}/rejected"))
         return {
             name: str(self._read_json(mark)["why"])
             for name in names
-            if (mark := _rejection(name)) in marks
+            if (mark := rejection_of(name)) in marks
         }
 
     def _numbered_files(self, kind: str) -> list[str]:
         names = self.storage.list(f"{STATE}/{kind}")
-        return [name for name in names if _NUMBERED.fullmatch(name.rpartition("/")[2])]
+        return [name for name in names if is_numbered(name)]
 
     def _parts_of(self, epoch: int) -> list[str]:
+        """What an epoch's workers have written, but for what came after their seals."""
         prefix = f"{STATE}/parts/e{epoch:06d}-"
-        return [name for name in self.storage.list(f"{STATE}/parts") if name.startswith(prefix)]
+        # In this order: a part that a seal made later leaves out is not listed yet, or counts.
+        names = [name for name in self.storage.list(f"{STATE}/parts") if name.startswith(prefix)]
+        for seal in self.storage.list(f"{STATE}/seals"):
+            if epoch_of(seal) == epoch:
+                worker, counted = worker_of(seal), set(self._read_json(seal)["parts"])
+                names = [name for name in names if worker_of(name) != worker or name in counted]
+        return names
 
     def _footer(self, name: str, plan: Plan) -> PartFooter:
         """The part's own books, checked against the plan and the file.
@@ -236,7 +275,7 @@ class Ledger:
                 **facts,
                 "accepted": [part.name for part in durable.parts],
             }
-            if self.storage.put_if_absent(_numbered("epochs", number), _dumps(claim)):
+            if self.storage.put_if_absent(numbered("epochs", number), _dumps(claim)):
                 return Epoch(number, plan, run_id, durable)
         msg = f"{self.storage.where}: other runs keep claiming this job; let one of them run"
         raise OutputError(msg)
@@ -250,7 +289,7 @@ class Ledger:
         if (manifest := self.manifest(epoch.plan.number)) is not None:
             msg = f"{self.storage.where}: run {manifest.run_id} has published this job"
             raise FencedError(msg)
-        later = _numbered("epochs", epoch.number + 1)
+        later = numbered("epochs", epoch.number + 1)
         if self.storage.read(later) is not None:
             claim = self._read_json(later)
             msg = (
@@ -266,24 +305,25 @@ class Ledger:
         that a manifest names are kept.
         """
         folder = f"{STATE}/parts"
-        self._remove_old(self.storage.list(folder), manifest.epoch)
-        folders = (folder, row_digests.FOLDER, "")
+        seals = f"{STATE}/seals"
+        self._remove_old([*self.storage.list(folder), *self.storage.list(seals)], manifest.epoch)
+        folders = (folder, seals, row_digests.FOLDER, "")
         for temp in (temp for name in folders for temp in self.storage.temps(name)):
-            if _epoch_of(temp.name) <= manifest.epoch:
+            if epoch_of(temp.name) <= manifest.epoch:
                 self.storage.remove_path(temp)
         named = {folder_of(manifest) for manifest in self._manifests()}
         for name in self.storage.list(f"{STATE}/snapshots"):
-            if _epoch_of(name) <= manifest.epoch and name not in named:
+            if epoch_of(name) <= manifest.epoch and name not in named:
                 self.storage.remove_folder(name)
 
     def _remove_old(self, names: Collection[str], epoch: int) -> None:
         for name in names:
-            if _epoch_of(name) <= epoch:
+            if epoch_of(name) <= epoch:
                 self.storage.remove(name)
 
     def _manifests(self) -> Iterator[Manifest]:
         for name in self._numbered_files("manifests"):
-            if (manifest := self.manifest(_number(name))) is not None:
+            if (manifest := self.manifest(number_of(name))) is not None:
                 yield manifest
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -304,33 +344,6 @@ class Ledger:
             f"{self.storage.where}/{name}: not a batchgen file of this version ({why}); "
             "use the batchgen that began the job, or another output.path"
         )
-
-
-def _base(plan: int, parts: Sequence[str] = ()) -> Base:
-    return Base(plan, tuple(parts))
-
-
-def folder_of(manifest: Manifest) -> str:
-    """Where the snapshot's files are."""
-    return f"{STATE}/snapshots/e{manifest.epoch:06d}"
-
-
-def _numbered(kind: str, number: int) -> str:
-    return f"{STATE}/{kind}/{number:06d}.json"
-
-
-def _rejection(part: str) -> str:
-    return f"{STATE}/rejected/{part.rpartition('/')[2]}.json"
-
-
-def _epoch_of(name: str) -> int:
-    """Epoch of a part or of its temp file, from `e000003-w00-s000012.parquet`."""
-    digits = name.rpartition("/")[2].lstrip(".")[1:7]
-    return int(digits) if digits.isdigit() else 0
-
-
-def _number(name: str) -> int:
-    return int(name.rpartition("/")[2].partition(".")[0])
 
 
 def _dumps(fields: dict[str, Any]) -> bytes:

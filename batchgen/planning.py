@@ -268,7 +268,7 @@ def planned_columns(plan: Plan) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
 
 
-def engine_spec(prepared: Prepared, log_path: str | None) -> EngineSpec:
+def engine_spec(prepared: Prepared | Look, log_path: str | None) -> EngineSpec:
     """What the engine needs to know of the job."""
     model, prompt = prepared.job.model, prepared.job.prompt
     names = {"dtype", "quantization", "max_model_len", "max_num_seqs", "gpu_memory_utilization"}
@@ -291,7 +291,7 @@ def engine_spec(prepared: Prepared, log_path: str | None) -> EngineSpec:
     )
 
 
-def _sampling_params(prepared: Prepared) -> dict[str, Any]:
+def _sampling_params(prepared: Prepared | Look) -> dict[str, Any]:
     params = prepared.job.sampling.model_dump(exclude={"seed", "column"}, exclude_none=True)
     if prepared.form.structured_outputs is not None:
         params["structured_outputs"] = dict(prepared.form.structured_outputs)

@@ -55,7 +55,7 @@ class Progress:
         """Show where the run is; draws no oftener than is useful.
 
         Args:
-            sample: As `RunStats.sample`.
+            sample: As `RunStats.sample`, or `Board.whole`.
             num_done: Rows accounted for by all runs.
             eta_s: Seconds left, None if unknown.
         """
@@ -87,6 +87,8 @@ def _figures(sample: Mapping[str, Any]) -> str:
         f"{sample['output_tokens_per_s']:,.0f} out",
         f"{sample['num_in_flight']:,} in flight",
     ]
+    if "num_replicas" in sample:
+        figures.append(f"{sample['num_replicas_up']}/{sample['num_replicas']} replicas")
     if sample["kv_cache_usage"] is not None:
         figures.append(f"KV {sample['kv_cache_usage']:.0%}")
     if sample["num_errors"]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from batchgen import row_digests
 from batchgen.history import snapshots
-from batchgen.ledger import STATE
+from batchgen.names import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -1,9 +1,9 @@
 """What a run leaves in `_batchgen/runs/<run_id>/`: figures for people, never commit records.
 
 live.json      where the run is, rewritten every few seconds; `batchgen status` reads it
-stats.parquet  one row every `run.stats_s` seconds
+stats.parquet  one row every `run.stats_s` seconds; with replicas, rows of each of them too
 summary.json   how it ended
-vllm.log       the engine's own lines
+vllm.log       the engine's own lines; vllm-NN.log those of worker NN
 engine-death-NN.json  what is known of an engine's death, if one died
 """
 
@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from batchgen.storage import LocalStorage
 
 # vLLM's lines: `WARNING 11-22 18:06:31 [cpu_worker.py:140] text` (vllm/logger.py, 0.26 to 0.33).
 _LEVEL = re.compile(r"\b(?:WARNING|ERROR) [\d-]+ [\d:]+ (.*)")
+_LOG = re.compile(r"/vllm(-\d+)?\.log$")
 _STATS_SCHEMA = pa.schema(
     [
         ("elapsed_s", pa.float64()),
@@ -50,8 +52,48 @@ _STATS_SCHEMA = pa.schema(
         ("kv_cache_usage", pa.float64()),
         ("num_preemptions", pa.int64()),
         ("memory_mib", pa.float64()),
+        ("replica", pa.int64()),  # Null: the whole run.
+        ("restarts", pa.int64()),  # Null where there are no replicas.
     ]
 )
+_FOLD = 2048
+_MOST_ROWS = 200_000
+_WRITE_SAMPLES = 12
+_REPLICA_ROWS_PER_S = 8.0
+
+
+class _Rows:
+    """Rows of stats.parquet, in memory: some 150 bytes each, at most `_MOST_ROWS` of them.
+
+    Beyond, every other moment of those that there are goes: the longer ago, the fewer are left.
+    """
+
+    def __init__(self) -> None:
+        self._table = _STATS_SCHEMA.empty_table()
+        self._new: list[Mapping[str, Any]] = []
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows) + len(self._new)
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep rows of one moment: of one `elapsed_s`."""
+        self._new.extend(rows)
+        if len(self._new) >= _FOLD:
+            self.table()
+
+    def table(self) -> pa.Table:
+        """All of them, in order."""
+        if self._new:
+            new = pa.Table.from_pylist(self._new, _STATS_SCHEMA)
+            self._table = pa.concat_tables([self._table, new]).combine_chunks()
+            self._new = []
+        if self._table.num_rows > _MOST_ROWS:
+            moments = pc.dictionary_encode(self._table["elapsed_s"].combine_chunks()).indices
+            # Counted from the last, which stays.
+            ages = pc.subtract(pc.max(moments), moments)
+            is_even = pc.equal(pc.bit_wise_and(ages, pa.scalar(1, ages.type)), 0)
+            self._table = self._table.filter(is_even).combine_chunks()
+        return self._table
 
 
 class RunLog:
@@ -62,14 +104,18 @@ class RunLog:
         self._storage = storage
         self._folder = f"{folder}/{run_id}"
         self.run_id = run_id
-        self._samples: list[dict[str, Any]] = []
+        self._whole, self._replicas = _Rows(), _Rows()
+        self._num_unwritten = 0
+        self._next_replicas_s = 0.0
 
     @property
     def engine_log(self) -> str:
-        """Where the engine's own lines go; the folder is made."""
-        path = self._storage.path(f"{self._folder}/vllm.log")
-        self._storage.make_folder(path.parent)
-        return str(path)
+        """Where the lines of a run's only engine go; the folder is made."""
+        return self._log_path("vllm.log")
+
+    def engine_log_of(self, number: int) -> str:
+        """The same for one worker of a fleet; its engines write there one after another."""
+        return self._log_path(f"vllm-{number:02}.log")
 
     @property
     def summary_path(self) -> str:
@@ -78,19 +124,46 @@ class RunLog:
 
     @property
     def samples(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of stats.parquet so far."""
-        return self._samples
+        """The rows of stats.parquet so far, those of the whole run. Made anew at each call."""
+        return list(self._whole.table().to_pylist())
 
-    def live(self, facts: Mapping[str, Any]) -> None:
-        """Rewrite the live view."""
+    def live(
+        self, facts: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """Rewrite the live view; `replicas` are those of a fleet, a mapping each."""
         data = {"run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname(), **facts}
+        if replicas is not None:
+            data["replicas"] = replicas
         self._replace("live.json", json.dumps(data).encode())
 
     def sample(self, row: Mapping[str, Any]) -> None:
-        """Keep a row of stats.parquet, and rewrite the file now and then."""
-        self._samples.append({**row, "memory_mib": memory_mib()})
-        if len(self._samples) % 12 == 0:
+        """Keep a row of stats.parquet for the whole run, and rewrite the file now and then.
+
+        Every 12 samples at first, then whenever a fiftieth more has come: all that a run writes
+        is at most some 50 times its last file, however long it takes.
+
+        Args:
+            row: As `RunStats.sample`; `memory_mib` is this process's.
+        """
+        self._whole.add([{**row, "memory_mib": memory_mib()}])
+        self._num_unwritten += 1
+        if self._num_unwritten >= max(_WRITE_SAMPLES, len(self._whole) // 50):
             self._write_stats()
+
+    def sample_replicas(self, rows: Sequence[Mapping[str, Any]], *, is_last: bool = False) -> None:
+        """Keep a row of stats.parquet for each replica, unless the last ones are too fresh.
+
+        All replicas together get some 8 rows a second at most: 256 of them one each 32 s. To be
+        called as often as `sample`, which writes the file; the last look is always kept.
+
+        Args:
+            rows: Of one moment, with the columns of stats.parquet; others are left out.
+            is_last: There will be none after these.
+        """
+        if not rows or (rows[0]["elapsed_s"] < self._next_replicas_s and not is_last):
+            return
+        self._next_replicas_s = rows[0]["elapsed_s"] + len(rows) / _REPLICA_ROWS_PER_S
+        self._replicas.add(rows)
 
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Write the stats and the summary; return the summary's path."""
@@ -105,17 +178,24 @@ class RunLog:
         return str(self._storage.path(f"{self._folder}/{name}"))
 
     def num_engine_warnings(self) -> int:
-        """How many different warnings and errors the engine's log holds."""
-        path = self._storage.path(f"{self._folder}/vllm.log")
-        if not path.exists():
-            return 0
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = (_LEVEL.search(line) for line in lines)
-        return len({match.group(1) for match in found if match})
+        """How many different warnings and errors the engines' logs hold, all of them together."""
+        texts: set[str] = set()
+        with suppress(OutputError, OSError):  # Figures: not worth a run's own error.
+            for name in filter(_LOG.search, self._storage.list(self._folder)):
+                path = self._storage.path(name)
+                with path.open(encoding="utf-8", errors="replace") as lines:
+                    texts.update(match.group(1) for match in map(_LEVEL.search, lines) if match)
+        return len(texts)
+
+    def _log_path(self, name: str) -> str:
+        path = self._storage.path(f"{self._folder}/{name}")
+        self._storage.make_folder(path.parent)
+        return str(path)
 
     def _write_stats(self) -> None:
+        self._num_unwritten = 0
         out = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self._samples, _STATS_SCHEMA), out)
+        pq.write_table(pa.concat_tables([self._whole.table(), self._replicas.table()]), out)
         self._replace("stats.parquet", out.getvalue())
 
     def _replace(self, name: str, data: bytes) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from batchgen import history, pruning
 from batchgen.errors import BusyError, OutputError
 from batchgen.executor.lock import RunLock
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.runlog import new_run_id, utc_now
 from batchgen.storage import LocalStorage
 

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from batchgen.admission.order import carried_bytes
@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 # Batches rendered ahead of the engine's own read-ahead: enough to ride out a slow read.
 _FEED_BATCHES = 4
 _LOOK_AHEAD_BATCHES = 16
-# Begin the commit a little early, so that a row is durable, not merely sent, within flush_s.
+# Begin a commit a little early: a row is to be durable, not merely sent, within flush_s.
 _FLUSH_EARLY = 0.8
 _PUT_WAIT_S = 0.2
-_RETRY_FIRST_S = 0.1
-_RETRY_MOST_S = 10.0
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.1, 10.0
 
 Work = TypeVar("Work")
 """What one commit makes durable."""
@@ -43,7 +42,7 @@ Work = TypeVar("Work")
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """What the feeder makes of one batch."""
+    """What becomes of one batch."""
 
     requests: Sequence[Request]
     results: Sequence[Result]
@@ -52,6 +51,14 @@ class Fed:
     skipped: Ranges
     num_bytes: int
     """Memory of the carried columns."""
+
+    def of_these(
+        self, requests: Sequence[Request], results: Sequence[Result], skipped: Ranges
+    ) -> Fed:
+        """The same with some of its rows only."""
+        num_rows = len(self.requests) + len(self.results)
+        num_bytes = self.num_bytes * (len(requests) + len(results)) // max(1, num_rows)
+        return Fed(requests, results, self.segment, skipped, num_bytes)
 
 
 _WAKE_UP = Fed((), (), 0, Ranges(), 0)
@@ -74,9 +81,7 @@ class Feeder:
 
     def __init__(
         self,
-        batches: Iterable[RowBatch],
-        builder: RequestBuilder,
-        sieve: Passing | None = None,
+        feds: Iterable[Fed],
         *,
         order: AdmissionOrder | None = None,
         is_loading: Callable[[], bool] = lambda: False,
@@ -84,9 +89,7 @@ class Feeder:
         """Start reading at once.
 
         Args:
-            batches: The rows.
-            builder: Makes requests of them.
-            sieve: Which requests are to be computed; None: all. Asked in the thread.
+            feds: The rows, see `feds_of`; drawn in the thread.
             order: In which order; None: as they come. Belongs to the feeder from now on.
             is_loading: Whether the engine is about to come up: until then looking ahead, for a
                 better order, costs nothing.
@@ -96,12 +99,11 @@ class Feeder:
         self._end: _End | None = None
         self._stopped = threading.Event()
         self.is_done = False
-        self._sieve = sieve
         self._order = order
         self._ordering = threading.Condition()  # Who touches the order holds it.
         self._is_loading = is_loading
         self._thread = threading.Thread(
-            target=self._work, args=(iter(batches), builder), name="feeder", daemon=True
+            target=self._work, args=(iter(feds),), name="feeder", daemon=True
         )
         self._thread.start()
 
@@ -160,7 +162,7 @@ class Feeder:
         order = self._order
         if order is None or not order.num_held:
             return None
-        # Sorting takes a moment, merging files seconds: the engine is not to wait for that.
+        # Sorting takes a moment, merging files seconds: no engine waits for that.
         if not self._ordering.acquire(blocking=False):
             return None
         try:
@@ -182,11 +184,11 @@ class Feeder:
         if self._order is not None:
             self._order.close()
 
-    def _work(self, batches: Iterator[RowBatch], builder: RequestBuilder) -> None:
+    def _work(self, feds: Iterator[Fed]) -> None:
         error: BaseException | None = None
         try:
-            for batch in batches:
-                if not self._pass_on(_fed(batch, builder, self._sieve)):
+            for fed in feds:
+                if not self._pass_on(fed):
                     return
         except BaseException as raised:  # noqa: BLE001 - raised again in the runner's thread
             error = raised
@@ -203,12 +205,8 @@ class Feeder:
                 order.put(fed.requests)
         if is_plain:
             return self._put(fed)
-        if fed.results or fed.skipped:
-            num_rows = len(fed.requests) + len(fed.results)
-            num_bytes = fed.num_bytes * len(fed.results) // max(1, num_rows)
-            fed = replace(fed, requests=(), num_bytes=num_bytes)
-        else:
-            fed = _WAKE_UP
+        has_others = fed.results or fed.skipped
+        fed = fed.of_these((), fed.results, fed.skipped) if has_others else _WAKE_UP
         if (fed is not _WAKE_UP or self._queue.empty()) and not self._put(fed):
             return False
         with self._ordering:
@@ -226,17 +224,23 @@ class Feeder:
         return False
 
 
-def _fed(batch: RowBatch, builder: RequestBuilder, sieve: Passing | None) -> Fed:
-    requests: list[Request] = []
-    results: list[Result] = []
-    for outcome in builder.of(batch):
-        if isinstance(outcome, Request):
-            requests.append(outcome)
-        else:
-            results.append(outcome)
-    if sieve is not None:
-        requests = sieve(requests)
-    return Fed(requests, results, batch.segment, batch.skipped, batch.carried.nbytes)
+def feds_of(
+    batches: Iterable[RowBatch], builder: RequestBuilder, sieve: Passing | None = None
+) -> Iterator[Fed]:
+    """Make requests of rows.
+
+    Args:
+        batches: The rows.
+        builder: Makes requests of them.
+        sieve: Which of them are to be computed; None: all.
+    """
+    for batch in batches:
+        made = list(builder.of(batch))
+        requests = [outcome for outcome in made if isinstance(outcome, Request)]
+        results = [outcome for outcome in made if not isinstance(outcome, Request)]
+        if sieve is not None:
+            requests = sieve(requests)
+        yield Fed(requests, results, batch.segment, batch.skipped, batch.carried.nbytes)
 
 
 @dataclass(slots=True)

@@ -6,9 +6,10 @@ Names are those of vllm/benchmarks/throughput.py (`requests_per_s`, `output_toke
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 # Rates that a person reads are over the last so many seconds.
 _WINDOW_S = 30.0
 _LATENCIES = 2000
+
+
+class Counts(NamedTuple):
+    """Rows and tokens of a run or of a part of it; also a change of them, which may be negative."""
+
+    num_ok: int = 0
+    num_errors: int = 0
+    num_skipped: int = 0
+    num_retries: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        """The sum, figure by figure."""
+        return Counts(*map(operator.add, self, other))
+
+    def minus(self, other: Counts) -> Counts:
+        """The difference, figure by figure."""
+        return Counts(*map(operator.sub, self, other))
 
 
 @dataclass(slots=True)
@@ -78,6 +99,28 @@ class RunStats:
         self.num_ok += len(results) - len(errors)
         self.num_errors += len(errors)
         self.error_types.update(errors)
+
+    def count(self, change: Counts) -> None:
+        """Count what others have done."""
+        self.num_ok += change.num_ok
+        self.num_errors += change.num_errors
+        self.num_skipped += change.num_skipped
+        self.num_retries += change.num_retries
+        self.prompt_tokens += change.prompt_tokens
+        self.cached_tokens += change.cached_tokens
+        self.output_tokens += change.output_tokens
+
+    def correct(self, change: Counts) -> None:
+        """Change the counts of rows, in the past too: no work is done or undone by this.
+
+        For rows that a dead worker had ended but not made durable, which are done again. The
+        rates stay those of the work that was done, lost or not.
+        """
+        self.count(change)
+        num = change.num_ok + change.num_errors
+        self._window = deque(
+            (at_s, results + num, prompt, output) for at_s, results, prompt, output in self._window
+        )
 
     def note_progress(self, now_s: float) -> None:
         """Remember when results last came, for the rates. Call after each step with results."""

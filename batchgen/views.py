@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen import history
 from batchgen.executor.lock import RunLock
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def status(root: Path) -> dict[str, Any]:
 
     Returns:
         `state` is one of `new`, `running`, `interrupted`, `held_back` (by the gate), `complete`;
-        then counts of the plan, what is durable, and the last live view of the newest run.
+        then counts of the plan, what is durable, and the last live view of the newest run:
+        `run`, with a list `replicas` if it has some.
 
     Raises:
         OutputError: The folder was written by another version.

@@ -57,14 +57,18 @@ def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     Example: batchgen status jobs/quickstart.toml
     """
     from batchgen.api import output_of
+    from batchgen.cli.replicas import replica_lines
     from batchgen.views import status as status_of
 
     facts = status_of(output_of(job, overrides))
     if as_json:
         print_json(facts)
         return
+    replicas = facts.get("run", {}).pop("replicas", [])
     for name, value in flat(facts):
         click.echo(f"{name:24} {value}")
+    for line in replica_lines(replicas):
+        click.echo(line)
 
 
 @click.command()

@@ -199,7 +199,9 @@ def _told(summary: Summary, job: Path) -> str:
     if summary.files:
         lines.append(f"  output   {summary.output}/{summary.files[0]}{_more(summary.files, 1)}")
     if summary.num_engine_warnings and summary.summary_path:
-        log = Path(summary.summary_path).with_name("vllm.log")
+        folder = Path(summary.summary_path).parent
+        log = folder / "vllm.log"
+        log = log if log.exists() else folder
         lines.append(f"  log      {log} ({summary.num_engine_warnings} different warnings)")
     if summary.num_errors:
         lines.append(f"  see      batchgen show {job} --errors")

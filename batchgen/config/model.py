@@ -248,6 +248,15 @@ class RunConfig(Table):
     """An engine that has work and makes no progress for so many seconds counts as dead."""
     stats_s: Annotated[float, Field(gt=0)] = 5.0
     """A row in stats.parquet every so many seconds."""
+    replicas: PositiveInt | Literal["auto"] = 1
+    """Engines that work on the job, placed by Ray; auto: as many as the cluster has room for."""
+    ray_address: Annotated[str, Field(min_length=1)] | None = None
+    """Ray cluster that places them, such as `auto` or `host:6379`. Default: this machine alone."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each; below 1 they share one. Default: tensor_parallel_size x
+    pipeline_parallel_size; none for vLLM's CPU build."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores that Ray counts for each."""
     dedupe: Literal["auto", "always", "never"] = "auto"
     """Rows with equal requests run once and all get the answer: auto where sampling is
     deterministic, always also where it is not, or never."""

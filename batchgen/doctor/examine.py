@@ -17,6 +17,7 @@ from batchgen.doctor.hub import HuggingFace, find_model
 from batchgen.doctor.lengths import row_lengths
 from batchgen.doctor.machine import read_machine
 from batchgen.doctor.model import Model, read_model
+from batchgen.doctor.replicas import check_replicas
 from batchgen.doctor.report import Report
 from batchgen.doctor.software import check_device, check_versions
 from batchgen.engine.settings import llm_kwargs
@@ -78,6 +79,7 @@ def examine(
         return _with_model(job, machine, hub or HuggingFace(), job_file)
     findings = [ok("model", "echo needs neither GPU nor vLLM")]
     findings += places.check_host(machine, 0, job_file)
+    findings += check_replicas(job, machine)
     findings += _output(job, _prepared(job, findings), None)
     return Report(findings, machine)
 
@@ -94,6 +96,7 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | Non
     findings = [
         *check_versions(machine),
         *check_device(machine, num_gpus),
+        *check_replicas(job, machine),
         *found.findings,
         *places.check_host(machine, num_gpus, job_file),
         *findings,

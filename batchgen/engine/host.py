@@ -27,6 +27,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchgen.collector import collect_rarely
 from batchgen.engine.encoder import one_line
 from batchgen.engine.faulty import echo_engine
 from batchgen.errors import BatchgenError, ConfigError, EngineDeadError
@@ -114,6 +115,8 @@ class Host:
         now = time.monotonic()
         if not self._is_ready and engine.facts is not None:
             self._is_ready = True
+            # What loading has left behind stays; 5 % less of this process's time with vLLM.
+            collect_rarely(freeze=True)
             self.send("ready", engine.facts, engine.capacity)
         elif now - self._stats_at >= STATS_S:
             self.send("stats", engine.stats)

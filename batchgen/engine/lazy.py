@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from batchgen.records import EngineStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.supervised import SupervisedEngine
@@ -78,3 +80,20 @@ class LazyEngine:
         """See `Engine`."""
         if self._engine is not None:
             self._engine.close()
+
+
+@contextmanager
+def closing_beside(engine: object) -> Iterator[None]:
+    """Close an engine beside other work: it takes seconds to let go of its GPU.
+
+    A fleet is closed later, by the thread that has made it.
+    """
+    if not isinstance(engine, LazyEngine):
+        yield
+        return
+    closing = threading.Thread(target=engine.close, name="engine-close")
+    closing.start()
+    try:
+        yield
+    finally:
+        closing.join()

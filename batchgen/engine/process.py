@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from batchgen.engine.base import EngineRequest
 
 CLOSE_S = 2.0
-LINGER_S = 0.3
-KILL_S = 2.0
+LINGER_S, KILL_S = 0.3, 2.0
 """How long an orderly shutdown may take before the group is killed."""
 STALL_S = 900.0
 """Silence of an engine that has work after which it counts as dead. It reports every half second
@@ -51,7 +50,8 @@ between steps; the longest step known is a first one that compiles, minutes."""
 EXPECTED_MAX_NUM_SEQS = 1024
 """vLLM's own default on an H100 (0.26); for `capacity` until the engine says."""
 EXPECTED_READ_AHEAD = 1024
-GUARD = 'read -r orderly && exit 0; kill -KILL -- "-$1"'
+GUARD = 'read -r orderly && exit 0; kill -KILL "-$1"'
+"""No `--` before the group: dash, the `sh` of Debian and Ubuntu, takes it for a number (0.5.12)."""
 
 
 class _Child:

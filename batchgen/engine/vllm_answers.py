@@ -182,6 +182,14 @@ class AnswerReader:
         return token if token is not None else self._decode([token_id])
 
 
+def tokens_of(llm: Any, spec: EngineSpec) -> tuple[Any, frozenset[int]]:  # noqa: ANN401
+    """Return the tokenizer, and the ids that are no text."""
+    tokenizer = llm.get_tokenizer()
+    ends = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
+    stops = spec.sampling_params.get("stop_token_ids")
+    return tokenizer, special_token_ids(tokenizer, ends, stops)
+
+
 def special_token_ids(tokenizer: Any, *more: int | Sequence[int] | None) -> frozenset[int]:  # noqa: ANN401
     """Collect the token ids that are no text: the tokenizer's special ones, and `more`.
 

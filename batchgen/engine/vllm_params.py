@@ -101,9 +101,16 @@ def build_params(fields: Mapping[str, Any]) -> Any:  # noqa: ANN401
 
     fields = dict(fields)
     if isinstance(structured := fields.get("structured_outputs"), Mapping):
+        if isinstance(schema := structured.get("json"), Mapping):
+            # As the core will write it, for every request (structured_output/request.py).
+            structured = {**structured, "json": json.dumps(schema)}
         fields["structured_outputs"] = StructuredOutputsParams(**structured)
     # FINAL_ONLY: `add_request` leaves it CUMULATIVE, which costs twice and returns every step.
-    return SamplingParams.from_optional(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+    params = SamplingParams.from_optional(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+    # A shallow copy for each request: what vLLM adds to the sets that its copies then share, the
+    # model's own end tokens, is the same every time (sampling_params.py, 0.26 to 0.33).
+    params.skip_clone = True
+    return params
 
 
 def structured_outputs_config(spec: EngineSpec) -> Mapping[str, Any]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
 
 from batchgen import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from batchgen.books import Epoch
-    from batchgen.engine.base import Engine
     from batchgen.executor.context import RunContext
+    from batchgen.records import EngineFacts
     from batchgen.sink.carry import Piece
-    from batchgen.sink.parts import PartWriter
     from batchgen.stages import OpenPart
+    from batchgen.worker import Worker
 
 
 _NUM_TIMES = 20
@@ -26,18 +24,18 @@ _NUM_TIMES = 20
 class Commits:
     """Makes rows durable, in the committer's thread."""
 
-    def __init__(self, context: RunContext, epoch: Epoch, writer: PartWriter) -> None:
+    def __init__(self, context: RunContext, epoch: Epoch, worker: Worker) -> None:
         """Bind."""
         self._context = context
         self._epoch = epoch
-        self._writer = writer
+        self._worker = worker
         self._stats = context.stats
 
     def _check(self) -> None:
         self._context.lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
         self._context.ledger.check_fence(self._epoch)
 
-    def computed(self, part: OpenPart, engine: Engine) -> None:
+    def computed(self, part: OpenPart, facts: EngineFacts | None) -> None:
         """Commit results of the engine.
 
         Raises:
@@ -46,7 +44,7 @@ class Commits:
         """
         began_s = time.monotonic()
         self._check()
-        self._writer.commit(part.results, part.skipped, engine_facts(engine))
+        self._worker.commit(part, facts)
         self._stats.num_committed += len(part.results)
         self._stats.num_committed += sum(len(rows) for rows in part.skipped.values())
         self._stats.num_parts += 1
@@ -64,7 +62,7 @@ class Commits:
             return
         self._check()
         facts = {"batchgen": __version__, **({"engine": piece.engine} if piece.engine else {})}
-        self._writer.commit_table(piece.table, piece.skipped, facts)
+        self._worker.commit_table(piece.table, piece.skipped, facts)
         self._stats.num_parts += 1
         self._count(piece)
 
@@ -78,16 +76,3 @@ class Commits:
         taken.num_skipped += num_skipped
         taken.num_rows += piece.table.num_rows + num_skipped
         self._stats.num_resumed += piece.table.num_rows + num_skipped
-
-
-def engine_facts(engine: Engine) -> Mapping[str, Any]:
-    """Who answers, for the footers of parts."""
-    facts = engine.facts
-    if facts is None:
-        return {"batchgen": __version__}
-    return {
-        "batchgen": __version__,
-        "engine": facts.name,
-        "version": facts.version,
-        "device": facts.device,
-    }

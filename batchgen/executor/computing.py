@@ -12,16 +12,15 @@ computed in the end. The engine starts as soon as one row is known to need it, a
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from batchgen import frozen
-from batchgen.admission.order import AdmissionOrder
-from batchgen.answers.retries import Ladder
+from batchgen.engine.lazy import LazyEngine
 from batchgen.errors import AccountingError
+from batchgen.executor.by_fleet import FleetWork
 from batchgen.executor.carry_over import (
     Takeover,
     base_sources,
@@ -32,17 +31,12 @@ from batchgen.executor.carry_over import (
 )
 from batchgen.executor.commits import Commits
 from batchgen.executor.copies import answer_fields, copies
-from batchgen.executor.past_lengths import lengths_of
-from batchgen.executor.watch import Watch
+from batchgen.executor.watch import Sight, Watch
+from batchgen.fleet.fleet import Fleet
 from batchgen.known import KnownKeys, Sieve
-from batchgen.ledger import STATE
 from batchgen.progress import Progress
-from batchgen.requests import RequestBuilder
-from batchgen.runner import Runner
-from batchgen.seeds import Seeds
 from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes
-from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.stages import Committer, Feeder, OpenPart
+from batchgen.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +46,7 @@ if TYPE_CHECKING:
     from batchgen.planning import Prepared
     from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
+    from batchgen.stages import Feeder, OpenPart
 
 
 class Computation:
@@ -63,13 +58,15 @@ class Computation:
         self._prepared = prepared
         self._plan = epoch.plan
         self._epoch = epoch
-        writer = PartWriter(
-            context.storage, f"{STATE}/parts", _part_context(prepared, epoch, context.run_id)
+        self._worker = Worker(
+            prepared,
+            epoch.plan,
+            context.ledger,
+            epoch=epoch.number,
+            number=0,
+            run_id=context.run_id,
         )
-        self._commits = Commits(context, epoch, writer)
-        self._ids = itertools.count()
-        self._lengths = lengths_of(context.job, context.ledger)
-        self._seeds = Seeds(context.job.sampling, epoch.plan.seed_generation)
+        self._commits = Commits(context, epoch, self._worker)
         self._is_taken_over = threading.Event()
         self._left: Mapping[int, Ranges] = {}
 
@@ -95,6 +92,11 @@ class Computation:
             self._take_over(sources, first, None)
             durable, sources = context.ledger.durable(plan), []
         sieve = self._sieve(durable)
+        if isinstance(context.engine, Fleet):
+            self._take_over(sources, first, None)
+            if context.is_stopped() or not self._by_fleet(self._missing(), sieve):
+                return False
+            return self._finish(has_copies=sieve.num_set_aside > 0)
         with self._feeding(self._in_turn(first), sieve) as feeder:
             self._take_over(sources, first, feeder)
             if context.is_stopped() or not self._work(feeder):
@@ -123,15 +125,37 @@ class Computation:
             if self._context.is_stopped():
                 return False
             todo = self._missing()
+        if todo and has_copies and isinstance(self._context.engine, Fleet):
+            # They waited for rows whose worker died: of each kind one is to be computed still.
+            sieve = self._sieve(self._context.ledger.durable(self._plan))
+            if not self._by_fleet(todo, sieve):
+                return False
+            self._copy(self._missing())
+            todo = self._missing()
         if todo:
-            with self._feeding(self._read(todo), None) as feeder:
-                if not self._work(feeder):
-                    return False
+            if self._context.is_stopped() or not self._compute(todo):
+                return False
             todo = self._missing()
         if todo:
             msg = f"{sum(map(len, todo.values()))} rows have not ended; not published"
             raise AccountingError(msg)
         return True
+
+    def _compute(self, todo: Mapping[int, Ranges]) -> bool:
+        if isinstance(self._context.engine, Fleet):
+            return self._by_fleet(todo, None)
+        with self._feeding(self._read(todo), None) as feeder:
+            return self._work(feeder)
+
+    def _by_fleet(self, todo: Mapping[int, Ranges], sieve: Sieve | None) -> bool:
+        context = self._context
+        assert isinstance(context.engine, Fleet)  # noqa: S101 - asked by whoever calls
+        if sieve is not None and not self._plan.bases and not self._may_share():
+            sieve = None  # Nothing is ever set aside: nobody needs to ask.
+        work = FleetWork(
+            context, context.engine, self._prepared, self._epoch, self._worker, self._commits
+        )
+        return not todo or work.answer(todo, sieve)
 
     def _missing(self) -> dict[int, Ranges]:
         self._context.ledger.check_fence(self._epoch)
@@ -152,25 +176,13 @@ class Computation:
 
     @contextmanager
     def _feeding(self, batches: Iterator[RowBatch], sieve: Sieve | None) -> Iterator[Feeder]:
-        engine, mode = self._context.engine, self._context.job.run.order
-        feeder = Feeder(
-            batches,
-            self._builder(),
-            sieve.passing if sieve else None,
-            order=None if mode == "input" else AdmissionOrder(mode, self._lengths),
-            is_loading=lambda: engine.is_started and engine.facts is None,
-        )
+        feds = self._worker.feds(batches, sieve.passing if sieve else None)
+        feeder = self._worker.feeder(feds, self._context.engine)
         try:
             yield feeder
         finally:
             self._is_taken_over.set()  # Nobody must wait in there.
             feeder.close()
-
-    def _builder(self) -> RequestBuilder:
-        prepared, recipe = self._prepared, self._plan.recipe_fingerprint
-        return RequestBuilder(
-            prepared.builder, prepared.job, recipe, seeds=self._seeds, ids=self._ids
-        )
 
     def _take_over(
         self, sources: Sequence[Takeover], first: Mapping[int, Ranges], feeder: Feeder | None
@@ -227,7 +239,7 @@ class Computation:
         base = base_sources(context.ledger, self._plan)
         answered = self._answered([*base, *self._own_sources(durable)])
         before = context.taken.num_rows
-        pieces = copies(self._read(todo), self._builder(), answered, self._prepared)
+        pieces = copies(self._read(todo), self._worker.builder(), answered, self._prepared)
         commit_all(context, self._commits, pieces, lambda: None)
         context.taken.num_copied += context.taken.num_rows - before
 
@@ -235,41 +247,23 @@ class Computation:
         """Let the engine answer what the feeder brings."""
         context = self._context
         engine, run = context.engine, context.job.run
+        assert isinstance(engine, LazyEngine)  # noqa: S101 - not a fleet
 
         def commit(part: OpenPart) -> None:  # In the committer's thread.
-            self._commits.computed(part, engine)
+            self._commits.computed(part, engine.facts)
 
-        runner = Runner(
-            engine,
-            feeder,
-            Committer(commit, run.disk_grace_s, context.tell_disk_trouble),
-            context.stats,
-            judge=self._prepared.judge(),
-            ladder=Ladder(context.job.retry, self._seeds, self._ids),
-            config=run,
-            clock=time.monotonic,
-        )
+        def look(now_s: float) -> Sight:
+            sample = context.stats.sample(now_s, runner.num_in_flight, engine.stats)
+            is_up = engine.facts is not None
+            return Sight(sample, "running" if is_up else "starting the engine")
+
+        tell = context.tell_disk_trouble
+        runner = self._worker.runner(engine, feeder, context.stats, commit, tell)
         with Progress(context.stats.num_rows, context.stats.num_resumed) as progress:
             context.notes.show_by(progress.note)
-            watch = Watch(runner, engine, context.log, progress, run.stats_s)
+            watch = Watch(look, context.stats, context.log, progress, run.stats_s)
             try:
                 return runner.run(context.stop, watch.tick)
             finally:
                 watch.show(time.monotonic(), is_last=True)
                 context.notes.show = None
-
-
-def _part_context(prepared: Prepared, epoch: Epoch, run_id: str) -> PartContext:
-    output = prepared.job.output
-    return PartContext(
-        plan_id=epoch.plan.plan_id,
-        epoch=epoch.number,
-        worker=0,
-        run_id=run_id,
-        schema=prepared.part_schema,
-        prefix=output.prefix,
-        num_answer_columns=len(prepared.answer.columns),
-        origin={"model": prepared.model_name, "recipe": epoch.plan.recipe_fingerprint},
-        labels=prepared.answer.label_paths,
-        with_seed=output.with_seed,
-    )

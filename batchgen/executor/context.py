@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchgen.engine.lazy import LazyEngine
     from batchgen.errors import StorageError
     from batchgen.executor.lock import RunLock
+    from batchgen.fleet.fleet import Fleet
     from batchgen.ledger import Ledger
     from batchgen.runlog import RunLog
     from batchgen.runner import StopSwitch
@@ -58,7 +59,7 @@ class Taken:
     """When it was known which rows can be taken over, on the monotonic clock."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunContext:
     """One run's own."""
 
@@ -70,7 +71,7 @@ class RunContext:
     log: RunLog
     stats: RunStats
     stop: StopSwitch
-    engine: LazyEngine
+    engine: LazyEngine | Fleet
     notes: Notes = field(default_factory=Notes)
     taken: Taken = field(default_factory=Taken)
     commits_s: list[float] = field(default_factory=list)

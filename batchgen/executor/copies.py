@@ -120,7 +120,8 @@ def _stands(table: pa.Table, rules: Sequence[RowTest], prefix: str) -> pa.Array:
     The others, and all whose refusal may have another reason here, have to be asked themselves.
     """
     is_ok = pc.equal(table.column(f"{prefix}status"), "ok").combine_chunks()
-    stands = pa.repeat(pa.scalar(True), table.num_rows)  # noqa: FBT003 - pyarrow's
+    # A further attempt may have been made because of the asked row's own columns.
+    stands = pc.less_equal(table.column(f"{prefix}attempts"), 1).combine_chunks()
     for rule in rules:
         arrays = [table.column(name).combine_chunks() for name in rule.columns]
         passed, _ = rule.keep(arrays, table.num_rows)

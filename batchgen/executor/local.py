@@ -1,4 +1,4 @@
-"""A run on this machine: one worker, one engine. Takes a job from its file to its snapshot.
+"""A run: takes a job from its file to its snapshot, by one engine here or by a fleet.
 
 Order matters: everything that can refuse a job comes before the engine starts; the engine starts
 before the input is scanned wherever it will surely be needed, so that both take the time of one;
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from batchgen import __version__, planning
 from batchgen.advice import Way, advise
 from batchgen.deadline import Deadline, End, estimate_lead
-from batchgen.engine.lazy import LazyEngine
+from batchgen.engine.lazy import LazyEngine, closing_beside
 from batchgen.engine.start import StartEngine, start_engine
 from batchgen.errors import BatchgenError, BusyError, ExitCode, FencedError, GateError, StorageError
 from batchgen.executor.computing import Computation
 from batchgen.executor.context import RunContext
+from batchgen.executor.crews import is_fleet, needs_of, ray_crew, share_gpu
 from batchgen.executor.lock import RunLock
 from batchgen.executor.moment import Moment, look_at_run
 from batchgen.executor.nights import decide
@@ -36,20 +36,24 @@ from batchgen.executor.retry import NO_ERRORS
 from batchgen.executor.snapshot import overridden, publish
 from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of, tuned_dict
 from batchgen.executor.tuned import naming_tuned, tuned_notes
-from batchgen.ledger import STATE, Ledger
+from batchgen.fleet.board import Board
+from batchgen.fleet.fleet import Fleet
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.pruning import prune
 from batchgen.runlog import RunLog, new_run_id, utc_now
 from batchgen.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from batchgen.books import Epoch, Manifest
     from batchgen.config.model import JobConfig
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.executor.nights import Decision
+    from batchgen.fleet.crew import Crew
     from batchgen.planning import Prepared
     from batchgen.runner import StopSwitch
 
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
 class LocalRun:
     """One execution of a job. Use once: `LocalRun(...).run()`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each for one kind of caller
         self,
         job: JobConfig,
         *,
@@ -66,6 +70,7 @@ class LocalRun:
         disk: Disk | None = None,
         publishes: bool = True,
         start: StartEngine = start_engine,
+        crew: Callable[[JobConfig], Crew] = ray_crew,
     ) -> None:
         """Bind; nothing is touched yet.
 
@@ -76,6 +81,7 @@ class LocalRun:
             disk: The system calls; only fault tests bring their own.
             publishes: False: leave the snapshot of a job that is answered to a later run.
             start: Starts the engine; benchmarks bring one that many runs share.
+            crew: Places the workers of a job with replicas.
 
         Raises:
             ConfigError: The options do not go together.
@@ -102,6 +108,8 @@ class LocalRun:
             stop=stop,
             engine=LazyEngine(self._build_engine),
         )
+        if is_fleet(job):
+            self._context.engine = self._fleet(crew)
         self._before = (0, 0, 0)
         self._planned_at_s = self._started_s
         self._published_at_s: float | None = None
@@ -217,14 +225,9 @@ class LocalRun:
         return self._finish("stopped", ExitCode.STOPPED, reason)
 
     def _publish(self, prepared: Prepared, epoch: Epoch) -> Summary:
-        # An engine takes seconds to let go of its GPU.
-        closing = threading.Thread(target=self._context.engine.close, name="engine-close")
-        closing.start()
-        try:
+        with closing_beside(self._context.engine):
             manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
             self._published_at_s = time.monotonic()
-        finally:
-            closing.join()
         for text in overridden(manifest):
             self._context.notes.add(text)
         if (keep := self._job.output.keep_snapshots) is not None:
@@ -233,6 +236,11 @@ class LocalRun:
             except StorageError as error:  # The night is published; the next one prunes.
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
+
+    def _fleet(self, make_crew: Callable[[JobConfig], Crew]) -> Fleet:
+        context = self._context
+        job = share_gpu(self._job, needs_of(self._job))
+        return Fleet(job, context.run_id, make_crew, Board(context.stats), context.notes.add)
 
     def _build_engine(self) -> SupervisedEngine:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
@@ -275,7 +283,8 @@ class LocalRun:
     def _advise(self) -> None:
         """Say what the run's samples tell of its settings; those of one engine only."""
         context, job = self._context, self._job
-        if not self._publishes or self.death is not None:
+        is_one = isinstance(context.engine, LazyEngine)
+        if not self._publishes or self.death is not None or not is_one:
             return
         way = Way(job.run.max_in_flight, job.sampling.n, context.engine.capacity)
         for text in advise(context.log.samples, context.engine.facts, way):

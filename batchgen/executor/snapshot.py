@@ -14,7 +14,7 @@ from batchgen.books import Durable, Epoch, Manifest
 from batchgen.errors import AccountingError, DamagedPartError, GateError, OutputError
 from batchgen.executor.examples import NUM_EXAMPLES, example_rows
 from batchgen.gate import Limit, judge_gate, told
-from batchgen.ledger import STATE, Ledger
+from batchgen.names import STATE
 from batchgen.runlog import utc_now
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchgen.books import Plan
+    from batchgen.ledger import Ledger
     from batchgen.planning import Prepared
     from batchgen.storage import LocalStorage
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from batchgen.config.model import JobConfig
     from batchgen.engine.lazy import LazyEngine
+    from batchgen.fleet.fleet import Fleet
 
 
 def tuned_notes(job: JobConfig) -> list[str]:
@@ -21,7 +22,7 @@ def tuned_notes(job: JobConfig) -> list[str]:
 
 
 @contextmanager
-def naming_tuned(job: JobConfig, engine: LazyEngine) -> Iterator[None]:
+def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
     """Where the engine does not start, or runs out of memory, name the settings that were tuned.
 
     They need not be at fault, but whoever reads the job file would look for them there.

@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from batchgen.engine.base import Engine
+    from collections.abc import Callable, Mapping, Sequence
+
     from batchgen.progress import Progress
     from batchgen.runlog import RunLog
-    from batchgen.runner import Runner
     from batchgen.stats import RunStats
 
 _LIVE_EVERY_S = 2.0
+
+
+class Sight(NamedTuple):
+    """A run at one moment."""
+
+    sample: Mapping[str, Any]
+    """As `RunStats.sample`."""
+    state: str
+    replicas: Sequence[Mapping[str, Any]] | None = None
+    """A row for each, if there are any: `Board.rows`."""
 
 
 class Watch:
     """Looks at a run and tells; never changes it."""
 
     def __init__(
-        self, runner: Runner, engine: Engine, log: RunLog, progress: Progress, sample_s: float
+        self,
+        look: Callable[[float], Sight],
+        stats: RunStats,
+        log: RunLog,
+        progress: Progress,
+        sample_s: float,
     ) -> None:
-        """Bind to a run; `sample_s` is the pace of stats.parquet."""
-        self._runner = runner
-        self._engine = engine
+        """Bind to a run.
+
+        Args:
+            look: At this time, in monotonic seconds.
+            stats: The run's.
+            log: Gets the live view and the samples.
+            progress: Is shown to a person.
+            sample_s: The pace of stats.parquet.
+        """
+        self._look = look
+        self._stats = stats
         self._log = log
         self._progress = progress
         self._sample_s = sample_s
@@ -31,7 +54,7 @@ class Watch:
         self._next_sample_s = time.monotonic() + sample_s
 
     def tick(self) -> None:
-        """Called at every turn of the runner's loop; mostly does nothing."""
+        """Called at every turn of the loop; mostly does nothing."""
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._next_s = now_s + min(_LIVE_EVERY_S, self._sample_s)
@@ -39,13 +62,13 @@ class Watch:
 
     def show(self, now_s: float, *, is_last: bool) -> None:
         """Tell where the run is; the last look is always sampled."""
-        stats: RunStats = self._runner.stats
-        sample = stats.sample(now_s, self._runner.num_in_flight, self._engine.stats)
+        stats, (sample, state, replicas) = self._stats, self._look(now_s)
         eta_s = stats.eta_s(now_s)
         self._progress.update(sample, stats.num_rows - stats.num_left, eta_s)
-        state = "running" if self._engine.facts is not None else "starting the engine"
         live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
-        self._log.live({**live, "eta_s": eta_s, **sample})
+        self._log.live({**live, "eta_s": eta_s, **sample}, replicas)
         if is_last or now_s >= self._next_sample_s:
             self._next_sample_s = now_s + self._sample_s
             self._log.sample(sample)
+            if replicas is not None:
+                self._log.sample_replicas(replicas, is_last=is_last)

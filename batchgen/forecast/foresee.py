@@ -21,7 +21,7 @@ from batchgen.forecast.past import last_run
 from batchgen.forecast.report import Forecast
 from batchgen.forecast.survey import SAMPLE_ROWS, How, survey
 from batchgen.forecast.tokens import load_tokenize, max_model_len
-from batchgen.ledger import STATE
+from batchgen.names import STATE
 from batchgen.requests import RequestBuilder
 from batchgen.seeds import Seeds
 from batchgen.storage import LocalStorage

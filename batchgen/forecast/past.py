@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.errors import OutputError
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import arrow
+from batchgen.books import Part
 from batchgen.errors import AccountingError
 from batchgen.footer import PartFooter
 from batchgen.ranges import Ranges
@@ -68,8 +69,8 @@ class PartWriter:
         results: Sequence[Result],
         skipped: Mapping[int, Ranges],
         engine: Mapping[str, str],
-    ) -> str:
-        """Make a part durable and return its name.
+    ) -> Part:
+        """Make a part durable.
 
         Args:
             results: At least one, or none if `skipped` has rows; any order.
@@ -85,7 +86,7 @@ class PartWriter:
 
     def commit_table(
         self, table: pa.Table, skipped: Mapping[int, Ranges], engine: Mapping[str, str]
-    ) -> str:
+    ) -> Part:
         """The same for results that are a table in the part schema, in ordinal order.
 
         Raises:
@@ -115,7 +116,7 @@ class PartWriter:
             msg = f"{self._storage.where}/{name}: holds other rows than this run's; run again"
             raise AccountingError(msg)
         self._serial += 1
-        return name
+        return Part(name, footer)
 
 
 def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
+    from batchgen.source.marks import Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ class ReadSpec:
     where: str | None = None
     """SQL expression over the columns; rows for which it is not true are skipped."""
     batch_rows: int = 1024
+    marks: Marks | None = None
+    """What earlier reads learnt, for a process that reads a file in many pieces; the rows that
+    come are the same with it and without."""
 
 
 class Reader(Protocol):
@@ -89,4 +93,13 @@ class Reader(Protocol):
 
         Raises:
             SourceError: The file ends before the last row of `todo`, or cannot be decoded.
+        """
+
+    def is_seekable(self, path: str) -> bool:
+        """Whether reading a few rows late in this file costs about what it yields.
+
+        For files of lines that is so with `ReadSpec.marks`, once the rows before were passed.
+
+        Raises:
+            SourceError: The file cannot be read, where that has to be known.
         """

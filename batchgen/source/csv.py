@@ -105,6 +105,10 @@ class CsvReader:
         for rows, records in in_batches(_pick(path, todo), _size_of, spec.batch_rows):
             yield make_batch(shape, _convert(path, header, rows, records, (shape, spec.columns)))
 
+    def is_seekable(self, path: str) -> bool:
+        """See `Reader`. Whether a line begins a record is known only from the quotes before it."""
+        return False
+
 
 def _records(path: str) -> Iterator[Record]:
     """Yield all records, the header first."""

@@ -18,6 +18,7 @@ import orjson
 from batchgen.errors import SourceError
 from batchgen.records import RowError
 from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays, to_values
+from batchgen.source.blocks import is_seekable
 from batchgen.source.columns import infer_field, is_too_deep, kind_word, override
 from batchgen.source.lines import (
     MAX_LINE_BYTES,
@@ -87,8 +88,12 @@ class JsonlReader:
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Rows that are not in `todo` are not parsed."""
         shape = shape_of(segment, spec)
-        for rows, lines in read_lines(path, todo, spec.batch_rows):
+        for rows, lines in read_lines(path, todo, spec.batch_rows, marks=spec.marks):
             yield make_batch(shape, _parse(path, rows, lines, shape, spec.columns))
+
+    def is_seekable(self, path: str) -> bool:
+        """See `Reader`."""
+        return is_seekable(path)
 
 
 def _sample(path: str, num_lines: int) -> list[bytes | None]:

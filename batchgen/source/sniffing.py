@@ -6,7 +6,7 @@ import re
 
 from batchgen.errors import SourceError
 from batchgen.inputs import open_input
-from batchgen.source.lines import GZIP_MAGIC, ZSTD_MAGIC, compression_of
+from batchgen.source.blocks import GZIP_MAGIC, ZSTD_MAGIC, compression_of
 
 PARQUET_MAGIC = b"PAR1"
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # RFC 8878, 3.1.2

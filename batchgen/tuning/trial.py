@@ -200,7 +200,9 @@ def _for_trial(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
     Were the longest rows taken first, as a run may do, no trial's rows would be like the next's.
     """
     job = with_settings(job, settings)
+    # What is found of one engine here holds for each of many.
     run: dict[str, Any] = {"on_finish": [], "metrics_file": None}
+    run |= {"replicas": 1, "ray_address": None}
     if job.run.order == "auto":
         run["order"] = "input"
     return job.model_copy(update={"run": job.run.model_copy(update=run)})

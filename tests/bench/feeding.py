@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
+from batchgen.devices import device_name
 from batchgen.engine.process import EngineProcess
 from batchgen.engine.settings import is_cpu_build, prepare_environment
 from batchgen.engine.supervised import SupervisedEngine
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from tests.bench.works import Work
 
 LOADING = {"load_format": "dummy"}
-KEYS = ("max_model_len", "gpu_memory_utilization")
+KEYS = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
 """Of `[model]`; the others are of `[model.engine]`."""
 TEMPERATURE = 0.7
 WARM_UP_ROWS = 300
@@ -174,62 +175,98 @@ class Rival:
         }
 
 
+class Figures:
+    """What was measured, by work and way, in the order in which it was."""
+
+    def __init__(self, log: Path | None) -> None:
+        """Begin with what the log holds, if there is one."""
+        self.seconds: dict[tuple[str, str], list[float]] = {}
+        self._log = log
+        if log is not None and log.exists():
+            for line in log.read_text(encoding="utf-8").splitlines():
+                self._keep(json.loads(line))
+
+    def note(self, work: Work, how: str, number: int, figures: dict[str, Any]) -> None:
+        """Print one repetition and keep it."""
+        entry = {"work": work.name, "how": how, "repeat": number, **figures}
+        line = json.dumps(entry)
+        print(line, flush=True)
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        self._keep(entry)
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        if entry["repeat"]:
+            self.seconds.setdefault((entry["work"], entry["how"]), []).append(entry["seconds"])
+
+
 def main() -> None:
     """Time everything asked for."""
     args = _arguments()
     questions = works.read_questions(args.prompts)
     jobs = [_work(name, questions, args.rows) for name in args.work]
-    seen: dict[tuple[str, str], list[float]] = {}
-
-    def note(work: Work, how: str, number: int, figures: dict[str, Any]) -> None:
-        print(json.dumps({"work": work.name, "how": how, "repeat": number, **figures}), flush=True)
-        if number:
-            seen.setdefault((work.name, how), []).append(figures["seconds"])
-
+    figures = Figures(args.log)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options: dict[str, Any] = {"max_model_len": args.max_model_len}
-        if is_cpu_build():
-            prepare_environment(is_cpu=True)
-            options["kv_cache_memory_bytes"] = 1 << 30
-        else:
-            options["gpu_memory_utilization"] = 0.9
+        options = _options(args)
         model = args.model or make_model(folder / "model", args.shape, args.tokenizer)
-        product = Product(model, options, folder)
-        for work, number, system in _repeated(jobs, args.repeats):
-            note(work, "batchgen", number, product.run(work, system, "auto"))
-            if work.name.startswith(ITSELF):
-                plain = product.run(work, f"Again. {system}", "input")
-                note(work, "batchgen, input order", number, plain)
-        product.end()
+        if args.only != "chat":
+            _time_product(Product(model, options, folder), jobs, args.repeats, figures)
         against = [work for work in jobs if not work.name.startswith(ITSELF)]
-        if against and not args.alone:
-            rival = Rival(model, options)
-            for work, number, system in _repeated(against, args.repeats):
-                note(work, "LLM.chat", number, rival.run(work, system, None))
-                if work.name == "decode" and args.chunk and number == 1:
-                    by_chunks = rival.run(work, f"Again. {system}", args.chunk)
-                    note(work, f"LLM.chat by {args.chunk}", 1, by_chunks)
-    _print_table(args, jobs, seen)
+        if against and args.only != "batchgen":
+            _time_rival(Rival(model, options), against, args, figures)
+    _print_table(args, jobs, figures.seconds)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_model_len": args.max_model_len}
+    if args.max_num_seqs is not None:
+        options["max_num_seqs"] = args.max_num_seqs
+    if is_cpu_build():
+        prepare_environment(is_cpu=True)
+        return {**options, "kv_cache_memory_bytes": 1 << 30}
+    return {**options, "gpu_memory_utilization": 0.9}
+
+
+def _time_product(product: Product, jobs: list[Work], repeats: int, figures: Figures) -> None:
+    for work, number, system in _repeated(jobs, repeats):
+        figures.note(work, "batchgen", number, product.run(work, system, "auto"))
+        if work.name.startswith(ITSELF):
+            plain = product.run(work, f"Again. {system}", "input")
+            figures.note(work, "batchgen, input order", number, plain)
+    product.end()
+
+
+def _time_rival(rival: Rival, jobs: list[Work], args: argparse.Namespace, figures: Figures) -> None:
+    for work, number, system in _repeated(jobs, args.repeats):
+        figures.note(work, "LLM.chat", number, rival.run(work, system, None))
+        if work.name == "decode" and args.chunk and number == 1:
+            by_chunks = rival.run(work, f"Again. {system}", args.chunk)
+            figures.note(work, f"LLM.chat by {args.chunk}", number, by_chunks)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=["8b", "0.6b"], default="8b")
     parser.add_argument("--model", type=Path, help="a model's folder, instead of a random one")
-    parser.add_argument("--work", action="append", required=True, help="decode, label, ...")
+    parser.add_argument("--work", action="append", required=True, help="NAME or NAME=ROWS")
     parser.add_argument("--rows", type=int, help="instead of the work's own number")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `question`")
     parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--max-num-seqs", type=int, help="instead of vLLM's own")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--alone", action="store_true", help="without LLM.chat")
+    parser.add_argument("--only", choices=["batchgen", "chat"], help="one of the two")
+    parser.add_argument("--log", type=Path, help="JSONL to keep the figures in, and to go on with")
     parser.add_argument("--chunk", type=int, default=256, help="0: no chunks")
     return parser.parse_args()
 
 
 def _work(name: str, questions: list[str], num_rows: int | None) -> Work:
     rng = random.Random(works.SEED)
+    name, _, own_num = name.partition("=")
+    num_rows = int(own_num) if own_num else num_rows
     if name.startswith("prefix/"):
         make, default = works.shared_prefixes(int(name.partition("/")[2])), 6000
     else:
@@ -242,7 +279,7 @@ def _repeated(jobs: list[Work], repeats: int) -> Iterator[tuple[Work, int, str]]
     """A little of each work to warm up, then all of them so many times."""
     for number in range(repeats + 1):
         for work in jobs:
-            rows = work if number else work.head(WARM_UP_ROWS)
+            rows = work if number else work.warm_up(WARM_UP_ROWS)
             yield rows, number, f"Part {number} of {work.name}. {work.system}"
 
 
@@ -251,23 +288,20 @@ def _print_table(
 ) -> None:
     import vllm
 
-    print(f"{_device()}, vllm {vllm.__version__}, Python {platform.python_version()}; {args.shape}")
+    python = platform.python_version()
+    print(f"{device_name()}, vllm {vllm.__version__}, Python {python}; {args.shape}")
     for work in jobs:
-        ours = statistics.median(seen[work.name, "batchgen"])
+        ours = seen.get((work.name, "batchgen"))
         mean_out = statistics.mean(work.max_tokens)
         print(f"{work.name}: {len(work.users)} rows, {mean_out:.0f} tokens out at most on average")
         for (name, how), times in seen.items():
             if name == work.name:
                 median = statistics.median(times)
                 told = " ".join(f"{seconds:.1f}" for seconds in times)
-                ratio = f"batchgen {ours / median:.2f}x" if how != "batchgen" else ""
+                ratio = ""
+                if ours and how != "batchgen":
+                    ratio = f"batchgen {statistics.median(ours) / median:.2f}x"
                 print(f"  {how:24} median {median:7.1f} s  ({told})  {ratio}")
-
-
-def _device() -> str:
-    from batchgen.devices import device_name
-
-    return device_name()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ SCHEMA = {"enum": LABELS}
 """No room for whitespace, which random weights would fill."""
 MAX_TOKENS = 4096
 SEED = 0
+WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Work:
         ignore_eos = not self.with_schema
         return [{"max_tokens": num, "ignore_eos": ignore_eos} for num in self.max_tokens]
 
-    def head(self, num_rows: int) -> Work:
-        """The same with its first rows only."""
-        return replace(self, users=self.users[:num_rows], max_tokens=self.max_tokens[:num_rows])
+    def warm_up(self, num_rows: int) -> Work:
+        """The same with its first rows only, and no long answers."""
+        lengths = [min(num, WARM_UP_TOKENS) for num in self.max_tokens[:num_rows]]
+        return replace(self, users=self.users[:num_rows], max_tokens=lengths)
 
     def write(self, path: Path) -> Path:
         """The rows as JSONL: user, sampling and, if there is one, schema."""

@@ -402,7 +402,7 @@ time.sleep(600)
 """
 
 
-def kill_parent(spec, when, environment=None):
+def kill_parent(spec, when, environment=None, first=lambda pgid: None):
     """Start an engine in another process, kill -9 that one, return the engine's group."""
     fields = {name: getattr(spec, name) for name in spec.__slots__}
     command = [sys.executable, "-c", PARENT, json.dumps(fields), when]
@@ -412,6 +412,7 @@ def kill_parent(spec, when, environment=None):
         assert parent.stdout.readline() == "up\n"
         num_members = len(group_members(pgid))
         assert num_members > 0
+        first(pgid)
         parent.kill()
     return pgid, num_members
 
@@ -419,6 +420,14 @@ def kill_parent(spec, when, environment=None):
 @pytest.mark.parametrize("kind", ["echo-process", "vllm"])
 def test_nothing_survives_a_killed_parent_even_while_loading(kind, tmp_path):
     pgid, _ = kill_parent(make_spec(kind, tmp_path / "log"), when="at once")
+    assert_group_ends(pgid, within_s=3.0)
+
+
+def test_nothing_survives_a_killed_parent_though_the_engine_hangs(tmp_path):
+    def hang(pgid):
+        os.killpg(pgid, signal.SIGSTOP)  # It cannot end itself: the guard has to.
+
+    pgid, _ = kill_parent(make_spec("echo-process", tmp_path / "log"), when="up", first=hang)
     assert_group_ends(pgid, within_s=3.0)
 
 

@@ -24,6 +24,7 @@ from batchgen.ranges import Ranges
 from batchgen.source.base import ReadSpec
 from batchgen.source.columns import parse_field
 from batchgen.source.files import find_files, reader_for
+from batchgen.source.marks import Marks
 
 if TYPE_CHECKING:
     from batchgen.records import RowBatch
@@ -189,6 +190,19 @@ def test_where_splits_the_rows_asked_for_into_rows_and_skipped(case, rows):
         f"r{row}" for row in sorted(passed)
     ]
     assert all(len(b.values) == len(b.rows) == b.carried.num_rows for b in batches)
+
+
+def test_a_late_row_is_cheap_in_parquet_and_local_plain_lines(case):
+    is_plain = case.path.endswith(".jsonl") and not case.path.startswith("memory:")
+    assert case.reader.is_seekable(case.path) == (is_plain or case.path.endswith(".parquet"))
+
+
+def test_marks_are_learnt_of_local_plain_lines_only(case):
+    marks = Marks(every_bytes=1)
+    batches = read(case, Ranges.until(NUM_ROWS), marks=marks)
+    assert sum(len(batch.rows) for batch in batches) == NUM_ROWS
+    is_learnt = case.path.endswith(".jsonl") and not case.path.startswith("memory:")
+    assert (len(marks.of(case.path)) > 1) == is_learnt
 
 
 def test_scan_counts_rows_and_hashes_content(case):

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 import batchgen
-from tests.e2e.support import run_cli, summary_of, write_job
+from tests.e2e.support import published, run_cli, summary_of, write_job
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -210,3 +210,21 @@ def test_the_summary_says_what_retries_were_good_for(tmp_path: Path):
     job = job_of(tmp_path, ["ok", "x" * 60], retry=[{"max_tokens": 100}])
     said = run_cli("run", job).stdout
     assert "1 attempts more: 50.0% of the answers ok at first, 100.0% in the end" in said
+
+
+def test_an_answer_that_was_asked_for_again_by_a_rule_over_the_row_is_no_other_rows(
+    tmp_path: Path,
+) -> None:
+    lines = [{"id": n, "text": "one and the same", "good": n == 1} for n in range(2)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    job = write_job(
+        tmp_path,
+        "in.jsonl",
+        checks={"rules": ["good"], "allow_truncated": False},
+        retry=[{"on": ["refused"], "max_tokens": 2}],
+        gate={"max_error_rate": 1.0},
+    )
+    assert run_cli("run", job).returncode == 0
+    rows = published(tmp_path / "out")
+    found = [(row["gen_status"], row["gen_verdict"], row["gen_attempts"]) for row in rows]
+    assert found == [("error", "truncated", 2), ("ok", "ok", 1)]

@@ -11,7 +11,8 @@ import pytest
 
 import batchgen
 from batchgen.books import Base
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.storage import LocalStorage
 from tests.e2e.support import command, published, run_cli, wait_until, write_job
 

@@ -10,7 +10,8 @@ import pytest
 import batchgen
 from batchgen.errors import GateError
 from batchgen.executor.snapshot import show
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.storage import LocalStorage
 from tests.e2e.support import write_job, write_rows
 

@@ -14,8 +14,8 @@ import pytest
 import batchgen
 from batchgen import api
 from batchgen.admission.lengths import Lengths
-from batchgen.executor.past_lengths import lengths_of
 from batchgen.ledger import Ledger
+from batchgen.past_lengths import lengths_of
 from batchgen.storage import LocalStorage
 from tests.e2e.support import command, published, wait_until, write_job
 

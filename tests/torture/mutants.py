@@ -94,6 +94,12 @@ MUTANTS = (
         (*PYTEST, "tests/unit/test_ledger.py"),
     ),
     Mutant(
+        "no seal: what a worker writes after it was given up is accepted",
+        LEDGER,
+        (("            if epoch_of(seal) == epoch:\n", "            if not epoch:\n"),),
+        (*PYTEST, "tests/unit/test_ledger.py"),
+    ),
+    Mutant(
         "resume by count",
         "batchgen/executor/carry_over.py",
         (("- durable.done(number)\n", "- Ranges.until(len(durable.done(number)))\n"),),

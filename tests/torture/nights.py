@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from batchgen import known, matching
-from batchgen.ledger import STATE
+from batchgen.names import STATE
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
 from tests.torture.support import (

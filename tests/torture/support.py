@@ -26,7 +26,7 @@ from batchgen.api import load
 from batchgen.errors import BatchgenError
 from batchgen.executor.local import LocalRun
 from batchgen.executor.options import RunOptions
-from batchgen.ledger import STATE
+from batchgen.names import STATE
 from batchgen.runner import StopSwitch
 
 if TYPE_CHECKING:

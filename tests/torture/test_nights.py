@@ -4,5 +4,5 @@ from tests.torture.harness import prove
 
 
 def test_random_worlds_equal_a_full_recompute_every_night_and_compute_nothing_twice():
-    told = prove("tests.torture.nights", "--worlds", "100")
+    told = prove("tests.torture.nights", "--worlds", "70")
     assert "every night equals a full recompute" in told

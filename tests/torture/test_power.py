@@ -1,4 +1,4 @@
-"""Proof 3: 1,000 power losses; `make torture` has 10,000."""
+"""Proof 3: 600 power losses; `make torture` has 10,000."""
 
 import inspect
 
@@ -11,7 +11,7 @@ from tests.torture.power import PowerLossDisk
 
 
 def test_whatever_a_power_loss_forgets_nothing_is_lost_or_doubled():
-    told = prove("tests.torture.power", "--losses", "1000")
+    told = prove("tests.torture.power", "--losses", "600")
     assert "losses after success was reported" in told
 
 

@@ -91,6 +91,32 @@ def test_spare_memory_at_the_limit_is_worth_a_hint():
                   replace(FACTS, max_num_seqs=1024), WAY) == []  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        (
+            {"kv_cache_usage": 0.99, "num_preemptions": lambda s: int(40 * s)},
+            "and 26,400 requests were preempted, 0.4 a row: work that is done twice. Lower "
+            "model.max_num_seqs from 256 to about 200",
+        ),
+        ({"num_running": 80, "num_waiting": 3, "kv_cache_usage": 0.2}, "each engine ran 80 rows"),
+        (
+            {"num_running": 80, "num_waiting": 3, "kv_cache_usage": 0.2, "num_in_flight": 300},
+            "it may run 256: rows came too slowly",
+        ),
+        ({"num_running": 256, "kv_cache_usage": 0.2}, "each engine ran 256 rows at once with"),
+    ],
+)
+def test_of_several_engines_it_says_what_it_would_say_of_one(changes, told):
+    summed = [
+        {name: 4 * value if name.startswith("num_") else value for name, value in one.items()}
+        for one in samples(**changes)
+    ]
+    texts = advise([*summed], FACTS, WAY._replace(num_engines=4))
+    assert [told in text for text in texts] == ([True] if told else [])
+
+
 STORM = {"kv_cache_usage": 0.99, "num_preemptions": lambda s: int(90 * s)}
 
 

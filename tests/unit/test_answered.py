@@ -45,7 +45,7 @@ class Parts:
         done = results(batch(rows, segment=self._num), errors=dict.fromkeys(errors, BAD))
         self._num += 1
         keyed = [one._replace(request_key=k) for one, k in zip(done, keys, strict=True)]
-        return self._writer.commit(keyed, {}, {"engine": "fake", "version": "7"})
+        return self._writer.commit(keyed, {}, {"engine": "fake", "version": "7"}).name
 
     def published(self, *names, rows_per_file=1000):
         """A snapshot of parts."""

@@ -47,7 +47,7 @@ def put_parts(storage: LocalStorage, num_parts: int = 3) -> list[Part]:
             failed = FAILED.get(segment, set())
             bad = {row: BAD for row in rows if row in failed}
             done += results(batch(rows, segment=segment), errors=bad)
-        names.append(writer.commit(done, BLANK if at == 1 else {}, BY))
+        names.append(writer.commit(done, BLANK if at == 1 else {}, BY).name)
     return [footed(storage, name) for name in names]
 
 
@@ -281,7 +281,7 @@ def test_a_snapshot_with_other_columns_is_refused(storage, parts):
 def test_of_a_part_with_a_flipped_page_the_other_row_groups_come_back(storage):
     writer = PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-1", SCHEMA, "gen_"))
     rows = list(range(9000))  # Three row groups.
-    name = writer.commit(results(batch(rows)), {0: Ranges.of([9000])}, BY)
+    name = writer.commit(results(batch(rows)), {0: Ranges.of([9000])}, BY).name
     part = footed(storage, name)
     path = storage.path(name)
     data = bytearray(path.read_bytes())
@@ -329,7 +329,7 @@ def test_rows_that_were_only_skipped_make_a_piece_and_nothing_makes_none(storage
 def test_what_was_taken_over_is_committed_as_it_was(storage, parts):
     (piece,) = gathered(from_parts(storage, parts, wanted([])), 1000, 2**30)
     writer = PartWriter(storage, "new", PartContext("plan-b", 2, 0, "run-2", SCHEMA, "gen_"))
-    name = writer.commit_table(piece.table, piece.skipped, {"engine": piece.engine})
+    name = writer.commit_table(piece.table, piece.skipped, {"engine": piece.engine}).name
     footer = footed(storage, name).footer
     assert (footer.plan, footer.epoch, footer.run_id) == ("plan-b", 2, "run-2")
     assert (footer.num_ok, footer.num_errors, footer.num_skipped) == (62, 0, 4)
@@ -340,7 +340,7 @@ def test_what_was_taken_over_is_committed_as_it_was(storage, parts):
     assert footer.done == done
     assert footer.tally == {"verdict": {"ok": 62}, "attempts": {"1": 62}}
     assert pq.read_table(storage.path(name)).to_pylist() == piece.table.to_pylist()
-    assert writer.commit_table(piece.table, {}, {}) == "new/e000002-w00-s000001.parquet"
+    assert writer.commit_table(piece.table, {}, {}).name == "new/e000002-w00-s000001.parquet"
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
@@ -358,11 +358,11 @@ def test_whatever_is_ok_failed_or_blank_each_row_comes_back_once(tmp_path_factor
         bad = {row: BAD for row in fresh if kinds[row] == "error"}
         skipped = Ranges.of(row for row in fresh if kinds[row] == "blank")
         done = results(batch(given_rows), errors=bad)
-        parts.append(footed(storage, writer.commit(done, {0: skipped} if skipped else {}, BY)))
+        parts.append(footed(storage, writer.commit(done, {0: skipped} if skipped else {}, BY).name))
         ok += [row for row in fresh if kinds[row] == "ok"]
         blank += list(skipped)
     rest = Ranges.until(31) - Ranges.of(taken)  # So that the snapshot is one of a whole plan.
-    parts.append(footed(storage, writer.commit([], {0: rest}, BY)))
+    parts.append(footed(storage, writer.commit([], {0: rest}, BY).name))
     want = wanted([], {0: Ranges.until(31)})
     manifest = snapshot(storage, parts, rows_per_file=data.draw(st.integers(1, 9)))
     for pieces in (from_parts(storage, parts, want), from_snapshot(storage, manifest, [31], want)):

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from batchgen.collector import rare_collection
+from batchgen.collector import collect_rarely, rare_collection
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +36,14 @@ def test_an_error_gives_the_threshold_back():
     with pytest.raises(ValueError, match="x"), rare_collection():
         raise ValueError("x")
     assert gc.get_threshold() == before
+
+
+def test_it_stays_slower_for_a_whole_process_and_what_is_there_is_left_alone():
+    gc.set_threshold(700, 10, 10)
+    before = gc.get_freeze_count()
+    collect_rarely(freeze=True)
+    try:
+        assert gc.get_threshold() == (50_000, 10, 10)
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()

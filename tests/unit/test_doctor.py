@@ -19,7 +19,9 @@ from batchgen.doctor.findings import Level
 from batchgen.doctor.hub import Remote, weight_bytes
 from batchgen.doctor.machine import Machine, read_machine
 from batchgen.doctor.quantization import can_run, judge_kv_cache, judge_method, method_of
+from batchgen.doctor.replicas import check_replicas
 from batchgen.doctor.report import Report, told
+from tests import fakes
 from tests.bench.random_model import make_model
 
 MIB, GIB = 2**20, 2**30
@@ -474,3 +476,26 @@ def test_this_machine_can_be_read() -> None:
     assert here.packages.keys() <= {"torch", "transformers", "tokenizers"} | {
         *("huggingface-hub", "nvidia-ml-py")
     }
+
+
+@pytest.mark.parametrize(
+    ("run", "num_gpus", "level", "told"),
+    [
+        ({"replicas": 2}, 2, "ok", "room for 2 of 1 GPUs each, 2 asked for"),
+        ({"replicas": 3}, 2, "problem", "room for 2 of 1 GPUs each, 3 asked for"),
+        ({"replicas": 3, "gpus_per_replica": 0.4}, 2, "ok", "room for 4 of 0.4 GPUs each"),
+        ({"replicas": "auto"}, 0, "problem", "room for 0"),
+        ({"replicas": 64, "ray_address": "auto"}, 1, "ok", "on the cluster at auto"),
+        ({"replicas": 2, "gpus_per_replica": 0}, 0, "ok", "2 on this machine, without GPUs"),
+    ],
+)
+def test_replicas_are_held_against_the_gpus(
+    run: dict[str, Any], num_gpus: int, level: str, told: str
+) -> None:
+    made = fakes.job(run={"gpus_per_replica": 1.0, **run})
+    (finding,) = check_replicas(made, machine(*[gpu()] * num_gpus))
+    assert (str(finding.level), told in finding.text) == (level, True), finding
+
+
+def test_one_engine_is_no_matter_of_replicas() -> None:
+    assert list(check_replicas(fakes.job(), machine())) == []

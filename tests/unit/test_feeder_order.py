@@ -12,7 +12,7 @@ from batchgen.admission.lengths import Lengths
 from batchgen.admission.order import AdmissionOrder, Reach
 from batchgen.errors import SourceError, StorageError
 from batchgen.records import RowError
-from batchgen.stages import Feeder
+from batchgen.stages import Feeder, feds_of
 from tests.fakes import batch, request_builder
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def feeder(
     folder: Path | None = None,
 ) -> Feeder:
     order = AdmissionOrder(mode, Lengths(), reach, folder)
-    return Feeder(batches, request_builder(), order=order, is_loading=is_loading)
+    return Feeder(feds_of(batches, request_builder()), order=order, is_loading=is_loading)
 
 
 def rows_of(feeding: Feeder) -> list[int]:
@@ -105,7 +105,7 @@ class Broken(AdmissionOrder):
 
 def test_even_a_bug_in_the_order_ends_the_run():
     order = Broken("prefix", Lengths())
-    feeding = Feeder(backwards(3), request_builder(), order=order, is_loading=lambda: True)
+    feeding = Feeder(feds_of(backwards(3), request_builder()), order=order, is_loading=lambda: True)
     with pytest.raises(ZeroDivisionError):
         rows_of(feeding)
     feeding.close()
@@ -179,7 +179,9 @@ def test_the_look_ahead_waits_until_rows_are_taken():
 
 def test_closing_gives_the_disk_its_room_back(tmp_path: Path):
     order = AdmissionOrder("prefix", Lengths(), Reach(held_bytes=2000, run_rows=50), tmp_path)
-    feeding = Feeder(backwards(300), request_builder(), order=order, is_loading=lambda: True)
+    feeding = Feeder(
+        feds_of(backwards(300), request_builder()), order=order, is_loading=lambda: True
+    )
     assert feeding.take(5.0) is not None
     assert order.num_files > 0
     feeding.close()

@@ -10,8 +10,8 @@ import pytest
 from batchgen.forecast.past import last_run
 from batchgen.forecast.report import Forecast, Rows, told
 from batchgen.forecast.reuse import moved
-from batchgen.ledger import STATE
 from batchgen.matching import Span
+from batchgen.names import STATE
 from batchgen.planning import prepare
 from batchgen.ranges import Ranges
 from tests.fakes import plan

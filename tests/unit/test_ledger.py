@@ -37,11 +37,13 @@ def ledger(storage: LocalStorage) -> Ledger:
     return Ledger(storage)
 
 
-def writer(ledger: Ledger, epoch: Epoch, *, plan_id: str | None = None) -> PartWriter:
+def writer(
+    ledger: Ledger, epoch: Epoch, *, plan_id: str | None = None, worker: int = 0
+) -> PartWriter:
     context = PartContext(
         plan_id=plan_id or epoch.plan.plan_id,
         epoch=epoch.number,
-        worker=0,
+        worker=worker,
         run_id=epoch.run_id,
         schema=SCHEMA,
         prefix="gen_",
@@ -50,7 +52,8 @@ def writer(ledger: Ledger, epoch: Epoch, *, plan_id: str | None = None) -> PartW
 
 
 def commit(out: PartWriter, segment: int, *rows: int) -> str:
-    return out.commit(results(batch(rows, segment=segment)), {}, {"engine": "fake", "version": "7"})
+    facts = {"engine": "fake", "version": "7"}
+    return out.commit(results(batch(rows, segment=segment)), {}, facts).name
 
 
 def claim(ledger: Ledger, run_id: str, on: Plan = PLAN) -> Epoch:
@@ -585,3 +588,29 @@ def test_whoever_runs_whenever_each_row_is_durable_at_most_once(tmp_path_factory
     newest, _, todo = max(alive, key=lambda run: run[0].number)
     assert len(todo) + durable.num_done == job.num_rows
     assert newest.number == ledger.latest_epoch()[0]
+
+
+def test_what_a_worker_writes_after_its_seal_is_not_accepted(ledger):
+    epoch = claim(ledger, "run-1")
+    given_up, other = writer(ledger, epoch, worker=7), writer(ledger, epoch, worker=70)
+    before, beside = commit(given_up, 0, 0), commit(other, 0, 1)
+    ledger.check_seal(epoch, 7)
+    ledger.seal(epoch, 7)
+    late = commit(given_up, 0, 2)
+    with pytest.raises(FencedError, match=r"worker 7 was given up"):
+        ledger.check_seal(epoch, 7)
+    ledger.check_seal(epoch, 70)
+    counted = [part.name for part in ledger.durable(epoch.plan).parts]
+    assert counted == [before, beside]
+    assert late not in ledger.latest_epoch()[1]["accepted"]
+    assert [part.name for part in claim(ledger, "run-2").durable.parts] == counted
+
+
+def test_a_seal_stays_what_it_was(ledger):
+    epoch = claim(ledger, "run-1")
+    out = writer(ledger, epoch, worker=3)
+    first = commit(out, 0, 0)
+    ledger.seal(epoch, 3)
+    commit(out, 0, 1)
+    ledger.seal(epoch, 3)
+    assert [part.name for part in ledger.durable(epoch.plan).parts] == [first]

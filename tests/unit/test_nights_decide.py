@@ -12,7 +12,8 @@ from batchgen.errors import ConfigError, RecipeChangedError, SourceError
 from batchgen.executor.nights import decide
 from batchgen.executor.options import RunOptions
 from batchgen.freezing import Before, freeze
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.sink.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
 
@@ -57,7 +58,7 @@ class Lab:
         schema = self.decide(FRESH).prepared.part_schema
         context = PartContext(plan.plan_id, epoch.number, 0, "run-1", schema, "gen_")
         writer = PartWriter(self.ledger.storage, f"{STATE}/parts", context)
-        return writer.commit(results(batch(rows, carried=ids)), {}, {})
+        return writer.commit(results(batch(rows, carried=ids)), {}, {}).name
 
     def publish(self, plan):
         files = [{"name": "part-00000.parquet", "num_rows": plan.num_rows}]

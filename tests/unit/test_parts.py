@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import errno
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,9 @@ from batchgen.sink.parts import PartContext, PartWriter
 from batchgen.sink.schema import dictionary_columns, part_schema, published_schema
 from batchgen.storage import LocalStorage
 from tests.fakes import ANSWER, batch, completion, results
+
+if TYPE_CHECKING:
+    from batchgen.books import Part
 
 ID = pa.schema([("id", pa.string())])
 ORIGIN = {"model": "tiny@7", "recipe": "r" * 32}
@@ -53,7 +57,8 @@ def writer(storage, carried=ID, *, prefix="gen_", epoch=3, worker=2) -> PartWrit
     )
 
 
-def read(storage, name) -> tuple[pa.Table, PartFooter]:
+def read(storage, part: Part | str) -> tuple[pa.Table, PartFooter]:
+    name = part if isinstance(part, str) else part.name
     table = pq.read_table(storage.path(name), page_checksum_verification=True)
     return table, PartFooter.from_metadata(pq.read_metadata(storage.path(name)).metadata)
 
@@ -121,7 +126,7 @@ def test_an_empty_answer_is_an_ok_row(storage):
 
 def test_names_count_up_within_epoch_and_worker(storage):
     out = writer(storage)
-    found = [out.commit(results(batch([row])), {}, {}) for row in range(3)]
+    found = [out.commit(results(batch([row])), {}, {}).name for row in range(3)]
     assert found == [f"parts/e000003-w02-s{serial:06d}.parquet" for serial in range(3)]
     assert storage.list("parts") == found
 
@@ -161,8 +166,8 @@ def test_rows_are_in_ordinal_order_whatever_order_they_finished_in(storage):
 
 
 def test_only_skipped_rows_make_a_part_without_rows_but_with_the_schema(storage):
-    name = writer(storage).commit([], {0: Ranges.until(5)}, {})
-    table, footer = read(storage, name)
+    part = writer(storage).commit([], {0: Ranges.until(5)}, {})
+    table, footer = read(storage, part)
     assert table.num_rows == 0
     assert table.schema.remove_metadata() == part_schema(ID, ANSWER, "gen_")
     assert (footer.num_skipped, footer.done) == (5, {0: Ranges.until(5)})
@@ -295,7 +300,7 @@ def test_a_commit_that_failed_may_be_made_again_under_the_same_name(tmp_path):
     done = results(batch([0, 1]))
     with pytest.raises(StorageError, match="errno 5"):
         out.commit(done, {}, {})
-    assert out.commit(done, {}, {}) == "parts/e000003-w02-s000000.parquet"
+    assert out.commit(done, {}, {}).name == "parts/e000003-w02-s000000.parquet"
     assert storage.list("parts") == ["parts/e000003-w02-s000000.parquet"]
 
 

@@ -57,6 +57,13 @@ def test_a_line_tells_kv_cache_errors_and_time_left_where_they_are_known():
     ]
 
 
+def test_a_line_of_a_fleet_tells_how_many_replicas_are_up():
+    stream = io.StringIO()
+    with Progress(2000, 0, stream=stream) as progress:
+        progress.update(sample(0.0, num_replicas=8, num_replicas_up=7), 0, None)
+    assert lines(stream)[0].endswith("1,024 in flight, 7/8 replicas")
+
+
 def test_a_note_is_a_line_of_its_own():
     stream = io.StringIO()
     with Progress(10, 0, stream=stream) as progress:

@@ -60,9 +60,9 @@ def put(storage, *parts, skipped=None):
     found = []
     for ordinals in parts:
         done = [result for seg, row in ordinals for result in results(batch([row], segment=seg))]
-        found.append(footed(storage, out.commit(done, {}, {})))
+        found.append(footed(storage, out.commit(done, {}, {}).name))
     if skipped:
-        found.append(footed(storage, out.commit([], skipped, {})))
+        found.append(footed(storage, out.commit([], skipped, {}).name))
     return found
 
 
@@ -147,7 +147,7 @@ def test_a_job_of_skipped_rows_alone_has_one_empty_file(storage):
 
 def test_error_rows_stand_where_their_input_stood(storage):
     done = results(batch([0, 1, 2]), errors={1: BAD})
-    name = writer(storage).commit(done[::-1], {}, {})
+    name = writer(storage).commit(done[::-1], {}, {}).name
     files = written(storage, "snap", [footed(storage, name)], form())
     table = read(storage, files)
     assert table["gen_status"].to_pylist() == ["ok", "error", "ok"]
@@ -164,7 +164,7 @@ def test_two_parts_with_the_same_row_are_never_published(storage):
 
 def test_one_part_with_the_same_row_twice_is_never_published(storage):
     done = results(batch([1, 1, 2]))
-    name = writer(storage).commit(done, {}, {})
+    name = writer(storage).commit(done, {}, {}).name
     claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
     with pytest.raises(AccountingError, match="hold the same row; not published"):
         written(storage, "snap", [(name, claimed)], form())
@@ -259,7 +259,7 @@ def test_carried_types_are_published_from_several_parts(storage, data_type):
     parts = []
     for rows in ([0, 3, 4], [1, 2, 5]):
         part = pa.record_batch({"x": column.take(pa.array(rows))})
-        name = out.commit(results(batch(rows, carried=part)), {}, {})
+        name = out.commit(results(batch(rows, carried=part)), {}, {}).name
         parts.append(footed(storage, name))
     files = written(storage, "snap", parts, form(carried))
     table = read(storage, files)
@@ -271,7 +271,9 @@ def test_a_dictionary_with_small_indices_is_published(storage):
     """Parquet gives it back with int32 indices."""
     data_type = pa.dictionary(pa.int8(), pa.string())
     carried = pa.record_batch({"x": pa.array(["a", "b"]).cast(data_type)})
-    name = writer(storage, carried.schema).commit(results(batch([0, 1], carried=carried)), {}, {})
+    name = (
+        writer(storage, carried.schema).commit(results(batch([0, 1], carried=carried)), {}, {}).name
+    )
     files = written(storage, "snap", [footed(storage, name)], form(carried.schema))
     assert read(storage, files)["x"].to_pylist() == ["a", "b"]
 
@@ -311,7 +313,7 @@ def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
     for rows in (on_time[:cut], on_time[cut:], *edges):
         # A row group with rows of two segments has no useful statistics.
         others = results(batch([5], segment=1)) if rows[0] == on_time[cut] else []
-        name = out.commit([*others, *results(batch(rows))], {}, {})
+        name = out.commit([*others, *results(batch(rows))], {}, {}).name
         parts.append(footed(storage, name))
     files = written(storage, "snap", parts, form(rows_per_file=20_000))
     assert [file["num_rows"] for file in files] == [20_000, NUM_ROWS + 1 - 20_000]

@@ -20,7 +20,7 @@ from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.runner import Runner, Stop, StopSwitch
 from batchgen.seeds import Seeds
-from batchgen.stages import Committer, Feeder, OpenPart
+from batchgen.stages import Committer, Feeder, OpenPart, feds_of
 from batchgen.stats import RunStats
 from tests import fakes
 from tests.fakes import (
@@ -86,7 +86,7 @@ class Run:
         self._on_tick = on_tick
         made = job or fakes.job()
         ids = itertools.count()
-        self.feeder = Feeder(batches, request_builder(made, ids=ids))
+        self.feeder = Feeder(feds_of(batches, request_builder(made, ids=ids)))
         self.runner = Runner(
             engine,
             self.feeder,
@@ -525,7 +525,7 @@ def test_the_feeder_reads_only_so_far_ahead():
             read.append(at)
             yield batch([at])
 
-    feeder = Feeder(endless(), request_builder())
+    feeder = Feeder(feds_of(endless(), request_builder()))
     first = feeder.take(5.0)
     assert [tuple(request.ordinal) for request in first.requests] == [(0, 0)]
     feeder.close()
@@ -534,7 +534,7 @@ def test_the_feeder_reads_only_so_far_ahead():
 
 
 def test_the_feeder_says_when_it_is_done_and_then_gives_nothing():
-    feeder = Feeder([batch([0])], request_builder())
+    feeder = Feeder(feds_of([batch([0])], request_builder()))
     assert feeder.take(5.0).num_bytes > 0
     assert not feeder.is_done
     assert feeder.take(5.0) is None

@@ -13,8 +13,9 @@ import pytest
 
 from batchgen.books import Manifest, Segment
 from batchgen.errors import ConfigError, OutputError
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
 from batchgen.matching import Span
+from batchgen.names import STATE
 from batchgen.pairing import edited, paired
 from batchgen.row_digests import DIGEST_BYTES, name_of
 from batchgen.snapshot_diff import diff

@@ -11,7 +11,8 @@ from batchgen import history
 from batchgen.books import Base, Manifest, Segment
 from batchgen.errors import BusyError, OutputError, StorageError
 from batchgen.executor.lock import RunLock
-from batchgen.ledger import STATE, Ledger
+from batchgen.ledger import Ledger
+from batchgen.names import STATE
 from batchgen.pruning import beyond, prune
 from batchgen.snapshots import listed
 from batchgen.snapshots import prune as prune_output

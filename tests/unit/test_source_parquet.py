@@ -9,6 +9,7 @@ import pytest
 
 from batchgen.errors import SourceError
 from batchgen.ranges import Ranges
+from batchgen.source import parquet
 from batchgen.source.base import ReadSpec
 from batchgen.source.columns import JSON_METADATA
 from batchgen.source.parquet import ParquetReader
@@ -22,9 +23,9 @@ def write(tmp_path, table: pa.Table, name: str = "in.parquet", **options) -> str
     return str(path)
 
 
-def read(path: str, todo: Ranges, needed=(), where=None):
+def read(path: str, todo: Ranges, needed=(), where=None, **options):
     schema = READER.columns([path], {})
-    spec = ReadSpec(schema, schema.names, frozenset(needed), where)
+    spec = ReadSpec(schema, schema.names, frozenset(needed), where, **options)
     return list(READER.read(path, 0, todo, spec))
 
 
@@ -74,6 +75,30 @@ def test_row_groups_without_wanted_rows_are_not_read(tmp_path):
     assert [row for batch in batches for row in batch.rows] == list(wanted)
     with pytest.raises(SourceError, match="is not readable as Parquet"):
         read(path, Ranges([(450, 451)]))
+
+
+def test_nothing_is_read_after_the_last_wanted_row(tmp_path):
+    """Of 16 MiB in one row group; the reader reads 8 MiB ahead."""
+    table = pa.table({"s": [f"{n:016384}" for n in range(1000)]})
+    path = write(tmp_path, table, compression="none", use_dictionary=False)
+    with open(path, "r+b") as file:  # noqa: PTH123
+        file.seek(15 << 20)
+        file.write(b"\xff" * 40000)
+    assert [batch.rows for batch in read(path, Ranges.until(9), batch_rows=3)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+    ]
+    with pytest.raises(SourceError):
+        read(path, Ranges.of([1, 999]))
+
+
+def test_a_large_row_group_makes_late_rows_dear(tmp_path, monkeypatch):
+    path = write(tmp_path, pa.table({"a": range(1000)}), row_group_size=500)
+    size = pq.ParquetFile(path).metadata.row_group(0).total_byte_size
+    for limit in (size, size - 1):
+        monkeypatch.setattr(parquet, "_MAX_GROUP_BYTES", limit)
+        assert READER.is_seekable(path) == (limit == size)
 
 
 def test_strings_that_are_not_utf8_are_errors_of_their_rows(tmp_path):

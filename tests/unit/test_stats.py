@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchgen.records import EngineStats, RowError, Verdict
-from batchgen.stats import RunStats
+from batchgen.stats import Counts, RunStats
 from tests.fakes import batch, results
 
 BAD = RowError("prompt_too_long", "too long")
@@ -101,6 +101,24 @@ def test_the_window_takes_no_more_than_two_looks_a_second_but_the_time_of_the_la
     note(stats, 19)
     # The first look was at 0 s.
     assert stats.rates(9.5)["requests_per_s"] == pytest.approx(2.0)
+
+
+def test_what_others_did_counts():
+    stats = noted(3, 1)
+    stats.count(Counts(1, 2, 3, 4, 5, 6, 7).minus(Counts(num_skipped=1)))
+    assert (stats.num_ok, stats.num_errors, stats.num_skipped, stats.num_retries) == (4, 3, 2, 4)
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.output_tokens) == (35, 18, 16)
+
+
+def test_a_correction_is_no_work():
+    stats = RunStats(0.0, 110)
+    stats.note_progress(0.0)
+    note(stats, 20)
+    stats.note_progress(10.0)
+    stats.correct(Counts(num_ok=-8, num_errors=-2, num_skipped=-5))
+    assert (stats.num_ok, stats.num_errors, stats.num_skipped) == (12, -2, -5)
+    assert stats.rates(10.0)["requests_per_s"] == pytest.approx(2.0)
+    assert stats.rates(10.0)["prompt_tokens_per_s"] == pytest.approx(20.0)
 
 
 def test_the_time_left_is_rows_left_at_the_present_rate():

@@ -1,0 +1,124 @@
+"""What a driver and Ray cost with real workers: echo engines as slow as GPUs, on this machine.
+
+    python -m tests.bench.fleet_ray --replicas 1 2 4 8 --seconds 40
+
+Whole runs, rows of about 1 KB, 20 rows/s a replica (32 slots, 1.6 s a row). A line for each fleet:
+
+    rows/s     from the first worker's first row to the last row's end, over replicas x 20
+    exch/s     exchanges
+    thread_%   of a core: the driver's own thread; process_% with Ray's threads beside it
+    ms/ex      CPU milliseconds of that process for each exchange, all else that it does included
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgen.api import load
+from batchgen.executor.crews import needs_of
+from batchgen.executor.local import LocalRun
+from batchgen.executor.ray import RayCrew
+from batchgen.runner import StopSwitch
+from tests.bench.echo_rows import _write_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.config.model import JobConfig
+    from batchgen.fleet.crew import Crew
+    from batchgen.fleet.messages import Gone, Report
+
+PACE = 20.0
+ENGINE = {"max_num_seqs": 32, "step_s": 0.2, "max_steps": 15}
+
+
+class Counting:
+    """A crew, and what the driver used between the first ended row and the last."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._ended: dict[int, int] = {}
+        self.num_exchanges = 0
+        self.first: tuple[float, float, float] | None = None
+        self.last = (0.0, 0.0, 0.0)
+        self.num_counted = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._crew, name)
+
+    def wait(self, timeout_s: float) -> Sequence[tuple[int, Report | Gone]]:
+        found = self._crew.wait(timeout_s)
+        before = sum(self._ended.values())
+        for number, news in found:
+            look = getattr(news, "look", None)
+            self._ended[number] = look.num_ended if look is not None else 0
+        now = (time.monotonic(), time.thread_time(), time.process_time())
+        if sum(self._ended.values()) > before:
+            self.first, self.last = self.first or now, now
+            self.num_counted = self.num_exchanges
+        if self.first is not None:
+            self.num_exchanges += len(found)
+        return found
+
+
+def measure(folder: Path, num: int, num_rows: int) -> dict[str, float]:
+    """One run; its figures."""
+    _write_rows(folder / "in.jsonl", num_rows)
+    job = load(
+        {
+            "input": {"path": str(folder / "in.jsonl")},
+            "prompt": {"user": "{{ lang }}: {{ text }}"},
+            "model": {"backend": "echo", "engine": ENGINE},
+            "sampling": {"max_tokens": 64, "temperature": 0},
+            "output": {"path": str(folder / "out")},
+            "checks": {"allow_truncated": True},
+            "run": {"replicas": num, "ray_address": "none", "cpus_per_replica": 0.1},
+        }
+    )
+    crews: list[Counting] = []
+
+    def make(job: JobConfig) -> Any:
+        crews.append(Counting(RayCrew(None, needs_of(job), room_for=num)))
+        return crews[0]
+
+    summary = LocalRun(job, stop=StopSwitch(), crew=make).run()
+    assert summary.num_ok == num_rows, summary
+    (crew,) = crews
+    assert crew.first is not None
+    wall_s, thread_s, process_s = (b - a for a, b in zip(crew.first, crew.last, strict=True))
+    return {
+        "rows": num_rows,
+        "working_s": wall_s,
+        "rows/s": num_rows / wall_s,
+        "of ideal": num_rows / wall_s / (num * PACE),
+        "exch/s": crew.num_counted / wall_s,
+        "thread_%": 100 * thread_s / wall_s,
+        "process_%": 100 * process_s / wall_s,
+        "ms/ex": 1e3 * process_s / crew.num_counted,
+    }
+
+
+def main() -> None:
+    """Print a line for each fleet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--seconds", type=float, default=40.0)
+    args = parser.parse_args()
+    is_told = False
+    for num in args.replicas:
+        with tempfile.TemporaryDirectory() as name:
+            found = measure(Path(name), num, int(PACE * num * args.seconds))
+        if not is_told:
+            print(f"{'replicas':10}" + "".join(f"{key:>11}" for key in found))
+            is_told = True
+        print(f"{num:<10}" + "".join(f"{value:11.2f}" for value in found.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

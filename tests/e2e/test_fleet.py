@@ -1,0 +1,307 @@
+"""Many workers, one snapshot: the driver and its workers on the echo engine, in threads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+
+from batchgen.api import load
+from batchgen.errors import ExitCode
+from batchgen.executor.local import LocalRun
+from batchgen.fleet.messages import Ready
+from batchgen.runner import StopSwitch
+from tests.crews import ThreadCrew
+from tests.e2e.support import published, write_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from batchgen.config.model import JobConfig
+    from batchgen.fleet.messages import Report
+
+ROWS = 1600
+SLOW = {"max_num_seqs": 64, "step_s": 0.02, "max_steps": 8}
+
+
+def tables(folder: Path, **changes: Any) -> dict[str, Any]:
+    job: dict[str, Any] = {
+        "input": {"path": str(folder / "in.jsonl")},
+        "prompt": {"user": "Repeat: {{ text }}"},
+        "model": {"backend": "echo", "engine": SLOW},
+        "sampling": {"max_tokens": 40, "temperature": 0},
+        "output": {"path": str(folder / "out")},
+        "checks": {"allow_truncated": True},
+        "run": {"flush_s": 0.5, "stats_s": 0.5},
+    }
+    for name, keys in changes.items():
+        job[name] = {**job.get(name, {}), **keys}
+    return job
+
+
+def run(job: dict[str, Any], crew: Callable[..., ThreadCrew] = ThreadCrew) -> Any:
+    return LocalRun(load(job), stop=StopSwitch(), crew=crew).run()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("alone")
+    write_rows(folder / "in.jsonl", ROWS)
+    assert run(tables(folder)).exit_code == 0
+    return published(folder / "out")
+
+
+def blind(report: Report) -> None:
+    """Make a worker say that it does not see the input."""
+    events = [Ready(sees_input=False) if isinstance(e, Ready) else e for e in report.events]
+    report.events[:] = events  # type: ignore[index]
+
+
+def test_three_replicas_publish_what_one_publishes(
+    tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    summary = run(tables(tmp_path, run={"replicas": 3}))
+    assert summary.exit_code == 0
+    assert published(tmp_path / "out") == expected
+    assert summary.run["num_ok"] == sum(row["gen_status"] == "ok" for row in expected)
+
+
+def test_rows_of_workers_that_die_are_done_by_others_and_once(
+    tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    killed: list[int] = []
+
+    def kill_some(_: ThreadCrew, number: int, report: Report) -> bool:
+        is_due = len(killed) < 4 and report.look is not None and report.look.num_in_flight > 20
+        if is_due and number not in killed:
+            killed.append(number)
+            return False
+        return True
+
+    job = tables(tmp_path, run={"replicas": 3})
+    summary = run(job, lambda job: ThreadCrew(job, on_report=kill_some))
+    assert len(killed) > 2
+    assert summary.exit_code == 0
+    assert published(tmp_path / "out") == expected
+    assert summary.run["num_ok"] + summary.run["num_errors"] == len(expected)
+
+
+def test_a_worker_that_falls_silent_is_given_up(
+    tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    muted: list[int] = []
+
+    def mute_first(crew: ThreadCrew, number: int, report: Report) -> bool:
+        if not muted and report.look is not None and report.look.num_in_flight > 20:
+            muted.append(number)
+            crew.hired[number].is_mute = True
+        return True
+
+    summary = run(
+        tables(tmp_path, run={"replicas": 2, "stall_s": 2.0}),
+        lambda job: ThreadCrew(job, on_report=mute_first),
+    )
+    assert muted
+    assert any("has said nothing for" in text for text in summary.warnings)
+    assert published(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl"])
+def test_rows_travel_by_way_of_the_driver_where_they_must(
+    tmp_path: Path, expected: list[dict[str, Any]], suffix: str
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    job = tables(tmp_path, run={"replicas": 2})
+    if suffix.endswith(".gz"):
+        (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
+        source.unlink()
+        job["input"]["path"] = str(tmp_path / "in.jsonl.gz")
+    else:
+        job["run"]["order"] = "prefix"
+    summary = run(job)
+    assert summary.exit_code == 0
+    rows = [{**row, "gen_error": None} for row in published(tmp_path / "out")]
+    assert rows == [{**row, "gen_error": None} for row in expected]
+
+
+def test_rows_travel_by_way_of_the_driver_if_a_worker_does_not_see_the_input(
+    tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+
+    def blind_second(crew: ThreadCrew, number: int, report: Report) -> bool:
+        if number == 2:
+            blind(report)
+        return True
+
+    crews: list[ThreadCrew] = []
+
+    def make(job: JobConfig) -> ThreadCrew:
+        crews.append(ThreadCrew(job, on_report=blind_second))
+        return crews[-1]
+
+    summary = run(tables(tmp_path, run={"replicas": 2}), make)
+    assert published(tmp_path / "out") == expected
+    assert all(lease.payload is not None for lease in crews[0].leases[2])
+    assert any("the input is not to be seen" in text for text in summary.warnings)
+
+
+def test_equal_requests_are_computed_once_whoever_gets_them(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": n, "text": f"row {n % 700}"}) for n in range(ROWS)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    job = tables(tmp_path, run={"replicas": 3, "dedupe": "always"}, sampling={"temperature": 0.7})
+    summary = run(job)
+    assert summary.num_ok == ROWS
+    assert summary.num_copied == ROWS - 700
+    rows = published(tmp_path / "out")
+    assert len({row["gen_request_key"] for row in rows}) == 700
+    assert [row["id"] for row in rows] == list(range(ROWS))
+
+
+def test_a_row_that_kills_engines_ends_as_an_error_and_no_other_does(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [{"id": n, "text": "boom" if n == 1234 else f"row {n}"} for n in range(2000)]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    faults = [{"kind": "poison", "text": "boom"}]
+    job = tables(tmp_path, run={"replicas": 2}, gate={"max_error_rate": 1.0})
+    job["model"]["engine"] = {**SLOW, "faults": faults}
+    summary = run(job)
+    assert (summary.num_ok, summary.num_errors) == (1999, 1)
+    (error,) = [row for row in published(tmp_path / "out") if row["gen_status"] == "error"]
+    assert (error["id"], error["gen_error_type"]) == (1234, "engine_crash")
+
+
+def test_a_row_that_kills_whole_workers_ends_as_an_error_and_no_other_does(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(json.dumps({"id": n, "text": f"row {n}"}) for n in range(1000)))
+    killer = 613
+
+    def dies_of(crew: ThreadCrew, number: int, report: Report) -> bool:
+        return not any(killer in lease.rows.get(0, ()) for lease in crew.leases.get(number, []))
+
+    summary = run(
+        tables(tmp_path, run={"replicas": 2}, gate={"max_error_rate": 1.0}),
+        lambda job: ThreadCrew(job, on_report=dies_of),
+    )
+    assert (summary.num_ok, summary.num_errors) == (999, 1)
+    (error,) = [row for row in published(tmp_path / "out") if row["gen_status"] == "error"]
+    assert (error["id"], error["gen_error_type"]) == (killer, "engine_crash")
+    assert "with this row alone" in error["gen_error"]
+
+
+def test_stopping_keeps_what_is_finished_and_a_later_run_goes_on(
+    tmp_path: Path, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    job = tables(tmp_path, run={"replicas": 2})
+    stop = StopSwitch()
+
+    def ask_to_stop(_: ThreadCrew, __: int, report: Report) -> bool:
+        if report.look is not None and report.look.num_ok > 200:
+            stop.drain()
+        return True
+
+    first = LocalRun(
+        load(job), stop=stop, crew=lambda job: ThreadCrew(job, on_report=ask_to_stop)
+    ).run()
+    assert first.exit_code == ExitCode.STOPPED
+    assert 200 < first.num_durable < ROWS
+    second = run({**job, "run": {"flush_s": 0.5}})
+    assert second.exit_code == 0
+    assert second.run["num_resumed"] == first.num_durable
+    assert published(tmp_path / "out") == expected
+
+
+def test_a_night_computes_only_what_changed(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    job = tables(tmp_path, run={"replicas": 2})
+    run(job)
+    source.write_text(source.read_text().replace("row 17 ", "line 17 "))
+    write_rows(tmp_path / "more.jsonl", 100, start=ROWS)
+    job["input"]["path"] = str(tmp_path / "*.jsonl")
+    summary = run(job)
+    assert summary.run["num_ok"] < 110
+    alone = tables(tmp_path, input={"path": job["input"]["path"]})
+    alone["output"]["path"] = str(tmp_path / "again")
+    run(alone)
+    assert published(tmp_path / "out") == published(tmp_path / "again")
+
+
+def kill_once(min_num_ok: int = 0) -> Callable[[ThreadCrew, int, Report], bool]:
+    """Kill a worker that is busy and has told of more than so many rows."""
+    killed: list[int] = []
+
+    def on_report(crew: ThreadCrew, number: int, report: Report) -> bool:
+        look = report.look
+        if killed or look is None or look.num_in_flight < 8 or look.num_ok < min_num_ok:
+            return True
+        killed.append(number)
+        return False
+
+    return on_report
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_rows_that_cannot_be_copied_after_all_are_computed_by_the_same_workers(
+    tmp_path: Path, is_killed: bool
+) -> None:
+    lines = [{"id": n, "text": f"row {n % 300}", "good": n < 300} for n in range(600)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rules = {"rules": ["good"], "allow_truncated": True}
+    job = tables(tmp_path, checks=rules, gate={"max_error_rate": 1.0}, run={"replicas": 2})
+    # The second task begins when each worker has answered some 150 rows.
+    on_report = kill_once(200) if is_killed else None
+    summary = run(job, lambda job: ThreadCrew(job, on_report=on_report))
+    assert (summary.num_ok, summary.num_errors) == (300, 300)
+    assert summary.run["num_ok"] + summary.run["num_errors"] == 600
+    rows = published(tmp_path / "out")
+    assert [row["id"] for row in rows if row["gen_status"] == "ok"] == list(range(300))
+
+
+def test_a_death_does_not_give_a_bases_answer_to_two_rows_with_draws_of_their_own(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "a.parquet"
+    pl.DataFrame({"id": range(100), "text": [f"row {n}" for n in range(100)]}).write_parquet(source)
+    job = tables(tmp_path, sampling={"temperature": 0.7}, input={"path": str(source)})
+    run(job)
+    more = {"id": range(600), "text": [f"row {n % 100}" for n in range(600)]}
+    pl.DataFrame(more).write_parquet(source)
+    job["run"]["replicas"] = 2
+    summary = run(job, lambda job: ThreadCrew(job, on_report=kill_once()))
+    assert (summary.num_ok, summary.num_copied) == (600, 100)
+
+
+def test_rows_that_come_back_do_not_go_to_a_worker_that_does_not_see_the_input(
+    tmp_path: Path,
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    killed: list[int] = []
+
+    def blind_second(crew: ThreadCrew, number: int, report: Report) -> bool:
+        if number == 2:
+            blind(report)
+        look = report.look
+        is_due = number == 1 and not killed and look is not None and look.num_in_flight > 8
+        killed.extend([1] * is_due)
+        return not is_due
+
+    crews: list[ThreadCrew] = []
+
+    def make(job: JobConfig) -> ThreadCrew:
+        crews.append(ThreadCrew(job, on_report=blind_second))
+        return crews[-1]
+
+    summary = run(tables(tmp_path, run={"replicas": 2}), make)
+    assert killed
+    assert summary.exit_code == 0
+    assert all(lease.payload is not None for lease in crews[0].leases[2])

@@ -1,0 +1,92 @@
+"""Whole runs on a real Ray cluster: the same snapshot as with one engine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pytest
+
+import batchgen
+from tests.e2e.support import command, published, run_cli, summary_of, write_job, write_rows
+from tests.ray.support import nodes, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.ray.support import Nodes
+
+ROOT = Path(__file__).parents[2]
+ROWS = 1500
+ENGINE = {"max_num_seqs": 16, "step_s": 0.03, "max_steps": 6, "in_process": False}
+MODEL = {"backend": "echo", "engine": ENGINE}
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Nodes]:
+    with nodes(3, cpus=1) as found:
+        yield found
+
+
+def on(cluster: Nodes, **run: Any) -> dict[str, Any]:
+    return {"replicas": 2, "ray_address": cluster.address, "flush_s": 0.5, "stats_s": 0.5, **run}
+
+
+def replicas_now(job: Path) -> list[dict[str, Any]]:
+    status = json.loads(run_cli("status", job, "--json").stdout)
+    return list(status.get("run", {}).get("replicas", []))
+
+
+def test_nodes_and_the_driver_die_and_the_snapshot_is_that_of_one_engine(
+    three: Nodes, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    assert run_cli("run", write_job(tmp_path, "in.jsonl", model=MODEL)).returncode == 0
+    expected = published(tmp_path / "out")
+    many = tmp_path / "many"
+    many.mkdir()
+    write_rows(many / "in.jsonl", ROWS)
+    job = write_job(many, "in.jsonl", model=MODEL, run=on(three, replicas="auto"))
+    extra = three.add(cpus=1)
+
+    def num_working() -> int:
+        return sum(one["num_ok"] > 20 for one in replicas_now(job))
+
+    with subprocess.Popen(command("run", job), stderr=subprocess.PIPE, text=True) as first:
+        wait_until(lambda: num_working() >= 3, 40)
+        three.remove(extra)
+        wait_until(lambda: any(one["restarts"] for one in replicas_now(job)), 40)
+        first.send_signal(signal.SIGKILL)
+    summary = summary_of(job)
+    assert 0 < summary["run"]["num_resumed"] < ROWS
+    assert published(many / "out") == expected
+    (stats,) = (many / "out").glob(f"_batchgen/runs/{summary['run_id']}/stats.parquet")
+    frame = pl.read_parquet(stats)
+    assert set(frame["replica"].unique()) >= {None, 1, 2, 3}
+    whole = frame.filter(pl.col("replica").is_null())
+    assert whole["num_ok"][-1] == summary["run"]["num_ok"]
+
+
+@pytest.mark.vllm
+def test_two_vllm_replicas_answer_what_one_answers(three: Nodes, tmp_path: Path) -> None:
+    tables = tomllib.loads((ROOT / "jobs" / "quickstart.toml").read_text())
+    tables["input"]["path"] = str(ROOT / "sample_data" / "tickets.jsonl")
+    tables["input"]["limit"] = 120
+    tables["model"] |= {"name": str(ROOT / "sample_data" / "model"), "max_num_seqs": 16}
+    tables["model"]["engine"]["kv_cache_memory_bytes"] = 32 << 20
+    tables["output"]["schema"] = str(ROOT / "jobs" / "ticket.schema.json")
+    answers = []
+    for run in ({}, on(three)):
+        tables["output"]["path"] = str(tmp_path / f"out-{len(answers)}")
+        summary = batchgen.run({**tables, "run": run})
+        assert summary.state == "complete"
+        columns = ["subject", "gen_status", "gen_label", "gen_urgency", "gen_request_key"]
+        answers.append(batchgen.read(tables["output"]["path"]).select(columns).collect())
+    assert answers[0].equals(answers[1])
+    engines = summary.engine
+    assert engines["name"] == "vllm"
