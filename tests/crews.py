@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from batchgen.fleet.messages import Badge, Lease, Order
     from batchgen.stages import Fed
 
-Saboteur = "Callable[[ThreadCrew, int, Report], bool]"
-
 
 class _Hired:
     """A worker and the thread that speaks with it."""

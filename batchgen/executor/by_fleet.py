@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from batchgen.stages import Feeder
     from batchgen.worker import Worker
 
-_NUM_TIMES = 20
-
 
 class FleetWork:
     """What of a computation a fleet's driver does itself: its own reading, and telling."""
@@ -67,7 +65,7 @@ class FleetWork:
             feed=lambda rows: self._feed(rows, sieve),
             is_input_still=self._is_input_still,
             end_guilty=self._end_guilty,
-            on_commit=self._note_commit,
+            on_commit=context.note_commit,
             on_death=self._note_death,
             on_disk_trouble=context.tell_disk_trouble,
             disk_grace_s=context.job.run.disk_grace_s,
@@ -122,10 +120,6 @@ class FleetWork:
                 part.results.append(final(outcome, result))
         self._commits.computed(part, self._fleet.facts)  # May be refused, and done again.
         self._context.stats.note_ends(part.results)
-
-    def _note_commit(self, seconds: float) -> None:
-        self._context.commits_s.append(seconds)
-        del self._context.commits_s[:-_NUM_TIMES]
 
     def _note_death(self, member: Member, death: Mapping[str, Any]) -> None:
         number = next(self._fleet.deaths)

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from batchgen.worker import Worker
 
 
-_NUM_TIMES = 20
-
-
 class Commits:
     """Makes rows durable, in the committer's thread."""
 
@@ -48,8 +45,7 @@ class Commits:
         self._stats.num_committed += len(part.results)
         self._stats.num_committed += sum(len(rows) for rows in part.skipped.values())
         self._stats.num_parts += 1
-        self._context.commits_s.append(time.monotonic() - began_s)
-        del self._context.commits_s[:-_NUM_TIMES]
+        self._context.note_commit(time.monotonic() - began_s)
 
     def taken(self, piece: Piece) -> None:
         """Commit rows that another row or plan has had answered.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from batchgen.stats import RunStats
     from batchgen.storage import LocalStorage
 
+_NUM_TIMES = 20
+
 
 @dataclass(slots=True)
 class Notes:
@@ -59,7 +61,7 @@ class Taken:
     """When it was known which rows can be taken over, on the monotonic clock."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunContext:
     """One run's own."""
 
@@ -80,6 +82,11 @@ class RunContext:
     def is_stopped(self) -> bool:
         """Whether the run has been asked to end early."""
         return self.stop.state is not Stop.NO
+
+    def note_commit(self, seconds: float) -> None:
+        """A commit took so long."""
+        self.commits_s.append(seconds)
+        del self.commits_s[:-_NUM_TIMES]
 
     def tell_disk_trouble(self, error: StorageError) -> None:
         """A commit was refused."""

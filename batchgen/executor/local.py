@@ -23,7 +23,7 @@ from batchgen.engine.lazy import LazyEngine, closing_beside
 from batchgen.engine.start import StartEngine, start_engine
 from batchgen.errors import BatchgenError, BusyError, ExitCode, FencedError, GateError, StorageError
 from batchgen.executor.computing import Computation
-from batchgen.executor.context import RunContext
+from batchgen.executor.context import Notes, RunContext
 from batchgen.executor.crews import is_fleet, needs_of, ray_crew, share_gpu
 from batchgen.executor.lock import RunLock
 from batchgen.executor.moment import Moment, look_at_run
@@ -93,38 +93,48 @@ class LocalRun:
         self._started_s = time.monotonic()
         now = utc_now()
         self._started_at = now.isoformat(timespec="seconds")
-        run_id = new_run_id(now)
-        storage = LocalStorage(Path(job.output.path), temp_tag=run_id, disk=disk)
-        self._ledger = Ledger(storage)
         self._prepared: Prepared | None = None
-        self._context = RunContext(
-            job=job,
-            run_id=run_id,
-            storage=storage,
-            ledger=self._ledger,
-            lock=RunLock(storage, f"{STATE}/lock", run_id),
-            log=RunLog(storage, f"{STATE}/runs", run_id),
-            stats=RunStats(self._started_s, 0),
-            stop=stop,
-            engine=LazyEngine(self._build_engine),
-        )
-        if is_fleet(job):
-            self._context.engine = self._fleet(crew)
+        self._context = self._make_context(stop, disk, new_run_id(now), crew)
+        self._ledger = self._context.ledger
         self._before = (0, 0, 0)
         self._planned_at_s = self._started_s
         self._published_at_s: float | None = None
         self._start_engine = start
         self._is_busy = False
         end = End(self._options.until, self._options.max_runtime_s, self._started_s)
-        self._deadline = Deadline(
-            stop,
-            end,
-            lambda: estimate_lead(self._context.stats.latencies_s, self._context.commits_s),
-        )
+        stats, commits_s = self._context.stats, self._context.commits_s
+        self._deadline = Deadline(stop, end, lambda: estimate_lead(stats.latencies_s, commits_s))
         self.summary: Summary | None = None
         """How the run ended, also where `run` raised."""
         self.death: str | None = None
         """Why the last engine that died did so."""
+
+    def _make_context(
+        self,
+        stop: StopSwitch,
+        disk: Disk | None,
+        run_id: str,
+        crew: Callable[[JobConfig], Crew],
+    ) -> RunContext:
+        job, notes = self._job, Notes()
+        storage = LocalStorage(Path(job.output.path), temp_tag=run_id, disk=disk)
+        stats = RunStats(self._started_s, 0)
+        engine: LazyEngine | Fleet = LazyEngine(self._build_engine)
+        if is_fleet(job):
+            shared = share_gpu(job, needs_of(job))
+            engine = Fleet(shared, run_id, crew, Board(stats), notes.add)
+        return RunContext(
+            job=job,
+            run_id=run_id,
+            storage=storage,
+            ledger=Ledger(storage),
+            lock=RunLock(storage, f"{STATE}/lock", run_id),
+            log=RunLog(storage, f"{STATE}/runs", run_id),
+            stats=stats,
+            stop=stop,
+            engine=engine,
+            notes=notes,
+        )
 
     def run(self) -> Summary:
         """Run to the end, or as far as it goes; then tell whom the job says.
@@ -236,11 +246,6 @@ class LocalRun:
             except StorageError as error:  # The night is published; the next one prunes.
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
-
-    def _fleet(self, make_crew: Callable[[JobConfig], Crew]) -> Fleet:
-        context = self._context
-        job = share_gpu(self._job, needs_of(self._job))
-        return Fleet(job, context.run_id, make_crew, Board(context.stats), context.notes.add)
 
     def _build_engine(self) -> SupervisedEngine:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared

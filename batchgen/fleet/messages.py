@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from batchgen.records import EngineFacts, EngineStats
     from batchgen.runner import Stop
 
-Rows = "Mapping[int, Ranges]"
-"""Segment -> rows of it."""
-
 
 class Badge(NamedTuple):
     """Who a worker is, and what for."""
@@ -39,6 +36,7 @@ class Lease(NamedTuple):
 
     number: int
     rows: Mapping[int, Ranges]
+    """Segment -> rows of it."""
     payload: Any = None
     """None: the worker reads the rows from the input's files. Else what its crew's `fetch` turns
     into `stages.Fed`s, which may hold more rows than these."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from batchgen.stats import RunStats
     from batchgen.worker import Worker
 
-Fetch = "Callable[[Any], Sequence[Fed]]"
 NO_ROWS = Ranges()
 
 
