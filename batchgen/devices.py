@@ -101,6 +101,7 @@ class Nvml(Protocol):
     def nvmlDeviceGetCudaComputeCapability(self, handle: Any, /) -> Sequence[int]: ...
     def nvmlDeviceGetComputeRunningProcesses(self, handle: Any, /) -> Sequence[Any]: ...
     def nvmlSystemGetProcessName(self, pid: int, /) -> str | bytes: ...
+    def nvmlDeviceGetUtilizationRates(self, handle: Any, /) -> Any: ...
     def nvmlDeviceGetMigMode(self, handle: Any, /) -> Sequence[int]: ...
     def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any, /) -> int: ...
     def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, index: int, /) -> Any: ...
@@ -151,7 +152,7 @@ def read_devices(
         smi: Asked where there is no `nvml`; None: nvidia-smi, if it is there.
         environ: Of which CUDA_VISIBLE_DEVICES counts; None: this process's.
     """
-    nvml = nvml or (_load_nvml() if smi is None else None)
+    nvml = nvml or (load_nvml() if smi is None else None)
     smi = smi or _run_smi
     environ = os.environ if environ is None else environ
     try:
@@ -193,8 +194,8 @@ def _is_number(word: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", word) is not None
 
 
-def _load_nvml() -> Nvml | None:
-    """`pynvml`: nvidia-ml-py's, else the copy in vLLM's wheel, which can be loaded alone."""
+def load_nvml() -> Nvml | None:
+    """Load `pynvml`: nvidia-ml-py's, else the copy in vLLM's wheel, which can be loaded alone."""
     try:
         found: Any = importlib.import_module("pynvml")
     except ImportError:

@@ -91,6 +91,8 @@ def _figures(sample: Mapping[str, Any]) -> str:
         figures.append(f"{sample['num_replicas_up']}/{sample['num_replicas']} replicas")
     if sample["kv_cache_usage"] is not None:
         figures.append(f"KV {sample['kv_cache_usage']:.0%}")
+    if sample["gpu_busy"] is not None:
+        figures.append(f"GPU {sample['gpu_busy']:.0%}")
     if sample["num_errors"]:
         figures.append(f"{sample['num_errors']:,} errors")
     return ", ".join(figures)

@@ -208,6 +208,9 @@ class EngineStats:
     """Those of unfinished requests too."""
     max_num_batched_tokens: int | None = None
     """Tokens that one step takes at most."""
+    gpu_busy: float | None = field(default=None, compare=False)
+    """Share of time in which its GPUs worked, 0 to 1, for whomever: it changes though all else of a
+    hanging engine stands still, and does not count as a change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ _STATS_SCHEMA = pa.schema(
         ("num_running", pa.int64()),
         ("num_waiting", pa.int64()),
         ("kv_cache_usage", pa.float64()),
+        ("gpu_busy", pa.float64()),
         ("num_preemptions", pa.int64()),
         ("memory_mib", pa.float64()),
         ("replica", pa.int64()),  # Null: the whole run.

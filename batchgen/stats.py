@@ -164,6 +164,7 @@ class RunStats:
             "num_running": engine.num_running,
             "num_waiting": engine.num_waiting,
             "kv_cache_usage": engine.kv_cache_usage,
+            "gpu_busy": engine.gpu_busy,
             "num_preemptions": engine.num_preemptions,
         }
 

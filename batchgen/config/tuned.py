@@ -81,7 +81,7 @@ def key_of(job: JobConfig, folder: Path, device: str) -> dict[str, Any]:
     Returns:
         Strings and numbers; None for what is as it is by default, which the file leaves out.
     """
-    name = job.model.name
+    name, share = job.model.name, job.run.gpus_per_replica
     if Path(name).is_absolute():
         name = os.path.relpath(name, folder.resolve())
     return {
@@ -89,6 +89,7 @@ def key_of(job: JobConfig, folder: Path, device: str) -> dict[str, Any]:
         "model": name,
         "revision": job.model.revision or "",
         "tensor_parallel_size": job.model.tensor_parallel_size or 1,
+        "gpus_per_replica": str(share) if share is not None and share < 1 else None,
         "device": device,
         **{name: _key_value(value_of(job, name), usual) for name, usual in _DEPENDS.items()},
         "num_loras": len(job.model.lora) or None,

@@ -20,10 +20,9 @@ from batchgen.doctor.model import Model, read_model
 from batchgen.doctor.replicas import check_replicas
 from batchgen.doctor.report import Report
 from batchgen.doctor.software import check_device, check_versions
-from batchgen.engine.settings import llm_kwargs
+from batchgen.engine.settings import gpus_of, llm_kwargs
 from batchgen.errors import BatchgenError
 from batchgen.executor.refusals import refuse_foreign
-from batchgen.forecast.cost import gpus_of
 from batchgen.forecast.tokens import max_model_len
 from batchgen.model_files import ModelFiles
 

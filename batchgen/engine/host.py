@@ -24,12 +24,15 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.collector import collect_rarely
 from batchgen.engine.encoder import one_line
 from batchgen.engine.faulty import echo_engine
+from batchgen.engine.gpu_load import GpuLoad
+from batchgen.engine.settings import gpus_of, is_cpu_build
 from batchgen.errors import BatchgenError, ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ class Host:
         self._closing = False
         self._is_ready = False
         self._stats_at = 0.0
+        self._load = GpuLoad(0)
 
     def serve(self, spec: EngineSpec) -> None:
         """Run until told to close.
@@ -78,6 +82,8 @@ class Host:
             BatchgenError: The engine did not start, or died.
         """
         engine = build_engine(spec)
+        is_cpu = spec.backend == "echo" or is_cpu_build()
+        self._load = GpuLoad(gpus_of(spec.model_kwargs, is_cpu=is_cpu))
         receiver = threading.Thread(target=self._receive, args=(engine,), daemon=True)
         receiver.start()
         self._report(engine)  # One that is up at once should be known to be before it can die.
@@ -119,7 +125,7 @@ class Host:
             collect_rarely(freeze=True)
             self.send("ready", engine.facts, engine.capacity)
         elif now - self._stats_at >= STATS_S:
-            self.send("stats", engine.stats)
+            self.send("stats", replace(engine.stats, gpu_busy=self._load.busy))
             self._stats_at = now
 
 

@@ -62,6 +62,23 @@ def is_cpu_build() -> bool:
         return True
 
 
+def gpus_of(engine: Mapping[str, Any], *, is_cpu: bool) -> int:
+    """How many GPUs an engine with these keywords holds.
+
+    Args:
+        engine: Keywords of vLLM's `LLM(...)`.
+        is_cpu: It runs on none.
+    """
+    if is_cpu:
+        return 0
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    num = 1
+    for name in sizes:
+        size = engine.get(name)
+        num *= size if isinstance(size, int) and size > 0 else 1
+    return num
+
+
 def prepare_environment(*, is_cpu: bool) -> None:
     """Set what vLLM and torch read from the environment; what the user has set stays.
 

@@ -16,6 +16,7 @@ comes out is read in `vllm_answers`; these three and no others import vLLM.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from array import array
@@ -28,6 +29,7 @@ from batchgen.engine.base import failed, unknown_adapter
 from batchgen.engine.encoder import ChatStyle, Encoder, one_line
 from batchgen.engine.images import render_images
 from batchgen.engine.settings import is_cpu_build, llm_kwargs, prepare_environment
+from batchgen.engine.turns import turn_file, turn_to_start
 from batchgen.engine.vllm_answers import (
     AnswerReader,
     ParserError,
@@ -187,7 +189,8 @@ class VllmEngine:
         prime_with_prompt_ends()
         kwargs = {**llm_kwargs(spec, is_cpu=self._is_cpu), "structured_outputs_config": config}
         try:
-            llm = llm_type(**kwargs)
+            with turn_to_start(None if self._is_cpu else turn_file(os.environ)):
+                llm = llm_type(**kwargs)
             kept = splitter.params if splitter is not None else {}
             self._sampling = Sampling({**kept, **job_fields(llm, spec)})
             self._reader = AnswerReader(*tokens_of(llm, spec), splitter)

@@ -23,6 +23,12 @@ def is_fleet(job: JobConfig) -> bool:
     return job.run.replicas != 1 or job.run.ray_address is not None
 
 
+def engine_gpus(job: JobConfig) -> int:
+    """How many GPUs one engine is spread over, if it is for GPUs."""
+    pipeline = int(job.model.engine.get("pipeline_parallel_size", 1))
+    return (job.model.tensor_parallel_size or 1) * pipeline
+
+
 def needs_of(job: JobConfig) -> Needs:
     """What a replica takes.
 
@@ -31,7 +37,7 @@ def needs_of(job: JobConfig) -> Needs:
     """
     run, model = job.run, job.model
     num_gpus = run.gpus_per_replica
-    size = (model.tensor_parallel_size or 1) * int(model.engine.get("pipeline_parallel_size", 1))
+    size = engine_gpus(job)
     if num_gpus is None:
         has_gpus = model.backend == "vllm" and not is_cpu_build()
         num_gpus = float(size) if has_gpus else 0.0
@@ -41,6 +47,10 @@ def needs_of(job: JobConfig) -> Needs:
     elif 0 < num_gpus < size:
         problem = f"expected {size}, tensor_parallel_size x pipeline_parallel_size"
         problem = None if size == 1 else problem
+    memory = model.gpu_memory_utilization
+    if memory is not None and 0 < num_gpus < 1 and run.replicas != 1 and memory > num_gpus:
+        told = f"so that each takes {memory:g} of a GPU's memory"
+        problem = f"but model.gpu_memory_utilization is set, {told}; leave it out"
     if problem is not None:
         raise ConfigError(_WHERE, [f"gpus_per_replica = {num_gpus:g}, {problem}"])
     return Needs(run.cpus_per_replica, num_gpus)

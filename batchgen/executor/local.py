@@ -24,7 +24,7 @@ from batchgen.engine.start import StartEngine, start_engine
 from batchgen.errors import BatchgenError, BusyError, ExitCode, FencedError, GateError, StorageError
 from batchgen.executor.computing import Computation
 from batchgen.executor.context import Notes, RunContext
-from batchgen.executor.crews import is_fleet, needs_of, ray_crew, share_gpu
+from batchgen.executor.crews import engine_gpus, is_fleet, needs_of, ray_crew, share_gpu
 from batchgen.executor.lock import RunLock
 from batchgen.executor.moment import Moment, look_at_run
 from batchgen.executor.nights import decide
@@ -291,7 +291,8 @@ class LocalRun:
         is_one = isinstance(context.engine, LazyEngine)
         if not self._publishes or self.death is not None or not is_one:
             return
-        way = Way(job.run.max_in_flight, job.sampling.n, context.engine.capacity)
+        num_gpus, capacity = engine_gpus(job), context.engine.capacity
+        way = Way(job.run.max_in_flight, job.sampling.n, capacity, num_gpus)
         for text in advise(context.log.samples, context.engine.facts, way):
             context.notes.add(text)
             sys.stderr.write(f"batchgen: {text}\n")

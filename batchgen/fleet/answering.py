@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     from batchgen.runner import StopSwitch
     from batchgen.stages import Feeder
 
-_FIRST_CAPACITY = 1024
-"""Of an engine that is not up: enough for a start."""
 _PACKS_AHEAD_ROWS = 8192
 _COMMIT_GRACE_S = 30.0
 _OUTLOOK_S = 0.1
@@ -219,22 +217,23 @@ class Answering:
             now_s = self._clock()
             for member in ready:
                 if not member.is_exchanging:  # Else its orders would wait, and grow old.
-                    self._lease_to(member, pace.rows_for(_pace(member, now_s), outlook))
+                    self._lease_to(member, pace.rows_for(member.pace(now_s), outlook))
 
     def _look_at(self, ready: Sequence[Member]) -> pace.Outlook:
         """The fleet as it is, or was a moment ago: hundreds of workers are dear to look at."""
         now_s, before = self._clock(), self._outlook
         if before is not None and len(ready) == self._num_seen and now_s < self._look_again_s:
             return before
-        paces = [_pace(member, now_s) for member in ready]
-        outlook = pace.outlook(paces, self._book.num_pending + self._num_unpacked())
+        paces = [member.pace(now_s) for member in ready]
+        num_pending = self._book.num_pending + self._num_unpacked()
+        outlook = pace.outlook(paces, num_pending, self._roster.num_expected)
         self._outlook, self._num_seen = outlook, len(ready)
         # Before a speed is known, the next worker to tell one would seem to have time for ever.
         self._look_again_s = now_s + (_OUTLOOK_S if outlook.mean_rate else 0.0)
         if outlook.is_held_up:
             self._outlook = None
             for member, one in zip(ready, paces, strict=True):
-                if not one.is_working and one.backlog:
+                if not one.is_up and one.backlog:
                     reason = "its engine is not up, and nothing but its rows is left to do"
                     self._give_up(member, reason, has_died=False)
         return outlook
@@ -336,12 +335,3 @@ class Answering:
         self._settling.close(member, reason, has_died=has_died)
         if self._is_packed:  # Whoever gets its rows may not see the input.
             self._pack(self._book.withdraw())
-
-
-def _pace(member: Member, now_s: float) -> pace.Pace:
-    look = member.look
-    assert look is not None  # noqa: S101 - it is up
-    is_up = look.facts is not None
-    member.meter.note(now_s, look.num_ended)
-    capacity = max(look.capacity, 0 if is_up else _FIRST_CAPACITY)
-    return pace.Pace(member.backlog, capacity, member.meter.rate, is_up)

@@ -170,16 +170,16 @@ class Board:
     def whole(self, now_s: float) -> dict[str, Any]:
         """The run: `RunStats.sample` with the sums of all engines, and how many replicas are up.
 
-        `kv_cache_usage` is the mean over the engines that tell it.
+        `kv_cache_usage` and `gpu_busy` are means over the engines that tell them.
         """
         places = self._places.values()
         looks = [place.worker.look for place in places if place.worker.look is not None]
         engines = [look.engine for look in looks if look.facts is not None]
-        usages = [one.kv_cache_usage for one in engines if one.kv_cache_usage is not None]
         engine = EngineStats(
             num_running=_sum(one.num_running for one in engines),
             num_waiting=_sum(one.num_waiting for one in engines),
-            kv_cache_usage=statistics.fmean(usages) if usages else None,
+            kv_cache_usage=_mean(one.kv_cache_usage for one in engines),
+            gpu_busy=_mean(one.gpu_busy for one in engines),
             num_preemptions=_sum(one.num_preemptions for one in engines),
         )
         num_in_flight = sum([look.num_in_flight for look in looks])
@@ -225,6 +225,7 @@ def _row(place: _Place, now_s: float) -> dict[str, Any]:
         "num_running": engine.num_running,
         "num_waiting": engine.num_waiting,
         "kv_cache_usage": engine.kv_cache_usage,
+        "gpu_busy": engine.gpu_busy,
         "num_preemptions": engine.num_preemptions,
         "restarts": place.restarts,
         "memory_mib": look.memory_mib if look is not None else None,
@@ -239,6 +240,12 @@ def _counts(look: Look) -> Counts:
 
 def _new(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
     return {name: num - before.get(name, 0) for name, num in now.items() if num != before.get(name)}
+
+
+def _mean(known: Iterable[float | None]) -> float | None:
+    """None where nobody knows."""
+    found = [one for one in known if one is not None]
+    return statistics.fmean(found) if found else None
 
 
 def _sum(known: Iterable[int | None]) -> int | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from batchgen import __version__
 from batchgen.errors import ConfigError, EngineDeadError
 from batchgen.fleet.messages import Badge, Gone, StartEngine
-from batchgen.fleet.pace import Meter
+from batchgen.fleet.pace import Meter, Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,10 @@ _REPORT_S = 0.25
 _REPORTS_A_SECOND = 250.0
 """Of all workers together, while nothing happens: a report costs the driver about a millisecond."""
 _LOOK_FOR_ROOM_S = 5.0
+_FIRST_CAPACITY = 1024
+"""Of an engine that is not up: enough for a start."""
+_SOON_S = 60.0
+"""Within it a worker that was hired is heard of, or waits for room that it may never get."""
 _ROWS_A_REPLICA = 16
 """For less it is not worth starting an engine beside another."""
 
@@ -45,6 +49,7 @@ class Member:
 
     number: int
     replica: int
+    hired_s: float
     look: Look | None = None
     """None until it is up."""
     orders: list[Order] = field(default_factory=list)
@@ -71,6 +76,19 @@ class Member:
         """Be told anew what to work on."""
         self.is_begun = self.sees_input = False
         self.passed.clear()
+
+    def pace(self, now_s: float) -> Pace:
+        """How it gets on; it has been heard of."""
+        look = self.look
+        assert look is not None  # noqa: S101 - see above
+        if look.facts is None:
+            # Rows that need no engine tell nothing of its speed. It will hold what runs, what
+            # waits for that inside vLLM, and some more.
+            capacity = max(look.capacity, _FIRST_CAPACITY)
+            return Pace(self.backlog, capacity, 0.0, is_up=False, num_slots=capacity // 3)
+        self.meter.note(now_s, look.num_ended)
+        num_slots = min(look.facts.max_num_seqs, look.capacity)
+        return Pace(self.backlog, look.capacity, self.meter.rate, is_up=True, num_slots=num_slots)
 
     @property
     def is_at_work(self) -> bool:
@@ -129,6 +147,7 @@ class Roster:
         self._places: dict[int, _Place] = {}
         self._num_hired = 0
         self._room_at_s = 0.0
+        self._num_room = 0
         self._last_trouble = ""
         self._max_silent_s = min(MAX_SILENT_S, job.run.stall_s)
         self.is_starting_engines = False
@@ -149,6 +168,13 @@ class Roster:
     def num_replicas(self) -> int:
         """Places that are filled, or will be soon."""
         return sum(not place.is_resting for place in self._places.values())
+
+    @property
+    def num_expected(self) -> int:
+        """Workers that have been heard of, or will be soon, as far as there is room."""
+        now_s = self._clock()
+        soon = [one.look is not None or now_s - one.hired_s < _SOON_S for one in self.members]
+        return min(sum(soon), self._num_room)
 
     def begin(self, num_rows: int) -> None:
         """A task of so many rows begins: nobody knows of it yet."""
@@ -181,6 +207,7 @@ class Roster:
     def _open_places(self) -> None:
         replicas = self._job.run.replicas
         places = self._crew.places()
+        self._num_room = places.num_now
         wanted = places.num_now if replicas == "auto" else replicas
         wanted = min(wanted, self.max_replicas or wanted)
         if not self._places and self._job.run.ray_address is None:
@@ -209,7 +236,7 @@ class Roster:
 
     def _hire(self, place: _Place) -> None:
         self._num_hired += 1
-        member = Member(self._num_hired, place.replica)
+        member = Member(self._num_hired, place.replica, self._clock())
         place.member, place.is_resting = member, False
         if self.is_starting_engines:
             member.orders.append(StartEngine())

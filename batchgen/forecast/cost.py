@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from batchgen.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from batchgen.forecast.past import PastRun
 
 RATE, PRICE = "--rate", "--gpu-cost"
@@ -172,20 +170,3 @@ def estimate(
         num_gpus=num_gpus,
         price=price,
     )
-
-
-def gpus_of(engine: Mapping[str, Any], *, is_cpu: bool) -> int:
-    """How many GPUs an engine with these keywords holds.
-
-    Args:
-        engine: Keywords of vLLM's `LLM(...)`.
-        is_cpu: It runs on none.
-    """
-    if is_cpu:
-        return 0
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    num = 1
-    for name in sizes:
-        size = engine.get(name)
-        num *= size if isinstance(size, int) and size > 0 else 1
-    return num

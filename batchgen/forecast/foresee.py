@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen import planning
+from batchgen.engine.settings import gpus_of
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.executor.lock import RunLock
 from batchgen.executor.options import RunOptions
@@ -126,7 +127,7 @@ def _estimate(
 ) -> cost.Estimate | None:
     work = cost.Work(found.num_to_compute, found.prompt_tokens, found.max_output_tokens)
     is_cpu = spec.backend == "echo" or (past is not None and past.device == "cpu")
-    num_gpus = cost.gpus_of(spec.model_kwargs, is_cpu=is_cpu)
+    num_gpus = gpus_of(spec.model_kwargs, is_cpu=is_cpu)
     return cost.estimate(work, options.rate, past, num_gpus, options.price)
 
 

@@ -9,7 +9,9 @@ engine's start is left out, for both. `LLM.chat` gets rows that are in memory al
 its answers there. Each repetition has a system prompt of its own, so that none finds the prefix
 cache of another. Repetition 0 is there to warm up: a few rows, shown, not counted.
 
-Works: see `works`. `prefix/N` and `tail` compare batchgen with itself, in the input's order.
+Works: see `works`. `prefix/N` and `tail` compare batchgen with itself, in the input's order. With
+`--fresh` each of batchgen's runs starts its own engine, as it does at night, and is timed from the
+moment when that is up: what is read and sorted meanwhile is not counted.
 Prints one JSON line a repetition, then a table of ratios.
 """
 
@@ -73,11 +75,14 @@ class KeptEngine(SupervisedEngine):
 class Product:
     """batchgen, with one engine for all its runs."""
 
-    def __init__(self, model: Path, options: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, model: Path, options: dict[str, Any], folder: Path, *, is_fresh: bool = False
+    ) -> None:
         own = {key: value for key, value in options.items() if key in KEYS}
         rest = {key: value for key, value in options.items() if key not in KEYS}
         self._model = {"name": str(model), **own, "engine": {**rest, **LOADING}}
         self._folder = folder
+        self.is_fresh = is_fresh
         self._kept: KeptEngine | None = None
 
     def run(self, work: Work, system: str, order: str) -> dict[str, Any]:
@@ -109,8 +114,10 @@ class Product:
         assert summary.published_s is not None
         published_s = time.monotonic() - started - (summary.elapsed_s - summary.published_s)
         run = summary.run
+        if self.is_fresh:
+            self.end()
         return {
-            "seconds": published_s,
+            "seconds": published_s - (run["ready_after_s"] if self.is_fresh else 0.0),
             "ok": summary.num_ok,
             "errors": summary.num_errors,
             "output_tokens": run["num_output_tokens"],
@@ -133,6 +140,7 @@ class Product:
         """Free the GPU."""
         if self._kept is not None:
             self._kept.end()
+            self._kept = None
 
 
 class Rival:
@@ -212,7 +220,8 @@ def main() -> None:
         options = _options(args)
         model = args.model or make_model(folder / "model", args.shape, args.tokenizer)
         if args.only != "chat":
-            _time_product(Product(model, options, folder), jobs, args.repeats, figures)
+            product = Product(model, options, folder, is_fresh=args.fresh)
+            _time_product(product, jobs, args.repeats, figures)
         against = [work for work in jobs if not work.name.startswith(ITSELF)]
         if against and args.only != "batchgen":
             _time_rival(Rival(model, options), against, args, figures)
@@ -231,6 +240,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _time_product(product: Product, jobs: list[Work], repeats: int, figures: Figures) -> None:
     for work, number, system in _repeated(jobs, repeats):
+        if product.is_fresh and not number:
+            continue  # There is nothing that would stay warm.
         figures.note(work, "batchgen", number, product.run(work, system, "auto"))
         if work.name.startswith(ITSELF):
             plain = product.run(work, f"Again. {system}", "input")
@@ -258,6 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, help="instead of vLLM's own")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=["batchgen", "chat"], help="one of the two")
+    parser.add_argument("--fresh", action="store_true", help="an engine for each run of batchgen")
     parser.add_argument("--log", type=Path, help="JSONL to keep the figures in, and to go on with")
     parser.add_argument("--chunk", type=int, default=256, help="0: no chunks")
     return parser.parse_args()

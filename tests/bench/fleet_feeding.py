@@ -4,8 +4,9 @@
         --gpus-per-replica 1 --tokenizer DIR --prompts FILE --repeats 3
 
 Times are as in `feeding`: from the start of a run to the moment when its snapshot can be read, with
-engines that are up: workers and their engines are kept from run to run. `--gpus-per-replica 0.5`
-puts two replicas on one GPU. Prints one JSON line a run, then medians and ratios.
+engines that are up: workers and their engines are kept from run to run, as many as the largest
+number asks for; a run with fewer leaves the others idle. `--gpus-per-replica 0.5` puts two replicas
+on one GPU. Prints one JSON line a run, then medians and ratios.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import polars as pl
+
 from batchgen.api import load
 from batchgen.devices import device_name
 from batchgen.engine.settings import is_cpu_build
@@ -28,6 +31,7 @@ from batchgen.executor.local import LocalRun
 from batchgen.executor.ray import RayCrew
 from batchgen.fleet.messages import Report, StartEngine
 from batchgen.fleet.replica import Replica
+from batchgen.names import STATE
 from batchgen.runner import StopSwitch
 from tests.bench import works
 from tests.bench.feeding import KEYS, LOADING, TEMPERATURE, KeptEngine, _repeated, _work
@@ -153,30 +157,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = args.model or make_model(folder / "model", args.shape, args.tokenizer)
-        for num_replicas in args.replicas:
-            crew: KeptCrew | None = None
+        crew: KeptCrew | None = None
 
-            def kept(job: JobConfig, num: int = num_replicas) -> KeptCrew:
-                nonlocal crew
-                crew = crew or KeptCrew(job, num)
-                return crew
+        def kept(job: JobConfig) -> KeptCrew:
+            nonlocal crew
+            crew = crew or KeptCrew(job, max(args.replicas))
+            return crew
 
-            for work, number, system in _repeated(jobs, args.repeats):
-                figures = _run(args, model, work, system, num_replicas, kept, folder / "run")
+        for work, number, system in _repeated(jobs, args.repeats):
+            for num_replicas in sorted(args.replicas, reverse=True):  # All start with the first.
+                own = f"By {num_replicas}. {system}"  # Not in the prefix cache.
+                figures = _run(args, model, work, own, num_replicas, kept, folder / "run")
                 entry = {"work": work.name, "replicas": num_replicas, "repeat": number}
                 print(json.dumps({**entry, **figures}), flush=True)
                 if number:
                     seen.setdefault((work.name, num_replicas), []).append(figures["seconds"])
-            assert crew is not None
-            crew.end()
+        assert crew is not None
+        crew.end()
     import vllm
 
     print(f"{device_name()}, vllm {vllm.__version__}, Python {platform.python_version()}")
+    fewest = min(args.replicas)
     for (work_name, num_replicas), times in seen.items():
         median = statistics.median(times)
-        alone = statistics.median(seen[work_name, args.replicas[0]])
+        alone = statistics.median(seen[work_name, fewest])
         told = " ".join(f"{seconds:.1f}" for seconds in times)
-        ratio = f"{alone / median:.2f}x as fast as {args.replicas[0]}"
+        ratio = f"{alone / median:.2f}x as fast as {fewest}"
         print(f"{work_name}: {num_replicas} replicas  median {median:.1f} s  ({told})  {ratio}")
 
 
@@ -233,8 +239,15 @@ def _run(  # noqa: PLR0917 - a bench
         "errors": summary.num_errors,
         "output_tokens": summary.run["num_output_tokens"],
         "cached_tokens": summary.run["num_cached_tokens"],
+        "rows_by_replica": _rows_by_replica(folder / "out" / STATE / "runs"),
         "warnings": summary.warnings,
     }
+
+
+def _rows_by_replica(runs: Path) -> list[int]:
+    (path,) = runs.glob("*/stats.parquet")
+    lines = pl.read_parquet(path).drop_nulls("replica").group_by("replica").last()
+    return lines.sort("replica")["num_ok"].to_list()
 
 
 def _arguments() -> argparse.Namespace:

@@ -61,7 +61,10 @@ class Member:
     def pace(self) -> Pace:
         assert self.look is not None
         backlog = max(0, self.num_leased - self.look.num_ended)
-        return Pace(backlog, self.look.capacity, self.meter.rate, self.look.facts is not None)
+        facts, capacity = self.look.facts, self.look.capacity
+        is_up = facts is not None
+        num_slots = facts.max_num_seqs if facts is not None else max(1, capacity // 3)
+        return Pace(backlog, capacity, self.meter.rate if is_up else 0.0, is_up, num_slots)
 
     def num_begun(self, now_s: float) -> int:
         """Unsettled rows that it may have begun, at most."""
@@ -136,14 +139,17 @@ class Drive:
 
     def outlook(self) -> Outlook:
         now_s = self.crew.now_s
-        if self._outlook is None or now_s - self._outlook_at_s >= OUTLOOK_S:
+        before = self._outlook
+        is_known = before is not None and before.mean_rate > 0  # As the driver looks.
+        if before is None or not is_known or now_s - self._outlook_at_s >= OUTLOOK_S:
             heard = [member.pace() for member in self.members.values() if member.look is not None]
-            self._outlook, self._outlook_at_s = outlook(heard, self.book.num_pending), now_s
+            found = outlook(heard, self.book.num_pending, len(self.members))
+            self._outlook, self._outlook_at_s = found, now_s
         return self._outlook
 
     def fire_idlers(self) -> None:
         for number, member in list(self.members.items()):
-            if member.look is not None and not member.pace().is_working:
+            if member.look is not None and not member.pace().is_up:
                 self.crew.fire(number)
                 self.book.take_back(number, has_died=False)
                 del self.members[number]

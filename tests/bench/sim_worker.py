@@ -58,6 +58,8 @@ class EngineKind:
     """From hiring to the first row."""
     sigma: float
     """Of the lognormal time that rows take."""
+    holds: int = 0
+    """Rows that it wants to hold, if more than its capacity."""
 
     def row_times(self) -> Callable[[int], float]:
         """Seconds that a row takes, by its number: long ones are long everywhere."""
@@ -212,7 +214,7 @@ class SimWorker:
             host="paper",
             pid=self.number,
             facts=facts if self.now_s >= self.up_s else None,
-            capacity=self.kind.capacity,
+            capacity=self.kind.holds or self.kind.capacity,
             num_in_flight=len(self.slots),
             engine=EngineStats(len(self.slots), 0, 0.5, 0),
             num_ok=self.num_ended,

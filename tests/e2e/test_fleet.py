@@ -18,11 +18,11 @@ from tests.crews import ThreadCrew
 from tests.e2e.support import published, write_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from batchgen.config.model import JobConfig
-    from batchgen.fleet.messages import Report
+    from batchgen.fleet.messages import Gone, Report
 
 ROWS = 1600
 SLOW = {"max_num_seqs": 64, "step_s": 0.02, "max_steps": 8}
@@ -69,6 +69,34 @@ def test_three_replicas_publish_what_one_publishes(
     assert summary.exit_code == 0
     assert published(tmp_path / "out") == expected
     assert summary.run["num_ok"] == sum(row["gen_status"] == "ok" for row in expected)
+
+
+class LateCrew(ThreadCrew):
+    """The second worker is heard of only once the first has rows."""
+
+    def __init__(self, job: JobConfig) -> None:
+        super().__init__(job)
+        self._held: list[tuple[int, Report | Gone]] = []
+
+    def wait(self, timeout_s: float) -> Sequence[tuple[int, Report | Gone]]:
+        news = [*self._held, *super().wait(timeout_s)]
+        is_early = not self.leases.get(1)
+        self._held = [one for one in news if one[0] == 2] if is_early else []
+        return [one for one in news if one not in self._held]
+
+
+def test_who_is_heard_of_first_does_not_take_a_whole_small_job(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 400)
+    crews: list[LateCrew] = []
+
+    def make(job: JobConfig) -> LateCrew:
+        crews.append(LateCrew(job))
+        return crews[0]
+
+    assert run(tables(tmp_path, run={"replicas": 2}), make).exit_code == 0
+    first, second = (crews[0].leases[number] for number in (1, 2))
+    assert sum(len(rows) for rows in first[0].rows.values()) == 100  # Half of its share.
+    assert second
 
 
 def test_rows_of_workers_that_die_are_done_by_others_and_once(

@@ -23,6 +23,7 @@ def samples(num=40, every_s=5.0, **changes):
         "num_running": 250,
         "num_waiting": 260,
         "kv_cache_usage": 0.7,
+        "gpu_busy": 0.98,
         "num_preemptions": 0,
         "num_in_flight": 1536,
         "num_ok": lambda s: int(100 * s),
@@ -53,6 +54,25 @@ def test_a_preemption_storm_says_how_many_rows_fit():
 def test_a_few_preemptions_are_no_storm():
     run = samples(kv_cache_usage=0.99, num_preemptions=lambda s: int(5 * s))
     assert advise(run, FACTS, WAY) == []
+
+
+def test_a_gpu_that_waits_for_a_full_engine_is_told():
+    waits = samples(gpu_busy=0.55)
+    (text,) = advise(waits, FACTS, WAY)
+    assert "the GPU worked 55% of the time though the engine had its fill" in text
+    assert "run.replicas = 2 with run.gpus_per_replica = 0.5" in text
+    assert advise(waits, replace(FACTS, device="cpu"), WAY) == []
+    assert advise(waits, FACTS, WAY._replace(num_gpus=2)) == []
+    assert advise(waits, FACTS, WAY._replace(num_engines=2, capacity=1)) == []
+    assert advise(samples(num=20, gpu_busy=0.55, every_s=1.0), FACTS, WAY) == []
+    assert advise(samples(gpu_busy=None), FACTS, WAY) == []
+    assert advise(samples(gpu_busy=lambda s: 0.55 if s < 80 else 0.9), FACTS, WAY) == []
+
+
+def test_an_idle_engine_is_told_before_its_idle_gpu():
+    run = samples(num_running=64, num_waiting=0, num_in_flight=1088, gpu_busy=0.3)
+    (text,) = advise(run, FACTS, WAY._replace(max_in_flight=64, capacity=1088))
+    assert "run.max_in_flight = 64" in text
 
 
 def test_a_window_that_is_too_small_is_named():

@@ -404,6 +404,7 @@ def test_no_completion_and_no_change_for_stall_s_is_a_death():
     lab.steps(1)
     assert lab.engine.num_deaths == 0
     lab.clock.advance(1)
+    lab.built[0].stats = EngineStats(num_steps=1, gpu_busy=0.7)  # Another job's work on its GPU.
     lab.steps(1)
     assert lab.deaths[0].reason.startswith("the engine hangs: no row finished, nothing changed")
     assert lab.built[0].is_closed

@@ -20,7 +20,9 @@ from batchgen.runlog import RunLog
 from batchgen.stats import RunStats
 from tests.fakes import FACTS, FakeClock
 
-BUSY = EngineStats(num_running=4, num_waiting=2, kv_cache_usage=0.5, num_preemptions=1)
+BUSY = EngineStats(
+    num_running=4, num_waiting=2, kv_cache_usage=0.5, num_preemptions=1, gpu_busy=0.6
+)
 
 
 def look(num_ok=0, num_errors=0, num_skipped=0, **changes) -> Look:
@@ -184,6 +186,7 @@ def test_a_row_tells_what_a_replica_does(board, stats, clock):
         "num_running": 4,
         "num_waiting": 2,
         "kv_cache_usage": 0.5,
+        "gpu_busy": 0.6,
         "num_preemptions": 1,
         "restarts": 0,
         "memory_mib": 300.0,
@@ -217,7 +220,7 @@ def test_a_run_without_looks_has_no_figures_of_engines(board, stats):
 
 def test_the_whole_has_sums_and_the_mean_of_the_caches_that_are_known(board, stats):
     board.note(1, 1, look(1))
-    board.note(2, 2, look(1, engine=EngineStats(10, 20, 0.9, 3)))
+    board.note(2, 2, look(1, engine=EngineStats(10, 20, 0.9, 3, gpu_busy=1.0)))
     board.note(3, 3, look(0, engine=EngineStats()))
     board.note(4, 4, look(0, facts=None, num_in_flight=0, engine=BUSY))
     board.note(5, 5, look(5))
@@ -226,6 +229,7 @@ def test_the_whole_has_sums_and_the_mean_of_the_caches_that_are_known(board, sta
     assert (whole["num_ok"], whole["num_in_flight"]) == (2, 18)
     assert (whole["num_running"], whole["num_waiting"], whole["num_preemptions"]) == (14, 22, 4)
     assert whole["kv_cache_usage"] == pytest.approx(0.7)
+    assert whole["gpu_busy"] == pytest.approx(0.8)
     assert (whole["num_replicas"], whole["num_replicas_up"], whole["restarts"]) == (5, 3, 1)
 
 

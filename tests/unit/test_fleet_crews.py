@@ -66,6 +66,19 @@ def test_gpus_that_cannot_be_had_so_are_refused(
         needs_of(fakes.job(run={"gpus_per_replica": gpus}, model=model))
 
 
+def test_replicas_that_share_a_gpu_cannot_have_most_of_its_memory_each() -> None:
+    model = {"backend": "vllm", "name": "m", "gpu_memory_utilization": 0.9}
+    job = fakes.job(run={"gpus_per_replica": 0.5, "replicas": 2}, model=model)
+    with pytest.raises(ConfigError, match=r"each takes 0\.9 of a GPU's memory; leave it out"):
+        needs_of(job)
+    alone = fakes.job(run={"gpus_per_replica": 0.5, "replicas": 1}, model=model)
+    assert needs_of(alone).num_gpus == 0.5
+    half = fakes.job(
+        run={"gpus_per_replica": 0.5, "replicas": 2}, model={**model, "gpu_memory_utilization": 0.4}
+    )
+    assert needs_of(half).num_gpus == 0.5
+
+
 def test_replicas_that_share_a_gpu_share_its_memory() -> None:
     made = fakes.job()
     assert share_gpu(made, Needs(1, 0.5)).model.gpu_memory_utilization == 0.45

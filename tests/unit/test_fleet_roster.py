@@ -9,9 +9,11 @@ import pytest
 from batchgen.errors import ConfigError, EngineDeadError
 from batchgen.fleet.crew import Places
 from batchgen.fleet.messages import Gone, StartEngine
+from batchgen.fleet.pace import Pace
 from batchgen.fleet.roster import REST_S, RETRY_WAITS_S, Member, Roster
 from tests import fakes
-from tests.fakes import FakeClock
+from tests.fakes import FACTS, FakeClock
+from tests.unit.test_fleet_board import look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +99,20 @@ def test_each_replica_gets_a_worker_with_a_number_of_its_own() -> None:
     assert office.crew.sent == {1: [StartEngine()], 2: [StartEngine()], 3: [StartEngine()]}
 
 
+def test_who_waits_for_room_is_not_expected_and_others_not_for_ever() -> None:
+    office = Office(room=2, replicas=6, ray_address="auto")
+    office.roster.care()
+    assert len(office.hired) == 6
+    assert office.roster.num_expected == 2
+    office.crew.room = 6
+    office.clock.advance(10)
+    office.roster.care()
+    assert office.roster.num_expected == 6
+    office.hired[0].look = look()
+    office.clock.advance(60)
+    assert office.roster.num_expected == 1
+
+
 def test_a_worker_that_is_gone_is_replaced_under_a_new_number() -> None:
     office = Office(replicas=2)
     office.roster.care()
@@ -175,3 +191,15 @@ def test_a_worker_that_has_committed_is_replaced_at_once_however_many_went_befor
         office.hired[-1].parts.add("a part")
         office.roster.dismiss(office.hired[-1], "it died")
     assert len(office.hired) == 3 * len(RETRY_WAITS_S)
+
+
+def test_rows_that_need_no_engine_tell_nothing_of_a_workers_speed() -> None:
+    member = Member(1, 1, 0.0, num_leased=1000)
+    for now_s in range(5):
+        member.look = look(8 * now_s, facts=None, capacity=1536)
+        assert member.pace(now_s) == Pace(1000 - 8 * now_s, 1536, 0.0, is_up=False, num_slots=512)
+    for now_s in range(5, 20):
+        member.look = look(32, facts=FACTS, capacity=1536)
+        assert member.pace(now_s).rate == 0
+    member.look = look(132, facts=FACTS, capacity=1536)
+    assert member.pace(20) == Pace(868, 1536, 100.0, is_up=True, num_slots=FACTS.max_num_seqs)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from batchgen.engine.settings import gpus_of
 from batchgen.errors import ConfigError
 from batchgen.forecast.cost import (
     Price,
     Rate,
     Work,
     estimate,
-    gpus_of,
     measured_rate,
     read_price,
     read_rate,

@@ -50,10 +50,12 @@ def test_in_a_log_there_is_a_plain_line_at_once_and_then_every_half_minute():
 def test_a_line_tells_kv_cache_errors_and_time_left_where_they_are_known():
     stream = io.StringIO()
     with Progress(2000, 0, stream=stream) as progress:
-        progress.update(sample(0.0, kv_cache_usage=0.873, num_errors=1500), 1700, 185.0)
+        progress.update(
+            sample(0.0, kv_cache_usage=0.873, gpu_busy=0.5512, num_errors=1500), 1700, 185.0
+        )
     assert lines(stream) == [
         "batchgen: 1,700/2,000 rows, 12 rows/s, 12,346 tok/s in, 679 out, 1,024 in flight, "
-        "KV 87%, 1,500 errors, 3 min 05 s left"
+        "KV 87%, GPU 55%, 1,500 errors, 3 min 05 s left"
     ]
 
 

@@ -149,6 +149,7 @@ def test_a_sample_has_these_columns():
         "num_running": 5,
         "num_waiting": 6,
         "kv_cache_usage": 0.25,
+        "gpu_busy": None,
         "num_preemptions": 1,
     }
 
