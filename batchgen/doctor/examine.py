@@ -21,7 +21,8 @@ from batchgen.doctor.replicas import check_replicas
 from batchgen.doctor.report import Report
 from batchgen.doctor.software import check_device, check_versions
 from batchgen.engine.settings import gpus_of, llm_kwargs
-from batchgen.errors import BatchgenError
+from batchgen.errors import BatchgenError, ConfigError
+from batchgen.executor.crews import is_fleet, needs_of, share_gpu
 from batchgen.executor.refusals import refuse_foreign
 from batchgen.forecast.tokens import max_model_len
 from batchgen.model_files import ModelFiles
@@ -85,7 +86,7 @@ def examine(
 
 def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | None) -> Report:
     found, findings = find_model(job.model, hub), list[Finding]()
-    local = _localized(job, found)
+    local = _shared(_localized(job, found))
     spec = planning.engine_spec(
         cast("Prepared", _Known(local, ModelFiles(str(found.folder or ""), {}))), None
     )
@@ -129,6 +130,14 @@ def _localized(job: JobConfig, found: Found) -> JobConfig:
     elif found.missing_bytes and found.folder is not None:
         changes = {"name": str(found.folder), "revision": None}
     return job.model_copy(update={"model": job.model.model_copy(update=changes)})
+
+
+def _shared(job: JobConfig) -> JobConfig:
+    """The job as its engine gets it, which may have to share a GPU with another replica's."""
+    try:
+        return share_gpu(job, needs_of(job)) if is_fleet(job) else job
+    except ConfigError:  # Told by `check_replicas`.
+        return job
 
 
 def _kwargs(spec: EngineSpec, findings: list[Finding], *, is_cpu: bool) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.doctor.findings import GIB
 from batchgen.doctor.shape import DTYPE_BYTES
+from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from batchgen.devices import Gpu
     from batchgen.doctor.shape import Shape
 
-UTILIZATION = 0.92
-"""vLLM's default: vllm/config/cache.py, CacheConfig, 0.26 to 0.33."""
 NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"})
 """Models whose numbers are too large for it: vllm/config/model.py, 0.26 to 0.33."""
 BLOCK_TOKENS = 16
@@ -105,7 +104,7 @@ def settings_of(
     return Settings(
         tensor_parallel=_whole(kwargs, "tensor_parallel_size") or 1,
         pipeline_parallel=_whole(kwargs, "pipeline_parallel_size") or 1,
-        utilization=float(kwargs.get("gpu_memory_utilization") or UTILIZATION),
+        utilization=float(kwargs.get("gpu_memory_utilization") or GPU_MEMORY_UTILIZATION),
         max_num_seqs=seqs or min(max_seqs, max_tokens),
         max_num_batched_tokens=max_tokens,
         max_model_len=max_model_len,

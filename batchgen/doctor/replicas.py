@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from batchgen.doctor.findings import Finding, ok, problem
 from batchgen.errors import ConfigError
 from batchgen.executor.crews import is_fleet, needs_of
+from batchgen.executor.ray_places import fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,9 +36,7 @@ def check_replicas(job: JobConfig, machine: Machine) -> Iterator[Finding]:
     elif not needs.num_gpus:
         yield ok("replicas", f"{replicas} on this machine, without GPUs")
     else:
-        num_gpus = len(machine.devices.gpus)
-        share = 1 / needs.num_gpus
-        room = int(num_gpus * int(share) if share > 1 else num_gpus // needs.num_gpus)
+        room = fit(needs._replace(num_cpus=0), {"GPU": len(machine.devices.gpus)})
         wanted = 1 if replicas == "auto" else replicas
         text = f"room for {room} of {needs.num_gpus:g} GPUs each, {replicas} asked for"
         if room < wanted:

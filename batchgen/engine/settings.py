@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TINY_WEIGHTS_BYTES = 64 << 20
 TINY_KV_CACHE_BYTES = 256 << 20
+GPU_MEMORY_UTILIZATION = 0.92
+"""vLLM's own default of `gpu_memory_utilization`: vllm/config/cache.py, 0.26 to 0.33."""
 MAX_LOGPROBS = 20
 """vLLM's own default of `max_logprobs`: vllm/config/model.py, 0.26 to 0.33."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

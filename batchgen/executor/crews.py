@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from batchgen.engine.settings import is_cpu_build
+from batchgen.engine.settings import gpus_of, is_cpu_build
 from batchgen.errors import ConfigError
 from batchgen.fleet.crew import Needs
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from batchgen.fleet.crew import Crew
 
 _OF_ONE = 0.9
-"""vLLM's own default of `gpu_memory_utilization`: vllm/config/cache.py, 0.26 to 0.33."""
+"""Of a GPU's memory, what all engines on it get together: a little less than vLLM gives one
+(`GPU_MEMORY_UTILIZATION`), since each takes some beyond its share, as its CUDA context."""
 _WHERE = "[run]"
 
 
@@ -25,8 +26,9 @@ def is_fleet(job: JobConfig) -> bool:
 
 def engine_gpus(job: JobConfig) -> int:
     """How many GPUs one engine is spread over, if it is for GPUs."""
-    pipeline = int(job.model.engine.get("pipeline_parallel_size", 1))
-    return (job.model.tensor_parallel_size or 1) * pipeline
+    model = job.model
+    sizes = {**model.engine, "tensor_parallel_size": model.tensor_parallel_size}
+    return gpus_of(sizes, is_cpu=False)
 
 
 def needs_of(job: JobConfig) -> Needs:
@@ -35,25 +37,26 @@ def needs_of(job: JobConfig) -> Needs:
     Raises:
         ConfigError: GPUs that cannot be had so.
     """
-    run, model = job.run, job.model
-    num_gpus = run.gpus_per_replica
-    size = engine_gpus(job)
+    num_gpus = job.run.gpus_per_replica
     if num_gpus is None:
-        has_gpus = model.backend == "vllm" and not is_cpu_build()
-        num_gpus = float(size) if has_gpus else 0.0
-    problem = None
-    if num_gpus > 1 and num_gpus != int(num_gpus):
-        problem = "expected a whole number, or less than 1"
-    elif 0 < num_gpus < size:
-        problem = f"expected {size}, tensor_parallel_size x pipeline_parallel_size"
-        problem = None if size == 1 else problem
-    memory = model.gpu_memory_utilization
-    if memory is not None and 0 < num_gpus < 1 and run.replicas != 1 and memory > num_gpus:
-        told = f"so that each takes {memory:g} of a GPU's memory"
-        problem = f"but model.gpu_memory_utilization is set, {told}; leave it out"
-    if problem is not None:
+        has_gpus = job.model.backend == "vllm" and not is_cpu_build()
+        num_gpus = float(engine_gpus(job)) if has_gpus else 0.0
+    if (problem := _misfit(num_gpus, job)) is not None:
         raise ConfigError(_WHERE, [f"gpus_per_replica = {num_gpus:g}, {problem}"])
-    return Needs(run.cpus_per_replica, num_gpus)
+    return Needs(job.run.cpus_per_replica, num_gpus)
+
+
+def _misfit(num_gpus: float, job: JobConfig) -> str | None:
+    """What is wrong with so many GPUs for a replica."""
+    size, memory = engine_gpus(job), job.model.gpu_memory_utilization
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        return "expected a whole number, or less than 1"
+    if 0 < num_gpus < size and size > 1:
+        return f"expected {size}, tensor_parallel_size x pipeline_parallel_size"
+    if memory is not None and 0 < num_gpus < memory and job.run.replicas != 1:
+        told = f"so that each takes {memory:g} of a GPU's memory"
+        return f"but model.gpu_memory_utilization is set, {told}; leave it out"
+    return None
 
 
 def share_gpu(job: JobConfig, needs: Needs) -> JobConfig:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from batchgen.config.tuned import Settings, value_of
+from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
@@ -29,8 +30,6 @@ NOISE = 0.02
 MOST_NOISE = 0.1
 STORM = 0.02
 """Preemptions a row from which the KV cache is too small for what runs at once."""
-DEFAULT_MEMORY = 0.92
-"""vLLM's `gpu_memory_utilization`: vllm/config/cache.py, 0.26 to 0.33."""
 MOST_MEMORY = 0.95
 """The rest is for what vLLM does not plan: the CUDA context, fragments, longer batches."""
 MEMORY_REACH = 0.03
@@ -197,7 +196,7 @@ class Search:
         found = self._measure
         is_short = (found.kv_cache_usage or 0) >= 0.9 or found.preemptions_per_row > STORM
         name = "gpu_memory_utilization"
-        now = self._value(name) or DEFAULT_MEMORY
+        now = self._value(name) or GPU_MEMORY_UTILIZATION
         if not self._is_gpu or not is_short or now > self._most_memory - 0.01:
             return
         is_better = yield {name: round(self._most_memory, 3)}

@@ -141,6 +141,16 @@ def test_two_gpus_share_it(job: dict[str, Any]) -> None:
     assert "32 attention heads" in (report.reason or "")
 
 
+def test_replicas_on_one_gpu_are_held_against_their_share_of_its_memory(
+    job: dict[str, Any],
+) -> None:
+    job["run"] = {**job.get("run", {}), "replicas": 2, "gpus_per_replica": 0.5}
+    shared = seen(job, machine(H100)).as_dict()["kv_cache_tokens"]
+    del job["run"]
+    job["model"]["gpu_memory_utilization"] = 0.45
+    assert shared == seen(job, machine(H100)).as_dict()["kv_cache_tokens"] < 200_000
+
+
 def test_memory_that_others_hold_is_missed(job: dict[str, Any]) -> None:
     other = GpuProcess(4711, "python3", 40 * GIB)
     taken = replace(H100, free_bytes=H100.free_bytes - 40 * GIB, processes=[other])
