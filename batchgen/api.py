@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen import history
 from batchgen.config.load import load_job, parse_job
 from batchgen.config.tuned import use_tuned
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
+from batchgen.snapshots import history
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     Raises:
         BatchgenError: Job trouble, see `batchgen.errors`; `exit_code` is what the shell gives.
     """
-    from batchgen.executor.local import LocalRun
+    from batchgen.executor.job_run import JobRun
     from batchgen.executor.options import RunOptions
     from batchgen.runner import StopSwitch
 
@@ -80,7 +80,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         max_runtime_s=max_runtime_s,
     )
     config = load(job, overrides, run_date, tuned=tuned)
-    return LocalRun(config, stop=StopSwitch(), options=options).run()
+    return JobRun(config, stop=StopSwitch(), options=options).run()
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchgen.config.model import RunConfig
     from batchgen.engine.base import Engine
     from batchgen.records import Completion, Request, Result
-    from batchgen.stats import RunStats
+    from batchgen.stats.run_stats import RunStats
 
 _IDLE_WAIT_S = 0.05
 _STEP_WAIT_S = 0.2

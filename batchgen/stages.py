@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from batchgen.admission.order import AdmissionOrder
     from batchgen.config.model import RunConfig
+    from batchgen.prompts.requests import RequestBuilder
     from batchgen.records import RowBatch
-    from batchgen.requests import RequestBuilder
 
     Passing = Callable[[Sequence[Request]], list[Request]]
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import OutputError
-from batchgen.ledger import Ledger
+from batchgen.ledger.ledger import Ledger
 from batchgen.ranges import Ranges
 from batchgen.sink.hashed import is_as_published
 from batchgen.sink.schema import ROW, SEGMENT
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from batchgen.books import Manifest, Part, Plan
+    from batchgen.ledger.books import Manifest, Part, Plan
 
 _HASH_BYTES = 2**22
 _OTHER_BYTES = "its bytes are not those that were published (sha256 differs)"

@@ -6,10 +6,10 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from batchgen import history
-from batchgen.executor.lock import RunLock
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.lock import RunLock
+from batchgen.ledger.names import STATE
+from batchgen.snapshots import history
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from batchgen.books import Plan
+    from batchgen.ledger.books import Plan
 
 
 def status(root: Path) -> dict[str, Any]:

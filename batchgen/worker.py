@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batchgen import __version__
 from batchgen.admission.order import AdmissionOrder
+from batchgen.admission.past_lengths import lengths_of
 from batchgen.answers.retries import Ladder
-from batchgen.names import PARTS
-from batchgen.past_lengths import lengths_of
-from batchgen.requests import RequestBuilder
+from batchgen.ledger.names import PARTS
+from batchgen.prompts.requests import RequestBuilder
 from batchgen.runner import Runner
 from batchgen.seeds import Seeds
 from batchgen.sink.parts import PartContext, PartWriter
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.books import Part, Plan
     from batchgen.engine.base import Engine
     from batchgen.errors import StorageError
-    from batchgen.ledger import Ledger
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Part, Plan
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.plans.planning import Prepared
     from batchgen.ranges import Ranges
     from batchgen.records import EngineFacts, Request, RowBatch
     from batchgen.stages import Fed, OpenPart, Passing
-    from batchgen.stats import RunStats
+    from batchgen.stats.run_stats import RunStats
 
 
 class Loading(Protocol):

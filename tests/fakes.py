@@ -16,9 +16,10 @@ import pyarrow as pa
 from batchgen.answers.columns import answer_columns
 from batchgen.answers.form import make_form
 from batchgen.answers.judge import Judge
-from batchgen.books import Manifest, Plan, Segment
 from batchgen.config.model import JobConfig
-from batchgen.prompts import PromptBuilder
+from batchgen.ledger.books import Manifest, Plan, Segment
+from batchgen.prompts.builder import PromptBuilder
+from batchgen.prompts.requests import RequestBuilder
 from batchgen.ranges import Ranges
 from batchgen.records import (
     Completion,
@@ -30,7 +31,6 @@ from batchgen.records import (
     Sample,
     Verdict,
 )
-from batchgen.requests import RequestBuilder
 from batchgen.seeds import Seeds
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ def test_every_option_of_a_run_reaches_it(monkeypatch) -> None:
         def run(self) -> None:
             pass
 
-    monkeypatch.setattr("batchgen.executor.local.LocalRun", Recorded)
+    monkeypatch.setattr("batchgen.executor.job_run.JobRun", Recorded)
     monkeypatch.setattr(api, "load", lambda *_, **__: None)
     for field in fields(RunOptions):
         batchgen.run("job.toml", **{field.name: f"my {field.name}"})

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from batchgen.snapshot_diff import Diff, LabelMoves
-    from batchgen.snapshots import Listed
+    from batchgen.snapshots.diff import Diff, LabelMoves
+    from batchgen.snapshots.listing import Listed
 
 _SHOWN_MOVES = 20
 _SHOWN_CHARS = 60
@@ -29,7 +29,7 @@ def snapshots(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     Example: batchgen snapshots jobs/quickstart.toml
     """
     from batchgen.api import output_of
-    from batchgen.snapshots import listed
+    from batchgen.snapshots.listing import listed
 
     root = output_of(job, overrides)
     found = listed(root)
@@ -61,8 +61,8 @@ def prune(
     Example: batchgen prune jobs/quickstart.toml --keep 7
     """
     from batchgen.api import output_of
-    from batchgen.snapshots import listed
-    from batchgen.snapshots import prune as prune_output
+    from batchgen.snapshots.listing import listed
+    from batchgen.snapshots.listing import prune as prune_output
 
     root = output_of(job, overrides)
     num_snapshots = len(listed(root))
@@ -105,7 +105,7 @@ def diff(
     Example: batchgen diff jobs/quickstart.toml 3 5 --on id
     """
     from batchgen.api import output_of
-    from batchgen.snapshot_diff import diff as diff_output
+    from batchgen.snapshots.diff import diff as diff_output
 
     if len(numbers) not in {0, 2}:
         msg = f"{len(numbers)} snapshot given, expected none or two: OLD NEW"

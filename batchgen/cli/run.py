@@ -26,8 +26,8 @@ _INTERRUPTED = "interrupted; run again to go on"
 def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
     if value is None:
         return None
-    from batchgen.deadline import parse_until
-    from batchgen.runlog import utc_now
+    from batchgen.executor.deadline import parse_until
+    from batchgen.stats.runlog import utc_now
 
     try:
         return parse_until(value, utc_now())
@@ -38,7 +38,7 @@ def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     if value is None:
         return None
-    from batchgen.deadline import parse_duration
+    from batchgen.executor.deadline import parse_duration
 
     try:
         return parse_duration(value)
@@ -106,7 +106,7 @@ def run(
     this = None
     try:
         from batchgen.api import load
-        from batchgen.executor.local import LocalRun
+        from batchgen.executor.job_run import JobRun
         from batchgen.executor.options import RunOptions
         from batchgen.runner import StopSwitch
 
@@ -114,7 +114,7 @@ def run(
         _stop_on_signals(stop)
         date = run_date.date() if run_date else None
         config = load(job, overrides, date, tuned=tuned)
-        this = LocalRun(config, stop=stop, options=RunOptions(**options))
+        this = JobRun(config, stop=stop, options=RunOptions(**options))
         summary = this.run()
     except BaseException as error:
         failed = this.summary if this is not None else None
@@ -169,7 +169,7 @@ def _stop_on_signals(stop: StopSwitch) -> None:
 
 def _told(summary: Summary, job: Path) -> str:
     """The summary that a person reads."""
-    from batchgen.progress import duration
+    from batchgen.stats.progress import duration
 
     lines = [f"warning: {text}" for text in summary.warnings]
     head = summary.state.replace("_", " ")

@@ -7,6 +7,7 @@ which is passed on as it is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -16,9 +17,8 @@ from batchgen.config.dates import today
 from batchgen.config.table import PositiveInt, Table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import date
-
-    from batchgen.config.tuned import Tuned
 
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
 PICKLE_FORMATS = frozenset({"pt", "npcache"})
@@ -270,6 +270,17 @@ class RunConfig(Table):
     metrics_file: Annotated[str, Field(min_length=1)] | None = None
     """Where to write figures of the last run for Prometheus (textfile collector, *.prom).
     Relative to the job file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A tuned file and what a run takes from it, see `batchgen.config.tuned`."""
+
+    path: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Those used: names as in vLLM -> values."""
+    note: str | None = None
+    """Why it is not used, or what of it is not."""
 
 
 class JobConfig(Table):

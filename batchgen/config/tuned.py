@@ -15,10 +15,10 @@ import os
 import stat
 import tomllib
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchgen.config.model import Tuned
 from batchgen.devices import device_name
 from batchgen.errors import OutputError
 
@@ -52,17 +52,6 @@ _DEPENDS: Mapping[str, Any] = {
 """What a job may say that decides which settings are possible and fast -> what it is by default."""
 Settings = dict[str, Any]
 """Names of `PLACES` -> values."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tuned:
-    """A tuned file and what a run takes from it."""
-
-    path: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Those used."""
-    note: str | None = None
-    """Why it is not used, or what of it is not."""
 
 
 def tuned_path(job: Path) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, cast
 
-from batchgen import planning
 from batchgen.doctor import fit, places
 from batchgen.doctor.findings import Finding, ok, problem, warning
 from batchgen.doctor.hub import HuggingFace, find_model
@@ -25,7 +24,8 @@ from batchgen.errors import BatchgenError, ConfigError
 from batchgen.executor.crews import is_fleet, needs_of, share_gpu
 from batchgen.executor.refusals import refuse_foreign
 from batchgen.forecast.tokens import max_model_len
-from batchgen.model_files import ModelFiles
+from batchgen.plans import planning
+from batchgen.plans.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from batchgen.doctor.hub import Found, Hub
     from batchgen.doctor.lengths import RowLengths
     from batchgen.doctor.machine import Machine, Probe
-    from batchgen.planning import Prepared
+    from batchgen.plans.planning import Prepared
     from batchgen.records import EngineSpec
 
 

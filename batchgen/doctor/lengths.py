@@ -18,7 +18,7 @@ from batchgen.storage import LocalStorage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from batchgen.planning import Prepared
+    from batchgen.plans.planning import Prepared
     from batchgen.records import Prompt
 
 SAMPLE_ROWS = 200

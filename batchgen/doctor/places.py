@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchgen.doctor.machine import Machine
-    from batchgen.planning import Prepared
+    from batchgen.plans.planning import Prepared
 
 LEAST_FREE_BYTES = 256 << 20
 LEAST_OPEN_FILES = 1024

@@ -9,21 +9,21 @@ from batchgen.answers.retries import final
 from batchgen.engine.base import failed
 from batchgen.executor.watch import Sight, Watch
 from batchgen.fleet.answering import Task
-from batchgen.frozen import input_changes, read_rows
-from batchgen.progress import Progress
+from batchgen.plans.frozen import input_changes, read_rows
 from batchgen.records import Request, RowError
 from batchgen.stages import OpenPart
+from batchgen.stats.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from batchgen.books import Epoch
     from batchgen.executor.commits import Commits
     from batchgen.executor.context import RunContext
     from batchgen.fleet.fleet import Fleet
     from batchgen.fleet.roster import Member
     from batchgen.known import Sieve
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Epoch
+    from batchgen.plans.planning import Prepared
     from batchgen.ranges import Ranges
     from batchgen.stages import Feeder
     from batchgen.worker import Worker

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from batchgen.books import NO_ROWS, Durable
 from batchgen.errors import BatchgenError, OutputError, StorageError
-from batchgen.matching import answered_by, is_same_reading, match, restricted
+from batchgen.ledger.books import NO_ROWS, Durable
+from batchgen.ledger.matching import answered_by, is_same_reading, match, restricted
 from batchgen.ranges import Ranges
 from batchgen.sink.answered import Source, published_sources
 from batchgen.sink.carry import Wanted, from_parts, gathered
@@ -20,12 +20,12 @@ from batchgen.stages import Committer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from batchgen.books import Base, Plan
     from batchgen.executor.commits import Commits
     from batchgen.executor.context import RunContext
-    from batchgen.ledger import Ledger
-    from batchgen.matching import Span
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Base, Plan
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.ledger.matching import Span
+    from batchgen.plans.planning import Prepared
     from batchgen.sink.carry import Piece
 
 _WAIT_S = 0.2

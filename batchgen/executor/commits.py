@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from batchgen import __version__
 
 if TYPE_CHECKING:
-    from batchgen.books import Epoch
     from batchgen.executor.context import RunContext
+    from batchgen.ledger.books import Epoch
     from batchgen.records import EngineFacts
     from batchgen.sink.carry import Piece
     from batchgen.stages import OpenPart

@@ -17,7 +17,6 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from batchgen import frozen
 from batchgen.engine.lazy import LazyEngine
 from batchgen.errors import AccountingError
 from batchgen.executor.by_fleet import FleetWork
@@ -34,16 +33,17 @@ from batchgen.executor.copies import answer_fields, copies
 from batchgen.executor.watch import Sight, Watch
 from batchgen.fleet.fleet import Fleet
 from batchgen.known import KnownKeys, Sieve
-from batchgen.progress import Progress
+from batchgen.plans import frozen
 from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes
+from batchgen.stats.progress import Progress
 from batchgen.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.books import Durable, Epoch
     from batchgen.executor.context import RunContext
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Durable, Epoch
+    from batchgen.plans.planning import Prepared
     from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
     from batchgen.stages import Feeder, OpenPart

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from batchgen.config.model import JobConfig
     from batchgen.engine.lazy import LazyEngine
     from batchgen.errors import StorageError
-    from batchgen.executor.lock import RunLock
     from batchgen.fleet.fleet import Fleet
-    from batchgen.ledger import Ledger
-    from batchgen.runlog import RunLog
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.ledger.lock import RunLock
     from batchgen.runner import StopSwitch
-    from batchgen.stats import RunStats
+    from batchgen.stats.run_stats import RunStats
+    from batchgen.stats.runlog import RunLog
     from batchgen.storage import LocalStorage
 
 _NUM_TIMES = 20

@@ -20,9 +20,9 @@ from batchgen.sink.schema import ROW, SEGMENT
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from batchgen.planning import Prepared
+    from batchgen.plans.planning import Prepared
+    from batchgen.prompts.requests import RequestBuilder
     from batchgen.records import Ordinal, RowBatch
-    from batchgen.requests import RequestBuilder
     from batchgen.sink.answered import AnsweredKeys
 
 # Rows looked up together: many, since each row group with an answer is read once for them; not

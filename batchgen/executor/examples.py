@@ -14,7 +14,7 @@ from batchgen.sink.tally import ATTEMPTS, VERDICT
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchgen.books import Durable, Plan
+    from batchgen.ledger.books import Durable, Plan
     from batchgen.storage import LocalStorage
 
 NUM_EXAMPLES = 3

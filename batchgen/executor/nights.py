@@ -14,19 +14,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen import frozen, planning
-from batchgen.books import Base
 from batchgen.errors import RecipeChangedError
-from batchgen.freezing import Before
+from batchgen.ledger.books import Base
+from batchgen.plans import frozen, planning
+from batchgen.plans.freezing import Before
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.books import Manifest, Plan
     from batchgen.config.model import JobConfig
     from batchgen.executor.options import RunOptions
-    from batchgen.ledger import Ledger
-    from batchgen.planning import Look, Prepared
+    from batchgen.ledger.books import Manifest, Plan
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.plans.planning import Look, Prepared
 
 
 class Decision(NamedTuple):

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from batchgen.executor.retry import UNFINISHED, retry_plan
 from batchgen.executor.snapshot import gate_figures, show
-from batchgen.freezing import freeze, has_new_rows
+from batchgen.plans.freezing import freeze, has_new_rows
 
 if TYPE_CHECKING:
-    from batchgen.books import Manifest, Plan
     from batchgen.executor.context import RunContext
     from batchgen.executor.nights import Decision
     from batchgen.executor.options import RunOptions
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Manifest, Plan
+    from batchgen.plans.planning import Prepared
     from batchgen.storage import LocalStorage
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from batchgen.errors import OutputError
-from batchgen.names import STATE
+from batchgen.ledger.names import STATE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,15 +10,15 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from batchgen.books import Base
-from batchgen.runlog import utc_now
+from batchgen.ledger.books import Base
 from batchgen.sink.hashed import is_as_published
 from batchgen.sink.published import Index
+from batchgen.stats.runlog import utc_now
 from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
-    from batchgen.books import Manifest, Plan
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.books import Manifest, Plan
+    from batchgen.ledger.ledger import Ledger
 
 UNFINISHED = "error rows are tried again once every row has ended: run with --retry-errors then"
 NO_ERRORS = "there are no error rows to try again"

@@ -9,21 +9,22 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from batchgen import __version__, frozen
-from batchgen.books import Durable, Epoch, Manifest
+from batchgen import __version__
 from batchgen.errors import AccountingError, DamagedPartError, GateError, OutputError
 from batchgen.executor.examples import NUM_EXAMPLES, example_rows
 from batchgen.gate import Limit, judge_gate, told
-from batchgen.names import STATE
-from batchgen.runlog import utc_now
+from batchgen.ledger.books import Durable, Epoch, Manifest
+from batchgen.ledger.names import STATE
+from batchgen.plans import frozen
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
+from batchgen.stats.runlog import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.books import Plan
-    from batchgen.ledger import Ledger
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Plan
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.plans.planning import Prepared
     from batchgen.storage import LocalStorage
 
 _ALIAS = re.compile(r"part-\d{5,}\.parquet")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
-    from batchgen.books import Manifest
-    from batchgen.config.tuned import Tuned
+    from batchgen.config.model import Tuned
     from batchgen.executor.context import Taken
+    from batchgen.ledger.books import Manifest
     from batchgen.records import EngineFacts
-    from batchgen.stats import RunStats
+    from batchgen.stats.run_stats import RunStats
 
 _STATES = {
     ExitCode.FAULT: "fault",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.progress import Progress
-    from batchgen.runlog import RunLog
-    from batchgen.stats import RunStats
+    from batchgen.stats.progress import Progress
+    from batchgen.stats.run_stats import RunStats
+    from batchgen.stats.runlog import RunLog
 
 _LIVE_EVERY_S = 2.0
 

@@ -42,14 +42,14 @@ from batchgen.runner import Stop
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.books import Epoch
     from batchgen.fleet.board import Board
     from batchgen.fleet.crew import Crew
     from batchgen.fleet.leases import LeaseBook
     from batchgen.fleet.messages import Event, Report
     from batchgen.fleet.roster import Member, Roster
     from batchgen.known import Sieve
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.books import Epoch
+    from batchgen.ledger.ledger import Ledger
     from batchgen.ranges import Ranges
     from batchgen.runner import StopSwitch
     from batchgen.stages import Feeder

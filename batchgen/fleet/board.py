@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.records import EngineStats, Verdict
-from batchgen.stats import Counts
+from batchgen.stats.run_stats import Counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from batchgen.fleet.messages import Committed, Look
-    from batchgen.stats import RunStats
+    from batchgen.stats.run_stats import RunStats
 
 _NOTHING = Counts()
 _NO_RATES = {"requests_per_s": 0.0, "prompt_tokens_per_s": 0.0, "output_tokens_per_s": 0.0}

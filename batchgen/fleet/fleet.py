@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchgen.fleet.board import Board
     from batchgen.fleet.crew import Crew
     from batchgen.fleet.roster import Member
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.ledger import Ledger
     from batchgen.records import EngineFacts
     from batchgen.runner import StopSwitch
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from batchgen.books import Plan
     from batchgen.config.model import JobConfig
     from batchgen.errors import BatchgenError
+    from batchgen.ledger.books import Plan
     from batchgen.ranges import Ranges
     from batchgen.records import EngineFacts, EngineStats
     from batchgen.runner import Stop

@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen import __version__, frozen, planning
-from batchgen.books import Durable, Epoch
+from batchgen import __version__
 from batchgen.engine.lazy import LazyEngine
 from batchgen.engine.start import start_engine
 from batchgen.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
@@ -34,11 +33,13 @@ from batchgen.fleet.messages import (
     Take,
 )
 from batchgen.fleet.session import Session
-from batchgen.ledger import Ledger
-from batchgen.names import STATE, numbered
-from batchgen.runlog import RunLog, memory_mib
+from batchgen.ledger.books import Durable, Epoch
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE, numbered
+from batchgen.plans import frozen, planning
 from batchgen.runner import Stop, StopSwitch
-from batchgen.stats import RunStats
+from batchgen.stats.run_stats import RunStats
+from batchgen.stats.runlog import RunLog, memory_mib
 from batchgen.storage import LocalStorage
 from batchgen.worker import Worker
 

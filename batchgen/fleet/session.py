@@ -8,25 +8,25 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from batchgen import frozen
 from batchgen.fleet.messages import Committed, Finish, Noted, Read, Take
+from batchgen.plans import frozen
 from batchgen.ranges import Ranges
 from batchgen.source.marks import Marks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from batchgen.books import Epoch
     from batchgen.engine.lazy import LazyEngine
     from batchgen.errors import StorageError
     from batchgen.fleet.mail import Mail
     from batchgen.fleet.messages import Lease, Order
-    from batchgen.ledger import Ledger
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Epoch
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.plans.planning import Prepared
     from batchgen.records import Ordinal, Request
     from batchgen.runner import StopSwitch
     from batchgen.stages import Fed, OpenPart
-    from batchgen.stats import RunStats
+    from batchgen.stats.run_stats import RunStats
     from batchgen.worker import Worker
 
 NO_ROWS = Ranges()

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 from batchgen.errors import AccountingError, OutputError
 from batchgen.fleet.messages import Committed, Passing
-from batchgen.names import PARTS
+from batchgen.ledger.names import PARTS
 from batchgen.ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.books import Epoch, Part
     from batchgen.fleet.board import Board
     from batchgen.fleet.leases import LeaseBook
     from batchgen.fleet.messages import Asked
     from batchgen.fleet.roster import Member
     from batchgen.known import Sieve
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.books import Epoch, Part
+    from batchgen.ledger.ledger import Ledger
 
 NO_ROWS = Ranges()
 _LISTING_S, _LISTING_WAIT_S = 90.0, 0.5

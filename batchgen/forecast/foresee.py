@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchgen import planning
 from batchgen.engine.settings import gpus_of
 from batchgen.errors import BatchgenError, OutputError
-from batchgen.executor.lock import RunLock
 from batchgen.executor.options import RunOptions
 from batchgen.executor.refusals import refuse_foreign
 from batchgen.executor.tuned import tuned_notes
@@ -22,8 +20,10 @@ from batchgen.forecast.past import last_run
 from batchgen.forecast.report import Forecast
 from batchgen.forecast.survey import SAMPLE_ROWS, How, survey
 from batchgen.forecast.tokens import load_tokenize, max_model_len
-from batchgen.names import STATE
-from batchgen.requests import RequestBuilder
+from batchgen.ledger.lock import RunLock
+from batchgen.ledger.names import STATE
+from batchgen.plans import planning
+from batchgen.prompts.requests import RequestBuilder
 from batchgen.seeds import Seeds
 from batchgen.storage import LocalStorage
 

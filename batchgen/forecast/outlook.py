@@ -8,26 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchgen.books import Durable
 from batchgen.executor.carry_over import missing
 from batchgen.executor.nights import decide
 from batchgen.executor.retry import retry_plan
 from batchgen.forecast.report import Rows
 from batchgen.forecast.reuse import count, known_keys, take_over
-from batchgen.freezing import freeze
-from batchgen.ledger import Ledger
-from batchgen.row_digests import name_of
+from batchgen.ledger.books import Durable
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.row_digests import name_of
+from batchgen.plans.freezing import freeze
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.books import Plan
     from batchgen.config.model import JobConfig
     from batchgen.executor.nights import Decision
     from batchgen.executor.options import RunOptions
     from batchgen.known import KnownKeys
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Plan
+    from batchgen.plans.planning import Prepared
     from batchgen.ranges import Ranges
 
 ONLY_PUBLISH = "every row has ended: a run would only publish, if the gate lets it"

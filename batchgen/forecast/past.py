@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.errors import OutputError
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from batchgen.books import Plan
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Plan
+    from batchgen.plans.planning import Prepared
     from batchgen.storage import LocalStorage
 
 

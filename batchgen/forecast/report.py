@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.forecast.figures import bars
-from batchgen.progress import duration
+from batchgen.stats.progress import duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

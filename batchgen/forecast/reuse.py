@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.books import NO_ROWS
 from batchgen.errors import OutputError, StorageError
 from batchgen.executor.carry_over import base_sources, without
 from batchgen.known import KnownKeys
-from batchgen.matching import is_same_reading, match, restricted
+from batchgen.ledger.books import NO_ROWS
+from batchgen.ledger.matching import is_same_reading, match, restricted
+from batchgen.ledger.row_digests import digest_reader
 from batchgen.ranges import Ranges
-from batchgen.row_digests import digest_reader
 from batchgen.sink.answered import Source, key_prefixes
 from batchgen.sink.carry import READ_ERRORS
 from batchgen.sink.published import Index
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.books import Base, Plan
-    from batchgen.ledger import Ledger
-    from batchgen.matching import Span
+    from batchgen.ledger.books import Base, Plan
+    from batchgen.ledger.ledger import Ledger
+    from batchgen.ledger.matching import Span
     from batchgen.storage import LocalStorage
 
     RowSets = Mapping[int, Ranges]

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen import frozen
-from batchgen.books import NO_ROWS
 from batchgen.forecast.figures import (
     BLOCK_TOKENS,
     PrefixCache,
@@ -25,19 +23,21 @@ from batchgen.forecast.figures import (
     lengths_of,
 )
 from batchgen.known import prefix_of
+from batchgen.ledger.books import NO_ROWS
+from batchgen.plans import frozen
 from batchgen.ranges import Ranges
 from batchgen.records import Request, RowError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from batchgen.books import Plan
     from batchgen.forecast.figures import Lengths
     from batchgen.forecast.tokens import Tokenize
     from batchgen.known import Dedupe, KnownKeys
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Plan
+    from batchgen.plans.planning import Prepared
+    from batchgen.prompts.requests import RequestBuilder
     from batchgen.records import Result
-    from batchgen.requests import RequestBuilder
 
 SAMPLE_ROWS = 2000
 _SEED = 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from batchgen.books import Manifest
+    from batchgen.ledger.books import Manifest
     from batchgen.sink.hashed import Chunk
     from batchgen.storage import LocalStorage
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import arrow
-from batchgen.books import NO_ROWS
+from batchgen.ledger.books import NO_ROWS
 from batchgen.sink.renumber import common_rows, rows_of
 from batchgen.sink.schema import ROW, SEGMENT
 from batchgen.storage import raise_if_not_damage
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.books import Part
+    from batchgen.ledger.books import Part
     from batchgen.ranges import Ranges
     from batchgen.sink.renumber import Renumbering
     from batchgen.storage import LocalStorage

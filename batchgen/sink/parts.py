@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen import arrow
-from batchgen.books import Part
 from batchgen.errors import AccountingError
-from batchgen.footer import PartFooter
+from batchgen.ledger.books import Part
+from batchgen.ledger.footer import PartFooter
 from batchgen.ranges import Ranges
 from batchgen.sink.renumber import rows_of
 from batchgen.sink.schema import OPTIONAL, dictionary_columns

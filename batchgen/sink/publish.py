@@ -27,7 +27,7 @@ from batchgen.storage import raise_if_not_damage, storage_error
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.footer import PartFooter
+    from batchgen.ledger.footer import PartFooter
     from batchgen.sink.hashed import Chunk
     from batchgen.storage import LocalStorage
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.books import NO_ROWS
 from batchgen.errors import OutputError
+from batchgen.ledger.books import NO_ROWS
 from batchgen.ranges import Ranges
 from batchgen.sink.carry import READ_ERRORS, Piece
 from batchgen.sink.hashed import Chunk, is_as_published, is_whole
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.books import Manifest
+    from batchgen.ledger.books import Manifest
     from batchgen.sink.carry import Wanted
     from batchgen.storage import LocalStorage
 

@@ -6,8 +6,8 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from batchgen import arrow
-from batchgen.books import NO_ROWS
-from batchgen.matching import Span
+from batchgen.ledger.books import NO_ROWS
+from batchgen.ledger.matching import Span
 from batchgen.ranges import Ranges
 from batchgen.sink.schema import ROW, SEGMENT
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.books import Plan
+    from batchgen.ledger.books import Plan
 
 
 class Renumbering:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from batchgen.errors import SourceError
 from batchgen.inputs import open_input
-from batchgen.row_digests import DIGEST_BYTES, NO_DIGEST
+from batchgen.ledger.row_digests import DIGEST_BYTES, NO_DIGEST
 from batchgen.source.base import Scan
 from batchgen.source.blocks import BLOCK_BYTES, is_seekable, text_blocks
 from batchgen.source.marks import FileMarks

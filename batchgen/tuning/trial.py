@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.config.tuned import with_settings
 from batchgen.engine.death import is_out_of_memory
 from batchgen.errors import ConfigError, EngineError
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.runner import Stop, StopSwitch
 from batchgen.tuning.gauge import Measure, Times, add_moment, is_enough, measure, steady
 
@@ -90,7 +90,7 @@ class Stops:
 class _Watcher:
     """Looks at a run from a thread of its own and stops it when enough is known."""
 
-    def __init__(self, run: LocalRun, switch: StopSwitch, times: Times, best: float) -> None:
+    def __init__(self, run: JobRun, switch: StopSwitch, times: Times, best: float) -> None:
         self._run = run
         self._switch = switch
         self._times = times
@@ -164,7 +164,7 @@ def run_trial(
     """
     began_s = time.monotonic()
     with stops.trial() as switch:
-        run = LocalRun(_for_trial(job, settings), stop=switch, publishes=False)
+        run = JobRun(_for_trial(job, settings), stop=switch, publishes=False)
         watcher = _Watcher(run, switch, times, best_speed)
         failure = None
         try:

@@ -33,7 +33,7 @@ from batchgen.devices import device_name
 from batchgen.engine.process import EngineProcess
 from batchgen.engine.settings import is_cpu_build, prepare_environment
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.runner import StopSwitch
 from tests.bench import works
 from tests.bench.random_model import make_model
@@ -110,7 +110,7 @@ class Product:
                 "run": {"order": order},
             }
         )
-        summary = LocalRun(job, stop=StopSwitch(), start=self._start).run()
+        summary = JobRun(job, stop=StopSwitch(), start=self._start).run()
         assert summary.published_s is not None
         published_s = time.monotonic() - started - (summary.elapsed_s - summary.published_s)
         run = summary.run

@@ -34,24 +34,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen import planning
 from batchgen.api import load
 from batchgen.executor.context import RunContext
-from batchgen.executor.lock import RunLock
 from batchgen.executor.watch import Sight, Watch
 from batchgen.fleet.answering import Task
 from batchgen.fleet.board import Board
 from batchgen.fleet.fleet import Fleet
 from batchgen.fleet.leases import LeaseBook
-from batchgen.freezing import freeze
-from batchgen.frozen import read_rows
 from batchgen.known import KnownKeys, Sieve
-from batchgen.ledger import Ledger
-from batchgen.progress import Progress
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.lock import RunLock
+from batchgen.plans import planning
+from batchgen.plans.freezing import freeze
+from batchgen.plans.frozen import read_rows
 from batchgen.ranges import Ranges
-from batchgen.runlog import RunLog
 from batchgen.runner import StopSwitch
-from batchgen.stats import RunStats
+from batchgen.stats.progress import Progress
+from batchgen.stats.run_stats import RunStats
+from batchgen.stats.runlog import RunLog
 from batchgen.storage import LocalStorage
 from batchgen.worker import Worker
 from tests.bench.echo_rows import _write_rows
@@ -62,8 +62,8 @@ from tests.bench.sim_worker import EngineKind
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from batchgen.books import Epoch
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Epoch
+    from batchgen.plans.planning import Prepared
 
 FILE_ROWS = 50_000
 STARTUP_S = 20.0

@@ -27,11 +27,11 @@ from batchgen.api import load
 from batchgen.devices import device_name
 from batchgen.engine.settings import is_cpu_build
 from batchgen.executor.crews import needs_of
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.executor.ray import RayCrew
 from batchgen.fleet.messages import Report, StartEngine
 from batchgen.fleet.replica import Replica
-from batchgen.names import STATE
+from batchgen.ledger.names import STATE
 from batchgen.runner import StopSwitch
 from tests.bench import works
 from tests.bench.feeding import KEYS, LOADING, TEMPERATURE, KeptEngine, _repeated, _work
@@ -229,7 +229,7 @@ def _run(  # noqa: PLR0917 - a bench
     )
     used = crew(job)
     was_up_s = used.up_at_s
-    summary = LocalRun(job, stop=StopSwitch(), crew=crew).run()
+    summary = JobRun(job, stop=StopSwitch(), crew=crew).run()
     assert summary.published_s is not None
     published_at_s = time.monotonic() - (summary.elapsed_s - summary.published_s)
     assert used.up_at_s is not None

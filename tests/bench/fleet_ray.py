@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
 from batchgen.executor.crews import needs_of
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.executor.ray import RayCrew
 from batchgen.runner import StopSwitch
 from tests.bench.echo_rows import _write_rows
@@ -85,7 +85,7 @@ def measure(folder: Path, num: int, num_rows: int) -> dict[str, float]:
         crews.append(Counting(RayCrew(None, needs_of(job), room_for=num)))
         return crews[0]
 
-    summary = LocalRun(job, stop=StopSwitch(), crew=make).run()
+    summary = JobRun(job, stop=StopSwitch(), crew=make).run()
     assert summary.num_ok == num_rows, summary
     (crew,) = crews
     assert crew.first is not None

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from batchgen.names import PARTS
+from batchgen.ledger.names import PARTS
 from batchgen.stages import Fed
 from tests.bench.sim_crew import SimCrew
 

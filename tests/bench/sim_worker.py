@@ -22,7 +22,7 @@ from batchgen.fleet.messages import (
     Report,
     Take,
 )
-from batchgen.names import PARTS
+from batchgen.ledger.names import PARTS
 from batchgen.ranges import Ranges
 from batchgen.records import EngineFacts, EngineStats
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 import batchgen
-from batchgen.ledger import Ledger
+from batchgen.ledger.ledger import Ledger
 from batchgen.storage import LocalStorage
 from tests.e2e.support import VOLATILE, write_job
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.books import Durable
+    from batchgen.ledger.books import Durable
 
 Row = dict[str, Any]
 Line = Row | str

@@ -14,7 +14,7 @@ import batchgen
 from batchgen import cli
 from batchgen.cli.run import _ended, _told
 from batchgen.executor.summary import Summary
-from batchgen.names import STATE
+from batchgen.ledger.names import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 
 from batchgen.api import load
 from batchgen.errors import ExitCode
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.fleet.messages import Ready
 from batchgen.runner import StopSwitch
 from tests.crews import ThreadCrew
@@ -44,7 +44,7 @@ def tables(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any], crew: Callable[..., ThreadCrew] = ThreadCrew) -> Any:
-    return LocalRun(load(job), stop=StopSwitch(), crew=crew).run()
+    return JobRun(load(job), stop=StopSwitch(), crew=crew).run()
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_stopping_keeps_what_is_finished_and_a_later_run_goes_on(
             stop.drain()
         return True
 
-    first = LocalRun(
+    first = JobRun(
         load(job), stop=stop, crew=lambda job: ThreadCrew(job, on_report=ask_to_stop)
     ).run()
     assert first.exit_code == ExitCode.STOPPED

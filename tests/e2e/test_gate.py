@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.books import Base
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.books import Base
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
 from tests.e2e.support import command, published, run_cli, wait_until, write_job
 

@@ -10,15 +10,15 @@ import pytest
 import batchgen
 from batchgen.errors import GateError
 from batchgen.executor.snapshot import show
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
 from tests.e2e.support import write_job, write_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchgen.books import Manifest
+    from batchgen.ledger.books import Manifest
 
 NUM_ROWS = 120
 HELD_BACK = {"max_error_rate": 0.0}

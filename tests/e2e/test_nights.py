@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
 from tests.e2e.nights import (
     BAD,

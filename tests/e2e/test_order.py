@@ -14,8 +14,8 @@ import pytest
 import batchgen
 from batchgen import api
 from batchgen.admission.lengths import Lengths
-from batchgen.ledger import Ledger
-from batchgen.past_lengths import lengths_of
+from batchgen.admission.past_lengths import lengths_of
+from batchgen.ledger.ledger import Ledger
 from batchgen.storage import LocalStorage
 from tests.e2e.support import command, published, wait_until, write_job
 

@@ -14,9 +14,9 @@ import pytest
 
 import batchgen
 from batchgen.api import load
-from batchgen.executor.lock import RunLock
 from batchgen.forecast.foresee import PlanOptions, foresee
 from batchgen.forecast.report import told
+from batchgen.ledger.lock import RunLock
 from batchgen.storage import LocalStorage
 from tests.e2e.support import (
     command,

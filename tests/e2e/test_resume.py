@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
 from tests.e2e.support import (
     command,

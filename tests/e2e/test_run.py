@@ -14,7 +14,7 @@ import pytest
 
 import batchgen
 from batchgen.errors import RecipeChangedError
-from batchgen.names import STATE
+from batchgen.ledger.names import STATE
 from tests.e2e.support import (
     command,
     published,

@@ -11,7 +11,7 @@ import pytest
 
 import batchgen
 from batchgen.errors import OutputError
-from batchgen.names import STATE
+from batchgen.ledger.names import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job
 
 if TYPE_CHECKING:

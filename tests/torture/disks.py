@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.footer import PartFooter
+from batchgen.ledger.footer import PartFooter
 from batchgen.storage import Disk
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ class Mutant:
     """Restricts a sweep, see `sweep`."""
 
 
-STORAGE, LEDGER = "batchgen/storage.py", "batchgen/ledger.py"
+STORAGE, LEDGER = "batchgen/storage.py", "batchgen/ledger/ledger.py"
 SNAPSHOT = "batchgen/executor/snapshot.py"
 RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "a line is taken for the one that was at its place, whatever it says",
-        "batchgen/matching.py",
+        "batchgen/ledger/matching.py",
         (
             (
                 'left_on=["old", "a", "b"], right_on=["row", "a", "b"]',

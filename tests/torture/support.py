@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 import zstandard  # noqa: F401
 
 import batchgen.source.jsonl  # noqa: F401
-from batchgen import cli, planning, views  # noqa: F401 - children are forked warm
+from batchgen import cli, views  # noqa: F401 - children are forked warm
 from batchgen.api import load
 from batchgen.errors import BatchgenError
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.executor.options import RunOptions
-from batchgen.names import STATE
+from batchgen.ledger.names import STATE
+from batchgen.plans import planning  # noqa: F401 - children are forked warm
 from batchgen.runner import StopSwitch
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def run_here(job: Job, out: Path, *, disk: Disk | None = None, **options: bool) 
     """One run in this process; how it ended, as plain values. Anything unforeseen is raised."""
     try:
         config = load(job.path, (f"output.path={out}", *job.overrides))
-        run = LocalRun(config, stop=StopSwitch(), options=RunOptions(**options), disk=disk)
+        run = JobRun(config, stop=StopSwitch(), options=RunOptions(**options), disk=disk)
         summary = run.run()
     except BatchgenError as error:
         kind = type(error).__name__

@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import batchgen
 from batchgen.config.load import parse_job
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.executor.options import RunOptions
-from batchgen.ledger import Ledger
+from batchgen.ledger.ledger import Ledger
 from batchgen.runner import StopSwitch
 from batchgen.storage import LocalStorage
 from batchgen.verify import verify
@@ -97,7 +97,7 @@ class Job(RuleBasedStateMachine):
         disk = CrashingDisk(crash_at)
         try:
             options = RunOptions(fresh=fresh, retry_errors=retry and not fresh)
-            summary = LocalRun(self.job, stop=StopSwitch(), options=options, disk=disk).run()
+            summary = JobRun(self.job, stop=StopSwitch(), options=options, disk=disk).run()
             assert summary.state in {"complete", "nothing_to_do"}
             self.note()
             assert self.planned == self.rows

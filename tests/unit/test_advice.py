@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from batchgen.advice import Way, advise
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.records import EngineFacts
 from batchgen.runner import StopSwitch
+from batchgen.stats.advice import Way, advise
 from tests.fakes import FakeEngine
 
 FACTS = EngineFacts("vllm", "0.26.0", "NVIDIA H100 80GB HBM3", 8192, 256, 60.0)
@@ -189,7 +189,7 @@ def stormy_run(make_job):
         def start(spec, **_):
             return SupervisedEngine(lambda _: FakeEngine(facts=FACTS), spec)
 
-        run = LocalRun(make_job(), stop=StopSwitch(), start=start, **kwargs)
+        run = JobRun(make_job(), stop=StopSwitch(), start=start, **kwargs)
         # Long before the ten rows that it has now.
         for sample in samples(num_running=160, num_ok=lambda s: int(100 * s) - 10**6, **STORM):
             run._context.log.sample(sample)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import StorageError
-from batchgen.footer import PartFooter
 from batchgen.known import KnownKeys, Sieve
+from batchgen.ledger.footer import PartFooter
 from batchgen.records import RowError
 from batchgen.sink import publish
 from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes, published_sources

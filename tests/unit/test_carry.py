@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen.books import NO_ROWS, Manifest, Part
 from batchgen.errors import OutputError
-from batchgen.footer import PartFooter
-from batchgen.matching import Span
+from batchgen.ledger.books import NO_ROWS, Manifest, Part
+from batchgen.ledger.footer import PartFooter
+from batchgen.ledger.matching import Span
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.sink import publish

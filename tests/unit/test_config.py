@@ -11,7 +11,7 @@ from batchgen.config.load import json_schema, load_job, parse_job
 from batchgen.config.model import JobConfig
 from batchgen.config.recipe import make_recipe
 from batchgen.errors import ConfigError
-from batchgen.planning import frozen_job
+from batchgen.plans.planning import frozen_job
 
 MINIMAL = """
 [input]

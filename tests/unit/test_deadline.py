@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.deadline import (
+from batchgen.executor.deadline import (
     Clocks,
     Deadline,
     End,

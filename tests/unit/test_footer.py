@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.footer import FOOTER_KEY, PartFooter
+from batchgen.ledger.footer import FOOTER_KEY, PartFooter
 from batchgen.ranges import Ranges
 
 FOOTER = PartFooter(

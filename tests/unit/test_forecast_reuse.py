@@ -10,9 +10,9 @@ import pytest
 from batchgen.forecast.past import last_run
 from batchgen.forecast.report import Forecast, Rows, told
 from batchgen.forecast.reuse import moved
-from batchgen.matching import Span
-from batchgen.names import STATE
-from batchgen.planning import prepare
+from batchgen.ledger.matching import Span
+from batchgen.ledger.names import STATE
+from batchgen.plans.planning import prepare
 from batchgen.ranges import Ranges
 from tests.fakes import plan
 

@@ -9,17 +9,17 @@ from array import array
 import polars as pl
 import pytest
 
-from batchgen import planning
 from batchgen.engine.start import start_engine
 from batchgen.errors import ConfigError, EngineError, InputChangedError
 from batchgen.forecast.survey import How, sampled, survey
 from batchgen.forecast.tokens import config_max_len, load_tokenize, max_model_len
-from batchgen.freezing import freeze
 from batchgen.known import KnownKeys, prefix_of
-from batchgen.planning import prepare
+from batchgen.plans import planning
+from batchgen.plans.freezing import freeze
+from batchgen.plans.planning import prepare
+from batchgen.prompts.requests import RequestBuilder
 from batchgen.ranges import Ranges
 from batchgen.records import EngineSpec, Request
-from batchgen.requests import RequestBuilder
 from batchgen.seeds import Seeds
 from tests.unit.test_forecast_cost import past_run
 

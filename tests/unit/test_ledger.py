@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.books import Base, Manifest, Part
 from batchgen.errors import AccountingError, FencedError, OutputError, StorageError
-from batchgen.footer import PartFooter
-from batchgen.ledger import Ledger
+from batchgen.ledger.books import Base, Manifest, Part
+from batchgen.ledger.footer import PartFooter
+from batchgen.ledger.ledger import Ledger
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.sink.parts import PartContext, PartWriter
@@ -25,7 +25,7 @@ from batchgen.storage import LocalStorage
 from tests.fakes import batch, plan, results
 
 if TYPE_CHECKING:
-    from batchgen.books import Epoch, Plan
+    from batchgen.ledger.books import Epoch, Plan
 
 PARTS = "_batchgen/parts"
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), [pa.field("text", pa.string())], "gen_")

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen import matching
-from batchgen.books import Durable, Part, Segment
-from batchgen.footer import PartFooter
-from batchgen.matching import Span, answered_by, is_same_reading, match, restricted
+from batchgen.ledger import matching
+from batchgen.ledger.books import Durable, Part, Segment
+from batchgen.ledger.footer import PartFooter
+from batchgen.ledger.matching import Span, answered_by, is_same_reading, match, restricted
+from batchgen.ledger.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
 from batchgen.ranges import Ranges
-from batchgen.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
 from batchgen.storage import LocalStorage
 from tests.fakes import plan
 

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from batchgen.errors import ConfigError
-from batchgen.model_files import resolve_model
+from batchgen.plans.model_files import resolve_model
 
 MIB = 2**20
 

@@ -7,13 +7,13 @@ import os
 import pyarrow as pa
 import pytest
 
-from batchgen.books import Base, Manifest
 from batchgen.errors import ConfigError, RecipeChangedError, SourceError
 from batchgen.executor.nights import decide
 from batchgen.executor.options import RunOptions
-from batchgen.freezing import Before, freeze
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
+from batchgen.ledger.books import Base, Manifest
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.names import STATE
+from batchgen.plans.freezing import Before, freeze
 from batchgen.sink.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
 

@@ -15,7 +15,7 @@ import pytest
 
 from batchgen.executor.notify import metrics_text, run_hook, write_metrics
 from batchgen.executor.summary import Summary
-from batchgen.stats import RunStats
+from batchgen.stats.run_stats import RunStats
 
 RUN = RunStats(100.0, 10, num_ok=7, num_errors=2, prompt_tokens=900, output_tokens=90)
 RUN.error_types.update({"timeout": 2})

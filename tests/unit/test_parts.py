@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import BatchgenError, ConfigError, StorageError
-from batchgen.footer import PartFooter
+from batchgen.ledger.footer import PartFooter
 from batchgen.ranges import Ranges
 from batchgen.records import Ordinal, Result, RowError
 from batchgen.sink.parts import PartContext, PartWriter
@@ -23,7 +23,7 @@ from batchgen.storage import LocalStorage
 from tests.fakes import ANSWER, batch, completion, results
 
 if TYPE_CHECKING:
-    from batchgen.books import Part
+    from batchgen.ledger.books import Part
 
 ID = pa.schema([("id", pa.string())])
 ORIGIN = {"model": "tiny@7", "recipe": "r" * 32}

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import frozen, planning
-from batchgen.books import Durable, Part, Plan
 from batchgen.errors import ConfigError, InputChangedError, SourceError
 from batchgen.executor.carry_over import missing
-from batchgen.footer import PartFooter
-from batchgen.freezing import freeze
-from batchgen.ledger import Ledger
-from batchgen.planning import prepare
+from batchgen.ledger.books import Durable, Part, Plan
+from batchgen.ledger.footer import PartFooter
+from batchgen.ledger.ledger import Ledger
+from batchgen.plans import frozen, planning
+from batchgen.plans.freezing import freeze
+from batchgen.plans.planning import prepare
 from batchgen.ranges import Ranges
 from tests.fakes import write_jsonl
 

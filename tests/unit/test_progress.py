@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from batchgen.progress import Progress, duration
 from batchgen.records import EngineStats, RowError
-from batchgen.stats import RunStats
+from batchgen.stats.progress import Progress, duration
+from batchgen.stats.run_stats import RunStats
 from tests.fakes import batch, results
 
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.budget import MAX_CHARS
 from batchgen.config.model import Example, PromptConfig
 from batchgen.errors import ConfigError
-from batchgen.prompts import PromptBuilder, turns
+from batchgen.prompts.budget import MAX_CHARS
+from batchgen.prompts.builder import PromptBuilder, turns
+from batchgen.prompts.sandbox import NULL, Sandbox
 from batchgen.records import Ordinal, Request, Result, RowBatch, RowError
-from batchgen.sandbox import NULL, Sandbox
 from batchgen.seeds import Seeds, row_seed
 from tests.fakes import batch, job, request_builder
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import AccountingError, DamagedPartError
-from batchgen.footer import PartFooter
+from batchgen.ledger.footer import PartFooter
 from batchgen.ranges import Ranges
 from batchgen.records import RowError
 from batchgen.sink import publish

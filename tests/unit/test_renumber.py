@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.matching import Span
+from batchgen.ledger.matching import Span
 from batchgen.ranges import Ranges
 from batchgen.sink.renumber import Renumbering, common_rows, rows_of
 from tests.fakes import plan

@@ -8,9 +8,9 @@ import socket
 import pyarrow as pa
 import pytest
 
+from batchgen.prompts.requests import wrong_option_columns
 from batchgen.ranges import Ranges
 from batchgen.records import Request, RowBatch
-from batchgen.requests import wrong_option_columns
 from tests.fakes import job, request_builder
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import StorageError
-from batchgen.row_digests import (
+from batchgen.ledger.row_digests import (
     DIGEST_BYTES,
     FOLDER,
     NO_DIGEST,

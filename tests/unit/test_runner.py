@@ -21,7 +21,7 @@ from batchgen.records import RowError
 from batchgen.runner import Runner, Stop, StopSwitch
 from batchgen.seeds import Seeds
 from batchgen.stages import Committer, Feeder, OpenPart, feds_of
-from batchgen.stats import RunStats
+from batchgen.stats.run_stats import RunStats
 from tests import fakes
 from tests.fakes import (
     FACTS,

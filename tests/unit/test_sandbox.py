@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from batchgen import budget
 from batchgen.config.model import PromptConfig
-from batchgen.prompts import PromptBuilder
+from batchgen.prompts import budget
+from batchgen.prompts.builder import PromptBuilder
 from batchgen.records import RowError
 
 NEST = "{% set ns = namespace(x=(1, a)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}"
@@ -139,7 +139,7 @@ import datetime, json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from batchgen.config.model import PromptConfig
 from batchgen.errors import ConfigError
-from batchgen.prompts import PromptBuilder
+from batchgen.prompts.builder import PromptBuilder
 
 def high_water_mib():
     lines = open("/proc/self/status").read().splitlines()

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.books import Manifest, Segment
 from batchgen.errors import ConfigError, OutputError
-from batchgen.ledger import Ledger
-from batchgen.matching import Span
-from batchgen.names import STATE
-from batchgen.pairing import edited, paired
-from batchgen.row_digests import DIGEST_BYTES, name_of
-from batchgen.snapshot_diff import diff
+from batchgen.ledger.books import Manifest, Segment
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.matching import Span
+from batchgen.ledger.names import STATE
+from batchgen.ledger.row_digests import DIGEST_BYTES, name_of
+from batchgen.snapshots.diff import diff
+from batchgen.snapshots.pairing import edited, paired
 from batchgen.storage import LocalStorage
 from tests.fakes import plan
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.books import Plan
+    from batchgen.ledger.books import Plan
 
 # --- pairing ------------------------------------------------------------------------------------
 

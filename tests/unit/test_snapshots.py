@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen import history
-from batchgen.books import Base, Manifest, Segment
 from batchgen.errors import BusyError, OutputError, StorageError
-from batchgen.executor.lock import RunLock
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
-from batchgen.pruning import beyond, prune
-from batchgen.snapshots import listed
-from batchgen.snapshots import prune as prune_output
+from batchgen.ledger.books import Base, Manifest, Segment
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.lock import RunLock
+from batchgen.ledger.names import STATE
+from batchgen.snapshots import history
+from batchgen.snapshots.listing import listed
+from batchgen.snapshots.listing import prune as prune_output
+from batchgen.snapshots.pruning import beyond, prune
 from batchgen.storage import Disk, LocalStorage
 from tests.fakes import plan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchgen.books import Plan
+    from batchgen.ledger.books import Plan
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from batchgen.config.tuned import (
 )
 from batchgen.engine.start import start_engine
 from batchgen.errors import EngineError, OutputError
-from batchgen.executor.local import LocalRun
+from batchgen.executor.job_run import JobRun
 from batchgen.executor.options import RunOptions
 from batchgen.forecast.foresee import PlanOptions, foresee
 from batchgen.runner import StopSwitch
@@ -288,7 +288,7 @@ def test_a_run_says_what_it_used_and_why_it_did_not(make_job):
     ):
         job = make_job()
         job = job if tuned is None else job.tuned_by(tuned)
-        summary = LocalRun(job, stop=StopSwitch(), options=RunOptions(fresh=True)).run()
+        summary = JobRun(job, stop=StopSwitch(), options=RunOptions(fresh=True)).run()
         assert (summary.tuned, summary.warnings) == told
 
 
@@ -311,7 +311,7 @@ def test_an_engine_that_does_not_start_or_runs_out_of_memory_names_what_was_tune
 ):
     faults = [{"kind": fault, "text": "say"}] if fault else []
     job = make_job(model={"engine": {"faults": faults}}).tuned_by(Tuned("x.tuned.toml", settings))
-    run = LocalRun(job, stop=StopSwitch(), start=start_engine if fault else refuse_to_start)
+    run = JobRun(job, stop=StopSwitch(), start=start_engine if fault else refuse_to_start)
     with pytest.raises(EngineError) as caught:
         run.run()
     text = "; it had max_num_seqs = 2 from x.tuned.toml: --no-tuned runs without"

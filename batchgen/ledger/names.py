@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchgen.books import Manifest
+    from batchgen.ledger.books import Manifest
 
 STATE = "_batchgen"
 PARTS = f"{STATE}/parts"

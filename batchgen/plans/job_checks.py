@@ -9,8 +9,8 @@ import pyarrow as pa
 from batchgen.answers.judge import check_rules, rule_schema
 from batchgen.errors import ConfigError
 from batchgen.expressions import check_row_test
-from batchgen.prompts import turns
-from batchgen.requests import wrong_option_columns
+from batchgen.prompts.builder import turns
+from batchgen.prompts.requests import wrong_option_columns
 from batchgen.sink.schema import part_schema
 from batchgen.words import suggestion
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from batchgen.answers.columns import AnswerColumns
     from batchgen.answers.form import Form
     from batchgen.config.model import Example, JobConfig
-    from batchgen.prompts import PromptBuilder
+    from batchgen.prompts.builder import PromptBuilder
 
 
 def job_schema(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> pa.Schema:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.row_digests import blocks, digest_reader
+from batchgen.ledger.row_digests import blocks, digest_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import polars as pl
 
-    from batchgen.books import Durable, Plan, Segment
+    from batchgen.ledger.books import Durable, Plan, Segment
     from batchgen.ranges import Ranges
     from batchgen.storage import LocalStorage
 

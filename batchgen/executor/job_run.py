@@ -16,16 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen import __version__, planning
-from batchgen.advice import Way, advise
-from batchgen.deadline import Deadline, End, estimate_lead
+from batchgen import __version__
 from batchgen.engine.lazy import LazyEngine, closing_beside
 from batchgen.engine.start import StartEngine, start_engine
 from batchgen.errors import BatchgenError, BusyError, ExitCode, FencedError, GateError, StorageError
 from batchgen.executor.computing import Computation
 from batchgen.executor.context import Notes, RunContext
 from batchgen.executor.crews import engine_gpus, is_fleet, needs_of, ray_crew, share_gpu
-from batchgen.executor.lock import RunLock
+from batchgen.executor.deadline import Deadline, End, estimate_lead
 from batchgen.executor.moment import Moment, look_at_run
 from batchgen.executor.nights import decide
 from batchgen.executor.notify import run_hook, write_metrics
@@ -38,28 +36,31 @@ from batchgen.executor.summary import Summary, engine_dict, job_counts, state_of
 from batchgen.executor.tuned import naming_tuned, tuned_notes
 from batchgen.fleet.board import Board
 from batchgen.fleet.fleet import Fleet
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
-from batchgen.pruning import prune
-from batchgen.runlog import RunLog, new_run_id, utc_now
-from batchgen.stats import RunStats
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.lock import RunLock
+from batchgen.ledger.names import STATE
+from batchgen.plans import planning
+from batchgen.snapshots.pruning import prune
+from batchgen.stats.advice import Way, advise
+from batchgen.stats.run_stats import RunStats
+from batchgen.stats.runlog import RunLog, new_run_id, utc_now
 from batchgen.storage import Disk, LocalStorage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.books import Epoch, Manifest
     from batchgen.config.model import JobConfig
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.executor.nights import Decision
     from batchgen.fleet.crew import Crew
-    from batchgen.planning import Prepared
+    from batchgen.ledger.books import Epoch, Manifest
+    from batchgen.plans.planning import Prepared
     from batchgen.runner import StopSwitch
 
 
-class LocalRun:
-    """One execution of a job. Use once: `LocalRun(...).run()`."""
+class JobRun:
+    """One execution of a job. Use once: `JobRun(...).run()`."""
 
     def __init__(  # noqa: PLR0913 - each for one kind of caller
         self,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from batchgen.config.model import JobConfig
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.ledger import Ledger
 
 MAX_ROWS = 20_000
 

@@ -12,17 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from batchgen.books import Base, Plan, Segment
 from batchgen.errors import InputChangedError
 from batchgen.inputs import InputStat, stat_input
+from batchgen.ledger.books import Base, Plan, Segment
+from batchgen.ledger.row_digests import DigestFile
 from batchgen.ranges import Ranges
-from batchgen.row_digests import DigestFile
-from batchgen.runlog import utc_now
+from batchgen.stats.runlog import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.planning import Prepared
+    from batchgen.plans.planning import Prepared
     from batchgen.storage import LocalStorage
 
 # Reading and hashing a file leave the GIL, digests of its lines do not.

@@ -12,7 +12,7 @@ from batchgen.ranges import Ranges
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from batchgen.footer import PartFooter
+    from batchgen.ledger.footer import PartFooter
 
 NO_ROWS = Ranges()
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.config.model import JobConfig
-    from batchgen.prompts import PromptBuilder
+    from batchgen.prompts.builder import PromptBuilder
     from batchgen.records import Prompt, RowBatch
     from batchgen.seeds import Seeds
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from batchgen import history
 from batchgen.errors import OutputError
 from batchgen.sink.schema import RESULT_FIELDS, ROW, SEGMENT
 from batchgen.sink.tally import ATTEMPTS, VERDICT
+from batchgen.snapshots import history
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import polars as pl
 
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.ledger import Ledger
 
 AT, KEY, INPUT, ANSWER = "at", "key", "input", "answer"
 """Columns of `Side.rows`: number of the row among the published ones, where it stands among the

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from batchgen.errors import OutputError
 
 if TYPE_CHECKING:
-    from batchgen.books import Manifest
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.books import Manifest
+    from batchgen.ledger.ledger import Ledger
 
 
 def snapshots(ledger: Ledger) -> list[Manifest]:

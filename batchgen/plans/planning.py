@@ -13,26 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen import frozen, prompts
 from batchgen.answers.columns import AnswerColumns, answer_columns
 from batchgen.answers.form import Form, make_form
 from batchgen.answers.judge import Judge
 from batchgen.answers.retries import check_ladder
 from batchgen.config import recipe as recipes
 from batchgen.errors import RecipeChangedError, SourceError
-from batchgen.job_checks import check_columns, check_examples, check_gate, job_schema
-from batchgen.model_files import ModelFiles, resolve_lora, resolve_model
+from batchgen.plans import frozen
+from batchgen.plans.job_checks import check_columns, check_examples, check_gate, job_schema
+from batchgen.plans.model_files import ModelFiles, resolve_lora, resolve_model
+from batchgen.prompts.builder import PromptBuilder
+from batchgen.prompts.requests import RowOptions
 from batchgen.ranges import Ranges
 from batchgen.records import EngineSpec, Prompt, RowError
-from batchgen.requests import RowOptions
 from batchgen.source.base import ReadSpec
 from batchgen.source.files import find_files, reader_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchgen.books import Plan
     from batchgen.config.model import JobConfig
+    from batchgen.ledger.books import Plan
     from batchgen.source.base import Reader
 
 
@@ -48,7 +49,7 @@ class Prepared:
     files: Sequence[str]
     columns: pa.Schema
     carried: Sequence[str]
-    builder: prompts.PromptBuilder
+    builder: PromptBuilder
     form: Form
     answer: AnswerColumns
 
@@ -120,7 +121,7 @@ class Look:
     job: JobConfig
     model: ModelFiles
     recipe: recipes.Recipe
-    builder: prompts.PromptBuilder
+    builder: PromptBuilder
     form: Form
     answer: AnswerColumns
 
@@ -135,7 +136,7 @@ def look_at(job: JobConfig) -> Look:
     Raises:
         ConfigError: Templates, schema or the model's name are wrong.
     """
-    builder = prompts.PromptBuilder(job.prompt)
+    builder = PromptBuilder(job.prompt)
     form = make_form(job.output)
     answer = answer_columns(job, form)
     check_examples(job.prompt.examples, form)

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from batchgen.budget import (
+from batchgen.prompts.budget import (
     FILTER_COSTS,
     METHOD_COSTS,
     Budget,

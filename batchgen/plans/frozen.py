@@ -12,8 +12,8 @@ from batchgen.source.files import find_files
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from batchgen.books import Plan, Segment
     from batchgen.config.model import JobConfig
+    from batchgen.ledger.books import Plan, Segment
     from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
     from batchgen.source.base import Reader, ReadSpec

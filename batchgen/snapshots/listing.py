@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen import history, pruning
 from batchgen.errors import BusyError, OutputError
-from batchgen.executor.lock import RunLock
-from batchgen.ledger import Ledger
-from batchgen.names import STATE
-from batchgen.runlog import new_run_id, utc_now
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.lock import RunLock
+from batchgen.ledger.names import STATE
+from batchgen.snapshots import history, pruning
+from batchgen.stats.runlog import new_run_id, utc_now
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchgen.books import Manifest
+    from batchgen.ledger.books import Manifest
 
 
 @dataclass(frozen=True, slots=True)

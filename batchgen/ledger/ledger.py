@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen import row_digests
-from batchgen.books import Base, Durable, Epoch, Manifest, Part, Plan, Segment, disjoint
 from batchgen.errors import AccountingError, FencedError, OutputError
-from batchgen.footer import PartFooter
-from batchgen.names import (
+from batchgen.ledger import row_digests
+from batchgen.ledger.books import Base, Durable, Epoch, Manifest, Part, Plan, Segment, disjoint
+from batchgen.ledger.footer import PartFooter
+from batchgen.ledger.names import (
     STATE,
     epoch_of,
     folder_of,

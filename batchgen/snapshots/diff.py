@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from batchgen import history
 from batchgen.errors import ConfigError, OutputError
 from batchgen.gate import total_variation
-from batchgen.ledger import Ledger
-from batchgen.pairing import paired
-from batchgen.snapshot_side import ANSWER, AT, INPUT, KEY, Side, key_name, label_name
+from batchgen.ledger.ledger import Ledger
+from batchgen.snapshots import history
+from batchgen.snapshots.pairing import paired
+from batchgen.snapshots.side import ANSWER, AT, INPUT, KEY, Side, key_name, label_name
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from batchgen.matching import Span
+    from batchgen.ledger.matching import Span
 
 _SAME, _ANSWER_CHANGED, _INPUT_CHANGED, _ADDED, _REMOVED = range(5)
 _KINDS = {_ANSWER_CHANGED: "answer", _INPUT_CHANGED: "input"}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchgen.matching import Span, match
-from batchgen.row_digests import digest_reader
+from batchgen.ledger.matching import Span, match
+from batchgen.ledger.row_digests import digest_reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.books import Plan, Segment
+    from batchgen.ledger.books import Plan, Segment
     from batchgen.storage import LocalStorage
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from batchgen.errors import BusyError, OutputError
-from batchgen.runlog import utc_now
+from batchgen.stats.runlog import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchgen import row_digests
-from batchgen.history import snapshots
-from batchgen.names import STATE
+from batchgen.ledger import row_digests
+from batchgen.ledger.names import STATE
+from batchgen.snapshots.history import snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from batchgen.books import Manifest, Plan, Segment
-    from batchgen.ledger import Ledger
+    from batchgen.ledger.books import Manifest, Plan, Segment
+    from batchgen.ledger.ledger import Ledger
 
 
 def beyond(ledger: Ledger, keep: int) -> list[Manifest]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
-from batchgen.budget import MAX_CHARS, BudgetError
 from batchgen.errors import ConfigError
+from batchgen.prompts.budget import MAX_CHARS, BudgetError
+from batchgen.prompts.sandbox import NULL, NullPrintedError, Sandbox
 from batchgen.records import Messages, Prompt, RowError
-from batchgen.sandbox import NULL, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

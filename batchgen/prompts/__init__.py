@@ -1,0 +1,1 @@
+"""Row values to prompts and requests."""

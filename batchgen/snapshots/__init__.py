@@ -1,0 +1,1 @@
+"""What was published: which snapshots there are, how two of them differ, and which may go."""

@@ -1,0 +1,1 @@
+"""What a run says of itself: figures, progress, the log of a run, advice."""
