@@ -1,14 +1,18 @@
-"""Offline batch inference: JSONL or Parquet through vLLM to published Parquet, exactly once.
+"""Offline batch inference: JSONL, CSV or Parquet through vLLM to published Parquet, exactly once.
 
-`run(job)` and `read(job)` do what the shell's commands do; see `batchgen.api`.
+`run(job)` and `read(job)` do what the shell's commands do, see `batchgen.api`; what they raise is a
+`BatchgenError`, see `batchgen.errors`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from batchgen import errors
+from batchgen.errors import BatchgenError, ExitCode
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "read", "run"]
+__all__ = ["BatchgenError", "ExitCode", "__version__", "errors", "read", "run"]
 
 if TYPE_CHECKING:
     from batchgen.api import read, run
@@ -22,3 +26,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have 
         return getattr(api, name)
     msg = f"module 'batchgen' has no attribute {name!r}"
     raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    """With the verbs, which are not loaded yet."""
+    return sorted({*globals(), *__all__})

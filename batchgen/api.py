@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from datetime import date, datetime
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from batchgen.config.load import load_job, parse_job
 from batchgen.config.tuned import use_tuned
+from batchgen.errors import ConfigError
 from batchgen.ledger.ledger import Ledger
 from batchgen.ledger.names import STATE
 from batchgen.snapshots import history
@@ -14,7 +18,6 @@ from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from datetime import date, datetime
 
     import polars as pl
 
@@ -26,7 +29,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     job: str | Path | Mapping[str, Any],
     *,
     overrides: Sequence[str] = (),
-    run_date: date | None = None,
+    run_date: date | str | None = None,
     tuned: bool = True,
     fresh: bool = False,
     steal: bool = False,
@@ -43,8 +46,8 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     Args:
         job: Path of a job file, or the same tables as a mapping (paths in it are then relative
             to the working directory).
-        overrides: `table.key=value` each, as `--set` takes them.
-        run_date: What `{date}` in paths stands for; None: today, where this machine is.
+        overrides: `table.key=value` each, as `--set` takes them; a single text is one of them.
+        run_date: What `{date}` in paths stands for, a date or ISO text; None: today, here.
         tuned: Use what `batchgen tune` found for this job file, if it fits.
         fresh: Begin anew; what is published stays until the new snapshot is complete.
         steal: Take the job from a frozen run that holds it.
@@ -55,8 +58,8 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
             then.
         only_errors: With accept_recipe: only error, edited and new rows.
         wait: Wait for a run that is at work on the job.
-        until: Stop in time to have committed by then; aware.
-        max_runtime_s: Stop in time to have committed after that long.
+        until: Stop in time to have committed by then; with a time zone.
+        max_runtime_s: Stop in time to have committed after that many seconds.
 
     Returns:
         How it ended; `state` is `complete`, `nothing_to_do` or `stopped`.
@@ -68,6 +71,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     from batchgen.executor.options import RunOptions
     from batchgen.runner import StopSwitch
 
+    _check_end(until, max_runtime_s)
     options = RunOptions(
         fresh=fresh,
         steal=steal,
@@ -106,7 +110,7 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
 def load(
     job: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
-    run_date: date | None = None,
+    run_date: date | str | None = None,
     *,
     tuned: bool = True,
 ) -> JobConfig:
@@ -114,17 +118,56 @@ def load(
 
     Args:
         job: Path of a job file, or the same tables as a mapping.
-        overrides: `table.key=value` each, as `--set` takes them.
-        run_date: What `{date}` in paths stands for; None: today, where this machine is.
+        overrides: `table.key=value` each, as `--set` takes them; a single text is one of them.
+        run_date: What `{date}` in paths stands for, a date or ISO text; None: today, here.
         tuned: Add what `batchgen tune` found for this job file, if it fits.
 
     Raises:
         ConfigError: With every problem found.
     """
+    texts, day = _texts(overrides), _day(run_date)
     if isinstance(job, str | Path):
-        config = load_job(Path(job), overrides, run_date)
+        config = load_job(Path(job), texts, day)
         return use_tuned(config, Path(job)) if tuned else config
-    return parse_job(job, base=Path.cwd(), where="job", overrides=overrides, run_date=run_date)
+    return parse_job(job, base=Path.cwd(), where="job", overrides=texts, run_date=day)
+
+
+def _texts(overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides; a single text, which Python takes for a sequence of letters, is one."""
+    texts = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    for text in texts:
+        if not isinstance(text, str):
+            _refuse("overrides", text, "texts such as 'run.flush_s=10'")
+    return texts
+
+
+def _day(run_date: date | str | None) -> date | None:
+    if isinstance(run_date, datetime):  # A date too, by its class, but written with its hours.
+        return run_date.date()
+    if run_date is None or isinstance(run_date, date):
+        return run_date
+    try:
+        return date.fromisoformat(run_date)
+    except (TypeError, ValueError):
+        _refuse("run_date", run_date, "a date, or a text such as '2026-01-31'")
+
+
+def _check_end(until: datetime | None, max_runtime_s: float | None) -> None:
+    """Refuse an end that could not be held to; what the shell takes is read there."""
+    if until is not None and not isinstance(until, datetime):
+        expected = "a datetime with a time zone, such as datetime.now(UTC) + timedelta(hours=5)"
+        _refuse("until", until, expected)
+    if until is not None and until.utcoffset() is None:
+        _refuse("until", until, "a time with a zone, such as until.astimezone()")
+    if max_runtime_s is None:
+        return
+    is_number = isinstance(max_runtime_s, Real) and not isinstance(max_runtime_s, bool)
+    if not is_number or not math.isfinite(max_runtime_s) or max_runtime_s <= 0:
+        _refuse("max_runtime_s", max_runtime_s, "seconds, more than 0, such as 5 * 3600")
+
+
+def _refuse(name: str, given: object, expected: str) -> NoReturn:
+    raise ConfigError(name, [f"{given!r:.60} is wrong, expected: {expected}"])
 
 
 def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
@@ -133,6 +176,13 @@ def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     Raises:
         ConfigError: It is no folder of batchgen's and no job either.
     """
-    if isinstance(source, str | Path) and (Path(source) / STATE).is_dir():
-        return Path(source)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if (path / STATE).is_dir():
+            return path
+        if path.is_dir() or not path.exists():
+            wrong = (
+                f"holds no batchgen job (no {STATE}/ in it)" if path.is_dir() else "does not exist"
+            )
+            raise ConfigError(str(path), [f"{wrong}, expected a job file or an output folder"])
     return Path(load(source, overrides, tuned=False).output.path)

@@ -157,7 +157,7 @@ class BusyError(BatchgenError):
 
 
 class EngineError(BatchgenError):
-    """The engine did not start, or refused its settings."""
+    """The engine did not start."""
 
 
 class EngineDeadError(EngineError):
@@ -175,12 +175,20 @@ class GateError(BatchgenError):
         self.gate = tuple(gate)
         """Every figure, see `gate.Limit.as_dict`."""
         lines = "".join(f"\n  {example}" for example in examples)
-        super().__init__(
-            f"{told}; nothing published{lines}\n"
+        super().__init__(f"{told}; nothing published{lines}\n{'; '.join(_ways(self.gate))}")
+
+
+def _ways(gate: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to do about limits that are exceeded."""
+    errors = next((entry for entry in gate if entry.get("name") == "max_error_rate"), {})
+    ways = [str(entry["hint"]) for entry in gate if "hint" in entry]
+    if errors.get("figure") != 0 and "hint" not in errors:
+        ways.append(
             "`batchgen show JOB --errors` shows error rows, `batchgen run JOB --retry-errors` "
-            "tries them again; to publish all the same, run again with --publish-anyway or with "
-            "a higher limit"
+            "tries them again"
         )
+    publish = "to publish all the same, run again with --publish-anyway or with a higher limit"
+    return [*ways, publish]
 
 
 class AccountingError(BatchgenError):

@@ -5,7 +5,7 @@ Everything comes from the parts' footers; no row is read.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from batchgen.config.answers import GateConfig
 
 _NUM_MOVED = 3
+_SHRINK_TO_NOTHING = 0.999
+"""Holds without `max_shrink` where no row is left: a filter that matches nothing, an empty file."""
+_MEND_LIMIT = (
+    f"where no row at all is left, gate.max_shrink is {_SHRINK_TO_NOTHING} unless it is set: look "
+    "at input.path and input.where"
+)
+_MEND_INPUT = (
+    "no error row has reached the engine: mend the input (`batchgen show JOB --errors` shows them) "
+    "and run again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,8 @@ class Limit:
     """The figure in words."""
     column: str | None = None
     """Whose labels, for drift."""
+    hint: str | None = None
+    """What to do where it is exceeded, if that is not what helps with most."""
 
     @property
     def is_exceeded(self) -> bool:
@@ -41,10 +53,13 @@ class Limit:
 
     def as_dict(self, *, is_overridden: bool = False) -> dict[str, Any]:
         """Plain values, for JSON; `overridden` if it was exceeded and let through."""
+        told = {"column": self.column, "hint": self.hint if self.is_exceeded else None}
         return {
-            **{name: value for name, value in asdict(self).items() if value is not None},
+            "name": self.name,
             "figure": self.figure,
             "limit": self.limit,
+            "text": self.text,
+            **{name: value for name, value in told.items() if value is not None},
             "exceeded": self.is_exceeded,
             **({"overridden": True} if is_overridden and self.is_exceeded else {}),
         }
@@ -71,8 +86,10 @@ def judge_gate(
     attempts = tally.get(ATTEMPTS, {})
     num_truncated = tally.get(VERDICT, {}).get("truncated", 0)
     num_retried = sum(n for times, n in attempts.items() if int(times) > 1)
+    errors = _rate("max_error_rate", gate.max_error_rate, num_errors, num_results, "are errors")
     limits = [
-        _rate("max_error_rate", gate.max_error_rate, num_errors, num_results, "are errors"),
+        # Rows without any attempt are errors: unreadable, or without a prompt.
+        replace(errors, hint=_MEND_INPUT) if 0 < num_errors == attempts.get("0") else errors,
         _rate(
             "max_truncated_rate",
             gate.max_truncated_rate,
@@ -106,9 +123,12 @@ def _shrink(limit: float | None, num_now: int, num_last: int | None) -> Limit:
     """By how much fewer the rows are; files that went missing show here and nowhere else."""
     if num_last is None:
         return Limit("max_shrink", None, limit, "there is no last snapshot to compare with")
+    hint = None
+    if limit is None and not num_now:
+        limit, hint = _SHRINK_TO_NOTHING, _MEND_LIMIT
     num_gone = max(num_last - num_now, 0)
     text = f"{num_now:,} rows are {num_gone:,} fewer than the {num_last:,} of the last snapshot"
-    return Limit("max_shrink", num_gone / num_last if num_last else 0.0, limit, text)
+    return Limit("max_shrink", num_gone / num_last if num_last else 0.0, limit, text, hint=hint)
 
 
 def _drift(

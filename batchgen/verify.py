@@ -1,4 +1,4 @@
-"""Every byte of a job, read and checked: what is published, and what is durable on the way.
+"""Every byte of a job, read and checked: what is published and shown, what is durable on the way.
 
 Page checksums are verified on reading; plain readers do not, and are silently wrong on most bit
 flips (of 300 flips in zstd pages, pyarrow without verification gave wrong values for 262).
@@ -15,19 +15,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import OutputError
+from batchgen.ledger.begun import why_no_plan
 from batchgen.ledger.ledger import Ledger
 from batchgen.ranges import Ranges
 from batchgen.sink.hashed import is_as_published
 from batchgen.sink.schema import ROW, SEGMENT
+from batchgen.snapshots.shown import alias_of, difference, shown_problems
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from batchgen.ledger.books import Manifest, Part, Plan
 
 _HASH_BYTES = 2**22
+_LOOKS = 3
+_PATIENCE_S = 5.0
+"""So long without a change, and a run that is at work is not putting its files there right now."""
 _OTHER_BYTES = "its bytes are not those that were published (sha256 differs)"
 
 
@@ -51,28 +56,50 @@ class Verdict:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def verify(root: Path) -> Verdict:
-    """Check the newest snapshot and the parts of an unfinished plan.
+def verify(root: Path, *, patience_s: float = _PATIENCE_S) -> Verdict:
+    """Check the newest snapshot, what the folder shows of it, and the parts of an unfinished plan.
 
     A part that is not what was written is marked, so that the next run redoes its rows; nothing
     else is changed.
 
+    Args:
+        root: The output folder.
+        patience_s: How long a run at work may stand still while it shows its files.
+
     Raises:
-        OutputError: There is no job, or it is of another version.
+        OutputError: The job has not been run yet, or it is of another version.
     """
     ledger = Ledger(LocalStorage(root))
+    for _ in range(_LOOKS):
+        at = _where(ledger)
+        verdict = _look(ledger, patience_s)
+        # What a run published meanwhile, it may have tidied up under our eyes.
+        if not verdict.problems or at == _where(ledger):
+            break
+    return verdict
+
+
+def _where(ledger: Ledger) -> tuple[int, int]:
+    """How far the job is, in plans and in snapshots."""
+    manifest = ledger.latest_manifest()
+    return ledger.latest_plan_number(), manifest.number if manifest is not None else 0
+
+
+def _look(ledger: Ledger, patience_s: float) -> Verdict:
     plan = ledger.latest_plan()
     if plan is None:
-        msg = f"{root}: there is no job here to verify"
+        msg = f"{ledger.storage.where}: nothing to verify, {why_no_plan(ledger)}"
         raise OutputError(msg)
-    verdict = Verdict(str(root), num_planned=plan.num_rows)
+    verdict = Verdict(ledger.storage.where, num_planned=plan.num_rows)
     manifest = ledger.latest_manifest()
+    damaged: Collection[str] = ()
     if manifest is not None:
-        _check_snapshot(ledger, manifest, verdict)
+        damaged = _check_snapshot(ledger, manifest, verdict)
     if manifest is None or manifest.number != plan.number:
         _check_parts(ledger, plan, verdict)
     else:
         _note_counts(verdict, manifest.num_ok, manifest.num_errors, manifest.num_skipped)
+    verdict.problems += shown_problems(ledger, manifest, damaged, patience_s)
     return verdict
 
 
@@ -81,7 +108,9 @@ def _note_counts(verdict: Verdict, num_ok: int, num_errors: int, num_skipped: in
     verdict.num_left = verdict.num_planned - num_ok - num_errors - num_skipped
 
 
-def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
+def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Collection[str]:
+    """Check the snapshot's own files; return the names of those that are damaged."""
+    damaged: list[str] = []
     plan = ledger.plan(manifest.number)
     if plan.plan_id != manifest.plan_id:
         verdict.problems.append(f"manifest {manifest.number}: belongs to another plan")
@@ -92,10 +121,10 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Non
             _check_hash(ledger.storage.path(file["name"]), file, verdict)
             _check_published(ledger.storage.path(file["name"]), file, plan, counted, prefix)
         except (ValueError, OSError, pa.ArrowException) as error:
+            damaged.append(file["name"])
             why = str(error).splitlines()[0]
             verdict.problems.append(
-                f"{file['name']}: {why}; published rows are damaged: `batchgen run JOB "
-                "--retry-errors` computes them again, or bring the file back from a backup"
+                f"{file['name']}: {why}; published rows are damaged: {_remedy(ledger, file)}"
             )
     _check_index(ledger, manifest, verdict)
     if not verdict.problems and (counted["ok"], counted["error"]) != (
@@ -106,6 +135,18 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Non
             f"manifest {manifest.number}: says {manifest.num_ok} ok and {manifest.num_errors} "
             f"errors, the files hold {counted['ok']} and {counted['error']}"
         )
+    return damaged
+
+
+def _remedy(ledger: Ledger, file: Mapping[str, Any]) -> str:
+    """What to do about a damaged file of the snapshot."""
+    alias = alias_of(file)
+    if difference(ledger.storage.path(alias), file) is None:
+        return f"{alias} in the output folder still has the published bytes, copy it there"
+    return (
+        "`batchgen run JOB --retry-errors` computes them again, or bring the file back from a "
+        "backup"
+    )
 
 
 def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
@@ -184,7 +225,8 @@ def _check_parts(ledger: Ledger, plan: Plan, verdict: Verdict) -> None:
             _check_part(path, part)
         except (ValueError, OSError, pa.ArrowException) as error:
             why = str(error).splitlines()[0]
-            ledger.reject(part.name, why)
+            if path.exists():  # Else it does not count anyway, and a run may have tidied it up.
+                ledger.reject(part.name, why)
             verdict.problems.append(f"{part.name}: {why}; the next run redoes its rows")
         else:
             good.append(part)

@@ -6,18 +6,23 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from batchgen.ledger.begun import why_no_plan
 from batchgen.ledger.ledger import Ledger
 from batchgen.ledger.lock import RunLock
 from batchgen.ledger.names import STATE
 from batchgen.snapshots import history
+from batchgen.stats.runlog import utc_now
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import polars as pl
 
     from batchgen.ledger.books import Plan
+
+_KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"
 
 
 def status(root: Path) -> dict[str, Any]:
@@ -26,7 +31,9 @@ def status(root: Path) -> dict[str, Any]:
     Returns:
         `state` is one of `new`, `running`, `interrupted`, `held_back` (by the gate), `complete`;
         then counts of the plan, what is durable, and the last live view of the newest run:
-        `run`, with a list `replicas` if it has some.
+        `run`, with a list `replicas` if it has some and `sign_of_life_age_s`, seconds since it
+        was written. Of a plan that is not published, `published` is what readers see: number,
+        time and counts of the last snapshot, None if there is none.
 
     Raises:
         OutputError: The folder was written by another version.
@@ -65,23 +72,63 @@ def status(root: Path) -> dict[str, Any]:
         "num_parts": len(durable.parts),
         "num_rejected_parts": len(durable.rejected),
     }
+    facts["published"] = _published(ledger)
     if not holder:
         held_back = live.get("state") == "over_limit"
         facts["state"] = "held_back" if held_back else "interrupted"
-        facts["last_run"] = {name: live.get(name) for name in ("run_id", "state", "reason")}
+        facts["last_run"] = _ended(live)
     return facts
 
 
+def not_begun(root: Path) -> str | None:
+    """Why there is nothing to be seen of a job: it has no plan yet; None if it has one."""
+    return why_no_plan(Ledger(LocalStorage(root)))
+
+
+def _published(ledger: Ledger) -> dict[str, Any] | None:
+    """What readers see while the newest plan has no snapshot."""
+    manifest = ledger.latest_manifest()
+    if manifest is None:
+        return None
+    return {
+        "snapshot": manifest.number,
+        "published_at": manifest.created_at,
+        "num_ok": manifest.num_ok,
+        "num_errors": manifest.num_errors,
+    }
+
+
+def _ended(live: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run that nobody is at any more says that it ended; one that says nothing was killed."""
+    told = {name: live.get(name) for name in ("run_id", "state", "reason")}
+    # A run that ends writes why, were it only null (`JobRun._finish`); one at work has no reason.
+    return told if not live or "reason" in live else {**told, "state": "killed", "reason": _KILLED}
+
+
 def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
-    """The live view of a run, or of the newest run that has one."""
-    for folder in reversed(storage.list(f"{STATE}/runs")):
-        if run_id is not None and not folder.endswith(f"/{run_id}"):
-            continue
+    """The live view of a run, or of the newest run that has one; and how old it is."""
+    folders = storage.list(f"{STATE}/runs")
+    if run_id is not None:
+        folders = [folder for folder in folders if folder.endswith(f"/{run_id}")]
+    written_s = {folder: _written_s(storage.path(f"{folder}/live.json")) for folder in folders}
+    # Run ids tell the second; of runs that share one, the newest wrote last.
+    folders.sort(key=lambda folder: (folder.rpartition("-")[0], written_s[folder]), reverse=True)
+    for folder in folders:
         data = storage.read(f"{folder}/live.json")
         if data is not None:
             with suppress(ValueError):  # Never synced: a power loss may have torn it.
-                return dict(json.loads(data))
+                at_s = written_s[folder]  # 0: it came only now.
+                age_s = max(0.0, utc_now().timestamp() - at_s) if at_s else 0.0
+                return {**json.loads(data), "sign_of_life_age_s": age_s}
     return {}
+
+
+def _written_s(path: Path) -> float:
+    """When a file was written, in seconds of the epoch; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None) -> pl.DataFrame:

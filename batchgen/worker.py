@@ -100,12 +100,26 @@ class Worker:
         """A request that another process has made, under an id of this one's."""
         return request._replace(request_id=next(self._ids))
 
-    def feeder(self, feds: Iterable[Fed], engine: Loading, *, is_ordered: bool = False) -> Feeder:
-        """Begin to read and render; rows come in the job's order, or are so already."""
-        mode = self._prepared.job.run.order
+    def feeder(
+        self,
+        feds: Iterable[Fed],
+        engine: Loading,
+        *,
+        is_ordered: bool = False,
+        long_first: bool = True,
+    ) -> Feeder:
+        """Begin to read and render.
+
+        Args:
+            feds: Rows as requests, in the input's order.
+            engine: That they are for.
+            is_ordered: They are in the job's order already.
+            long_first: Whether rows with long answers may go first, where that order says so.
+        """
+        mode, lengths = self._prepared.job.run.order, self._lengths if long_first else None
         return Feeder(
             feds,
-            order=None if is_ordered or mode == "input" else AdmissionOrder(mode, self._lengths),
+            order=None if is_ordered or mode == "input" else AdmissionOrder(mode, lengths),
             is_loading=lambda: engine.is_started and engine.facts is None,
         )
 

@@ -43,10 +43,28 @@ def octave(number: int) -> int:
 
 
 def size_of(prompt: Prompt) -> int:
-    """Characters of a prompt's texts."""
+    """Characters of a prompt's texts; its images are none."""
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(len(text) for message in prompt if isinstance(text := message.get("content"), str))
+    return sum(_text_size(message.get("content")) for message in prompt)
+
+
+def _text_size(content: object) -> int:
+    """Of a message: text, or a list of parts (OpenAI's `content`)."""
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def held_size(prompt: object) -> int:
+    """Characters of all that a prompt holds: images in it and calls of tools, too."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, dict):
+        return sum(map(held_size, prompt.values()))
+    return sum(map(held_size, prompt)) if isinstance(prompt, list) else 0
 
 
 def mean_lengths(seen: Iterable[tuple[int | None, int | None]]) -> dict[int, float]:

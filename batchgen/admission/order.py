@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import orjson
 
 from batchgen.admission.keyed import Keyed, loose
-from batchgen.admission.lengths import Lengths, octave, size_of
+from batchgen.admission.lengths import Lengths, held_size, octave
 from batchgen.admission.runs import SortedRuns
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ KEY_BYTES = 4096
 SAMPLE_BYTES = 16 << 10
 """Of each text of the sample."""
 TAKE_ROWS = 1024
+TAKE_BYTES = 16 << 20
+"""What is taken lies in memory a second time until the engine has it."""
 
 
 class Reach(NamedTuple):
@@ -76,13 +78,17 @@ class AdmissionOrder:
     """
 
     def __init__(
-        self, mode: Mode, lengths: Lengths, reach: Reach | None = None, folder: Path | None = None
+        self,
+        mode: Mode,
+        lengths: Lengths | None,
+        reach: Reach | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Bind.
 
         Args:
             mode: `auto`: a bounded look-ahead; `prefix`: the whole job, by text in any case.
-            lengths: What to expect of answers.
+            lengths: What to expect of answers; None: nothing, so that the long are not first.
             reach: Bounds of what is held in memory.
             folder: Where the whole job may be written; None: `TMPDIR`.
         """
@@ -146,7 +152,7 @@ class AdmissionOrder:
             self._seal(self._sorting)
 
     def take(self) -> list[Request]:
-        """Return the next requests, up to a thousand or so; none only if none is held.
+        """Return the next requests, up to a thousand or 16 MiB or so; none only if none is held.
 
         Raises:
             StorageError: `TMPDIR` cannot be read or written.
@@ -155,10 +161,10 @@ class AdmissionOrder:
         if sorting == Sorting():
             taken, self._new = self._new, []
             self._new_bytes = self._pinned_bytes = 0
-            return taken or self._runs.pop(TAKE_ROWS)
+            return taken or self._pop()
         if self._new:
             self._seal(sorting)
-        return self._runs.pop(TAKE_ROWS)
+        return self._pop()
 
     def close(self) -> None:
         """Drop what is held, and the files. Idempotent."""
@@ -166,13 +172,16 @@ class AdmissionOrder:
         self._sample.clear()
         self._runs.close()
 
+    def _pop(self) -> list[Request]:
+        return self._runs.pop(TAKE_ROWS, TAKE_BYTES)
+
     def _guess(self) -> Sorting:
         """What to sort by before the whole sample is seen, which may be all there is."""
         return find_sorting(self._sample, self._mode)
 
     def _look(self, requests: Sequence[Request]) -> None:
         for request in requests[: SAMPLE_ROWS - len(self._sample)]:
-            num = self._lengths.expect(request.prompt, request.params) or 0
+            num = _expected(request, self._lengths)
             self._sample.append(Seen(text_of(request)[:SAMPLE_BYTES], num))
         if len(self._sample) == SAMPLE_ROWS or self._new_bytes >= self._reach.held_bytes:
             self._sorting = self._guess()
@@ -214,20 +223,24 @@ def common_prefix(a: bytes, b: bytes) -> int:
     return low
 
 
-def _keyed(request: Request, sorting: Sorting, lengths: Lengths, num_bytes: int) -> Keyed:
+def _expected(request: Request, lengths: Lengths | None) -> int:
+    return lengths.expect(request.prompt, request.params) or 0 if lengths is not None else 0
+
+
+def _keyed(request: Request, sorting: Sorting, lengths: Lengths | None, num_bytes: int) -> Keyed:
     rank, key = 0, b""
     if sorting.by_length:
         # Within an octave any order will do.
-        rank = -octave(lengths.expect(request.prompt, request.params) or 0)
+        rank = -octave(_expected(request, lengths))
     if sorting.by_text:
         key = text_of(request)[sorting.skip : sorting.skip + KEY_BYTES]
     return Keyed(rank, key, request.request_id, num_bytes, request)
 
 
 def held_bytes(requests: Sequence[Request]) -> int:
-    """About how much memory they take: twice their texts, for the key, and their columns."""
-    texts = sum(size_of(request.prompt) for request in requests)
-    return 2 * texts + carried_bytes(requests)
+    """About how much memory they take: twice their prompts, for the key, and their columns."""
+    prompts = sum(held_size(request.prompt) for request in requests)
+    return 2 * prompts + carried_bytes(requests)
 
 
 def carried_bytes(requests: Sequence[Request]) -> int:

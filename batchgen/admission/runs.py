@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import pickle
 import tempfile
 from collections import deque
@@ -58,14 +59,14 @@ class SortedRuns:
         with self._trouble_told():
             self._add(rows)
 
-    def pop(self, num: int) -> list[Request]:
-        """Take the first `num` in order, or all that are left.
+    def pop(self, num: int, max_bytes: float = math.inf) -> list[Request]:
+        """Take the first `num` in order, or all that are left; fewer once they pass `max_bytes`.
 
         Raises:
             StorageError: What was written cannot be read.
         """
         with self._trouble_told():
-            return self._pop(num)
+            return self._pop(num, max_bytes)
 
     @contextlib.contextmanager
     def _trouble_told(self) -> Iterator[None]:
@@ -99,11 +100,13 @@ class SortedRuns:
         if len(self._heads) - len(files) > MAX_RUNS:
             self._merge([head for head in self._heads if isinstance(head[1], _MemoryRun)])
 
-    def _pop(self, num: int) -> list[Request]:
+    def _pop(self, num: int, max_bytes: float) -> list[Request]:
         taken: list[Request] = []
-        while self._heads and len(taken) < num:
+        num_bytes = 0
+        while self._heads and len(taken) < num and num_bytes < max_bytes:
             first, run = self._heads[0]
             taken.append(first.request)
+            num_bytes += first.num_bytes
             following = run.next()
             if following is None:
                 heapq.heappop(self._heads)

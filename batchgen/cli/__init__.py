@@ -19,7 +19,7 @@ from batchgen.errors import BatchgenError, ExitCode
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="batchgen")
 def cli() -> None:
-    """Run prompts from JSONL or Parquet through vLLM and publish Parquet, exactly once.
+    """Run prompts from JSONL, CSV or Parquet through vLLM and publish Parquet, exactly once.
 
     Exit codes: 0 complete, 1 stopped by a fault (rerun resumes), 2 refused, 3 over a limit of
     the gate (nothing published), 75 stopped on purpose with work left, or another run is at work.

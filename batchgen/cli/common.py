@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +38,45 @@ DATE = click.option(
     metavar="YYYY-MM-DD",
     help="The date that {date} in paths stands for. Default: today, where this machine is.",
 )
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: click's own lets NaN through, which is in no range."""
+
+    def convert(
+        self,
+        value: Any,  # noqa: ANN401 - as click has it
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> float:
+        """See click; refuses what is not finite, too."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def say_stopping(text: str, signum: int) -> None:
+    """Answer a signal at once: what the run does about it, and what a second one would do.
+
+    Writes to the descriptor: sys.stderr may be in the middle of a line of the progress, and
+    refuses to be entered again.
+
+    Args:
+        text: `{again}` in it is what the person does once more.
+        signum: The signal.
+    """
+    again = "Ctrl-C again" if signum == signal.SIGINT else f"{signal.Signals(signum).name} again"
+    line = f"batchgen: {text.format(again=again)}\n"
+    with contextlib.suppress(OSError):  # Nobody reads it, and the run is to drain all the same.
+        os.write(2, ("\n" if os.isatty(2) else "").encode() + line.encode())
+
+
+def rows_in_flight(grace_s: float) -> str:
+    """What a stopping run does about them, for `say_stopping`."""
+    if not grace_s:
+        return "rows in flight are left to the next run"
+    return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"
 
 
 def print_json(fields: Mapping[str, Any]) -> None:

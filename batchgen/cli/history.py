@@ -30,6 +30,7 @@ def snapshots(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     """
     from batchgen.api import output_of
     from batchgen.snapshots.listing import listed
+    from batchgen.views import not_begun
 
     root = output_of(job, overrides)
     found = listed(root)
@@ -37,7 +38,8 @@ def snapshots(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
         print_json({"output": str(root), "snapshots": [line.as_dict() for line in found]})
         return
     if not found:
-        click.echo("nothing is published yet", err=True)
+        why = not_begun(root)
+        click.echo(f"{root}: {why}" if why else "nothing is published yet", err=True)
     for line in found:
         click.echo(_told_line(line))
 
@@ -85,7 +87,8 @@ def prune(
 @click.option(
     "--on",
     metavar="COL[,COL]",
-    help="Columns that name a row. Default: rows are paired by where they stand in the input.",
+    help="Columns that name a row. Default: equal lines of JSONL are paired, moved ones too, and "
+    "lines between them if they are as many as before; rows of CSV and Parquet by their number.",
 )
 @click.option("-n", "num_rows", default=5, show_default=True, help="Changed rows to show.")
 @JSON
@@ -140,7 +143,7 @@ def _size(num_bytes: float) -> str:
 
 def _told_diff(found: Diff) -> list[str]:
     lines = [
-        f"snapshot {found.old} -> {found.new}, rows paired by {found.matched_by}",
+        f"snapshot {found.old} -> {found.new}, rows paired by {found.paired_by}",
         f"  rows     {found.num_old:,} -> {found.num_new:,}: {found.num_added:,} added, "
         f"{found.num_removed:,} removed, {found.num_changed:,} changed, {found.num_same:,} same",
     ]
@@ -148,6 +151,11 @@ def _told_diff(found: Diff) -> list[str]:
         lines.append(
             f"  changed  {found.num_input_changed:,} in their input, "
             f"{found.num_answer_changed:,} in their answer only"
+        )
+    if found.may_hide_edits:
+        lines.append(
+            "  edited   some of those added and removed may be one row that was edited, which only "
+            "a key can tell: --on COL"
         )
     if any(found.num_without_key):
         old, new = found.num_without_key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +12,12 @@ from batchgen.cli.common import DATE, JOB, JSON, SET, flat, print_json
 from batchgen.errors import ExitCode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
     from pathlib import Path
+
+_SILENT_S = 15.0
+"""A live view that is older is worth telling: mostly it is rewritten every 2 s."""
 
 
 @click.command()
@@ -58,17 +62,57 @@ def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     """
     from batchgen.api import output_of
     from batchgen.cli.replicas import replica_lines
+    from batchgen.views import not_begun
     from batchgen.views import status as status_of
 
-    facts = status_of(output_of(job, overrides))
+    root = output_of(job, overrides)
+    facts = status_of(root)
     if as_json:
         print_json(facts)
         return
     replicas = facts.get("run", {}).pop("replicas", [])
-    for name, value in flat(facts):
+    if facts["state"] == "new" and (why := not_begun(root)):
+        facts["state"] = f"new: {why}"
+    for name, value in flat(_readable(facts)):
         click.echo(f"{name:24} {value}")
     for line in replica_lines(replicas):
         click.echo(line)
+
+
+def _readable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person sees of `views.status`: sentences where values would have to be explained."""
+    told = dict(facts)
+    if "published" in told:
+        told["published"] = _told_published(told["published"])
+    if "run" in told:
+        run = dict(told["run"])
+        age_s = run.pop("sign_of_life_age_s", None)
+        if age_s is not None and age_s >= _SILENT_S:
+            run["last_sign_of_life"] = _told_silence(run, age_s)
+        told["run"] = run
+    return told
+
+
+def _told_published(seen: Mapping[str, Any] | None) -> str:
+    if seen is None:
+        return "nothing yet"
+    return (
+        f"snapshot {seen['snapshot']} of {seen['published_at']}: {seen['num_ok']:,} ok, "
+        f"{seen['num_errors']:,} errors"
+    )
+
+
+def _told_silence(run: Mapping[str, Any], age_s: float) -> str:
+    """How long a run has not been heard of, and what to make of it."""
+    from batchgen.stats.progress import duration
+
+    if "elapsed_s" not in run:
+        means = f"{run.get('state')}, it gives none until that is done"
+    elif run.get("num_left") == 0:
+        means = "every row has ended, publishing gives none"
+    else:
+        means = "if it is frozen, take the job from it: batchgen run --steal"
+    return f"{duration(age_s)} ago ({means})"
 
 
 @click.command()
@@ -87,11 +131,13 @@ def show(
     Example: batchgen show jobs/quickstart.toml --errors
     """
     from batchgen.api import output_of
-    from batchgen.views import rows
+    from batchgen.views import not_begun, rows
 
-    frame = rows(output_of(job, overrides), num_rows, errors=errors, snapshot=snapshot)
+    root = output_of(job, overrides)
+    frame = rows(root, num_rows, errors=errors, snapshot=snapshot)
     if frame.is_empty():
-        click.echo("no such rows", err=True)
+        why = not_begun(root)
+        click.echo(f"{root}: {why}" if why else "no such rows", err=True)
     for number, row in enumerate(frame.iter_rows(named=True)):
         click.secho(f"--- row {number}", dim=True)
         for name, value in row.items():
@@ -106,7 +152,8 @@ def show(
 def verify(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     """Read every byte of a job's output and prove the books. JOB may be an output folder.
 
-    Exits 0 if all is well, 1 if something is damaged; the next run redoes what can be redone.
+    Exits 0 if all is well, 1 if something is damaged or the folder shows other files than the
+    newest snapshot's; the next run redoes what can be redone.
 
     Example: batchgen verify jobs/quickstart.toml
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from batchgen.stats.progress import duration
+from batchgen.stats.progress import duration, num_inside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def _replica_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['requests_per_s']:,.0f}",
         f"{row['prompt_tokens_per_s']:,.0f}",
         f"{row['output_tokens_per_s']:,.0f}",
-        f"{row['num_in_flight']:,}",
+        f"{num_inside(row):,}",
         "" if usage is None else f"{usage:.0%}",
         str(row["restarts"]),
         row["host"] or "",

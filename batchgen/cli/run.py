@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import DATE, JOB, JSON, SET, TUNED, print_json
+from batchgen.cli.common import (
+    DATE,
+    JOB,
+    JSON,
+    SET,
+    TUNED,
+    print_json,
+    rows_in_flight,
+    say_stopping,
+)
 from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
@@ -114,6 +123,7 @@ def run(
         _stop_on_signals(stop)
         date = run_date.date() if run_date else None
         config = load(job, overrides, date, tuned=tuned)
+        _stop_on_signals(stop, config.run.grace_s)
         this = JobRun(config, stop=stop, options=RunOptions(**options))
         summary = this.run()
     except BaseException as error:
@@ -154,14 +164,26 @@ def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
         print_json(Summary("refused", int(ExitCode.REFUSED), reason=reason).as_dict())
 
 
-def _stop_on_signals(stop: StopSwitch) -> None:
-    """SIGTERM and Ctrl-C ask the run to drain; a second one to stop now."""
+def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
+    """SIGTERM and Ctrl-C ask the run to drain, which is said at once; a second one to stop now.
+
+    Args:
+        stop: The run's.
+        grace_s: How long the rows in flight have.
+    """
     from batchgen.runner import Stop
 
-    def ask(*_: object) -> None:
+    def ask(signum: int, _: object) -> None:
+        is_first = stop.state is Stop.NO
         stop.ask()
-        if stop.state is not Stop.DRAIN and not stop.is_heard:
+        if not is_first and not stop.is_heard:
             raise KeyboardInterrupt  # Planning or publishing: nothing that could be drained.
+        if not is_first:
+            say_stopping("stopping now; rows in flight are left to the next run", signum)
+        elif stop.is_heard:
+            say_stopping(f"stopping: {rows_in_flight(grace_s)}", signum)
+        else:
+            say_stopping("stopping after this step; {again} to stop at once", signum)
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)

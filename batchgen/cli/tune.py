@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import DATE, JOB, JSON, SET, print_json
+from batchgen.cli.common import (
+    DATE,
+    JOB,
+    JSON,
+    SET,
+    Number,
+    print_json,
+    rows_in_flight,
+    say_stopping,
+)
 from batchgen.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     "--minutes",
     default=20.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Begin no trial that would end later.",
 )
 @click.option(
@@ -34,7 +43,7 @@ if TYPE_CHECKING:
     "most_s",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     metavar="SECONDS",
     help="Measure each setting for so long at most, once the engine is full.",
 )
@@ -83,6 +92,7 @@ def tune(
             tries_fp8=asked["tries_fp8"],
         )
         config = load(job, overrides, date, tuned=False)
+        _stop_on_signals(stops, config.run.grace_s)
         report = Tuning(config, job, options, stops=stops, tell=_tell).run()
     except BaseException as error:
         if as_json:
@@ -108,12 +118,20 @@ def _ended(error: BaseException) -> dict[str, Any]:
     return {"state": state, "exit_code": int(code), "reason": str(error) or repr(error)}
 
 
-def _stop_on_signals(stops: Stops) -> None:
-    """SIGTERM and Ctrl-C end the search once the trial at work has drained; a second one now."""
+def _stop_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
+    """SIGTERM and Ctrl-C end the search once the trial at work has drained; a second one now.
 
-    def ask(*_: object) -> None:
+    Args:
+        stops: The search's.
+        grace_s: How long the rows in flight have.
+    """
+
+    def ask(signum: int, _: object) -> None:
+        is_first = not stops.is_asked
         if not stops.ask():
             raise KeyboardInterrupt
+        if is_first:
+            say_stopping(f"stopping with this trial: {rows_in_flight(grace_s)}", signum)
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)

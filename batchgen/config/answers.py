@@ -104,6 +104,6 @@ class GateConfig(Table):
     """Total variation distance of the labels to those of the last published snapshot, at most."""
     max_shrink: Share | None = None
     """At most this share of the last snapshot's rows may be gone from the input; what came
-    makes up for what went."""
+    makes up for what went. Not set: some row must be left."""
     drift_column: str | None = None
     """Which labels, by the column's name. Default: the choice, or each enum of the schema."""

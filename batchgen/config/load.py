@@ -30,16 +30,22 @@ if TYPE_CHECKING:
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 # Union members show up in pydantic's paths, where they are no keys of the file; each member tells
-# of the same mistake.
+# of the same mistake. A number's and a literal's have names that no key of the models has.
 _MEMBERS = frozenset({"str", "list[str]", "dict[str,any]"})
+_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
 _UNIONS = {
+    "replicas": "at least 1, or 'auto'",
     "path": "a path or a list of paths",
     "schema": "a path or a table",
     "stop": "a text or a list of texts",
     "assistant": "a text or a table",
 }
 _TABLE_LISTS = frozenset({"retry", "prompt.examples", "prompt.tools"})
-_NOT_EMPTY = {"choice": "at least one label", "on": "at least one verdict"}
+_NOT_EMPTY = {
+    "choice": "at least one label",
+    "on": "at least one verdict",
+    "path": "at least one path",
+}
 
 
 def load_job(path: Path, overrides: Sequence[str] = (), run_date: date | None = None) -> JobConfig:
@@ -132,19 +138,20 @@ def _toml_value(text: str) -> Any:  # noqa: ANN401 - any TOML value, checked by 
 def _problem(detail: ErrorDetails) -> str:
     """One pydantic finding as `key: what is wrong, what was expected`."""
     parts = [str(part) for part in detail["loc"]]
-    location = [part for part in parts if part not in _MEMBERS]
+    location = [part for part in parts if not _is_member(part)]
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
         return f"{key}: unknown key{_did_you_mean(location)}"
     if detail["type"] == "missing":
-        return f"{key}: missing, expected {_meaning(location)}"
+        return f"{key}: missing{_meaning(location)}"
     if detail["type"] == "value_error":
         return f"{key}: {detail['ctx']['error']}"
     given = f"{detail['input']!r:.60}"
     if detail["type"] == "model_type":
         return f"{key}: {given} is wrong, expected: the table [{key}]"
     expected = _expected(detail["msg"])
-    if parts[-1] in _MEMBERS and detail["type"] in {"string_type", "list_type", "dict_type"}:
+    is_kind = detail["type"] in {"string_type", "list_type", "dict_type"}
+    if _MEMBER.fullmatch(parts[-1]) or (parts[-1] in _MEMBERS and is_kind):
         expected = _UNIONS.get(location[-1], expected)
     elif key in _TABLE_LISTS and isinstance(detail["input"], dict):
         expected = f"[[{key}]], a list of tables"
@@ -153,6 +160,10 @@ def _problem(detail: ErrorDetails) -> str:
     elif detail["type"] == "too_short":
         expected = _NOT_EMPTY.get(location[-1], expected)
     return f"{key}: {given} is wrong, expected: {expected}"
+
+
+def _is_member(part: str) -> bool:
+    return part in _MEMBERS or _MEMBER.fullmatch(part) is not None
 
 
 def _expected(message: str) -> str:
@@ -201,12 +212,15 @@ def _fields(table: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def _meaning(location: Sequence[str]) -> str:
+    """What a missing key is, to go behind `missing`."""
     table = _table_at(location)
     if table is not None:
-        return f"the table [{'.'.join(location)}]"
+        return f", expected the table [{'.'.join(location)}]"
     parent = _table_at(location[:-1])
     field = _fields(parent).get(location[-1]) if parent else None
-    return (field.description if field and field.description else "a value").splitlines()[0]
+    if field is None or not field.description:
+        return ", expected a value"
+    return f"; it is: {field.description.splitlines()[0]}"
 
 
 def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:

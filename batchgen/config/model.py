@@ -35,11 +35,21 @@ class InputConfig(Table):
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
     types: dict[str, str] = Field(default={})
-    """Column types for JSONL and CSV where the guess from the first rows is not wanted."""
+    """Column types. JSONL: where the guess from the first rows is not wanted. CSV: columns are
+    strings unless named here; an empty field is '' in a string and null in any other type."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Of CSV, one character. Default: a comma, in .tsv a tab."""
     where: str | None = None
     """SQL expression over the columns; only rows for which it is true are run."""
     limit: PositiveInt | None = None
     """Only the first so many rows (of those that `where` lets through)."""
+
+    @model_validator(mode="after")
+    def _can_delimit(self) -> Self:
+        if self.delimiter is not None and self.delimiter in '"\r\n\0':
+            msg = f"delimiter = {self.delimiter!r} cannot end a field, expected such as ';'"
+            raise ValueError(msg)
+        return self
 
 
 class Example(Table):

@@ -48,6 +48,9 @@ SPEED_OPTIONS = frozenset(
 )
 
 Recipe = dict[str, Any]
+_SHOWN_CHARS = 120
+_CHARS_BEFORE = 40
+"""Of what two long values have in common before they differ."""
 
 
 def make_recipe(
@@ -126,10 +129,15 @@ def diff(old: Recipe, new: Recipe) -> list[str]:
     """Return one line a changed key: `prompt.user: 'old' -> 'new'`."""
     before, after = dict(_flat(old)), dict(_flat(new))
     return [
-        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        f"{_as_in_job(key)}: {' -> '.join(_side_by_side(before, after, key))}"
         for key in sorted(before.keys() | after.keys())
-        if _shown(before, key, None) != _shown(after, key, None)
+        if _shown(before, key) != _shown(after, key)
     ]
+
+
+def _as_in_job(key: str) -> str:
+    """Answers' form stands under `[output]` in the job file."""
+    return f"output.{key.removeprefix('form.')}" if key.startswith("form.") else key
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -140,9 +148,34 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _shown(table: Mapping[str, Any], key: str, width: int | None = 120) -> str:
+def _shown(table: Mapping[str, Any], key: str) -> str:
     """As repr, which tells 1 from true where == does not."""
-    if key not in table:
-        return "not set"
-    text = repr(table[key])
-    return text if width is None or len(text) <= width else f"{text[: width - 3]}..."
+    return repr(table[key]) if key in table else "not set"
+
+
+def _side_by_side(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """Both values; of long ones what is around the first difference."""
+    old, new = _shown(before, key), _shown(after, key)
+    if max(len(old), len(new)) <= _SHOWN_CHARS:
+        return old, new
+    was, now = before.get(key), after.get(key)
+    if isinstance(was, str) and isinstance(now, str):
+        # Before repr: the quotes around a text can be where two reprs differ first.
+        first = _first_difference(was, now)
+        return repr(_cut(was, first)), repr(_cut(now, first))
+    first = _first_difference(old, new)
+    return _cut(old, first), _cut(new, first)
+
+
+def _first_difference(old: str, new: str) -> int:
+    pairs = zip(old, new, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new)))
+
+
+def _cut(text: str, at: int) -> str:
+    """At most `_SHOWN_CHARS` of a text, `at` among them."""
+    start = at - _CHARS_BEFORE if at > _SHOWN_CHARS // 2 else 0
+    head = "..." if start else ""
+    room = _SHOWN_CHARS - len(head)
+    rest = text[start:]
+    return head + (rest if len(rest) <= room else f"{rest[: room - 3]}...")

@@ -10,7 +10,9 @@ stand in it (`PLACES`); none is part of the recipe, so that a tuned job is the s
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import stat
 import tomllib
@@ -36,6 +38,8 @@ PLACES: Mapping[str, str] = {
     "max_in_flight": "run",
 }
 """Each setting that may be tuned -> its table in a job file."""
+_ECHO = frozenset({"max_num_seqs", "max_in_flight"})
+"""All that the echo engine has of these."""
 _SHARES = frozenset({"gpu_memory_utilization"})
 _SWITCHES = frozenset({"enable_prefix_caching", "async_scheduling"})
 _MOST = 1_000_000
@@ -44,6 +48,7 @@ in memory."""
 _DEPENDS: Mapping[str, Any] = {
     "pipeline_parallel_size": 1,
     "max_model_len": None,
+    "enable_chunked_prefill": None,
     "dtype": "auto",
     "quantization": None,
     "kv_cache_dtype": "auto",
@@ -133,11 +138,13 @@ def use_tuned(job: JobConfig, job_path: Path, device: Callable[[], str] = device
     path = tuned_path(job_path)
     try:
         tables = tomllib.loads(_read_text(path))
-    except FileNotFoundError:
-        return job
     except (OSError, ValueError, RecursionError) as error:
+        if getattr(error, "errno", None) in {errno.ENOENT, errno.ENAMETOOLONG}:
+            return job
         return job.tuned_by(Tuned(str(path), note=f"{path}: not used, cannot be read: {error}"))
     here, given = device(), _settings(tables)
+    if job.model.backend == "echo":
+        given = {name: value for name, value in given.items() if name in _ECHO}
     problem = _misfit(tables.get("key"), key_of(job, job_path.parent, here)) or _wrong(given)
     if problem is not None:
         note = f"{path}: not used, {problem}; run `batchgen tune` again"
@@ -250,7 +257,7 @@ def tuned_text(
         settings: Names of `PLACES`.
         trials: Plain values; None is left out.
     """
-    lines = [*(f"# {line}".rstrip() for line in head), "", "[key]", *_assignments(key)]
+    lines = [*(_comment(line) for line in head), "", "[key]", *_assignments(key)]
     for place in dict.fromkeys(PLACES.values()):
         here = {name: value for name, value in settings.items() if PLACES[name] == place}
         lines += ["", f"[{place}]", *_assignments(here)] if here else []
@@ -259,10 +266,21 @@ def tuned_text(
     return "\n".join(lines) + "\n"
 
 
+def _comment(line: str) -> str:
+    return f"# {''.join(char if char.isprintable() else ' ' for char in line)}".rstrip()
+
+
 def _assignments(table: Mapping[str, Any]) -> list[str]:
-    # JSON's texts, numbers and truth values are TOML's as well.
-    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in table.items()}
-    return [f"{name} = {json.dumps(value)}" for name, value in shown.items() if value is not None]
+    return [f"{name} = {_literal(value)}" for name, value in table.items() if value is not None]
+
+
+def _literal(value: object) -> str:
+    """A text, number or truth value of JSON's, which is TOML's as well, but for a few things."""
+    if isinstance(value, float):
+        return json.dumps(round(value, 4)) if math.isfinite(value) else str(value)
+    # TOML has no escapes of half a character, nor DEL as it is.
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_tuned(path: Path, text: str) -> None:
@@ -271,7 +289,7 @@ def write_tuned(path: Path, text: str) -> None:
     Raises:
         OutputError: It cannot be written.
     """
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = _temp(path)
     try:
         with temp.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -285,12 +303,18 @@ def write_tuned(path: Path, text: str) -> None:
         raise OutputError(msg) from error
 
 
+def _temp(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def check_writable(path: Path) -> None:
     """See beforehand, as far as can be seen, whether `write_tuned` will succeed.
 
     Raises:
         OutputError: It will not.
     """
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    folder, length = path.parent, len(_temp(path).name.encode())
+    has_room = os.access(folder, os.W_OK) and length <= os.pathconf(folder, "PC_NAME_MAX")
+    if not has_room or path.is_dir():
         msg = f"{path}: cannot be written, and tuning is for that; expected a folder to write in"
         raise OutputError(msg)

@@ -11,6 +11,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, cast
 
 from batchgen.doctor import fit, places
+from batchgen.doctor.engine_keys import check_keywords, check_settings, least_model_len
 from batchgen.doctor.findings import Finding, ok, problem, warning
 from batchgen.doctor.hub import HuggingFace, find_model
 from batchgen.doctor.lengths import row_lengths
@@ -93,19 +94,21 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | Non
     is_cpu = machine.build == "cpu"
     kwargs = _bounded(_kwargs(spec, findings, is_cpu=is_cpu), findings)
     num_gpus = gpus_of(kwargs, is_cpu=is_cpu)
+    limit = max_model_len(spec, None)[0] if found.folder is not None else None
     findings = [
         *check_versions(machine),
         *check_device(machine, num_gpus),
         *check_replicas(job, machine),
         *found.findings,
         *places.check_host(machine, num_gpus, job_file),
+        *check_keywords(job.model.engine),
+        *check_settings(kwargs, least_model_len(kwargs, found.folder, limit)),
         *findings,
     ]
     prepared = _prepared(local, findings) if found.folder is not None else None
-    rows = _rows(prepared, findings) if prepared is not None else None
+    rows = _rows(prepared, limit, findings) if prepared is not None else None
     model = None
     if found.folder is not None:
-        limit, _ = max_model_len(spec, None)
         model = read_model(found, kwargs, machine, limit, num_gpus)
         findings += model.findings
     held = _fit(model, rows, findings) if model is not None else None
@@ -172,9 +175,9 @@ def _prepared(job: JobConfig, findings: list[Finding]) -> Prepared | None:
         return None
 
 
-def _rows(prepared: Prepared, findings: list[Finding]) -> RowLengths | None:
+def _rows(prepared: Prepared, limit: int | None, findings: list[Finding]) -> RowLengths | None:
     try:
-        rows = row_lengths(prepared)
+        rows = row_lengths(prepared, limit)
     except BatchgenError as error:
         findings.append(problem("input", _one_line(error)))
         return None

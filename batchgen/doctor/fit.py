@@ -120,6 +120,11 @@ def check_rows(fit: Fit, rows: RowLengths | None, settings: Settings) -> Iterato
         text = f"the longest prompt looked at has about {longest:,} tokens, max_model_len is"
         advice = "such rows end as errors; raise model.max_model_len if the model allows it"
         yield warning("rows", f"{text} {limit:,}", advice)
+    if rows.num_tight and limit is not None:
+        text = f"{rows.num_tight:,} of the prompts looked at leave less room than max_tokens"
+        text = f"{text}: answers are cut at max_model_len {limit:,}"
+        advice = "lower sampling.max_tokens, or raise model.max_model_len if the model allows it"
+        yield warning("rows", text, advice)
     if fit.concurrency is None or fit.expected_rows is None:
         yield ok("rows", told)
         return

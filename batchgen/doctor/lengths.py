@@ -42,6 +42,8 @@ class RowLengths:
     """`answer` is what max_tokens allows, since nothing is known of answers."""
     source: str
     """For people."""
+    num_tight: int = 0
+    """Of the prompts looked at: they leave less room than max_tokens below max_model_len."""
 
     @property
     def total(self) -> float:
@@ -49,8 +51,15 @@ class RowLengths:
         return self.prompt + self.answer
 
 
-def row_lengths(prepared: Prepared, sample_rows: int = SAMPLE_ROWS) -> RowLengths | None:
+def row_lengths(
+    prepared: Prepared, max_model_len: int | None = None, sample_rows: int = SAMPLE_ROWS
+) -> RowLengths | None:
     """Lengths of the last run with this recipe; else of the first rows, with the longest answers.
+
+    Args:
+        prepared: The job.
+        max_model_len: Tokens of a row, prompt and answer; None where there is no limit.
+        sample_rows: How many to look at, at most.
 
     Returns:
         None if the first rows hold no prompt.
@@ -72,12 +81,16 @@ def row_lengths(prepared: Prepared, sample_rows: int = SAMPLE_ROWS) -> RowLength
     found = [_tokens(prompt, count) for prompt in prompts(prepared, sample_rows)]
     if not found:
         return None
+    most = prepared.job.sampling.max_tokens
+    limit = max_model_len if max_model_len is not None else max(found) + most
+    rooms = [max(0, min(most, limit - num)) for num in found]  # As `forecast.survey` has it.
     return RowLengths(
         prompt=statistics.fmean(found),
         longest_prompt=max(found),
-        answer=prepared.job.sampling.max_tokens,
+        answer=statistics.fmean(rooms),
         is_bound=True,
         source=f"the first {len(found):,} rows, {told}",
+        num_tight=sum(0 < room < most for room in rooms),
     )
 
 
@@ -114,6 +127,7 @@ def counter(folder: Path) -> tuple[Callable[[str], int], str]:
 
         tokenizer: Any = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
+        tokenizer.no_padding()
     except Exception:  # noqa: BLE001 - the library raises bare ones; an estimate will do
         return _by_characters, "at four characters a token"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.doctor.findings import GIB
 from batchgen.doctor.shape import DTYPE_BYTES
+from batchgen.doctor.software import NEWEST
 from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ CONTEXT_BYTES = 540 << 20
 GRAPH_BYTES_A_LAYER = 29 << 20
 """CUDA graphs of all batch sizes: 1.01 GiB for 36 layers on an H100, vLLM 0.26."""
 _BIG_GPU_BYTES = 70 * GIB
+_GB10, _GB10_FROM = (12, 1), (0, 33)
+"""Much memory, and small defaults: get_batch_defaults, 0.33; not yet so in 0.26 and 0.32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +86,20 @@ class Memory:
 
 
 def settings_of(
-    kwargs: Mapping[str, Any], shape: Shape, gpu: Gpu, max_model_len: int | None
+    kwargs: Mapping[str, Any],
+    shape: Shape,
+    gpu: Gpu,
+    max_model_len: int | None,
+    release: tuple[int, int] = NEWEST,
 ) -> Settings:
-    """Fill in vLLM's defaults.
+    """Fill in vLLM's defaults, those of a release.
 
     Source:
         vllm/engine/arg_utils.py, get_batch_defaults and
         _set_default_max_num_seqs_and_batched_tokens_args, for LLM(...), 0.26 to 0.33.
     """
-    is_big = gpu.total_bytes >= _BIG_GPU_BYTES and "a100" not in gpu.name.lower()
+    is_slow = "a100" in gpu.name.lower() or (gpu.capability == _GB10 and release >= _GB10_FROM)
+    is_big = gpu.total_bytes >= _BIG_GPU_BYTES and not is_slow
     times = 2 if kwargs.get("performance_mode") == "throughput" else 1
     seqs = _whole(kwargs, "max_num_seqs")
     tokens = _whole(kwargs, "max_num_batched_tokens")

@@ -69,12 +69,12 @@ def read_model(
         num_gpus: That the job holds.
     """
     assert found.folder is not None  # noqa: S101 - else there is nothing to read
-    gpu = _smallest(machine, num_gpus)
+    gpu, release = _smallest(machine, num_gpus), release_of(machine.vllm)
     try:
         shape = read_shape(found.folder)
         name = str(kwargs.get("quantization") or shape.quantization.get("quant_method") or "")[:80]
-        told, method = method_of(name, shape.quantization, release_of(machine.vllm))
-        settings = settings_of(kwargs, shape, gpu, max_model_len)
+        told, method = method_of(name, shape.quantization, release)
+        settings = settings_of(kwargs, shape, gpu, max_model_len, release)
         weights = _weights(found, found.folder, shape, settings, (kwargs, method))
     except ConfigError as error:
         return Model([problem("model", str(error))])

@@ -35,7 +35,7 @@ from batchgen.engine.death import (
 )
 from batchgen.engine.log import log_size, log_tail
 from batchgen.engine.suspects import SOLO_DEATHS, SuspectSearch
-from batchgen.errors import EngineDeadError, EngineError
+from batchgen.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.records import EngineStats, RowError
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class SupervisedEngine:
         """Return what finished; after a death see to the next engine, which takes many calls.
 
         Raises:
-            ConfigError: The job asks for what the engine cannot do; no other would start either.
+            ConfigError: The job asks for what the first engine cannot do. Of a later one that is
+                no fault of the job, which one engine has taken: it is tried again.
             EngineError: The first engine did not start.
             EngineDeadError: It died too often, or is closed.
         """
@@ -197,7 +198,7 @@ class SupervisedEngine:
             if not self._is_admitting:
                 self._fill(inner)
             completions = inner.step(timeout_s)
-        except EngineError as error:
+        except (EngineError, ConfigError) as error:
             if isinstance(error, EngineDeadError) or (inner.held and self.num_deaths):
                 self._bury(inner, str(error))
             else:
@@ -311,7 +312,7 @@ class SupervisedEngine:
         engine = self._factory(self._spec)
         self._inner = BookedEngine(engine, self.oddities, self._stall_s, self._clock)
 
-    def _postpone(self, error: EngineError) -> None:
+    def _postpone(self, error: EngineError | ConfigError) -> None:
         """An engine did not start: final the first time, later perhaps for want of memory."""
         if not self.num_deaths:
             raise error

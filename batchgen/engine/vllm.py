@@ -10,8 +10,8 @@ its caller is that every request comes back once, as an answer or as that row's 
 - a core that is killed leaves `step()` waiting for ever; a watchdog wakes it.
 
 Checked against vLLM 0.26.0, 0.32.0 and 0.33.0. Internals are reached through guards: where one is
-missing, statistics are unknown and the run goes on. What goes in is built in `vllm_params`, what
-comes out is read in `vllm_answers`; these three and no others import vLLM.
+missing, statistics are unknown and the run goes on. `vllm_params` builds what goes in,
+`vllm_answers` reads what comes out; these three and no others import vLLM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from batchgen.engine.base import failed, unknown_adapter
 from batchgen.engine.encoder import ChatStyle, Encoder, one_line
 from batchgen.engine.images import render_images
+from batchgen.engine.refused import start_error
 from batchgen.engine.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.engine.turns import turn_file, turn_to_start
 from batchgen.engine.vllm_answers import (
@@ -84,8 +85,7 @@ class _Admitted(NamedTuple):
 class VllmEngine:
     """Implements `Engine` around one `LLM`. One thread steps; one other may `add`.
 
-    The first `step` builds the engine (seconds to minutes) and does not keep to its timeout;
-    requests added meanwhile are tokenized beside it.
+    The first `step` builds the engine and keeps to no timeout; requests are tokenized meanwhile.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -138,8 +138,8 @@ class VllmEngine:
         """Run one engine iteration; wait up to `timeout_s` only if nothing is ready to run.
 
         Raises:
-            ConfigError: vLLM cannot compile the job's grammar, or lacks one of its parsers.
-            EngineError: vLLM refused its settings, or could not load the model or tokenizer.
+            ConfigError: vLLM refuses the settings or the grammar, or lacks one of the parsers.
+            EngineError: vLLM could not load the model or tokenizer.
             EngineDeadError: The core is gone.
         """
         if self._llm_engine is None:
@@ -195,7 +195,7 @@ class VllmEngine:
             self._sampling = Sampling({**kept, **job_fields(llm, spec)})
             self._reader = AnswerReader(*tokens_of(llm, spec), splitter)
         except Exception as exc:
-            raise EngineError(one_line(exc)) from exc
+            raise start_error(exc) from exc
         engine = llm.llm_engine
         load_loras(engine, self._loras)
         check_grammars_once(engine)

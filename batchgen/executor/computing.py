@@ -177,7 +177,8 @@ class Computation:
     @contextmanager
     def _feeding(self, batches: Iterator[RowBatch], sieve: Sieve | None) -> Iterator[Feeder]:
         feds = self._worker.feds(batches, sieve.passing if sieve else None)
-        feeder = self._worker.feeder(feds, self._context.engine)
+        context = self._context
+        feeder = self._worker.feeder(feds, context.engine, long_first=not context.is_trial)
         try:
             yield feeder
         finally:

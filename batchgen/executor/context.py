@@ -76,6 +76,9 @@ class RunContext:
     engine: LazyEngine | Fleet
     notes: Notes = field(default_factory=Notes)
     taken: Taken = field(default_factory=Taken)
+    is_trial: bool = False
+    """Of `batchgen tune`: rows are to be alike from one trial to the next, so that the long ones
+    are not first."""
     commits_s: list[float] = field(default_factory=list)
     """How long the last commits took; for the deadline."""
 

@@ -165,12 +165,15 @@ def parse_duration(text: str) -> float:
     """Turn `5h`, `90m`, `1h30m`, `45s` or `2d` into seconds.
 
     Raises:
-        ValueError: It cannot be read, or is nothing.
+        ValueError: It cannot be read, or is nothing or without end.
     """
     found = _DURATION.fullmatch(text.strip().lower())
     numbers = found.groups() if found else ()
     units = _UNITS_S.values()
     seconds = sum(float(n) * unit for n, unit in zip(numbers, units, strict=False) if n)
+    if not seconds and any(numbers):
+        msg = f"{text!r} is nothing, expected more than 0, such as 5h or 90m"
+        raise ValueError(msg)
     if not seconds or not math.isfinite(seconds):
         msg = f"{text!r} is no length of time, expected for example 5h, 90m, 1h30m or 45s"
         raise ValueError(msg)

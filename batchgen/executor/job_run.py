@@ -135,6 +135,7 @@ class JobRun:
             stop=stop,
             engine=engine,
             notes=notes,
+            is_trial=not self._publishes,
         )
 
     def run(self) -> Summary:

@@ -4,6 +4,7 @@
     nothing has changed                          the newest plan, finished or not
     files have changed                           a new plan that takes over what it can
     the recipe has changed                       refused, unless --accept-recipe
+    ... and the newest plan has come to nothing  as if that plan had never been
 
 A plan that takes rows over is an ordinary plan: it only has bases, earlier plans whose answers it
 may use. So a night that is killed goes on like every run, and an unfinished plan whose input
@@ -14,8 +15,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from batchgen.errors import RecipeChangedError
 from batchgen.ledger.books import Base
+from batchgen.ledger.footer import PartFooter
+from batchgen.ledger.names import PARTS, epoch_of
+from batchgen.ledger.row_digests import digest_reader
 from batchgen.plans import frozen, planning
 from batchgen.plans.freezing import Before
 
@@ -39,6 +46,9 @@ class Decision(NamedTuple):
     """What a new plan goes back to."""
     notes: Sequence[str] = ()
     """Worth a warning."""
+    replaces: Plan | None = None
+    """The newest plan, if the new one is for another job only because it has come to nothing: to
+    be looked at once more under the lock, see `has_come_to_nothing`."""
 
 
 def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
@@ -54,16 +64,59 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
     plan = ledger.latest_plan()
     if plan is None or options.fresh:
         return Decision(planning.with_input(look, plan), None, Before(seen=plan))
-    manifest = ledger.manifest(plan.number)
     changes = look.changes(plan)
-    if any(not change.startswith("input.") for change in changes):
-        return _with_new_recipe(ledger, look, plan, manifest, changes, options)
-    if changes and manifest is None and not options.accept_recipe:
-        raise RecipeChangedError(job.output.path, changes, is_finished=False)
     if not changes and not frozen.has_other_files(plan, job):
         prepared = planning.with_plan(look, plan)
         if not frozen.input_changes(plan, prepared.reader):
             return Decision(prepared, plan, Before())
+    # A run whose job is stolen may be at work on a plan that has come to nothing so far.
+    if changes and not options.steal and has_come_to_nothing(ledger, plan):
+        return _instead_of(ledger, look, plan, options)
+    return _after(ledger, look, plan, ledger.manifest(plan.number), options)
+
+
+def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
+    """Whether the newest plan may be put aside: no snapshot, and no answer or error row since.
+
+    Every part since the last snapshot counts, accepted or not, of whatever plan; what cannot be
+    read counts too. Rows that only were skipped are no loss.
+    """
+    if ledger.manifest(plan.number) is not None:
+        return False
+    newest = ledger.latest_manifest()
+    last_epoch = newest.epoch if newest is not None else 0
+    since = (name for name in ledger.storage.list(PARTS) if epoch_of(name) > last_epoch)
+    return not any(_may_hold_rows(ledger, name) for name in since)
+
+
+def _may_hold_rows(ledger: Ledger, name: str) -> bool:
+    try:
+        metadata = pq.read_metadata(ledger.storage.path(name)).metadata
+        return PartFooter.from_metadata(metadata).num_results > 0
+    except (OSError, pa.ArrowException, ValueError):
+        return True
+
+
+def _instead_of(ledger: Ledger, look: Look, plan: Plan, options: RunOptions) -> Decision:
+    """As if a plan had never been: what is published before it still guards its own recipe."""
+    manifest = ledger.latest_manifest()
+    if manifest is None:
+        decision = Decision(planning.with_input(look, plan), None, Before(seen=plan))
+    else:
+        decision = _after(ledger, look, ledger.plan(manifest.number), manifest, options)
+    note = f"plan {plan.number} came to nothing, and the job is another now: a new plan replaces it"
+    return decision._replace(notes=(*decision.notes, note), replaces=plan)
+
+
+def _after(
+    ledger: Ledger, look: Look, plan: Plan, manifest: Manifest | None, options: RunOptions
+) -> Decision:
+    """A new plan that goes back to this one."""
+    job, changes = look.job, look.changes(plan)
+    if any(not change.startswith("input.") for change in changes):
+        return _with_new_recipe(ledger, look, plan, manifest, options)
+    if changes and manifest is None and not options.accept_recipe:
+        raise RecipeChangedError(job.output.path, changes, is_finished=False)
     before = Before(
         seen=plan,
         bases=_bases(ledger, plan, manifest),
@@ -78,10 +131,9 @@ def _with_new_recipe(
     look: Look,
     plan: Plan,
     manifest: Manifest | None,
-    changes: Sequence[str],
     options: RunOptions,
 ) -> Decision:
-    output = look.job.output.path
+    output, changes = look.job.output.path, look.changes(plan)
     if not options.accept_recipe:
         raise RecipeChangedError(output, changes, is_finished=manifest is not None)
     prepared = planning.with_input(look, plan)
@@ -90,9 +142,29 @@ def _with_new_recipe(
     if wrong := _other_columns(plan, prepared):
         raise RecipeChangedError(output, [*changes, wrong], is_finished=manifest is not None)
     bases = _bases(ledger, plan, manifest)
-    return Decision(
-        prepared, None, Before(plan, bases, takes_errors=False, generation=plan.generation + 1)
-    )
+    before = Before(plan, bases, takes_errors=False, generation=plan.generation + 1)
+    return Decision(prepared, None, before, _run_whole(ledger, plan, prepared))
+
+
+def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
+    """Files that changed and whose rows only their key could tell, which holds the recipe."""
+    files = set(prepared.files)
+    wholes = [
+        segment
+        for segment in plan.segments
+        if segment.num_rows
+        and segment.path in files
+        and digest_reader(ledger.storage, segment.digest, segment.num_rows) is None
+        and frozen.difference(segment, prepared.reader)
+    ]
+    if not wholes:
+        return []
+    num_rows = sum(segment.num_rows for segment in wholes)
+    more = f" and {len(wholes) - 1} more files" if len(wholes) > 1 else ""
+    return [
+        f"--only-errors: {num_rows:,} rows of {wholes[0].path}{more} run again, edited or not: "
+        f"which rows of a {plan.input_format} file were edited cannot be told across recipes"
+    ]
 
 
 def _other_columns(plan: Plan, prepared: Prepared) -> str | None:

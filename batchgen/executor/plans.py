@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from batchgen.errors import FencedError
+from batchgen.executor.nights import has_come_to_nothing
 from batchgen.executor.retry import UNFINISHED, retry_plan
 from batchgen.executor.snapshot import gate_figures, show
 from batchgen.plans.freezing import freeze, has_new_rows
@@ -24,10 +26,14 @@ def plan_of(
     if decision.plan is not None:
         return _go_on_with(decision.plan, context, options, decision.prepared)
     ledger, before, prepared = context.ledger, decision.before, decision.prepared
+    if decision.replaces is not None and not has_come_to_nothing(ledger, decision.replaces):
+        msg = f"{context.storage.where}: another run has just worked on this job; run again"
+        raise FencedError(msg)
     ledger.settle()
     newest = ledger.latest_manifest()
     if newest is not None and before.bases and not _is_gone(newest, context.storage):
-        show(ledger, newest)
+        for note in show(ledger, newest):
+            context.notes.add(note)
     if options.retry_errors and before.seen is None:
         context.notes.add(UNFINISHED)
     if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
@@ -48,7 +54,8 @@ def _go_on_with(
     ledger.settle()
     # What is to be repaired cannot be shown.
     if manifest is not None and not (retry_errors and _is_gone(manifest, context.storage)):
-        show(ledger, manifest)
+        for note in show(ledger, manifest):
+            context.notes.add(note)
     if not retry_errors or (manifest is None and _is_retried(plan, context, prepared)):
         return plan, manifest
     again = retry_plan(ledger, plan, manifest)

@@ -6,7 +6,6 @@ The manifest is the commit point. Before it, a crash leaves files that nobody na
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from batchgen import __version__
@@ -17,6 +16,7 @@ from batchgen.ledger.books import Durable, Epoch, Manifest
 from batchgen.ledger.names import STATE
 from batchgen.plans import frozen
 from batchgen.sink.publish import SnapshotFormat, write_snapshot
+from batchgen.snapshots.shown import Fault, alias_of, faults, is_alias
 from batchgen.stats.runlog import utc_now
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchgen.plans.planning import Prepared
     from batchgen.storage import LocalStorage
 
-_ALIAS = re.compile(r"part-\d{5,}\.parquet")
+_MOST_TOLD = 5
 
 
 def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool = False) -> Manifest:
@@ -102,17 +102,39 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: b
     return ledger.put_manifest(manifest)
 
 
-def show(ledger: Ledger, manifest: Manifest) -> None:
+def show(ledger: Ledger, manifest: Manifest) -> list[str]:
     """Show the newest snapshot in the output folder and remove what nobody needs. Idempotent.
 
     The newest, which need not be `manifest`: a run that was frozen before this point must not
     bring an old snapshot back.
+
+    Returns:
+        What was not shown as it should be, for a warning where the snapshot is no new one.
     """
     newest, shown = ledger.latest_manifest() or manifest, None
+    mended = _mended(ledger.storage, newest)
     while newest != shown:  # Frozen inside `expose`, it puts right what it then overwrote.
         expose(ledger.storage, newest)
         newest, shown = ledger.latest_manifest() or newest, newest
     ledger.tidy(newest)
+    return mended
+
+
+def _mended(storage: LocalStorage, manifest: Manifest) -> list[str]:
+    """One line on what showing this snapshot puts right, none if there is nothing."""
+    found = [
+        f"{name} {fault.value}"
+        for name, fault in faults(storage, manifest.files).items()
+        if fault is not Fault.FOREIGN
+    ]
+    if not found:
+        return []
+    more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    told = ", ".join(found[:_MOST_TOLD])
+    return [
+        f"{storage.where}: did not show snapshot {manifest.number} as it was published ({told}"
+        f"{more}); its files are shown again"
+    ]
 
 
 def gate_figures(
@@ -165,11 +187,11 @@ def expose(storage: LocalStorage, manifest: Manifest) -> None:
     Each name is replaced atomically. A reader that lists the folder in between several files may
     see two snapshots; `batchgen.read` goes by the manifest and never does.
     """
-    aliases = [file["name"].rpartition("/")[2] for file in manifest.files]
+    aliases = [alias_of(file) for file in manifest.files]
     for file, alias in zip(manifest.files, aliases, strict=True):
         storage.expose(file["name"], alias)
     for name in storage.list(""):
-        if _ALIAS.fullmatch(name) and name not in aliases:
+        if is_alias(name) and name not in aliases:
             storage.remove(name)
 
 

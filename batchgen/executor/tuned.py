@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from batchgen.engine.death import is_out_of_memory
-from batchgen.errors import EngineError
+from batchgen.engine.refused import WHERE as REFUSED_WHERE
+from batchgen.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,15 +29,21 @@ def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
     They need not be at fault, but whoever reads the job file would look for them there.
 
     Raises:
-        EngineError: The same, with more text.
+        ConfigError, EngineError: The same, with more text.
     """
     try:
         yield
-    except EngineError as error:
+    except (ConfigError, EngineError) as error:
         tuned = job.tuned
         is_startup = engine.facts is None
         if tuned is None or not tuned.settings or not (is_startup or is_out_of_memory(str(error))):
             raise
         told = ", ".join(f"{name} = {value}" for name, value in tuned.settings.items())
-        msg = f"{error}; it had {told} from {tuned.path}: --no-tuned runs without"
+        had = f"it had {told} from {tuned.path}: --no-tuned runs without"
+        if isinstance(error, ConfigError):
+            if error.where != REFUSED_WHERE:  # A grammar, say: no settings of these.
+                raise
+            *before, last = error.problems
+            raise ConfigError(error.where, [*before, f"{last}; {had}"]) from error
+        msg = f"{error}; {had}"
         raise type(error)(msg) from error

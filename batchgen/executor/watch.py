@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from batchgen.stats.run_stats import RunStats
     from batchgen.stats.runlog import RunLog
 
+RUNNING = "running"
 _LIVE_EVERY_S = 2.0
 
 
@@ -21,6 +22,7 @@ class Sight(NamedTuple):
     sample: Mapping[str, Any]
     """As `RunStats.sample`."""
     state: str
+    """`RUNNING` from when the first engine is up; before, what it is doing."""
     replicas: Sequence[Mapping[str, Any]] | None = None
     """A row for each, if there are any: `Board.rows`."""
 
@@ -64,7 +66,8 @@ class Watch:
         """Tell where the run is; the last look is always sampled."""
         stats, (sample, state, replicas) = self._stats, self._look(now_s)
         eta_s = stats.eta_s(now_s)
-        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s)
+        starting = None if state == RUNNING else state
+        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s, starting)
         live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
         self._log.live({**live, "eta_s": eta_s, **sample}, replicas)
         if is_last or now_s >= self._next_sample_s:

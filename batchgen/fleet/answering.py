@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.errors import (
     BatchgenError,
+    ConfigError,
     EngineError,
     InputChangedError,
     StorageError,
@@ -317,6 +318,8 @@ class Answering:
     def _fail(self, member: Member, error: BatchgenError) -> None:
         """A worker cannot go on: its own trouble, or the job's."""
         is_own = isinstance(error, EngineError | StorageError)
+        if isinstance(error, ConfigError):
+            is_own = self._board.has_seen_engine  # The job's settings are good where it is up.
         if isinstance(error, InputChangedError):
             is_own = self._task.is_input_still()  # Then it is that node that has lost it.
         if isinstance(error, EngineError) and not self._board.has_seen_engine:

@@ -6,6 +6,7 @@ vLLM is asked for its tokenizer and nothing else, so that the ids are those that
 from __future__ import annotations
 
 import json
+import logging
 import os
 from array import array
 from pathlib import Path
@@ -37,6 +38,8 @@ _LENGTH_KEYS = (
 """vllm/transformers_utils/model_arch_config_convertor.py, derive_max_model_len_and_key, 0.32."""
 # Of vLLM's own log a plan wants only what went wrong, and nothing of it on stdout.
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+# Warns of a missing CPU backend while it is imported, before vLLM's log is set up (0.32).
+_EARLY_LOGGER = "vllm.triton_utils.importing"
 
 
 def load_tokenize(spec: EngineSpec) -> Tokenize:
@@ -52,6 +55,7 @@ def load_tokenize(spec: EngineSpec) -> Tokenize:
     is_cpu = is_cpu_build()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger(_EARLY_LOGGER).setLevel(logging.ERROR)
     prepare_environment(is_cpu=is_cpu)
     llm_kwargs(spec, is_cpu=is_cpu)
     tokenizer = _load_tokenizer(spec)

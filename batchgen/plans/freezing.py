@@ -115,7 +115,7 @@ class _Scanner:
         self._reader = prepared.reader
         self._storage = storage
         segments: Sequence[Segment] = ()
-        if seen is not None and seen.input_format == prepared.format:
+        if seen is not None and _counts_alike(seen, prepared):
             # The last file of a cut plan was not counted to its end.
             segments = seen.segments[:-1] if seen.is_cut else seen.segments
         self._seen = {segment.path: segment for segment in segments}
@@ -139,6 +139,12 @@ class _Scanner:
         if stat_input(path) != before:
             raise InputChangedError(path, "changed while it was read; run again when it is at rest")
         return Segment(path, before.size_bytes, before.version, scan.digest, scan.num_rows)
+
+
+def _counts_alike(seen: Plan, prepared: Prepared) -> bool:
+    """Whether a file has as many rows as it had: what a quote encloses hangs on the delimiter."""
+    delimiter = seen.job["input"].get("delimiter")
+    return (seen.input_format, delimiter) == (prepared.format, prepared.job.input.delimiter)
 
 
 def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Segment], int]:

@@ -12,6 +12,7 @@ from batchgen.expressions import check_row_test
 from batchgen.prompts.builder import turns
 from batchgen.prompts.requests import wrong_option_columns
 from batchgen.sink.schema import part_schema
+from batchgen.source.csv import delimiter_hint
 from batchgen.words import suggestion
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def check_columns(
         except ConfigError as error:
             problems += [f"{error.where}: {problem}" for problem in error.problems]
     if problems:
+        hint = delimiter_hint(columns.names) if job.input.delimiter is None else None
+        problems += [hint] if hint else []
         where = "job"
         raise ConfigError(where, problems)
 

@@ -106,9 +106,11 @@ class Prepared:
 
 def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
     """What must not change under a plan: recipe, choice of rows, checks, layout of the output."""
+    # Plans of before there was a delimiter have no such key.
+    by_default = {"delimiter"} if job.input.delimiter is None else set()
     return {
         "recipe": recipe,
-        "input": job.input.model_dump(exclude={"path"}),
+        "input": job.input.model_dump(exclude={"path"} | by_default),
         "output": job.output.model_dump(include={"prefix", "flatten", "with_seed"}),
         "checks": job.checks.model_dump(),
     }
@@ -196,7 +198,7 @@ def with_input(look: Look, seen: Plan | None = None) -> Prepared:
     """
     job = look.job
     format_name, files = find_input(job)
-    columns = reader_for(format_name).columns(files, job.input.types)
+    columns = reader_for(format_name, job.input.delimiter).columns(files, job.input.types)
     if not columns.names and seen is not None and seen.input_format == format_name:
         columns = planned_columns(seen)
     carried = columns.names if job.input.columns is None else job.input.columns
@@ -212,7 +214,7 @@ def _prepared(
         model=look.model,
         recipe=look.recipe,
         format=format_name,
-        reader=reader_for(format_name),
+        reader=reader_for(format_name, look.job.input.delimiter),
         files=files,
         columns=columns,
         carried=carried,
@@ -231,8 +233,9 @@ def find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
     format_name, files = find_files(paths, job.input.format)
     _refuse_output_as_input(files, job.output.path)
+    reader = reader_for(format_name, job.input.delimiter)
     for path in files:
-        reader_for(format_name).sniff(path)
+        reader.sniff(path)
     return format_name, files
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SAME, _ANSWER_CHANGED, _INPUT_CHANGED, _ADDED, _REMOVED = range(5)
 _KINDS = {_ANSWER_CHANGED: "answer", _INPUT_CHANGED: "input"}
 _CLASS, _OLD = "class", "_old"
+_POSITION = "position"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Diff:
     new: int
     """Numbers of the snapshots."""
     matched_by: str
-    """`position` in the input, or the columns of `--on`."""
+    """The columns of `--on`, or `position`: see `pairing`."""
     num_old: int
     num_new: int
     num_same: int
@@ -80,6 +81,17 @@ class Diff:
         """Rows that are in both and differ."""
         return self.num_input_changed + self.num_answer_changed
 
+    @property
+    def paired_by(self) -> str:
+        """What tells which row is which, for people."""
+        is_by_place = self.matched_by == _POSITION
+        return "equal content and place in the input" if is_by_place else self.matched_by
+
+    @property
+    def may_hide_edits(self) -> bool:
+        """Whether some of the rows that came and went may be edited ones, which no key tells."""
+        return self.matched_by == _POSITION and self.num_added > 0 and self.num_removed > 0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
@@ -97,7 +109,8 @@ def diff(
     Args:
         root: The output folder.
         numbers: Old and new; None: the two newest.
-        on: Columns whose values name a row; none: rows are paired by where they stand.
+        on: Columns whose values name a row; none: equal rows are paired, and rows between them
+            that are as many as before; of CSV and Parquet files that changed, by row number.
         num_examples: At most so many changed rows are told in full.
 
     Raises:
@@ -276,7 +289,7 @@ def _told(
         output=str(root),
         old=manifests[0].number,
         new=manifests[1].number,
-        matched_by=", ".join(both.on) or "position",
+        matched_by=", ".join(both.on) or _POSITION,
         num_old=num_rows[0],
         num_new=num_rows[1],
         num_same=num.get(_SAME, 0),

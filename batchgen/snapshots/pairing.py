@@ -1,7 +1,8 @@
 """Which row of one snapshot is which of another, by where they stand in the input.
 
 Beside the equal rows that `matching` finds, rows between the same neighbours are paired if they
-are as many as before: they were edited in place. What is left came or went.
+are as many as before: they were edited in place. Of files without digests of rows (CSV, Parquet)
+that changed, the first row is paired with the first. What is left came or went.
 """
 
 from __future__ import annotations

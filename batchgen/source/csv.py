@@ -57,6 +57,10 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 class CsvReader:
     """See `Reader`."""
 
+    def __init__(self, delimiter: str | None = None) -> None:
+        """Fix how fields end; None: by a tab in .tsv, by a comma in the rest."""
+        self._delimiter = delimiter
+
     def sniff(self, path: str) -> None:
         """See `Reader`."""
         refuse_other_content(path)
@@ -68,7 +72,7 @@ class CsvReader:
 
     def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. Files may order their columns differently."""
-        headers = {path: header for path in paths if (header := _header(path)[0])}
+        headers = {path: header for path in paths if (header := self._header(path)[0])}
         if not headers:
             return override({}, types, paths[0], may_add=False)
         first_path, first = next(iter(headers.items()))
@@ -77,6 +81,9 @@ class CsvReader:
                 only = sorted(set(header) ^ set(first))
                 text = f"has other columns than {first_path}: {only} are in one of them only"
                 raise SourceError(path, text)
+        hint = delimiter_hint(first) if self._delimiter is None else None
+        if hint and not types.keys() <= set(first):
+            raise SourceError(first_path, hint)
         return override(
             {n: parse_field(n, "string") for n in first}, types, first_path, may_add=False
         )
@@ -91,7 +98,7 @@ class CsvReader:
 
         lines = scan_lines(path, look)
         if has_quote:
-            return Scan(sum(1 for _ in _header(path)[1]), lines.digest)
+            return Scan(sum(1 for _ in self._header(path)[1]), lines.digest)
         return Scan(max(lines.num_rows - 1, 0), lines.digest)
 
     def digest_prefix(self, path: str, size_bytes: int) -> str:
@@ -101,20 +108,33 @@ class CsvReader:
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Records before the wanted ones are split into fields, for their quotes."""
         shape = shape_of(segment, spec)
-        header, _ = _header(path)
-        for rows, records in in_batches(_pick(path, todo), _size_of, spec.batch_rows):
+        header, after = self._header(path)
+        for rows, records in in_batches(_pick(path, after, todo), _size_of, spec.batch_rows):
             yield make_batch(shape, _convert(path, header, rows, records, (shape, spec.columns)))
 
     def is_seekable(self, path: str) -> bool:
         """See `Reader`. Whether a line begins a record is known only from the quotes before it."""
         return False
 
+    def _header(self, path: str) -> tuple[list[str], Iterator[Record]]:
+        is_tsv = ".tsv" in path.rpartition("/")[2].lower()
+        return _header(path, self._delimiter or ("\t" if is_tsv else ","))
 
-def _records(path: str) -> Iterator[Record]:
+
+def delimiter_hint(names: Sequence[str]) -> str | None:
+    """What to tell of a header that seems to be cut by another character; None of a sound one."""
+    found = [char for char in ";\t|" if char in names[0]] if len(names) == 1 else []
+    if not found:
+        return None
+    return (
+        f"the file's columns are {names!r:.200}: is the delimiter {found[0]!r}? set input.delimiter"
+    )
+
+
+def _records(path: str, delimiter: str) -> Iterator[Record]:
     """Yield all records, the header first."""
     # The limit is the csv module's only, and global; its default of 128 KiB is below one prompt.
     csv.field_size_limit(MAX_LINE_BYTES)
-    delimiter = "\t" if ".tsv" in path.rpartition("/")[2].lower() else ","
     troubles: list[RowError] = []
     reader = csv.reader(_texts(path, troubles), delimiter=delimiter, strict=True)
     while True:
@@ -147,13 +167,13 @@ def _texts(path: str, troubles: list[RowError]) -> Iterator[str]:
             yield line.decode(errors="replace") + "\n"
 
 
-def _header(path: str) -> tuple[list[str], Iterator[Record]]:
+def _header(path: str, delimiter: str) -> tuple[list[str], Iterator[Record]]:
     """The column names, and the records after them; no names for an empty file.
 
     Raises:
         SourceError: The header cannot be read or repeats a name.
     """
-    records = _records(path)
+    records = _records(path, delimiter)
     _, names, error = next(records, (1, [], None))
     if error is not None:
         raise SourceError(path, f"the header cannot be read: {error.error}")
@@ -165,8 +185,7 @@ def _header(path: str) -> tuple[list[str], Iterator[Record]]:
     return names, records
 
 
-def _pick(path: str, todo: Ranges) -> Iterator[tuple[int, Record]]:
-    records = _header(path)[1]
+def _pick(path: str, records: Iterator[Record], todo: Ranges) -> Iterator[tuple[int, Record]]:
     row = 0
     for start, stop in todo.spans:
         for record in records:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from batchgen.errors import SourceError
+from batchgen.errors import ConfigError, SourceError
 from batchgen.inputs import find_inputs
 from batchgen.words import suggestion
 
@@ -83,12 +83,21 @@ def format_of(path: str) -> str:
     return found
 
 
-def reader_for(format_name: str) -> Reader:
+def reader_for(format_name: str, delimiter: str | None = None) -> Reader:
     """The reader of a format.
 
+    Args:
+        format_name: One of `FORMATS`.
+        delimiter: Of CSV; None: by the file's name.
+
     Raises:
+        ConfigError: A delimiter for another format.
         SourceError: Not one of `FORMATS`.
     """
+    if delimiter is not None and format_name in FORMATS and format_name != "csv":
+        key = "input.delimiter"
+        text = f"{delimiter!r} is for CSV, and the input is {format_name}; leave it out"
+        raise ConfigError(key, [text])
     # Imported here so that a job loads only what its format needs.
     if format_name == "jsonl":
         from batchgen.source.jsonl import JsonlReader
@@ -97,7 +106,7 @@ def reader_for(format_name: str) -> Reader:
     if format_name == "csv":
         from batchgen.source.csv import CsvReader
 
-        return CsvReader()
+        return CsvReader(delimiter)
     if format_name == "parquet":
         from batchgen.source.parquet import ParquetReader
 

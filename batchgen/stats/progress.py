@@ -51,25 +51,32 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, sample: Mapping[str, Any], num_done: int, eta_s: float | None) -> None:
+    def update(
+        self,
+        sample: Mapping[str, Any],
+        num_done: int,
+        eta_s: float | None,
+        starting: str | None = None,
+    ) -> None:
         """Show where the run is; draws no oftener than is useful.
 
         Args:
             sample: As `RunStats.sample`, or `Board.whole`.
             num_done: Rows accounted for by all runs.
             eta_s: Seconds left, None if unknown.
+            starting: What is shown in place of the figures while no engine is up to have any.
         """
+        figures = starting or _figures(sample)
         elapsed_s = float(sample["elapsed_s"])
         if self._bar is not None:
             self._bar.n = num_done
-            is_up = sample["num_ok"] or sample["num_errors"]
-            self._bar.set_description_str("rows" if is_up else "starting the engine")
-            self._bar.set_postfix_str(_figures(sample), refresh=False)
+            self._bar.set_description_str(starting or "rows", refresh=False)
+            self._bar.set_postfix_str("" if starting else figures, refresh=False)
             self._bar.refresh()
         elif self._last_line_s is None or elapsed_s - self._last_line_s >= _PLAIN_EVERY_S:
             self._last_line_s = elapsed_s
             left = f", {duration(eta_s)} left" if eta_s is not None else ""
-            self.note(f"{num_done:,}/{self._num_rows:,} rows, {_figures(sample)}{left}")
+            self.note(f"{num_done:,}/{self._num_rows:,} rows, {figures}{left}")
 
     def note(self, line: str) -> None:
         """Print one line above the bar."""
@@ -85,7 +92,7 @@ def _figures(sample: Mapping[str, Any]) -> str:
         f"{sample['requests_per_s']:,.0f} rows/s",
         f"{sample['prompt_tokens_per_s']:,.0f} tok/s in",
         f"{sample['output_tokens_per_s']:,.0f} out",
-        f"{sample['num_in_flight']:,} in flight",
+        f"{num_inside(sample):,} in flight",
     ]
     if "num_replicas" in sample:
         figures.append(f"{sample['num_replicas_up']}/{sample['num_replicas']} replicas")
@@ -96,6 +103,19 @@ def _figures(sample: Mapping[str, Any]) -> str:
     if sample["num_errors"]:
         figures.append(f"{sample['num_errors']:,} errors")
     return ", ".join(figures)
+
+
+def num_inside(sample: Mapping[str, Any]) -> int:
+    """Requests in the engine's scheduler, as `run.max_in_flight` bounds them.
+
+    `num_in_flight` also has those that are being tokenized ahead of it, a thousand or so. It is
+    what is left where the scheduler is not known, as while an engine is replaced; and the
+    scheduler's own figures, half a second old, may tell of requests that have ended since.
+    """
+    num, running, waiting = (
+        sample[name] for name in ("num_in_flight", "num_running", "num_waiting")
+    )
+    return int(num if running is None or waiting is None else min(num, running + waiting))
 
 
 def duration(seconds: float) -> str:

@@ -136,12 +136,13 @@ def told(report: Report) -> str:
         twice = "measured twice" if report.is_confirmed else "not confirmed"
         lines += ["", f"best     {settings_text(report.settings)}"]
         lines.append(f"gain     {report.gain:.2f} times the job's own settings, {twice}")
-    elif report.own is not None:
+    elif report.tuned_file is not None:
         lines += ["", f"best     {OWN}"]
     if (text := _fp8_text(report)) is not None:
         lines.append(f"FP8      {text}")
     if report.tuned_file is not None:
-        lines.append(f"written  {report.tuned_file}; `batchgen run {report.job}` uses it")
+        use = f"`batchgen run {report.job}` uses it" if report.settings else "nothing to use in it"
+        lines.append(f"written  {report.tuned_file}; {use}")
     if report.reason is not None:
         lines.append(f"state    {report.state.replace('_', ' ')}: {report.reason}")
     lines += [f"note     {note}" for note in report.notes]
@@ -154,6 +155,8 @@ def _rows_text(report: Report) -> str:
     if not report.keeps_rows:
         return "answered in a temporary output, none kept"
     kept = f"{report.num_answered:,} answered on the way, and kept"
+    if report.state == "nothing_to_do":
+        return "none was left to answer"
     if report.is_answered:
         return f"{kept}; none is left: `batchgen run {report.job}` publishes"
     return f"{kept}: `batchgen run {report.job}` goes on from there"

@@ -36,7 +36,6 @@ MEMORY_REACH = 0.03
 """So far must a share of memory stay from one that ran out."""
 MOST_SEQS, LEAST_SEQS = 4096, 16
 MOST_BATCHED, LEAST_BATCHED = 65536, 2048
-_ECHO = frozenset({"max_num_seqs", "max_in_flight"})
 
 
 class Search:

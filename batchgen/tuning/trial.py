@@ -195,14 +195,9 @@ def _num_answered(summary: Summary | None) -> int:
 
 
 def _for_trial(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
-    """The job as a trial runs it: nobody is told, and rows come as the input has them.
-
-    Were the longest rows taken first, as a run may do, no trial's rows would be like the next's.
-    """
+    """The job as a trial runs it: one engine, and nobody is told."""
     job = with_settings(job, settings)
     # What is found of one engine here holds for each of many.
     run: dict[str, Any] = {"on_finish": [], "metrics_file": None}
     run |= {"replicas": 1, "ray_address": None}
-    if job.run.order == "auto":
-        run["order"] = "input"
     return job.model_copy(update={"run": job.run.model_copy(update=run)})

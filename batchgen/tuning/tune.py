@@ -6,8 +6,10 @@ differ along an input and machines have moods, so that a gain is only told of tw
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from batchgen.tuning.search import MOST_MEMORY, Search
 from batchgen.tuning.trial import Stops, Trial, run_trial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from batchgen.config.model import JobConfig
@@ -82,6 +84,7 @@ class Tuning:
         self._is_gpu = device not in {"cpu", "echo"}
         most_memory = _free_share() - 0.03 if self._is_gpu else MOST_MEMORY
         self._search = Search(job, is_gpu=self._is_gpu, most_memory=most_memory)
+        self._is_searched = False  # To its end: nothing more is worth a trial.
         self._repeats: list[Trial] = []
         self._fp8: Trial | None = None
         self._notes: list[str] = []
@@ -99,6 +102,8 @@ class Tuning:
             self._search.note(self._try(settings))
             if self._is_over():
                 break
+        else:
+            self._is_searched = True
         own = self._search.own
         if own.failure is not None:
             msg = f"the engine died with the job's own settings: {own.failure}"
@@ -157,9 +162,7 @@ class Tuning:
         if keeps_rows:
             trial = run_trial(self._job, settings, self._stops, self._options.times, best_speed)
         else:
-            with tempfile.TemporaryDirectory(prefix="batchgen-tune-") as folder:
-                output = self._job.output.model_copy(update={"path": f"{folder}/out"})
-                job = self._job.model_copy(update={"output": output})
+            with _scratch(self._job) as job:
                 trial = run_trial(job, settings, self._stops, self._options.times, best_speed)
                 trial = replace(trial, num_answered=0)
         self._tell(f"trial {number}: {self._outcome(trial)}")
@@ -178,7 +181,7 @@ class Tuning:
         """How many times as fast the best is, and whether that has been seen twice."""
         own, best = self._search.own.measure, self._search.best.measure
         if own is None or best is None or not self._search.best.settings:
-            return 1.0, own is not None
+            return 1.0, own is not None and self._is_searched
         again = [trial.measure for trial in self._repeats if trial.measure is not None]
         if len(again) < 2:
             return best.speed / own.speed, False
@@ -191,9 +194,9 @@ class Tuning:
         settings = dict(search.best.settings)
         if settings and len(self._repeats) == 2 and not is_confirmed:
             self._notes.append(f"{settings_text(settings)} was no faster when tried again")
-            settings, gain, is_confirmed = {}, 1.0, search.own.measure is not None
-        state, reason, code = self._end(is_confirmed=is_confirmed)
-        notes = [*self._notes, *self._shadowed(settings)]
+            settings, gain, is_confirmed = {}, 1.0, self._is_searched
+        state, reason, code = self._end(settings, is_confirmed=is_confirmed)
+        notes = [*dict.fromkeys(self._notes), *self._within_noise(), *self._shadowed(settings)]
         report = Report(
             state=state,
             exit_code=int(code),
@@ -218,9 +221,11 @@ class Tuning:
         write_tuned(path, self._file_text(report))
         return replace(report, tuned_file=str(path))
 
-    def _end(self, *, is_confirmed: bool) -> tuple[str, str | None, ExitCode]:
+    def _end(
+        self, settings: Mapping[str, Any], *, is_confirmed: bool
+    ) -> tuple[str, str | None, ExitCode]:
         """State, reason and exit code."""
-        own = self._search.own
+        own, more = self._search.own, "more --minutes, a shorter --trial-s, or --scratch"
         if self._stops.is_asked:
             reason = "stopped on purpose; run again to tune, or `batchgen run` to go on"
             return "stopped", reason, ExitCode.STOPPED
@@ -231,9 +236,23 @@ class Tuning:
             reason = "the rows were too few to measure anything with"
             return "too_few_rows", reason, ExitCode.COMPLETE
         if not is_confirmed:
-            reason = "time or rows ran out before the best was confirmed: more --minutes, --scratch"
+            if len(self._search.trials) == 1:
+                reason = f"time or rows sufficed for one trial, and nothing was compared: {more}"
+            elif settings:
+                reason = f"time or rows ran out before the best was confirmed: {more}"
+            else:
+                reason = f"time or rows ran out; nothing that was tried was faster: {more}"
             return "unconfirmed", reason, ExitCode.COMPLETE
         return "tuned", None, ExitCode.COMPLETE
+
+    def _within_noise(self) -> list[str]:
+        """Faster in the table than the best, but by no more than trials differ by anyway."""
+        best = self._search.best.measure
+        return [
+            f"{settings_text(trial.settings)} was faster than the best within the noise only"
+            for trial in self._search.trials
+            if best and trial.measure and trial.measure.speed > best.speed
+        ]
 
     def _shadowed(self, settings: Mapping[str, Any]) -> list[str]:
         """What the job file says itself, and so would win."""
@@ -248,6 +267,20 @@ class Tuning:
         versions = {"vllm": vllm_version() or "", "batchgen": __version__}
         trials = [trial_dict(trial, report.own) for trial in report.trials]
         return tuned_text(file_head(report), {**key, **versions}, report.settings, trials)
+
+
+@contextmanager
+def _scratch(job: JobConfig) -> Iterator[JobConfig]:
+    """The job with a temporary output, which stays if the engine fails: its log is in there."""
+    folder = tempfile.mkdtemp(prefix="batchgen-tune-")
+    output = job.output.model_copy(update={"path": f"{folder}/out"})
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            yield job.model_copy(update={"output": output})
+        except EngineError:
+            stack.pop_all()
+            raise
 
 
 def _free_share() -> float:

@@ -6,15 +6,18 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 
 import batchgen
 from batchgen import cli
-from batchgen.cli.run import _ended, _told
+from batchgen.cli.run import _ended, _stop_on_signals, _told
 from batchgen.executor.summary import Summary
 from batchgen.ledger.names import STATE
+from batchgen.runner import StopSwitch
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 
 if TYPE_CHECKING:
@@ -153,6 +156,7 @@ def test_json_of_a_run_that_completes_and_of_one_with_nothing_to_do(job: Path) -
         (["--frehs"], "No such option"),
         (["--until", "noon-ish"], "Invalid value for '--until': 'noon-ish' is no time"),
         (["--max-runtime", "a while"], "Invalid value for '--max-runtime'"),
+        (["--max-runtime", "0s"], "'0s' is nothing, expected more than 0, such as 5h or 90m"),
         (["--date", "yesterday"], "Invalid value for '--date'"),
     ],
 )
@@ -223,6 +227,49 @@ def test_json_of_a_second_run_and_of_one_that_is_stopped(
     found = object_of(subprocess.CompletedProcess(process.args, code, stdout, stderr))
     assert (found["state"], found["exit_code"]) == ("stopped", 75)
     assert 0 < found["num_durable"] < 1000
+    told = "batchgen: stopping: up to 20 s for rows in flight; SIGTERM again to drop them\n"
+    assert told in stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        ([True], ["stopping: up to 7.5 s for rows in flight; Ctrl-C again to drop them"]),
+        (
+            [True, True],
+            [
+                "stopping: up to 7.5 s for rows in flight; Ctrl-C again to drop them",
+                "stopping now; rows in flight are left to the next run",
+            ],
+        ),
+        ([False], ["stopping after this step; Ctrl-C again to stop at once"]),
+        ([False, False], ["stopping after this step; Ctrl-C again to stop at once", None]),
+    ],
+)
+def test_a_signal_is_answered_at_once(
+    capfd: pytest.CaptureFixture[str], asked: list[bool], lines: list[str | None]
+) -> None:
+    """`asked`: for each Ctrl-C, whether a runner's loop hears it; a line of None: interrupted."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop = StopSwitch()
+    try:
+        _stop_on_signals(stop, 7.5)
+        for is_heard, line in zip(asked, lines, strict=True):
+            stop.is_heard = is_heard
+            with pytest.raises(KeyboardInterrupt) if line is None else nullcontext():
+                signal.raise_signal(signal.SIGINT)
+            assert capfd.readouterr().err == (f"batchgen: {line}\n" if line else "")
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--trial-s"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_tune_takes_no_number_that_is_none(tmp_path: Path, option: str, number: str) -> None:
+    done = CliRunner().invoke(cli.cli, ["tune", str(tmp_path / "job.toml"), option, number])
+    assert done.exit_code == 2
+    assert f"'{number}' is not a finite number" in done.output
 
 
 def test_an_interruption_counts_as_stopped_and_a_bug_as_a_fault() -> None:

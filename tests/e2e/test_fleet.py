@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from batchgen.api import load
-from batchgen.errors import ExitCode
+from batchgen.errors import ConfigError, ExitCode
 from batchgen.executor.job_run import JobRun
-from batchgen.fleet.messages import Ready
+from batchgen.fleet.messages import Failed, Ready
 from batchgen.runner import StopSwitch
 from tests.crews import ThreadCrew
 from tests.e2e.support import published, write_rows
@@ -138,6 +138,30 @@ def test_a_worker_that_falls_silent_is_given_up(
     )
     assert muted
     assert any("has said nothing for" in text for text in summary.warnings)
+    assert published(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_settings_that_one_node_refuses_are_the_jobs_trouble_only_if_no_engine_took_them(
+    tmp_path: Path, is_first: bool, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    refused = []
+
+    def refuse(_: ThreadCrew, number: int, report: Report) -> bool:
+        is_up = report.look is not None and report.look.num_in_flight > 20
+        if not refused and (is_first or is_up):
+            refused.append(number)
+            report.events[:] = [Failed(ConfigError("[model]", ["vLLM refuses it"]))]  # type: ignore[index]
+        return True
+
+    job = tables(tmp_path, run={"replicas": 2})
+    if is_first:
+        with pytest.raises(ConfigError, match="vLLM refuses it"):
+            run(job, lambda job: ThreadCrew(job, on_report=refuse))
+        return
+    summary = run(job, lambda job: ThreadCrew(job, on_report=refuse))
+    assert any("vLLM refuses it" in text for text in summary.warnings)
     assert published(tmp_path / "out") == expected
 
 

@@ -6,15 +6,26 @@ from __future__ import annotations
 import json
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
 import pytest
 
 import batchgen
 from batchgen import inputs
-from batchgen.errors import InputChangedError, SourceError
+from batchgen.config.load import load_job
+from batchgen.errors import (
+    EngineError,
+    GateError,
+    InputChangedError,
+    RecipeChangedError,
+    SourceError,
+)
+from batchgen.executor.job_run import JobRun
+from batchgen.executor.options import RunOptions
+from batchgen.runner import StopSwitch
 from tests.e2e.support import published, run_cli, write_job
+from tests.fakes import FakeEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -230,12 +241,15 @@ def test_what_a_run_that_was_killed_while_it_planned_has_left_is_removed(tmp_pat
     assert not left.exists()
 
 
-def test_a_day_without_rows_is_published_as_one(tmp_path: Path) -> None:
+def test_a_day_without_rows_is_published_as_one_where_the_job_says_so(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", numbered(0, 5))
     job = write_job(tmp_path, "in.jsonl")
     batchgen.run(job)
     write_lines(tmp_path / "in.jsonl", [])
-    assert batchgen.run(job).state == "complete"
+    with pytest.raises(GateError, match=r"0 rows are 5 fewer than .*, over gate\.max_shrink"):
+        batchgen.run(job)
+    assert batchgen.read(job).collect().height == 5
+    assert batchgen.run(job, overrides=["gate.max_shrink=1"]).state == "complete"
     frame = batchgen.read(job).collect()
     assert (frame.height, "text" in frame.columns) == (0, True)
 
@@ -258,3 +272,88 @@ def test_without_its_index_a_snapshot_still_answers_by_key_and_a_plan_says_so(
     assert (night.num_carried, night.num_copied, night.run["num_ok"]) == (0, 20, 1)
     assert any("index.parquet: damaged" in text for text in night.warnings)
     assert published(tmp_path / "out") == recomputed(tmp_path, job)
+
+
+class NoEngine(FakeEngine):
+    """Says when it is first used that it has not started."""
+
+    warnings: ClassVar[list[str]] = []
+
+    def add(self, requests: object) -> None:
+        msg = "model.engine.enforce_egar: unknown option"
+        raise EngineError(msg)
+
+
+def fail_to_start(job: Path, **options: bool) -> None:
+    """A run whose engine does not start, as vLLM's tells: some time after the plan is put."""
+    start: Any = lambda *_, **__: NoEngine()  # noqa: E731
+    with pytest.raises(EngineError, match="enforce_egar"):
+        JobRun(load_job(job), stop=StopSwitch(), options=RunOptions(**options), start=start).run()
+
+
+def typo(folder: Path, **tables: Any) -> Path:
+    engine = {"backend": "echo", "engine": {"enforce_egar": True}}
+    return write_job(folder, "in.jsonl", model=engine, **tables)
+
+
+def test_a_start_that_failed_does_not_pin_the_job(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", numbered(0, 5))
+    fail_to_start(typo(tmp_path))
+    fail_to_start(typo(tmp_path, prompt={"user": "{{ id }}"}))
+    job = write_job(tmp_path, "in.jsonl")
+    foreseen = json.loads(run_cli("plan", job, "--json").stdout)
+    summary = batchgen.run(job)
+    assert (summary.state, summary.num_ok) == ("complete", 5)
+    (warning,) = summary.warnings
+    assert warning == ("plan 2 came to nothing, and the job is another now: a new plan replaces it")
+    assert (foreseen["exit_code"], foreseen["warnings"]) == (0, [warning])
+    assert foreseen["plan_number"] == 3
+    assert run_cli("verify", job).returncode == 0
+
+
+def test_a_start_that_failed_does_not_open_the_way_over_what_is_published(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", numbered(0, 5))
+    job = write_job(tmp_path, "in.jsonl")
+    first = batchgen.run(job)
+    with pytest.raises(RecipeChangedError):
+        batchgen.run(typo(tmp_path))
+    fail_to_start(job, accept_recipe=True)
+    write_job(tmp_path, "in.jsonl", prompt={"user": "{{ id }}"})
+    with pytest.raises(RecipeChangedError) as caught:
+        batchgen.run(job)
+    assert caught.value.changes == ("prompt.user: 'Repeat: {{ text }}' -> '{{ id }}'",)
+    job = write_job(tmp_path, "in.jsonl")  # Undone: everything is known.
+    again = batchgen.run(job)
+    assert (again.state, again.num_carried, again.run["num_ok"]) == ("complete", 5, 0)
+    rows = batchgen.read(job).collect()
+    assert set(rows["gen_run_id"]) == {first.run_id}
+
+
+def test_a_filter_that_matched_nothing_is_mended_without_ado(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", numbered(0, 5))
+    job = write_job(tmp_path, "in.jsonl")
+    batchgen.run(job)
+    write_job(tmp_path, "in.jsonl", input={"where": "id > 100"})
+    with pytest.raises(GateError, match=r"look at input\.path and input\.where; to publish"):
+        batchgen.run(job)
+    write_job(tmp_path, "in.jsonl", input={"where": "id > 1"})
+    mended = batchgen.run(job)
+    assert (mended.num_ok, mended.num_skipped, mended.run["num_ok"]) == (3, 2, 0)
+
+
+def test_only_errors_says_which_files_run_whole(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("id,text\n1,a\n2,b\n3,c\n")
+    job = write_job(tmp_path, "in.csv")
+    batchgen.run(job)
+    path.write_text("id,text\n1,a\n2,B!\n3,c\n")
+    job = write_job(tmp_path, "in.csv", prompt={"user": "Say: {{ text }}"})
+    how = ("--accept-recipe", "--only-errors")
+    foreseen = json.loads(run_cli("plan", job, *how, "--json").stdout)
+    summary = batchgen.run(job, accept_recipe=True, only_errors=True)
+    assert summary.run["num_ok"] == 3
+    assert summary.warnings == foreseen["warnings"]
+    assert foreseen["warnings"] == [
+        f"--only-errors: 3 rows of {path} run again, edited or not: which rows of a csv file were "
+        "edited cannot be told across recipes"
+    ]

@@ -37,6 +37,7 @@ def plan_of(job: Path, *args: str, code: int = 0) -> dict[str, Any]:
     """What the command says with `--json`."""
     done = run_cli("plan", job, "--json", *args)
     assert done.returncode == code, done.stderr
+    assert "Triton" not in done.stderr  # vLLM says that while it is imported.
     lines = done.stdout.splitlines()
     assert len(lines) == 1, done.stdout
     found: dict[str, Any] = json.loads(lines[0])

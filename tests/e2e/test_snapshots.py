@@ -107,7 +107,8 @@ def test_nothing_published_is_no_error(tmp_path: Path) -> None:
     write_input(tmp_path, first_night())
     job = write_job(tmp_path, "in.jsonl")
     done = run_cli("snapshots", job)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "nothing is published yet\n")
+    told = f"{tmp_path}/out: the job has not been run yet; start it with `batchgen run`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", told)
     assert from_json("snapshots", job)["snapshots"] == []
 
 
@@ -164,9 +165,11 @@ def test_diff_is_printed_for_people(nights: Path) -> None:
     assert done.returncode == 0, done.stderr
     drift = from_json("diff", nights)["labels"][0]["drift"]
     assert done.stdout.splitlines() == [
-        "snapshot 1 -> 2, rows paired by position",
+        "snapshot 1 -> 2, rows paired by equal content and place in the input",
         "  rows     49 -> 46: 2 added, 5 removed, 2 changed, 42 same",
         "  changed  2 in their input, 0 in their answer only",
+        "  edited   some of those added and removed may be one row that was edited, which only a "
+        "key can tell: --on COL",
         f"labels gen_label, drift {drift:.3g}",
         "  other                  15 -> 16",
         "  invoice                16 -> 15",

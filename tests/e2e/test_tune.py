@@ -119,6 +119,7 @@ def test_a_tune_is_stopped_and_locked_out_as_a_run_is(tmp_path: Path) -> None:
             process.kill()
     assert (busy.returncode, "is at work on this job" in busy.stderr) == (75, True), busy
     assert process.returncode == 75, err
+    assert "batchgen: stopping with this trial: rows in flight are left to the next run\n" in err
     report = json.loads(out)
     assert (report["state"], report["tuned_file"]) == ("stopped", None)
     assert not (tmp_path / "job.tuned.toml").exists()
@@ -131,3 +132,15 @@ def test_a_job_that_is_refused_ends_a_tune_as_it_ends_a_run(tmp_path: Path) -> N
     assert done.returncode == 2
     assert json.loads(done.stdout)["state"] == "refused"
     assert "did you mean 'text'" in done.stderr
+
+
+def test_a_search_that_was_cut_short_leaves_what_an_earlier_one_found(tmp_path: Path) -> None:
+    write_rows(tmp_path, 4000)
+    path = write_slow_job(tmp_path, model={"max_num_seqs": 16})
+    (tmp_path / "job.tuned.toml").write_text("found earlier")
+    options = replace(OPTIONS, budget_s=0.1)
+    report = Tuning(load(path, tuned=False), path, options, stops=Stops()).run()
+    assert (report.state, len(report.trials), report.settings) == ("unconfirmed", 1, {})
+    assert "sufficed for one trial, and nothing was compared" in told(report)
+    assert "best" not in told(report)
+    assert (tmp_path / "job.tuned.toml").read_text() == "found earlier"

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import batchgen
+from batchgen.executor.snapshot import expose, show
 from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.lock import RunLock
 from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
+from batchgen.verify import verify
 from tests.e2e.support import published, run_cli, write_job, write_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -105,4 +113,219 @@ def test_a_snapshot_whose_file_is_gone_is_a_problem(job: Path) -> None:
 def test_there_must_be_a_job_to_verify(job: Path) -> None:
     done = run_cli("verify", job)
     assert done.returncode == 2
-    assert "there is no job here to verify" in done.stderr
+    out = job.parent / "out"
+    assert done.stderr == (
+        f"batchgen: {out}: nothing to verify, the job has not been run yet; start it with "
+        "`batchgen run`\n"
+    )
+
+
+# --- what the output folder shows of the snapshot ------------------------------------------------
+
+FIRST, SECOND = "part-00000.parquet", "part-00001.parquet"
+MENDED = "the next `batchgen run` puts it right"
+SEEN = "readers of part-*.parquet get its rows too"
+
+
+def forget(out: Path) -> None:
+    (out / FIRST).unlink()
+
+
+def put_another(out: Path) -> None:
+    data = (out / SECOND).read_bytes()
+    (out / FIRST).unlink()
+    (out / FIRST).write_bytes(data)
+
+
+def flip_a_copy(out: Path) -> None:
+    copy_back(out, FIRST)
+    flip(out / FIRST, 100)
+
+
+def double(out: Path) -> None:
+    shutil.copyfile(out / SECOND, out / "part-00002.parquet")
+
+
+def lose_in_a_link(out: Path) -> None:
+    (out / FIRST).unlink()
+    (out / FIRST).symlink_to(out / "nowhere")
+
+
+def copy_back(out: Path, name: str) -> None:
+    """The same bytes in a file of their own, as a backup brings them."""
+    data = (out / name).read_bytes()
+    (out / name).unlink()
+    (out / name).write_bytes(data)
+
+
+def ledger_of(job: Path) -> Ledger:
+    return Ledger(LocalStorage(job.parent / "out"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (forget, f"{FIRST}: is missing in the output folder; {MENDED}"),
+        (put_another, f"{FIRST}: has NUM bytes, NUM were published; {MENDED}"),
+        (flip_a_copy, f"{FIRST}: has other bytes than were published (sha256 differs); {MENDED}"),
+        (
+            double,
+            f"part-00002.parquet: is no file of the newest snapshot, {SEEN}; the next `batchgen "
+            "run` removes it",
+        ),
+        (lose_in_a_link, f"{FIRST}: cannot be read (No such file or directory); {MENDED}"),
+    ],
+)
+def test_what_is_shown_and_not_published_is_named_and_the_next_run_mends_it(
+    job: Path, harm: Callable[[Path], None], problem: str
+) -> None:
+    batchgen.run(job)
+    out = job.parent / "out"
+    harm(out)
+    (found,) = verify(out).problems
+    words = ["NUM" if word.replace(",", "").isdigit() else word for word in found.split()]
+    assert " ".join(words) == problem
+    assert batchgen.run(job).state == "nothing_to_do"
+    assert verify(out).problems == []
+    assert sorted(path.name for path in out.glob("part-*")) == [FIRST, SECOND]
+
+
+def test_verify_exits_1_where_a_shown_file_is_missing(job: Path) -> None:
+    batchgen.run(job)
+    forget(job.parent / "out")
+    done = run_cli("verify", job)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{FIRST}: is missing in the output folder")
+    assert done.stdout.endswith("1 problems\n")
+
+
+def test_showing_says_what_it_mends(job: Path) -> None:
+    batchgen.run(job)
+    ledger = ledger_of(job)
+    manifest = ledger.latest_manifest()
+    assert manifest is not None
+    assert show(ledger, manifest) == []
+    out = job.parent / "out"
+    forget(out)
+    copy_back(out, SECOND)
+    double(out)
+    (out / "part-mine.parquet").touch()
+    assert show(ledger, manifest) == [
+        f"{out}: did not show snapshot 1 as it was published ({FIRST} was missing, {SECOND} was "
+        "another file or a copy, part-00002.parquet was there beside them); its files are shown "
+        "again"
+    ]
+    assert show(ledger, manifest) == []
+
+
+def test_a_backup_without_hard_links_is_well_and_its_own_damage_is_named(job: Path) -> None:
+    batchgen.run(job)
+    shutil.copytree(job.parent / "out", job.parent / "backup")
+    backup = job.parent / "backup"
+    assert not (backup / FIRST).samefile(job.parent / "out" / FIRST)
+    assert verify(backup).problems == []
+    flip(backup / SECOND, 100)
+    assert [text.partition(":")[0] for text in verify(backup).problems] == [SECOND]
+
+
+def test_a_damaged_snapshot_is_brought_back_from_what_is_shown(job: Path) -> None:
+    batchgen.run(job)
+    out, manifest = job.parent / "out", ledger_of(job).latest_manifest()
+    assert manifest is not None
+    copy_back(out, FIRST)
+    own = out / manifest.files[0]["name"]
+    flip(own, 100)
+    (problem,) = verify(out).problems
+    assert problem.endswith(
+        f"{FIRST} in the output folder still has the published bytes, copy it there"
+    )
+    (out / SECOND).unlink()
+    own_second = out / manifest.files[1]["name"]
+    own_second.unlink()
+    assert f"{SECOND}: is missing in the output folder; mend {manifest.files[1]['name']} first" in (
+        verify(out).problems
+    )
+    shutil.copyfile(out / FIRST, own)
+    assert not [text for text in verify(out).problems if FIRST in text]
+
+
+def test_files_and_folders_that_no_run_touches_are_to_be_removed_by_hand(job: Path) -> None:
+    batchgen.run(job)
+    out = job.parent / "out"
+    (out / "part-mine.parquet").touch()
+    (out / "part-00009.parquet").mkdir()
+    (out / "notes.parquet").touch()  # No reader of part-*.parquet sees it.
+    assert verify(out).problems == [
+        "part-00009.parquet: is a folder, where only files belong; remove it or give it another "
+        "name",
+        f"part-mine.parquet: is no file of batchgen's, {SEEN}; remove it or give it another name",
+    ]
+
+
+def test_what_a_run_is_about_to_show_is_no_problem(job: Path) -> None:
+    batchgen.run(job)
+    out, ledger = job.parent / "out", ledger_of(job)
+    manifest = ledger.latest_manifest()
+    assert manifest is not None
+    lock = RunLock(ledger.storage, f"{STATE}/lock", "another")
+
+    def publish_slowly() -> None:
+        time.sleep(0.2)
+        expose(ledger.storage, manifest)
+        lock.release()
+
+    forget(out)
+    lock.acquire()
+    run = threading.Thread(target=publish_slowly)
+    run.start()
+    try:
+        assert verify(out).problems == []
+    finally:
+        run.join()
+
+
+def test_what_a_run_at_work_does_not_mend_is_a_problem(job: Path) -> None:
+    batchgen.run(job)
+    lock = RunLock(LocalStorage(job.parent / "out"), f"{STATE}/lock", "another")
+    forget(job.parent / "out")
+    lock.acquire()
+    try:
+        assert len(verify(job.parent / "out", patience_s=0.1).problems) == 1
+    finally:
+        lock.release()
+
+
+def test_before_the_next_snapshot_the_run_that_completes_mends(job: Path) -> None:
+    batchgen.run(job)
+    with pytest.raises(batchgen.errors.GateError):
+        batchgen.run(job, fresh=True, overrides=["gate.max_error_rate=0.001"])
+    forget(job.parent / "out")
+    (problem,) = verify(job.parent / "out").problems
+    assert problem.endswith("; the next `batchgen run` that completes puts it right")
+    assert batchgen.run(job).state == "complete"
+    assert verify(job.parent / "out").problems == []
+
+
+def test_a_run_that_publishes_and_prunes_meanwhile_is_no_problem(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 150)
+    job = write_job(
+        tmp_path,
+        "in.jsonl",
+        output={"rows_per_file": 5, "keep_snapshots": 1},
+        run={"flush_rows": 5},
+    )
+    batchgen.run(job)
+
+    def publish_again() -> None:
+        for _ in range(2):  # So the third look at the latest is at a job that stands still.
+            batchgen.run(job, fresh=True)
+
+    runs = threading.Thread(target=publish_again)
+    runs.start()
+    problems = []
+    try:
+        while runs.is_alive():
+            problems += verify(tmp_path / "out").problems
+    finally:
+        runs.join()
+    assert problems == []

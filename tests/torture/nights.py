@@ -64,6 +64,7 @@ temperature = {temperature}
 rules = {rules}
 [gate]
 max_error_rate = 1.0
+max_shrink = 1.0
 [output]
 path = "out"
 rows_per_file = 15

@@ -39,6 +39,8 @@ class Job(RuleBasedStateMachine):
         """sha256 of the input -> its rows after the first, for every day so far."""
         self.planned: list[str] | None = None
         self.seen: list[tuple[str | None, str]] | None = None
+        self.is_shown = False
+        """Whether the last run got as far as to show its snapshot in the output folder."""
         self.grow(num_rows, is_bad=False)
         self.job = parse_job(
             {
@@ -99,11 +101,13 @@ class Job(RuleBasedStateMachine):
             options = RunOptions(fresh=fresh, retry_errors=retry and not fresh)
             summary = JobRun(self.job, stop=StopSwitch(), options=options, disk=disk).run()
             assert summary.state in {"complete", "nothing_to_do"}
+            self.is_shown = True
             self.note()
             assert self.planned == self.rows
         except CrashError:
             assert crash_at is not None
             disk.bury()
+            self.is_shown = False
             self.note()
 
     def note(self) -> None:
@@ -128,7 +132,10 @@ class Job(RuleBasedStateMachine):
         if self.planned is None:
             return
         verdict = verify(self.output)
-        assert verdict.problems == []
+        problems = verdict.problems
+        if not self.is_shown:  # Published, but the run died before the folder showed it.
+            problems = [text for text in problems if not text.startswith("part-")]
+        assert problems == []
         ended = verdict.num_ok + verdict.num_errors + verdict.num_skipped
         assert verdict.num_planned == ended + verdict.num_left
 

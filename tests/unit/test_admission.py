@@ -11,7 +11,7 @@ import pytest
 
 from batchgen.admission import order as orders
 from batchgen.admission.keyed import CHUNK_ROWS, Keyed
-from batchgen.admission.lengths import Lengths, mean_lengths
+from batchgen.admission.lengths import Lengths, mean_lengths, octave
 from batchgen.admission.order import AdmissionOrder, Reach, Seen, Sorting, find_sorting
 from batchgen.admission.runs import MAX_FILES, MAX_RUNS, SortedRuns
 from batchgen.errors import StorageError
@@ -21,6 +21,7 @@ from batchgen.records import Ordinal, Request, RowBatch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
+    from typing import Literal
 
     from batchgen.records import Prompt
 
@@ -267,3 +268,48 @@ def test_rows_without_columns_are_sorted_too():
     runs = SortedRuns(None)
     runs.add(keyed(given)[::-1])
     assert [request.ordinal.row for request in runs.pop(9)] == [0, 1, 2]
+
+
+def parts(text: str, image: str) -> Prompt:
+    """A chat with an image, as OpenAI's API has it."""
+    shown = {"type": "image_url", "image_url": {"url": image}}
+    return [{"role": "user", "content": [shown, {"type": "text", "text": text}]}]
+
+
+@pytest.mark.parametrize("mode", ["auto", "prefix"])
+def test_what_is_in_parts_counts_against_the_bound(mode: Literal["auto", "prefix"], tmp_path: Path):
+    reach = Reach(held_rows=5000, held_bytes=1 << 20, run_rows=10)
+    order = AdmissionOrder(mode, NOTHING, reach, tmp_path)
+    given = requests(parts(f"{n}", f"data:{'x' * 100_000}") for n in range(30))
+    for at in range(0, 30, 10):
+        order.put(given[at : at + 10])
+    assert order.is_full == (mode == "auto")
+    assert order.num_files == (3 if mode == "prefix" else 0)
+    check_whole(all_of(order), given)
+
+
+def test_of_an_image_no_answer_gets_longer():
+    lengths = Lengths(600, means={octave(100): 50.0})
+    assert lengths.expect(parts("x" * 400, "data:" + "y" * 100_000), None) == 50
+
+
+def test_what_is_taken_at_a_time_is_bounded_too(tmp_path: Path):
+    given = requests(f"{n:04} {'x' * 1_000_000}" for n in range(40))
+    order = AdmissionOrder("prefix", NOTHING, Reach(held_bytes=2 << 20, run_rows=4), tmp_path)
+    for at in range(0, 40, 4):
+        order.put(given[at : at + 4])
+    first = order.take()
+    assert 0 < len(first) < 12
+    check_whole(first + all_of(order), given)
+
+
+def test_without_lengths_the_long_are_not_first_and_like_prompts_come_together():
+    given = [
+        request
+        for n, prompt in enumerate(grouped(10, 3000))
+        for request in requests([prompt], n, params={"max_tokens": 4000 if n == 2999 else 4})
+    ]
+    order = AdmissionOrder("auto", None)
+    order.put(given)
+    seen = [request.ordinal.row % 10 for request in all_of(order)]
+    assert sum(a != b for a, b in pairwise(seen)) == 9

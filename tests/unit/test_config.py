@@ -267,6 +267,18 @@ MISTAKES = {
         {"gate": {"max_shrink": 2.0}},
         "gate.max_shrink: 2.0 is wrong, expected: less than or equal to 1",
     ),
+    "no replicas": (
+        {"run": {"replicas": 0}},
+        "run.replicas: 0 is wrong, expected: at least 1, or 'auto'",
+    ),
+    "replicas mistyped": (
+        {"run": {"replicas": "atuo"}},
+        "run.replicas: 'atuo' is wrong, expected: at least 1, or 'auto'",
+    ),
+    "no path": (
+        {"input": {"path": []}},
+        "input.path: [] is wrong, expected: at least one path",
+    ),
     "seed of 63 bits": (
         {"sampling": {"seed": 2**62}},
         "sampling.seed: 4611686018427387904 is wrong, expected: less than 4611686018427387904",
@@ -293,12 +305,12 @@ def test_each_mistake_has_its_text(tmp_path, job_tables, case):
         ("sampling", "sampling: missing, expected the table [sampling]"),
         (
             "sampling.max_tokens",
-            "sampling.max_tokens: missing, expected Longest answer, in tokens. No default: it "
+            "sampling.max_tokens: missing; it is: Longest answer, in tokens. No default: it "
             "bounds the time that a row can take.",
         ),
         (
             "output.path",
-            "output.path: missing, expected Folder of the published Parquet files and of the "
+            "output.path: missing; it is: Folder of the published Parquet files and of the "
             "job's state (`_batchgen/`).",
         ),
     ],

@@ -206,11 +206,15 @@ def test_lengths_of_time(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize(
-    "text", ["", "5", "5x", "0h", "-5m", "30m1h", "h", "5 hrs", "9" * 400 + "d"]
-)
+@pytest.mark.parametrize("text", ["", "5", "5x", "-5m", "30m1h", "h", "5 hrs", "9" * 400 + "d"])
 def test_what_is_no_length_of_time_is_refused(text):
     with pytest.raises(ValueError, match="is no length of time, expected for example 5h"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["0h", "0s", "0.0m", "0h0m"])
+def test_no_time_at_all_is_refused_as_that(text):
+    with pytest.raises(ValueError, match="is nothing, expected more than 0, such as 5h or 90m"):
         parse_duration(text)
 
 

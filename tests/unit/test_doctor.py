@@ -14,13 +14,16 @@ import pytest
 from batchgen.api import load
 from batchgen.devices import Devices, Gpu, GpuProcess
 from batchgen.doctor import places
+from batchgen.doctor.engine_keys import check_keywords, least_model_len
 from batchgen.doctor.examine import examine
 from batchgen.doctor.findings import Level
 from batchgen.doctor.hub import Remote, weight_bytes
+from batchgen.doctor.lengths import counter
 from batchgen.doctor.machine import Machine, read_machine
 from batchgen.doctor.quantization import can_run, judge_kv_cache, judge_method, method_of
 from batchgen.doctor.replicas import check_replicas
 from batchgen.doctor.report import Report, told
+from batchgen.engine import keywords
 from tests import fakes
 from tests.bench.random_model import make_model
 
@@ -509,3 +512,130 @@ def test_replicas_are_held_against_the_gpus(
 
 def test_one_engine_is_no_matter_of_replicas() -> None:
     assert list(check_replicas(fakes.job(), machine())) == []
+
+
+def problems(report: Report) -> list[str]:
+    return [finding.text for finding in report.findings if finding.level == Level.PROBLEM]
+
+
+def test_a_keyword_that_vllm_lacks_is_told_with_what_was_meant(job: dict[str, Any]) -> None:
+    job["model"]["engine"] |= {"enforce_eagre": True, "max_num_seq": 3, "zzqqy": 1}
+    start = "the installed vLLM has no such keyword"
+    assert problems(seen(job, machine(H100))) == [
+        f"model.engine.enforce_eagre: {start}, did you mean 'model.engine.enforce_eager'?",
+        f"model.engine.max_num_seq: {start}, did you mean 'model.max_num_seqs'?",
+        f"model.engine.zzqqy: {start}",
+    ]
+    assert topics(seen(job, machine(H100)), Level.PROBLEM) == ["job"] * 3
+
+
+def test_keywords_that_cannot_be_looked_up_are_a_warning(monkeypatch) -> None:
+    monkeypatch.setattr(keywords, "find_spec", lambda name: None)
+    (finding,) = check_keywords({"a": 1, "b": 2})
+    text = "whether vLLM knows model.engine's a, b could not be looked up"
+    assert (finding.level, finding.text) == (Level.WARNING, text)
+    assert list(check_keywords({})) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_known"),
+    [("fp16", False), ("banana", False), ("torch.float16", False), ("half", True), (None, True)],
+)
+def test_a_dtype_that_vllm_does_not_know_is_refused(
+    job: dict[str, Any], dtype: str | None, is_known: bool
+) -> None:
+    job["model"] |= {"dtype": dtype} if dtype else {}
+    text = f"dtype {dtype!r}, expected auto, bfloat16, float16 (half), float32 (float)"
+    assert problems(seen(job, machine(H100))) == ([] if is_known else [text])
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "told"),
+    [
+        ({}, {"max_num_batched_tokens": 8191}, None),  # In chunks.
+        ({}, {"max_num_batched_tokens": 8192, "enable_chunked_prefill": False}, None),
+        (
+            {},
+            {"max_num_batched_tokens": 8191, "enable_chunked_prefill": False},
+            "max_model_len = 8,192 where prefill is not chunked",
+        ),
+        (
+            {"max_model_len": None},
+            {"max_num_batched_tokens": 40959, "enable_chunked_prefill": False},
+            "max_model_len = 40,960 where prefill is not chunked",
+        ),
+        ({"max_num_seqs": 128}, {"max_num_batched_tokens": 128}, None),
+        ({"max_num_seqs": 129}, {"max_num_batched_tokens": 128}, "max_num_seqs = 129"),
+    ],
+)
+def test_too_few_tokens_a_step_are_refused(
+    job: dict[str, Any], model: dict[str, Any], engine: dict[str, Any], told: str | None
+) -> None:
+    job["model"] |= model
+    job["model"] = {name: value for name, value in job["model"].items() if value is not None}
+    job["model"]["engine"] |= engine
+    tokens = engine["max_num_batched_tokens"]
+    text = f"max_num_batched_tokens = {tokens}, which vLLM refuses below {told}"
+    assert problems(seen(job, machine(H100))) == ([text] if told else [])
+
+
+def test_on_a_cpu_prefill_is_not_chunked(job: dict[str, Any]) -> None:
+    job["model"] |= {"name": str(SAMPLE_MODEL), "max_model_len": 512}
+    job["model"]["engine"]["max_num_batched_tokens"] = 128
+    (text,) = problems(seen(job, machine(build="cpu", memory_bytes=GIB, free_memory_bytes=GIB)))
+    assert text.endswith("below max_model_len = 512 where prefill is not chunked")
+
+
+def test_a_length_that_vllm_may_take_for_less_is_not_counted_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"original_max_position_embeddings": 4096}')
+    assert least_model_len({}, tmp_path, 131072) == 4096
+    assert least_model_len({"disable_sliding_window": True}, tmp_path, 131072) is None
+    assert least_model_len({"max_model_len": 9000}, tmp_path, 9000) == 9000
+    (tmp_path / "config.json").write_text("{}")
+    assert least_model_len({}, tmp_path, 131072) == 131072
+    (tmp_path / "config.json").write_text("damaged")
+    assert least_model_len({}, tmp_path, 131072) is None
+    assert least_model_len({}, None, None) is None
+
+
+def test_answers_end_where_the_model_does(job: dict[str, Any]) -> None:
+    job["model"]["max_model_len"] = 512
+    job["sampling"]["max_tokens"] = 8000
+    report = seen(job, machine(H100))
+    assert report.rows is not None
+    assert (report.rows.prompt, report.rows.answer) == (26, 486)  # 512 in all.
+    assert report.fit is not None
+    assert report.fit.concurrency == report.fit.full_length
+    (finding,) = (finding for finding in report.findings if finding.level == Level.WARNING)
+    assert finding.text == (
+        "200 of the prompts looked at leave less room than max_tokens: answers are cut at "
+        "max_model_len 512"
+    )
+    job["sampling"]["max_tokens"] = 486
+    assert topics(seen(job, machine(H100)), Level.WARNING) == []
+
+
+def test_padding_of_the_tokenizer_is_not_counted(tmp_path: Path) -> None:
+    tokenizer = json.loads((SAMPLE_MODEL / "tokenizer.json").read_bytes())
+    tokenizer["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    plain, padded = counter(SAMPLE_MODEL), counter(tmp_path)
+    assert padded[1] == plain[1] == "by the model's tokenizer"
+    assert padded[0]("hello hello") == plain[0]("hello hello") < 10
+
+
+@pytest.mark.parametrize(("vllm", "num"), [("0.26.0", 1024), ("0.33.0", 256), (None, 256)])
+def test_defaults_are_those_of_the_installed_vllm(
+    job: dict[str, Any], vllm: str | None, num: int
+) -> None:
+    gb10 = gpu("NVIDIA GB10", 119.0, capability=(12, 1))
+    report = seen(job, machine(gb10, vllm=vllm))
+    assert report.settings is not None
+    assert report.settings.max_num_seqs == num

@@ -369,3 +369,17 @@ def test_a_damaged_index_is_told(tmp_path: Path, index: str, why: str) -> None:
 def test_a_link_to_nothing_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").symlink_to("gone")
     assert read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False) is None
+
+
+@pytest.mark.parametrize(
+    ("release", "seqs", "tokens"),
+    [((0, 26), 1024, 16384), ((0, 32), 1024, 16384), ((0, 33), 256, 8192)],
+)
+def test_a_gb10_has_small_defaults_from_0_33_on(
+    release: tuple[int, int], seqs: int, tokens: int
+) -> None:
+    gb10 = Gpu(0, "GPU-0", "NVIDIA GB10", 119 * GIB, 118 * GIB, (12, 1))
+    found = settings_of({}, QWEN_8B, gb10, None, release)
+    assert (found.max_num_seqs, found.max_num_batched_tokens) == (seqs, tokens)
+    newest = settings_of({}, QWEN_8B, gb10, None)
+    assert newest.max_num_seqs == 256

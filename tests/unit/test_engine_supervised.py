@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from batchgen.engine.death import MAX_IN_A_ROW, Tally, ask_less, is_out_of_memory
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.supervised import REBUILD_WAITS_S, SupervisedEngine
-from batchgen.errors import EngineDeadError, EngineError
+from batchgen.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.records import EngineFacts, EngineSpec, EngineStats
 from tests.fakes import FakeClock, FakeEngine, completion, finish, finish_all, finish_nothing
 
@@ -500,3 +500,15 @@ def test_after_close_there_is_no_other_engine():
         with pytest.raises(EngineDeadError, match="the engine is closed"):
             act()
     assert len(lab.built) == 1
+
+
+def test_settings_that_the_first_engine_refuses_end_it_and_of_a_later_one_are_tried_again():
+    refusal = ConfigError("[model]", ["vLLM refuses the settings"])
+    lab = Lab(FakeEngine(100, facts=None).then(refusal))
+    lab.engine.add(asks(0))
+    with pytest.raises(ConfigError):
+        lab.engine.step(0.1)
+    lab = Lab(FakeEngine(100).then(DEAD), FakeEngine(100, facts=None).then(refusal))
+    lab.engine.add(asks(0, 1))
+    assert answers(lab.finish()) == [0, 1]
+    assert (len(lab.built), lab.engine.num_deaths) == (3, 1)

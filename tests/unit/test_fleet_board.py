@@ -364,3 +364,9 @@ def test_errors_that_were_never_durable_are_not_told():
     assert stats.error_types == {"bad_json": 2, "odd": 1}
     board.note_gone(1, "it died")
     assert stats.error_types == {"bad_json": 1}
+
+
+def test_in_flight_of_a_replica_is_what_its_scheduler_holds():
+    changes = {1: {"num_in_flight": 1152, "num_running": 64, "num_waiting": 62}}
+    (line,) = replica_lines(fleet(1, changes))[1:]
+    assert line.split()[6] == "126"

@@ -181,3 +181,50 @@ def test_an_input_that_is_gone_altogether_has_shrunk_by_all_of_it():
 
 def test_without_a_limit_the_shrinking_is_still_told():
     assert judge_gate(GateConfig(), (8, 0), {}, {}, 10)[-1].figure == 0.2
+
+
+PUBLISH = "to publish all the same, run again with --publish-anyway or with a higher limit"
+
+
+def last_line(limits):
+    return str(GateError(told(limits), [limit.as_dict() for limit in limits])).splitlines()[-1]
+
+
+def test_without_error_rows_none_are_named():
+    limits = judge_gate(GateConfig(max_drift=0.1), (4, 0), labels(a=1), labels(b=1))
+    assert last_line(limits) == PUBLISH
+
+
+def test_error_rows_that_no_engine_has_seen_are_to_be_mended_and_not_tried_again():
+    tally = {"verdict": {"error": 20, "ok": 20}, "attempts": {"0": 20, "1": 20}}
+    mend = (
+        "no error row has reached the engine: mend the input (`batchgen show JOB --errors` shows "
+        "them) and run again"
+    )
+    limits = judge_gate(GateConfig(), (20, 20), tally, None)
+    assert last_line(limits) == f"{mend}; {PUBLISH}"
+    one_more = judge_gate(GateConfig(), (20, 21), tally, None)
+    assert "--retry-errors" in last_line(one_more)
+    passed = judge_gate(GateConfig(max_error_rate=0.5), (20, 20), tally, None)[0].as_dict()
+    assert "hint" not in passed
+
+
+def test_a_night_without_any_row_does_not_replace_one_with_rows_unasked():
+    limits = judge_gate(GateConfig(), (0, 0), {}, {}, 5)
+    assert told(limits) == (
+        "0 rows are 5 fewer than the 5 of the last snapshot, over gate.max_shrink = 0.999"
+    )
+    assert last_line(limits) == (
+        "where no row at all is left, gate.max_shrink is 0.999 unless it is set: look at "
+        f"input.path and input.where; {PUBLISH}"
+    )
+    for gate, counts, num_last in [
+        ({"max_shrink": 1.0}, (0, 0), 5),
+        ({}, (1, 0), 5000),
+        ({}, (0, 1), 5000),
+        ({}, (0, 0), 0),
+        ({}, (0, 0), None),
+    ]:
+        assert (
+            told(judge_gate(GateConfig(max_error_rate=1, **gate), counts, {}, {}, num_last)) == ""
+        )

@@ -7,13 +7,17 @@ import os
 import pyarrow as pa
 import pytest
 
-from batchgen.errors import ConfigError, RecipeChangedError, SourceError
+from batchgen.errors import ConfigError, FencedError, RecipeChangedError, SourceError
+from batchgen.executor.job_run import JobRun
 from batchgen.executor.nights import decide
 from batchgen.executor.options import RunOptions
+from batchgen.executor.plans import plan_of
 from batchgen.ledger.books import Base, Manifest
 from batchgen.ledger.ledger import Ledger
 from batchgen.ledger.names import STATE
 from batchgen.plans.freezing import Before, freeze
+from batchgen.ranges import Ranges
+from batchgen.runner import StopSwitch
 from batchgen.sink.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
 
@@ -51,14 +55,14 @@ class Lab:
         self.ledger.put_plan(plan)
         return plan
 
-    def commit(self, plan, *rows):
+    def commit(self, plan, *rows, skipped=None, epoch=None):
         """Claim, and end these rows of the first file."""
-        epoch = self.ledger.claim(plan, "run-1", {})
+        epoch = epoch or self.ledger.claim(plan, "run-1", {})
         ids = pa.record_batch({"id": ["x"] * len(rows), "text": ["y"] * len(rows)})
         schema = self.decide(FRESH).prepared.part_schema
         context = PartContext(plan.plan_id, epoch.number, 0, "run-1", schema, "gen_")
         writer = PartWriter(self.ledger.storage, f"{STATE}/parts", context)
-        return writer.commit(results(batch(rows, carried=ids)), {}, {}).name
+        return writer.commit(results(batch(rows, carried=ids)), skipped or {}, {}).name
 
     def publish(self, plan):
         files = [{"name": "part-00000.parquet", "num_rows": plan.num_rows}]
@@ -368,3 +372,132 @@ def test_deciding_writes_nothing(lab, newest):
     after = {path: path.read_bytes() for path in lab.folder.rglob("*") if path.is_file()}
     del after[lab.folder / "in-0.jsonl"]
     assert after == held
+
+
+# --- the newest plan has come to nothing ------------------------------------------------------
+
+
+def refused(lab, *args, **tables):
+    with pytest.raises(RecipeChangedError) as caught:
+        lab.decide(*args, **tables)
+    return caught.value
+
+
+def skip_two(lab, plan):
+    lab.commit(plan, skipped={0: Ranges.until(2)})
+
+
+@pytest.mark.parametrize("options", [PLAIN, RETRY, ACCEPT, ONLY_ERRORS])
+@pytest.mark.parametrize("tables", [OTHER_RECIPE, OTHER_SELECTION, {"output": {"prefix": "x_"}}])
+@pytest.mark.parametrize(
+    "begin", [lambda *_: None, lambda lab, plan: lab.ledger.claim(plan, "r", {}), skip_two]
+)
+def test_a_plan_that_came_to_nothing_binds_nobody(lab, begin, tables, options):
+    plan = lab.plan()
+    begin(lab, plan)
+    decision = lab.decide(options, **tables)
+    assert_begins(decision, seen=plan)
+    assert decision.replaces == plan
+    (note,) = decision.notes
+    assert note == "plan 1 came to nothing, and the job is another now: a new plan replaces it"
+    assert_goes_on(lab.decide(options), plan)  # As long as nothing has changed.
+
+
+def test_a_part_that_no_claim_accepts_still_binds(lab):
+    plan = lab.plan()
+    late = lab.ledger.claim(plan, "run-1", {})
+    lab.ledger.claim(plan, "run-2", {})
+    lab.commit(plan, 0, epoch=late)
+    assert lab.ledger.durable(plan).num_done == 0
+    refused(lab, **OTHER_RECIPE)
+
+
+def test_rows_that_a_plan_before_has_ended_still_bind(lab):
+    """They are what the newest plan would have taken over."""
+    plan = lab.plan()
+    part = lab.commit(plan, 0)
+    lab.ledger.claim(lab.plan(before=Before(bases=(Base(1, (part,)),))), "run-2", {})
+    refused(lab, **OTHER_RECIPE)
+
+
+def test_what_cannot_be_read_counts_as_rows(lab):
+    plan = lab.plan()
+    path = lab.ledger.storage.path(lab.commit(plan, 0))
+    path.write_bytes(path.read_bytes()[:-9])
+    refused(lab, **OTHER_RECIPE)
+
+
+def test_a_plan_is_not_taken_from_a_run_that_may_be_at_work_on_it(lab):
+    lab.ledger.claim(lab.plan(), "run-1", {})
+    refused(lab, RunOptions(steal=True), **OTHER_RECIPE)
+
+
+@pytest.fixture
+def failed(lab):
+    """A snapshot, and a plan by another recipe after it that came to nothing."""
+    plan = lab.plan()
+    lab.commit(plan, 0, 1)
+    published = lab.publish(plan)
+    failed = lab.plan(**OTHER_RECIPE)
+    lab.ledger.claim(failed, "run-2", {})
+    return published, failed
+
+
+def test_the_snapshot_before_it_still_guards_its_recipe(lab, failed):
+    published, _ = failed
+    third = {"prompt": {"user": "Sing {{ text }}"}}
+    error = refused(lab, **third)
+    assert error.changes == ("prompt.user: '{{ text }}' -> 'Sing {{ text }}'",)
+    assert "--only-errors" in str(error)
+    assert_begins(lab.decide(ACCEPT, **third), seen=published)
+    decision = lab.decide(ONLY_ERRORS, **third)
+    assert_begins(decision, seen=published, bases=(Base(1),), takes_errors=False, generation=1)
+
+
+def test_undone_the_change_takes_everything_over_from_the_snapshot(lab, failed):
+    published, nothing = failed
+    decision = lab.decide()
+    assert_begins(decision, seen=published, bases=(Base(1),))
+    assert decision.replaces == nothing
+    assert_begins(
+        lab.decide(RETRY), seen=published, bases=(Base(1),), takes_errors=False, generation=1
+    )
+
+
+def test_rows_after_the_snapshot_bind_to_their_own_recipe(lab, failed):
+    lab.commit(failed[1], 0)
+    assert refused(lab).changes == ("prompt.user: 'Say {{ text }}' -> '{{ text }}'",)
+
+
+@pytest.mark.parametrize("end", [Lab.commit, lambda lab, plan, _: lab.publish(plan)])
+def test_a_run_that_came_in_between_is_seen_under_the_lock(lab, make_job, end):
+    plan = lab.plan()
+    job = make_job(None, input={"path": "in-*.jsonl"}, **OTHER_RECIPE)
+    decision = decide(lab.ledger, job, PLAIN)
+    end(lab, plan, 0)
+    context = JobRun(job, stop=StopSwitch())._context
+    with pytest.raises(FencedError, match="another run has just worked on this job; run again"):
+        plan_of(context, PLAIN, decision)
+    assert lab.ledger.latest_plan() == plan
+
+
+# --- rows of other formats under a new recipe -------------------------------------------------
+
+
+@pytest.mark.parametrize("num_edited", [0, 1, 2])
+def test_only_errors_tells_which_files_run_whole(lab, num_edited):
+    paths = [lab.folder / f"in-{at}.csv" for at in range(2)]
+    for path in paths:
+        path.write_text("id,text\nr1,a\nr2,b\n")
+    source = {"input": {"path": "in-*.csv"}}
+    plan = lab.plan(**source)
+    lab.commit(plan, 0)
+    for path in paths[:num_edited]:
+        path.write_text("id,text\nr1,a\nr2,B!\n")
+    notes = list(lab.decide(ONLY_ERRORS, **source, **OTHER_RECIPE).notes)
+    more = " and 1 more files" if num_edited == 2 else ""
+    assert notes == [
+        f"--only-errors: {2 * num_edited} rows of {paths[0]}{more} run again, edited or not: "
+        "which rows of a csv file were edited cannot be told across recipes"
+    ] * bool(num_edited)
+    assert not lab.decide(ACCEPT, **source, **OTHER_RECIPE).notes

@@ -16,8 +16,9 @@ from batchgen.executor.carry_over import missing
 from batchgen.ledger.books import Durable, Part, Plan
 from batchgen.ledger.footer import PartFooter
 from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.matching import is_same_reading
 from batchgen.plans import frozen, planning
-from batchgen.plans.freezing import freeze
+from batchgen.plans.freezing import Before, freeze
 from batchgen.plans.planning import prepare
 from batchgen.ranges import Ranges
 from tests.fakes import write_jsonl
@@ -411,3 +412,43 @@ def test_a_typo_in_drift_column_is_found_when_a_run_goes_on(make_job):
     prepare(make_job(output=choice, gate={"drift_column": "gen_label", "max_drift": 0.1}), plan)
     with pytest.raises(ConfigError, match="'gen_lable' holds no labels; did you mean 'gen_label'"):
         prepare(make_job(output=choice, gate={"drift_column": "gen_lable"}), plan)
+
+
+# --- the delimiter of CSV ------------------------------------------------------------------------
+
+
+def semicolons(tmp_path, **keys):
+    """Two rows by semicolons, three by commas; written once."""
+    if not (tmp_path / "in.csv").exists():
+        (tmp_path / "in.csv").write_text('id;text\n1;"a\nb"\n2;c\n', encoding="utf-8")
+    return {"path": "in.csv", **keys}
+
+
+def test_a_column_that_only_another_delimiter_would_make_is_hinted_at(tmp_path, prepared):
+    with pytest.raises(ConfigError, match=r"is the delimiter ';'\? set input.delimiter"):
+        prepared(None, input=semicolons(tmp_path))
+    assert prepared(None, input=semicolons(tmp_path, delimiter=";")).columns.names == ["id", "text"]
+    with pytest.raises(ConfigError) as caught:
+        prepared(None, input=semicolons(tmp_path, delimiter=";"), prompt={"user": "{{ txet }}"})
+    assert "delimiter" not in str(caught.value)
+
+
+def test_another_delimiter_is_another_job_whose_rows_are_counted_anew(tmp_path, prepared):
+    before = prepared(None, input=semicolons(tmp_path), prompt={"user": "same"})
+    plan = freeze(before, 1)
+    assert "delimiter" not in plan.job["input"]  # As in plans of before there was one.
+    after = prepared(None, input=semicolons(tmp_path, delimiter=";"), prompt={"user": "same"})
+    assert planning.look_at(after.job).changes(plan) == ["input.delimiter: not set -> ';'"]
+    assert planning.look_at(before.job).changes(plan) == []
+    again = freeze(after, 2, Before(seen=plan))
+    assert (plan.num_rows, again.num_rows) == (3, 2)
+    assert not is_same_reading(plan, again)
+
+
+def test_a_delimiter_is_for_csv_and_one_character_that_can_end_a_field(tmp_path, make_job):
+    text = "input.delimiter: ';' is for CSV, and the input is jsonl; leave it out"
+    with pytest.raises(ConfigError, match=text):
+        prepare(make_job(input={"delimiter": ";"}))
+    for delimiter in ("", ";;", '"', "\n"):
+        with pytest.raises(ConfigError, match=r"input(\.delimiter)?: "):
+            make_job(None, input=semicolons(tmp_path, delimiter=delimiter))

@@ -6,9 +6,11 @@ import io
 
 import pytest
 
+from batchgen.executor.watch import Sight, Watch
 from batchgen.records import EngineStats, RowError
 from batchgen.stats.progress import Progress, duration
 from batchgen.stats.run_stats import RunStats
+from batchgen.stats.runlog import RunLog
 from tests.fakes import batch, results
 
 
@@ -64,6 +66,52 @@ def test_a_line_of_a_fleet_tells_how_many_replicas_are_up():
     with Progress(2000, 0, stream=stream) as progress:
         progress.update(sample(0.0, num_replicas=8, num_replicas_up=7), 0, None)
     assert lines(stream)[0].endswith("1,024 in flight, 7/8 replicas")
+
+
+def test_in_flight_is_what_the_scheduler_holds_not_what_is_tokenized_ahead_of_it():
+    stream = io.StringIO()
+    with Progress(2000, 0, stream=stream) as progress:
+        progress.update(sample(0.0, num_in_flight=1152, num_running=64, num_waiting=62), 0, None)
+        progress.update(sample(30.0, num_in_flight=0, num_running=64, num_waiting=0), 0, None)
+    assert [line.rpartition(", ")[2] for line in lines(stream)] == ["126 in flight", "0 in flight"]
+
+
+def test_while_no_engine_is_up_there_are_no_figures():
+    stream = io.StringIO()
+    with Progress(2000, 0, stream=stream) as progress:
+        progress.update(sample(0.0, num_ok=0), 12, None, "starting the engine")
+        progress.update(sample(30.0), 40, None)
+    assert lines(stream) == [
+        "batchgen: 12/2,000 rows, starting the engine",
+        "batchgen: 40/2,000 rows, 12 rows/s, 12,346 tok/s in, 679 out, 1,024 in flight",
+    ]
+
+
+def test_the_bar_has_figures_from_when_an_engine_is_up_with_or_without_answers():
+    stream = Terminal()
+    with Progress(2000, 0, stream=stream) as progress:
+        progress.update(sample(0.0, num_ok=0), 12, None, "starting the engines")
+        assert stream.getvalue().rpartition("\r")[2].startswith("starting the engines")
+        assert "rows/s" not in stream.getvalue()
+        progress.update(sample(30.0, num_ok=0), 12, None)
+    last = stream.getvalue().rpartition("\r")[2]
+    assert last.startswith("rows   1%")
+    assert "12 rows/s" in last
+
+
+def test_a_run_says_that_its_engine_starts_until_it_is_up(storage):
+    stream, stats = io.StringIO(), RunStats(0.0, 2000)
+    states = iter(["starting the engine", "running"])
+
+    def look(now_s: float) -> Sight:
+        return Sight(sample(now_s), next(states))
+
+    with Progress(2000, 0, stream=stream) as progress:
+        watch = Watch(look, stats, RunLog(storage, "runs", "run-a"), progress, 5.0)
+        watch.show(0.0, is_last=False)
+        watch.show(40.0, is_last=False)
+    assert lines(stream)[0] == "batchgen: 0/2,000 rows, starting the engine"
+    assert "12 rows/s" in lines(stream)[1]
 
 
 def test_a_note_is_a_line_of_its_own():

@@ -155,3 +155,48 @@ def test_long_values_are_cut():
 def test_whatever_changes_the_fingerprint_has_a_line_in_the_diff(old, new):
     assert fingerprint({"a": old}) != fingerprint({"a": new})
     assert diff({"a": old}, {"a": new})
+
+
+def test_the_form_of_answers_is_named_as_in_the_job_file():
+    assert diff({"form": {"grammar": "a"}}, {"form": {"grammar": "b"}}) == [
+        "output.grammar: 'a' -> 'b'"
+    ]
+
+
+def sides(old, new):
+    (line,) = diff({"a": old}, {"a": new})
+    return line.removeprefix("a: ").split(" -> ")
+
+
+LONG = " ".join(f"word{n}" for n in range(60))
+
+
+@pytest.mark.parametrize("wrap", [str, lambda text: [text, "z"]])
+def test_long_values_are_cut_around_their_first_difference(wrap):
+    old, new = sides(wrap(LONG), wrap(LONG.replace("word40", "WORD40")))
+    for text, word in ((old, "word40"), (new, "WORD40")):
+        assert f"word39 {word} word41" in text
+        assert text.strip("'").startswith("...")
+        assert text.strip("'").endswith("...")
+        assert len(text) <= 122
+    assert old != new
+
+
+def test_a_difference_at_the_end_is_shown_to_the_end():
+    old, new = sides(LONG, LONG + " it's new")
+    assert old.endswith("word58 word59'")
+    assert new.endswith("word58 word59 it's new\"")
+    assert old[:20] == new[:20].replace('"', "'")
+
+
+def test_a_difference_near_the_start_is_shown_from_the_start():
+    old, new = sides("Please " + LONG, "Do " + LONG)
+    assert (old[:14], new[:10]) == ("'Please word0 ", "'Do word0 ")
+    assert old.endswith("...'")
+
+
+@pytest.mark.parametrize("at", [0, 3, 59, 60, 61, 117, 118, 119, 120, 121, 300, 399])
+def test_two_unlike_texts_never_look_alike(at):
+    text = "x" * 400
+    old, new = sides(text, f"{text[:at]}y{text[at + 1 :]}")
+    assert old != new

@@ -399,3 +399,20 @@ def test_a_diff_is_plain_json(nights):
     nights.publish("ab", {"id": [1, 2], "gen_text": ["a", "c"]}, tally={})
     found = json.loads(json.dumps(diff(nights.root).as_dict()))
     assert (found["old"], found["new"], found["matched_by"]) == (1, 2, "position")
+
+
+@pytest.mark.parametrize(
+    ("new", "counts", "may_hide"),
+    [("aXcd", (0, 0, 1), False), ("aXY", (2, 3, 0), True), ("abcdX", (1, 0, 0), False)],
+)
+def test_a_diff_says_that_rows_which_came_and_went_may_be_edited_ones(
+    nights, new, counts, may_hide
+):
+    for lines in ("abcd", new):
+        nights.publish(lines, {"id": list(lines), "gen_text": ["t"] * len(lines)})
+    found = diff(nights.root)
+    assert (found.num_added, found.num_removed, found.num_input_changed) == counts
+    assert found.may_hide_edits is may_hide
+    assert found.paired_by == "equal content and place in the input"
+    by_key = diff(nights.root, on=["id"])
+    assert (by_key.paired_by, by_key.may_hide_edits) == ("id", False)

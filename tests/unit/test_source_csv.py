@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from batchgen.errors import SourceError
 from batchgen.ranges import Ranges
 from batchgen.source.base import ReadSpec
-from batchgen.source.csv import CsvReader
+from batchgen.source.csv import CsvReader, delimiter_hint
 
 READER = CsvReader()
 
@@ -200,3 +200,25 @@ def test_scan_and_read_agree_on_any_content(tmp_path_factory, text):
     with pytest.raises(SourceError, match=f"has {num_rows} rows, expected at least {num_rows + 1}"):
         list(READER.read(path, 0, Ranges.until(num_rows + 1), spec))
     assert pa.types.is_string(schema.field("x").type)
+
+
+# --- another delimiter ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t", "é"])
+def test_a_delimiter_may_be_given_and_counts_in_quotes_too(tmp_path, delimiter):
+    content = 'a;b\n"x;y";"1\n2"\n,;z\n'.replace(";", delimiter)
+    path, reader = write(tmp_path, content.encode()), CsvReader(delimiter)
+    schema = reader.columns([path], {})
+    spec = ReadSpec(schema, schema.names, frozenset(schema.names))
+    assert reader.scan(path).num_rows == 2
+    (batch,) = reader.read(path, 0, Ranges.until(2), spec)
+    assert batch.values == [{"a": f"x{delimiter}y", "b": "1\n2"}, {"a": ",", "b": "z"}]
+
+
+def test_a_header_that_another_character_cuts_is_told(tmp_path):
+    path = write(tmp_path, b"id;body\n1;hi\n")
+    with pytest.raises(SourceError, match=r"columns are \['id;body'\]: is the delimiter ';'\?"):
+        READER.columns([path], {"id": "int"})
+    assert delimiter_hint(["id", "a;b"]) is None
+    assert delimiter_hint(["body"]) is None

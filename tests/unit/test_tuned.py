@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from batchgen import api
 from batchgen.config.load import load_job
@@ -23,7 +26,7 @@ from batchgen.config.tuned import (
     write_tuned,
 )
 from batchgen.engine.start import start_engine
-from batchgen.errors import EngineError, OutputError
+from batchgen.errors import ConfigError, EngineError, OutputError
 from batchgen.executor.job_run import JobRun
 from batchgen.executor.options import RunOptions
 from batchgen.forecast.foresee import PlanOptions, foresee
@@ -358,3 +361,58 @@ def test_what_could_not_be_written_is_told_whole(tmp_path):
     with pytest.raises(OutputError, match=r"(?s)what it was to hold:.*max_num_seqs = 7"):
         write_tuned(tmp_path / "x.tuned.toml", "max_num_seqs = 7")
     assert [path.name for path in tmp_path.iterdir()] == ["x.tuned.toml"]
+
+
+@given(
+    head=st.lists(st.text(), max_size=3),
+    values=st.lists(st.text(st.characters()) | st.floats() | st.booleans() | st.integers(0, 9)),
+)
+@example(head=["a\nmax_num_seqs = 1"], values=["./m\U0001f600", "\x7f", "\ud800", math.inf])
+def test_whatever_is_told_the_file_can_be_read(head, values):
+    trials = [{f"k{at}": value for at, value in enumerate(values)}]
+    tables = tomllib.loads(tuned_text(head, {"model": "m"}, {}, trials))
+    read = tables["trials"][0]
+    for at, value in enumerate(values):
+        if isinstance(value, str):
+            assert read[f"k{at}"] == value.encode("utf-8", "replace").decode()
+        elif not isinstance(value, float):
+            assert read[f"k{at}"] == value
+    assert set(tables) == {"key", "trials"}
+
+
+def test_chunked_prefill_decides_which_settings_are_possible(job_file):
+    path = job_file({"max_num_batched_tokens": 64})
+    assert used(path).tuned.settings == {"max_num_batched_tokens": 64}
+    job = used(path, overrides=["model.engine.enable_chunked_prefill=false"])
+    assert "enable_chunked_prefill by default, here" in job.tuned.note
+
+
+def test_the_echo_engine_gets_only_what_it_has(make_job, tmp_path):
+    job = make_job(model={"max_num_seqs": None})
+    settings = ALL | {"max_num_seqs": 7, "max_in_flight": 9}
+    key = key_of(job, tmp_path, "cpu")
+    tuned_path(tmp_path / "job.toml").write_text(tuned_text([], key, settings, []))
+    tuned = use_tuned(job, tmp_path / "job.toml", lambda: "cpu").tuned
+    assert tuned.settings == {"max_num_seqs": 7, "max_in_flight": 9}
+
+
+def test_a_name_too_long_for_a_tuned_file_is_no_trouble_but_for_tuning(tmp_path, job_file):
+    long = tmp_path / f"{'x' * 246}.toml"
+    long.write_text(job_file().read_text())
+    assert used(long).tuned is None
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_writable(tuned_path(long))
+
+
+@pytest.mark.parametrize(("where", "is_told"), [("[model]", True), ("output", False)])
+def test_settings_that_the_engine_refuses_name_what_was_tuned(make_job, where, is_told):
+    def refuse(spec, *, stall_s, on_death):
+        raise ConfigError(where, ["dtype is wrong", "max_num_seqs is wrong"])
+
+    job = make_job().tuned_by(Tuned("x.tuned.toml", {"max_num_seqs": 2}))
+    run = JobRun(job, stop=StopSwitch(), start=refuse)
+    with pytest.raises(ConfigError) as caught:
+        run.run()
+    text = "max_num_seqs is wrong; it had max_num_seqs = 2 from x.tuned.toml: --no-tuned runs"
+    assert (text in str(caught.value), text in run.summary.reason) == (is_told, is_told)
+    assert run.summary.exit_code == 2

@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import pytest
 
+from batchgen.engine.start import start_engine
 from batchgen.errors import ConfigError
-from batchgen.runner import Stop
+from batchgen.executor.job_run import JobRun
+from batchgen.runner import Stop, StopSwitch
 from batchgen.tuning.gauge import Times
 from batchgen.tuning.trial import Stops, _for_trial, run_trial
 
 TIMES = Times(settle_s=0.05, settle_most_s=0.1, least_s=0.2, most_s=0.2)
 
 
-def test_nobody_is_told_of_a_trial_and_its_rows_come_as_they_are(make_job, tmp_path):
+def test_nobody_is_told_of_a_trial_and_one_engine_is_enough(make_job):
     hook = {"on_finish": ["true"], "metrics_file": "x.prom"}
-    job = _for_trial(make_job(run=hook), {"max_num_seqs": 3})
-    assert (job.run.on_finish, job.run.metrics_file, job.run.order) == ([], None, "input")
-    assert job.model.max_num_seqs == 3
-    assert _for_trial(make_job(run={"order": "prefix"}), {}).run.order == "prefix"
+    job = _for_trial(make_job(run=hook | {"replicas": 4}), {"max_num_seqs": 3})
+    assert (job.run.on_finish, job.run.metrics_file, job.run.replicas) == ([], None, 1)
+    assert (job.model.max_num_seqs, job.run.order) == (3, "auto")
+
+
+class Recorder:
+    """An engine that notes what it is asked for, in order."""
+
+    def __init__(self, engine, asked):
+        self._engine, self._asked = engine, asked
+
+    def add(self, requests):
+        self._asked += [request.ordinal.row for request in requests]
+        self._engine.add(requests)
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+
+@pytest.mark.parametrize("publishes", [True, False])
+def test_long_rows_do_not_come_first_in_a_trial(make_job, publishes):
+    """Else no trial's rows were like the next's."""
+    bounds = [4000 if at % 100 == 99 else 4 for at in range(3000)]
+    rows = [{"text": f"say {at}", "own": {"max_tokens": most}} for at, most in enumerate(bounds)]
+    engine = {"max_num_seqs": 8, "step_s": 0.002}
+    checks, model = {"allow_truncated": True}, {"engine": engine}
+    job, asked = make_job(rows, sampling={"column": "own"}, checks=checks, model=model), []
+    JobRun(
+        job,
+        stop=StopSwitch(),
+        publishes=publishes,
+        start=lambda *args, **kwargs: Recorder(start_engine(*args, **kwargs), asked),
+    ).run()
+    assert sorted(asked) == list(range(3000))
+    assert (asked.index(2999) < 2500) == publishes
 
 
 def test_a_trial_of_few_rows_answers_them_and_measures_nothing(make_job):
