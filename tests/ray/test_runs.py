@@ -53,11 +53,13 @@ def test_nodes_and_the_driver_die_and_the_snapshot_is_that_of_one_engine(
     write_rows(many / "in.jsonl", ROWS)
     job = write_job(many, "in.jsonl", model=MODEL, run=on(three, replicas="auto"))
     extra = three.add(cpus=1)
+    # So slow that it is not through before a busy machine has seen what it waits for.
+    slowly = command("run", job, "--set", "run.max_in_flight=2")
 
     def num_working() -> int:
         return sum(one["num_ok"] > 20 for one in replicas_now(job))
 
-    with subprocess.Popen(command("run", job), stderr=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(slowly, stderr=subprocess.PIPE, text=True) as first:
         wait_until(lambda: num_working() >= 3, 40)
         three.remove(extra)
         wait_until(lambda: any(one["restarts"] for one in replicas_now(job)), 40)
