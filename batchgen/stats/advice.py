@@ -29,7 +29,7 @@ SPARE_CACHE = 0.4
 """KV cache in use at most: below, more than twice as many rows would fit."""
 BUSY = 0.7
 """Of its time that a GPU works, at least. With a model of 0.6 B parameters an H100 worked for 50 to
-65 % of it, with one of 8 B always."""
+65 % of it, with two engines and with a model of 8 B always: README, "Speed"."""
 MOST_SEQS = 512
 """From so many rows at once steps take longer with each row: more of them gain little."""
 _SHARED = (
