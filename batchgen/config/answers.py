@@ -5,12 +5,13 @@ Docstrings under the fields are the documentation, as in `model`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from batchgen.config.table import PositiveInt, Share, Table
 
+Word = Annotated[str, Field(min_length=1)]
 RetryVerdict = Literal["truncated", "invalid_json", "schema_violation", "refused"]
 
 
@@ -37,9 +38,9 @@ class SamplingFields(Table):
     """Shortest answer, in tokens."""
     stop: str | list[str] | None = None
     """Texts that end the answer."""
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     """Tokens that end the answer."""
-    bad_words: list[str] | None = None
+    bad_words: list[Word] | None = None
     """Words never to be generated."""
     include_stop_str_in_output: bool | None = None
     """Keep the stop text in the answer."""
@@ -47,6 +48,17 @@ class SamplingFields(Table):
     """Go on after the end token, up to max_tokens: for benchmarks."""
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text. Default: true."""
+
+    @model_validator(mode="after")
+    def _can_end(self) -> Self:
+        least, most = self.min_tokens or 0, self.max_tokens
+        if most is not None and least > most:
+            msg = f"min_tokens = {least} is over max_tokens = {most}: no answer could be both"
+            raise ValueError(msg)
+        if "" in ([self.stop] if isinstance(self.stop, str) else self.stop or []):
+            msg = "stop has an empty text, which ends every answer, expected at least 1 character"
+            raise ValueError(msg)
+        return self
 
 
 class SamplingConfig(SamplingFields):

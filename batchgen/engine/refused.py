@@ -26,11 +26,14 @@ from batchgen.words import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 WHERE = "[model]"
+SAMPLING = "[sampling]"
 MAX_CHARS = 500
 _INIT, _START = "LLM.__init__", "LLMEngine.from_engine_args"
 _CONFIG = "EngineArgs.create_engine_config"
+_PARAMS = "SamplingParams.__post_init__"
 _UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 _PREFIX = re.compile(r"^(Value error|Assertion failed), ")
 _MACHINES = re.compile(r"available GPUs|device count", re.IGNORECASE)
@@ -48,16 +51,25 @@ def start_error(exc: Exception) -> ConfigError | EngineError:
     Returns:
         ConfigError: vLLM refuses the job's settings; nothing was loaded. EngineError: all else.
     """
-    if not isinstance(exc, (TypeError, ValueError)) or not _is_of_settings(exc):
+    if not isinstance(exc, (TypeError, ValueError)):
+        return EngineError(one_line(exc))
+    if _PARAMS in _frames(exc):
+        return ConfigError(SAMPLING, [f"vLLM refuses it: {one_line(exc)}"])
+    if not _is_of_settings(exc):
         return EngineError(one_line(exc))
     if _MACHINES.search(str(exc)) or any(isinstance(one, OSError) for one in _causes(exc)):
         return EngineError(one_line(exc))
     return ConfigError(WHERE, [" ".join(text.split())[:MAX_CHARS] for text in _problems(exc)])
 
 
+def _frames(exc: Exception) -> dict[str, FrameType]:
+    """Of the functions that it came through, by their names."""
+    return {frame.f_code.co_qualname: frame for frame, _ in traceback.walk_tb(exc.__traceback__)}
+
+
 def _is_of_settings(exc: Exception) -> bool:
     """Whether it came out of the making of the configuration."""
-    seen = {frame.f_code.co_qualname: frame for frame, _ in traceback.walk_tb(exc.__traceback__)}
+    seen = _frames(exc)
     if _CONFIG in seen or _INIT not in seen:
         return _CONFIG in seen
     # Before the engine was begun. Without a traceback into it, it may also be after that.

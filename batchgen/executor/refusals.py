@@ -17,8 +17,9 @@ def refuse_foreign(root: Path) -> None:
         if link.is_symlink():
             msg = f"{link}: is a link, expected a folder; remove it or choose another output.path"
             raise OutputError(msg)
-    if root.exists() and not root.is_dir():
-        msg = f"{root}: is a file, expected a folder; choose another output.path"
+    nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        msg = f"{nearest}: is a file, expected a folder; choose another output.path"
         raise OutputError(msg)
     # In this order: a run that starts beside this one makes STATE before anything else.
     if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():

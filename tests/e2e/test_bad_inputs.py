@@ -267,7 +267,9 @@ def test_35_an_output_that_is_a_file_or_cannot_be_written_is_refused(tmp_path: P
     (tmp_path / "in.jsonl").write_bytes(GOOD)
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     code, text = run(job_of(tmp_path))
-    assert (code, "is a file, expected a folder" in text) == (2, True)
+    assert (code, "out: is a file, expected a folder" in text) == (2, True)
+    code, text = run(job_of(tmp_path, output={"path": str(tmp_path / "out" / "deeper")}))
+    assert (code, "out: is a file, expected a folder" in text) == (2, True)
     code, text = run(job_of(tmp_path, output={"path": "/proc/batchgen"}))
     assert code in {1, 2}
     assert "/proc/batchgen" in text

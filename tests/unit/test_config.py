@@ -215,6 +215,26 @@ MISTAKES = {
         {"sampling": {"stop": 5}},
         "sampling.stop: 5 is wrong, expected: a text or a list of texts",
     ),
+    "an empty stop": (
+        {"sampling": {"stop": ["\n", ""]}},
+        "sampling: stop has an empty text, which ends every answer, expected at least 1 character",
+    ),
+    "no stop": (
+        {"sampling": {"stop": ""}},
+        "sampling: stop has an empty text, which ends every answer, expected at least 1 character",
+    ),
+    "an empty word": (
+        {"sampling": {"bad_words": ["x", ""]}},
+        "sampling.bad_words.1: '' is wrong, expected: at least 1 character",
+    ),
+    "a token that is none": (
+        {"sampling": {"stop_token_ids": [-4]}},
+        "sampling.stop_token_ids.0: -4 is wrong, expected: greater than or equal to 0",
+    ),
+    "answers that must be longer than they may": (
+        {"sampling": {"min_tokens": 65, "max_tokens": 64}},
+        "sampling: min_tokens = 65 is over max_tokens = 64: no answer could be both",
+    ),
     "an example's answer that is neither": (
         {"prompt": {"examples": [{"user": "q", "assistant": 5}]}},
         "prompt.examples.0.assistant: 5 is wrong, expected: a text or a table",

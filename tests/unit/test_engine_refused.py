@@ -68,6 +68,15 @@ class LLM:
             raise ValueError(msg)
 
 
+class SamplingParams:
+    def __post_init__(self):
+        self._verify_args()
+
+    def _verify_args(self):
+        msg = "bad_words cannot contain\nan empty string"
+        raise ValueError(msg)
+
+
 def error_of(**kwargs):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of each kind
         LLM(**kwargs)
@@ -101,6 +110,15 @@ def test_what_is_wrong_with_the_settings_is_the_jobs_fault(kwargs, told):
     error = error_of(**kwargs)
     assert isinstance(error, ConfigError)
     assert str(error) == f"[model]: {told}"
+
+
+def test_what_is_wrong_with_the_sampling_is_the_jobs_fault():
+    with pytest.raises(ValueError, match="empty string") as caught:
+        SamplingParams().__post_init__()
+    error = start_error(caught.value)
+    assert isinstance(error, ConfigError)
+    told = "ValueError: bad_words cannot contain an empty string"
+    assert str(error) == f"[sampling]: vLLM refuses it: {told}"
 
 
 def test_every_wrong_field_is_told():
