@@ -256,7 +256,7 @@ def test_stats_show_running_requests_and_then_none(engine):
         seen.append(engine.stats)
     assert len(completions) == num_requests
     assert max(stats.num_running or 0 for stats in seen) > 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + WAIT_S
     while engine.stats.num_running and time.monotonic() < deadline:
         engine.step(0.1)
     assert (engine.stats.num_running, engine.stats.num_waiting) == (0, 0)

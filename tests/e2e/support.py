@@ -68,7 +68,7 @@ def command(*args: str | Path) -> list[str]:
     return [sys.executable, "-m", "batchgen", *map(str, args)]
 
 
-def run_cli(*args: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def run_cli(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
         command(*args), capture_output=True, text=True, timeout=timeout, check=False
@@ -92,7 +92,7 @@ def published(output: Path) -> list[dict[str, Any]]:
     return frame.drop(VOLATILE).with_columns(error).to_dicts()
 
 
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 60) -> None:
     """Wait for a condition on the file system; fail loudly if it never comes."""
     deadline = time.monotonic() + timeout_s
     while not is_true():

@@ -222,7 +222,7 @@ def test_json_of_a_second_run_and_of_one_that_is_stopped(
     assert (found["state"], found["exit_code"]) == ("stopped", 75)
     assert f"process {process.pid}" in found["reason"]
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=20)
+    stdout, stderr = process.communicate(timeout=60)
     code = process.returncode
     found = object_of(subprocess.CompletedProcess(process.args, code, stdout, stderr))
     assert (found["state"], found["exit_code"]) == ("stopped", 75)

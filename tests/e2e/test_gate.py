@@ -246,7 +246,7 @@ def test_stopped_by_a_signal_it_goes_on(job: Path, expected: list[dict[str, Any]
     ) as process:
         wait_until(lambda: ledger.latest_epoch()[0] == 2)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert process.returncode == 75
     assert run_json(job, "--retry-errors")["state"] == "complete"
     assert unkeyed(published(job.parent / "out")) == unkeyed(expected)

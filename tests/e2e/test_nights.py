@@ -162,8 +162,8 @@ def the_sixth_overlaps(world: World, known: Origins) -> Origins:
             second = run_cli("run", world.job)
             assert first.poll() is None
             assert waiting.poll() is None
-            told, _ = first.communicate(timeout=30)
-            told_last, _ = waiting.communicate(timeout=30)
+            told, _ = first.communicate(timeout=60)
+            told_last, _ = waiting.communicate(timeout=60)
     assert second.returncode == 75
     assert f"process {first.pid} on" in second.stderr
     last = json.loads(told_last)

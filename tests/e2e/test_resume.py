@@ -136,7 +136,7 @@ def test_sigterm_commits_what_finished_and_exits_75(
     ) as process:
         wait_until(lambda: bool(ledger.storage.list(f"{STATE}/parts")))
         process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate(timeout=20)
+        told, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "stopped: on purpose, with work left; run again to go on" in told
     assert not list((slow_job.parent / "out").glob("part-*.parquet"))
@@ -153,7 +153,7 @@ def test_a_second_run_at_once_exits_75_and_says_who(
         lock = slow_job.parent / "out" / STATE / "lock"
         wait_until(lambda: lock.exists() and bool(lock.read_text()))
         second = run_cli("run", slow_job)
-        first.wait(timeout=30)
+        first.wait(timeout=60)
     assert second.returncode == 75
     assert f"process {first.pid} on" in second.stderr
     assert first.returncode == 0

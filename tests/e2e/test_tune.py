@@ -114,7 +114,7 @@ def test_a_tune_is_stopped_and_locked_out_as_a_run_is(tmp_path: Path) -> None:
             wait_until(lambda: any(runs.glob("*/live.json")))
             busy = run_cli("tune", path)
             process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (busy.returncode, "is at work on this job" in busy.stderr) == (75, True), busy

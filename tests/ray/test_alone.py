@@ -83,7 +83,7 @@ def test_a_cluster_of_this_machine_alone(tmp_path: Path) -> None:
         assert len(children) >= 3, "the worker and two agents"
         driver.kill()
     ours = [*pids, *raylets, *children]
-    wait_until(lambda: not any(map(is_running, ours)), 10, lambda: list(map(told_of, ours)))
+    wait_until(lambda: not any(map(is_running, ours)), 20, lambda: list(map(told_of, ours)))
     make_folder().rmdir()
     assert not list(Path("/tmp").glob(f"batchgen-ray-{pids[0]}-*"))
 

@@ -60,9 +60,9 @@ def test_nodes_and_the_driver_die_and_the_snapshot_is_that_of_one_engine(
         return sum(one["num_ok"] > 20 for one in replicas_now(job))
 
     with subprocess.Popen(slowly, stderr=subprocess.PIPE, text=True) as first:
-        wait_until(lambda: num_working() >= 3, 40)
+        wait_until(lambda: num_working() >= 3, 90)
         three.remove(extra)
-        wait_until(lambda: any(one["restarts"] for one in replicas_now(job)), 40)
+        wait_until(lambda: any(one["restarts"] for one in replicas_now(job)), 90)
         first.send_signal(signal.SIGKILL)
     summary = summary_of(job)
     assert 0 < summary["run"]["num_resumed"] < ROWS
