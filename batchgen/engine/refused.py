@@ -49,7 +49,8 @@ def start_error(exc: Exception) -> ConfigError | EngineError:
         exc: As `LLM(...)` raised it, with its traceback.
 
     Returns:
-        ConfigError: vLLM refuses the job's settings; nothing was loaded. EngineError: all else.
+        ConfigError: vLLM refuses the job's settings, before anything was loaded, or its sampling.
+        EngineError: all else.
     """
     if not isinstance(exc, (TypeError, ValueError)):
         return EngineError(one_line(exc))
