@@ -30,11 +30,12 @@ from batchgen.executor.carry_over import (
 )
 from batchgen.executor.commits import Commits
 from batchgen.executor.copies import answer_fields, copies
-from batchgen.executor.watch import Sight, Watch
+from batchgen.executor.watch import RUNNING, Sight, Watch
 from batchgen.fleet.fleet import Fleet
 from batchgen.known import KnownKeys, Sieve
 from batchgen.plans import frozen
 from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes
+from batchgen.sink.tally import ATTEMPTS
 from batchgen.stats.progress import Progress
 from batchgen.worker import Worker
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.executor.context import RunContext
-    from batchgen.ledger.books import Durable, Epoch
+    from batchgen.ledger.books import Base, Durable, Epoch, Manifest
     from batchgen.plans.planning import Prepared
     from batchgen.ranges import Ranges
     from batchgen.records import RowBatch
@@ -106,9 +107,18 @@ class Computation:
         return self._finish(has_copies=has_copies)
 
     def _has_errors_to_try(self) -> bool:
-        """Whether a base has errors, most of which will be in this plan again."""
-        manifests = [self._context.ledger.manifest(base.plan) for base in self._plan.bases]
-        return any(manifest is None or manifest.num_errors for manifest in manifests)
+        """Whether a base has errors that an engine had a part in: most will be here again."""
+        ledger = self._context.ledger
+
+        def ended(base: Base) -> Manifest | Durable:
+            manifest = ledger.manifest(base.plan)
+            return manifest or ledger.parts(ledger.plan(base.plan), base.parts)
+
+        # Rows of no attempt never reached the engine: they are not JSON, or lack a column.
+        return any(
+            one.num_errors > one.tally.get(ATTEMPTS, {}).get("0", 0)
+            for one in map(ended, self._plan.bases)
+        )
 
     def _all_share(self) -> bool:
         """Whether equal requests have one answer, whoever asks."""
@@ -255,8 +265,9 @@ class Computation:
 
         def look(now_s: float) -> Sight:
             sample = context.stats.sample(now_s, runner.num_in_flight, engine.stats)
-            is_up = engine.facts is not None
-            return Sight(sample, "running" if is_up else "starting the engine")
+            if engine.facts is not None:
+                return Sight(sample, RUNNING)
+            return Sight(sample, "starting the engine" if engine.is_started else "reading rows")
 
         tell = context.tell_disk_trouble
         runner = self._worker.runner(engine, feeder, context.stats, commit, tell)

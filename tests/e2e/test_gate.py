@@ -192,6 +192,27 @@ def test_a_job_that_failed_again_is_held_back_again_and_may_be_tried_once_more(
     assert_is_whole(job, expected)
 
 
+@pytest.mark.parametrize("is_published", [True, False])
+def test_no_engine_is_started_for_rows_that_never_reach_one(
+    tmp_path: Path, *, is_published: bool
+) -> None:
+    write_input(tmp_path)
+    apart = {"backend": "echo", "engine": {"in_process": False}}
+    limit = {"max_error_rate": 0.5 if is_published else 0.001}
+    job = make_job(tmp_path, checks={}, model=apart, gate=limit)  # Only 4 bad lines are errors.
+    code = 0 if is_published else 3
+    assert run_json(job, code=code)["engine"]["name"] == "echo"
+    again = run_json(job, "--retry-errors", code=code)
+    assert (again["run"]["num_errors"], again["engine"]) == (4, {})
+    assert not (job.parent / "out" / STATE / "runs" / again["run_id"] / "vllm.log").exists()
+    assert run_cli("run", job, "--publish-anyway").returncode == 0
+    # Without its bad lines: their text is new.
+    text = (tmp_path / "in.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "in.jsonl").write_text(text.replace("{bad", '{"id": 1, "text": "b"}'))
+    mended = run_json(job)
+    assert (mended["num_errors"], mended["engine"]["name"]) == (0, "echo")
+
+
 SLOW = {"backend": "echo", "engine": {"max_num_seqs": 4, "step_s": 0.05}}
 """Another recipe than that of `expected`: keys differ, rows do not."""
 
