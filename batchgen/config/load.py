@@ -5,7 +5,6 @@ Relative paths become absolute here, so that nothing later depends on the workin
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -20,6 +19,7 @@ from batchgen.config.files import read_into, reason, unusable
 from batchgen.config.model import JobConfig
 from batchgen.config.paths import absolute, bad_path, places_of, run_paths
 from batchgen.errors import ConfigError
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -194,9 +194,8 @@ def _did_you_mean(location: Sequence[str]) -> str:
     homes = [name for name in JobConfig.model_fields if _has_key(_table_at([name]), last)]
     if homes:
         return f", did you mean '{homes[0]}.{last}'?"
-    near = difflib.get_close_matches(last, _fields(table), n=1)
-    if near:
-        return f", did you mean {near[0]!r}?"
+    if near := nearest(last, _fields(table)):
+        return f", did you mean {near!r}?"
     if list(parents) == ["model"]:
         return "; vLLM's other options go in [model.engine]"
     return f", expected one of: {', '.join(_fields(table))}"

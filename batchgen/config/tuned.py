@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.config.model import Tuned
+from batchgen.config.scheduler import above_batched_tokens
 from batchgen.devices import device_name
 from batchgen.errors import OutputError
 
@@ -40,6 +41,7 @@ PLACES: Mapping[str, str] = {
 """Each setting that may be tuned -> its table in a job file."""
 _ECHO = frozenset({"max_num_seqs", "max_in_flight"})
 """All that the echo engine has of these."""
+_TOKENS = "max_num_batched_tokens"
 _SHARES = frozenset({"gpu_memory_utilization"})
 _SWITCHES = frozenset({"enable_prefix_caching", "async_scheduling"})
 _MOST = 1_000_000
@@ -216,31 +218,21 @@ def _is_bad(name: str, value: object) -> bool:
 
 
 def _refused(job: JobConfig, used: Settings, *, is_cpu: bool) -> tuple[str, str] | None:
-    """The one of `used` that vLLM would refuse beside the others and the job's own, and why.
-
-    Source:
-        vllm/config/scheduler.py, verify_max_model_len, 0.26 to 0.33. What nobody says is fitted
-        to the rest: vllm/engine/arg_utils.py, _set_default_max_num_seqs_and_batched_tokens_args.
-    """
+    """The one of `used` that vLLM would refuse beside the others and the job's own, and why."""
     merged = with_settings(job, used)
-    tokens, seqs, length = (
-        value if isinstance(value := value_of(merged, name), int) else None
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_model_len")
-    )
+    found = {name: value_of(merged, name) for name in (_TOKENS, "max_num_seqs", "max_model_len")}
+    tokens, seqs, length = (value if isinstance(value, int) else None for value in found.values())
     if tokens is None:
         return None
     # See `engine.settings.llm_kwargs`.
-    is_chunked = merged.model.engine.get("enable_chunked_prefill", not is_cpu)
-    is_tuned = "max_num_batched_tokens" in used
-    if is_tuned and not is_chunked and length is not None and tokens < length:
-        why = f"it is below max_model_len = {length} and prefill is not chunked"
-        return "max_num_batched_tokens", why
-    if seqs is None or tokens >= seqs:
+    is_chunked = bool(merged.model.engine.get("enable_chunked_prefill", not is_cpu))
+    above = above_batched_tokens(tokens, seqs, length, is_chunked=is_chunked)
+    if above is None:
         return None
-    if is_tuned:
-        return "max_num_batched_tokens", f"it is below max_num_seqs = {seqs}"
-    why = f"it is above max_num_batched_tokens = {tokens}"
-    return ("max_num_seqs", why) if "max_num_seqs" in used else None
+    if _TOKENS in used:
+        where = " and prefill is not chunked" if above == "max_model_len" else ""
+        return _TOKENS, f"it is below {above} = {found[above]}{where}"
+    return (above, f"it is above {_TOKENS} = {tokens}") if above in used else None
 
 
 def tuned_text(

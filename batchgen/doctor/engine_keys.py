@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 from batchgen.config.model import ModelConfig
+from batchgen.config.scheduler import above_batched_tokens
 from batchgen.doctor.findings import Finding, problem, warning
 from batchgen.doctor.jsonfile import read_object
 from batchgen.engine.keywords import known_keywords
 from batchgen.errors import ConfigError
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -43,11 +44,11 @@ def check_keywords(
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    if not near:
+    near = nearest(name, known)
+    if near is None:
         return ""
-    place = "model" if near[0] in ModelConfig.model_fields else "model.engine"
-    return f", did you mean '{place}.{near[0]}'?"
+    place = "model" if near in ModelConfig.model_fields else "model.engine"
+    return f", did you mean '{place}.{near}'?"
 
 
 def check_settings(kwargs: Mapping[str, Any], max_model_len: int | None) -> Iterator[Finding]:
@@ -56,9 +57,6 @@ def check_settings(kwargs: Mapping[str, Any], max_model_len: int | None) -> Iter
     Args:
         kwargs: Of `LLM(...)`, with our defaults.
         max_model_len: The least that it can be; None where that is not known.
-
-    Source:
-        vllm/config/scheduler.py, verify_max_model_len, 0.26 to 0.33.
     """
     dtype = kwargs.get("dtype")
     if dtype is not None and dtype not in DTYPES:
@@ -67,14 +65,15 @@ def check_settings(kwargs: Mapping[str, Any], max_model_len: int | None) -> Iter
     tokens, seqs = kwargs.get("max_num_batched_tokens"), kwargs.get("max_num_seqs")
     if not isinstance(tokens, int):
         return
-    told = f"max_num_batched_tokens = {tokens}, which vLLM refuses below"
-    advice = "raise model.engine.max_num_batched_tokens, or lower model"
+    seqs = seqs if isinstance(seqs, int) else None
     is_chunked = kwargs.get("enable_chunked_prefill") in (None, True)
-    if not is_chunked and max_model_len is not None and tokens < max_model_len:
-        text = f"{told} max_model_len = {max_model_len:,} where prefill is not chunked"
-        yield problem("job", text, f"{advice}.max_model_len")
-    elif isinstance(seqs, int) and tokens < seqs:
-        yield problem("job", f"{told} max_num_seqs = {seqs:,}", f"{advice}.max_num_seqs")
+    above = above_batched_tokens(tokens, seqs, max_model_len, is_chunked=is_chunked)
+    if above is not None:
+        limit = max_model_len if above == "max_model_len" else seqs
+        where = " where prefill is not chunked" if above == "max_model_len" else ""
+        text = f"which vLLM refuses below {above} = {limit:,}{where}"
+        advice = f"raise model.engine.max_num_batched_tokens, or lower model.{above}"
+        yield problem("job", f"max_num_batched_tokens = {tokens}, {text}", advice)
 
 
 def least_model_len(

@@ -16,7 +16,6 @@ import time
 import zlib
 from collections import deque
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.engine.base import failed, unknown_adapter
@@ -31,6 +30,7 @@ from batchgen.records import (
     RowError,
     Sample,
 )
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,8 +105,8 @@ def _fault_problems(options: dict[str, Any]) -> list[str]:
 
 def unknown_option(name: str, known: Sequence[str]) -> str:
     """Name the option nearest to a wrong one."""
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"expected one of {', '.join(known)}"
     return f"unknown option {name!r}; {hint}"
 
 

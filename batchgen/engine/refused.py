@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from batchgen.engine.encoder import one_line
 from batchgen.engine.keywords import known_keywords
 from batchgen.errors import ConfigError, EngineError
-from batchgen.words import suggestion
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,10 +93,9 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 def _problems(exc: Exception) -> list[str]:
     if found := _UNKNOWN.search(str(exc)):
         name = found[1]
-        hint = suggestion(name, sorted(known)) if (known := known_keywords()) else ""
-        # Without a near one all of some 200 would be told.
-        hint = hint if "did you mean" in hint else "; see the arguments of vLLM's EngineArgs"
-        return [f"engine.{name}: vLLM has no such setting{hint}"]
+        near = nearest(name, known_keywords() or ())
+        hint = f"did you mean {near!r}?" if near else "see the arguments of vLLM's EngineArgs"
+        return [f"engine.{name}: vLLM has no such setting; {hint}"]
     if not isinstance(exc, ValidationError):
         return [f"vLLM refuses the settings: {one_line(exc)}"]
     told: dict[str, str] = {}

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 from copy import copy
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.encoder import one_line
 from batchgen.errors import ConfigError
 from batchgen.records import Sample, TokenLogprobs
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -299,8 +299,8 @@ def has_parser(spec: EngineSpec) -> bool:
     for key, (name, manager) in known.items():
         names = manager.list_registered()
         if name is not None and name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+            near = nearest(name, names)
+            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(names)}"
             problems.append(f"{key} = {name!r}: vLLM has no such parser; {hint}")
     if problems:
         raise ConfigError(WHERE, problems)

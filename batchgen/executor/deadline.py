@@ -13,7 +13,6 @@ counts:
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -25,6 +24,8 @@ from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from datetime import time as dt_time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
+
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -103,8 +104,8 @@ def _zone(name: str, text: str) -> tzinfo:
         if not known:
             msg = f"{text!r}: this machine knows no time zones, install tzdata or write an offset"
         else:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "expected for example 'Europe/Berlin'"
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else "expected for example 'Europe/Berlin'"
             msg = f"{text!r}: there is no time zone {name!r}, {hint}"
         raise ValueError(msg) from error
 

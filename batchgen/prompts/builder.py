@@ -8,7 +8,6 @@ one is that row's error, never the word "None" in a prompt.
 from __future__ import annotations
 
 import base64
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from batchgen.errors import ConfigError
 from batchgen.prompts.budget import MAX_CHARS, BudgetError
 from batchgen.prompts.sandbox import NULL, NullPrintedError, Sandbox
 from batchgen.records import Messages, Prompt, RowError
+from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -264,7 +264,6 @@ def _image_url(image: str | bytes, folder: Path) -> str:
 
 
 def _near(name: str, available: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, available, n=1)
-    if near:
-        return f", did you mean {near[0]!r}?"
+    if near := nearest(name, available):
+        return f", did you mean {near!r}?"
     return f", it has: {', '.join(available)}"

@@ -9,7 +9,6 @@ JSON text, strings with their quotes, so that any value comes back exactly.
 
 from __future__ import annotations
 
-import difflib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import orjson
 import pyarrow as pa
 
 from batchgen.errors import ConfigError, SourceError
-from batchgen.words import suggestion
+from batchgen.words import nearest, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ def parse_field(name: str, word: Word) -> pa.Field:
         ValueError: An unknown word.
     """
     if word not in _TYPES:
-        msg = f"unknown type {word!r} for column {name!r}{suggestion(word, list(_TYPES))}"
+        msg = f"unknown type {word!r} for column {name!r}{suggestion(word, _TYPES)}"
         raise ValueError(msg)
     return pa.field(name, _TYPES[word], metadata=JSON_METADATA if word == "json" else None)
 
@@ -133,9 +132,8 @@ def override(
     fields = dict(found)
     problems = []
     for name, word in types.items():
-        close = difflib.get_close_matches(name, list(found), n=1)
-        if name not in found and (close or not may_add):
-            text = f"has no column {name!r} to set the type of{suggestion(name, list(found))}"
+        if name not in found and (nearest(name, found) or not may_add):
+            text = f"has no column {name!r} to set the type of{suggestion(name, found)}"
             raise SourceError(path, text)
         try:
             fields[name] = parse_field(name, word)
