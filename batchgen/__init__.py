@@ -1,15 +1,15 @@
 """Offline batch inference: JSONL, CSV or Parquet through vLLM to published Parquet, exactly once.
 
 `run(job)` and `read(job)` do what the shell's commands do, see `batchgen.api`; what they raise is a
-`BatchgenError`, see `batchgen.errors`.
+`BatchgenError`, see `batchgen.core.errors`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from batchgen import errors
-from batchgen.errors import BatchgenError, ExitCode
+from batchgen.core import errors
+from batchgen.core.errors import BatchgenError, ExitCode
 
 __version__ = "0.1.0"
 __all__ = ["BatchgenError", "ExitCode", "__version__", "errors", "read", "run"]

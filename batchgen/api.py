@@ -8,21 +8,21 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from batchgen.config.load import load_job, parse_job
-from batchgen.config.tuned import use_tuned
-from batchgen.errors import ConfigError
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.names import STATE
-from batchgen.snapshots import history
+from batchgen.core.errors import ConfigError
+from batchgen.job.load import load_job, parse_job
 from batchgen.storage import LocalStorage
+from batchgen.store import history
+from batchgen.store.ledger import Ledger
+from batchgen.store.names import STATE
+from batchgen.tuning.tuned import use_tuned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import polars as pl
 
-    from batchgen.config.model import JobConfig
-    from batchgen.executor.summary import Summary
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.summary import Summary
 
 
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
@@ -65,11 +65,11 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         How it ended; `state` is `complete`, `nothing_to_do` or `stopped`.
 
     Raises:
-        BatchgenError: Job trouble, see `batchgen.errors`; `exit_code` is what the shell gives.
+        BatchgenError: Job trouble, see `batchgen.core.errors`; `exit_code` is what the shell gives.
     """
-    from batchgen.executor.job_run import JobRun
-    from batchgen.executor.options import RunOptions
-    from batchgen.runner import StopSwitch
+    from batchgen.pipeline.job_run import JobRun
+    from batchgen.pipeline.options import RunOptions
+    from batchgen.pipeline.runner import StopSwitch
 
     _check_end(until, max_runtime_s)
     options = RunOptions(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from batchgen.errors import SourceError
+from batchgen.core.errors import SourceError
 
 
 @dataclass(frozen=True, slots=True)

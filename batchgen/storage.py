@@ -18,7 +18,7 @@ import os
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Protocol
 
-from batchgen.errors import OutputError, StorageError
+from batchgen.core.errors import OutputError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

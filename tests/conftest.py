@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchgen.config.load import parse_job
+from batchgen.job.load import parse_job
 from batchgen.storage import LocalStorage
 from tests.fakes import tables_of_job, write_jsonl
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from batchgen.config.model import JobConfig
+    from batchgen.job.model import JobConfig
 
 ROWS = [{"id": f"r{n}", "text": f"say {n}"} for n in range(10)]
 

@@ -12,16 +12,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from batchgen.fleet.crew import Places
-from batchgen.fleet.messages import Gone, Report, Take
-from batchgen.fleet.replica import Replica
+from batchgen.cluster.crew import Places
+from batchgen.cluster.messages import Gone, Report, Take
+from batchgen.cluster.replica import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.config.model import JobConfig
-    from batchgen.fleet.messages import Badge, Lease, Order
-    from batchgen.stages import Fed
+    from batchgen.cluster.messages import Badge, Lease, Order
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.stages import Fed
 
 
 class _Hired:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import get_args, get_origin
 
-from batchgen.config.load import json_schema
-from batchgen.config.model import JobConfig, Table
+from batchgen.job.load import json_schema
+from batchgen.job.model import JobConfig, Table
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "jobs" / "job.schema.json"

@@ -16,12 +16,8 @@ import pyarrow as pa
 from batchgen.answers.columns import answer_columns
 from batchgen.answers.form import make_form
 from batchgen.answers.judge import Judge
-from batchgen.config.model import JobConfig
-from batchgen.ledger.books import Manifest, Plan, Segment
-from batchgen.prompts.builder import PromptBuilder
-from batchgen.prompts.requests import RequestBuilder
-from batchgen.ranges import Ranges
-from batchgen.records import (
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import (
     Completion,
     EngineFacts,
     EngineStats,
@@ -31,14 +27,18 @@ from batchgen.records import (
     Sample,
     Verdict,
 )
-from batchgen.seeds import Seeds
+from batchgen.job.model import JobConfig
+from batchgen.job.seeds import Seeds
+from batchgen.prompt.builder import PromptBuilder
+from batchgen.prompt.requests import RequestBuilder
+from batchgen.store.books import Manifest, Plan, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.records import Request, RowError
-    from batchgen.sink.publish import Snapshot
+    from batchgen.core.records import Request, RowError
+    from batchgen.store.publish import Snapshot
 
 ANSWER = (pa.field("text", pa.string()),)
 """The answer's columns of a job for free text."""

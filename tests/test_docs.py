@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from jsonschema import Draft202012Validator
 
-from batchgen.config.load import json_schema, load_job, parse_job
-from batchgen.errors import ExitCode
+from batchgen.core.errors import ExitCode
+from batchgen.job.load import json_schema, load_job, parse_job
 from tests import docs
 
 if TYPE_CHECKING:

@@ -10,19 +10,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
-    {"errors", "ranges", "words", "devices", "collector", "arrow"},
-    {"records", "inputs", "storage", "expressions"},
-    {"config", "stats", "known"},
-    {"seeds", "ledger"},
-    {"admission", "source", "answers", "engine", "sink"},
-    {"prompts", "gate"},
-    {"plans", "snapshots", "stages"},
-    {"runner"},
-    {"worker"},
-    {"fleet"},
-    {"executor"},
-    {"tuning", "views", "verify", "forecast", "api"},
-    {"doctor"},
+    {"core"},
+    {"job", "storage", "inputs"},
+    {"source", "engine", "answers"},
+    {"prompt"},
+    {"store"},
+    {"pipeline"},
+    {"cluster"},
+    {"preview", "tuning", "views"},
+    {"api"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -31,7 +27,7 @@ ONLY_IN = {
     "torch": {"engine/vllm.py"},
     "transformers": {"engine/vllm.py", "engine/encoder.py"},
     "fsspec": {"inputs.py"},
-    "ray": {"executor/ray.py"},
+    "ray": {"cluster/ray.py"},
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import batchgen
 from batchgen import api, cli
-from batchgen.executor.options import RunOptions
+from batchgen.pipeline.options import RunOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +49,7 @@ def test_every_option_of_a_run_reaches_it(monkeypatch) -> None:
         def run(self) -> None:
             pass
 
-    monkeypatch.setattr("batchgen.executor.job_run.JobRun", Recorded)
+    monkeypatch.setattr("batchgen.pipeline.job_run.JobRun", Recorded)
     monkeypatch.setattr(api, "load", lambda *_, **__: None)
     checked = {"until": datetime.now(tz=UTC), "max_runtime_s": 7}
     for field in fields(RunOptions):
@@ -61,7 +61,7 @@ def test_every_option_of_a_run_reaches_it(monkeypatch) -> None:
 def test_importing_batchgen_brings_its_errors_and_names_and_nothing_heavy() -> None:
     code = (
         "import sys, batchgen; assert {'run', 'read', 'errors'} <= set(dir(batchgen)); "
-        "assert batchgen.errors.ConfigError.__mro__[1] is batchgen.BatchgenError; "
+        "assert batchgen.core.errors.ConfigError.__mro__[1] is batchgen.BatchgenError; "
         "heavy = {'pyarrow', 'polars', 'pydantic', 'vllm', 'torch', 'batchgen.api'}; "
         "sys.exit(' '.join(heavy & set(sys.modules)) or 0)"
     )
@@ -111,7 +111,7 @@ def test_a_single_text_of_overrides_is_one(tmp_path: Path) -> None:
 def test_a_wrong_argument_is_refused_by_its_name(
     tmp_path: Path, given: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(batchgen.errors.ConfigError, match=re.escape(text)):
+    with pytest.raises(batchgen.core.errors.ConfigError, match=re.escape(text)):
         batchgen.run(tables_in(tmp_path), **given)
     assert not (tmp_path / "out").exists()
 

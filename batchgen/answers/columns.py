@@ -16,14 +16,14 @@ import pyarrow as pa
 
 from batchgen.answers.form import WHERE
 from batchgen.answers.probabilities import label_probabilities, value_span
-from batchgen.errors import ConfigError
+from batchgen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.answers.form import Form, Reading
-    from batchgen.config.model import JobConfig
-    from batchgen.records import Sample, TokenLogprobs
+    from batchgen.core.records import Sample, TokenLogprobs
+    from batchgen.job.model import JobConfig
 
     Samples = Sequence[Sample]
     Readings = Sequence[Reading]

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from batchgen.answers.effort import begin_validation
 from batchgen.answers.schemas import checked_schema, parse_json, row_validator
 from batchgen.answers.typed import typed_schema
-from batchgen.errors import ConfigError
-from batchgen.records import RowError, Sample, Verdict
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import RowError, Sample, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from batchgen.answers.typed import TypedSchema
-    from batchgen.config.model import OutputConfig
-    from batchgen.records import Request
+    from batchgen.core.records import Request
+    from batchgen.job.model import OutputConfig
 
 WHERE = "[output]"
 _MAX_CHARS = 300

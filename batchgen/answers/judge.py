@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen import arrow
 from batchgen.answers.form import Reading
-from batchgen.errors import ConfigError
-from batchgen.expressions import check_row_test, parse_row_test
-from batchgen.records import Result, RowError, Verdict
+from batchgen.core import arrow
+from batchgen.core.errors import ConfigError
+from batchgen.core.expressions import check_row_test, parse_row_test
+from batchgen.core.records import Result, RowError, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.answers.columns import AnswerColumns
     from batchgen.answers.form import Form
-    from batchgen.expressions import RowTest
-    from batchgen.records import Completion, Request, Sample
+    from batchgen.core.expressions import RowTest
+    from batchgen.core.records import Completion, Request, Sample
 
 WHERE = "[checks]"
 _OK, _CUT = Reading(Verdict.OK), Reading(Verdict.TRUNCATED)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchgen.records import TokenLogprobs
+    from batchgen.core.records import TokenLogprobs
 
 MAX_AMBIGUOUS = 0.005
 """Probability that may lie between a label and others."""

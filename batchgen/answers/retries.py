@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchgen.errors import ConfigError
-from batchgen.records import Retry, Verdict
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import Retry, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchgen.config.answers import RetryConfig, SamplingConfig
-    from batchgen.records import Prompt, Request, Result
-    from batchgen.seeds import Seeds
+    from batchgen.core.records import Prompt, Request, Result
+    from batchgen.job.answers import RetryConfig, SamplingConfig
+    from batchgen.job.seeds import Seeds
 
 TELL_ERROR = "This answer was refused: {error}. Answer again, without this mistake."
 """The message that a retry with `tell_error` adds, after the failed answer."""

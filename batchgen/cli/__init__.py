@@ -13,7 +13,7 @@ import click
 from batchgen import __version__
 from batchgen.cli import doctor, history, look, plan, tune
 from batchgen.cli.run import refused_usage, run
-from batchgen.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ExitCode
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

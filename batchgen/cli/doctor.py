@@ -30,8 +30,8 @@ def doctor(
     Example: batchgen doctor jobs/quickstart.toml
     """
     from batchgen.api import load
-    from batchgen.doctor.examine import examine
-    from batchgen.doctor.report import told
+    from batchgen.preview.doctor_report import told
+    from batchgen.preview.examine import examine
 
     date = run_date.date() if run_date else None
     report = examine(lambda: load(job, overrides, date), job)

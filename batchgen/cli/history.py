@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from batchgen.snapshots.diff import Diff, LabelMoves
-    from batchgen.snapshots.listing import Listed
+    from batchgen.views.diff import Diff, LabelMoves
+    from batchgen.views.listing import Listed
 
 _SHOWN_MOVES = 20
 _SHOWN_CHARS = 60
@@ -29,8 +29,8 @@ def snapshots(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     Example: batchgen snapshots jobs/quickstart.toml
     """
     from batchgen.api import output_of
-    from batchgen.snapshots.listing import listed
-    from batchgen.views import not_begun
+    from batchgen.views.listing import listed
+    from batchgen.views.status import not_begun
 
     root = output_of(job, overrides)
     found = listed(root)
@@ -63,8 +63,8 @@ def prune(
     Example: batchgen prune jobs/quickstart.toml --keep 7
     """
     from batchgen.api import output_of
-    from batchgen.snapshots.listing import listed
-    from batchgen.snapshots.listing import prune as prune_output
+    from batchgen.views.listing import listed
+    from batchgen.views.listing import prune as prune_output
 
     root = output_of(job, overrides)
     num_snapshots = len(listed(root))
@@ -108,7 +108,7 @@ def diff(
     Example: batchgen diff jobs/quickstart.toml 3 5 --on id
     """
     from batchgen.api import output_of
-    from batchgen.snapshots.diff import diff as diff_output
+    from batchgen.views.diff import diff as diff_output
 
     if len(numbers) not in {0, 2}:
         msg = f"{len(numbers)} snapshot given, expected none or two: OLD NEW"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.cli.common import DATE, JOB, JSON, SET, flat, print_json
-from batchgen.errors import ExitCode
+from batchgen.core.errors import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,7 @@ def check(
     Example: batchgen check jobs/quickstart.toml -n 1
     """
     from batchgen.api import load
-    from batchgen.plans.planning import first_prompts, prepare
+    from batchgen.pipeline.planning import first_prompts, prepare
 
     prepared = prepare(load(job, overrides, run_date.date() if run_date else None))
     click.echo(
@@ -62,8 +62,8 @@ def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     """
     from batchgen.api import output_of
     from batchgen.cli.replicas import replica_lines
-    from batchgen.views import not_begun
-    from batchgen.views import status as status_of
+    from batchgen.views.status import not_begun
+    from batchgen.views.status import status as status_of
 
     root = output_of(job, overrides)
     facts = status_of(root)
@@ -104,7 +104,7 @@ def _told_published(seen: Mapping[str, Any] | None) -> str:
 
 def _told_silence(run: Mapping[str, Any], age_s: float) -> str:
     """How long a run has not been heard of, and what to make of it."""
-    from batchgen.stats.progress import duration
+    from batchgen.pipeline.progress import duration
 
     if "elapsed_s" not in run:
         means = f"{run.get('state')}, it gives none until that is done"
@@ -131,7 +131,7 @@ def show(
     Example: batchgen show jobs/quickstart.toml --errors
     """
     from batchgen.api import output_of
-    from batchgen.views import not_begun, rows
+    from batchgen.views.status import not_begun, rows
 
     root = output_of(job, overrides)
     frame = rows(root, num_rows, errors=errors, snapshot=snapshot)
@@ -158,7 +158,7 @@ def verify(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
     Example: batchgen verify jobs/quickstart.toml
     """
     from batchgen.api import output_of
-    from batchgen.verify import verify as verify_output
+    from batchgen.store.verify import verify as verify_output
 
     verdict = verify_output(output_of(job, overrides))
     if as_json:
@@ -181,7 +181,7 @@ def schema() -> None:
 
     Example: batchgen schema > job.schema.json
     """
-    from batchgen.config.load import json_schema
+    from batchgen.job.load import json_schema
 
     click.echo(json.dumps(json_schema(), indent=1))
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.cli.common import DATE, JOB, JSON, SET, print_json
-from batchgen.errors import ConfigError
+from batchgen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from batchgen.forecast.cost import Price, Rate
+    from batchgen.preview.cost import Price, Rate
 
 
 def _rate(_: click.Context, __: click.Parameter, value: str | None) -> Rate | None:
-    from batchgen.forecast.cost import read_rate
+    from batchgen.preview.cost import read_rate
 
     try:
         return read_rate(value) if value is not None else None
@@ -27,7 +27,7 @@ def _rate(_: click.Context, __: click.Parameter, value: str | None) -> Rate | No
 
 
 def _price(_: click.Context, __: click.Parameter, value: str | None) -> Price | None:
-    from batchgen.forecast.cost import read_price
+    from batchgen.preview.cost import read_price
 
     try:
         return read_price(value) if value is not None else None
@@ -76,9 +76,9 @@ def plan(
     Example: batchgen plan jobs/quickstart.toml --rate 250rows/s --gpu-cost 2.5EUR
     """
     from batchgen.api import load
-    from batchgen.executor.options import RunOptions
-    from batchgen.forecast.foresee import PlanOptions, foresee
-    from batchgen.forecast.report import told
+    from batchgen.pipeline.options import RunOptions
+    from batchgen.preview.foresee import PlanOptions, foresee
+    from batchgen.preview.report import told
 
     asked = {name: options.pop(name) for name in ("is_exact", "rate", "price")}
     date = run_date.date() if run_date else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from batchgen.stats.progress import duration, num_inside
+from batchgen.pipeline.progress import duration, num_inside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

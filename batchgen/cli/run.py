@@ -20,14 +20,14 @@ from batchgen.cli.common import (
     rows_in_flight,
     say_stopping,
 )
-from batchgen.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from batchgen.executor.summary import Summary
-    from batchgen.runner import StopSwitch
+    from batchgen.pipeline.runner import StopSwitch
+    from batchgen.pipeline.summary import Summary
 
 _INTERRUPTED = "interrupted; run again to go on"
 
@@ -35,8 +35,8 @@ _INTERRUPTED = "interrupted; run again to go on"
 def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
     if value is None:
         return None
-    from batchgen.executor.deadline import parse_until
-    from batchgen.stats.runlog import utc_now
+    from batchgen.pipeline.deadline import parse_until
+    from batchgen.store.runlog import utc_now
 
     try:
         return parse_until(value, utc_now())
@@ -47,7 +47,7 @@ def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime
 def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     if value is None:
         return None
-    from batchgen.executor.deadline import parse_duration
+    from batchgen.pipeline.deadline import parse_duration
 
     try:
         return parse_duration(value)
@@ -115,9 +115,9 @@ def run(
     this = None
     try:
         from batchgen.api import load
-        from batchgen.executor.job_run import JobRun
-        from batchgen.executor.options import RunOptions
-        from batchgen.runner import StopSwitch
+        from batchgen.pipeline.job_run import JobRun
+        from batchgen.pipeline.options import RunOptions
+        from batchgen.pipeline.runner import StopSwitch
 
         stop = StopSwitch()
         _stop_on_signals(stop)
@@ -143,7 +143,7 @@ def run(
 
 def _ended(error: BaseException, known: Summary | None) -> Summary:
     """The summary of a run that ended with an error; `known` is what it says of itself, if any."""
-    from batchgen.executor.summary import Summary, state_of
+    from batchgen.pipeline.summary import Summary, state_of
 
     if isinstance(error, BatchgenError):
         return known or Summary(state_of(error), int(error.exit_code), reason=str(error))
@@ -156,7 +156,7 @@ def _ended(error: BaseException, known: Summary | None) -> Summary:
 
 def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
     """The JSON of a run whose command line is wrong: cron reads it all the same."""
-    from batchgen.executor.summary import Summary
+    from batchgen.pipeline.summary import Summary
 
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None and context.command is run and "--json" in args:
@@ -171,7 +171,7 @@ def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
         stop: The run's.
         grace_s: How long the rows in flight have.
     """
-    from batchgen.runner import Stop
+    from batchgen.pipeline.runner import Stop
 
     def ask(signum: int, _: object) -> None:
         is_first = stop.state is Stop.NO
@@ -191,7 +191,7 @@ def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
 
 def _told(summary: Summary, job: Path) -> str:
     """The summary that a person reads."""
-    from batchgen.stats.progress import duration
+    from batchgen.pipeline.progress import duration
 
     lines = [f"warning: {text}" for text in summary.warnings]
     head = summary.state.replace("_", " ")

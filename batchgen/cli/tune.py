@@ -18,7 +18,7 @@ from batchgen.cli.common import (
     rows_in_flight,
     say_stopping,
 )
-from batchgen.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ExitCode
 
 if TYPE_CHECKING:
     from datetime import datetime

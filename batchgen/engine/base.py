@@ -9,7 +9,7 @@ slow row: there is no batch and no barrier at this seam.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from batchgen.records import Completion, EngineFacts, EngineStats, Prompt, RowError
+from batchgen.core.records import Completion, EngineFacts, EngineStats, Prompt, RowError
 
 
 class EngineRequest(Protocol):

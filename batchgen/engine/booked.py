@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchgen.core.errors import EngineDeadError
+from batchgen.core.records import Completion, EngineStats, RowError
 from batchgen.engine.base import failed
-from batchgen.errors import EngineDeadError
-from batchgen.records import Completion, EngineStats, RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from batchgen.core.records import EngineFacts, EngineSpec
     from batchgen.engine.base import EngineRequest
-    from batchgen.records import EngineFacts, EngineSpec
 
 MAX_ROWS = 1000
 MAX_LOG_LINES = 60

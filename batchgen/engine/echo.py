@@ -18,11 +18,8 @@ from collections import deque
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.engine.base import failed, unknown_adapter
-from batchgen.engine.encoder import flatten_parts
-from batchgen.engine.faults import read_faults
-from batchgen.errors import ConfigError
-from batchgen.records import (
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import (
     Completion,
     EngineFacts,
     EngineSpec,
@@ -30,15 +27,18 @@ from batchgen.records import (
     RowError,
     Sample,
 )
-from batchgen.words import nearest
+from batchgen.core.suggest import nearest
+from batchgen.engine.base import failed, unknown_adapter
+from batchgen.engine.encoder import flatten_parts
+from batchgen.engine.faults import read_faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, Self
 
+    from batchgen.core.records import Messages
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.faults import Fault
-    from batchgen.records import Messages
 
 VERSION = "1"
 WHERE = "model.engine (backend echo)"

@@ -16,14 +16,14 @@ import threading
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.errors import EngineError
-from batchgen.records import RowError
+from batchgen.core.errors import EngineError
+from batchgen.core.records import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from batchgen.core.records import Messages, Prompt
     from batchgen.engine.base import EngineRequest
-    from batchgen.records import Messages, Prompt
 
 MAX_BATCH = 256
 _CLOSE = None

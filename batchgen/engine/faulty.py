@@ -11,18 +11,18 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from batchgen.core.errors import EngineDeadError
+from batchgen.core.records import RowError
 from batchgen.engine.echo import EchoEngine, read_options
 from batchgen.engine.faults import FaultTable
-from batchgen.errors import EngineDeadError
-from batchgen.records import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
+    from batchgen.core.records import Completion, EngineSpec
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.faults import Fault
-    from batchgen.records import Completion, EngineSpec
 
 EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""

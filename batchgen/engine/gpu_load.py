@@ -10,13 +10,13 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
-from batchgen.devices import load_nvml, read_devices, vllm_build
+from batchgen.engine.devices import load_nvml, read_devices, vllm_build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from batchgen.devices import Nvml
+    from batchgen.engine.devices import Nvml
 
 EVERY_S = 2.0
 """A reading takes up to some milliseconds of the thread that feeds the engine."""

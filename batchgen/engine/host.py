@@ -28,19 +28,19 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.collector import collect_rarely
+from batchgen.core.collector import collect_rarely
+from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError
 from batchgen.engine.encoder import one_line
 from batchgen.engine.faulty import echo_engine
 from batchgen.engine.gpu_load import GpuLoad
 from batchgen.engine.settings import gpus_of, is_cpu_build
-from batchgen.errors import BatchgenError, ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import NoReturn
 
+    from batchgen.core.records import Completion, EngineSpec, Prompt
     from batchgen.engine.base import Engine
-    from batchgen.records import Completion, EngineSpec, Prompt
 
 STATS_S = 0.5
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from batchgen.core.records import RowError
 from batchgen.engine.encoder import flatten_parts, one_line
-from batchgen.records import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from batchgen.core.records import Messages
     from batchgen.engine.encoder import ChatStyle
-    from batchgen.records import Messages
 
 
 def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:  # noqa: ANN401

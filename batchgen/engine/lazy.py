@@ -6,14 +6,14 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from batchgen.records import EngineStats
+from batchgen.core.records import EngineStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from batchgen.core.records import Completion, EngineFacts
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.supervised import SupervisedEngine
-    from batchgen.records import Completion, EngineFacts
 
 # Before it is started: enough to have a reason to.
 _FIRST_REQUESTS = 1

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from batchgen.core.errors import ConfigError, EngineError
+from batchgen.core.suggest import nearest
 from batchgen.engine.encoder import one_line
 from batchgen.engine.keywords import known_keywords
-from batchgen.errors import ConfigError, EngineError
-from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.errors import EngineError
+from batchgen.core.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from batchgen.records import EngineSpec
+    from batchgen.core.records import EngineSpec
 
 TINY_WEIGHTS_BYTES = 64 << 20
 TINY_KV_CACHE_BYTES = 256 << 20

@@ -12,9 +12,9 @@ from batchgen.engine.supervised import STALL_S, SupervisedEngine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from batchgen.core.records import EngineSpec
     from batchgen.engine.base import Engine
     from batchgen.engine.death import EngineDeath
-    from batchgen.records import EngineSpec
 
 
 class StartEngine(Protocol):

@@ -21,6 +21,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
+from batchgen.core.records import EngineStats, RowError
 from batchgen.engine.base import failed
 from batchgen.engine.booked import BookedEngine, Oddities
 from batchgen.engine.death import (
@@ -35,15 +37,13 @@ from batchgen.engine.death import (
 )
 from batchgen.engine.log import log_size, log_tail
 from batchgen.engine.suspects import SOLO_DEATHS, SuspectSearch
-from batchgen.errors import ConfigError, EngineDeadError, EngineError
-from batchgen.records import EngineStats, RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
+    from batchgen.core.records import Completion, EngineFacts, EngineSpec
     from batchgen.engine.base import Engine, EngineRequest
-    from batchgen.records import Completion, EngineFacts, EngineSpec
 
 STALL_S = 900.0
 """The longest step known is a first one that compiles, minutes."""

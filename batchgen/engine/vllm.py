@@ -25,6 +25,8 @@ from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchgen.core.errors import EngineDeadError, EngineError
+from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
 from batchgen.engine.base import failed, unknown_adapter
 from batchgen.engine.encoder import ChatStyle, Encoder, one_line
 from batchgen.engine.images import render_images
@@ -49,15 +51,13 @@ from batchgen.engine.vllm_params import (
     structured_outputs_config,
 )
 from batchgen.engine.watch import SchedulerWatch, pass_to_reasoner, wake_when_dead
-from batchgen.errors import EngineDeadError, EngineError
-from batchgen.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from batchgen.core.records import Sample
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.encoder import Encoded
-    from batchgen.records import Sample
 
 READ_AHEAD = 1024
 """Requests kept tokenized, or on their way there, beyond the window inside vLLM."""

@@ -11,15 +11,15 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import Sample, TokenLogprobs
+from batchgen.core.suggest import nearest
 from batchgen.engine.encoder import one_line
-from batchgen.errors import ConfigError
-from batchgen.records import Sample, TokenLogprobs
-from batchgen.words import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.records import EngineSpec
+    from batchgen.core.records import EngineSpec
 
 MIN_LOGPROB = math.log(1e-5)
 """Below it a token was no real alternative: under a grammar nearly all have none at all."""

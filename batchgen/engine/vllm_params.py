@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.encoder import one_line
-from batchgen.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
-    from batchgen.records import EngineSpec
+    from batchgen.core.records import EngineSpec
 
 MAX_VARIANTS = 64
 """Rungs of a retry ladder, say; each more than that is built anew when it comes again."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from batchgen.records import EngineStats
+from batchgen.core.records import EngineStats
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.ranges import Ranges
-    from batchgen.records import RowBatch
+    from batchgen.core.ranges import Ranges
+    from batchgen.core.records import RowBatch
     from batchgen.source.marks import Marks
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen.expressions import RowTest, parse_row_test
-from batchgen.ranges import Ranges
-from batchgen.records import RowBatch, RowError
+from batchgen.core.expressions import RowTest, parse_row_test
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import RowBatch, RowError
 from batchgen.source.columns import to_array, type_word
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import IO, TYPE_CHECKING
 
-from batchgen.errors import SourceError
+from batchgen.core.errors import SourceError
 from batchgen.inputs import is_url, open_input
 
 if TYPE_CHECKING:

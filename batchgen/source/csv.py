@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen.errors import SourceError
-from batchgen.records import RowError
+from batchgen.core.errors import SourceError
+from batchgen.core.records import RowError
 from batchgen.source.base import Scan
 from batchgen.source.batches import (
     Rows,
@@ -42,8 +42,8 @@ from batchgen.source.sniffing import refuse_other_content, text_looks_like
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.ranges import Ranges
-    from batchgen.records import RowBatch
+    from batchgen.core.ranges import Ranges
+    from batchgen.core.records import RowBatch
     from batchgen.source.base import ReadSpec
     from batchgen.source.batches import Shape
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from batchgen.errors import ConfigError, SourceError
+from batchgen.core.errors import ConfigError, SourceError
+from batchgen.core.suggest import suggestion
 from batchgen.inputs import find_inputs
-from batchgen.words import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from batchgen.errors import SourceError
-from batchgen.records import RowError
+from batchgen.core.errors import SourceError
+from batchgen.core.records import RowError
 from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays, to_values
 from batchgen.source.blocks import is_seekable
 from batchgen.source.columns import infer_field, is_too_deep, kind_word, override
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.ranges import Ranges
-    from batchgen.records import RowBatch
+    from batchgen.core.ranges import Ranges
+    from batchgen.core.records import RowBatch
     from batchgen.source.base import ReadSpec, Scan
     from batchgen.source.batches import Shape
 

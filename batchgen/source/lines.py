@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, TypeVar
 
-from batchgen.errors import SourceError
+from batchgen.core.errors import SourceError
 from batchgen.inputs import open_input
-from batchgen.ledger.row_digests import DIGEST_BYTES, NO_DIGEST
 from batchgen.source.base import Scan
 from batchgen.source.blocks import BLOCK_BYTES, is_seekable, text_blocks
 from batchgen.source.marks import FileMarks
+from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from batchgen.ranges import Ranges
+    from batchgen.core.ranges import Ranges
     from batchgen.source.marks import Marks
 
 Item = TypeVar("Item")

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.errors import SourceError
+from batchgen.core.errors import SourceError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import RowError
 from batchgen.inputs import open_input, stat_input
-from batchgen.ranges import Ranges
-from batchgen.records import RowError
 from batchgen.source import lines
 from batchgen.source.base import Scan
 from batchgen.source.batches import Rows, make_batch, shape_of, taken, to_values
@@ -26,7 +26,7 @@ from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.records import RowBatch
+    from batchgen.core.records import RowBatch
     from batchgen.source.base import ReadSpec
 
 _STREAM_BYTES = 8 << 20

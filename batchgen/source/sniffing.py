@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from batchgen.errors import SourceError
+from batchgen.core.errors import SourceError
 from batchgen.inputs import open_input
 from batchgen.source.blocks import GZIP_MAGIC, ZSTD_MAGIC, compression_of
 

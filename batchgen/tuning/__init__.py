@@ -1,1 +1,1 @@
-"""`batchgen tune`: the fastest engine settings for a job on this machine, found with its rows."""
+"""The fastest settings for a job on a machine."""

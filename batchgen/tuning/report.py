@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from batchgen.stats.progress import duration
+from batchgen.pipeline.progress import duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,13 +12,13 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from batchgen.config.tuned import Settings, value_of
 from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
+from batchgen.tuning.tuned import Settings, value_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
 
-    from batchgen.config.model import JobConfig
+    from batchgen.job.model import JobConfig
     from batchgen.tuning.gauge import Measure
     from batchgen.tuning.trial import Trial
 

@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen.config.tuned import with_settings
+from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.death import is_out_of_memory
-from batchgen.errors import ConfigError, EngineError
-from batchgen.executor.job_run import JobRun
-from batchgen.runner import Stop, StopSwitch
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import Stop, StopSwitch
 from batchgen.tuning.gauge import Measure, Times, add_moment, is_enough, measure, steady
+from batchgen.tuning.tuned import with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from batchgen.config.model import JobConfig
-    from batchgen.executor.moment import Moment
-    from batchgen.executor.summary import Summary
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.moment import Moment
+    from batchgen.pipeline.summary import Summary
 
 _LOOK_EVERY_S = 0.1
 

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
-from batchgen.config.tuned import (
+from batchgen.core.errors import EngineError, ExitCode
+from batchgen.engine.devices import device_name, read_devices, vllm_version
+from batchgen.tuning.gauge import Times
+from batchgen.tuning.report import Report, file_head, settings_text, trial_dict
+from batchgen.tuning.search import MOST_MEMORY, Search
+from batchgen.tuning.trial import Stops, Trial, run_trial
+from batchgen.tuning.tuned import (
     check_writable,
     key_of,
     tuned_path,
@@ -22,18 +28,12 @@ from batchgen.config.tuned import (
     value_of,
     write_tuned,
 )
-from batchgen.devices import device_name, read_devices, vllm_version
-from batchgen.errors import EngineError, ExitCode
-from batchgen.tuning.gauge import Times
-from batchgen.tuning.report import Report, file_head, settings_text, trial_dict
-from batchgen.tuning.search import MOST_MEMORY, Search
-from batchgen.tuning.trial import Stops, Trial, run_trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from batchgen.config.model import JobConfig
+    from batchgen.job.model import JobConfig
 
 LEAST_GAIN = 1.03
 """Below, the job's own settings are as good: no reason to run by others."""

@@ -29,20 +29,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.devices import device_name
+from batchgen.engine.devices import device_name
 from batchgen.engine.process import EngineProcess
 from batchgen.engine.settings import is_cpu_build, prepare_environment
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.executor.job_run import JobRun
-from batchgen.runner import StopSwitch
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import StopSwitch
 from tests.bench import works
 from tests.bench.random_model import make_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from batchgen.core.records import EngineSpec
     from batchgen.engine.death import EngineDeath
-    from batchgen.records import EngineSpec
     from tests.bench.works import Work
 
 LOADING = {"load_format": "dummy"}

@@ -35,25 +35,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.executor.context import RunContext
-from batchgen.executor.watch import Sight, Watch
-from batchgen.fleet.answering import Task
-from batchgen.fleet.board import Board
-from batchgen.fleet.fleet import Fleet
-from batchgen.fleet.leases import LeaseBook
-from batchgen.known import KnownKeys, Sieve
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.lock import RunLock
-from batchgen.plans import planning
-from batchgen.plans.freezing import freeze
-from batchgen.plans.frozen import read_rows
-from batchgen.ranges import Ranges
-from batchgen.runner import StopSwitch
-from batchgen.stats.progress import Progress
-from batchgen.stats.run_stats import RunStats
-from batchgen.stats.runlog import RunLog
+from batchgen.cluster.answering import Task
+from batchgen.cluster.board import Board
+from batchgen.cluster.fleet import Fleet
+from batchgen.cluster.leases import LeaseBook
+from batchgen.core.ranges import Ranges
+from batchgen.pipeline import planning
+from batchgen.pipeline.context import RunContext
+from batchgen.pipeline.freezing import freeze
+from batchgen.pipeline.frozen import read_rows
+from batchgen.pipeline.progress import Progress
+from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.runner import StopSwitch
+from batchgen.pipeline.watch import Sight, Watch
+from batchgen.pipeline.worker import Worker
 from batchgen.storage import LocalStorage
-from batchgen.worker import Worker
+from batchgen.store.known import KnownKeys, Sieve
+from batchgen.store.ledger import Ledger
+from batchgen.store.lock import RunLock
+from batchgen.store.runlog import RunLog
 from tests.bench.echo_rows import _write_rows
 from tests.bench.fleet_sim import bound_s
 from tests.bench.fleet_time import PacedFeeder, TimedCrew, size_of
@@ -62,8 +62,8 @@ from tests.bench.sim_worker import EngineKind
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from batchgen.ledger.books import Epoch
-    from batchgen.plans.planning import Prepared
+    from batchgen.pipeline.planning import Prepared
+    from batchgen.store.books import Epoch
 
 FILE_ROWS = 50_000
 STARTUP_S = 20.0

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from batchgen.api import load
-from batchgen.devices import device_name
+from batchgen.cluster.crews import needs_of
+from batchgen.cluster.messages import Report, StartEngine
+from batchgen.cluster.ray import RayCrew
+from batchgen.cluster.replica import Replica
+from batchgen.engine.devices import device_name
 from batchgen.engine.settings import is_cpu_build
-from batchgen.executor.crews import needs_of
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.ray import RayCrew
-from batchgen.fleet.messages import Report, StartEngine
-from batchgen.fleet.replica import Replica
-from batchgen.ledger.names import STATE
-from batchgen.runner import StopSwitch
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import StopSwitch
+from batchgen.store.names import STATE
 from tests.bench import works
 from tests.bench.feeding import KEYS, LOADING, TEMPERATURE, KeptEngine, _repeated, _work
 from tests.bench.random_model import make_model
@@ -40,12 +40,12 @@ from tests.bench.random_model import make_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.config.model import JobConfig
+    from batchgen.cluster.messages import Badge, Gone, Order
+    from batchgen.core.records import EngineSpec
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
-    from batchgen.fleet.messages import Badge, Gone, Order
-    from batchgen.records import EngineSpec
-    from batchgen.stages import Fed
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.stages import Fed
     from tests.bench.works import Work
 
 

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.executor.crews import needs_of
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.ray import RayCrew
-from batchgen.runner import StopSwitch
+from batchgen.cluster.crews import needs_of
+from batchgen.cluster.ray import RayCrew
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import StopSwitch
 from tests.bench.echo_rows import _write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.config.model import JobConfig
-    from batchgen.fleet.crew import Crew
-    from batchgen.fleet.messages import Gone, Report
+    from batchgen.cluster.crew import Crew
+    from batchgen.cluster.messages import Gone, Report
+    from batchgen.job.model import JobConfig
 
 PACE = 20.0
 ENGINE = {"max_num_seqs": 32, "step_s": 0.2, "max_steps": 15}

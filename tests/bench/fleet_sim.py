@@ -24,18 +24,18 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from batchgen.fleet.leases import LeaseBook
-from batchgen.fleet.messages import Committed, Finish, Gone, Look, Take
-from batchgen.fleet.pace import Meter, Pace, outlook, rows_for
-from batchgen.ranges import Ranges
+from batchgen.cluster.leases import LeaseBook
+from batchgen.cluster.messages import Committed, Finish, Gone, Look, Take
+from batchgen.cluster.pace import Meter, Pace, outlook, rows_for
+from batchgen.core.ranges import Ranges
 from tests.bench.sim_crew import SimCrew
 from tests.bench.sim_worker import EngineKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from batchgen.fleet.messages import Order, Report
-    from batchgen.fleet.pace import Outlook
+    from batchgen.cluster.messages import Order, Report
+    from batchgen.cluster.pace import Outlook
 
 SEGMENT_ROWS = 250_000
 LOOK_S = 0.25

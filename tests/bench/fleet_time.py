@@ -7,16 +7,16 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from batchgen.ledger.names import PARTS
-from batchgen.stages import Fed
+from batchgen.pipeline.stages import Fed
+from batchgen.store.names import PARTS
 from tests.bench.sim_crew import SimCrew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.fleet.leases import LeaseBook
-    from batchgen.fleet.messages import Badge, Gone, Order, Report
-    from batchgen.stages import Feeder
+    from batchgen.cluster.leases import LeaseBook
+    from batchgen.cluster.messages import Badge, Gone, Order, Report
+    from batchgen.pipeline.stages import Feeder
     from batchgen.storage import LocalStorage
     from tests.bench.sim_worker import EngineKind
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batchgen.devices import device_name
+from batchgen.engine.devices import device_name
 from batchgen.engine.settings import is_cpu_build
 from tests.bench import peer_marks, works
 from tests.bench.peer_kinds import PEERS, Order, Peer

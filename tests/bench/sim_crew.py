@@ -13,15 +13,15 @@ import math
 import random
 from typing import TYPE_CHECKING, Any
 
-from batchgen.fleet.crew import Places
-from batchgen.fleet.messages import Gone, Report
+from batchgen.cluster.crew import Places
+from batchgen.cluster.messages import Gone, Report
 from tests.bench.sim_worker import PROCESS_S, EngineKind, SimWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
-    from batchgen.fleet.messages import Badge, Order
+    from batchgen.cluster.messages import Badge, Order
 
 
 class SimCrew:

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from batchgen.fleet.messages import (
+from batchgen.cluster.messages import (
     Asked,
     Begin,
     Committed,
@@ -22,14 +22,14 @@ from batchgen.fleet.messages import (
     Report,
     Take,
 )
-from batchgen.ledger.names import PARTS
-from batchgen.ranges import Ranges
-from batchgen.records import EngineFacts, EngineStats
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import EngineFacts, EngineStats
+from batchgen.store.names import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.fleet.messages import Event, Order
+    from batchgen.cluster.messages import Event, Order
 
 COMMIT_S = 24.0
 COMMIT_ROWS = 20_000

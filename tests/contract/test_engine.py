@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
+from batchgen.core.records import Completion, EngineSpec, EngineStats
 from batchgen.engine.echo import EchoEngine
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.process import EngineProcess
 from batchgen.engine.start import start_engine
-from batchgen.errors import ConfigError, EngineDeadError, EngineError
-from batchgen.records import Completion, EngineSpec, EngineStats
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "sample_data" / "model"
@@ -392,7 +392,7 @@ def test_a_log_that_cannot_be_written_is_an_engine_error(tmp_path):
 PARENT = """
 import json, sys, time
 from batchgen.engine.process import EngineProcess
-from batchgen.records import EngineSpec
+from batchgen.core.records import EngineSpec
 engine = EngineProcess(EngineSpec(**json.loads(sys.argv[1])))
 print(engine.pid, flush=True)
 while engine.facts is None and sys.argv[2] == "up":
@@ -484,7 +484,7 @@ from types import SimpleNamespace
 from batchgen.engine.encoder import ChatStyle, encode
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.vllm import load_tokenizer
-from batchgen.records import EngineSpec
+from batchgen.core.records import EngineSpec
 from vllm import LLM
 spec = EngineSpec("vllm", sys.argv[1], {}, {})
 llm = LLM(spec.model, enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=32 << 20)

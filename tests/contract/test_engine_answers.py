@@ -15,9 +15,9 @@ import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 
+from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.process import EngineProcess
-from batchgen.errors import ConfigError, EngineError
 from tests.contract.test_engine import (
     MODEL,
     ROOT,

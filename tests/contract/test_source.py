@@ -19,15 +19,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import SourceError
-from batchgen.ranges import Ranges
+from batchgen.core.errors import SourceError
+from batchgen.core.ranges import Ranges
 from batchgen.source.base import ReadSpec
 from batchgen.source.columns import parse_field
 from batchgen.source.files import find_files, reader_for
 from batchgen.source.marks import Marks
 
 if TYPE_CHECKING:
-    from batchgen.records import RowBatch
+    from batchgen.core.records import RowBatch
     from batchgen.source.base import Reader
 
 NUM_ROWS = 67

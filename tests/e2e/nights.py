@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 import batchgen
-from batchgen.ledger.ledger import Ledger
 from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
 from tests.e2e.support import VOLATILE, write_job
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.ledger.books import Durable
+    from batchgen.store.books import Durable
 
 Row = dict[str, Any]
 Line = Row | str

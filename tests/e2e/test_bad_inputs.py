@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchgen
-from batchgen.errors import BatchgenError
+from batchgen.core.errors import BatchgenError
 from tests.e2e.support import command, run_cli, write_job, write_rows
 
 GOOD = b'{"id": 1, "text": "good"}\n'

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 import batchgen
 from batchgen import cli
 from batchgen.cli.run import _ended, _stop_on_signals, _told
-from batchgen.executor.summary import Summary
-from batchgen.ledger.names import STATE
-from batchgen.runner import StopSwitch
+from batchgen.pipeline.runner import StopSwitch
+from batchgen.pipeline.summary import Summary
+from batchgen.store.names import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from batchgen.api import load
-from batchgen.errors import ConfigError, ExitCode
-from batchgen.executor.job_run import JobRun
-from batchgen.fleet.messages import Failed, Ready
-from batchgen.runner import StopSwitch
+from batchgen.cluster.messages import Failed, Ready
+from batchgen.core.errors import ConfigError, ExitCode
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import StopSwitch
 from tests.crews import ThreadCrew
 from tests.e2e.support import published, write_rows
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from batchgen.config.model import JobConfig
-    from batchgen.fleet.messages import Gone, Report
+    from batchgen.cluster.messages import Gone, Report
+    from batchgen.job.model import JobConfig
 
 ROWS = 1600
 SLOW = {"max_num_seqs": 64, "step_s": 0.02, "max_steps": 8}

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import batchgen
-from batchgen.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ExitCode
 from batchgen.source.jsonl import SNIFF_LINES
 
 EXIT_CODES = set(ExitCode)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.ledger.books import Base
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
+from batchgen.store.books import Base
+from batchgen.store.ledger import Ledger
+from batchgen.store.names import STATE
 from tests.e2e.support import command, published, run_cli, wait_until, write_job
 
 if TYPE_CHECKING:

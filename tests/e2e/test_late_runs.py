@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 import batchgen
-from batchgen.errors import GateError
-from batchgen.executor.snapshot import show
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.names import STATE
+from batchgen.core.errors import GateError
+from batchgen.pipeline.snapshot import show
 from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
+from batchgen.store.names import STATE
 from tests.e2e.support import write_job, write_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchgen.ledger.books import Manifest
+    from batchgen.store.books import Manifest
 
 NUM_ROWS = 120
 HELD_BACK = {"max_error_rate": 0.0}

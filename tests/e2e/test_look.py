@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 import batchgen
-from batchgen.errors import ConfigError, GateError
-from batchgen.ledger.names import STATE
+from batchgen.core.errors import ConfigError, GateError
+from batchgen.store.names import STATE
 from tests.e2e.support import run_cli, write_job, write_rows
 
 if TYPE_CHECKING:

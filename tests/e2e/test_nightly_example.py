@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.config.load import load_job
-from batchgen.errors import ExitCode
+from batchgen.core.errors import ExitCode
+from batchgen.job.load import load_job
 from tests.docs import ROOT
 from tests.e2e.support import run_cli
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
+from batchgen.store.names import STATE
 from tests.e2e.nights import (
     BAD,
     SLOW,

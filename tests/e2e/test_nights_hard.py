@@ -13,17 +13,17 @@ import pytest
 
 import batchgen
 from batchgen import inputs
-from batchgen.config.load import load_job
-from batchgen.errors import (
+from batchgen.core.errors import (
     EngineError,
     GateError,
     InputChangedError,
     RecipeChangedError,
     SourceError,
 )
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.options import RunOptions
-from batchgen.runner import StopSwitch
+from batchgen.job.load import load_job
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.runner import StopSwitch
 from tests.e2e.support import published, run_cli, write_job
 from tests.fakes import FakeEngine
 

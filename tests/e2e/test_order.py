@@ -13,10 +13,10 @@ import pytest
 
 import batchgen
 from batchgen import api
-from batchgen.admission.lengths import Lengths
-from batchgen.admission.past_lengths import lengths_of
-from batchgen.ledger.ledger import Ledger
+from batchgen.engine.lengths import Lengths
+from batchgen.pipeline.past_lengths import lengths_of
 from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
 from tests.e2e.support import command, published, wait_until, write_job
 
 if TYPE_CHECKING:

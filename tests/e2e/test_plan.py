@@ -14,10 +14,10 @@ import pytest
 
 import batchgen
 from batchgen.api import load
-from batchgen.forecast.foresee import PlanOptions, foresee
-from batchgen.forecast.report import told
-from batchgen.ledger.lock import RunLock
+from batchgen.preview.foresee import PlanOptions, foresee
+from batchgen.preview.report import told
 from batchgen.storage import LocalStorage
+from batchgen.store.lock import RunLock
 from tests.e2e.support import (
     command,
     run_cli,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.names import STATE
 from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
+from batchgen.store.names import STATE
 from tests.e2e.support import (
     command,
     published,

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchgen
-from batchgen.errors import RecipeChangedError
-from batchgen.ledger.names import STATE
+from batchgen.core.errors import RecipeChangedError
+from batchgen.store.names import STATE
 from tests.e2e.support import (
     command,
     published,

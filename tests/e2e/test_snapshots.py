@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.errors import OutputError
-from batchgen.ledger.names import STATE
+from batchgen.core.errors import OutputError
+from batchgen.store.names import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job
 
 if TYPE_CHECKING:

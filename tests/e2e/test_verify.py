@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.executor.snapshot import expose, show
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.lock import RunLock
-from batchgen.ledger.names import STATE
+from batchgen.pipeline.snapshot import expose, show
 from batchgen.storage import LocalStorage
-from batchgen.verify import verify
+from batchgen.store.ledger import Ledger
+from batchgen.store.lock import RunLock
+from batchgen.store.names import STATE
+from batchgen.store.verify import verify
 from tests.e2e.support import published, run_cli, write_job, write_rows
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def test_what_a_run_at_work_does_not_mend_is_a_problem(job: Path) -> None:
 
 def test_before_the_next_snapshot_the_run_that_completes_mends(job: Path) -> None:
     batchgen.run(job)
-    with pytest.raises(batchgen.errors.GateError):
+    with pytest.raises(batchgen.core.errors.GateError):
         batchgen.run(job, fresh=True, overrides=["gate.max_error_rate=0.001"])
     forget(job.parent / "out")
     (problem,) = verify(job.parent / "out").problems

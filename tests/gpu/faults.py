@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import batchgen
-from batchgen.errors import BatchgenError
+from batchgen.core.errors import BatchgenError
 from tests.bench.random_model import make_model
 
 

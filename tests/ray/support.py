@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.fleet.crew import Needs
-from batchgen.fleet.messages import Badge, Report, Take
+from batchgen.cluster.crew import Needs
+from batchgen.cluster.messages import Badge, Report, Take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.errors import ConfigError
-from batchgen.executor.ray import RayCrew
-from batchgen.executor.ray_places import fit
-from batchgen.executor.ray_process import make_folder
-from batchgen.fleet.crew import Needs
+from batchgen.cluster.crew import Needs
+from batchgen.cluster.ray import RayCrew
+from batchgen.cluster.ray_places import fit
+from batchgen.cluster.ray_process import make_folder
+from batchgen.core.errors import ConfigError
 from tests.ray.support import ONE_CPU, is_running, wait_until
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 DRIVER = """
 import os, signal, sys, tempfile, time
 from pathlib import Path
-from batchgen.fleet.crew import Needs
-from batchgen.executor.ray import RayCrew
+from batchgen.cluster.crew import Needs
+from batchgen.cluster.ray import RayCrew
 from tests.ray.support import StandIn, badge, is_running
 
 heard = []

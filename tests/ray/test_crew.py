@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchgen.errors import ConfigError
-from batchgen.executor.ray import RayCrew, _Seat
-from batchgen.fleet.crew import Needs
-from batchgen.fleet.messages import Failed, Gone, Lease, Report, Take
+from batchgen.cluster.crew import Needs
+from batchgen.cluster.messages import Failed, Gone, Lease, Report, Take
+from batchgen.cluster.ray import RayCrew, _Seat
+from batchgen.core.errors import ConfigError
 from tests.ray.support import ONE_CPU, StandIn, Unable, badge, is_running, nodes, wait_until
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def test_the_drivers_folder_hides_no_module(standing: RayCrew) -> None:
 def test_workers_end_with_a_driver_that_is_killed(three: Nodes) -> None:
     code = f"""
 import time
-from batchgen.executor.ray import RayCrew
+from batchgen.cluster.ray import RayCrew
 from tests.ray.support import ONE_CPU, StandIn, badge
 crew = RayCrew({three.address!r}, ONE_CPU, make=StandIn)
 crew.hire(badge())

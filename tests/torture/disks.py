@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.ledger.footer import PartFooter
 from batchgen.storage import Disk
+from batchgen.store.footer import PartFooter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,8 +24,8 @@ class Mutant:
     """Restricts a sweep, see `sweep`."""
 
 
-STORAGE, LEDGER = "batchgen/storage.py", "batchgen/ledger/ledger.py"
-SNAPSHOT = "batchgen/executor/snapshot.py"
+STORAGE, LEDGER = "batchgen/storage.py", "batchgen/store/ledger.py"
+SNAPSHOT = "batchgen/pipeline/snapshot.py"
 RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a dead run left is believed before it is durable",
-        "batchgen/executor/plans.py",
+        "batchgen/pipeline/plans.py",
         (
             ("    ledger.settle()\n    newest", "    newest"),
             ("    ledger.settle()\n    # What is to be repaired", "    # What"),
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume by count",
-        "batchgen/executor/carry_over.py",
+        "batchgen/pipeline/carry_over.py",
         (("- durable.done(number)\n", "- Ranges.until(len(durable.done(number)))\n"),),
         SWEEP,
         "new/kill before",
@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "a line is taken for the one that was at its place, whatever it says",
-        "batchgen/ledger/matching.py",
+        "batchgen/store/matching.py",
         (
             (
                 'left_on=["old", "a", "b"], right_on=["row", "a", "b"]',
@@ -197,13 +197,13 @@ MUTANTS = (
     ),
     Mutant(
         "an answer is known by the beginning of its key",
-        "batchgen/sink/answered.py",
+        "batchgen/store/answered.py",
         (('is_same = found == rows["key"]', "is_same = found == found"),),
         NIGHTS,
     ),
     Mutant(
         "a copied answer stands beside another row's columns",
-        "batchgen/executor/copies.py",
+        "batchgen/pipeline/copies.py",
         (
             (
                 "request.ordinal, batch.carried, request.index)",
@@ -214,13 +214,13 @@ MUTANTS = (
     ),
     Mutant(
         "an error that names a line is taken over although the line has moved",
-        "batchgen/sink/renumber.py",
+        "batchgen/store/renumber.py",
         (('is_wanted = is_wanted | pl.col("has_key") | stays', "is_wanted = is_wanted | True"),),
         NIGHTS,
     ),
     Mutant(
         "what an unfinished night would have taken over is forgotten",
-        "batchgen/executor/nights.py",
+        "batchgen/pipeline/nights.py",
         (("(Base(plan.number, parts), *plan.bases)", "(Base(plan.number, parts),)"),),
         NIGHTS,
     ),

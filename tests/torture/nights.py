@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from batchgen import known
-from batchgen.ledger import matching
-from batchgen.ledger.names import STATE
+from batchgen.store import known, matching
+from batchgen.store.names import STATE
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
 from tests.torture.support import (

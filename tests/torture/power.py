@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from batchgen import views
 from batchgen.storage import Disk
+from batchgen.views.status import status as views
 from tests.torture.harness import main
 from tests.torture.support import (
     Job,

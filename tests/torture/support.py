@@ -21,14 +21,13 @@ import pyarrow.parquet as pq
 import zstandard  # noqa: F401
 
 import batchgen.source.jsonl  # noqa: F401
-from batchgen import cli, views  # noqa: F401 - children are forked warm
+from batchgen import cli
 from batchgen.api import load
-from batchgen.errors import BatchgenError
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.options import RunOptions
-from batchgen.ledger.names import STATE
-from batchgen.plans import planning  # noqa: F401 - children are forked warm
-from batchgen.runner import StopSwitch
+from batchgen.core.errors import BatchgenError
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.runner import StopSwitch
+from batchgen.store.names import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

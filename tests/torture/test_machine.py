@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import batchgen
-from batchgen.config.load import parse_job
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.options import RunOptions
-from batchgen.ledger.ledger import Ledger
-from batchgen.runner import StopSwitch
+from batchgen.job.load import parse_job
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.runner import StopSwitch
 from batchgen.storage import LocalStorage
-from batchgen.verify import verify
+from batchgen.store.ledger import Ledger
+from batchgen.store.verify import verify
 from tests.torture.disks import CrashError, CrashingDisk
 
 

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pytest
 
-from batchgen.admission import order as orders
-from batchgen.admission.keyed import CHUNK_ROWS, Keyed
-from batchgen.admission.lengths import Lengths, mean_lengths, octave
-from batchgen.admission.order import AdmissionOrder, Reach, Seen, Sorting, find_sorting
-from batchgen.admission.runs import MAX_FILES, MAX_RUNS, SortedRuns
-from batchgen.errors import StorageError
-from batchgen.ranges import Ranges
-from batchgen.records import Ordinal, Request, RowBatch
+from batchgen.core.errors import StorageError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ordinal, Request, RowBatch
+from batchgen.engine import order as orders
+from batchgen.engine.keyed import CHUNK_ROWS, Keyed
+from batchgen.engine.lengths import Lengths, mean_lengths, octave
+from batchgen.engine.order import AdmissionOrder, Reach, Seen, Sorting, find_sorting
+from batchgen.engine.runs import MAX_FILES, MAX_RUNS, SortedRuns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
     from typing import Literal
 
-    from batchgen.records import Prompt
+    from batchgen.core.records import Prompt
 
 NOTHING = Lengths()
 

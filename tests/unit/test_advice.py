@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from batchgen.core.records import EngineFacts
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.executor.job_run import JobRun
-from batchgen.records import EngineFacts
-from batchgen.runner import StopSwitch
-from batchgen.stats.advice import Way, advise
+from batchgen.pipeline.advice import Way, advise
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import StopSwitch
 from tests.fakes import FakeEngine
 
 FACTS = EngineFacts("vllm", "0.26.0", "NVIDIA H100 80GB HBM3", 8192, 256, 60.0)

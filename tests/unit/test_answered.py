@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import StorageError
-from batchgen.known import KnownKeys, Sieve
-from batchgen.ledger.footer import PartFooter
-from batchgen.records import RowError
-from batchgen.sink import publish
-from batchgen.sink.answered import AnsweredKeys, Source, key_prefixes, published_sources
-from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.sink.publish import SnapshotFormat, write_snapshot
-from batchgen.sink.schema import part_schema
+from batchgen.core.errors import StorageError
+from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
+from batchgen.store import publish
+from batchgen.store.answered import AnsweredKeys, Source, key_prefixes, published_sources
+from batchgen.store.footer import PartFooter
+from batchgen.store.known import KnownKeys, Sieve
+from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.publish import SnapshotFormat, write_snapshot
+from batchgen.store.schema import part_schema
 from tests.fakes import ANSWER, batch, manifest_of, results
 from tests.unit.test_known import key, known, requests
 

@@ -8,9 +8,9 @@ import time
 import pytest
 
 from batchgen.answers.form import make_form
-from batchgen.config.model import OutputConfig
-from batchgen.errors import ConfigError
-from batchgen.records import Retry, Sample, Verdict
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import Retry, Sample, Verdict
+from batchgen.job.model import OutputConfig
 from tests.fakes import batch, request_builder
 
 SCHEMA = {

@@ -12,9 +12,9 @@ from batchgen.answers.columns import answer_columns
 from batchgen.answers.form import make_form
 from batchgen.answers.judge import check_rules, rule_schema
 from batchgen.answers.retries import Ladder, check_ladder, final
-from batchgen.errors import ConfigError
-from batchgen.records import Completion, RowError, Sample, TokenLogprobs, Verdict
-from batchgen.seeds import Seeds, row_seed
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import Completion, RowError, Sample, TokenLogprobs, Verdict
+from batchgen.job.seeds import Seeds, row_seed
 from tests.fakes import batch, completion, job, judge_of, request_builder
 
 CHOICE = {"output": {"choice": ["yes", "no"]}}

@@ -14,7 +14,7 @@ from batchgen.answers.probabilities import (
     label_probabilities,
     value_span,
 )
-from batchgen.records import TokenLogprobs
+from batchgen.core.records import TokenLogprobs
 
 BIRDS = ["bill", "bird", "cat"]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen import arrow
+from batchgen.core import arrow
 
 KINDS = [pa.string(), pa.string_view()]
 

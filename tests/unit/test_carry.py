@@ -11,21 +11,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import OutputError
-from batchgen.ledger.books import NO_ROWS, Manifest, Part
-from batchgen.ledger.footer import PartFooter
-from batchgen.ledger.matching import Span
-from batchgen.ranges import Ranges
-from batchgen.records import RowError
-from batchgen.sink import publish
-from batchgen.sink.carry import Piece, Wanted, from_parts, gathered
-from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.sink.publish import SnapshotFormat, write_snapshot
-from batchgen.sink.published import Index, from_snapshot
-from batchgen.sink.renumber import Renumbering, rows_of
-from batchgen.sink.schema import part_schema
-from batchgen.sink.tally import tally
+from batchgen.core.errors import OutputError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
+from batchgen.store import publish
+from batchgen.store.books import NO_ROWS, Manifest, Part
+from batchgen.store.carry import Piece, Wanted, from_parts, gathered
+from batchgen.store.footer import PartFooter
+from batchgen.store.matching import Span
+from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.publish import SnapshotFormat, write_snapshot
+from batchgen.store.published import Index, from_snapshot
+from batchgen.store.renumber import Renumbering, rows_of
+from batchgen.store.schema import part_schema
+from batchgen.store.tally import tally
 from tests.fakes import ANSWER, batch, plan, results
 
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), ANSWER, "gen_")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.config.load import json_schema, load_job, parse_job
-from batchgen.config.model import JobConfig
-from batchgen.config.recipe import make_recipe
-from batchgen.errors import ConfigError
-from batchgen.plans.planning import frozen_job
+from batchgen.core.errors import ConfigError
+from batchgen.job.load import json_schema, load_job, parse_job
+from batchgen.job.model import JobConfig
+from batchgen.job.recipe import make_recipe
+from batchgen.pipeline.planning import frozen_job
 
 MINIMAL = """
 [input]

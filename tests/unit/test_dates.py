@@ -7,12 +7,12 @@ from datetime import UTC, date, datetime
 
 import pytest
 
-from batchgen.config.dates import today, with_dates
-from batchgen.config.load import load_job, parse_job
-from batchgen.config.model import JobConfig
-from batchgen.config.recipe import make_recipe
-from batchgen.errors import ConfigError
-from batchgen.plans import planning
+from batchgen.core.errors import ConfigError
+from batchgen.job.dates import today, with_dates
+from batchgen.job.load import load_job, parse_job
+from batchgen.job.model import JobConfig
+from batchgen.job.recipe import make_recipe
+from batchgen.pipeline import planning
 
 DAY = date(2026, 3, 1)
 

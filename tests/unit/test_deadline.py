@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.executor.deadline import (
+from batchgen.pipeline.deadline import (
     Clocks,
     Deadline,
     End,
@@ -27,7 +27,7 @@ from batchgen.executor.deadline import (
     parse_duration,
     parse_until,
 )
-from batchgen.runner import Stop, StopSwitch
+from batchgen.pipeline.runner import Stop, StopSwitch
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

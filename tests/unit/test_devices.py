@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from batchgen import devices
-from batchgen.devices import Devices, GpuProcess, device_name, read_devices
+from batchgen.engine import devices
+from batchgen.engine.devices import Devices, GpuProcess, device_name, read_devices
 
 MIB = 2**20
 

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 
 from batchgen.api import load
-from batchgen.devices import Devices, Gpu, GpuProcess
-from batchgen.doctor import places
-from batchgen.doctor.engine_keys import check_keywords, least_model_len
-from batchgen.doctor.examine import examine
-from batchgen.doctor.findings import Level
-from batchgen.doctor.hub import Remote, weight_bytes
-from batchgen.doctor.lengths import counter
-from batchgen.doctor.machine import Machine, read_machine
-from batchgen.doctor.quantization import can_run, judge_kv_cache, judge_method, method_of
-from batchgen.doctor.replicas import check_replicas
-from batchgen.doctor.report import Report, told
 from batchgen.engine import keywords
+from batchgen.engine.devices import Devices, Gpu, GpuProcess
+from batchgen.preview import places
+from batchgen.preview.doctor_report import Report, told
+from batchgen.preview.engine_keys import check_keywords, least_model_len
+from batchgen.preview.examine import examine
+from batchgen.preview.findings import Level
+from batchgen.preview.hub import Remote, weight_bytes
+from batchgen.preview.lengths import counter
+from batchgen.preview.machine import Machine, read_machine
+from batchgen.preview.quantization import can_run, judge_kv_cache, judge_method, method_of
+from batchgen.preview.replicas import check_replicas
 from tests import fakes
 from tests.bench.random_model import make_model
 

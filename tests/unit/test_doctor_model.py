@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from batchgen.devices import Gpu
-from batchgen.doctor import weights
-from batchgen.doctor.memory import dtype_of, estimate, settings_of
-from batchgen.doctor.shape import read_shape, shape_of
-from batchgen.doctor.weights import Weights, counted, read_weights
-from batchgen.errors import ConfigError
+from batchgen.core.errors import ConfigError
+from batchgen.engine.devices import Gpu
+from batchgen.preview import weights
+from batchgen.preview.memory import dtype_of, estimate, settings_of
+from batchgen.preview.shape import read_shape, shape_of
+from batchgen.preview.weights import Weights, counted, read_weights
 from tests.bench.random_model import _COMMON, SHAPES
 
 MIB, GIB = 2**20, 2**30

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 
+from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
+from batchgen.core.records import EngineSpec, RowError, TokenLogprobs
 from batchgen.engine.encoder import ChatStyle, encode, has_images
 from batchgen.engine.host import HostedRequest, last_words
 from batchgen.engine.images import render_images, with_local_images
@@ -18,8 +20,6 @@ from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm_answers import AnswerReader, prompt_end, special_token_ids
 from batchgen.engine.vllm_params import check_grammars_once
 from batchgen.engine.watch import pass_to_reasoner
-from batchgen.errors import ConfigError, EngineDeadError, EngineError
-from batchgen.records import EngineSpec, RowError, TokenLogprobs
 
 LETTERS = SimpleNamespace(
     decode=lambda ids: "".join(map(chr, ids)),

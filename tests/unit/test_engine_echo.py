@@ -5,10 +5,10 @@ import time
 
 import pytest
 
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import EngineSpec
 from batchgen.engine.echo import EchoEngine, read_options
 from batchgen.engine.host import HostedRequest
-from batchgen.errors import ConfigError
-from batchgen.records import EngineSpec
 
 
 def make_engine(max_tokens=16, max_in_flight=None, **options):

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from batchgen.core.errors import EngineError
 from batchgen.engine.encoder import MAX_BATCH, ChatStyle, Encoder, encode, flatten_parts, one_line
 from batchgen.engine.host import HostedRequest
-from batchgen.errors import EngineError
 
 PLAIN = ChatStyle(None, {})
 

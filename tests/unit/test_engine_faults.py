@@ -2,12 +2,12 @@
 
 import pytest
 
+from batchgen.core.errors import ConfigError, EngineDeadError
+from batchgen.core.records import EngineSpec
 from batchgen.engine.echo import EchoEngine, read_options
 from batchgen.engine.faults import Fault
 from batchgen.engine.faulty import FaultyEchoEngine, echo_engine
 from batchgen.engine.host import HostedRequest
-from batchgen.errors import ConfigError, EngineDeadError
-from batchgen.records import EngineSpec
 
 
 def make(*faults, **options):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import EngineSpec, EngineStats
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.lazy import LazyEngine
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.errors import ConfigError
-from batchgen.records import EngineSpec, EngineStats
 from tests.fakes import FakeClock, FakeEngine
 
 SPEC = EngineSpec("echo", "none", {}, {}, max_in_flight=100)

@@ -13,7 +13,7 @@ CORE_FAILED = """\
 Traceback (most recent call last):
   File "llm.py", line 3, in <module>
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
-batchgen.errors.EngineError: RuntimeError: Engine core initialization failed.
+batchgen.core.errors.EngineError: RuntimeError: Engine core initialization failed.
 """
 
 

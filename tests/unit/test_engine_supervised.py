@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
+from batchgen.core.records import EngineFacts, EngineSpec, EngineStats
 from batchgen.engine.death import MAX_IN_A_ROW, Tally, ask_less, is_out_of_memory
 from batchgen.engine.host import HostedRequest
 from batchgen.engine.supervised import REBUILD_WAITS_S, SupervisedEngine
-from batchgen.errors import ConfigError, EngineDeadError, EngineError
-from batchgen.records import EngineFacts, EngineSpec, EngineStats
 from tests.fakes import FakeClock, FakeEngine, completion, finish, finish_all, finish_nothing
 
 SPEC = EngineSpec("echo", "none", {"max_num_seqs": 64}, {}, max_in_flight=100)

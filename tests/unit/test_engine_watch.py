@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from batchgen.core.records import EngineStats
 from batchgen.engine.watch import SchedulerWatch, wake_when_dead
-from batchgen.records import EngineStats
 
 
 def make_engine(events=()):

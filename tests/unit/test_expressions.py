@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from batchgen.expressions import check_row_test, parse_row_test
+from batchgen.core.expressions import check_row_test, parse_row_test
 
 SCHEMA = pa.schema(
     {"id": pa.string(), "n": pa.int64(), "good": pa.bool_(), "at": pa.timestamp("us")}

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.admission.lengths import Lengths
-from batchgen.admission.order import AdmissionOrder, Reach
-from batchgen.errors import SourceError, StorageError
-from batchgen.records import RowError
-from batchgen.stages import Feeder, feds_of
+from batchgen.core.errors import SourceError, StorageError
+from batchgen.core.records import RowError
+from batchgen.engine.lengths import Lengths
+from batchgen.engine.order import AdmissionOrder, Reach
+from batchgen.pipeline.stages import Feeder, feds_of
 from tests.fakes import batch, request_builder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from batchgen.admission.order import Mode
-    from batchgen.records import Request, RowBatch
+    from batchgen.core.records import Request, RowBatch
+    from batchgen.engine.order import Mode
 
 
 def feeder(

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from batchgen.cli.look import status
 from batchgen.cli.replicas import replica_lines
-from batchgen.fleet.board import Board
-from batchgen.fleet.messages import Committed, Look
-from batchgen.ledger.lock import RunLock
-from batchgen.records import EngineStats
-from batchgen.stats.run_stats import RunStats
-from batchgen.stats.runlog import RunLog
+from batchgen.cluster.board import Board
+from batchgen.cluster.messages import Committed, Look
+from batchgen.core.records import EngineStats
+from batchgen.pipeline.run_stats import RunStats
+from batchgen.store.lock import RunLock
+from batchgen.store.runlog import RunLog
 from tests.fakes import FACTS, FakeClock
 
 BUSY = EngineStats(

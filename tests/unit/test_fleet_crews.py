@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from batchgen import errors
-from batchgen.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
-from batchgen.executor.crews import is_fleet, needs_of, share_gpu
-from batchgen.fleet.chores import Chores
-from batchgen.fleet.crew import Needs
-from batchgen.fleet.leases import LeaseBook
-from batchgen.fleet.packing import PACK_ROWS, Packer, best_cut, rows_of
-from batchgen.ranges import Ranges
-from batchgen.records import Request, RowError
-from batchgen.stages import Fed, Feeder
+from batchgen.cluster.chores import Chores
+from batchgen.cluster.crew import Needs
+from batchgen.cluster.crews import is_fleet, needs_of, share_gpu
+from batchgen.cluster.leases import LeaseBook
+from batchgen.cluster.packing import PACK_ROWS, Packer, best_cut, rows_of
+from batchgen.core import errors
+from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import Request, RowError
+from batchgen.pipeline.stages import Fed, Feeder
 from tests import fakes
 
 
@@ -90,7 +90,7 @@ def test_replicas_that_share_a_gpu_share_its_memory() -> None:
 def test_without_ray_replicas_are_refused_with_what_to_install() -> None:
     code = (
         "import sys; sys.modules['ray'] = None\n"
-        "from batchgen.executor.crews import ray_crew\n"
+        "from batchgen.cluster.crews import ray_crew\n"
         "from tests import fakes\n"
         "ray_crew(fakes.job(run={'replicas': 8}))"
     )

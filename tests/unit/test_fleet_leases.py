@@ -11,8 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from batchgen.errors import AccountingError
-from batchgen.fleet.leases import (
+from batchgen.cluster.leases import (
     FEW_DEATHS,
     PART,
     SHARED_DEATHS,
@@ -20,7 +19,8 @@ from batchgen.fleet.leases import (
     WORKERS_A_SEARCH,
     LeaseBook,
 )
-from batchgen.ranges import Ranges
+from batchgen.core.errors import AccountingError
+from batchgen.core.ranges import Ranges
 
 TODO = {0: Ranges([(0, 7), (9, 30)]), 2: Ranges([(5, 6), (8, 12)])}
 WORKERS = st.integers(0, 3)

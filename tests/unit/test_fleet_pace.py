@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.fleet.pace import (
+from batchgen.cluster.pace import (
     HORIZON_S,
     LEAST_S,
     MAX_LEASE_ROWS,

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchgen.errors import ConfigError, EngineDeadError
-from batchgen.fleet.crew import Places
-from batchgen.fleet.messages import Gone, StartEngine
-from batchgen.fleet.pace import Pace
-from batchgen.fleet.roster import REST_S, RETRY_WAITS_S, Member, Roster
+from batchgen.cluster.crew import Places
+from batchgen.cluster.messages import Gone, StartEngine
+from batchgen.cluster.pace import Pace
+from batchgen.cluster.roster import REST_S, RETRY_WAITS_S, Member, Roster
+from batchgen.core.errors import ConfigError, EngineDeadError
 from tests import fakes
 from tests.fakes import FACTS, FakeClock
 from tests.unit.test_fleet_board import look
@@ -18,7 +18,7 @@ from tests.unit.test_fleet_board import look
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.fleet.messages import Badge, Order, Report
+    from batchgen.cluster.messages import Badge, Order, Report
 
 
 class PaperCrew:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.ledger.footer import FOOTER_KEY, PartFooter
-from batchgen.ranges import Ranges
+from batchgen.core.ranges import Ranges
+from batchgen.store.footer import FOOTER_KEY, PartFooter
 
 FOOTER = PartFooter(
     plan="plan-a",

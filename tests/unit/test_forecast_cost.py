@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from batchgen.core.errors import ConfigError
 from batchgen.engine.settings import gpus_of
-from batchgen.errors import ConfigError
-from batchgen.forecast.cost import (
+from batchgen.preview.cost import (
     Price,
     Rate,
     Work,
@@ -15,7 +15,7 @@ from batchgen.forecast.cost import (
     read_price,
     read_rate,
 )
-from batchgen.forecast.past import PastRun
+from batchgen.preview.past import PastRun
 
 
 def past_run(**fields):

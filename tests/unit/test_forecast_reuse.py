@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import pytest
 
-from batchgen.forecast.past import last_run
-from batchgen.forecast.report import Forecast, Rows, told
-from batchgen.forecast.reuse import moved
-from batchgen.ledger.matching import Span
-from batchgen.ledger.names import STATE
-from batchgen.plans.planning import prepare
-from batchgen.ranges import Ranges
+from batchgen.core.ranges import Ranges
+from batchgen.pipeline.planning import prepare
+from batchgen.preview.past import last_run
+from batchgen.preview.report import Forecast, Rows, told
+from batchgen.preview.reuse import moved
+from batchgen.store.matching import Span
+from batchgen.store.names import STATE
 from tests.fakes import plan
 
 SPANS = [Span(0, 10, 1, 0, 5), Span(2, 0, 1, 20, 10)]

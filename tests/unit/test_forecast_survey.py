@@ -9,18 +9,18 @@ from array import array
 import polars as pl
 import pytest
 
+from batchgen.core.errors import ConfigError, EngineError, InputChangedError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import EngineSpec, Request
 from batchgen.engine.start import start_engine
-from batchgen.errors import ConfigError, EngineError, InputChangedError
-from batchgen.forecast.survey import How, sampled, survey
-from batchgen.forecast.tokens import config_max_len, load_tokenize, max_model_len
-from batchgen.known import KnownKeys, prefix_of
-from batchgen.plans import planning
-from batchgen.plans.freezing import freeze
-from batchgen.plans.planning import prepare
-from batchgen.prompts.requests import RequestBuilder
-from batchgen.ranges import Ranges
-from batchgen.records import EngineSpec, Request
-from batchgen.seeds import Seeds
+from batchgen.job.seeds import Seeds
+from batchgen.pipeline import planning
+from batchgen.pipeline.freezing import freeze
+from batchgen.pipeline.planning import prepare
+from batchgen.preview.survey import How, sampled, survey
+from batchgen.preview.tokens import config_max_len, load_tokenize, max_model_len
+from batchgen.prompt.requests import RequestBuilder
+from batchgen.store.known import KnownKeys, prefix_of
 from tests.unit.test_forecast_cost import past_run
 
 SPEC = EngineSpec("echo", "", {}, {"max_tokens": 8})

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.errors import InputChangedError, SourceError
-from batchgen.ledger.books import Base
-from batchgen.ledger.matching import match
-from batchgen.ledger.row_digests import FOLDER, digest_reader, name_of
-from batchgen.plans.freezing import Before, freeze, has_new_rows
-from batchgen.plans.planning import prepare
+from batchgen.core.errors import InputChangedError, SourceError
+from batchgen.pipeline.freezing import Before, freeze, has_new_rows
+from batchgen.pipeline.planning import prepare
+from batchgen.store.books import Base
+from batchgen.store.matching import match
+from batchgen.store.row_digests import FOLDER, digest_reader, name_of
 from tests.fakes import write_jsonl
 
 

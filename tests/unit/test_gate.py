@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.config.answers import GateConfig
-from batchgen.errors import GateError
-from batchgen.gate import judge_gate, told, total_variation
+from batchgen.core.errors import GateError
+from batchgen.job.answers import GateConfig
+from batchgen.pipeline.gate import judge_gate, told, total_variation
 
 TALLY = {
     "verdict": {"ok": 940, "truncated": 40, "error": 20},

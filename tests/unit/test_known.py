@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.known import KnownKeys, Sieve, prefix_of, prefixes_of
-from batchgen.records import Ordinal, Request
+from batchgen.core.records import Ordinal, Request
+from batchgen.store.known import KnownKeys, Sieve, prefix_of, prefixes_of
 from tests.fakes import batch
 
 MERGE_KEYS = 2**18

@@ -13,19 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import AccountingError, FencedError, OutputError, StorageError
-from batchgen.ledger.books import Base, Manifest, Part
-from batchgen.ledger.footer import PartFooter
-from batchgen.ledger.ledger import Ledger
-from batchgen.ranges import Ranges
-from batchgen.records import RowError
-from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.sink.schema import part_schema
+from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
+from batchgen.store.books import Base, Manifest, Part
+from batchgen.store.footer import PartFooter
+from batchgen.store.ledger import Ledger
+from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.schema import part_schema
 from tests.fakes import batch, plan, results
 
 if TYPE_CHECKING:
-    from batchgen.ledger.books import Epoch, Plan
+    from batchgen.store.books import Epoch, Plan
 
 PARTS = "_batchgen/parts"
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), [pa.field("text", pa.string())], "gen_")

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.ledger import matching
-from batchgen.ledger.books import Durable, Part, Segment
-from batchgen.ledger.footer import PartFooter
-from batchgen.ledger.matching import Span, answered_by, is_same_reading, match, restricted
-from batchgen.ledger.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
-from batchgen.ranges import Ranges
+from batchgen.core.ranges import Ranges
 from batchgen.storage import LocalStorage
+from batchgen.store import matching
+from batchgen.store.books import Durable, Part, Segment
+from batchgen.store.footer import PartFooter
+from batchgen.store.matching import Span, answered_by, is_same_reading, match, restricted
+from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
 from tests.fakes import plan
 
 LONG = None

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from batchgen.errors import ConfigError
-from batchgen.plans.model_files import resolve_model
+from batchgen.core.errors import ConfigError
+from batchgen.pipeline.model_files import resolve_model
 
 MIB = 2**20
 

@@ -7,18 +7,18 @@ import os
 import pyarrow as pa
 import pytest
 
-from batchgen.errors import ConfigError, FencedError, RecipeChangedError, SourceError
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.nights import decide
-from batchgen.executor.options import RunOptions
-from batchgen.executor.plans import plan_of
-from batchgen.ledger.books import Base, Manifest
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.names import STATE
-from batchgen.plans.freezing import Before, freeze
-from batchgen.ranges import Ranges
-from batchgen.runner import StopSwitch
-from batchgen.sink.parts import PartContext, PartWriter
+from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
+from batchgen.core.ranges import Ranges
+from batchgen.pipeline.freezing import Before, freeze
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.nights import decide
+from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.plans import plan_of
+from batchgen.pipeline.runner import StopSwitch
+from batchgen.store.books import Base, Manifest
+from batchgen.store.ledger import Ledger
+from batchgen.store.names import STATE
+from batchgen.store.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
 
 PLAIN = RunOptions()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.executor.notify import metrics_text, run_hook, write_metrics
-from batchgen.executor.summary import Summary
-from batchgen.stats.run_stats import RunStats
+from batchgen.pipeline.notify import metrics_text, run_hook, write_metrics
+from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.summary import Summary
 
 RUN = RunStats(100.0, 10, num_ok=7, num_errors=2, prompt_tokens=900, output_tokens=90)
 RUN.error_types.update({"timeout": 2})
@@ -68,7 +68,7 @@ def test_the_hook_gets_the_summary_its_arguments_and_the_environment(tmp_path):
 
 def test_what_the_hook_prints_goes_to_stderr_so_that_stdout_stays_clean(tmp_path):
     command = hook(tmp_path, "print('to stdout'); print('to stderr', file=sys.stderr)")
-    script = f"from batchgen.executor.notify import run_hook\nprint(run_hook({command!r}, {{}}))"
+    script = f"from batchgen.pipeline.notify import run_hook\nprint(run_hook({command!r}, {{}}))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
@@ -161,7 +161,7 @@ def test_an_interrupt_while_the_hook_runs_kills_it(tmp_path):
         "import signal\n"
         "def stop(*_): raise KeyboardInterrupt\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "from batchgen.executor.notify import run_hook\n"
+        "from batchgen.pipeline.notify import run_hook\n"
         f"run_hook({hook(tmp_path, code)!r}, {{}})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import BatchgenError, ConfigError, StorageError
-from batchgen.ledger.footer import PartFooter
-from batchgen.ranges import Ranges
-from batchgen.records import Ordinal, Result, RowError
-from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.sink.schema import dictionary_columns, part_schema, published_schema
+from batchgen.core.errors import BatchgenError, ConfigError, StorageError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ordinal, Result, RowError
 from batchgen.storage import LocalStorage
+from batchgen.store.footer import PartFooter
+from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.schema import dictionary_columns, part_schema, published_schema
 from tests.fakes import ANSWER, batch, completion, results
 
 if TYPE_CHECKING:
-    from batchgen.ledger.books import Part
+    from batchgen.store.books import Part
 
 ID = pa.schema([("id", pa.string())])
 ORIGIN = {"model": "tiny@7", "recipe": "r" * 32}

@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.errors import ConfigError, InputChangedError, SourceError
-from batchgen.executor.carry_over import missing
-from batchgen.ledger.books import Durable, Part, Plan
-from batchgen.ledger.footer import PartFooter
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.matching import is_same_reading
-from batchgen.plans import frozen, planning
-from batchgen.plans.freezing import Before, freeze
-from batchgen.plans.planning import prepare
-from batchgen.ranges import Ranges
+from batchgen.core.errors import ConfigError, InputChangedError, SourceError
+from batchgen.core.ranges import Ranges
+from batchgen.pipeline import frozen, planning
+from batchgen.pipeline.carry_over import missing
+from batchgen.pipeline.freezing import Before, freeze
+from batchgen.pipeline.planning import prepare
+from batchgen.store.books import Durable, Part, Plan
+from batchgen.store.footer import PartFooter
+from batchgen.store.ledger import Ledger
+from batchgen.store.matching import is_same_reading
 from tests.fakes import write_jsonl
 
 

@@ -6,11 +6,11 @@ import io
 
 import pytest
 
-from batchgen.executor.watch import Sight, Watch
-from batchgen.records import EngineStats, RowError
-from batchgen.stats.progress import Progress, duration
-from batchgen.stats.run_stats import RunStats
-from batchgen.stats.runlog import RunLog
+from batchgen.core.records import EngineStats, RowError
+from batchgen.pipeline.progress import Progress, duration
+from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.watch import Sight, Watch
+from batchgen.store.runlog import RunLog
 from tests.fakes import batch, results
 
 

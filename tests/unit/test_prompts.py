@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.config.model import Example, PromptConfig
-from batchgen.errors import ConfigError
-from batchgen.prompts.budget import MAX_CHARS
-from batchgen.prompts.builder import PromptBuilder, turns
-from batchgen.prompts.sandbox import NULL, Sandbox
-from batchgen.records import Ordinal, Request, Result, RowBatch, RowError
-from batchgen.seeds import Seeds, row_seed
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import Ordinal, Request, Result, RowBatch, RowError
+from batchgen.job.model import Example, PromptConfig
+from batchgen.job.seeds import Seeds, row_seed
+from batchgen.prompt.budget import MAX_CHARS
+from batchgen.prompt.builder import PromptBuilder, turns
+from batchgen.prompt.sandbox import NULL, Sandbox
 from tests.fakes import batch, job, request_builder
 
 

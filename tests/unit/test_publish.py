@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen.errors import AccountingError, DamagedPartError
-from batchgen.ledger.footer import PartFooter
-from batchgen.ranges import Ranges
-from batchgen.records import RowError
-from batchgen.sink import publish
-from batchgen.sink.parts import PartContext, PartWriter
-from batchgen.sink.publish import SnapshotFormat, write_snapshot
-from batchgen.sink.schema import part_schema, published_schema
+from batchgen.core.errors import AccountingError, DamagedPartError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
+from batchgen.store import publish
+from batchgen.store.footer import PartFooter
+from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.publish import SnapshotFormat, write_snapshot
+from batchgen.store.schema import part_schema, published_schema
 from tests.fakes import ANSWER, batch, results
 
 CARRIED = pa.schema([("id", pa.string())])

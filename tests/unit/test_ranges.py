@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.ranges import Ranges
+from batchgen.core.ranges import Ranges
 
 numbers = st.sets(st.integers(0, 60))
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)))

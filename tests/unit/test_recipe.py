@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from batchgen.config.recipe import SPEED_OPTIONS, diff, fingerprint, make_recipe
+from batchgen.job.recipe import SPEED_OPTIONS, diff, fingerprint, make_recipe
 
 FILES = {"config.json": "aa", "model.safetensors": "bb"}
 

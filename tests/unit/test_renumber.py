@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.ledger.matching import Span
-from batchgen.ranges import Ranges
-from batchgen.sink.renumber import Renumbering, common_rows, rows_of
+from batchgen.core.ranges import Ranges
+from batchgen.store.matching import Span
+from batchgen.store.renumber import Renumbering, common_rows, rows_of
 from tests.fakes import plan
 
 OK, KEYED, KEYLESS = "ok", "an error with a key", "an error without"

@@ -8,9 +8,9 @@ import socket
 import pyarrow as pa
 import pytest
 
-from batchgen.prompts.requests import wrong_option_columns
-from batchgen.ranges import Ranges
-from batchgen.records import Request, RowBatch
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import Request, RowBatch
+from batchgen.prompt.requests import wrong_option_columns
 from tests.fakes import job, request_builder
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

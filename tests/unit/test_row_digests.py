@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.errors import StorageError
-from batchgen.ledger.row_digests import (
+from batchgen.core.errors import StorageError
+from batchgen.source.lines import scan_rows
+from batchgen.storage import Disk, LocalStorage
+from batchgen.store.row_digests import (
     DIGEST_BYTES,
     FOLDER,
     NO_DIGEST,
@@ -19,8 +21,6 @@ from batchgen.ledger.row_digests import (
     digest_reader,
     name_of,
 )
-from batchgen.source.lines import scan_rows
-from batchgen.storage import Disk, LocalStorage
 
 ROWS = [hashlib.sha256(bytes([number])).digest()[:DIGEST_BYTES] for number in range(10)]
 

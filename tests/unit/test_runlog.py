@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.records import EngineStats
-from batchgen.stats.run_stats import RunStats
-from batchgen.stats.runlog import RunLog, memory_mib, new_run_id, utc_now
+from batchgen.core.records import EngineStats
+from batchgen.pipeline.run_stats import RunStats
 from batchgen.storage import LocalStorage
+from batchgen.store.runlog import RunLog, memory_mib, new_run_id, utc_now
 
 FOLDER = "_batchgen/runs/run-1"
 
@@ -133,8 +133,8 @@ def test_many_replicas_have_rows_more_rarely_but_the_last_ones(storage, log, num
 
 
 def test_of_very_many_rows_older_moments_are_thinned_out(storage, log, monkeypatch):
-    monkeypatch.setattr("batchgen.stats.runlog._MOST_ROWS", 100)
-    monkeypatch.setattr("batchgen.stats.runlog._FOLD", 10)
+    monkeypatch.setattr("batchgen.store.runlog._MOST_ROWS", 100)
+    monkeypatch.setattr("batchgen.store.runlog._FOLD", 10)
     for at in range(500):
         log.sample_replicas(replicas(float(at), 4))
     log.finish({})

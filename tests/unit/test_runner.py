@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.answers.retries import Ladder
-from batchgen.config.model import RunConfig
-from batchgen.errors import AccountingError, EngineDeadError, SourceError, StorageError
-from batchgen.ranges import Ranges
-from batchgen.records import RowError
-from batchgen.runner import Runner, Stop, StopSwitch
-from batchgen.seeds import Seeds
-from batchgen.stages import Committer, Feeder, OpenPart, feds_of
-from batchgen.stats.run_stats import RunStats
+from batchgen.core.errors import AccountingError, EngineDeadError, SourceError, StorageError
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import RowError
+from batchgen.job.model import RunConfig
+from batchgen.job.seeds import Seeds
+from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.runner import Runner, Stop, StopSwitch
+from batchgen.pipeline.stages import Committer, Feeder, OpenPart, feds_of
 from tests import fakes
 from tests.fakes import (
     FACTS,
@@ -40,8 +40,8 @@ from tests.fakes import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from batchgen.config.model import JobConfig
-    from batchgen.records import RowBatch
+    from batchgen.core.records import RowBatch
+    from batchgen.job.model import JobConfig
 
 BAD = RowError("bad_json", "rows.jsonl:4: not JSON")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from batchgen.config.model import PromptConfig
-from batchgen.prompts import budget
-from batchgen.prompts.builder import PromptBuilder
-from batchgen.records import RowError
+from batchgen.core.records import RowError
+from batchgen.job.model import PromptConfig
+from batchgen.prompt import budget
+from batchgen.prompt.builder import PromptBuilder
 
 NEST = "{% set ns = namespace(x=(1, a)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}"
 DEEP = "{% set ns = namespace(x=()) %}{% for i in range(90000) %}{% set ns.x = (ns.x,) %}"
@@ -137,9 +137,9 @@ ATTACKS = {
 DRIVER = """
 import datetime, json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from batchgen.config.model import PromptConfig
-from batchgen.errors import ConfigError
-from batchgen.prompts.builder import PromptBuilder
+from batchgen.job.model import PromptConfig
+from batchgen.core.errors import ConfigError
+from batchgen.prompt.builder import PromptBuilder
 
 def high_water_mib():
     lines = open("/proc/self/status").read().splitlines()

@@ -11,22 +11,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.errors import ConfigError, OutputError
-from batchgen.ledger.books import Manifest, Segment
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.matching import Span
-from batchgen.ledger.names import STATE
-from batchgen.ledger.row_digests import DIGEST_BYTES, name_of
-from batchgen.snapshots.diff import diff
-from batchgen.snapshots.pairing import edited, paired
+from batchgen.core.errors import ConfigError, OutputError
 from batchgen.storage import LocalStorage
+from batchgen.store.books import Manifest, Segment
+from batchgen.store.ledger import Ledger
+from batchgen.store.matching import Span
+from batchgen.store.names import STATE
+from batchgen.store.row_digests import DIGEST_BYTES, name_of
+from batchgen.views.diff import diff
+from batchgen.views.pairing import edited, paired
 from tests.fakes import plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.ledger.books import Plan
+    from batchgen.store.books import Plan
 
 # --- pairing ------------------------------------------------------------------------------------
 

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.errors import BusyError, OutputError, StorageError
-from batchgen.ledger.books import Base, Manifest, Segment
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.lock import RunLock
-from batchgen.ledger.names import STATE
-from batchgen.snapshots import history
-from batchgen.snapshots.listing import listed
-from batchgen.snapshots.listing import prune as prune_output
-from batchgen.snapshots.pruning import beyond, prune
+from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.storage import Disk, LocalStorage
+from batchgen.store import history
+from batchgen.store.books import Base, Manifest, Segment
+from batchgen.store.ledger import Ledger
+from batchgen.store.lock import RunLock
+from batchgen.store.names import STATE
+from batchgen.store.pruning import beyond, prune
+from batchgen.views.listing import listed
+from batchgen.views.listing import prune as prune_output
 from tests.fakes import plan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchgen.ledger.books import Plan
+    from batchgen.store.books import Plan
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.errors import SourceError
-from batchgen.ranges import Ranges
+from batchgen.core.errors import SourceError
+from batchgen.core.ranges import Ranges
 from batchgen.source.base import ReadSpec
 from batchgen.source.csv import CsvReader, delimiter_hint
 

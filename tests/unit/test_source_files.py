@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from batchgen.errors import ConfigError, SourceError
+from batchgen.core.errors import ConfigError, SourceError
 from batchgen.source.columns import is_json, kind_word, parse_field, type_word
 from batchgen.source.csv import CsvReader
 from batchgen.source.files import find_files, reader_for

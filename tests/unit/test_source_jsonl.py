@@ -6,8 +6,8 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from batchgen.errors import SourceError
-from batchgen.ranges import Ranges
+from batchgen.core.errors import SourceError
+from batchgen.core.ranges import Ranges
 from batchgen.source.base import ReadSpec
 from batchgen.source.columns import parse_field, type_word
 from batchgen.source.jsonl import JsonlReader

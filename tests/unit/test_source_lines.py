@@ -11,8 +11,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.errors import SourceError
-from batchgen.ranges import Ranges
+from batchgen.core.errors import SourceError
+from batchgen.core.ranges import Ranges
 from batchgen.source import blocks
 from batchgen.source.blocks import BOM
 from batchgen.source.lines import read_lines, scan_lines

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.errors import SourceError
-from batchgen.ranges import Ranges
+from batchgen.core.errors import SourceError
+from batchgen.core.ranges import Ranges
 from batchgen.source import parquet
 from batchgen.source.base import ReadSpec
 from batchgen.source.columns import JSON_METADATA

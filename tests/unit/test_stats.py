@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from batchgen.records import EngineStats, RowError, Verdict
-from batchgen.stats.run_stats import Counts, RunStats
+from batchgen.core.records import EngineStats, RowError, Verdict
+from batchgen.pipeline.run_stats import Counts, RunStats
 from tests.fakes import batch, results
 
 BAD = RowError("prompt_too_long", "too long")

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from batchgen.errors import OutputError, SourceError, StorageError
+from batchgen.core.errors import OutputError, SourceError, StorageError
 from batchgen.inputs import find_inputs, is_url, open_input, stat_input
 from batchgen.storage import LocalStorage
 

@@ -11,9 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen import api
-from batchgen.config.load import load_job
-from batchgen.config.recipe import fingerprint, make_recipe
-from batchgen.config.tuned import (
+from batchgen.core.errors import ConfigError, EngineError, OutputError
+from batchgen.engine.start import start_engine
+from batchgen.job.load import load_job
+from batchgen.job.recipe import fingerprint, make_recipe
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.runner import StopSwitch
+from batchgen.preview.foresee import PlanOptions, foresee
+from batchgen.tuning.tuned import (
     PLACES,
     Tuned,
     check_writable,
@@ -25,12 +31,6 @@ from batchgen.config.tuned import (
     with_settings,
     write_tuned,
 )
-from batchgen.engine.start import start_engine
-from batchgen.errors import ConfigError, EngineError, OutputError
-from batchgen.executor.job_run import JobRun
-from batchgen.executor.options import RunOptions
-from batchgen.forecast.foresee import PlanOptions, foresee
-from batchgen.runner import StopSwitch
 
 JOB = """
 [input]

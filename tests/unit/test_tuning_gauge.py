@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from batchgen.executor.moment import Moment
-from batchgen.records import EngineFacts, EngineStats
+from batchgen.core.records import EngineFacts, EngineStats
+from batchgen.pipeline.moment import Moment
 from batchgen.tuning.gauge import PROMPT_WEIGHT, Times, add_moment, is_enough, measure, steady
 
 FACTS = EngineFacts("vllm", "0.26.0", "H100", 8192, 100, 60.0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from batchgen.config.tuned import with_settings
 from batchgen.tuning.gauge import Measure
 from batchgen.tuning.search import Search
 from batchgen.tuning.trial import Trial
+from batchgen.tuning.tuned import with_settings
 
 
 class Machine:

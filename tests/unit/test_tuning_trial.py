@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from batchgen.core.errors import ConfigError
 from batchgen.engine.start import start_engine
-from batchgen.errors import ConfigError
-from batchgen.executor.job_run import JobRun
-from batchgen.runner import Stop, StopSwitch
+from batchgen.pipeline.job_run import JobRun
+from batchgen.pipeline.runner import Stop, StopSwitch
 from batchgen.tuning.gauge import Times
 from batchgen.tuning.trial import Stops, _for_trial, run_trial
 

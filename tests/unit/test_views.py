@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from batchgen.cli.look import _readable
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.lock import RunLock
-from batchgen.ledger.names import STATE
-from batchgen.stats.runlog import RunLog
-from batchgen.views import not_begun, status
+from batchgen.store.ledger import Ledger
+from batchgen.store.lock import RunLock
+from batchgen.store.names import STATE
+from batchgen.store.runlog import RunLog
+from batchgen.views.status import not_begun, status
 from tests.fakes import plan
 
 if TYPE_CHECKING:

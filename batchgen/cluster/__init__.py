@@ -1,0 +1,1 @@
+"""The second way to compute: many engines, placed by Ray."""

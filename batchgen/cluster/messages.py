@@ -1,0 +1,191 @@
+"""What a run's driver and its workers tell each other: plain values, for they cross machines.
+
+A worker is one engine with a process of its own around it. It has a number that no other worker
+of the epoch has or will have, in the names of its parts; a worker that is replaced has another.
+A replica is the place of a worker, what a person sees: 1, 2, ... of `run.replicas`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from batchgen.core.errors import BatchgenError
+    from batchgen.core.ranges import Ranges
+    from batchgen.core.records import EngineFacts, EngineStats
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.runner import Stop
+    from batchgen.store.books import Plan
+
+
+class Badge(NamedTuple):
+    """Who a worker is, and what for."""
+
+    number: int
+    replica: int
+    job: JobConfig
+    run_id: str
+    version: str
+    """batchgen's at the driver: another one at the worker is refused."""
+
+
+class Lease(NamedTuple):
+    """Rows that a worker is to end, until the driver says otherwise."""
+
+    number: int
+    rows: Mapping[int, Ranges]
+    """Segment -> rows of it."""
+    payload: Any = None
+    """None: the worker reads the rows from the input's files. Else what its crew's `fetch` turns
+    into `stages.Fed`s, which may hold more rows than these."""
+
+
+class StartEngine(NamedTuple):
+    """Begin to start the engine: there will be work."""
+
+
+class Begin(NamedTuple):
+    """Work on this plan from now on. Comes before its first lease."""
+
+    plan: Plan
+    epoch: int
+    asks: bool
+    """Whether the driver is to be asked which requests have to be computed."""
+    is_packed: bool
+    """All leases come with payloads, in the order that they are to be done in."""
+
+
+class Take(NamedTuple):
+    """Do these, after those that came before."""
+
+    lease: Lease
+
+
+class Passing(NamedTuple):
+    """The answer to an `Asked`."""
+
+    ask: int
+    passes: Sequence[bool]
+
+
+class Finish(NamedTuple):
+    """No more leases for now: end those taken, make all durable, say `Finished`."""
+
+
+class Halt(NamedTuple):
+    """Stop, as `StopSwitch`."""
+
+    state: Stop
+    is_patient: bool
+
+
+Order = StartEngine | Begin | Take | Passing | Finish | Halt
+
+
+class Ready(NamedTuple):
+    """Bound to the plan."""
+
+    sees_input: bool
+    """Whether the input's files are there, as they were planned."""
+
+
+class Asked(NamedTuple):
+    """Which of these requests have to be computed, of those that may share an answer?"""
+
+    ask: int
+    segment: int
+    rows: Sequence[int]
+    prefixes: Sequence[int]
+    """First 64 bits of their keys."""
+    has_seed: Sequence[bool]
+
+
+class Committed(NamedTuple):
+    """A part is durable."""
+
+    name: str
+    done: Mapping[int, Ranges]
+    num_ok: int
+    num_errors: int
+    num_skipped: int
+    seconds: float
+    """That the commit took."""
+    error_types: Mapping[str, int] = {}
+    """Of the errors, where known."""
+
+
+class Read(NamedTuple):
+    """All leases are read: more are welcome."""
+
+
+class Finished(NamedTuple):
+    """All leases up to a `Finish`, or up to a stop, are dealt with; what ended is durable."""
+
+    is_complete: bool
+
+
+class EngineDied(NamedTuple):
+    """The worker's engine died; it sees to the next one by itself."""
+
+    death: Mapping[str, Any]
+    """`EngineDeath.as_dict`."""
+
+
+class Failed(NamedTuple):
+    """The worker cannot go on. What it committed before counts."""
+
+    error: BatchgenError
+
+
+class Noted(NamedTuple):
+    """Worth a warning."""
+
+    text: str
+
+
+Event = Ready | Read | Asked | Committed | Finished | EngineDied | Failed | Noted
+
+
+class Look(NamedTuple):
+    """A worker at one moment; counts are of its whole life."""
+
+    host: str
+    pid: int
+    facts: EngineFacts | None
+    capacity: int
+    num_in_flight: int
+    engine: EngineStats
+    num_ok: int
+    num_errors: int
+    num_skipped: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    num_retries: int
+    error_types: Mapping[str, int]
+    verdicts: Mapping[int, Mapping[str, int]]
+    rates: Mapping[str, float]
+    """As `RunStats.rates`."""
+    latencies_s: Sequence[float]
+    """Of some of the last rows."""
+    memory_mib: float | None
+
+    @property
+    def num_ended(self) -> int:
+        """Rows that need no more work, durable or not."""
+        return self.num_ok + self.num_errors + self.num_skipped
+
+
+class Report(NamedTuple):
+    """What a worker answers to orders."""
+
+    events: Sequence[Event]
+    look: Look | None
+
+
+class Gone(NamedTuple):
+    """There is no such worker any more; what it committed counts."""
+
+    reason: str

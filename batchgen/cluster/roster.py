@@ -1,0 +1,290 @@
+"""Who works where: hires a worker for each replica, and another one where one is gone.
+
+A worker is never restarted: a new one takes its place, under a new number, so that nothing that
+the old one may still write is taken for the new one's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from batchgen import __version__
+from batchgen.cluster.messages import Badge, Gone, StartEngine
+from batchgen.cluster.pace import Meter, Pace
+from batchgen.core.errors import ConfigError, EngineDeadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from batchgen.cluster.crew import Crew, Places
+    from batchgen.cluster.messages import Asked, Look, Order, Report
+    from batchgen.job.model import JobConfig
+
+_WHERE = "[run]"
+RETRY_WAITS_S = (0.0, 2.0, 10.0, 30.0)
+"""Before the next worker of a replica, after so many in a row that have committed no row."""
+REST_S = 600.0
+"""The same once these are used up, as long as there are other replicas."""
+MAX_SILENT_S = 120.0
+"""A worker that says nothing for so long counts as hung; it reports every second or two."""
+_TALK_WAIT_S = 0.2
+_REPORT_S = 0.25
+_REPORTS_A_SECOND = 250.0
+"""Of all workers together, while nothing happens: a report costs the driver about a millisecond."""
+_LOOK_FOR_ROOM_S = 5.0
+_FIRST_CAPACITY = 1024
+"""Of an engine that is not up: enough for a start."""
+_SOON_S = 60.0
+"""Within it a worker that was hired is heard of, or waits for room that it may never get."""
+_ROWS_A_REPLICA = 16
+"""For less it is not worth starting an engine beside another."""
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker, as the driver knows it."""
+
+    number: int
+    replica: int
+    hired_s: float
+    look: Look | None = None
+    """None until it is up."""
+    orders: list[Order] = field(default_factory=list)
+    """Not sent yet."""
+    is_exchanging: bool = False
+    is_begun: bool = False
+    """Has been told the task's plan."""
+    is_busy: bool = False
+    """Has leases that no `Finish` has followed yet."""
+    num_finishing: int = 0
+    """`Finish`es that it has not answered."""
+    num_leased: int = 0
+    num_set_aside: int = 0
+    """Of these, rows that wait for another row's answer."""
+    sees_input: bool = False
+    """Known once it has been told the plan."""
+    parts: set[str] = field(default_factory=set)
+    """That it has told of."""
+    meter: Meter = field(default_factory=Meter)
+    passed: deque[tuple[Asked, Sequence[bool]]] = field(default_factory=deque)
+    """What it was told to compute."""
+
+    def forget_task(self) -> None:
+        """Be told anew what to work on."""
+        self.is_begun = self.sees_input = False
+        self.passed.clear()
+
+    def pace(self, now_s: float) -> Pace:
+        """How it gets on; it has been heard of."""
+        look = self.look
+        assert look is not None  # noqa: S101 - see above
+        if look.facts is None:
+            # Rows that need no engine tell nothing of its speed. It will hold what runs, what
+            # waits for that inside vLLM, and some more.
+            capacity = max(look.capacity, _FIRST_CAPACITY)
+            return Pace(self.backlog, capacity, 0.0, is_up=False, num_slots=capacity // 3)
+        self.meter.note(now_s, look.num_ended)
+        num_slots = min(look.facts.max_num_seqs, look.capacity)
+        return Pace(self.backlog, look.capacity, self.meter.rate, is_up=True, num_slots=num_slots)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it may hold rows that are not durable."""
+        return self.is_busy or self.num_finishing > 0
+
+    @property
+    def backlog(self) -> int:
+        """Rows that it has yet to end."""
+        num_ended = self.look.num_ended if self.look is not None else 0
+        return self.num_leased - self.num_set_aside - num_ended
+
+
+@dataclass(slots=True)
+class _Place:
+    """A replica."""
+
+    replica: int
+    member: Member | None = None
+    num_failures: int = 0
+    """Workers in a row that were gone before they had committed a row."""
+    hire_at_s: float = 0.0
+    is_resting: bool = False
+    """Too many of them: nobody is there for a while."""
+
+
+class Roster:
+    """The workers of one run. For the driver's one thread."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        job: JobConfig,
+        run_id: str,
+        *,
+        on_hired: Callable[[Member], None],
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Bind; nobody is hired before `care`.
+
+        Args:
+            crew: Places workers; closed by whoever made it.
+            job: What they work on.
+            run_id: Of this run.
+            on_hired: Told of each worker.
+            tell: Told what is worth a warning.
+            clock: Monotonic seconds.
+        """
+        self._crew = crew
+        self._job = job
+        self._run_id = run_id
+        self._on_hired = on_hired
+        self._tell = tell
+        self._clock = clock
+        self._places: dict[int, _Place] = {}
+        self._num_hired = 0
+        self._room_at_s = 0.0
+        self._num_room = 0
+        self._last_trouble = ""
+        self._max_silent_s = min(MAX_SILENT_S, job.run.stall_s)
+        self.is_starting_engines = False
+        self.max_replicas: int | None = None
+        """More would have next to nothing to do."""
+
+    @property
+    def members(self) -> Iterator[Member]:
+        """Everybody who is hired, up or not."""
+        return (place.member for place in self._places.values() if place.member is not None)
+
+    @property
+    def up(self) -> list[Member]:
+        """Who can be given work."""
+        return [member for member in self.members if member.look is not None]
+
+    @property
+    def num_replicas(self) -> int:
+        """Places that are filled, or will be soon."""
+        return sum(not place.is_resting for place in self._places.values())
+
+    @property
+    def num_expected(self) -> int:
+        """Workers that have been heard of, or will be soon, as far as there is room."""
+        now_s = self._clock()
+        soon = [one.look is not None or now_s - one.hired_s < _SOON_S for one in self.members]
+        return min(sum(soon), self._num_room)
+
+    def begin(self, num_rows: int) -> None:
+        """A task of so many rows begins: nobody knows of it yet."""
+        for member in self.members:
+            member.forget_task()
+        if not self.is_starting_engines:
+            self.max_replicas = -(-num_rows // _ROWS_A_REPLICA)
+            self._room_at_s = self._clock()
+
+    def care(self) -> None:
+        """Fill empty places, as many as the job asks for or the cluster has room for.
+
+        Raises:
+            EngineDeadError: No place is left at which a worker lives.
+        """
+        now_s = self._clock()
+        if now_s >= self._room_at_s:
+            self._room_at_s = now_s + _LOOK_FOR_ROOM_S
+            self._open_places()
+        for place in self._places.values():
+            if place.member is None and now_s >= place.hire_at_s:
+                self._hire(place)
+        if self._places and not self.num_replicas:
+            msg = (
+                f"every replica has failed; the last one: {self._last_trouble}; what was finished "
+                "stays, run again to go on"
+            )
+            raise EngineDeadError(msg)
+
+    def _open_places(self) -> None:
+        replicas = self._job.run.replicas
+        places = self._crew.places()
+        self._num_room = places.num_now
+        wanted = places.num_now if replicas == "auto" else replicas
+        wanted = min(wanted, self.max_replicas or wanted)
+        if not self._places and self._job.run.ray_address is None:
+            self._refuse_too_many(places)
+        if not self._places and places.num_now < max(wanted, 1):
+            told = f"of {replicas} replicas {places.num_now} have room now"
+            self._tell(f"{told} ({places.told}); the others wait for it")
+        for replica in range(1, wanted + 1):
+            self._places.setdefault(replica, _Place(replica))
+        for replica, place in list(self._places.items()):
+            # A node is gone for good: nobody waits there.
+            if replica > wanted and (place.member is None or place.member.look is None):
+                self._leave(place)
+                del self._places[replica]
+
+    def _refuse_too_many(self, places: Places) -> None:
+        """A cluster may grow; this machine alone does not."""
+        replicas = self._job.run.replicas
+        if places.num_now < (1 if replicas == "auto" else replicas):
+            told = f"replicas = {replicas}, but this machine has room for {places.num_now}"
+            raise ConfigError(_WHERE, [f"{told} ({places.told}); set fewer, or ray_address"])
+
+    def _leave(self, place: _Place) -> None:
+        if place.member is not None:
+            self._crew.fire(place.member.number)
+
+    def _hire(self, place: _Place) -> None:
+        self._num_hired += 1
+        member = Member(self._num_hired, place.replica, self._clock())
+        place.member, place.is_resting = member, False
+        if self.is_starting_engines:
+            member.orders.append(StartEngine())
+        self._crew.hire(Badge(member.number, member.replica, self._job, self._run_id, __version__))
+        self._on_hired(member)
+
+    def send(self) -> None:
+        """Send what is to be sent, to those who are not busy with an earlier exchange."""
+        members = list(self.members)
+        wait_s = max(_REPORT_S, len(members) / _REPORTS_A_SECOND)
+        for member in members:
+            if not member.is_exchanging:
+                orders, member.orders = member.orders, []
+                member.is_exchanging = True
+                # A new one is to be heard of as soon as it is up.
+                is_new = member.look is None
+                self._crew.exchange(member.number, orders, 0.0 if is_new else wait_s)
+
+    def talk(self) -> Iterator[tuple[Member, Report | Gone]]:
+        """Send what is to be sent, and yield what has come back; waits a moment for something."""
+        self.send()
+        members = {member.number: member for member in self.members}
+        for number, news in self._crew.wait(_TALK_WAIT_S):
+            if (found := members.pop(number, None)) is not None:
+                found.is_exchanging = False
+                if not isinstance(news, Gone):
+                    found.look = news.look or found.look
+                yield found, news
+        for member in members.values():
+            silent_s = self._crew.silent_s(member.number)
+            if silent_s > self._max_silent_s:
+                yield member, Gone(f"it has said nothing for {silent_s:.0f} s")
+
+    def dismiss(self, member: Member, reason: str) -> None:
+        """A worker is gone, or is to go: kill what is left of it, see to the next one."""
+        self._crew.fire(member.number)
+        place = self._places.get(member.replica)
+        if place is None or place.member is not member:
+            return
+        place.member = None
+        # Rows that ended and were never committed are no progress.
+        place.num_failures = 1 if member.parts else place.num_failures + 1
+        host = f" ({member.look.host})" if member.look is not None else ""
+        self._last_trouble = f"replica {member.replica}{host}: {reason}"
+        place.is_resting = place.num_failures > len(RETRY_WAITS_S)
+        if place.is_resting:
+            wait_s, told = REST_S, f"tried again in {REST_S / 60:.0f} min"
+        else:
+            wait_s, told = RETRY_WAITS_S[place.num_failures - 1], "replaced"
+        place.hire_at_s = self._clock() + wait_s
+        self._tell(f"{self._last_trouble}; {told}")

@@ -1,0 +1,243 @@
+"""The frozen values that cross stages: Row batch -> Request -> Completion -> Result.
+
+This module is the whole contract between the stages of layer 3, which never import each other.
+Nothing here does work. A row is known by its `Ordinal` from the moment it is read to the moment
+its result is published; ids, texts and keys are data that ride along.
+
+What is made for every row is a named tuple: a frozen dataclass takes four times as long to make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from batchgen.core.ranges import Ranges
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat: `{"role": ..., "content": ...}` in order, as chat templates take it."""
+
+Prompt = str | Messages
+"""A raw text, tokenized as it is, or a chat, which goes through the model's chat template."""
+
+
+class Ordinal(NamedTuple):
+    """A row's identity in its plan: which segment, and which physical row of it, from 0."""
+
+    segment: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row has no answer. `error_type` is a stable lower-case word, `error` one line."""
+
+    error_type: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Some rows of one segment, in the order read.
+
+    `rows`, `values` and `carried` have one entry a row, at the same index. `values[i]` is None
+    exactly where `errors` has `i`.
+    """
+
+    segment: int
+    rows: Sequence[int]
+    """Physical row numbers within the segment, ascending."""
+    values: Sequence[Mapping[str, Any] | None]
+    """Column values that templates see."""
+    carried: pa.RecordBatch
+    """The columns that go to the output unchanged, `len(rows)` long, in the planned schema."""
+    errors: Mapping[int, RowError]
+    """Index in this batch -> why that row could not be read."""
+    skipped: Ranges
+    """Physical row numbers that end without a result: blank lines, rows that `where` leaves out."""
+
+
+class Request(NamedTuple):
+    """A row as it goes to the engine; one for each attempt."""
+
+    request_id: int
+    """Unique within one run; counts up from 0. Not the row's identity."""
+    ordinal: Ordinal
+    prompt: Prompt
+    request_key: str
+    """128-bit hash of content and recipe, 32 hex digits; the same for every attempt."""
+    seed: int | None
+    """For sampling, 0 <= seed < 2**62; None when sampling is greedy."""
+    batch: RowBatch
+    index: int  # type: ignore[assignment]  # Hides tuple.index, of no use here.
+    """Where the row's carried columns are: `batch.carried[index]`."""
+    params: Mapping[str, Any] | None = None
+    """vLLM's SamplingParams fields that this request has otherwise than the job."""
+    lora: str | None = None
+    """Name of the adapter in `EngineSpec.loras`; None for the model itself."""
+    attempt: int = 1
+    retry: Retry | None = None
+    """None for the first attempt."""
+
+
+class Retry(NamedTuple):
+    """What came before a further attempt."""
+
+    first: Request
+    failed: Result
+    """Of the attempt before this one; it stands if this one brings no answer at all."""
+    rung: int
+    """The index in the job's `[[retry]]`."""
+
+
+class TokenLogprobs(NamedTuple):
+    """One generated token and what else was likely there."""
+
+    token: str | None
+    """Its text; None for a special token, which ends an answer and is no text of it."""
+    logprob: float
+    """Natural logarithm of its probability, after the grammar's mask."""
+    top: Sequence[tuple[str | None, float]]
+    """The likeliest tokens with theirs, likeliest first; `SamplingParams.logprobs` of them."""
+
+
+class Sample(NamedTuple):
+    """One answer of the `n` that a request has."""
+
+    text: str
+    """Without the reasoning and the tool calls, where the model's are parsed."""
+    finish_reason: str | None
+    """vLLM's word, an open set: stop, length, repetition."""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    """Where asked for, one a token of the whole output."""
+    reasoning: str | None = None
+    tool_calls: Sequence[tuple[str, str]] | None = None
+    """Name and arguments (JSON text) of each call; None where none are parsed."""
+
+
+class Completion(NamedTuple):
+    """What the engine says of one request: answers, or why there are none."""
+
+    request_id: int
+    samples: Sequence[Sample]
+    """`n` of them; none if `error`."""
+    num_prompt_tokens: int | None
+    num_cached_tokens: int | None
+    """Prompt tokens that the prefix cache served."""
+    num_output_tokens: int | None
+    """Of all samples."""
+    latency_s: float | None
+    """From admission into the engine to the last token."""
+    error: RowError | None = None
+
+    @property
+    def text(self) -> str | None:
+        """Of the first sample."""
+        return self.samples[0].text if self.samples else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Of the first sample."""
+        return self.samples[0].finish_reason if self.samples else None
+
+
+class Verdict(StrEnum):
+    """What became of an answer."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    """It ended at max_tokens or max_model_len."""
+    INVALID_JSON = "invalid_json"
+    SCHEMA_VIOLATION = "schema_violation"
+    """Not of the form that the job asks for: schema, choice, regex."""
+    REFUSED = "refused"
+    """A rule of the job's `[checks]` refused it."""
+    ERROR = "error"
+    """There is no answer: `error_type` says why."""
+
+
+class Result(NamedTuple):
+    """How a row ends: exactly one a row, `ok` (error is None) or an error."""
+
+    ordinal: Ordinal
+    batch: RowBatch
+    index: int  # type: ignore[assignment]  # As in Request.
+    request_key: str | None
+    completion: Completion | None
+    error: RowError | None
+    verdict: Verdict = Verdict.ERROR
+    values: Sequence[Any] | None = None
+    """One a column of the job's answer, see `answers.form.Form.fields`; None: all null."""
+    attempts: int = 0
+    """How often the engine was asked."""
+    seed: int | None = None
+    """Of the attempt that counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a started engine says of itself; recorded with the results."""
+
+    name: str
+    version: str
+    device: str
+    max_model_len: int | None
+    max_num_seqs: int
+    startup_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at a working engine. Counters grow from 0 since its start; None where unknown."""
+
+    num_running: int | None = None
+    num_waiting: int | None = None
+    kv_cache_usage: float | None = None
+    """Share of the KV cache in use, 0 to 1."""
+    num_preemptions: int | None = None
+    num_steps: int | None = None
+    """Steps that did work: stands still when the engine hangs."""
+    num_prompt_tokens: int | None = None
+    """Of the requests whose prompt has been worked off, prefix cache or not; each counts once."""
+    num_generated_tokens: int | None = None
+    """Those of unfinished requests too."""
+    max_num_batched_tokens: int | None = None
+    """Tokens that one step takes at most."""
+    gpu_busy: float | None = field(default=None, compare=False)
+    """Share of time in which its GPUs worked, 0 to 1, for whomever: it changes though all else of a
+    hanging engine stands still, and does not count as a change."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything that a process needs to start an engine; plain values, so that it travels."""
+
+    backend: str
+    """`vllm` or `echo`."""
+    model: str
+    """Folder of the model; for vLLM always local, resolved before."""
+    model_kwargs: Mapping[str, Any]
+    """vLLM's `LLM(...)` keywords from `[model]` and `[model.engine]`; unset ones absent."""
+    sampling_params: Mapping[str, Any]
+    """vLLM's `SamplingParams` fields from `[sampling]` and the job's form, without `seed`; unset
+    ones absent. `structured_outputs` is a mapping of StructuredOutputsParams fields."""
+    chat_template: str | None = None
+    """Jinja text that replaces the model's own chat template."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tools for the chat template, as OpenAI's API describes them."""
+    loras: Mapping[str, str] = field(default_factory=dict)
+    """Name of each LoRA adapter that a request may name -> its folder."""
+    reasoning_parser: str | None = None
+    """vLLM's reasoning parser: what it finds goes to `Sample.reasoning`."""
+    tool_call_parser: str | None = None
+    """vLLM's tool parser: what it finds goes to `Sample.tool_calls`."""
+    log_path: str | None = None
+    """Where the engine's own log lines go."""
+    max_in_flight: int | None = None
+    """Requests inside the engine at once; None means twice its `max_num_seqs`."""

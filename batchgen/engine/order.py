@@ -1,0 +1,254 @@
+"""`AdmissionOrder`: long answers first, then by the prompts' text.
+
+Long first, because a long answer that begins last is decoded alone, at the speed of one, when all
+others have ended. By text, because requests with a common beginning that follow each other find it
+in the prefix cache; sorting whole prompts serves every depth of sharing at once. Both only where a
+look at the first rows shows that they pay; where not, rows go as they come.
+
+Two reaches: a look-ahead of bounded memory, or the whole job, sorted out of core in `TMPDIR`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import orjson
+
+from batchgen.engine.keyed import Keyed, loose
+from batchgen.engine.lengths import Lengths, held_size, octave
+from batchgen.engine.runs import SortedRuns
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Literal
+
+    from batchgen.core.records import Request
+
+    Mode = Literal["auto", "prefix"]
+
+SAMPLE_ROWS = 2048
+MIN_SHARED = 128
+"""Bytes that a prompt must share, on average, with its neighbour in sorted order, beyond what all
+share: about two blocks of the prefix cache, 16 tokens each."""
+MIN_OCTAVES = 2
+"""Answers whose expected lengths differ by less are all alike."""
+KEY_BYTES = 4096
+SAMPLE_BYTES = 16 << 10
+"""Of each text of the sample."""
+TAKE_ROWS = 1024
+TAKE_BYTES = 16 << 20
+"""What is taken lies in memory a second time until the engine has it."""
+
+
+class Reach(NamedTuple):
+    """How much is held in memory, and how much of it is sorted at a time."""
+
+    held_rows: int = 32_768
+    held_bytes: int = 64 << 20
+    run_rows: int = 4096
+    run_bytes: int = 16 << 20
+
+
+WHOLE = Reach(held_bytes=32 << 20, run_rows=16_384)
+"""For the whole job: larger runs are fewer files."""
+
+
+class Seen(NamedTuple):
+    """What is kept of a request to find out what is worth sorting by."""
+
+    text: bytes
+    num_expected: int
+
+
+class Sorting(NamedTuple):
+    """What requests are sorted by; nothing: they go as they come."""
+
+    by_text: bool = False
+    by_length: bool = False
+    skip: int = 0
+    """Bytes that all prompts share."""
+
+
+class AdmissionOrder:
+    """Takes requests as they are read, gives them in the order of admission.
+
+    One thread at a time.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        lengths: Lengths | None,
+        reach: Reach | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Bind.
+
+        Args:
+            mode: `auto`: a bounded look-ahead; `prefix`: the whole job, by text in any case.
+            lengths: What to expect of answers; None: nothing, so that the long are not first.
+            reach: Bounds of what is held in memory.
+            folder: Where the whole job may be written; None: `TMPDIR`.
+        """
+        self._mode = mode
+        self._lengths = lengths
+        self._reach = reach or (WHOLE if mode == "prefix" else Reach())
+        self._sample: list[Seen] = []
+        self._sorting: Sorting | None = None
+        self._new: list[Request] = []
+        self._new_bytes = 0
+        self._pinned_bytes = 0  # Of the batches that `_new` was read in.
+        self._runs = SortedRuns(self._reach.held_bytes if mode == "prefix" else None, folder)
+
+    @property
+    def num_held(self) -> int:
+        """Requests put and not yet taken."""
+        return len(self._new) + self._runs.num_rows
+
+    @property
+    def num_files(self) -> int:
+        """Temporary files that are open."""
+        return self._runs.num_files
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to sort by, and nothing held: requests need not come here."""
+        return self._sorting == Sorting() and not self.num_held
+
+    @property
+    def is_full(self) -> bool:
+        """Whether requests must be taken before more are put."""
+        if self._sorting is None:
+            return False
+        if self._sorting == Sorting():
+            return bool(self._new)
+        if self._mode == "prefix":
+            return False
+        num_bytes = self._new_bytes + self._runs.num_bytes
+        return self.num_held >= self._reach.held_rows or num_bytes >= self._reach.held_bytes
+
+    def put(self, requests: Sequence[Request]) -> None:
+        """Hand over requests of one batch, in the order read.
+
+        Raises:
+            StorageError: Rows do not fit into memory, and cannot be written to `TMPDIR`.
+        """
+        if not requests:
+            return
+        self._new += requests
+        self._new_bytes += held_bytes(requests)
+        self._pinned_bytes += requests[0].batch.carried.nbytes
+        if self._pinned_bytes >= self._reach.held_bytes:
+            # A few rows of many batches: copies of these rows are less than all batches.
+            self._new, self._pinned_bytes = loose(self._new), 0
+        if self._sorting is None:
+            self._look(requests)
+        if self._sorting is None or self._sorting == Sorting():
+            return
+        reach = self._reach
+        if len(self._new) >= reach.run_rows or self._new_bytes >= reach.run_bytes:
+            self._seal(self._sorting)
+
+    def take(self) -> list[Request]:
+        """Return the next requests, up to a thousand or 16 MiB or so; none only if none is held.
+
+        Raises:
+            StorageError: `TMPDIR` cannot be read or written.
+        """
+        sorting = self._sorting or self._guess()
+        if sorting == Sorting():
+            taken, self._new = self._new, []
+            self._new_bytes = self._pinned_bytes = 0
+            return taken or self._pop()
+        if self._new:
+            self._seal(sorting)
+        return self._pop()
+
+    def close(self) -> None:
+        """Drop what is held, and the files. Idempotent."""
+        self._new.clear()
+        self._sample.clear()
+        self._runs.close()
+
+    def _pop(self) -> list[Request]:
+        return self._runs.pop(TAKE_ROWS, TAKE_BYTES)
+
+    def _guess(self) -> Sorting:
+        """What to sort by before the whole sample is seen, which may be all there is."""
+        return find_sorting(self._sample, self._mode)
+
+    def _look(self, requests: Sequence[Request]) -> None:
+        for request in requests[: SAMPLE_ROWS - len(self._sample)]:
+            num = _expected(request, self._lengths)
+            self._sample.append(Seen(text_of(request)[:SAMPLE_BYTES], num))
+        if len(self._sample) == SAMPLE_ROWS or self._new_bytes >= self._reach.held_bytes:
+            self._sorting = self._guess()
+            self._sample.clear()
+
+    def _seal(self, sorting: Sorting) -> None:
+        rows, share = self._new, self._new_bytes // len(self._new)
+        self._new, self._new_bytes, self._pinned_bytes = [], 0, 0
+        self._runs.add([_keyed(request, sorting, self._lengths, share) for request in rows])
+
+
+def find_sorting(sample: Sequence[Seen], mode: Mode) -> Sorting:
+    """Find out what is worth sorting by, from the first requests of a job."""
+    octaves = {octave(seen.num_expected) for seen in sample}
+    by_length = bool(octaves) and max(octaves) - min(octaves) >= MIN_OCTAVES
+    texts = sorted(seen.text for seen in sample)
+    skip = common_prefix(texts[0], texts[-1]) if len(texts) > 1 else 0
+    shares = [common_prefix(a, b) - skip for a, b in pairwise(texts)]
+    shared = sum(shares) / max(1, len(texts))
+    by_text = mode == "prefix" or shared >= MIN_SHARED
+    return Sorting(by_text, by_length, skip) if by_text or by_length else Sorting()
+
+
+def text_of(request: Request) -> bytes:
+    """A prompt as bytes that sort like its text."""
+    prompt = request.prompt
+    return prompt.encode() if isinstance(prompt, str) else orjson.dumps(prompt)
+
+
+def common_prefix(a: bytes, b: bytes) -> int:
+    """How many bytes two texts have in common at their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _expected(request: Request, lengths: Lengths | None) -> int:
+    return lengths.expect(request.prompt, request.params) or 0 if lengths is not None else 0
+
+
+def _keyed(request: Request, sorting: Sorting, lengths: Lengths | None, num_bytes: int) -> Keyed:
+    rank, key = 0, b""
+    if sorting.by_length:
+        # Within an octave any order will do.
+        rank = -octave(_expected(request, lengths))
+    if sorting.by_text:
+        key = text_of(request)[sorting.skip : sorting.skip + KEY_BYTES]
+    return Keyed(rank, key, request.request_id, num_bytes, request)
+
+
+def held_bytes(requests: Sequence[Request]) -> int:
+    """About how much memory they take: twice their prompts, for the key, and their columns."""
+    prompts = sum(held_size(request.prompt) for request in requests)
+    return 2 * prompts + carried_bytes(requests)
+
+
+def carried_bytes(requests: Sequence[Request]) -> int:
+    """Memory of their columns, as shares of the batches that these are in."""
+    total, last, share = 0.0, None, 0.0
+    for request in requests:
+        batch = request.batch.carried
+        if batch is not last:
+            last, share = batch, batch.nbytes / max(1, batch.num_rows)
+        total += share
+    return int(total)

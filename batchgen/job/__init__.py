@@ -1,0 +1,1 @@
+"""The job file: its model, how it is loaded, its recipe."""

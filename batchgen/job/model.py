@@ -1,0 +1,331 @@
+"""The job file's tables, one model each. Docstrings under the fields are the documentation.
+
+The JSON Schema for editors, the README's table and the error texts all come from here. Field
+names that vLLM has are vLLM's, with vLLM's meaning; what is not listed goes in `[model.engine]`,
+which is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from batchgen.job.answers import ChecksConfig, GateConfig, RetryConfig, SamplingConfig
+from batchgen.job.dates import today
+from batchgen.job.table import PositiveInt, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import date
+
+# vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
+PICKLE_FORMATS = frozenset({"pt", "npcache"})
+
+
+class InputConfig(Table):
+    """What to read."""
+
+    path: str | list[str] = Field(min_length=1)
+    """File, glob, folder, or a list of these. Relative to the job file; URLs go to fsspec.
+    `{date}`, `{yesterday}`, `{run_date-3d}` are days, `{date:%Y/%m/%d}` says how to write them."""
+    format: Literal["jsonl", "csv", "parquet"] | None = None
+    """Only needed when file names do not end in .jsonl, .csv, .tsv or .parquet (+ .gz, .zst)."""
+    columns: list[str] | None = None
+    """Columns to carry into the output. Default: all."""
+    types: dict[str, str] = Field(default={})
+    """Column types. JSONL: where the guess from the first rows is not wanted. CSV: columns are
+    strings unless named here; an empty field is '' in a string and null in any other type."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Of CSV, one character. Default: a comma, in .tsv a tab."""
+    where: str | None = None
+    """SQL expression over the columns; only rows for which it is true are run."""
+    limit: PositiveInt | None = None
+    """Only the first so many rows (of those that `where` lets through)."""
+
+    @model_validator(mode="after")
+    def _can_delimit(self) -> Self:
+        if self.delimiter is not None and self.delimiter in '"\r\n\0':
+            msg = f"delimiter = {self.delimiter!r} cannot end a field, expected such as ';'"
+            raise ValueError(msg)
+        return self
+
+
+class Example(Table):
+    """One question and its answer."""
+
+    user: str
+    """The question, as a row's `user` would render; plain text."""
+    assistant: str | dict[str, Any]
+    """The answer; a table is written as JSON."""
+
+
+class PromptConfig(Table):
+    """How a row becomes a prompt: `user` (with `system`), or `text`, or `messages`."""
+
+    user: str | None = None
+    """Jinja template over the row's columns: the user message of a chat."""
+    user_file: str | None = None
+    """The same, from a file."""
+    system: str | None = None
+    """Jinja template: the system message."""
+    system_file: str | None = None
+    """The same, from a file."""
+    messages: str | None = None
+    """Name of a column that holds a whole chat: a list of {role, content}."""
+    text: str | None = None
+    """Name of a column that holds the raw prompt; no chat template is applied."""
+    examples: list[Example] = Field(default=[])
+    """Few-shot: questions and answers between system and user, the same for every row."""
+    examples_file: str | None = None
+    """The same from a JSONL file of {"user": ..., "assistant": ...}."""
+    images: str | None = None
+    """Column with a row's images (path, URL or bytes, or a list), for vision models. A path counts
+    by its name: another image under the same name is no other request."""
+    images_folder: str | None = None
+    """Where relative paths of images start. Default: the job file's folder."""
+    tools: list[dict[str, Any]] = Field(default=[])
+    """Tools that the model may call, as OpenAI's API describes them."""
+    tools_file: str | None = None
+    """The same from a JSON file: a list."""
+    chat_template_file: str | None = None
+    """Chat template to use instead of the model's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Extra variables for the chat template, for example enable_thinking = false."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        forms = {
+            "user": self.user is not None or self.user_file is not None,
+            "messages": self.messages is not None,
+            "text": self.text is not None,
+        }
+        given = [name for name, is_given in forms.items() if is_given]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            msg = f"found {found}, expected exactly one of user, messages, text"
+            raise ValueError(msg)
+        for name in ("user", "system"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                msg = f"both {name} and {name}_file are given, expected one"
+                raise ValueError(msg)
+        if (self.system is not None or self.system_file is not None) and not forms["user"]:
+            msg = f"system goes with user, not with {given[0]}"
+            raise ValueError(msg)
+        if (self.examples or self.examples_file is not None) and not forms["user"]:
+            msg = f"examples go with user, not with {given[0]}"
+            raise ValueError(msg)
+        if self.examples and self.examples_file is not None:
+            msg = "both examples and examples_file are given, expected one"
+            raise ValueError(msg)
+        if self.images is not None and forms["text"]:
+            msg = "images go with user or messages, not with text"
+            raise ValueError(msg)
+        return self
+
+
+class ModelConfig(Table):
+    """Which model, and how the engine loads it."""
+
+    backend: Literal["vllm", "echo"] = "vllm"
+    """`echo` answers with the prompt itself: dry runs, pipeline benchmarks, fault tests."""
+    name: str = ""
+    """Folder of the model (relative to the job file) or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: str | None = None
+    """vLLM's dtype: auto, bfloat16, float16, float32."""
+    quantization: str | None = None
+    """vLLM's quantization, when the checkpoint does not say it itself."""
+    max_model_len: PositiveInt | None = None
+    """Prompt and output together, in tokens. Default: the model's own."""
+    max_num_seqs: PositiveInt | None = None
+    """Rows that the engine runs at once. Default: vLLM's for the device."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the GPU's memory for this engine. Default: vLLM's."""
+    tensor_parallel_size: PositiveInt | None = None
+    """GPUs that share one copy of the model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. From the hub only with `revision` = a commit."""
+    allow_pickle: bool = False
+    """Load weights from *.bin, *.pt, *.pth or *.ckpt, which can run any code."""
+    lora: dict[str, str] = Field(default={})
+    """LoRA adapters: name -> folder. A single one serves every row."""
+    lora_column: str | None = None
+    """Column with the name of the row's adapter; null is the model itself."""
+    reasoning_parser: str | None = None
+    """vLLM's reasoning parser, such as qwen3: reasoning gets a column, forms hold for the rest."""
+    tool_call_parser: str | None = None
+    """vLLM's tool parser, such as hermes: tool calls get a column."""
+    engine: dict[str, Any] = Field(default={})
+    """Any other keyword of vLLM's LLM(...), passed as it is."""
+
+    @model_validator(mode="after")
+    def _has_name(self) -> Self:
+        if self.backend == "vllm" and not self.name:
+            msg = "name is missing, expected the model's folder or hub id"
+            raise ValueError(msg)
+        clash = sorted(set(self.engine) & {*type(self).model_fields, "model"})
+        if clash and self.backend == "vllm":
+            key = "name" if clash[0] == "model" else clash[0]
+            msg = f"engine.{clash[0]} has a key of its own, set model.{key}"
+            raise ValueError(msg)
+        if self.lora_column is not None and not self.lora:
+            msg = "lora_column is given without adapters, expected [model.lora] name = folder"
+            raise ValueError(msg)
+        if len(self.lora) > 1 and self.lora_column is None:
+            msg = f"{len(self.lora)} lora adapters, expected lora_column to say which row has which"
+            raise ValueError(msg)
+        load_format = self.engine.get("load_format")
+        if load_format is not None and not isinstance(load_format, str):
+            msg = f"engine.load_format = {load_format!r:.80}, expected a text such as 'safetensors'"
+            raise ValueError(msg)
+        if load_format in PICKLE_FORMATS and not self.allow_pickle:
+            msg = f"engine.load_format = {load_format!r} unpickles weights, set allow_pickle = true"
+            raise ValueError(msg)
+        return self
+
+
+class OutputConfig(Table):
+    """Where the results go."""
+
+    path: str = Field(min_length=1)
+    """Folder of the published Parquet files and of the job's state (`_batchgen/`).
+    May hold dates, as `input.path`: then every day is a job of its own."""
+    prefix: str = "gen_"
+    """Begins the name of every column that batchgen adds."""
+    json_schema: str | dict[str, Any] | None = Field(default=None, alias="schema")
+    """JSON Schema of the answer, a file or inline: answers are held to it and get typed columns."""
+    schema_column: str | None = None
+    """Column with a row's own JSON Schema: an object, or JSON text. Answers stay JSON text."""
+    choice: list[str] | None = Field(default=None, min_length=1)
+    """The answer is one of these."""
+    regex: str | None = None
+    """The answer matches this, as a whole."""
+    grammar: str | None = None
+    """The answer follows this grammar (EBNF or Lark, see vLLM)."""
+    json_object: bool = False
+    """The answer is some JSON object."""
+    flatten: bool = False
+    """With `schema`: a column for each of its fields, instead of one struct."""
+    with_seed: bool = False
+    """A column with the seed that each row was sampled with."""
+    compression: Literal["zstd", "snappy", "lz4", "gzip", "none"] = "zstd"
+    """Of the published files."""
+    rows_per_file: PositiveInt = 1_000_000
+    """Published files hold at most so many rows."""
+    keep_snapshots: PositiveInt | None = None
+    """So many snapshots stay: older ones are removed once a new one is published. Default: all
+    stay, see `batchgen prune`."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        forms = {
+            "schema": self.json_schema,
+            "schema_column": self.schema_column,
+            "choice": self.choice,
+            "regex": self.regex,
+            "grammar": self.grammar,
+            "json_object": self.json_object or None,
+        }
+        given = [name for name, value in forms.items() if value is not None]
+        if len(given) > 1:
+            msg = f"{' and '.join(given)} are given, expected one of them"
+            raise ValueError(msg)
+        if self.flatten and self.json_schema is None:
+            msg = "flatten is given without schema"
+            raise ValueError(msg)
+        return self
+
+
+class RunConfig(Table):
+    """How a run behaves. Nothing here changes an answer; change it freely between runs."""
+
+    flush_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """A finished row is durable within so many seconds: what a crash can cost."""
+    flush_rows: PositiveInt = 20_000
+    """Commit after so many finished rows at the latest."""
+    flush_mib: PositiveInt = 64
+    """Commit after about so many MiB of finished rows at the latest."""
+    max_in_flight: PositiveInt | None = None
+    """Requests inside the engine at once. Default: twice its max_num_seqs, which saturates it."""
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM or Ctrl-C: how long rows in flight may take to finish."""
+    disk_grace_s: Annotated[float, Field(ge=0)] = 300.0
+    """How long a full or failing disk may take to recover while finished rows wait in memory."""
+    stall_s: Annotated[float, Field(gt=0)] = 900.0
+    """An engine that has work and makes no progress for so many seconds counts as dead."""
+    stats_s: Annotated[float, Field(gt=0)] = 5.0
+    """A row in stats.parquet every so many seconds."""
+    replicas: PositiveInt | Literal["auto"] = 1
+    """Engines that work on the job, placed by Ray; auto: as many as the cluster has room for."""
+    ray_address: Annotated[str, Field(min_length=1)] | None = None
+    """Ray cluster that places them, such as `auto` or `host:6379`. Default: this machine alone."""
+    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each; below 1 they share one. Default: tensor_parallel_size x
+    pipeline_parallel_size; none for vLLM's CPU build."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores that Ray counts for each."""
+    dedupe: Literal["auto", "always", "never"] = "auto"
+    """Rows with equal requests run once and all get the answer: auto where sampling is
+    deterministic, always also where it is not, or never."""
+    order: Literal["auto", "input", "prefix"] = "auto"
+    """In which order rows reach the engine; the output's is always the input's. auto: where it
+    pays, long answers first and like prompts together, within some 30,000 rows; prefix: like
+    prompts together over the whole job, sorted in TMPDIR; input: as they come."""
+    on_finish: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Command to run at the end, [program, arguments...]; it gets the run's summary as JSON on
+    stdin. A program with a slash is relative to the job file. Its failure is only a warning."""
+    metrics_file: Annotated[str, Field(min_length=1)] | None = None
+    """Where to write figures of the last run for Prometheus (textfile collector, *.prom).
+    Relative to the job file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """A tuned file and what a run takes from it, see `batchgen.tuning.tuned`."""
+
+    path: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Those used: names as in vLLM -> values."""
+    note: str | None = None
+    """Why it is not used, or what of it is not."""
+
+
+class JobConfig(Table):
+    """A whole job file."""
+
+    input: InputConfig
+    prompt: PromptConfig
+    model: ModelConfig
+    sampling: SamplingConfig
+    output: OutputConfig
+    checks: ChecksConfig = ChecksConfig()
+    retry: list[RetryConfig] = Field(default=[], max_length=10)
+    gate: GateConfig = GateConfig()
+    run: RunConfig = RunConfig()
+    _run_date: date = PrivateAttr(default_factory=today)
+    _tuned: Tuned | None = PrivateAttr(default=None)
+
+    @property
+    def run_date(self) -> date:
+        """The day that dates in paths are counted from; no key of the file, not in the recipe."""
+        return self._run_date
+
+    def dated(self, run_date: date) -> Self:
+        """The same job with another `run_date`; paths that are resolved already stay."""
+        copy = self.model_copy()
+        copy._run_date = run_date
+        return copy
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """The tuned file beside the job file, see `use_tuned`; no key of the file either."""
+        return self._tuned
+
+    def tuned_by(self, tuned: Tuned) -> Self:
+        """The same job, saying which tuned file there is."""
+        copy = self.model_copy()
+        copy._tuned = tuned
+        return copy

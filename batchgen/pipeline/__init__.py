@@ -1,0 +1,1 @@
+"""The whole way of a row, from job file to snapshot."""

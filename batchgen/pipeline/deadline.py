@@ -1,0 +1,335 @@
+"""When a run has to be through: `--until`, `--max-runtime`, and who asks it to stop in time.
+
+A wall-clock time is turned into an instant once, by the rules of its zone. From then on `until`
+is held against `time.time` and `max_runtime_s` against `time.monotonic`, and whichever comes first
+counts:
+
+- A wall clock that is stepped takes the end of `until` with it: that is what a time of day means.
+  `max_runtime_s` does not notice. What has been asked once is never taken back.
+- While the machine is suspended nothing is asked. Linux's monotonic clock stands still in
+  suspension, so that `max_runtime_s` counts time awake; an `until` that has passed in the meantime
+  is noticed within a second of waking up, and the run is then asked to stop at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+import time
+import zoneinfo
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from datetime import time as dt_time
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+from batchgen.core.suggest import nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_WHEN = re.compile(
+    r"(?:(?P<date>\d{4}-\d\d-\d\d)(?:T|\s+))?"
+    r"(?P<hour>\d{1,2}):(?P<minute>\d\d)(?::(?P<second>\d\d))?"
+    r"\s*(?P<zone>Z|[+-]\d\d:?\d\d|[A-Za-z][\w+/-]*)?"
+)
+_EXPECTED = "expected for example 06:00, '06:00 Europe/Berlin' or '2026-11-23 06:00'"
+_UNITS_S = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_DURATION = re.compile(r"\s*".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS_S))
+_LOCALTIME = Path("/etc/localtime")
+
+# How often the thread looks: the clock may be stepped and the lead grows while it sleeps.
+_LOOK_EVERY_S = 1.0
+# Before anything is known of the work: enough for short answers and a commit on a local disk. More
+# would keep a short run from ever beginning, and so from ever knowing.
+_FIRST_FINISH_S, _FIRST_COMMIT_S = 1.0, 1.0
+_QUANTILE, _MARGIN = 0.99, 1.25
+
+
+def parse_until(text: str, now: datetime, local: tzinfo | None = None) -> datetime:
+    """Turn `06:00`, `06:00:30 Europe/Berlin`, `2026-11-23 06:00` or ISO with an offset into a time.
+
+    A time of day is its next occurrence. A time that the clocks jump over is the first instant
+    after the jump; one that they pass twice is the first of the two that is still to come.
+
+    Args:
+        text: As a person wrote it.
+        now: Aware.
+        local: Zone where the text names none; None: this machine's.
+
+    Returns:
+        Aware, in the zone of the text, after `now`.
+
+    Raises:
+        ValueError: It cannot be read, names no known zone, or is past.
+    """
+    found = _WHEN.fullmatch(text.strip())
+    if found is None:
+        msg = f"{text!r} is no time, {_EXPECTED}"
+        raise ValueError(msg)
+    zone = _zone(found["zone"], text) if found["zone"] else local or local_zone(now)
+    try:
+        clock = dt_time(int(found["hour"]), int(found["minute"]), int(found["second"] or 0))
+        day = date.fromisoformat(found["date"]) if found["date"] else None
+    except ValueError as error:
+        msg = f"{text!r} is no time ({error}), {_EXPECTED}"
+        raise ValueError(msg) from None
+    today = now.astimezone(zone).date()
+    # Four days: a zone may leave out a whole one, as Samoa did at the end of 2011.
+    for candidate in [day] if day else [today + timedelta(days=ahead) for ahead in range(4)]:
+        for instant in _instants(datetime.combine(candidate, clock), zone):
+            if instant > now:
+                return instant
+    shown = now.astimezone(zone).isoformat(sep=" ", timespec="seconds")
+    msg = f"{text!r} is past, now is {shown}; expected a time to come"
+    raise ValueError(msg)
+
+
+def _zone(name: str, text: str) -> tzinfo:
+    if name == "Z":
+        return UTC
+    if name[0] in "+-":
+        sign = -1 if name[0] == "-" else 1
+        offset = sign * timedelta(hours=int(name[1:3]), minutes=int(name[-2:]))
+        if abs(offset) >= timedelta(days=1):
+            msg = f"{text!r}: {name} is no offset from UTC, expected for example +01:00"
+            raise ValueError(msg)
+        return timezone(offset)
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
+        known = zoneinfo.available_timezones()
+        if not known:
+            msg = f"{text!r}: this machine knows no time zones, install tzdata or write an offset"
+        else:
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else "expected for example 'Europe/Berlin'"
+            msg = f"{text!r}: there is no time zone {name!r}, {hint}"
+        raise ValueError(msg) from error
+
+
+def local_zone(now: datetime) -> tzinfo:
+    """This machine's zone, with its summer time where that can be found out.
+
+    TZ first, then /etc/localtime, as the C library does; else the offset from UTC that holds now,
+    which is an hour off across a change of the clocks.
+    """
+    name = os.environ.get("TZ")
+    try:
+        if name:
+            return _named_zone(name.removeprefix(":"))
+        if name is None:
+            with _LOCALTIME.open("rb") as file:
+                return zoneinfo.ZoneInfo.from_file(file, key=str(_LOCALTIME))
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        pass  # A POSIX rule such as CET-1CEST,M3.5.0,M10.5.0/3, or no zone data.
+    offset = now.astimezone().utcoffset() or timedelta(0)
+    return timezone(offset)
+
+
+def _named_zone(name: str) -> tzinfo:
+    if not name.startswith("/"):
+        return zoneinfo.ZoneInfo(name)
+    with Path(name).open("rb") as file:
+        return zoneinfo.ZoneInfo.from_file(file, key=name)
+
+
+def _instants(clock: datetime, zone: tzinfo) -> list[datetime]:
+    """When the clocks of a zone show a time, in order: once, twice, or at the end of a jump."""
+    # fold 0 reads the clock by the offset before a change, fold 1 by the one after it (PEP 495).
+    early, late = (clock.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+    shown = [
+        instant
+        for instant in dict.fromkeys((early, late))
+        if instant.astimezone(zone).replace(tzinfo=None) == clock
+    ]
+    if not shown:
+        return [_change_between(late, early, zone).astimezone(zone)]
+    return [instant.astimezone(zone) for instant in sorted(shown)]
+
+
+def _change_between(before: datetime, after: datetime, zone: tzinfo) -> datetime:
+    """The first second with the offset of `after`."""
+    offset = after.astimezone(zone).utcoffset()
+    while after - before > timedelta(seconds=1):
+        middle = before + timedelta(seconds=int((after - before).total_seconds()) // 2)
+        if middle.astimezone(zone).utcoffset() == offset:
+            after = middle
+        else:
+            before = middle
+    return after
+
+
+def parse_duration(text: str) -> float:
+    """Turn `5h`, `90m`, `1h30m`, `45s` or `2d` into seconds.
+
+    Raises:
+        ValueError: It cannot be read, or is nothing or without end.
+    """
+    found = _DURATION.fullmatch(text.strip().lower())
+    numbers = found.groups() if found else ()
+    units = _UNITS_S.values()
+    seconds = sum(float(n) * unit for n, unit in zip(numbers, units, strict=False) if n)
+    if not seconds and any(numbers):
+        msg = f"{text!r} is nothing, expected more than 0, such as 5h or 90m"
+        raise ValueError(msg)
+    if not seconds or not math.isfinite(seconds):
+        msg = f"{text!r} is no length of time, expected for example 5h, 90m, 1h30m or 45s"
+        raise ValueError(msg)
+    return seconds
+
+
+def duration_text(seconds: float) -> str:
+    """As `parse_duration` reads it, in whole seconds: `1h30m`."""
+    left, parts = round(seconds), []
+    for unit, unit_s in _UNITS_S.items():
+        number, left = divmod(left, unit_s)
+        parts += [f"{number}{unit}"] if number else []
+    return "".join(parts) or "0s"
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """When a run has to be through; the earlier of the two counts."""
+
+    until: datetime | None = None
+    """Aware."""
+    max_runtime_s: float | None = None
+    started_s: float = 0.0
+    """The run's start on the monotonic clock, for `max_runtime_s`."""
+
+    def left_s(self, wall_s: float, monotonic_s: float) -> float:
+        """Seconds to go, below 0 when over; infinite without an end.
+
+        Args:
+            wall_s: `time.time()`.
+            monotonic_s: `time.monotonic()`.
+        """
+        return min(self._left_s(wall_s, monotonic_s))
+
+    def reason(self, wall_s: float, monotonic_s: float) -> str:
+        """Which of the two it is, for people."""
+        by_until_s, by_runtime_s = self._left_s(wall_s, monotonic_s)
+        if self.until is None or by_runtime_s < by_until_s:
+            return f"max runtime {duration_text(self.max_runtime_s or 0)}"
+        timespec = "seconds" if self.until.second else "minutes"
+        return f"deadline {self.until.isoformat(timespec=timespec)}"
+
+    def _left_s(self, wall_s: float, monotonic_s: float) -> tuple[float, float]:
+        by_until_s = math.inf if self.until is None else self.until.timestamp() - wall_s
+        if self.max_runtime_s is None:
+            return by_until_s, math.inf
+        return by_until_s, self.max_runtime_s - (monotonic_s - self.started_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """How long before its end a run has to stop."""
+
+    finish_s: float
+    """For the rows in flight to finish."""
+    commit_s: float
+    """For what has finished to become durable, and the process to end."""
+
+
+def estimate_lead(latencies_s: Iterable[float], commits_s: Iterable[float]) -> Lead:
+    """Guess from what has been seen.
+
+    Args:
+        latencies_s: Of recent rows, from admission into the engine to the last token: so long
+            may take what was admitted just now. May be a deque that another thread appends to,
+            and may hold the ages of rows in flight, which are the long ones.
+        commits_s: How long the last commits took; likewise.
+    """
+    rows, commits = sorted(list(latencies_s)), list(commits_s)  # noqa: C414 - copied in one go
+    finish_s = _FIRST_FINISH_S
+    if rows:
+        finish_s = _MARGIN * rows[min(math.ceil(_QUANTILE * len(rows)), len(rows)) - 1]
+    # Twice: one commit may be under way when the last one is handed over.
+    return Lead(finish_s, _FIRST_COMMIT_S + 2 * max(commits, default=0.0))
+
+
+class Switch(Protocol):
+    """What stops a run, see `runner.StopSwitch`."""
+
+    @property
+    def state(self) -> str:
+        """`no`, `drain` or `now`."""
+        ...
+
+    def drain(self) -> None:
+        """Admit nothing more."""
+        ...
+
+    def now(self) -> None:
+        """Do not wait any longer for what is in flight."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """The two clocks, in seconds."""
+
+    wall: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+
+
+class Deadline:
+    """Asks a run to stop in time, from a thread of its own. Without an end it does nothing."""
+
+    def __init__(
+        self,
+        stop: Switch,
+        end: End,
+        lead: Callable[[], Lead],
+        clocks: Clocks = Clocks(),
+    ) -> None:
+        """Bind; nothing is asked before `with`.
+
+        Args:
+            stop: Asked once when what is in flight has just time enough to finish and be
+                committed, and once more when only the commit has.
+            end: When to be through.
+            lead: Called in the thread, again and again: the answer may change.
+            clocks: Only tests bring their own.
+        """
+        self._stop = stop
+        self._end = end
+        self._lead = lead
+        self._clocks = clocks
+        self._is_closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.reason: str | None = None
+        """Why the run was stopped, if it was this that asked first."""
+
+    def __enter__(self) -> Self:
+        if self._end.until is not None or self._end.max_runtime_s is not None:
+            self.look()  # An end that is past already does not wait for a thread to start.
+            self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> float:
+        """Ask if it is time to; return the seconds until the next look."""
+        now = self._clocks.wall(), self._clocks.monotonic()
+        left_s = self._end.left_s(*now)
+        lead = self._lead()
+        if left_s <= lead.finish_s + lead.commit_s and self._stop.state == "no":
+            self.reason = self._end.reason(*now)
+            self._stop.drain()
+        if left_s <= lead.commit_s and self._stop.state == "drain":
+            self._stop.now()
+        next_s = lead.commit_s if self._stop.state != "no" else lead.finish_s + lead.commit_s
+        return min(max(left_s - next_s, 0.05), _LOOK_EVERY_S)
+
+    def _watch(self) -> None:
+        pause_s = 0.0
+        while not self._is_closed.wait(pause_s):
+            pause_s = self.look()

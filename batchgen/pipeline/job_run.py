@@ -1,0 +1,343 @@
+"""A run: takes a job from its file to its snapshot, by one engine here or by a fleet.
+
+Order matters: everything that can refuse a job comes before the engine starts; the engine starts
+before the input is scanned wherever it will surely be needed, so that both take the time of one;
+the claim comes after the plan, the snapshot after the last part, the manifest after the snapshot.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgen import __version__
+from batchgen.cluster.board import Board
+from batchgen.cluster.crews import engine_gpus, is_fleet, needs_of, ray_crew, share_gpu
+from batchgen.cluster.fleet import Fleet
+from batchgen.core.errors import (
+    BatchgenError,
+    BusyError,
+    ExitCode,
+    FencedError,
+    GateError,
+    StorageError,
+)
+from batchgen.engine.lazy import LazyEngine, closing_beside
+from batchgen.engine.start import StartEngine, start_engine
+from batchgen.pipeline import planning
+from batchgen.pipeline.advice import Way, advise
+from batchgen.pipeline.computing import Computation
+from batchgen.pipeline.context import Notes, RunContext
+from batchgen.pipeline.deadline import Deadline, End, estimate_lead
+from batchgen.pipeline.moment import Moment, look_at_run
+from batchgen.pipeline.nights import decide
+from batchgen.pipeline.notify import run_hook, write_metrics
+from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.plans import plan_of
+from batchgen.pipeline.refusals import refuse_foreign
+from batchgen.pipeline.retry import NO_ERRORS
+from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.snapshot import overridden, publish
+from batchgen.pipeline.summary import Summary, engine_dict, job_counts, state_of, tuned_dict
+from batchgen.pipeline.tuned import naming_tuned, tuned_notes
+from batchgen.storage import Disk, LocalStorage
+from batchgen.store.ledger import Ledger
+from batchgen.store.lock import RunLock
+from batchgen.store.names import STATE
+from batchgen.store.pruning import prune
+from batchgen.store.runlog import RunLog, new_run_id, utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.cluster.crew import Crew
+    from batchgen.engine.death import EngineDeath
+    from batchgen.engine.supervised import SupervisedEngine
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.nights import Decision
+    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.runner import StopSwitch
+    from batchgen.store.books import Epoch, Manifest
+
+
+class JobRun:
+    """One execution of a job. Use once: `JobRun(...).run()`."""
+
+    def __init__(  # noqa: PLR0913 - each for one kind of caller
+        self,
+        job: JobConfig,
+        *,
+        stop: StopSwitch,
+        options: RunOptions | None = None,
+        disk: Disk | None = None,
+        publishes: bool = True,
+        start: StartEngine = start_engine,
+        crew: Callable[[JobConfig], Crew] = ray_crew,
+    ) -> None:
+        """Bind; nothing is touched yet.
+
+        Args:
+            job: As loaded.
+            stop: Asked by whoever wants the run to end early.
+            options: Of `batchgen run`.
+            disk: The system calls; only fault tests bring their own.
+            publishes: False: leave the snapshot of a job that is answered to a later run.
+            start: Starts the engine; benchmarks bring one that many runs share.
+            crew: Places the workers of a job with replicas.
+
+        Raises:
+            ConfigError: The options do not go together.
+        """
+        self._job = job
+        self._options = options or RunOptions()
+        self._options.check()
+        self._publishes = publishes
+        self._started_s = time.monotonic()
+        now = utc_now()
+        self._started_at = now.isoformat(timespec="seconds")
+        self._prepared: Prepared | None = None
+        self._context = self._make_context(stop, disk, new_run_id(now), crew)
+        self._ledger = self._context.ledger
+        self._before = (0, 0, 0)
+        self._planned_at_s = self._started_s
+        self._published_at_s: float | None = None
+        self._start_engine = start
+        self._is_busy = False
+        end = End(self._options.until, self._options.max_runtime_s, self._started_s)
+        stats, commits_s = self._context.stats, self._context.commits_s
+        self._deadline = Deadline(stop, end, lambda: estimate_lead(stats.latencies_s, commits_s))
+        self.summary: Summary | None = None
+        """How the run ended, also where `run` raised."""
+        self.death: str | None = None
+        """Why the last engine that died did so."""
+
+    def _make_context(
+        self,
+        stop: StopSwitch,
+        disk: Disk | None,
+        run_id: str,
+        crew: Callable[[JobConfig], Crew],
+    ) -> RunContext:
+        job, notes = self._job, Notes()
+        storage = LocalStorage(Path(job.output.path), temp_tag=run_id, disk=disk)
+        stats = RunStats(self._started_s, 0)
+        engine: LazyEngine | Fleet = LazyEngine(self._build_engine)
+        if is_fleet(job):
+            shared = share_gpu(job, needs_of(job))
+            engine = Fleet(shared, run_id, crew, Board(stats), notes.add)
+        return RunContext(
+            job=job,
+            run_id=run_id,
+            storage=storage,
+            ledger=Ledger(storage),
+            lock=RunLock(storage, f"{STATE}/lock", run_id),
+            log=RunLog(storage, f"{STATE}/runs", run_id),
+            stats=stats,
+            stop=stop,
+            engine=engine,
+            notes=notes,
+            is_trial=not self._publishes,
+        )
+
+    def run(self) -> Summary:
+        """Run to the end, or as far as it goes; then tell whom the job says.
+
+        Raises:
+            BatchgenError: Job trouble, with its exit code. What finished is committed, and the
+                run's summary says what happened.
+        """
+        try:
+            with self._deadline:
+                return self._begin()
+        except BatchgenError as error:
+            self._is_busy = isinstance(error, BusyError)
+            if self.summary is None:
+                self.summary = self._summary(state_of(error), error.exit_code, str(error), None)
+            raise
+        finally:
+            if self.summary is not None:
+                self._announce(self.summary)
+
+    def _begin(self) -> Summary:
+        context = self._context
+        refuse_foreign(context.storage.root)
+        with ExitStack() as stack:
+            if self._options.wait:
+                context.lock.wait(context.is_stopped)
+                stack.callback(context.lock.release)
+            num_plans = self._ledger.latest_plan_number()
+            decision = decide(self._ledger, self._job, self._options)
+            self._prepared = decision.prepared
+            context.lock.acquire(steal=self._options.steal)
+            stack.callback(context.lock.release)
+            stack.callback(context.engine.close)
+            try:
+                self._check_no_newer_plan(num_plans)
+                for note in (*decision.notes, *tuned_notes(self._job)):
+                    context.notes.add(note)
+                with naming_tuned(self._job, context.engine):
+                    return self._run(decision)
+            except BatchgenError as error:
+                gate = error.gate if isinstance(error, GateError) else ()
+                self._finish(state_of(error), error.exit_code, str(error), gate=gate)
+                raise
+            except KeyboardInterrupt:
+                self._finish("stopped", ExitCode.STOPPED, "interrupted; run again to go on")
+                raise
+            except BaseException as error:
+                self._finish("fault", ExitCode.FAULT, repr(error))
+                raise
+
+    def _check_no_newer_plan(self, num_plans: int) -> None:
+        if self._ledger.latest_plan_number() != num_plans:
+            msg = f"{self._context.storage.where}: another run has just planned this job; run again"
+            raise FencedError(msg)
+
+    def _announce(self, summary: Summary) -> None:
+        """Tell whom the job says; what fails here is a warning."""
+        run = self._job.run
+        told = []
+        # The run that holds the job writes the figures.
+        if run.metrics_file is not None and not self._is_busy:
+            told.append(write_metrics(run.metrics_file, summary.as_dict()))
+        if run.on_finish:
+            told.append(run_hook(run.on_finish, summary.as_dict()))
+        summary.warnings.extend(text for text in told if text is not None)
+
+    def _run(self, decision: Decision) -> Summary:
+        context = self._context
+        if context.is_stopped():
+            return self._stopped()
+        plan, manifest = plan_of(context, self._options, decision)
+        self._planned_at_s = time.monotonic()
+        if manifest is not None:
+            reason = f"already complete, published by run {manifest.run_id}"
+            if self._options.retry_errors:
+                reason = f"{NO_ERRORS}; {reason}"
+            self.summary = self._summary("nothing_to_do", ExitCode.COMPLETE, reason, manifest)
+            return self.summary
+        epoch = self._ledger.claim(plan, context.run_id, self._who())
+        durable = epoch.durable
+        self._before = (durable.num_ok, durable.num_errors, durable.num_skipped)
+        for name, why in durable.rejected.items():
+            context.notes.add(f"{name} does not count ({why}); its rows are done again")
+        context.stats.num_rows = plan.num_rows
+        context.stats.num_resumed = durable.num_done
+        if not Computation(context, decision.prepared, epoch).run():
+            return self._stopped()
+        if not self._publishes:
+            return self._finish("answered", ExitCode.STOPPED, "run again to publish")
+        return self._publish(decision.prepared, epoch)
+
+    def moment(self) -> Moment:
+        """Where the run is; may be asked from another thread."""
+        return look_at_run(self._context)
+
+    def _stopped(self) -> Summary:
+        reason = f"{self._deadline.reason or 'on purpose'}, with work left; run again to go on"
+        return self._finish("stopped", ExitCode.STOPPED, reason)
+
+    def _publish(self, prepared: Prepared, epoch: Epoch) -> Summary:
+        with closing_beside(self._context.engine):
+            manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
+            self._published_at_s = time.monotonic()
+        for text in overridden(manifest):
+            self._context.notes.add(text)
+        if (keep := self._job.output.keep_snapshots) is not None:
+            try:
+                prune(self._ledger, keep)
+            except StorageError as error:  # The night is published; the next one prunes.
+                self._context.notes.add(f"old snapshots are not removed yet: {error}")
+        return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
+
+    def _build_engine(self) -> SupervisedEngine:
+        assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
+        return self._start_engine(
+            planning.engine_spec(self._prepared, self._context.log.engine_log),
+            stall_s=self._job.run.stall_s,
+            on_death=self._record_death,
+        )
+
+    def _record_death(self, death: EngineDeath) -> None:
+        self.death = death.reason
+        path = self._context.log.engine_death(death.number, death.as_dict())
+        self._context.notes.add(f"engine death {death.number}: {death.reason}; see {path}")
+
+    def _who(self) -> dict[str, Any]:
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started_at": self._started_at,
+            "batchgen": __version__,
+            **({} if self._publishes else {"is_trial": True}),
+        }
+
+    def _finish(
+        self,
+        state: str,
+        code: ExitCode,
+        reason: str | None = None,
+        *,
+        manifest: Manifest | None = None,
+        gate: Sequence[Mapping[str, Any]] = (),
+    ) -> Summary:
+        self._advise()
+        self.summary = self._summary(state, code, reason, manifest, gate)
+        self.summary = replace(self.summary, summary_path=self._context.log.summary_path)
+        self._context.log.live({"state": state, "reason": reason})
+        self._context.log.finish(self.summary.as_dict())
+        return self.summary
+
+    def _advise(self) -> None:
+        """Say what the run's samples tell of its settings; those of one engine only."""
+        context, job = self._context, self._job
+        is_one = isinstance(context.engine, LazyEngine)
+        if not self._publishes or self.death is not None or not is_one:
+            return
+        num_gpus, capacity = engine_gpus(job), context.engine.capacity
+        way = Way(job.run.max_in_flight, job.sampling.n, capacity, num_gpus)
+        for text in advise(context.log.samples, context.engine.facts, way):
+            context.notes.add(text)
+            sys.stderr.write(f"batchgen: {text}\n")
+
+    def _summary(
+        self,
+        state: str,
+        code: ExitCode,
+        reason: str | None,
+        manifest: Manifest | None,
+        gate: Sequence[Mapping[str, Any]] = (),
+    ) -> Summary:
+        context = self._context
+        taken, stats, now_s = context.taken, context.stats, time.monotonic()
+        published_s = self._published_at_s
+        return Summary(
+            state=state,
+            exit_code=int(code),
+            run_id=context.run_id,
+            run_date=self._job.run_date.isoformat(),
+            output=self._job.output.path,
+            reason=reason,
+            **job_counts(manifest, stats, taken, self._before),
+            files=[file["name"].rpartition("/")[2] for file in manifest.files] if manifest else [],
+            num_durable=stats.num_resumed + stats.num_committed,
+            num_carried=taken.num_rows - taken.num_copied,
+            num_copied=taken.num_copied,
+            gate=[dict(entry) for entry in (manifest.gate if manifest else gate)],
+            run=stats.totals(now_s),
+            engine=engine_dict(context.engine.facts),
+            started_at=self._started_at,
+            planned_s=(taken.known_at_s or self._planned_at_s) - self._started_s,
+            published_s=published_s - self._started_s if published_s is not None else None,
+            elapsed_s=now_s - self._started_s,
+            tuned=tuned_dict(self._job.tuned),
+            warnings=context.notes.texts + context.engine.warnings,
+            num_engine_warnings=context.log.num_engine_warnings(),
+            summary_path=None,
+        )

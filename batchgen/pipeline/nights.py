@@ -1,0 +1,205 @@
+"""What a run has to do: go on, begin, take up what changed, or nothing.
+
+    nothing is planned here yet, or --fresh      a new plan
+    nothing has changed                          the newest plan, finished or not
+    files have changed                           a new plan that takes over what it can
+    the recipe has changed                       refused, unless --accept-recipe
+    ... and the newest plan has come to nothing  as if that plan had never been
+
+A plan that takes rows over is an ordinary plan: it only has bases, earlier plans whose answers it
+may use. So a night that is killed goes on like every run, and an unfinished plan whose input
+moved on is itself a base, so that nothing it has computed is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.core.errors import RecipeChangedError
+from batchgen.pipeline import frozen, planning
+from batchgen.pipeline.freezing import Before
+from batchgen.store.books import Base
+from batchgen.store.footer import PartFooter
+from batchgen.store.names import PARTS, epoch_of
+from batchgen.store.row_digests import digest_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.options import RunOptions
+    from batchgen.pipeline.planning import Look, Prepared
+    from batchgen.store.books import Manifest, Plan
+    from batchgen.store.ledger import Ledger
+
+
+class Decision(NamedTuple):
+    """What a run is to do."""
+
+    prepared: Prepared
+    plan: Plan | None
+    """The plan to go on with, None for a new one."""
+    before: Before
+    """What a new plan goes back to."""
+    notes: Sequence[str] = ()
+    """Worth a warning."""
+    replaces: Plan | None = None
+    """The newest plan, if the new one is for another job only because it has come to nothing: to
+    be looked at once more under the lock, see `has_come_to_nothing`."""
+
+
+def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
+    """Look at job, input and output; reads no row.
+
+    Raises:
+        ConfigError: The job does not fit itself or its input.
+        SourceError: The input does not exist or is not what its name says.
+        RecipeChangedError: The job is not the newest plan's, and nobody said that it may be.
+        OutputError: The output is not one that this version understands.
+    """
+    look = planning.look_at(job)
+    plan = ledger.latest_plan()
+    if plan is None or options.fresh:
+        return Decision(planning.with_input(look, plan), None, Before(seen=plan))
+    changes = look.changes(plan)
+    if not changes and not frozen.has_other_files(plan, job):
+        prepared = planning.with_plan(look, plan)
+        if not frozen.input_changes(plan, prepared.reader):
+            return Decision(prepared, plan, Before())
+    # A run whose job is stolen may be at work on a plan that has come to nothing so far.
+    if changes and not options.steal and has_come_to_nothing(ledger, plan):
+        return _instead_of(ledger, look, plan, options)
+    return _after(ledger, look, plan, ledger.manifest(plan.number), options)
+
+
+def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
+    """Whether the newest plan may be put aside: no snapshot, and no answer or error row since.
+
+    Every part since the last snapshot counts, accepted or not, of whatever plan; what cannot be
+    read counts too. Rows that only were skipped are no loss.
+    """
+    if ledger.manifest(plan.number) is not None:
+        return False
+    newest = ledger.latest_manifest()
+    last_epoch = newest.epoch if newest is not None else 0
+    since = (name for name in ledger.storage.list(PARTS) if epoch_of(name) > last_epoch)
+    return not any(_may_hold_rows(ledger, name) for name in since)
+
+
+def _may_hold_rows(ledger: Ledger, name: str) -> bool:
+    try:
+        metadata = pq.read_metadata(ledger.storage.path(name)).metadata
+        return PartFooter.from_metadata(metadata).num_results > 0
+    except (OSError, pa.ArrowException, ValueError):
+        return True
+
+
+def _instead_of(ledger: Ledger, look: Look, plan: Plan, options: RunOptions) -> Decision:
+    """As if a plan had never been: what is published before it still guards its own recipe."""
+    manifest = ledger.latest_manifest()
+    if manifest is None:
+        decision = Decision(planning.with_input(look, plan), None, Before(seen=plan))
+    else:
+        decision = _after(ledger, look, ledger.plan(manifest.number), manifest, options)
+    note = f"plan {plan.number} came to nothing, and the job is another now: a new plan replaces it"
+    return decision._replace(notes=(*decision.notes, note), replaces=plan)
+
+
+def _after(
+    ledger: Ledger, look: Look, plan: Plan, manifest: Manifest | None, options: RunOptions
+) -> Decision:
+    """A new plan that goes back to this one."""
+    job, changes = look.job, look.changes(plan)
+    if any(not change.startswith("input.") for change in changes):
+        return _with_new_recipe(ledger, look, plan, manifest, options)
+    if changes and manifest is None and not options.accept_recipe:
+        raise RecipeChangedError(job.output.path, changes, is_finished=False)
+    before = Before(
+        seen=plan,
+        bases=_bases(ledger, plan, manifest),
+        takes_errors=not options.retry_errors and (manifest is not None or plan.takes_errors),
+        generation=plan.generation + options.retry_errors,
+    )
+    return Decision(planning.with_input(look, plan), None, before, _gone(plan, job))
+
+
+def _with_new_recipe(
+    ledger: Ledger,
+    look: Look,
+    plan: Plan,
+    manifest: Manifest | None,
+    options: RunOptions,
+) -> Decision:
+    output, changes = look.job.output.path, look.changes(plan)
+    if not options.accept_recipe:
+        raise RecipeChangedError(output, changes, is_finished=manifest is not None)
+    prepared = planning.with_input(look, plan)
+    if not options.only_errors:
+        return Decision(prepared, None, Before(seen=plan))
+    if wrong := _other_columns(plan, prepared):
+        raise RecipeChangedError(output, [*changes, wrong], is_finished=manifest is not None)
+    bases = _bases(ledger, plan, manifest)
+    before = Before(plan, bases, takes_errors=False, generation=plan.generation + 1)
+    return Decision(prepared, None, before, _run_whole(ledger, plan, prepared))
+
+
+def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
+    """Files that changed and whose rows only their key could tell, which holds the recipe."""
+    files = set(prepared.files)
+    wholes = [
+        segment
+        for segment in plan.segments
+        if segment.num_rows
+        and segment.path in files
+        and digest_reader(ledger.storage, segment.digest, segment.num_rows) is None
+        and frozen.difference(segment, prepared.reader)
+    ]
+    if not wholes:
+        return []
+    num_rows = sum(segment.num_rows for segment in wholes)
+    more = f" and {len(wholes) - 1} more files" if len(wholes) > 1 else ""
+    return [
+        f"--only-errors: {num_rows:,} rows of {wholes[0].path}{more} run again, edited or not: "
+        f"which rows of a {plan.input_format} file were edited cannot be told across recipes"
+    ]
+
+
+def _other_columns(plan: Plan, prepared: Prepared) -> str | None:
+    """Why the plan's rows cannot stand beside those of a new recipe."""
+    now = prepared.frozen_job
+    if all(pick(plan.job) == pick(now) for pick in _DECIDE_COLUMNS):
+        return None
+    return "--only-errors: answers would have other columns than those that are taken over"
+
+
+_DECIDE_COLUMNS: Sequence[Callable[[Mapping[str, Any]], Any]] = (
+    lambda job: job["output"],
+    lambda job: job["recipe"].get("form"),
+    lambda job: job["recipe"]["sampling"].get("n"),
+    lambda job: job["recipe"]["sampling"].get("logprobs"),
+    lambda job: job["recipe"]["model"].get("reasoning_parser"),
+    lambda job: job["recipe"]["model"].get("tool_call_parser"),
+)
+
+
+def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Base]:
+    """Where to take rows from: the newest plan first, and what an unfinished one would take."""
+    if manifest is not None:
+        return (Base(plan.number),)
+    parts = tuple(part.name for part in ledger.durable(plan).parts)
+    return (Base(plan.number, parts), *plan.bases)
+
+
+def _gone(plan: Plan, job: JobConfig) -> list[str]:
+    """Planned files that are not in the input any more."""
+    _, files = planning.find_input(job)
+    gone = [segment.path for segment in plan.segments if segment.path not in set(files)]
+    if not gone or plan.is_cut:
+        return []
+    return [
+        f"{len(gone)} input files are gone, such as {gone[0]}: rows that no other file has leave "
+        "the snapshot"
+    ]

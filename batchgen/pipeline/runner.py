@@ -1,0 +1,278 @@
+"""One worker's loop, and the only place where stages meet.
+
+Follow a row:
+
+    Feeder thread      reader.read -> RequestBuilder.of -> queue or order     (render ahead)
+    Runner (caller)    engine.add up to engine.capacity, engine.step          (never waits for I/O)
+                       completion -> Judge -> Result -> open part, or Ladder -> again
+    Committer thread   open part -> PartWriter.commit                         (durable from here)
+
+No stage waits for a slow row: the window is topped up as completions come, in whatever order,
+and a part holds whatever finished since the last one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from batchgen.answers.retries import final
+from batchgen.core.collector import rare_collection
+from batchgen.core.errors import AccountingError, BatchgenError, EngineDeadError
+from batchgen.core.ranges import Ranges
+from batchgen.pipeline.stages import Committer, Fed, Feeder, OpenPart
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from batchgen.answers.judge import Judge
+    from batchgen.answers.retries import Ladder
+    from batchgen.core.records import Completion, Request, Result
+    from batchgen.engine.base import Engine
+    from batchgen.job.model import RunConfig
+    from batchgen.pipeline.run_stats import RunStats
+
+_IDLE_WAIT_S = 0.05
+_STEP_WAIT_S = 0.2
+
+
+class Stop(StrEnum):
+    """How far a run has been asked to stop."""
+
+    NO = "no"
+    DRAIN = "drain"
+    """Admit nothing more; let what is in flight finish within the grace."""
+    NOW = "now"
+
+
+class StopSwitch:
+    """Asked by signal handlers and by the deadline, read by the runner. Only ever moves forward."""
+
+    def __init__(self) -> None:
+        self.state = Stop.NO
+        self.is_patient = False
+        """Who asked will say when to stop waiting for what is in flight: no grace is counted."""
+        self.is_heard = False
+        """A runner's loop is looking; nobody else has to act on a second asking."""
+
+    def ask(self) -> None:
+        """Ask once: drain. Ask again: now."""
+        self.state = Stop.DRAIN if self.state is Stop.NO else Stop.NOW
+
+    def drain(self) -> None:
+        """Admit nothing more; `now` will come when it is time."""
+        if self.state is Stop.NO:
+            self.is_patient = True
+            self.state = Stop.DRAIN
+
+    def now(self) -> None:
+        """Stop waiting."""
+        self.state = Stop.NOW
+
+
+class Runner:
+    """Keeps the engine full and the books straight. One run, one instance, one thread."""
+
+    def __init__(  # noqa: PLR0913 - the one place where all stages meet
+        self,
+        engine: Engine,
+        feeder: Feeder,
+        committer: Committer[OpenPart],
+        stats: RunStats,
+        *,
+        judge: Judge,
+        ladder: Ladder,
+        config: RunConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        """Bind the stages; they belong to the caller, who closes them."""
+        self._engine = engine
+        self._feeder = feeder
+        self._committer = committer
+        self.stats = stats
+        self._judge = judge
+        self._ladder = ladder
+        self._config = config
+        self._clock = clock
+        self._waiting: deque[Request] = deque()
+        self._in_flight: dict[int, Request] = {}
+        self._part = OpenPart()
+        self._row_bytes = 0.0
+        self._trouble: BatchgenError | None = None
+        self._has_dropped = False  # Rows were read that nobody will ask about.
+        self._is_held_up = False  # The disk does not take what is finished: admit no more.
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that the engine holds."""
+        return len(self._in_flight)
+
+    def run(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
+        """Run until the input is used up or the switch stops it; commit all that finished.
+
+        Args:
+            stop: May be asked at any time.
+            on_tick: Called often, at least every 0.2 s; must be quick.
+
+        Returns:
+            Whether every row of the feed has ended.
+
+        Raises:
+            BatchgenError: Job trouble. What finished before it is committed, if it can be.
+        """
+        stop.is_heard = True
+        try:
+            with rare_collection():
+                complete = self._loop(stop, on_tick)
+        except BaseException:
+            self._salvage()
+            raise
+        finally:
+            stop.is_heard = False
+        if stop.state is not Stop.NO:
+            self._committer.hurry()
+        self._flush()
+        self._committer.close()
+        return complete
+
+    def _loop(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
+        give_up_s: float | None = None
+        while not self._is_through():
+            now_s = self._clock()
+            if stop.state is Stop.NO and self._trouble is None:
+                if not self._is_held_up:
+                    self._admit()
+            else:
+                give_up_s = give_up_s or now_s + self._config.grace_s
+                is_over = now_s >= give_up_s and not stop.is_patient
+                if stop.state is Stop.NOW or is_over or not self._may_still_finish():
+                    break
+            self._step(now_s)
+            if self._part.is_due(self._clock(), self._config):
+                self._is_held_up = not self._flush(_STEP_WAIT_S)
+            self._committer.check()
+            on_tick()
+        if not self._in_flight and not self._waiting and self._trouble is None:
+            self._hear_the_end()
+        if self._trouble is not None:
+            raise self._trouble
+        return self._is_through()
+
+    def _is_through(self) -> bool:
+        is_at_end = self._feeder.is_done and not self._has_dropped
+        return is_at_end and not self._waiting and not self._in_flight
+
+    def _hear_the_end(self) -> None:
+        """Stopped at the last row, the end of the input may be all that is left to hear."""
+        if not self._has_dropped:
+            self._has_dropped = self._take() is not None
+
+    def _may_still_finish(self) -> bool:
+        """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
+        if not self._in_flight and not self._waiting and self._trouble is None:
+            self._hear_the_end()
+        return bool(self._in_flight) and self._engine.facts is not None
+
+    def _admit(self) -> None:
+        """Top the engine up with what is ready; wait only if the engine has nothing to do."""
+        room = self._engine.capacity - len(self._in_flight)
+        while room > 0:
+            if not self._waiting:
+                fed = self._take()
+                if fed is None:
+                    return
+                self._take_in(fed)
+                if not fed.requests:
+                    return  # Rows that end without the engine: let the loop flush and listen.
+                continue
+            chunk = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            self._in_flight.update((request.request_id, request) for request in chunk)
+            self._engine.add(chunk)
+            room -= len(chunk)
+
+    def _take(self) -> Fed | None:
+        """What the feeder has ready; its trouble waits until what is in flight has finished."""
+        try:
+            return self._feeder.take(0 if self._in_flight else _IDLE_WAIT_S)
+        except BatchgenError as error:
+            self._trouble = error
+            return None
+
+    def _take_in(self, fed: Fed) -> None:
+        num_rows = len(fed.requests) + len(fed.results)
+        if num_rows:
+            self._row_bytes = fed.num_bytes / num_rows
+        self._waiting.extend(fed.requests)
+        if fed.results:
+            self._end(fed.results)
+        if fed.skipped:
+            before = self._part.skipped.get(fed.segment, Ranges())
+            self._part.skipped[fed.segment] = before | fed.skipped
+            self._part.since_s = self._part.since_s or self._clock()
+            self.stats.num_skipped += len(fed.skipped)
+
+    def _step(self, now_s: float) -> None:
+        if not self._in_flight:
+            return
+        is_full = len(self._in_flight) >= self._engine.capacity or self._feeder.is_done
+        completions = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
+        if self.stats.engine_ready_s is None and self._engine.facts is not None:
+            self.stats.engine_ready_s = now_s
+        if completions:
+            self._settle(completions)
+            self.stats.note_progress(now_s)
+        elif self._engine.num_in_flight == 0:
+            msg = f"the engine lost {len(self._in_flight)} requests; run again to go on"
+            raise EngineDeadError(msg)
+
+    def _settle(self, completions: Sequence[Completion]) -> None:
+        """Judge what came back: it ends its row, or the row goes to the end of the queue."""
+        asked = [
+            (request, completion)
+            for completion in completions
+            if (request := self._in_flight.pop(completion.request_id, None)) is not None
+        ]
+        results = self._judge.judge(asked)
+        self.stats.note_attempts(results)
+        ended = []
+        for (request, _), result in zip(asked, results, strict=True):
+            again = self._ladder.next(request, result)
+            if again is not None:
+                self._waiting.append(again)
+            else:
+                ended.append(final(request, result))
+        self._end(ended)
+        if len(asked) < len(completions):
+            known = {request.request_id for request, _ in asked}
+            stray = next(c.request_id for c in completions if c.request_id not in known)
+            msg = f"the engine answered request {stray}, which is not in flight"
+            raise AccountingError(msg)
+
+    def _end(self, results: Sequence[Result]) -> None:
+        if not results:
+            return
+        part = self._part
+        part.results.extend(results)
+        done = [result.completion for result in results if result.completion is not None]
+        num_chars = sum([len(sample.text) for one in done for sample in one.samples])
+        part.num_bytes += self._row_bytes * len(results) + num_chars
+        if part.since_s is None:
+            part.since_s = self._clock()
+        self.stats.note_ends(results)
+
+    def _flush(self, timeout_s: float | None = None) -> bool:
+        """Hand the open part over; False if the committer is still busy with earlier ones."""
+        if self._part and not self._committer.put(self._part, timeout_s):
+            return False
+        self._part = OpenPart()
+        return True
+
+    def _salvage(self) -> None:
+        """On job trouble: commit what finished, unless committing is the trouble."""
+        self._committer.hurry()
+        with suppress(BatchgenError):  # The first trouble is the one to tell.
+            self._flush()
+        with suppress(BatchgenError):
+            self._committer.close()

@@ -1,0 +1,117 @@
+"""How a run ended, as one record for people, cron and Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from batchgen.core.errors import BatchgenError, ExitCode
+
+if TYPE_CHECKING:
+    from batchgen.core.records import EngineFacts
+    from batchgen.job.model import Tuned
+    from batchgen.pipeline.context import Taken
+    from batchgen.pipeline.run_stats import RunStats
+    from batchgen.store.books import Manifest
+
+_STATES = {
+    ExitCode.FAULT: "fault",
+    ExitCode.REFUSED: "refused",
+    ExitCode.OVER_LIMIT: "over_limit",
+    ExitCode.STOPPED: "stopped",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run. Counts are the job's; `run` has this run's own."""
+
+    state: str
+    """complete, nothing_to_do, stopped, over_limit, refused, fault."""
+    exit_code: int
+    run_id: str = ""
+    output: str = ""
+    reason: str | None = None
+    """For every state but complete."""
+    num_planned: int = 0
+    num_ok: int = 0
+    num_errors: int = 0
+    num_skipped: int = 0
+    num_left: int = 0
+    num_durable: int = 0
+    """Rows that no later run does again, while nothing is published."""
+    num_carried: int = 0
+    """Rows that this run took over from earlier plans, unread."""
+    num_copied: int = 0
+    """Rows that this run gave the answer of a row with an equal request."""
+    files: list[str] = field(default_factory=list)
+    """Published files, relative to `output`."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """See `RunStats.totals`."""
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    """Every figure of the gate, see `gate.Limit.as_dict`, once the job is complete."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    started_at: str = ""
+    run_date: str = ""
+    """What `{date}` stands for in the job's paths."""
+    planned_s: float = 0.0
+    """Until it was known which rows there are and which of them can be taken over."""
+    published_s: float | None = None
+    """From the start until the snapshot was there to be read; None if this run published none."""
+    elapsed_s: float = 0.0
+    num_engine_warnings: int = 0
+    """Different warnings and errors in the engine's own log, `vllm.log` beside the summary."""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    """`path` of the tuned file and the `settings` that were used of it; empty without one."""
+    warnings: list[str] = field(default_factory=list)
+    summary_path: str | None = None
+    """None where nothing was done: nothing is written then."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def state_of(error: BatchgenError) -> str:
+    """The state of a run that ended with this error."""
+    return _STATES[error.exit_code]
+
+
+def job_counts(
+    manifest: Manifest | None, stats: RunStats, taken: Taken, resumed: tuple[int, int, int]
+) -> dict[str, int]:
+    """The job's counts: the snapshot's if there is one, else what this and earlier runs did.
+
+    Args:
+        manifest: Of the job's plan.
+        stats: Of this run.
+        taken: Of this run.
+        resumed: ok, errors and skipped rows of earlier runs.
+    """
+    if manifest is not None:
+        return {
+            "num_planned": manifest.num_planned,
+            "num_ok": manifest.num_ok,
+            "num_errors": manifest.num_errors,
+            "num_skipped": manifest.num_skipped,
+            "num_left": 0,
+        }
+    return {
+        "num_planned": stats.num_rows,
+        "num_ok": stats.num_ok + taken.num_ok + resumed[0],
+        "num_errors": stats.num_errors + taken.num_errors + resumed[1],
+        "num_skipped": stats.num_skipped + taken.num_skipped + resumed[2],
+        "num_left": stats.num_left,
+    }
+
+
+def tuned_dict(tuned: Tuned | None) -> dict[str, Any]:
+    """The tuned file that was used, as plain values; empty if there is none, or it did not fit."""
+    if tuned is None or (tuned.note is not None and not tuned.settings):
+        return {}
+    return {"path": tuned.path, "settings": dict(tuned.settings)}
+
+
+def engine_dict(facts: EngineFacts | None) -> dict[str, Any]:
+    """The engine's facts as plain values; empty if it never came up."""
+    return {name: getattr(facts, name) for name in facts.__slots__} if facts else {}

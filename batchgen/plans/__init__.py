@@ -1,1 +1,0 @@
-"""A job file and its input, checked and frozen: which rows there are, and as what."""

@@ -1,0 +1,1 @@
+"""What a run would do, and whether this machine can do it."""

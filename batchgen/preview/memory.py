@@ -1,0 +1,228 @@
+"""Weights, activations and KV cache against a GPU's memory. Pure; every figure is an estimate.
+
+vLLM takes `gpu_memory_utilization` of the GPU, loads the weights, measures the peak of a step with
+`max_num_batched_tokens` tokens and `max_num_seqs` rows, and gives what is left to the KV cache
+(vllm/v1/worker/gpu_worker.py, determine_available_memory, 0.26 to 0.33). The same sum is done
+here, with the peak from a formula instead of a measurement.
+
+Held against vLLM 0.26 on an H100 80 GB: Qwen3-8B, bfloat16, 0.9 of 79.18 GiB, weights 15.27 GiB,
+peak 1.53 GiB, other 0.22 GiB, left for the KV cache 54.24 GiB = 394,928 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
+from batchgen.preview.findings import GIB
+from batchgen.preview.shape import DTYPE_BYTES
+from batchgen.preview.software import NEWEST
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from batchgen.engine.devices import Gpu
+    from batchgen.preview.shape import Shape
+
+NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"})
+"""Models whose numbers are too large for it: vllm/config/model.py, 0.26 to 0.33."""
+BLOCK_TOKENS = 16
+OTHER_BYTES = 256 << 20
+"""Beside torch's own: what CUDA libraries hold. 0.22 GiB on an H100."""
+CONTEXT_BYTES = 540 << 20
+"""A CUDA context: gone from the free memory before vLLM looks at it. 0.52 GiB on an H100."""
+GRAPH_BYTES_A_LAYER = 29 << 20
+"""CUDA graphs of all batch sizes: 1.01 GiB for 36 layers on an H100, vLLM 0.26."""
+_BIG_GPU_BYTES = 70 * GIB
+_GB10, _GB10_FROM = (12, 1), (0, 33)
+"""Much memory, and small defaults: get_batch_defaults, 0.33; not yet so in 0.26 and 0.32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The keywords of `LLM(...)` that matter for memory, or vLLM's defaults for them."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    utilization: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    dtype: str
+    kv_dtype: str
+    """`auto` resolved."""
+    is_eager: bool
+    kv_cache_bytes: int | None
+    """`kv_cache_memory_bytes`: vLLM then measures nothing."""
+
+    @property
+    def num_gpus(self) -> int:
+        """That hold one copy of the model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of one GPU, in bytes."""
+
+    total: int
+    budget: int
+    """That vLLM takes."""
+    weights: int
+    activations: int
+    graphs: int
+    """CUDA graphs, where vLLM counts them in."""
+    other: int
+    kv_cache: int
+    """What is left; below 0 if nothing is."""
+    kv_bytes_per_token: int | None
+    kv_cache_tokens: int | None
+    """None where a token's bytes are not known."""
+
+    def as_dict(self) -> dict[str, int | None]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def settings_of(
+    kwargs: Mapping[str, Any],
+    shape: Shape,
+    gpu: Gpu,
+    max_model_len: int | None,
+    release: tuple[int, int] = NEWEST,
+) -> Settings:
+    """Fill in vLLM's defaults, those of a release.
+
+    Source:
+        vllm/engine/arg_utils.py, get_batch_defaults and
+        _set_default_max_num_seqs_and_batched_tokens_args, for LLM(...), 0.26 to 0.33.
+    """
+    is_slow = "a100" in gpu.name.lower() or (gpu.capability == _GB10 and release >= _GB10_FROM)
+    is_big = gpu.total_bytes >= _BIG_GPU_BYTES and not is_slow
+    times = 2 if kwargs.get("performance_mode") == "throughput" else 1
+    seqs = _whole(kwargs, "max_num_seqs")
+    tokens = _whole(kwargs, "max_num_batched_tokens")
+    default_seqs, default_tokens = (1024, 16384) if is_big else (256, 8192)
+    max_seqs = seqs or default_seqs * times
+    max_tokens = tokens or default_tokens * times
+    if not tokens and max_model_len:
+        max_tokens = min(max_tokens, max_seqs * max_model_len)
+    dtype = dtype_of(kwargs, shape, gpu.capability)
+    return Settings(
+        tensor_parallel=_whole(kwargs, "tensor_parallel_size") or 1,
+        pipeline_parallel=_whole(kwargs, "pipeline_parallel_size") or 1,
+        utilization=float(kwargs.get("gpu_memory_utilization") or GPU_MEMORY_UTILIZATION),
+        max_num_seqs=seqs or min(max_seqs, max_tokens),
+        max_num_batched_tokens=max_tokens,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        kv_dtype=kv_dtype_of(kwargs, shape, dtype),
+        is_eager=bool(kwargs.get("enforce_eager")),
+        kv_cache_bytes=_whole(kwargs, "kv_cache_memory_bytes"),
+    )
+
+
+def dtype_of(kwargs: Mapping[str, Any], shape: Shape, capability: tuple[int, int] | None) -> str:
+    """What the model runs in: `auto` is the checkpoint's, but 16 bits for float32.
+
+    Source:
+        vllm/config/model.py, _resolve_auto_dtype, 0.26 to 0.33.
+    """
+    names = {"half": "float16", "float": "float32"}
+    given = str(kwargs.get("dtype") or "auto").removeprefix("torch.")
+    if given != "auto":
+        return names.get(given, given)
+    is_old = capability is not None and capability < (8, 0)
+    if shape.model_type in NO_FLOAT16:
+        return "float32" if is_old else "bfloat16"
+    found = names.get(shape.dtype, shape.dtype)
+    return "float16" if is_old or found == "float16" else "bfloat16"
+
+
+def kv_dtype_of(kwargs: Mapping[str, Any], shape: Shape, dtype: str) -> str:
+    """Of the KV cache: the model's, unless the job or an fp8 checkpoint says otherwise.
+
+    Source:
+        vllm/utils/torch_utils.py, get_kv_cache_quant_algo_string, 0.26 to 0.33.
+    """
+    given = str(kwargs.get("kv_cache_dtype") or "auto")
+    if given != "auto":
+        return given
+    inner = shape.quantization.get("quantization")
+    config = inner if isinstance(inner, dict) else shape.quantization
+    is_modelopt = str(shape.quantization.get("quant_method", "")).startswith("modelopt")
+    algorithm = str(config.get("kv_cache_quant_algo") or "").lower()
+    return algorithm if is_modelopt and algorithm else dtype
+
+
+def activation_bytes(shape: Shape, settings: Settings) -> int:
+    """Peak of a step beyond the weights, on one GPU.
+
+    The larger of two moments: inside the MLP, three copies of the hidden states, and gate, up and
+    their product (in a mixture of experts for each expert of a token); or at the sampler, the
+    logits of `max_num_seqs` rows in the model's format and in float32. 1.50 GiB by the formula
+    for Qwen3-8B and 16,384 tokens, where vLLM 0.26 measured 1.53 GiB.
+    """
+    size, tp = DTYPE_BYTES.get(settings.dtype, 2), settings.tensor_parallel
+    inner = 3 * shape.intermediate / tp
+    if shape.experts:
+        inner = shape.experts_per_token * (3 * shape.moe_intermediate / tp + shape.hidden)
+    tokens = settings.max_num_batched_tokens
+    forward = tokens * (3 * shape.hidden + inner) * size
+    logits = settings.max_num_seqs * shape.vocab * (size + 4) + tokens * shape.hidden * size
+    return round(max(forward, logits))
+
+
+def graph_bytes(shape: Shape, settings: Settings, release: tuple[int, int]) -> int:
+    """CUDA graphs, as far as vLLM leaves room for them beside the KV cache.
+
+    vLLM 0.26 does not for dense models (vllm/v1/worker/gpu/model_runner.py,
+    profile_cudagraph_memory): there they come out of what `gpu_memory_utilization` leaves.
+    """
+    if settings.is_eager or (release <= (0, 26) and not shape.experts):
+        return 0
+    return GRAPH_BYTES_A_LAYER * -(-shape.layers // settings.pipeline_parallel)
+
+
+def estimate(
+    shape: Shape, weights_bytes: int, settings: Settings, total: int, release: tuple[int, int]
+) -> Memory:
+    """Work out what is left for the KV cache on one GPU.
+
+    Args:
+        shape: Of the model.
+        weights_bytes: Of the whole model; GPUs share them evenly, nearly.
+        settings: Of the engine.
+        total: Memory of the GPU, as CUDA sees it.
+        release: vLLM's.
+    """
+    budget = round(total * settings.utilization)
+    weights = weights_bytes // settings.num_gpus
+    activations = activation_bytes(shape, settings)
+    graphs = graph_bytes(shape, settings, release)
+    left = budget - weights - activations - graphs - OTHER_BYTES
+    if settings.kv_cache_bytes:
+        left = settings.kv_cache_bytes
+    per_token = shape.kv_bytes(
+        settings.kv_dtype, settings.tensor_parallel, settings.pipeline_parallel
+    )
+    tokens = None
+    if per_token:
+        tokens = max(0, left // (per_token * BLOCK_TOKENS)) * BLOCK_TOKENS
+    return Memory(
+        total=total,
+        budget=budget,
+        weights=weights,
+        activations=activations,
+        graphs=graphs,
+        other=OTHER_BYTES,
+        kv_cache=left,
+        kv_bytes_per_token=per_token,
+        kv_cache_tokens=tokens,
+    )
+
+
+def _whole(kwargs: Mapping[str, Any], name: str) -> int | None:
+    found = kwargs.get(name)
+    return found if isinstance(found, int) and found > 0 else None

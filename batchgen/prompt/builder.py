@@ -1,0 +1,269 @@
+"""Row values to prompt: templates, and the key that tells equal requests.
+
+Pure: no file, no model. The chat template is the model's business and is applied where the
+tokenizer is, in the engine. Templates run sandboxed and immutable; an undefined or null value in
+one is that row's error, never the word "None" in a prompt.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
+
+from batchgen.core.errors import ConfigError
+from batchgen.core.records import Messages, Prompt, RowError
+from batchgen.core.suggest import nearest
+from batchgen.prompt.budget import MAX_CHARS, BudgetError
+from batchgen.prompt.sandbox import NULL, NullPrintedError, Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.job.model import Example, PromptConfig
+
+    Values = Mapping[str, Any]
+    Render = Callable[[dict[str, Any]], str]
+
+ROW_VARIABLE = "row"
+"""In templates, the whole row as a mapping, for columns whose names are no identifiers."""
+
+_TABLE = "[prompt]"
+_GLOBALS = frozenset(Sandbox().names)
+"""`range` and the like: known to every template, unless a column has the name."""
+_MAX_ERROR_CHARS = 300
+
+
+class PromptBuilder:
+    """The `[prompt]` table, compiled. Reused for every row; holds no row."""
+
+    def __init__(self, config: PromptConfig) -> None:
+        """Compile the templates.
+
+        Raises:
+            ConfigError: A template has a syntax error.
+        """
+        self._config = config
+        self._system: Render | None = None
+        self._user: Render | None = None
+        names: set[str] = {name for name in (config.messages, config.text) if name is not None}
+        if config.user is not None:
+            self._user, user_names = _compile("prompt.user", config.user)
+            names |= user_names
+        if config.system is not None:
+            self._system, system_names = _compile("prompt.system", config.system)
+            names |= system_names
+        if config.images is not None:
+            names.add(config.images)
+        self._examples = [message for example in config.examples for message in turns(example)]
+        self._names = frozenset(names)
+        self._globals = _GLOBALS if self._user is not None else frozenset()
+
+    def columns(self, available: Sequence[str]) -> frozenset[str]:
+        """Return the columns that prompts need, out of those available.
+
+        Raises:
+            ConfigError: A template or key names a column that the input lacks.
+        """
+        if ROW_VARIABLE in self._names and ROW_VARIABLE not in available:
+            return frozenset(available)
+        problems = [
+            f"no column {name!r} in the input{_near(name, available)}"
+            for name in sorted(self._names.difference(available) - self._globals)
+        ]
+        if problems:
+            raise ConfigError(_TABLE, problems)
+        return self._names.intersection(available)
+
+    def build(self, values: Values) -> Prompt | RowError:
+        """Return the row's prompt, or why it has none. Never raises for a row's fault."""
+        try:
+            prompt = self._from_column(values) if self._user is None else self._rendered(values)
+        except NullPrintedError:
+            nulls = sorted(name for name in self._names if values.get(name, "") is None)
+            here = f"; null here: {', '.join(nulls)}" if nulls else ""
+            return RowError("null_value", f"the prompt needs a value that is null{here}")
+        except UndefinedError as error:
+            what = _shortened(f"the prompt needs a value that is absent: {error}")
+            return RowError("missing_value", what)
+        except BudgetError as error:
+            return RowError("template_error", str(error))
+        except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
+            return RowError("template_error", _told(error))
+        if self._config.images is None or isinstance(prompt, RowError | str):
+            return prompt
+        folder = Path(self._config.images_folder or ".")
+        return with_images(prompt, values.get(self._config.images), folder)
+
+    def _rendered(self, values: Values) -> Prompt | RowError:
+        assert self._user is not None  # noqa: S101 - else the prompt is a column
+        # Templates see the row's columns, and all of them as `row`.
+        scope: dict[str, Any] = {ROW_VARIABLE: values, **values}
+        for name in self._names:
+            if scope.get(name, "") is None:
+                scope[name] = NULL
+        user = self._user(scope)
+        if not user.strip():
+            return RowError("empty_prompt", "prompt.user renders to nothing")
+        # What all rows share comes first, so that the prefix cache serves it.
+        messages: list[dict[str, Any]] = [*self._examples, {"role": "user", "content": user}]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system(scope)})
+        return messages
+
+    def _from_column(self, values: Values) -> Prompt | RowError:
+        name = self._config.text or self._config.messages or ""
+        value = values.get(name)
+        if value is None:
+            return RowError("null_value", f"column {name!r} is null, expected a prompt")
+        if self._config.messages is not None:
+            return _checked_messages(name, value)
+        if not isinstance(value, str):
+            found = type(value).__name__
+            return RowError("bad_prompt", f"column {name!r} is {found}, expected a string")
+        if not value.strip():
+            return RowError("empty_prompt", f"column {name!r} is empty")
+        return value
+
+
+def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
+    """Compile a template; return it with the names that it looks up. A constant renders once."""
+    sandbox = Sandbox()
+    try:
+        render, names = sandbox.compile_template(source)
+    except TemplateSyntaxError as error:
+        problem = f"{where}: template error in line {error.lineno}: {error.message}"
+        raise ConfigError(_TABLE, [problem]) from error
+    except Exception as error:  # The compiler's own limits: brackets, loops, digits.
+        problem = f"{where}: template cannot be compiled: {_told(error)}"
+        raise ConfigError(_TABLE, [problem]) from error
+    if names:
+        return _with_shortcut(sandbox.parse(source), render), names
+    try:
+        constant = render({})
+    except NullPrintedError as error:
+        raise ConfigError(_TABLE, [f"{where}: prints a null"]) from error
+    except (TemplateError, BudgetError) as error:
+        raise ConfigError(_TABLE, [f"{where}: {_shortened(str(error))}"]) from error
+    except Exception as error:  # A template can raise anything; this one does for every row.
+        raise ConfigError(_TABLE, [f"{where}: {_told(error)}"]) from error
+    return lambda _: constant, names
+
+
+def _with_shortcut(tree: nodes.Template, render: Render) -> Render:
+    """The same, but of texts that a template only puts together, without a detour by Jinja.
+
+    Whatever else it is given (a null, a number, nothing at all) goes the whole way.
+    """
+    pattern, wanted = "", []
+    for node in (child for output in tree.body for child in output.iter_child_nodes()):
+        if isinstance(node, nodes.TemplateData):
+            pattern += node.data.replace("%", "%%")
+        elif isinstance(node, nodes.Name) and node.name != "self":  # Jinja's, in any template.
+            pattern += "%s"
+            wanted.append(node.name)
+        else:
+            return render
+
+    def render_texts(values: dict[str, Any]) -> str:
+        found: tuple[Any, ...] = tuple([values.get(name) for name in wanted])
+        if {*map(type, found)} != {str} or sum(map(len, found)) > MAX_CHARS:
+            return render(values)
+        return pattern % found
+
+    is_plain = all(isinstance(output, nodes.Output) for output in tree.body)
+    return render_texts if is_plain else render
+
+
+def _told(error: Exception) -> str:
+    return _shortened(f"{type(error).__name__}: {error}")
+
+
+def _shortened(text: str) -> str:
+    """One line of valid UTF-8: a template can put anything into an error, lone surrogates too."""
+    text = text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}..."
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def _checked_messages(name: str, value: object) -> Prompt | RowError:
+    if not isinstance(value, list) or not value:
+        found = type(value).__name__ if value != [] else "an empty list"
+        return RowError(
+            "bad_messages", f"column {name!r} is {found}, expected a list of {{role, content}}"
+        )
+    messages = []
+    for at, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            problem = f"column {name!r}[{at}] has no role, expected {{role, content}}"
+            return RowError("bad_messages", problem)
+        if not _is_content(message.get("content")):
+            expected = "expected a string or a list of parts {type, ...}"
+            problem = f"column {name!r}[{at}].content is neither text nor parts, {expected}"
+            return RowError("bad_messages", problem)
+        # Parquet structs carry every field of every message: null means absent.
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def _is_content(content: object) -> bool:
+    """Whether a chat may hold it: nothing, a text, or parts as OpenAI's API has them."""
+    if isinstance(content, list):
+        return all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in content)
+    return content is None or isinstance(content, str)
+
+
+def turns(example: Example) -> list[dict[str, Any]]:
+    """The two messages of an example: question and answer."""
+    answer = example.assistant
+    if not isinstance(answer, str):
+        try:
+            answer = orjson.dumps(answer).decode()
+        except TypeError:  # An integer of more than 64 bits, which JSON has.
+            answer = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+    return [
+        {"role": "user", "content": example.user},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def with_images(messages: Messages, images: object, folder: Path) -> Prompt | RowError:
+    """Put a row's images before the text of its last user message, as content parts.
+
+    Args:
+        messages: The chat.
+        images: A path, a URL or bytes, or a list of these; null is no image.
+        folder: Where relative paths start.
+    """
+    given = images if isinstance(images, list) else [images]
+    parts = []
+    for image in given:
+        if image is None:
+            continue
+        if not isinstance(image, str | bytes):
+            found = type(image).__name__
+            return RowError("bad_image", f"an image is {found}, expected a path, URL or bytes")
+        parts.append({"type": "image_url", "image_url": {"url": _image_url(image, folder)}})
+    last = max((at for at, m in enumerate(messages) if m["role"] == "user"), default=None)
+    if not parts or last is None:
+        return messages
+    content = messages[last].get("content")
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else (content or [])
+    changed = {**messages[last], "content": [*parts, *text]}
+    return [*messages[:last], changed, *messages[last + 1 :]]
+
+
+def _image_url(image: str | bytes, folder: Path) -> str:
+    if isinstance(image, bytes):
+        return f"data:application/octet-stream;base64,{base64.b64encode(image).decode()}"
+    is_url = "://" in image or image.startswith("data:")
+    return image if is_url else (folder / image).absolute().as_uri()
+
+
+def _near(name: str, available: Sequence[str]) -> str:
+    if near := nearest(name, available):
+        return f", did you mean {near!r}?"
+    return f", it has: {', '.join(available)}"

@@ -1,0 +1,247 @@
+"""Rows to requests: prompt, key, seed, and what a row asks for itself.
+
+A row may bring sampling parameters, a JSON Schema and the name of a LoRA adapter in columns that
+the job names. They are part of its `request_key`, like its prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+from pydantic import ValidationError
+
+from batchgen.answers.schemas import check_levels, parse_json, row_validator
+from batchgen.core.records import Ordinal, Request, Result, RowError
+from batchgen.core.suggest import suggestion
+from batchgen.job.answers import SamplingFields
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchgen.core.records import Prompt, RowBatch
+    from batchgen.job.model import JobConfig
+    from batchgen.job.seeds import Seeds
+    from batchgen.prompt.builder import PromptBuilder
+
+    Values = Mapping[str, Any]
+
+MAX_PROMPT_BYTES = 16 << 20
+"""A request that is longer, as JSON, is an error row: it is beyond any context window."""
+
+
+MAX_SCHEMA_CHARS = 256 << 10
+"""A row's own schema, as JSON: looking through it takes about a second."""
+
+
+class Own(NamedTuple):
+    """What a row asks for itself."""
+
+    params: Mapping[str, Any] | None
+    lora: str | None
+
+
+NOTHING = Own(None, None)
+
+
+class RowOptions:
+    """The columns that hold rows' own parameters. Holds no row."""
+
+    def __init__(self, job: JobConfig) -> None:
+        self._sampling = job.sampling.column
+        self._schema = job.output.schema_column
+        self._lora = job.model.lora_column
+        self._loras = list(job.model.lora)
+        # A single adapter without a column serves every row.
+        self._lora_of_all = None if self._lora or not self._loras else self._loras[0]
+        self._is_empty = not self.columns() and self._lora_of_all is None
+
+    def columns(self) -> Mapping[str, str]:
+        """Key in the job file -> column that it names."""
+        keys = {
+            "sampling.column": self._sampling,
+            "output.schema_column": self._schema,
+            "model.lora_column": self._lora,
+        }
+        return {key: column for key, column in keys.items() if column is not None}
+
+    def of(self, values: Values) -> Own | RowError:
+        """What this row asks for, or why it cannot be had."""
+        if self._is_empty:
+            return NOTHING
+        params: dict[str, Any] = {}
+        if self._sampling is not None:
+            found = _sampling_of(self._sampling, values.get(self._sampling))
+            if isinstance(found, RowError):
+                return found
+            params |= found
+        if self._schema is not None:
+            schema = _schema_of(self._schema, values.get(self._schema))
+            if isinstance(schema, RowError):
+                return schema
+            params["structured_outputs"] = {"json": schema}
+        lora = self._lora_of_all if self._lora is None else values.get(self._lora)
+        if lora is not None and lora not in self._loras:
+            found_text = suggestion(str(lora), self._loras)
+            return RowError("unknown_adapter", f"no LoRA adapter {lora!r:.60}{found_text}")
+        return Own(params or None, lora)
+
+
+def _sampling_of(column: str, value: object) -> dict[str, Any] | RowError:
+    fields = _object(value)
+    if fields is None:
+        text = f"column {column!r} holds no object, expected such as {{'max_tokens': 64}}"
+        return RowError("bad_sampling", text)
+    try:
+        check_levels(fields)
+        # null means absent here, however it came.
+        return SamplingFields.model_validate(_without_nulls(fields)).model_dump(exclude_none=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        key = ".".join(map(str, found["loc"]))
+        return RowError("bad_sampling", f"column {column!r}: {key}: {found['msg']}")
+    except ValueError as error:
+        return RowError("bad_sampling", f"column {column!r}: {error}")
+
+
+def _schema_of(column: str, value: object) -> dict[str, Any] | RowError:
+    """A row's JSON Schema.
+
+    As JSON text it is kept to the letter: `{"const": null}` is null and nothing else. As a Parquet
+    struct it has every field of every row's schema, so null means absent. A JSONL object arrives
+    like a struct: a schema that says null there has to be given as text.
+    """
+    schema = _object(value)
+    if not schema:
+        return RowError("bad_schema", f"column {column!r} holds no JSON Schema")
+    try:
+        check_levels(schema)
+        if isinstance(value, dict):
+            schema = _without_nulls(schema)
+        text = json.dumps(schema)
+        if len(text) > MAX_SCHEMA_CHARS:
+            problem = f"column {column!r}: a schema of more than {MAX_SCHEMA_CHARS >> 10} Ki chars"
+            return RowError("bad_schema", problem)
+        row_validator(text)
+    except (ValueError, TypeError) as error:  # TypeError: a struct of dates, say.
+        return RowError("bad_schema", " ".join(f"column {column!r}: {error}".split()))
+    return schema
+
+
+def _object(value: object) -> dict[str, Any] | None:
+    """A mapping, given as such or as JSON; {} for null; None if it is neither."""
+    if value is None:
+        return {}
+    if isinstance(value, str | bytes):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, dict) else None
+
+
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    """Leave out fields that are null; items of a list stay, so that places keep their number."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+class RequestBuilder:
+    """Rows to requests, with keys and seeds. Owned by one thread."""
+
+    def __init__(
+        self,
+        prompts: PromptBuilder,
+        job: JobConfig,
+        recipe: str,
+        *,
+        seeds: Seeds,
+        ids: Iterator[int],
+    ) -> None:
+        """Bind to a job.
+
+        Args:
+            prompts: The compiled templates.
+            job: The job.
+            recipe: Fingerprint of the recipe, part of every key.
+            seeds: The rows' own.
+            ids: Request ids, unique within the run.
+        """
+        self._prompts = prompts
+        self._seeds = seeds
+        self._options = RowOptions(job)
+        self._key = hashlib.blake2b(recipe.encode(), digest_size=16)
+        self._ids = ids
+
+    def of(self, batch: RowBatch) -> Iterator[Request | Result]:
+        """Yield one entry a row of `batch`, in order: a request, or the result of a bad row."""
+        # What waits for its answer keeps only the carried columns, not the parsed values.
+        kept = replace(batch, values=())
+        for index, (row, values) in enumerate(zip(batch.rows, batch.values, strict=True)):
+            ordinal = Ordinal(batch.segment, row)
+            error = batch.errors[index] if values is None else None
+            outcome = error or self._request(ordinal, values or {}, kept, index)
+            if isinstance(outcome, RowError):
+                yield Result(ordinal, kept, index, None, None, outcome)
+            else:
+                yield outcome
+
+    def _request(
+        self, ordinal: Ordinal, values: Values, batch: RowBatch, index: int
+    ) -> Request | RowError:
+        prompt = self._prompts.build(values)
+        if isinstance(prompt, RowError):
+            return prompt
+        own = self._options.of(values)
+        if isinstance(own, RowError):
+            return own
+        key = self._request_key(prompt, own)
+        if isinstance(key, RowError):
+            return key
+        return Request(
+            request_id=next(self._ids),
+            ordinal=ordinal,
+            prompt=prompt,
+            request_key=key,
+            seed=self._seeds.of(ordinal, own.params or {}, 1),
+            batch=batch,
+            index=index,
+            params=own.params,
+            lora=own.lora,
+        )
+
+    def _request_key(self, prompt: Prompt, own: Own) -> str | RowError:
+        content = prompt if own == NOTHING else [prompt, _ordered(own.params), own.lora]
+        try:
+            data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+        except orjson.JSONEncodeError as error:
+            return RowError("bad_prompt", f"the prompt is not text: {error}")
+        if len(data) > MAX_PROMPT_BYTES:
+            return RowError("bad_prompt", f"the prompt is longer than {MAX_PROMPT_BYTES >> 20} MiB")
+        key = self._key.copy()
+        key.update(data)
+        return key.hexdigest()
+
+
+def _ordered(params: Values | None) -> Values | None:
+    """Parameters for a key that sorts: the schema as text, whose order of properties is asked for.
+
+    vLLM generates in that order.
+    """
+    if params is None or "structured_outputs" not in params:
+        return params
+    schema = json.dumps(params["structured_outputs"]["json"])
+    return {**params, "structured_outputs": schema}
+
+
+def wrong_option_columns(job: JobConfig, available: Sequence[str]) -> list[str]:
+    """One line for each named column that the input lacks."""
+    return [
+        f"{key}: no column {column!r} in the input{suggestion(column, available)}"
+        for key, column in RowOptions(job).columns().items()
+        if column not in available
+    ]

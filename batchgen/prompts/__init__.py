@@ -1,1 +1,0 @@
-"""Row values to prompts and requests."""

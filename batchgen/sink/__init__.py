@@ -1,1 +1,0 @@
-"""Results to parts to a published snapshot."""

@@ -1,1 +1,0 @@
-"""What a run says of itself: figures, progress, the log of a run, advice."""

@@ -1,0 +1,1 @@
+"""Everything durable: the ledger, parts, snapshots, and reading them back."""

@@ -1,0 +1,226 @@
+"""The values that the ledger keeps: what was planned, claimed, committed, published."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from batchgen.core.ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from batchgen.store.footer import PartFooter
+
+NO_ROWS = Ranges()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One input file as the plan froze it."""
+
+    path: str
+    size_bytes: int
+    version: str
+    """mtime in ns, or ETag: equal means unchanged without reading."""
+    digest: str
+    """Content hash: equal means unchanged although the version differs."""
+    num_rows: int
+    """Physical rows that belong to the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """An earlier plan that a later one takes rows over from.
+
+    A source of answers and no more: what counts are the later plan's own parts. So whatever
+    happens to it (another run publishes it, a disk eats it) can cost work, never a row.
+    """
+
+    plan: int
+    """Its number."""
+    parts: Sequence[str] = ()
+    """Its accepted parts, used while it has no manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A job, frozen: what goes in and what is asked of it."""
+
+    number: int
+    plan_id: str
+    created_at: str
+    job: Mapping[str, Any]
+    """What must not change under the plan: recipe, input selection, output layout."""
+    recipe_fingerprint: str
+    input_format: str
+    columns: Sequence[str]
+    """Every input column, `name: type`, for people."""
+    schema: str
+    """The same as base64 of Arrow's IPC schema, for `source`."""
+    carried: Sequence[str]
+    segments: Sequence[Segment]
+    is_cut: bool = False
+    """`input.limit` was filled: files after the last segment are not wanted."""
+    bases: Sequence[Base] = ()
+    """Where rows that are answered already are taken from, the newest plan first."""
+    takes_errors: bool = True
+    """Whether the bases' error rows are taken over like the others, or run again."""
+    generation: int = 0
+    """How many plans up to this one have tried errors again."""
+
+    @property
+    def seed_generation(self) -> int:
+        """By what seeds differ, where errors are tried again; other rows get those of a new job."""
+        return 0 if self.takes_errors else self.generation
+
+    @property
+    def num_rows(self) -> int:
+        """Physical rows planned, those that end without a result included."""
+        return sum(segment.num_rows for segment in self.segments)
+
+
+class Part(NamedTuple):
+    """A part that is durable."""
+
+    name: str
+    footer: PartFooter
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What a claim accepts."""
+
+    parts: Sequence[Part] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """Part name -> why it does not count; its rows are done again."""
+
+    def done(self, segment: int) -> Ranges:
+        """Rows of a segment that are answered or skipped."""
+        spans = [
+            span for part in self.parts for span in part.footer.done.get(segment, NO_ROWS).spans
+        ]
+        return Ranges(spans)
+
+    @property
+    def num_ok(self) -> int:
+        """Rows answered."""
+        return sum(part.footer.num_ok for part in self.parts)
+
+    @property
+    def num_errors(self) -> int:
+        """Rows that ended as errors."""
+        return sum(part.footer.num_errors for part in self.parts)
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows that end without a result."""
+        return sum(part.footer.num_skipped for part in self.parts)
+
+    @property
+    def tally(self) -> dict[str, dict[str, int]]:
+        """Sums of the parts' tallies."""
+        return sum_tallies(part.footer.tally for part in self.parts)
+
+    @property
+    def num_done(self) -> int:
+        """Physical rows accounted for."""
+        return self.num_ok + self.num_errors + self.num_skipped
+
+
+def sum_tallies(
+    tallies: Iterable[Mapping[str, Mapping[str, int]]],
+) -> dict[str, dict[str, int]]:
+    """Add counts up, name by name."""
+    total: dict[str, Counter[str]] = {}
+    for tally in tallies:
+        for name, counts in tally.items():
+            total.setdefault(name, Counter()).update(counts)
+    return {name: dict(counts) for name, counts in total.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """This run's claim."""
+
+    number: int
+    plan: Plan
+    run_id: str
+    durable: Durable
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A published snapshot."""
+
+    number: int
+    plan_id: str
+    epoch: int
+    """Of the claim that published it: no claim up to it names a part any more."""
+    run_id: str
+    created_at: str
+    files: Sequence[Mapping[str, Any]]
+    """`name`, `num_rows`, `size_bytes`, `sha256` each, in input order."""
+    num_planned: int
+    num_ok: int
+    num_errors: int
+    num_skipped: int
+    index: Mapping[str, Any] | None = None
+    """The file that says which row of the input each published row is: fields as in `files`."""
+    tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of the published rows, see `sink.tally`; the next snapshot is compared with it."""
+    gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """The gate's figures, see `gate.Limit.as_dict`; `overridden` where one was let through."""
+
+    def imbalance(self) -> str | None:
+        """What does not add up, None if all does."""
+        num_results = self.num_ok + self.num_errors
+        num_in_files = sum(file["num_rows"] for file in self.files)
+        num_in_index = num_results if self.index is None else self.index["num_rows"]
+        is_planned = num_results + self.num_skipped == self.num_planned
+        if is_planned and num_results == num_in_files == num_in_index:
+            return None
+        return (
+            f"{self.num_planned} rows planned, but {self.num_ok} ok + {self.num_errors} errors + "
+            f"{self.num_skipped} skipped, {num_in_files} rows in the files, {num_in_index} in "
+            "the index"
+        )
+
+
+def disjoint(parts: list[Part], rejected: dict[str, str]) -> list[Part]:
+    """Leave out parts that hold a row of an earlier one, and note them as rejected."""
+    # Nearly always there are none, which sorting tells faster than adding up.
+    return parts if _are_disjoint(parts) else _first_of_each_row(parts, rejected)
+
+
+def _are_disjoint(parts: Sequence[Part]) -> bool:
+    """Whether no row is in two parts."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for part in parts:
+        for segment, rows in part.footer.done.items():
+            spans.setdefault(segment, []).extend(rows.spans)
+    return all(
+        this[1] <= following[0]
+        for found in spans.values()
+        for this, following in pairwise(sorted(found))
+    )
+
+
+def _first_of_each_row(parts: Sequence[Part], rejected: dict[str, str]) -> list[Part]:
+    """The parts but those that hold a row of an earlier one; these are noted as rejected."""
+    accepted: list[Part] = []
+    taken: dict[int, Ranges] = {}
+    for part in parts:
+        done = part.footer.done
+        twice = {segment: rows & taken.get(segment, NO_ROWS) for segment, rows in done.items()}
+        found = next(((seg, rows) for seg, rows in twice.items() if rows), None)
+        if found is not None:
+            row = found[1].spans[0][0]
+            rejected[part.name] = f"row {row} of segment {found[0]} is in another part already"
+            continue
+        accepted.append(part)
+        for segment, rows in done.items():
+            taken[segment] = taken.get(segment, NO_ROWS) | rows
+    return accepted

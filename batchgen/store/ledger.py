@@ -1,0 +1,350 @@
+"""What is durable and what is missing: plans, epochs, accepted parts, manifests.
+
+The part file is the commit record of its rows; everything here is derived from part footers and
+from some kinds of small files, each put once and never changed:
+
+    _batchgen/plan/NNNNNN.json       the frozen input and recipe; the highest one is the job's
+    _batchgen/epochs/NNNNNN.json     one run's claim: which parts of earlier epochs it accepts
+    _batchgen/seals/eNNNNNN-wNN.json a worker that was given up: which of its parts count
+    _batchgen/rejected/PART.json     a part whose footer is whole and whose rows are not
+    _batchgen/manifests/NNNNNN.json  the snapshot of plan NNNNNN, put last: its commit point
+
+Fencing needs no clock and no lock: a run that was frozen and wakes up writes parts that the
+later claim does not name, so nobody accepts them. Of a worker that its run has given up, likewise:
+what it writes later its seal does not name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.core.errors import AccountingError, FencedError, OutputError
+from batchgen.storage import raise_if_not_damage
+from batchgen.store import row_digests
+from batchgen.store.books import Base, Durable, Epoch, Manifest, Part, Plan, Segment, disjoint
+from batchgen.store.footer import PartFooter
+from batchgen.store.names import (
+    STATE,
+    epoch_of,
+    folder_of,
+    is_numbered,
+    number_of,
+    numbered,
+    rejection_of,
+    seal_of,
+    worker_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from batchgen.storage import LocalStorage
+
+FORMAT = 1
+_MAX_CLAIM_TRIES = 100
+
+
+class Ledger:
+    """The job's books under one output folder."""
+
+    def __init__(self, storage: LocalStorage) -> None:
+        """Bind; nothing is read or written yet."""
+        self.storage = storage
+
+    def latest_plan(self) -> Plan | None:
+        """The plan that the output is at, None for a new job.
+
+        Raises:
+            OutputError: The file is not one that this version understands.
+        """
+        names = self._numbered_files("plan")
+        return self._read_plan(names[-1]) if names else None
+
+    def latest_plan_number(self) -> int:
+        """0 for a new job."""
+        names = self._numbered_files("plan")
+        return number_of(names[-1]) if names else 0
+
+    def plan(self, number: int) -> Plan:
+        """A plan by number.
+
+        Raises:
+            OutputError: It is absent or not understood.
+        """
+        return self._read_plan(numbered("plan", number))
+
+    def _read_plan(self, name: str) -> Plan:
+        fields = self._read_json(name)
+        try:
+            segments = [Segment(**segment) for segment in fields.pop("segments")]
+            fields.pop("base", None)  # As it was before there could be several.
+            found = fields.pop("bases", ())
+            bases = tuple(Base(**{**one, "parts": tuple(one.get("parts", ()))}) for one in found)
+            return Plan(**fields, segments=segments, bases=bases)
+        except (KeyError, TypeError) as error:
+            raise self._not_understood(name, str(error)) from error
+
+    def put_plan(self, plan: Plan) -> None:
+        """Freeze a plan.
+
+        Raises:
+            FencedError: Another run froze that number first.
+        """
+        name = numbered("plan", plan.number)
+        if not self.storage.put_if_absent(name, _dumps(asdict(plan))):
+            msg = f"{self.storage.where}: another run has just planned this job; run again"
+            raise FencedError(msg)
+
+    def manifest(self, number: int) -> Manifest | None:
+        """The snapshot of plan `number`, None while it is unpublished."""
+        name = numbered("manifests", number)
+        if self.storage.read(name) is None:
+            return None
+        try:
+            return Manifest(**self._read_json(name))
+        except TypeError as error:
+            raise self._not_understood(name, str(error)) from error
+
+    def latest_manifest(self) -> Manifest | None:
+        """The newest published snapshot, None if nothing was ever published."""
+        return self.manifest_before(None)
+
+    def manifest_before(self, number: int | None) -> Manifest | None:
+        """The newest snapshot of a plan before plan `number`; None: of all plans."""
+        numbers = [number_of(name) for name in self._numbered_files("manifests")]
+        earlier = [found for found in numbers if number is None or found < number]
+        return self.manifest(earlier[-1]) if earlier else None
+
+    def put_manifest(self, manifest: Manifest) -> Manifest:
+        """Publish; return the manifest that holds, which may be another run's equal one.
+
+        Raises:
+            AccountingError: The counts do not balance; nothing is published.
+        """
+        if imbalance := manifest.imbalance():
+            msg = f"{self.storage.where}: {imbalance}; not published"
+            raise AccountingError(msg)
+        self.storage.put_if_absent(numbered("manifests", manifest.number), _dumps(asdict(manifest)))
+        held = self.manifest(manifest.number)
+        assert held is not None  # noqa: S101 - put-if-absent left a manifest, ours or another's
+        return held
+
+    def settle(self) -> None:
+        """Make durable the records that this run found and builds on, or reports.
+
+        Raises:
+            StorageError: They cannot be synced.
+        """
+        for kind in ("plan", "epochs", "manifests"):
+            self.storage.settle(f"{STATE}/{kind}")
+
+    def latest_epoch(self) -> tuple[int, Mapping[str, Any]]:
+        """Number and content of the newest claim; (0, {}) before the first."""
+        names = self._numbered_files("epochs")
+        return (number_of(names[-1]), self._read_json(names[-1])) if names else (0, {})
+
+    def durable(self, plan: Plan) -> Durable:
+        """What counts right now, as the next claim would accept it. Reads footers only."""
+        number, claim = self.latest_epoch()
+        if not number or claim["plan_id"] != plan.plan_id:
+            return Durable()
+        names = [*claim["accepted"], *self._parts_of(number)]
+        return self.parts(plan, names)
+
+    def parts(self, plan: Plan, names: Collection[str]) -> Durable:
+        """Those of the named parts that are whole and fit the plan."""
+        rejected = self._rejected(names)
+        parts: list[Part] = []
+        for name in sorted(set(names) - rejected.keys()):
+            try:
+                parts.append(Part(name, self._footer(name, plan)))
+            except ValueError as error:
+                rejected[name] = str(error)
+        return Durable(disjoint(parts, rejected), rejected)
+
+    def seal(self, epoch: Epoch, worker: int) -> Sequence[str]:
+        """Let nothing count that a worker writes from now on; return which of its parts do.
+
+        Its other rows may be given to another worker once this returns.
+
+        Raises:
+            StorageError: The seal may not hold; to be asked again.
+        """
+        mine = [name for name in self._parts_of(epoch.number) if worker_of(name) == worker]
+        name = seal_of(epoch.number, worker)
+        self.storage.put_if_absent(name, _dumps({"parts": mine}))
+        return list(self._read_json(name)["parts"])
+
+    def check_seal(self, epoch: Epoch, worker: int) -> None:
+        """Notice that this worker was given up. Politeness only, as `check_fence`.
+
+        Raises:
+            FencedError: It was.
+        """
+        if self.storage.read(seal_of(epoch.number, worker)) is not None:
+            msg = f"{self.storage.where}: worker {worker} was given up; its rows are others' now"
+            raise FencedError(msg)
+
+    def reject(self, name: str, why: str) -> None:
+        """Leave a part out of every later claim; for damage that its footer does not show."""
+        self.storage.put_if_absent(rejection_of(name), _dumps({"why": why}))
+
+    def _rejected(self, names: Collection[str]) -> dict[str, str]:
+        marks = set(self.storage.list(f"{STATE}/rejected"))
+        return {
+            name: str(self._read_json(mark)["why"])
+            for name in names
+            if (mark := rejection_of(name)) in marks
+        }
+
+    def _numbered_files(self, kind: str) -> list[str]:
+        names = self.storage.list(f"{STATE}/{kind}")
+        return [name for name in names if is_numbered(name)]
+
+    def _parts_of(self, epoch: int) -> list[str]:
+        """What an epoch's workers have written, but for what came after their seals."""
+        prefix = f"{STATE}/parts/e{epoch:06d}-"
+        # In this order: a part that a seal made later leaves out is not listed yet, or counts.
+        names = [name for name in self.storage.list(f"{STATE}/parts") if name.startswith(prefix)]
+        for seal in self.storage.list(f"{STATE}/seals"):
+            if epoch_of(seal) == epoch:
+                worker, counted = worker_of(seal), set(self._read_json(seal)["parts"])
+                names = [name for name in names if worker_of(name) != worker or name in counted]
+        return names
+
+    def _footer(self, name: str, plan: Plan) -> PartFooter:
+        """The part's own books, checked against the plan and the file.
+
+        Raises:
+            ValueError: The part does not count.
+            StorageError: It cannot be read right now, which says nothing about it.
+        """
+        try:
+            metadata = pq.read_metadata(self.storage.path(name))
+            names = metadata.schema.to_arrow_schema().names
+        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+            raise_if_not_damage(self.storage.path(name), error)
+            msg = f"unreadable: {str(error).splitlines()[0]}"
+            raise ValueError(msg) from error
+        footer = PartFooter.from_metadata(metadata.metadata)
+        if footer.plan != plan.plan_id:
+            msg = "belongs to another plan"
+            raise ValueError(msg)
+        if metadata.num_rows != footer.num_results:
+            msg = f"holds {metadata.num_rows} rows, its footer says {footer.num_results}"
+            raise ValueError(msg)
+        for segment, rows in footer.done.items():
+            planned = plan.segments[segment].num_rows if segment < len(plan.segments) else 0
+            if rows and rows.spans[-1][1] > planned:
+                msg = f"names row {rows.spans[-1][1] - 1} of segment {segment}, which has {planned}"
+                raise ValueError(msg)
+        if not set(plan.carried) <= set(names):
+            msg = "lacks columns of the plan"
+            raise ValueError(msg)
+        return footer
+
+    def claim(self, plan: Plan, run_id: str, facts: Mapping[str, Any]) -> Epoch:
+        """Claim the next epoch; from here on, what earlier runs write does not count.
+
+        Args:
+            plan: The plan that the run works on.
+            run_id: Of this run.
+            facts: For people: host, pid, start time.
+
+        Raises:
+            FencedError: The plan is not the newest any more.
+            OutputError: Other runs kept winning the claim.
+        """
+        for _ in range(_MAX_CLAIM_TRIES):
+            number = self.latest_epoch()[0] + 1
+            # A run that was slow to get here must not fence off a newer plan's.
+            if plan.number < self.latest_plan_number():
+                msg = f"{self.storage.where}: another run has begun a newer plan"
+                raise FencedError(msg)
+            durable = self.durable(plan)
+            claim = {
+                "format": FORMAT,
+                "plan": plan.number,
+                "plan_id": plan.plan_id,
+                "run_id": run_id,
+                **facts,
+                "accepted": [part.name for part in durable.parts],
+            }
+            if self.storage.put_if_absent(numbered("epochs", number), _dumps(claim)):
+                return Epoch(number, plan, run_id, durable)
+        msg = f"{self.storage.where}: other runs keep claiming this job; let one of them run"
+        raise OutputError(msg)
+
+    def check_fence(self, epoch: Epoch) -> None:
+        """Notice a later claim. Politeness only: correctness rests on what the claim names.
+
+        Raises:
+            FencedError: A later run has taken over, or the plan is published.
+        """
+        if (manifest := self.manifest(epoch.plan.number)) is not None:
+            msg = f"{self.storage.where}: run {manifest.run_id} has published this job"
+            raise FencedError(msg)
+        later = numbered("epochs", epoch.number + 1)
+        if self.storage.read(later) is not None:
+            claim = self._read_json(later)
+            msg = (
+                f"{self.storage.where}: run {claim.get('run_id')} on {claim.get('host')} has "
+                "taken this job over; what this run committed before counts"
+            )
+            raise FencedError(msg)
+
+    def tidy(self, manifest: Manifest) -> None:
+        """Remove what no claim can name again now that a plan is published. Idempotent.
+
+        Later epochs are left alone: they may belong to a live run of the next plan. Snapshots
+        that a manifest names are kept.
+        """
+        folder = f"{STATE}/parts"
+        seals = f"{STATE}/seals"
+        self._remove_old([*self.storage.list(folder), *self.storage.list(seals)], manifest.epoch)
+        folders = (folder, seals, row_digests.FOLDER, "")
+        for temp in (temp for name in folders for temp in self.storage.temps(name)):
+            if epoch_of(temp.name) <= manifest.epoch:
+                self.storage.remove_path(temp)
+        named = {folder_of(manifest) for manifest in self._manifests()}
+        for name in self.storage.list(f"{STATE}/snapshots"):
+            if epoch_of(name) <= manifest.epoch and name not in named:
+                self.storage.remove_folder(name)
+
+    def _remove_old(self, names: Collection[str], epoch: int) -> None:
+        for name in names:
+            if epoch_of(name) <= epoch:
+                self.storage.remove(name)
+
+    def _manifests(self) -> Iterator[Manifest]:
+        for name in self._numbered_files("manifests"):
+            if (manifest := self.manifest(number_of(name))) is not None:
+                yield manifest
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        data = self.storage.read(name)
+        if data is None:
+            raise self._not_understood(name, "it is gone")
+        try:
+            fields = json.loads(data)
+            found = fields.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise self._not_understood(name, str(error)) from error
+        if found != FORMAT:
+            raise self._not_understood(name, f"format {found}, this batchgen reads {FORMAT}")
+        return dict(fields)
+
+    def _not_understood(self, name: str, why: str) -> OutputError:
+        return OutputError(
+            f"{self.storage.where}/{name}: not a batchgen file of this version ({why}); "
+            "use the batchgen that began the job, or another output.path"
+        )
+
+
+def _dumps(fields: dict[str, Any]) -> bytes:
+    return json.dumps({"format": FORMAT, **fields}, indent=1).encode() + b"\n"

@@ -1,0 +1,218 @@
+"""Which rows of a new plan are rows of an earlier one, told without parsing any.
+
+A file with the same content has the same rows. Of a JSONL file that changed, lines are compared by
+their digests: those at the same place, at the place to which an insertion or a deletion has
+shifted them, and those that moved by some hundred thousand lines. What is not matched is no loss
+but work: such a row is read, and then its `request_key` decides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from batchgen.store.row_digests import blocks, digest_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    import polars as pl
+
+    from batchgen.core.ranges import Ranges
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Durable, Plan, Segment
+
+    ReadDigests = Callable[[int, int], bytes]
+
+_BLOCK_ROWS = 2**17
+_AHEAD_ROWS = 2**17
+"""How far a row may have moved to be found: at least this, at most three times as far."""
+MAX_SPANS = 500_000
+"""Of one pair of plans: beyond, rows are in such disorder that reading them costs less memory."""
+
+
+class Span(NamedTuple):
+    """Rows that follow each other in both plans."""
+
+    segment: int
+    start: int
+    old_segment: int
+    old_start: int
+    length: int
+
+
+def is_same_reading(old: Plan, new: Plan) -> bool:
+    """Whether equal lines become equal rows in both plans: same columns, same selection."""
+    tables = [
+        {key: value for key, value in plan.job["input"].items() if key != "limit"}
+        for plan in (old, new)
+    ]
+    return (
+        tables[0] == tables[1]
+        and (old.input_format, old.schema) == (new.input_format, new.schema)
+        and list(old.carried) == list(new.carried)
+    )
+
+
+def match(storage: LocalStorage, old: Plan, new: Plan) -> list[Span]:
+    """Find the rows of `old` in `new`: each at most once, each found at most once.
+
+    Args:
+        storage: With the digests of rows.
+        old: An earlier plan.
+        new: The plan that follows it, `is_same_reading`.
+    """
+    spans: list[Span] = []
+    for number, other in _pairs(old.segments, new.segments):
+        before, after = old.segments[other], new.segments[number]
+        if before.digest == after.digest:
+            length = min(before.num_rows, after.num_rows)
+            spans.append(Span(number, 0, other, 0, length))
+            continue
+        old_rows = digest_reader(storage, before.digest, before.num_rows)
+        new_rows = digest_reader(storage, after.digest, after.num_rows)
+        if old_rows is None or new_rows is None:
+            continue
+        for runs in _aligned(old_rows, before.num_rows, new_rows, after.num_rows):
+            spans += [Span(number, start, other, was, length) for start, was, length in runs]
+            if len(spans) > MAX_SPANS:
+                return spans
+    return spans
+
+
+def _pairs(old: Sequence[Segment], new: Sequence[Segment]) -> Iterator[tuple[int, int]]:
+    """New and old number of files to compare: of one content, else of one name.
+
+    Content first: a log that was rotated has its rows under another name, and its name has others.
+    """
+    free = dict(enumerate(old))
+    rest = dict(enumerate(new))
+    for key in (
+        lambda segment: (segment.path, segment.digest),
+        lambda segment: segment.digest,
+        lambda segment: segment.path,
+    ):
+        waiting: dict[object, list[int]] = {}
+        for other in reversed(free):
+            waiting.setdefault(key(free[other]), []).append(other)
+        for number in list(rest):
+            if others := waiting.get(key(rest[number])):
+                other = others.pop()
+                del free[other], rest[number]
+                yield number, other
+
+
+def _aligned(
+    old: ReadDigests, num_old: int, new: ReadDigests, num_new: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield runs of equal rows, block by block: (new start, old start, length)."""
+    import polars as pl
+
+    shift = 0  # Old row minus new row, where the last block ended.
+    num_read = 0
+    free = _frame(b"", 0)  # Old rows that are read and not taken.
+    for start, stop in blocks(num_new, _BLOCK_ROWS):
+        upto = min(max(stop + shift + _AHEAD_ROWS, num_read), num_old)
+        free = pl.concat([free, _frame(old(num_read, upto), num_read)])
+        num_read = upto
+        found, free = _matched(_frame(new(start, stop), start), free, shift)
+        # What lies far behind is not searched again.
+        free = free.filter(pl.col("row") >= start + shift - _AHEAD_ROWS)
+        if len(found):
+            shift = found["old"][-1] - found["row"][-1]
+            yield _runs(found)
+
+
+def _frame(digests: bytes, first: int) -> pl.DataFrame:
+    """Rows with their digests in two halves; rows without one left out."""
+    import polars as pl
+    import pyarrow as pa
+
+    num = len(digests) // 8
+    halves = pl.Series(pa.Array.from_buffers(pa.uint64(), num, [None, pa.py_buffer(digests)]))
+    if not num:
+        halves = pl.Series([], dtype=pl.UInt64)
+    frame = pl.DataFrame(
+        {
+            "row": pl.int_range(first, first + num // 2, dtype=pl.Int64, eager=True),
+            "a": halves.gather_every(2),
+            "b": halves.gather_every(2, 1),
+        }
+    )
+    return frame.filter((pl.col("a") != 0) | (pl.col("b") != 0))
+
+
+def _matched(
+    new: pl.DataFrame, free: pl.DataFrame, shift: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Pairs `row`, `old` in the order of `row`, and the old rows that are left.
+
+    First what is at its place, which is nearly everything on most nights; then the rest. Where a
+    row stands several times, the first that is left meets the first.
+    """
+    import polars as pl
+
+    at_place = (
+        new.with_columns(old=pl.col("row") + shift)
+        .join(free, left_on=["old", "a", "b"], right_on=["row", "a", "b"], how="semi")
+        .select("row", "old")
+    )
+    rest = new.join(at_place, on="row", how="anti")
+    free = free.join(at_place, left_on="row", right_on="old", how="anti")
+    if rest.is_empty() or free.is_empty():
+        return at_place, free
+    moved = (
+        _counted(rest)
+        .join(
+            _counted(free.join(rest, on=["a", "b"], how="semi")).rename({"row": "old"}),
+            on=["a", "b", "count"],
+        )
+        .select("row", "old")
+    )
+    free = free.join(moved, left_on="row", right_on="old", how="anti")
+    return pl.concat([at_place, moved]).sort("row"), free
+
+
+def _counted(rows: pl.DataFrame) -> pl.DataFrame:
+    """Tell equal rows apart by their count: the first, the second, ..."""
+    import polars as pl
+
+    return rows.sort("row").with_columns(count=pl.int_range(pl.len()).over("a", "b"))
+
+
+def _runs(pairs: pl.DataFrame) -> list[tuple[int, int, int]]:
+    """Pairs in the order of `row` as runs that grow together."""
+    import polars as pl
+
+    starts = (
+        pairs.with_row_index("at")
+        .filter(((pl.col("row").diff() != 1) | (pl.col("old").diff() != 1)).fill_null(value=True))
+        .with_columns(length=pl.col("at").shift(-1, fill_value=len(pairs)) - pl.col("at"))
+    )
+    return list(starts.select("row", "old", "length").iter_rows())
+
+
+def restricted(spans: Iterable[Span], todo: Mapping[int, Ranges]) -> list[Span]:
+    """The parts of spans whose new rows are in `todo`."""
+    found = []
+    for span in spans:
+        rows = todo.get(span.segment)
+        if rows is None:
+            continue
+        for start, stop in rows.within(span.start, span.start + span.length):
+            moved = start - span.start
+            found.append(
+                Span(span.segment, start, span.old_segment, span.old_start + moved, stop - start)
+            )
+    return found
+
+
+def answered_by(spans: Sequence[Span], durable: Durable) -> list[Span]:
+    """The parts of spans whose old rows have ended in the parts of an unfinished plan."""
+    found = []
+    done = {span.old_segment: durable.done(span.old_segment) for span in spans}
+    for span in spans:
+        stop = span.old_start + span.length
+        for first, end in done[span.old_segment].within(span.old_start, stop):
+            start = span.start + first - span.old_start
+            found.append(Span(span.segment, start, span.old_segment, first, end - first))
+    return found

@@ -1,0 +1,210 @@
+"""Results to parts. A part is whatever finished since the last flush, in ordinal order.
+
+The part file is the commit record: once `commit` returns, its rows are durable and will not be
+done again. It is built in memory and put under its name in one piece; nothing is ever streamed
+to a final name, because a writer that is closed by an exception leaves a valid, short file.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen.core import arrow
+from batchgen.core.errors import AccountingError
+from batchgen.core.ranges import Ranges
+from batchgen.store.books import Part
+from batchgen.store.footer import PartFooter
+from batchgen.store.renumber import rows_of
+from batchgen.store.schema import OPTIONAL, dictionary_columns
+from batchgen.store.tally import tally
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from batchgen.core.records import Result
+    from batchgen.storage import Storage
+
+# Publishing reads parts by row group: small enough that a straggler does not drag a whole part.
+_ROW_GROUP_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PartContext:
+    """What all parts of one run share."""
+
+    plan_id: str
+    epoch: int
+    worker: int
+    run_id: str
+    schema: pa.Schema
+    prefix: str
+    num_answer_columns: int = 1
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """`model` and `recipe`, for the columns of these names."""
+    labels: Sequence[Sequence[str]] = ()
+    """Paths to labels: an answer column without the prefix, and the fields of structs in it."""
+    with_seed: bool = False
+    """Whether the schema has the seeds' column."""
+
+
+class PartWriter:
+    """Commits parts of one worker in one epoch, numbered from 0."""
+
+    def __init__(self, storage: Storage, folder: str, context: PartContext) -> None:
+        """Bind; nothing is written yet."""
+        self._storage = storage
+        self._folder = folder
+        self._context = context
+        self._serial = 0
+
+    def commit(
+        self,
+        results: Sequence[Result],
+        skipped: Mapping[int, Ranges],
+        engine: Mapping[str, str],
+    ) -> Part:
+        """Make a part durable.
+
+        Args:
+            results: At least one, or none if `skipped` has rows; any order.
+            skipped: Segment -> rows that end without a result.
+            engine: Who answered, for the footer.
+
+        Raises:
+            StorageError: Not durable; the same call may be made again.
+            AccountingError: The part's name holds something else.
+        """
+        ordered = sorted(results, key=attrgetter("ordinal"))
+        return self.commit_table(_table(ordered, self._context, engine), skipped, engine)
+
+    def commit_table(
+        self, table: pa.Table, skipped: Mapping[int, Ranges], engine: Mapping[str, str]
+    ) -> Part:
+        """The same for results that are a table in the part schema, in ordinal order.
+
+        Raises:
+            StorageError: Not durable; the same call may be made again.
+            AccountingError: The part's name holds something else.
+        """
+        context = self._context
+        name = (
+            f"{self._folder}/e{context.epoch:06d}-w{context.worker:02d}-s{self._serial:06d}.parquet"
+        )
+        status = table.column(f"{context.prefix}status")
+        num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
+        footer = PartFooter(
+            plan=context.plan_id,
+            epoch=context.epoch,
+            run_id=context.run_id,
+            done=_done(table, skipped),
+            num_ok=num_ok,
+            num_errors=table.num_rows - num_ok,
+            num_skipped=sum(len(rows) for rows in skipped.values()),
+            engine=engine,
+            tally=tally(table, context.prefix, context.labels),
+        )
+        data = _encode(table, footer, context)
+        if not self._storage.put_if_absent(name, data):
+            # Epochs are exclusive, so nobody else writes this name; silence would lose rows.
+            msg = f"{self._storage.where}/{name}: holds other rows than this run's; run again"
+            raise AccountingError(msg)
+        self._serial += 1
+        return Part(name, footer)
+
+
+def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    rows = rows_of(table)
+    none = Ranges()
+    return {
+        segment: rows.get(segment, none) | skipped.get(segment, none)
+        for segment in sorted(rows.keys() | skipped.keys())
+    }
+
+
+def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]) -> pa.Table:
+    """One row a result: ordinal, carried columns, answer, result columns, in the part schema."""
+    schema = context.schema
+    facts = _fact_columns(ordered, context, engine)
+    if not context.with_seed:
+        del facts[OPTIONAL]
+    num_carried = len(schema) - 2 - context.num_answer_columns - len(facts)
+    carried = [field.name for field in list(schema)[2 : 2 + num_carried]]
+    columns: list[Any] = [
+        [result.ordinal.segment for result in ordered],
+        [result.ordinal.row for result in ordered],
+        *_carried_columns(ordered, carried, schema),
+        *(
+            [None if r.values is None else r.values[at] for r in ordered]
+            for at in range(context.num_answer_columns)
+        ),
+        *facts.values(),
+    ]
+    arrays = [
+        column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _fact_columns(
+    ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]
+) -> dict[str, Any]:
+    """The columns of `RESULT_FIELDS`, in that order."""
+    completions = [result.completion for result in ordered]
+    errors = [result.error for result in ordered]
+
+    def repeated(value: str | None) -> pa.Array:
+        return pa.repeat(pa.scalar(value, pa.string()), len(ordered))
+
+    by = f"{engine['engine']} {engine['version']}" if "engine" in engine else None
+    return {
+        "status": ["ok" if e is None else "error" for e in errors],
+        "verdict": [result.verdict for result in ordered],
+        "finish_reason": [c and c.finish_reason for c in completions],
+        "error_type": [e and e.error_type for e in errors],
+        "error": [e and e.error for e in errors],
+        "attempts": [result.attempts for result in ordered],
+        "seed": [result.seed for result in ordered],
+        "num_prompt_tokens": [c and c.num_prompt_tokens for c in completions],
+        "num_cached_tokens": [c and c.num_cached_tokens for c in completions],
+        "num_output_tokens": [c and c.num_output_tokens for c in completions],
+        "latency_s": [c and c.latency_s for c in completions],
+        "request_key": [result.request_key for result in ordered],
+        "run_id": repeated(context.run_id),
+        "model": repeated(context.origin.get("model")),
+        "recipe": repeated(context.origin.get("recipe", "")),
+        # Who was never asked has not answered, whatever happened to run at that time.
+        "engine": [by if result.attempts else None for result in ordered],
+    }
+
+
+def _carried_columns(
+    ordered: Sequence[Result], names: Sequence[str], schema: pa.Schema
+) -> list[pa.ChunkedArray]:
+    if not ordered or not names:
+        return [pa.chunked_array([], schema.field(name).type) for name in names]
+    places = [(result.batch.carried, result.index) for result in ordered]
+    return arrow.gather(places, names, copy=False)
+
+
+def _encode(table: pa.Table, footer: PartFooter, context: PartContext) -> bytes:
+    sink = io.BytesIO()
+    metadata = {**(table.schema.metadata or {}), **footer.to_metadata()}
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression="lz4",
+        row_group_size=_ROW_GROUP_ROWS,
+        use_dictionary=dictionary_columns(
+            context.prefix, [".".join(path) for path in context.labels]
+        ),
+        write_page_checksum=True,
+    )
+    return sink.getvalue()

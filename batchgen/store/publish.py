@@ -1,0 +1,299 @@
+"""Parts to snapshot: every result once, in input order, in few Parquet files, and their index.
+
+Memory is bounded by one chunk of rows and by what overlaps it: parts are sorted by ordinal and
+their footers name the rows that they hold, so each chunk reads the row groups that it needs.
+
+The index says what the published files do not: which row of the input each row is, and the hash
+of each row group. It has the row groups of all files, one by one, in order.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen.core import arrow
+from batchgen.core.errors import AccountingError, DamagedPartError
+from batchgen.core.ranges import Ranges
+from batchgen.storage import raise_if_not_damage, storage_error
+from batchgen.store.hashed import HashedParquet
+from batchgen.store.schema import ROW, SEGMENT, dictionary_columns, published_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchgen.storage import LocalStorage
+    from batchgen.store.footer import PartFooter
+    from batchgen.store.hashed import Chunk
+
+# Rows read, sorted and written at once: a row group of what is published.
+_CHUNK_ROWS = 16_384
+_CHUNK_BYTES = 8 * 2**20
+
+GROUPS_KEY = "batchgen.groups"
+"""In the index's footer: a `Chunk` for each row group and the footer of each file."""
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field(SEGMENT, pa.int32(), nullable=False),
+        pa.field(ROW, pa.int64(), nullable=False),
+    ]
+)
+INDEX_OPTIONS = {
+    "compression": "zstd",
+    "use_dictionary": False,
+    "column_encoding": dict.fromkeys((SEGMENT, ROW), "DELTA_BINARY_PACKED"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFormat:
+    """How the published files are written."""
+
+    schema: pa.Schema
+    """Of the parts, ordinal included."""
+    prefix: str
+    compression: str
+    rows_per_file: int
+    metadata: Mapping[bytes, bytes]
+    """Goes into every footer: job, recipe, versions."""
+    labels: Sequence[str] = ()
+    """Columns with few distinct values, without the prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was written: `name`, `num_rows`, `size_bytes`, `sha256` of each file."""
+
+    files: list[dict[str, Any]]
+    index: dict[str, Any]
+
+
+def write_snapshot(
+    storage: LocalStorage,
+    folder: str,
+    parts: Sequence[tuple[str, PartFooter]],
+    form: SnapshotFormat,
+) -> Snapshot:
+    """Write all results of `parts` under `folder`, in input order.
+
+    Args:
+        storage: Where parts are and files go.
+        folder: Must be this run's own: nobody else writes there.
+        parts: Accepted parts and their footers; their ordinals are disjoint.
+        form: How to write.
+
+    Returns:
+        The entries of the files, in order, and of the index. A job without a row has one file
+        with the schema and no rows.
+
+    Raises:
+        StorageError: A write failed; nothing is published by it.
+        DamagedPartError: A part's bytes are not what was written.
+        AccountingError: Two parts hold the same row.
+    """
+    try:
+        return _write_files(storage, folder, _chunks(storage, parts, form.schema), form)
+    except OSError as error:
+        raise storage_error(storage.path(folder), error) from error
+
+
+def _write_files(
+    storage: LocalStorage, folder: str, chunks: Iterator[pa.Table], form: SnapshotFormat
+) -> Snapshot:
+    schema = published_schema(form.schema).with_metadata(dict(form.metadata))
+    options = {
+        "compression": form.compression,
+        "use_dictionary": dictionary_columns(form.prefix, form.labels),
+    }
+    files: list[dict[str, Any]] = []
+    groups: list[list[Chunk]] = []
+    chunk: pa.Table | None = next(chunks, None)
+    with _open(storage, f"{folder}/index.parquet", INDEX_SCHEMA, INDEX_OPTIONS) as index:
+        while chunk is not None or not files:
+            name = f"{folder}/part-{len(files):05d}.parquet"
+            with _open(storage, name, schema, options) as file:
+                while chunk is not None and file.num_rows < form.rows_per_file:
+                    room = form.rows_per_file - file.num_rows
+                    rows = chunk.slice(0, room)
+                    file.write(rows)
+                    index.write(rows)
+                    chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
+            files.append(file.entry())
+            groups.append(file.chunks)
+        index.note({GROUPS_KEY: json.dumps(groups)})
+    return Snapshot(files, index.entry())
+
+
+def _open(
+    storage: LocalStorage, name: str, schema: pa.Schema, options: Mapping[str, Any]
+) -> HashedParquet:
+    storage.remove(name)  # Left by an earlier try of this very run.
+    return HashedParquet(storage, name, schema, options)
+
+
+def _chunks(
+    storage: LocalStorage, parts: Sequence[tuple[str, PartFooter]], schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Yield all results in ordinal order, so many at a time as fit into memory with ease."""
+    readers = [_PartReader(storage, name, footer) for name, footer in parts]
+    chunk_rows = _chunk_rows(readers)
+    held: list[pa.Table] = []
+    # Of small files many together: a row group for each would be slow to read.
+    for chunk in _in_turn(readers, chunk_rows, schema):
+        held.append(chunk)
+        if sum(table.num_rows for table in held) >= chunk_rows:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+    for reader in readers:
+        reader.check_all_read()
+
+
+def _in_turn(
+    readers: Sequence[_PartReader], chunk_rows: int, schema: pa.Schema
+) -> Iterator[pa.Table]:
+    """Yield the results, segment by segment, at most `chunk_rows` of one at a time."""
+    for segment in sorted({seg for reader in readers for seg in reader.footer.done}):
+        here = [reader for reader in readers if segment in reader.footer.done]
+        stop = max(reader.last_row(segment) for reader in here) + 1
+        for start in range(0, stop, chunk_rows):
+            stop_row = start + chunk_rows
+            tables = [
+                reader.rows(segment, start, stop_row)
+                for reader in here
+                if reader.overlaps(segment, start, stop_row)
+            ]
+            found = [table for table in tables if table.num_rows]
+            if found:
+                chunk = pa.concat_tables(found) if len(found) > 1 else found[0]
+                yield _in_order(chunk.cast(schema))
+
+
+def _chunk_rows(readers: Sequence[_PartReader]) -> int:
+    """As many rows as have `_CHUNK_BYTES`, on average of the parts with the widest rows."""
+    widest = max((reader.row_bytes for reader in readers), default=1.0)
+    return int(min(max(_CHUNK_BYTES / max(widest, 1.0), 1), _CHUNK_ROWS))
+
+
+def _in_order(chunk: pa.Table) -> pa.Table:
+    if not _is_ascending(chunk):
+        chunk = arrow.take(chunk, pc.sort_indices(chunk.column(ROW)))
+        if not _is_ascending(chunk):
+            msg = "two accepted parts hold the same row; not published"
+            raise AccountingError(msg)
+    return chunk
+
+
+def _is_ascending(chunk: pa.Table) -> bool:
+    rows = chunk.column(ROW).combine_chunks()
+    return bool(pc.all(pc.greater(rows[1:], rows[:-1]), min_count=0).as_py())
+
+
+class _PartReader:
+    """Reads rows of one part by ordinal; the file is open only while it is read."""
+
+    def __init__(self, storage: LocalStorage, name: str, footer: PartFooter) -> None:
+        self.footer = footer
+        self._name = name
+        self._path = storage.path(name)
+        self._groups: list[tuple[int, _Group]] | None = None
+        self._num_read = 0
+        self._row_bytes = 0.0
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes that a row takes, not compressed; 0 without a row.
+
+        Raises:
+            DamagedPartError: The part is not what was written.
+            StorageError: It cannot be read right now.
+        """
+        self._row_groups()
+        return self._row_bytes
+
+    def last_row(self, segment: int) -> int:
+        """Highest row of the segment that the part accounts for."""
+        return self.footer.done[segment].spans[-1][1] - 1
+
+    def overlaps(self, segment: int, start: int, stop: int) -> bool:
+        """Whether the part may hold rows with `start <= row < stop`; cheap, from the footer."""
+        spans = self.footer.done[segment].spans
+        return spans[0][0] < stop and spans[-1][1] > start
+
+    def rows(self, segment: int, start: int, stop: int) -> pa.Table:
+        """Results with `start <= row < stop`.
+
+        Raises:
+            DamagedPartError: The part is not what was written.
+            StorageError: It cannot be read right now.
+        """
+        wanted = [
+            at
+            for at, group in self._row_groups()
+            if group.first < (segment, stop) and group.last >= (segment, start)
+        ]
+        if not wanted:
+            return pa.table({})
+        table = self._read(wanted)
+        row = table.column(ROW)
+        here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
+        here = pc.and_(pc.equal(table.column(SEGMENT), segment), here)
+        table = arrow.keep(table, here)
+        if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
+            raise DamagedPartError(self._name, "holds a row that its footer does not name")
+        self._num_read += table.num_rows
+        return table
+
+    def _read(self, groups: Sequence[int]) -> pa.Table:
+        try:
+            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+                return file.read_row_groups(list(groups))
+        except (pa.ArrowException, OSError, MemoryError) as error:
+            raise_if_not_damage(self._path, error)
+            raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
+
+    def _row_groups(self) -> list[tuple[int, _Group]]:
+        """Number and extent of each row group, from the footer's statistics."""
+        if self._groups is None:
+            try:
+                metadata = pq.read_metadata(self._path)
+            except (pa.ArrowException, OSError, MemoryError) as error:
+                raise_if_not_damage(self._path, error)
+                raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
+            groups = ((at, metadata.row_group(at)) for at in range(metadata.num_row_groups))
+            found = [(at, group) for at, group in groups if group.num_rows]
+            self._groups = [(at, _extent(group)) for at, group in found]
+            num_bytes = sum(group.total_byte_size for _, group in found)
+            self._row_bytes = num_bytes / max(metadata.num_rows, 1)
+        return self._groups
+
+    def check_all_read(self) -> None:
+        """Every result must have been taken exactly once.
+
+        Raises:
+            DamagedPartError: The part lacks rows that its footer counts.
+        """
+        if self._num_read != self.footer.num_results:
+            problem = f"gave {self._num_read} rows, its footer says {self.footer.num_results}"
+            raise DamagedPartError(self._name, problem)
+
+
+class _Group(NamedTuple):
+    """First and last ordinal of a row group."""
+
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+
+def _extent(group: pq.RowGroupMetaData) -> _Group:
+    segments, rows = group.column(0).statistics, group.column(1).statistics
+    if segments.min != segments.max:
+        # Two segments in one group: their row numbers are not ordered together.
+        return _Group((segments.min, 0), (segments.max, 2**62))
+    return _Group((segments.min, rows.min), (segments.max, rows.max))

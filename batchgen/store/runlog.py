@@ -1,0 +1,224 @@
+"""What a run leaves in `_batchgen/runs/<run_id>/`: figures for people, never commit records.
+
+live.json      where the run is, rewritten every few seconds; `batchgen status` reads it
+stats.parquet  one row every `run.stats_s` seconds; with replicas, rows of each of them too
+summary.json   how it ended
+vllm.log       the engine's own lines; vllm-NN.log those of worker NN
+engine-death-NN.json  what is known of an engine's death, if one died
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import socket
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen.core.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from batchgen.storage import LocalStorage
+
+# vLLM's lines: `WARNING 11-22 18:06:31 [cpu_worker.py:140] text` (vllm/logger.py, 0.26 to 0.33).
+_LEVEL = re.compile(r"\b(?:WARNING|ERROR) [\d-]+ [\d:]+ (.*)")
+_LOG = re.compile(r"/vllm(-\d+)?\.log$")
+_STATS_SCHEMA = pa.schema(
+    [
+        ("elapsed_s", pa.float64()),
+        ("num_ok", pa.int64()),
+        ("num_errors", pa.int64()),
+        ("num_skipped", pa.int64()),
+        ("num_committed", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+        ("requests_per_s", pa.float64()),
+        ("prompt_tokens_per_s", pa.float64()),
+        ("output_tokens_per_s", pa.float64()),
+        ("num_in_flight", pa.int64()),
+        ("num_running", pa.int64()),
+        ("num_waiting", pa.int64()),
+        ("kv_cache_usage", pa.float64()),
+        ("gpu_busy", pa.float64()),
+        ("num_preemptions", pa.int64()),
+        ("memory_mib", pa.float64()),
+        ("replica", pa.int64()),  # Null: the whole run.
+        ("restarts", pa.int64()),  # Null where there are no replicas.
+    ]
+)
+_FOLD = 2048
+_MOST_ROWS = 200_000
+_WRITE_SAMPLES = 12
+_REPLICA_ROWS_PER_S = 8.0
+
+
+class _Rows:
+    """Rows of stats.parquet, in memory: some 150 bytes each, at most `_MOST_ROWS` of them.
+
+    Beyond, every other moment of those that there are goes: the longer ago, the fewer are left.
+    """
+
+    def __init__(self) -> None:
+        self._table = _STATS_SCHEMA.empty_table()
+        self._new: list[Mapping[str, Any]] = []
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows) + len(self._new)
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep rows of one moment: of one `elapsed_s`."""
+        self._new.extend(rows)
+        if len(self._new) >= _FOLD:
+            self.table()
+
+    def table(self) -> pa.Table:
+        """All of them, in order."""
+        if self._new:
+            new = pa.Table.from_pylist(self._new, _STATS_SCHEMA)
+            self._table = pa.concat_tables([self._table, new]).combine_chunks()
+            self._new = []
+        if self._table.num_rows > _MOST_ROWS:
+            moments = pc.dictionary_encode(self._table["elapsed_s"].combine_chunks()).indices
+            # Counted from the last, which stays.
+            ages = pc.subtract(pc.max(moments), moments)
+            is_even = pc.equal(pc.bit_wise_and(ages, pa.scalar(1, ages.type)), 0)
+            self._table = self._table.filter(is_even).combine_chunks()
+        return self._table
+
+
+class RunLog:
+    """One run's folder. Losing it loses no result."""
+
+    def __init__(self, storage: LocalStorage, folder: str, run_id: str) -> None:
+        """Bind; the folder is made with the first write."""
+        self._storage = storage
+        self._folder = f"{folder}/{run_id}"
+        self.run_id = run_id
+        self._whole, self._replicas = _Rows(), _Rows()
+        self._num_unwritten = 0
+        self._next_replicas_s = 0.0
+
+    @property
+    def engine_log(self) -> str:
+        """Where the lines of a run's only engine go; the folder is made."""
+        return self._log_path("vllm.log")
+
+    def engine_log_of(self, number: int) -> str:
+        """The same for one worker of a fleet; its engines write there one after another."""
+        return self._log_path(f"vllm-{number:02}.log")
+
+    @property
+    def summary_path(self) -> str:
+        """Where `finish` writes."""
+        return str(self._storage.path(f"{self._folder}/summary.json"))
+
+    @property
+    def samples(self) -> Sequence[Mapping[str, Any]]:
+        """The rows of stats.parquet so far, those of the whole run. Made anew at each call."""
+        return list(self._whole.table().to_pylist())
+
+    def live(
+        self, facts: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """Rewrite the live view; `replicas` are those of a fleet, a mapping each."""
+        data = {"run_id": self.run_id, "pid": os.getpid(), "host": socket.gethostname(), **facts}
+        if replicas is not None:
+            data["replicas"] = replicas
+        self._replace("live.json", json.dumps(data).encode())
+
+    def sample(self, row: Mapping[str, Any]) -> None:
+        """Keep a row of stats.parquet for the whole run, and rewrite the file now and then.
+
+        Every 12 samples at first, then whenever a fiftieth more has come: all that a run writes
+        is at most some 50 times its last file, however long it takes.
+
+        Args:
+            row: As `RunStats.sample`; `memory_mib` is this process's.
+        """
+        self._whole.add([{**row, "memory_mib": memory_mib()}])
+        self._num_unwritten += 1
+        if self._num_unwritten >= max(_WRITE_SAMPLES, len(self._whole) // 50):
+            self._write_stats()
+
+    def sample_replicas(self, rows: Sequence[Mapping[str, Any]], *, is_last: bool = False) -> None:
+        """Keep a row of stats.parquet for each replica, unless the last ones are too fresh.
+
+        All replicas together get some 8 rows a second at most: 256 of them one each 32 s. To be
+        called as often as `sample`, which writes the file; the last look is always kept.
+
+        Args:
+            rows: Of one moment, with the columns of stats.parquet; others are left out.
+            is_last: There will be none after these.
+        """
+        if not rows or (rows[0]["elapsed_s"] < self._next_replicas_s and not is_last):
+            return
+        self._next_replicas_s = rows[0]["elapsed_s"] + len(rows) / _REPLICA_ROWS_PER_S
+        self._replicas.add(rows)
+
+    def finish(self, summary: Mapping[str, Any]) -> str:
+        """Write the stats and the summary; return the summary's path."""
+        self._write_stats()
+        self._replace("summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+        return self.summary_path
+
+    def engine_death(self, number: int, facts: Mapping[str, Any]) -> str:
+        """Write down what is known of an engine's death; return the record's path."""
+        name = f"engine-death-{number:02}.json"
+        self._replace(name, json.dumps(facts, indent=1).encode() + b"\n")
+        return str(self._storage.path(f"{self._folder}/{name}"))
+
+    def num_engine_warnings(self) -> int:
+        """How many different warnings and errors the engines' logs hold, all of them together."""
+        texts: set[str] = set()
+        with suppress(OutputError, OSError):  # Figures: not worth a run's own error.
+            for name in filter(_LOG.search, self._storage.list(self._folder)):
+                path = self._storage.path(name)
+                with path.open(encoding="utf-8", errors="replace") as lines:
+                    texts.update(match.group(1) for match in map(_LEVEL.search, lines) if match)
+        return len(texts)
+
+    def _log_path(self, name: str) -> str:
+        path = self._storage.path(f"{self._folder}/{name}")
+        self._storage.make_folder(path.parent)
+        return str(path)
+
+    def _write_stats(self) -> None:
+        self._num_unwritten = 0
+        out = io.BytesIO()
+        pq.write_table(pa.concat_tables([self._whole.table(), self._replicas.table()]), out)
+        self._replace("stats.parquet", out.getvalue())
+
+    def _replace(self, name: str, data: bytes) -> None:
+        """Write a file that may be lost: a full disk must not stop a run for its figures."""
+        with suppress(OutputError):
+            self._storage.replace(f"{self._folder}/{name}", data)
+
+
+def new_run_id(now: datetime) -> str:
+    """Sorts by time; unique without asking anybody."""
+    return f"{now:%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
+
+
+def utc_now() -> datetime:
+    """For records only; no decision is ever made from wall time."""
+    return datetime.now(tz=UTC)
+
+
+def memory_mib() -> float | None:
+    """Resident memory of this process in MiB; None where /proc is missing."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
