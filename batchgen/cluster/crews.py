@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.cluster.crew import Needs
 from batchgen.core.errors import ConfigError
-from batchgen.engine.settings import gpus_of, is_cpu_build
+from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
 
 if TYPE_CHECKING:
     from batchgen.cluster.crew import Crew

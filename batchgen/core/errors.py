@@ -193,3 +193,9 @@ def _ways(gate: Sequence[Mapping[str, Any]]) -> list[str]:
 
 class AccountingError(BatchgenError):
     """Planned rows and accounted rows differ. Nothing is published on such books."""
+
+
+def one_line(exc: BaseException, max_chars: int = 500) -> str:
+    """Put an exception of someone else's on one line: its type and the text, cut if long."""
+    text = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {text}"[:max_chars] if text else type(exc).__name__

@@ -9,7 +9,7 @@ slow row: there is no batch and no barrier at this seam.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from batchgen.core.records import Completion, EngineFacts, EngineStats, Prompt, RowError
+from batchgen.core.records import Completion, EngineFacts, EngineStats, Messages, Prompt, RowError
 
 
 class EngineRequest(Protocol):
@@ -91,3 +91,33 @@ def unknown_adapter(name: str, known: Iterable[str]) -> RowError:
     """Say which LoRA adapters there are."""
     names = ", ".join(known) or "none"
     return RowError("unknown_adapter", f"no LoRA adapter {name!r}; the job has {names}")
+
+
+def flatten_parts(messages: Messages) -> list[dict[str, Any]]:
+    """Write content given as OpenAI text parts as one text, parts joined by newlines.
+
+    Many templates drop a list without a word (Qwen3's does), so the model would never see it.
+
+    Raises:
+        TypeError: A part is not a text.
+
+    Source:
+        vllm/entrypoints/chat_utils.py, content format "string", 0.32: joins by newlines.
+    """
+    flat = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            if not all(isinstance(part, dict) for part in content):
+                problem = "a content part is no object, expected {type, text}"
+                raise TypeError(problem)
+            kinds = {part.get("type") for part in content}
+            if kinds - {"text"}:
+                kind = sorted(map(str, kinds - {"text"}))[0]
+                problem = f"a content part of type {kind!r}, only 'text' is supported"
+                raise TypeError(problem)
+            content = "\n".join([part["text"] for part in content])
+            flat.append({**message, "content": content})
+        else:
+            flat.append(dict(message))
+    return flat

@@ -1,20 +1,34 @@
-"""This machine's NVIDIA GPUs, read without CUDA, torch or vLLM: through NVML, else nvidia-smi.
+"""This machine's NVIDIA GPUs: what there is, how busy they are, whose turn on them it is.
 
-A reading costs some milliseconds, leaves no context on the GPU and works while others use it.
+Read without CUDA, torch or vLLM: through NVML, else nvidia-smi. A reading costs some milliseconds,
+leaves no context on the GPU and works while others use it.
+
+Engines that share a GPU come up one after the other. vLLM takes what all of a GPU's memory lost
+between its own start and its profiling run for its own: an engine that loads beside it makes its
+KV cache smaller by that one's weights, and one that frees memory meanwhile makes it give up
+(vllm/v1/worker/gpu_worker.py, determine_available_memory; vllm/utils/mem_utils.py,
+memory_profiling; 0.26 to 0.33). Engines that close take no turn. The turn is a `flock` on a file
+of this machine, so that it holds between replicas and between jobs, and ends with its holder
+however that ends. It only helps: where it cannot be had, the engine comes up without.
 """
 
 # ruff: noqa: N802, D102, ANN401 - NVML's functions, and what they return
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import importlib
 import importlib.util
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +36,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any
 
     Smi = Callable[[Sequence[str]], str]
     """nvidia-smi: its arguments -> what it prints."""
@@ -348,3 +363,142 @@ def _smi_gpu(row: Sequence[str]) -> Gpu:
         free_bytes=numbers[1],
         capability=(int(major), int(minor)) if known else None,
     )
+
+
+EVERY_S = 2.0
+"""A reading takes up to some milliseconds of the thread that feeds the engine."""
+
+
+class GpuLoad:
+    """Reads now and then, and keeps what it read."""
+
+    def __init__(
+        self,
+        num_gpus: int,
+        *,
+        nvml: Nvml | None = None,
+        environ: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Find the GPUs.
+
+        Args:
+            num_gpus: That the engine has, the first that are visible; 0: there is nothing to tell.
+            nvml: The library; None: pynvml, if there is one and vLLM is built for CUDA.
+            environ: Of which CUDA_VISIBLE_DEVICES counts; None: this process's.
+            clock: Monotonic seconds.
+        """
+        if nvml is None and num_gpus and vllm_build() == "cuda":
+            nvml = load_nvml()
+        self._nvml = nvml
+        self._clock = clock
+        self._read_s: float | None = None
+        self._busy: float | None = None
+        self._handles: list[Any] = []
+        if nvml is None:
+            return
+        gpus = read_devices(nvml, environ=environ).gpus[:num_gpus]
+        try:
+            nvml.nvmlInit()  # To stay: each reading needs it.
+            self._handles = [nvml.nvmlDeviceGetHandleByIndex(gpu.index) for gpu in gpus]
+        except nvml.NVMLError:
+            self._handles = []
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the last second or less in which the GPUs worked, 0 to 1; None if unknown.
+
+        Source:
+            nvmlUtilization_t, NVML API Reference: of a sample period of 1/6 to 1 s, the share in
+            which one or more kernels ran.
+        """
+        now_s = self._clock()
+        if self._handles and (self._read_s is None or now_s - self._read_s >= EVERY_S):
+            self._read_s = now_s
+            self._busy = self._read()
+        return self._busy
+
+    def _read(self) -> float | None:
+        assert self._nvml is not None  # noqa: S101 - there are handles
+        try:
+            rates = [self._nvml.nvmlDeviceGetUtilizationRates(one).gpu for one in self._handles]
+        except self._nvml.NVMLError:  # A MIG slice does not tell; neither does a lost GPU.
+            self._handles = []
+            return None
+        return statistics.fmean(rates) / 100
+
+
+WAIT_S = 1800.0
+"""For all that are before us, minutes each; then we start all the same, lest one that hangs stops
+everybody."""
+_TRY_S = 0.1
+
+
+def turn_file(environment: Mapping[str, str], folder: Path | None = None) -> Path:
+    """Name the file whose lock is the turn on the GPUs that this process sees.
+
+    Args:
+        environment: Ours; `CUDA_VISIBLE_DEVICES` says which GPUs. Engines that see other sets of
+            them, though one is in both, do not wait for each other.
+        folder: Of the machine's temporary files.
+    """
+    devices = environment.get("CUDA_VISIBLE_DEVICES") or "all"
+    name = re.sub(r"[^0-9A-Za-z-]+", "_", devices)
+    return (folder or Path(tempfile.gettempdir())) / f"batchgen-start-{name}.lock"
+
+
+@contextlib.contextmanager
+def turn_to_start(path: Path | None, wait_s: float = WAIT_S) -> Iterator[bool]:
+    """Hold the turn while an engine comes up.
+
+    Args:
+        path: Of the turn; None if there is nothing to share.
+        wait_s: How long to wait for it.
+
+    Yields:
+        Whether we have it.
+    """
+    descriptor = _open_turn(path) if path is not None else None
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield _flock(descriptor, wait_s)
+    finally:
+        # Not by closing alone: a process that was forked meanwhile may hold the file open, too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _open_turn(path: Path) -> int | None:
+    """Open the file, whoever made it; a lock needs no right to write."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # It may be a pipe.
+    with contextlib.suppress(OSError):
+        return os.open(path, flags)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, flags | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):
+            os.fchmod(descriptor, 0o644)  # For all users, whatever our umask.
+        return descriptor
+    return None
+
+
+def _flock(descriptor: int, wait_s: float) -> bool:
+    deadline = time.monotonic() + wait_s
+    is_told = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        except OSError:
+            return False  # A file system without locks.
+        else:
+            return True
+        if not is_told:
+            is_told = True
+            sys.stderr.write("batchgen: waits until another engine on this GPU is up\n")
+            sys.stderr.flush()
+        time.sleep(_TRY_S)

@@ -28,8 +28,7 @@ from batchgen.core.records import (
     Sample,
 )
 from batchgen.core.suggest import nearest
-from batchgen.engine.base import failed, unknown_adapter
-from batchgen.engine.encoder import flatten_parts
+from batchgen.engine.base import failed, flatten_parts, unknown_adapter
 from batchgen.engine.faults import read_faults
 
 if TYPE_CHECKING:

@@ -29,11 +29,10 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.collector import collect_rarely
-from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError
-from batchgen.engine.encoder import one_line
+from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, one_line
+from batchgen.engine.devices import GpuLoad
 from batchgen.engine.faulty import echo_engine
-from batchgen.engine.gpu_load import GpuLoad
-from batchgen.engine.settings import gpus_of, is_cpu_build
+from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +58,7 @@ def build_engine(spec: EngineSpec) -> Engine:
     """Build the engine in this process; cheap, the first step does the work."""
     if spec.backend == "echo":
         return echo_engine(spec, is_hosted=True)
-    from batchgen.engine.vllm import VllmEngine
+    from batchgen.engine.vllm.engine import VllmEngine
 
     return VllmEngine(spec)
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import batchgen
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, Sample
-from batchgen.engine.log import find_cause, is_vague, log_size, log_tail
+from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -27,16 +27,18 @@ from batchgen.engine.base import failed
 from batchgen.engine.booked import BookedEngine, Oddities
 from batchgen.engine.death import (
     MAX_LOG_LINES,
+    SOLO_DEATHS,
     EngineDeath,
+    SuspectSearch,
     Tally,
     ask_less,
     is_out_of_memory,
+    log_size,
+    log_tail,
     row_in_flight,
     rows_in_flight,
     utc_now,
 )
-from batchgen.engine.log import log_size, log_tail
-from batchgen.engine.suspects import SOLO_DEATHS, SuspectSearch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

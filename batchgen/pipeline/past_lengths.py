@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.engine.lengths import Lengths, mean_lengths
+from batchgen.engine.order import Lengths, mean_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.death import is_out_of_memory
-from batchgen.engine.refused import WHERE as REFUSED_WHERE
+from batchgen.engine.vllm.settings import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
         told = ", ".join(f"{name} = {value}" for name, value in tuned.settings.items())
         had = f"it had {told} from {tuned.path}: --no-tuned runs without"
         if isinstance(error, ConfigError):
-            if error.where != REFUSED_WHERE:  # A grammar, say: no settings of these.
+            if error.where != SETTINGS:  # A grammar, say: no settings of these.
                 raise
             *before, last = error.problems
             raise ConfigError(error.where, [*before, f"{last}; {had}"]) from error

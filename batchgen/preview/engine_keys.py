@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError
 from batchgen.core.suggest import nearest
-from batchgen.engine.keywords import known_keywords
+from batchgen.engine.vllm.settings import known_keywords
 from batchgen.job.model import ModelConfig
 from batchgen.job.scheduler import above_batched_tokens
 from batchgen.preview.findings import Finding, problem, warning

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from batchgen.cluster.crews import is_fleet, needs_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError
-from batchgen.engine.settings import gpus_of, llm_kwargs
+from batchgen.engine.vllm.settings import gpus_of, llm_kwargs
 from batchgen.pipeline import planning
 from batchgen.pipeline.model_files import ModelFiles
 from batchgen.pipeline.refusals import refuse_foreign

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import BatchgenError, OutputError
-from batchgen.engine.settings import gpus_of
+from batchgen.engine.vllm.settings import gpus_of
 from batchgen.job.seeds import Seeds
 from batchgen.pipeline import planning
 from batchgen.pipeline.options import RunOptions

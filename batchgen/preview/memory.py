@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
+from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
 from batchgen.preview.findings import GIB
 from batchgen.preview.shape import DTYPE_BYTES
 from batchgen.preview.software import NEWEST

@@ -12,11 +12,11 @@ from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import EngineError
+from batchgen.core.errors import EngineError, one_line
 from batchgen.core.records import RowError
 from batchgen.engine.echo import chat_text, read_options
-from batchgen.engine.encoder import MAX_BATCH, ChatStyle, encode, one_line
-from batchgen.engine.settings import is_cpu_build, llm_kwargs, prepare_environment
+from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode
+from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,8 +72,8 @@ def load_tokenize(spec: EngineSpec) -> Tokenize:
 
 
 def _load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401 - of transformers or of vLLM
-    from batchgen.engine.vllm_answers import Splitter, has_parser
-    from batchgen.engine.vllm_params import load_tokenizer, structured_outputs_config
+    from batchgen.engine.vllm.answers import Splitter, has_parser
+    from batchgen.engine.vllm.params import load_tokenizer, structured_outputs_config
 
     try:
         tokenizer = load_tokenizer(spec)

@@ -12,7 +12,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from batchgen.engine.settings import GPU_MEMORY_UTILIZATION
+from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
 from batchgen.tuning.tuned import Settings, value_of
 
 if TYPE_CHECKING:

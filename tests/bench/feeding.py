@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 from batchgen.api import load
 from batchgen.engine.devices import device_name
 from batchgen.engine.process import EngineProcess
-from batchgen.engine.settings import is_cpu_build, prepare_environment
 from batchgen.engine.supervised import SupervisedEngine
+from batchgen.engine.vllm.settings import is_cpu_build, prepare_environment
 from batchgen.pipeline.job_run import JobRun
 from batchgen.pipeline.runner import StopSwitch
 from tests.bench import works

@@ -29,7 +29,7 @@ from batchgen.cluster.messages import Report, StartEngine
 from batchgen.cluster.ray import RayCrew
 from batchgen.cluster.replica import Replica
 from batchgen.engine.devices import device_name
-from batchgen.engine.settings import is_cpu_build
+from batchgen.engine.vllm.settings import is_cpu_build
 from batchgen.pipeline.job_run import JobRun
 from batchgen.pipeline.runner import StopSwitch
 from batchgen.store.names import STATE

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.engine.devices import device_name
-from batchgen.engine.settings import is_cpu_build
+from batchgen.engine.vllm.settings import is_cpu_build
 from tests.bench import peer_marks, works
 from tests.bench.peer_kinds import PEERS, Order, Peer
 from tests.bench.peer_runs import Crash, PeerError, Ran, Stage, crash, time_once

@@ -481,9 +481,9 @@ def test_what_vllm_refuses_is_told_in_one_line(tmp_path, options, sampling, erro
 SAME_AS_VLLM = """
 import json, random, sys
 from types import SimpleNamespace
-from batchgen.engine.encoder import ChatStyle, encode
+from batchgen.engine.vllm.encoder import ChatStyle, encode
 from batchgen.engine.host import HostedRequest
-from batchgen.engine.vllm import load_tokenizer
+from batchgen.engine.vllm.engine import load_tokenizer
 from batchgen.core.records import EngineSpec
 from vllm import LLM
 spec = EngineSpec("vllm", sys.argv[1], {}, {})
@@ -496,7 +496,7 @@ ours = [list(e.token_ids) for e in encode(load_tokenizer(spec), requests, ChatSt
 theirs = [llm._preprocess_cmpl_one({"prompt": t})["prompt_token_ids"] for t in texts]
 theirs += [llm._preprocess_chat_one(c)["prompt_token_ids"] for c in chats]
 
-from batchgen.engine.vllm_answers import prime_with_prompt_ends
+from batchgen.engine.vllm.answers import prime_with_prompt_ends
 from vllm import SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 tokenizer, dice = llm.get_tokenizer(), random.Random(1)
@@ -531,7 +531,7 @@ prime_with_prompt_ends()
 ends = [texts_of(params) for params in kinds]
 
 import dataclasses, inspect
-from batchgen.engine.keywords import known_keywords
+from batchgen.engine.vllm.settings import known_keywords
 from vllm import EngineArgs
 known = {field.name for field in dataclasses.fields(EngineArgs) if field.init}
 known |= set(inspect.signature(LLM.__init__).parameters) - {"self", "kwargs"}

@@ -13,7 +13,7 @@ import pytest
 
 import batchgen
 from batchgen import api
-from batchgen.engine.lengths import Lengths
+from batchgen.engine.order import Lengths
 from batchgen.pipeline.past_lengths import lengths_of
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger

@@ -13,10 +13,17 @@ from batchgen.core.errors import StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Ordinal, Request, RowBatch
 from batchgen.engine import order as orders
-from batchgen.engine.keyed import CHUNK_ROWS, Keyed
-from batchgen.engine.lengths import Lengths, mean_lengths, octave
-from batchgen.engine.order import AdmissionOrder, Reach, Seen, Sorting, find_sorting
-from batchgen.engine.runs import MAX_FILES, MAX_RUNS, SortedRuns
+from batchgen.engine.order import (
+    AdmissionOrder,
+    Lengths,
+    Reach,
+    Seen,
+    Sorting,
+    find_sorting,
+    mean_lengths,
+    octave,
+)
+from batchgen.engine.sorting import CHUNK_ROWS, MAX_FILES, MAX_RUNS, Keyed, SortedRuns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

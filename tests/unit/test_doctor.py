@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from batchgen.api import load
-from batchgen.engine import keywords
 from batchgen.engine.devices import Devices, Gpu, GpuProcess
+from batchgen.engine.vllm import settings
 from batchgen.preview import places
 from batchgen.preview.doctor_report import Report, told
 from batchgen.preview.engine_keys import check_keywords, least_model_len
@@ -530,7 +530,7 @@ def test_a_keyword_that_vllm_lacks_is_told_with_what_was_meant(job: dict[str, An
 
 
 def test_keywords_that_cannot_be_looked_up_are_a_warning(monkeypatch) -> None:
-    monkeypatch.setattr(keywords, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     (finding,) = check_keywords({"a": 1, "b": 2})
     text = "whether vLLM knows model.engine's a, b could not be looked up"
     assert (finding.level, finding.text) == (Level.WARNING, text)

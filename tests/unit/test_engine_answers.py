@@ -12,14 +12,19 @@ import tokenizers
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import EngineSpec, RowError, TokenLogprobs
-from batchgen.engine.encoder import ChatStyle, encode, has_images
 from batchgen.engine.host import HostedRequest, last_words
-from batchgen.engine.images import render_images, with_local_images
-from batchgen.engine.settings import llm_kwargs, lora_kwargs
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.engine.vllm_answers import AnswerReader, prompt_end, special_token_ids
-from batchgen.engine.vllm_params import check_grammars_once
-from batchgen.engine.watch import pass_to_reasoner
+from batchgen.engine.vllm.answers import AnswerReader, prompt_end, special_token_ids
+from batchgen.engine.vllm.encoder import (
+    ChatStyle,
+    encode,
+    has_images,
+    render_images,
+    with_local_images,
+)
+from batchgen.engine.vllm.engine import pass_to_reasoner
+from batchgen.engine.vllm.params import check_grammars_once
+from batchgen.engine.vllm.settings import llm_kwargs, lora_kwargs
 
 LETTERS = SimpleNamespace(
     decode=lambda ids: "".join(map(chr, ids)),

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from batchgen.core.errors import EngineError
-from batchgen.engine.encoder import MAX_BATCH, ChatStyle, Encoder, encode, flatten_parts, one_line
+from batchgen.core.errors import EngineError, one_line
+from batchgen.engine.base import flatten_parts
 from batchgen.engine.host import HostedRequest
+from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, Encoder, encode
 
 PLAIN = ChatStyle(None, {})
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchgen.engine.log import find_cause, is_vague, log_tail
+from batchgen.engine.death import find_cause, is_vague, log_tail
 
 CORE_FAILED = """\
 (EngineCore pid=77) ERROR 11-22 17:52:40 [core.py:1164] EngineCore failed to start.

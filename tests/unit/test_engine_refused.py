@@ -10,8 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from batchgen.core.errors import ConfigError, EngineError
-from batchgen.engine.keywords import known_keywords, read_keywords
-from batchgen.engine.refused import start_error
+from batchgen.engine.vllm.settings import known_keywords, read_keywords, start_error
 
 
 @dataclass

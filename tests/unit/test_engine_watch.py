@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from batchgen.core.records import EngineStats
-from batchgen.engine.watch import SchedulerWatch, wake_when_dead
+from batchgen.engine.vllm.engine import SchedulerWatch, wake_when_dead
 
 
 def make_engine(events=()):

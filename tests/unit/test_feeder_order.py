@@ -10,8 +10,7 @@ import pytest
 
 from batchgen.core.errors import SourceError, StorageError
 from batchgen.core.records import RowError
-from batchgen.engine.lengths import Lengths
-from batchgen.engine.order import AdmissionOrder, Reach
+from batchgen.engine.order import AdmissionOrder, Lengths, Reach
 from batchgen.pipeline.stages import Feeder, feds_of
 from tests.fakes import batch, request_builder
 

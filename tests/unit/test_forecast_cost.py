@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchgen.core.errors import ConfigError
-from batchgen.engine.settings import gpus_of
+from batchgen.engine.vllm.settings import gpus_of
 from batchgen.preview.cost import (
     Price,
     Rate,

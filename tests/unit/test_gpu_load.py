@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from batchgen.core.records import EngineStats
-from batchgen.engine.gpu_load import EVERY_S, GpuLoad
+from batchgen.engine.devices import EVERY_S, GpuLoad
 from batchgen.engine.host import Host
 from tests.fakes import FakeEngine
 from tests.unit.test_devices import Card, FakeNvml, NvmlError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.engine.turns import turn_file, turn_to_start
+from batchgen.engine.devices import turn_file, turn_to_start
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import ConfigError, EngineError
-from batchgen.engine.encoder import one_line
+from batchgen.core.errors import ConfigError, EngineError, one_line
 
 if TYPE_CHECKING:
     from batchgen.core.records import EngineSpec

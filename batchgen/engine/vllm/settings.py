@@ -1,17 +1,40 @@
-"""What we tell vLLM: environment variables and defaults of its keywords. Imports nothing of it."""
+"""What vLLM is told at its start, and what it refuses of that. Imports nothing of vLLM.
+
+Environment variables, our defaults of its keywords, the keywords that the installed one takes
+(read from its source: importing it takes seconds), and which of the errors of its start the job
+file is at fault for: those of its settings. `LLM(...)` goes three steps: it makes `EngineArgs` of
+its keywords, `create_engine_config` makes a `VllmConfig` of these, and only then anything is
+loaded or a device is touched. What the first two refuse they refuse every time, so that to run
+again is of no use. All that comes later (weights, memory, CUDA, processes) may be better the next
+time.
+
+Source:
+    vllm/entrypoints/llm.py, LLM.__init__, and vllm/v1/engine/llm_engine.py,
+    LLMEngine.from_engine_args, alike in 0.26.0, 0.32.0 and 0.33.0.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
+import traceback
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import EngineError
+from pydantic import ValidationError
+
+from batchgen.core.errors import ConfigError, EngineError, one_line
+from batchgen.core.suggest import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+    from types import FrameType
 
     from batchgen.core.records import EngineSpec
 
@@ -198,3 +221,139 @@ def read_lora_rank(name: str, folder: Path) -> int:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         problem = f"adapter {name!r}: {path} does not say its rank, 'r'"
         raise EngineError(problem) from exc
+
+
+ARGS, LLM = Path("engine", "arg_utils.py"), Path("entrypoints", "llm.py")
+
+
+def known_keywords() -> frozenset[str] | None:
+    """Every keyword of the installed vLLM's `LLM(...)`; None if they cannot be told."""
+    try:
+        spec = find_spec("vllm")  # Of a package at the top nothing is executed.
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec is not None else None
+    return next((found for place in places or () if (found := read_keywords(Path(place)))), None)
+
+
+@cache
+def read_keywords(package: Path) -> frozenset[str] | None:
+    """The same of a vLLM in a folder.
+
+    Source:
+        LLM.__init__ gives what it does not know itself to EngineArgs, a dataclass without a base:
+        vllm/entrypoints/llm.py and vllm/engine/arg_utils.py, 0.26 to 0.33.
+
+    Returns:
+        None where the source is not there, or not as expected.
+    """
+    try:
+        trees = [ast.parse((package / path).read_bytes()) for path in (ARGS, LLM)]
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return None
+    args, llm = _class(trees[0], "EngineArgs"), _class(trees[1], "LLM")
+    if args is None or llm is None or args.bases:
+        return None
+    own = set(_parameters(llm.body))
+    fields = {name for name, kind in _fields(args.body) if "ClassVar" not in kind}
+    return frozenset(own | fields) if own and fields else None
+
+
+def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
+    found = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return next(found, None)
+
+
+def _fields(body: Iterable[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, ast.unparse(node.annotation)
+
+
+def _parameters(body: Iterable[ast.stmt]) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            yield from (arg.arg for arg in (*node.args.args[1:], *node.args.kwonlyargs))
+
+
+SETTINGS = "[model]"
+SAMPLING = "[sampling]"
+MAX_CHARS = 500
+_INIT, _START = "LLM.__init__", "LLMEngine.from_engine_args"
+_CONFIG = "EngineArgs.create_engine_config"
+_PARAMS = "SamplingParams.__post_init__"
+_UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
+_PREFIX = re.compile(r"^(Value error|Assertion failed), ")
+_MACHINES = re.compile(r"available GPUs|device count", re.IGNORECASE)
+"""Of a GPU that is gone, not of the job: vllm/config/parallel.py, _verify_args, 0.26 to 0.33."""
+_short = Repr()
+_short.maxstring = 60
+
+
+def start_error(exc: Exception) -> ConfigError | EngineError:
+    """What a failed start of vLLM's is to the job.
+
+    Args:
+        exc: As `LLM(...)` raised it, with its traceback.
+
+    Returns:
+        ConfigError: vLLM refuses the job's settings, before anything was loaded, or its sampling.
+        EngineError: all else.
+    """
+    if not isinstance(exc, (TypeError, ValueError)):
+        return EngineError(one_line(exc))
+    if _PARAMS in _frames(exc):
+        return ConfigError(SAMPLING, [f"vLLM refuses it: {one_line(exc)}"])
+    if not _is_of_settings(exc):
+        return EngineError(one_line(exc))
+    if _MACHINES.search(str(exc)) or any(isinstance(one, OSError) for one in _causes(exc)):
+        return EngineError(one_line(exc))
+    return ConfigError(SETTINGS, [" ".join(text.split())[:MAX_CHARS] for text in _problems(exc)])
+
+
+def _frames(exc: Exception) -> dict[str, FrameType]:
+    """Of the functions that it came through, by their names."""
+    return {frame.f_code.co_qualname: frame for frame, _ in traceback.walk_tb(exc.__traceback__)}
+
+
+def _is_of_settings(exc: Exception) -> bool:
+    """Whether it came out of the making of the configuration."""
+    seen = _frames(exc)
+    if _CONFIG in seen or _INIT not in seen:
+        return _CONFIG in seen
+    # Before the engine was begun. Without a traceback into it, it may also be after that.
+    return _START not in seen and not hasattr(seen[_INIT].f_locals.get("self"), "llm_engine")
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """It, and what it was raised from; pydantic keeps that of a validator's error for itself."""
+    inner = [
+        found
+        for error in (exc.errors(include_url=False) if isinstance(exc, ValidationError) else ())
+        if isinstance(found := error.get("ctx", {}).get("error"), BaseException)
+    ]
+    yield exc
+    for cause in (exc.__cause__ or exc.__context__, *inner):
+        if cause is not None:
+            yield from _causes(cause)
+
+
+def _problems(exc: Exception) -> list[str]:
+    if found := _UNKNOWN.search(str(exc)):
+        name = found[1]
+        near = nearest(name, known_keywords() or ())
+        hint = f"did you mean {near!r}?" if near else "see the arguments of vLLM's EngineArgs"
+        return [f"engine.{name}: vLLM has no such setting; {hint}"]
+    if not isinstance(exc, ValidationError):
+        return [f"vLLM refuses the settings: {one_line(exc)}"]
+    told: dict[str, str] = {}
+    for error in exc.errors(include_url=False, include_context=False):
+        name = str(error["loc"][0]) if error["loc"] else ""
+        what = f"{name} = {_short.repr(error['input'])}" if name else "the settings"
+        # Of a field with several types there is an error for each: the first names the values.
+        told.setdefault(name or error["msg"], f"vLLM refuses {what}: {_text(error['msg'])}")
+    return list(told.values())
+
+
+def _text(message: str) -> str:
+    return _PREFIX.sub("", message)

@@ -1,4 +1,4 @@
-"""`Encoder`: prompts to token ids, in one background thread, ahead of the scheduler.
+"""Prompts to token ids, in one background thread, ahead of the scheduler; and chats with images.
 
 Why a thread and why batches: one `encode_batch_fast` over hundreds of prompts costs half of what
 vLLM's own rendering does and runs outside the GIL, while a loop of single calls fights the engine
@@ -6,18 +6,28 @@ thread for it (0.65 s became 4.2 s on two cores, vLLM 0.32). It starts before th
 is up, so that the first thousand prompts are ready when the weights are.
 
 It must not share vLLM's tokenizer: truncation and padding are state of the Rust object.
-It knows neither vLLM nor transformers; `load_tokenizer` brings what it needs.
+
+Chats with images vLLM itself has to render: it knows how many tokens an image takes. That is slow
+(an image is fetched, decoded and scaled, on the engine's own thread, as vLLM's offline entry
+points do it) and only for chats that hold one.
+
+Imports neither vLLM nor transformers: `load_tokenizer` and the `LLM` object bring what is needed.
 """
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 import queue
 import threading
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
-from batchgen.core.errors import EngineError
+from batchgen.core.errors import EngineError, one_line
 from batchgen.core.records import RowError
+from batchgen.engine.base import flatten_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -152,42 +162,6 @@ def has_images(prompt: Prompt) -> bool:
     )
 
 
-def flatten_parts(messages: Messages) -> list[dict[str, Any]]:
-    """Write content given as OpenAI text parts as one text, parts joined by newlines.
-
-    Many templates drop a list without a word (Qwen3's does), so the model would never see it.
-
-    Raises:
-        TypeError: A part is not a text.
-
-    Source:
-        vllm/entrypoints/chat_utils.py, content format "string", 0.32: joins by newlines.
-    """
-    flat = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            if not all(isinstance(part, dict) for part in content):
-                problem = "a content part is no object, expected {type, text}"
-                raise TypeError(problem)
-            kinds = {part.get("type") for part in content}
-            if kinds - {"text"}:
-                kind = sorted(map(str, kinds - {"text"}))[0]
-                problem = f"a content part of type {kind!r}, only 'text' is supported"
-                raise TypeError(problem)
-            content = "\n".join([part["text"] for part in content])
-            flat.append({**message, "content": content})
-        else:
-            flat.append(dict(message))
-    return flat
-
-
-def one_line(exc: BaseException, max_chars: int = 500) -> str:
-    """Put an exception of someone else's on one line: its type and the text, cut if long."""
-    text = " ".join(str(exc).split())
-    return f"{type(exc).__name__}: {text}"[:max_chars] if text else type(exc).__name__
-
-
 def _encode_texts(
     tokenizer: Any,  # noqa: ANN401
     texts: Sequence[str],
@@ -225,3 +199,64 @@ def _encoded(request: EngineRequest, result: array[int] | RowError | None) -> En
         request.lora,
         None if result is not None or isinstance(request.prompt, str) else request.prompt,
     )
+
+
+def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:  # noqa: ANN401
+    """Render a chat with images to what vLLM's `add_request` takes.
+
+    Args:
+        llm: vLLM's LLM.
+        chat: Its images are `image_url` parts, as OpenAI's API has them; the URL is one of
+            http, https or data, or a path of a local file.
+        style: The chat template to use.
+
+    Source:
+        LLM._preprocess_chat_one: vllm/entrypoints/offline_utils.py in 0.26,
+        vllm/entrypoints/common/offline.py in 0.32 and 0.33.
+    """
+    if not getattr(llm.model_config, "is_multimodal_model", False):
+        try:
+            flatten_parts(chat)
+        except TypeError as exc:
+            return RowError("chat_template_error", f"{exc} by this model")
+    try:
+        messages = with_local_images(chat)
+        return llm._preprocess_chat_one(  # `LLM.chat` would wait for the answer.
+            messages,
+            chat_template=style.chat_template,
+            chat_template_kwargs=dict(style.chat_template_kwargs),
+            tools=list(style.tools) or None,
+            # As 0.32 does by itself: a chat template writes them (vllm#55197).
+            tokenization_kwargs={"add_special_tokens": False},
+        )
+    except Exception as exc:  # noqa: BLE001 - row border: the network, PIL, the template
+        return RowError("image_error", one_line(exc))
+
+
+def with_local_images(chat: Messages) -> list[dict[str, Any]]:
+    """Put the images that are local files into the chat: vLLM reads none without a setting.
+
+    Raises:
+        OSError: A file cannot be read.
+        TypeError, KeyError: A part is not what OpenAI's API describes.
+    """
+    return [
+        {**message, "content": [_with_image(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in chat
+    ]
+
+
+def _with_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    if part.get("type") != "image_url":
+        return part
+    image = part["image_url"]
+    given = {"url": image} if isinstance(image, str) else dict(image)
+    url = str(given["url"])
+    if url.startswith(("data:", "http://", "https://")):
+        return {**part, "image_url": given}
+    path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return {**part, "image_url": {**given, "url": f"data:{kind};base64,{data}"}}

@@ -1,0 +1,1 @@
+"""Request -> completion, by vLLM: all that knows its versions. See `engine`."""
