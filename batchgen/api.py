@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.summary import Summary
+    from batchgen.pipeline.interface import Summary
 
 
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
@@ -67,8 +67,8 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     Raises:
         BatchgenError: Job trouble, see `batchgen.core.errors`; `exit_code` is what the shell gives.
     """
+    from batchgen.pipeline.interface import RunOptions
     from batchgen.pipeline.job_run import JobRun
-    from batchgen.pipeline.options import RunOptions
     from batchgen.pipeline.runner import StopSwitch
 
     _check_end(until, max_runtime_s)

@@ -15,7 +15,7 @@ import pytest
 
 import batchgen
 from batchgen import api, cli
-from batchgen.pipeline.options import RunOptions
+from batchgen.pipeline.interface import RunOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -33,7 +33,7 @@ def check(
     Example: batchgen check jobs/quickstart.toml -n 1
     """
     from batchgen.api import load
-    from batchgen.pipeline.planning import first_prompts, prepare
+    from batchgen.pipeline.prepare import first_prompts, prepare
 
     prepared = prepare(load(job, overrides, run_date.date() if run_date else None))
     click.echo(

@@ -76,7 +76,7 @@ def plan(
     Example: batchgen plan jobs/quickstart.toml --rate 250rows/s --gpu-cost 2.5EUR
     """
     from batchgen.api import load
-    from batchgen.pipeline.options import RunOptions
+    from batchgen.pipeline.interface import RunOptions
     from batchgen.preview.foresee import PlanOptions, foresee
     from batchgen.preview.report import told
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from batchgen.pipeline.interface import Summary
     from batchgen.pipeline.runner import StopSwitch
-    from batchgen.pipeline.summary import Summary
 
 _INTERRUPTED = "interrupted; run again to go on"
 
@@ -115,8 +115,8 @@ def run(
     this = None
     try:
         from batchgen.api import load
+        from batchgen.pipeline.interface import RunOptions
         from batchgen.pipeline.job_run import JobRun
-        from batchgen.pipeline.options import RunOptions
         from batchgen.pipeline.runner import StopSwitch
 
         stop = StopSwitch()
@@ -143,7 +143,7 @@ def run(
 
 def _ended(error: BaseException, known: Summary | None) -> Summary:
     """The summary of a run that ended with an error; `known` is what it says of itself, if any."""
-    from batchgen.pipeline.summary import Summary, state_of
+    from batchgen.pipeline.interface import Summary, state_of
 
     if isinstance(error, BatchgenError):
         return known or Summary(state_of(error), int(error.exit_code), reason=str(error))
@@ -156,7 +156,7 @@ def _ended(error: BaseException, known: Summary | None) -> Summary:
 
 def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
     """The JSON of a run whose command line is wrong: cron reads it all the same."""
-    from batchgen.pipeline.summary import Summary
+    from batchgen.pipeline.interface import Summary
 
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None and context.command is run and "--json" in args:

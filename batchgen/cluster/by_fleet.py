@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batchgen.core.ranges import Ranges
     from batchgen.pipeline.commits import Commits
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.stages import Feeder
     from batchgen.pipeline.worker import Worker
     from batchgen.store.books import Epoch

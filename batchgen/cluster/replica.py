@@ -33,7 +33,8 @@ from batchgen.cluster.session import Session
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
 from batchgen.engine.lazy import LazyEngine
 from batchgen.engine.start import start_engine
-from batchgen.pipeline import frozen, planning
+from batchgen.pipeline.frozen import input_changes
+from batchgen.pipeline.prepare import engine_spec, look_at, with_plan
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.pipeline.runner import Stop, StopSwitch
 from batchgen.pipeline.worker import Worker
@@ -88,7 +89,7 @@ class Replica:
         storage = LocalStorage(Path(badge.job.output.path), temp_tag=tag)
         self._ledger = Ledger(storage)
         self._log = RunLog(storage, f"{STATE}/runs", badge.run_id)
-        self._job_look = planning.look_at(badge.job)
+        self._job_look = look_at(badge.job)
         self._engine = LazyEngine(self._build_engine)
         self._stop = StopSwitch()
         self._stats = RunStats(time.monotonic(), 0)
@@ -172,14 +173,14 @@ class Replica:
             raise OutputError(msg)
         if changes := self._job_look.changes(begin.plan):
             raise RecipeChangedError(self._where, changes, is_finished=False)
-        prepared = planning.with_plan(self._job_look, begin.plan)
+        prepared = with_plan(self._job_look, begin.plan)
         number, run_id = self._badge.number, self._badge.run_id
         if self._worker is None:  # One for all tasks: its parts are numbered through.
             self._worker = Worker(
                 prepared, begin.plan, ledger, epoch=begin.epoch, number=number, run_id=run_id
             )
         epoch = Epoch(begin.epoch, begin.plan, run_id, Durable())
-        self._mail.say(Ready(not frozen.input_changes(begin.plan, prepared.reader)))
+        self._mail.say(Ready(not input_changes(begin.plan, prepared.reader)))
         return Session(
             self._worker,
             prepared,
@@ -193,7 +194,7 @@ class Replica:
         )
 
     def _build_engine(self) -> SupervisedEngine:
-        spec = planning.engine_spec(self._job_look, self._log.engine_log_of(self._badge.number))
+        spec = engine_spec(self._job_look, self._log.engine_log_of(self._badge.number))
         return self._start(spec, stall_s=self._badge.job.run.stall_s, on_death=self._tell_death)
 
     def _tell_death(self, death: EngineDeath) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.cluster.messages import Committed, Finish, Noted, Read, Take
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline import frozen
+from batchgen.pipeline.frozen import read_rows
 from batchgen.source.marks import Marks
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from batchgen.core.errors import StorageError
     from batchgen.core.records import Ordinal, Request
     from batchgen.engine.lazy import LazyEngine
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.run_stats import RunStats
     from batchgen.pipeline.runner import StopSwitch
     from batchgen.pipeline.stages import Fed, OpenPart
@@ -122,7 +122,7 @@ class Session:
             return self._unpacked(lease)
         prepared = self._prepared
         spec = replace(prepared.spec(), marks=self._marks)
-        batches = frozen.read_rows(self._epoch.plan, lease.rows, prepared.reader, spec)
+        batches = read_rows(self._epoch.plan, lease.rows, prepared.reader, spec)
         return self._worker.feds(batches, self._passing if self._asks else None)
 
     def _passing(self, requests: Sequence[Request]) -> list[Request]:

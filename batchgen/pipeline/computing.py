@@ -21,8 +21,11 @@ from batchgen.cluster.by_fleet import FleetWork
 from batchgen.cluster.fleet import Fleet
 from batchgen.core.errors import AccountingError
 from batchgen.engine.lazy import LazyEngine
-from batchgen.pipeline import frozen
-from batchgen.pipeline.carry_over import (
+from batchgen.pipeline.commits import Commits
+from batchgen.pipeline.copies import answer_fields, copies
+from batchgen.pipeline.frozen import read_rows
+from batchgen.pipeline.progress import Progress
+from batchgen.pipeline.reuse import (
     Takeover,
     base_sources,
     commit_all,
@@ -30,9 +33,6 @@ from batchgen.pipeline.carry_over import (
     takeovers,
     without,
 )
-from batchgen.pipeline.commits import Commits
-from batchgen.pipeline.copies import answer_fields, copies
-from batchgen.pipeline.progress import Progress
 from batchgen.pipeline.watch import RUNNING, Sight, Watch
 from batchgen.pipeline.worker import Worker
 from batchgen.store.answered import AnsweredKeys, Source, key_prefixes
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import RowBatch
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.stages import Feeder, OpenPart
     from batchgen.store.books import Base, Durable, Epoch, Manifest
 
@@ -173,7 +173,7 @@ class Computation:
 
     def _read(self, rows: Mapping[int, Ranges]) -> Iterator[RowBatch]:
         prepared = self._prepared
-        return frozen.read_rows(self._plan, rows, prepared.reader, prepared.spec())
+        return read_rows(self._plan, rows, prepared.reader, prepared.spec())
 
     def _in_turn(self, first: Mapping[int, Ranges]) -> Iterator[RowBatch]:
         """Yield the rows that nobody has for us; then, once it is known, what was not taken over.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from batchgen.core.records import Ordinal, RowBatch
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.answered import AnsweredKeys
 

@@ -1,31 +1,183 @@
-"""A frozen plan against the present: what changed, what came, and the rows as they were planned."""
+"""The input, frozen to a plan, and read back as it was planned.
+
+Freezing is the one pass over the input, counting and hashing; it may run while the engine starts.
+A file that an earlier plan has seen and that has not moved since is not read again. Later, a plan
+is held against the present: what changed, what came, and whether each row is still the planned one.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import base64
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from batchgen.core.errors import InputChangedError, SourceError
+from batchgen.core.ranges import Ranges
 from batchgen.inputs import InputStat, is_url, stat_input
-from batchgen.job import recipe as recipes
 from batchgen.source.files import find_files
+from batchgen.store.books import Plan, Segment
+from batchgen.store.row_digests import DigestFile
+from batchgen.store.runlog import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.core.ranges import Ranges
     from batchgen.core.records import RowBatch
     from batchgen.job.model import JobConfig
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.source.base import Reader, ReadSpec
-    from batchgen.store.books import Plan, Segment
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Base
 
 
-def job_changes(plan: Plan, frozen_job: Mapping[str, Any]) -> list[str]:
-    """Return what differs between a plan's job and the job as it is now; empty if nothing."""
-    found = recipes.diff(plan.job["recipe"], frozen_job["recipe"])
-    for table in ("input", "output", "checks"):
-        lines = recipes.diff(plan.job[table], frozen_job[table])
-        found += [f"{table}.{line}" for line in lines]
-    return found
+# Reading and hashing a file leave the GIL, digests of its lines do not.
+_SCAN_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a new plan goes back to."""
+
+    seen: Plan | None = None
+    """The newest plan: what it knows of files holds while they do not change."""
+    bases: Sequence[Base] = ()
+    takes_errors: bool = True
+    generation: int = 0
+
+
+NOTHING_BEFORE = Before()
+
+
+def freeze(
+    prepared: Prepared,
+    number: int,
+    before: Before = NOTHING_BEFORE,
+    storage: LocalStorage | None = None,
+) -> Plan:
+    """Fix what belongs to the job.
+
+    Args:
+        prepared: The job.
+        number: Of the plan.
+        before: What was planned before.
+        storage: Gets the digests of rows, so that a later plan can tell which rows changed.
+
+    Raises:
+        SourceError: A file cannot be read to its end.
+        InputChangedError: A file changed while it was read.
+        StorageError: The digests cannot be written.
+    """
+    scanner = _Scanner(prepared, before.seen, storage)
+    limit = prepared.job.input.limit
+    left = 1
+    if limit is None:
+        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+            segments = list(pool.map(scanner.segment, prepared.files))
+    else:
+        segments, left = _limited(prepared, scanner, limit)
+    return Plan(
+        number=number,
+        plan_id=secrets.token_hex(8),
+        created_at=utc_now().isoformat(timespec="seconds"),
+        job=prepared.frozen_job,
+        recipe_fingerprint=prepared.recipe_fingerprint,
+        input_format=prepared.format,
+        columns=[f"{field.name}: {field.type}" for field in prepared.columns],
+        schema=base64.b64encode(prepared.columns.serialize().to_pybytes()).decode(),
+        carried=prepared.carried,
+        segments=segments,
+        is_cut=not left,
+        bases=before.bases,
+        takes_errors=before.takes_errors,
+        generation=before.generation,
+    )
+
+
+def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
+    """Whether there are most likely rows that a plan has not seen, told without reading.
+
+    That is: a file that is longer than it was, or one that has neither the name of one that was
+    seen nor the size and time of one.
+
+    Raises:
+        SourceError: A file cannot be found.
+    """
+    if seen.is_cut:
+        return False  # What else there is may not be wanted.
+    sizes = {segment.path: segment.size_bytes for segment in seen.segments}
+    known = {InputStat(segment.size_bytes, segment.version) for segment in seen.segments}
+    for path in files:
+        now = stat_input(path)
+        if now.size_bytes > sizes[path] if path in sizes else now not in known:
+            return True
+    return False
+
+
+class _Scanner:
+    """Files to segments."""
+
+    def __init__(self, prepared: Prepared, seen: Plan | None, storage: LocalStorage | None) -> None:
+        self._reader = prepared.reader
+        self._storage = storage
+        segments: Sequence[Segment] = ()
+        if seen is not None and _counts_alike(seen, prepared):
+            # The last file of a cut plan was not counted to its end.
+            segments = seen.segments[:-1] if seen.is_cut else seen.segments
+        self._seen = {segment.path: segment for segment in segments}
+
+    def segment(self, path: str) -> Segment:
+        """A whole file."""
+        before = stat_input(path)
+        seen = self._seen.get(path)
+        if seen is not None and before.is_still(InputStat(seen.size_bytes, seen.version)):
+            return seen
+        if self._storage is None:
+            scan = self._reader.scan(path)
+        else:
+            digests = DigestFile(self._storage)
+            try:
+                scan = self._reader.scan(path, digests.add)
+                digests.commit(scan.digest)
+            except BaseException:
+                digests.discard()
+                raise
+        if stat_input(path) != before:
+            raise InputChangedError(path, "changed while it was read; run again when it is at rest")
+        return Segment(path, before.size_bytes, before.version, scan.digest, scan.num_rows)
+
+
+def _counts_alike(seen: Plan, prepared: Prepared) -> bool:
+    """Whether a file has as many rows as it had: what a quote encloses hangs on the delimiter."""
+    delimiter = seen.job["input"].get("delimiter")
+    return (seen.input_format, delimiter) == (prepared.format, prepared.job.input.delimiter)
+
+
+def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Segment], int]:
+    """Segments cut after the row that fills the limit, and what is left of it.
+
+    Only rows that `where` keeps count.
+    """
+    segments = []
+    left = limit
+    for path in prepared.files:
+        segment = scanner.segment(path)
+        num_rows, left = _cut(prepared, segment, left)
+        segments.append(replace(segment, num_rows=num_rows))
+        if not left:
+            break
+    return segments, left
+
+
+def _cut(prepared: Prepared, segment: Segment, left: int) -> tuple[int, int]:
+    """How many physical rows of the segment it takes, and what is left of the limit."""
+    todo = Ranges.until(segment.num_rows)
+    for batch in prepared.reader.read(segment.path, 0, todo, prepared.spec()):
+        if len(batch.rows) >= left:
+            return batch.rows[left - 1] + 1, 0
+        left -= len(batch.rows)
+    return segment.num_rows, left
 
 
 def input_changes(plan: Plan, reader: Reader) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,29 +23,36 @@ from batchgen.cluster.fleet import Fleet
 from batchgen.core.errors import (
     BatchgenError,
     BusyError,
+    ConfigError,
+    EngineError,
     ExitCode,
     FencedError,
     GateError,
     StorageError,
 )
+from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.lazy import LazyEngine, closing_beside
 from batchgen.engine.start import StartEngine, start_engine
-from batchgen.pipeline import planning
+from batchgen.engine.vllm.settings import SETTINGS
 from batchgen.pipeline.advice import Way, advise
 from batchgen.pipeline.computing import Computation
 from batchgen.pipeline.context import Notes, RunContext
 from batchgen.pipeline.deadline import Deadline, End, estimate_lead
-from batchgen.pipeline.moment import Moment, look_at_run
-from batchgen.pipeline.nights import decide
+from batchgen.pipeline.decide import NO_ERRORS, decide, plan_of, refuse_foreign
+from batchgen.pipeline.interface import (
+    Moment,
+    RunOptions,
+    Summary,
+    engine_dict,
+    job_counts,
+    look_at_run,
+    state_of,
+    tuned_dict,
+)
 from batchgen.pipeline.notify import run_hook, write_metrics
-from batchgen.pipeline.options import RunOptions
-from batchgen.pipeline.plans import plan_of
-from batchgen.pipeline.refusals import refuse_foreign
-from batchgen.pipeline.retry import NO_ERRORS
+from batchgen.pipeline.prepare import engine_spec
+from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.snapshot import overridden, publish
-from batchgen.pipeline.summary import Summary, engine_dict, job_counts, state_of, tuned_dict
-from batchgen.pipeline.tuned import naming_tuned, tuned_notes
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.lock import RunLock
@@ -54,16 +61,48 @@ from batchgen.store.pruning import prune
 from batchgen.store.runlog import RunLog, new_run_id, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.cluster.crew import Crew
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.nights import Decision
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.decide import Decision
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.runner import StopSwitch
     from batchgen.store.books import Epoch, Manifest
+
+
+def tuned_notes(job: JobConfig) -> list[str]:
+    """Why the tuned file is not used, or what of it is not; empty if all is well."""
+    return [job.tuned.note] if job.tuned is not None and job.tuned.note is not None else []
+
+
+@contextmanager
+def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
+    """Where the engine does not start, or runs out of memory, name the settings that were tuned.
+
+    They need not be at fault, but whoever reads the job file would look for them there.
+
+    Raises:
+        ConfigError, EngineError: The same, with more text.
+    """
+    try:
+        yield
+    except (ConfigError, EngineError) as error:
+        tuned = job.tuned
+        is_startup = engine.facts is None
+        if tuned is None or not tuned.settings or not (is_startup or is_out_of_memory(str(error))):
+            raise
+        told = ", ".join(f"{name} = {value}" for name, value in tuned.settings.items())
+        had = f"it had {told} from {tuned.path}: --no-tuned runs without"
+        if isinstance(error, ConfigError):
+            if error.where != SETTINGS:  # A grammar, say: no settings of these.
+                raise
+            *before, last = error.problems
+            raise ConfigError(error.where, [*before, f"{last}; {had}"]) from error
+        msg = f"{error}; {had}"
+        raise type(error)(msg) from error
 
 
 class JobRun:
@@ -259,7 +298,7 @@ class JobRun:
     def _build_engine(self) -> SupervisedEngine:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
         return self._start_engine(
-            planning.engine_spec(self._prepared, self._context.log.engine_log),
+            engine_spec(self._prepared, self._context.log.engine_log),
             stall_s=self._job.run.stall_s,
             on_death=self._record_death,
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, Request, RowBatch
     from batchgen.engine.base import Engine
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.run_stats import RunStats
     from batchgen.pipeline.stages import Fed, OpenPart, Passing
     from batchgen.store.books import Part, Plan

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from batchgen.cluster.crews import is_fleet, needs_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError
 from batchgen.engine.vllm.settings import gpus_of, llm_kwargs
-from batchgen.pipeline import planning
-from batchgen.pipeline.model_files import ModelFiles
-from batchgen.pipeline.refusals import refuse_foreign
+from batchgen.pipeline.decide import refuse_foreign
+from batchgen.pipeline.prepare import ModelFiles, engine_spec, prepare
 from batchgen.preview import fit, places
 from batchgen.preview.doctor_report import Report
 from batchgen.preview.engine_keys import check_keywords, check_settings, least_model_len
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.preview.hub import Found, Hub
     from batchgen.preview.lengths import RowLengths
     from batchgen.preview.machine import Machine, Probe
@@ -88,7 +87,7 @@ def examine(
 def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | None) -> Report:
     found, findings = find_model(job.model, hub), list[Finding]()
     local = _shared(_localized(job, found))
-    spec = planning.engine_spec(
+    spec = engine_spec(
         cast("Prepared", _Known(local, ModelFiles(str(found.folder or ""), {}))), None
     )
     is_cpu = machine.build == "cpu"
@@ -169,7 +168,7 @@ def _bounded(kwargs: Mapping[str, Any], findings: list[Finding]) -> Mapping[str,
 
 def _prepared(job: JobConfig, findings: list[Finding]) -> Prepared | None:
     try:
-        return planning.prepare(job)
+        return prepare(job)
     except (BatchgenError, OSError) as error:  # A file of the model that may not be read.
         findings.append(problem("job", _one_line(error), "batchgen check JOB shows more"))
         return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from batchgen.core.records import Prompt
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
 
 SAMPLE_ROWS = 200
 MESSAGE_TOKENS = 5

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchgen.pipeline.carry_over import missing
-from batchgen.pipeline.freezing import freeze
-from batchgen.pipeline.nights import decide
-from batchgen.pipeline.retry import retry_plan
+from batchgen.pipeline.decide import decide, retry_plan
+from batchgen.pipeline.frozen import freeze
+from batchgen.pipeline.reuse import missing
 from batchgen.preview.report import Rows
 from batchgen.preview.reuse import count, known_keys, take_over
 from batchgen.storage import LocalStorage
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
     from batchgen.core.ranges import Ranges
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.nights import Decision
-    from batchgen.pipeline.options import RunOptions
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.decide import Decision
+    from batchgen.pipeline.interface import RunOptions
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Plan
     from batchgen.store.known import KnownKeys
 

@@ -14,7 +14,7 @@ from batchgen.store.names import STATE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Plan
 

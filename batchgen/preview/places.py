@@ -15,7 +15,7 @@ from batchgen.preview.lengths import LARGE_BYTES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.preview.machine import Machine
 
 LEAST_FREE_BYTES = 256 << 20

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.carry_over import base_sources, without
+from batchgen.pipeline.reuse import base_sources, without
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.answered import Source, key_prefixes
 from batchgen.store.books import NO_ROWS

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Request, RowError
-from batchgen.pipeline import frozen
+from batchgen.pipeline.frozen import read_rows
 from batchgen.preview.figures import (
     BLOCK_TOKENS,
     PrefixCache,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from batchgen.core.records import Result
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.preview.figures import Lengths
     from batchgen.preview.tokens import Tokenize
     from batchgen.prompt.requests import RequestBuilder
@@ -159,7 +159,7 @@ def survey(
     cache = PrefixCache(how.block_tokens)
     fed: set[str] = set()
     seen = Seen()
-    for batch in frozen.read_rows(plan, chosen, prepared.reader, prepared.spec()):
+    for batch in read_rows(plan, chosen, prepared.reader, prepared.spec()):
         seen.num_rows += len(batch.rows) + len(batch.skipped)
         seen.num_skipped += len(batch.skipped)
         requests = _requests(builder.of(batch), seen, how.known)

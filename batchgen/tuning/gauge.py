@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.pipeline.moment import Moment
+    from batchgen.pipeline.interface import Moment
 
 PROMPT_WEIGHT = 0.2
 _FULL, _STILL_FULL = 0.95, 0.8

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.moment import Moment
-    from batchgen.pipeline.summary import Summary
+    from batchgen.pipeline.interface import Moment, Summary
 
 _LOOK_EVERY_S = 0.1
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, OutputError
-from batchgen.pipeline.gate import total_variation
+from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store import history
 from batchgen.store.ledger import Ledger

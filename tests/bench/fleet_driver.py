@@ -40,10 +40,9 @@ from batchgen.cluster.board import Board
 from batchgen.cluster.fleet import Fleet
 from batchgen.cluster.leases import LeaseBook
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline import planning
 from batchgen.pipeline.context import RunContext
-from batchgen.pipeline.freezing import freeze
-from batchgen.pipeline.frozen import read_rows
+from batchgen.pipeline.frozen import freeze, read_rows
+from batchgen.pipeline.prepare import prepare
 from batchgen.pipeline.progress import Progress
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.pipeline.runner import StopSwitch
@@ -62,7 +61,7 @@ from tests.bench.sim_worker import EngineKind
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Epoch
 
 FILE_ROWS = 50_000
@@ -92,7 +91,7 @@ class Bench:
                 "run": {"replicas": 2},
             }
         )
-        return cls(folder, planning.prepare(job))
+        return cls(folder, prepare(job))
 
     def epoch(self, ledger: Ledger, num_rows: int) -> Epoch:
         """A claim on the file again and again."""

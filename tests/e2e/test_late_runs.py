@@ -9,7 +9,7 @@ import pytest
 
 import batchgen
 from batchgen.core.errors import GateError
-from batchgen.pipeline.snapshot import show
+from batchgen.pipeline.publish import show
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.names import STATE

@@ -21,8 +21,8 @@ from batchgen.core.errors import (
     SourceError,
 )
 from batchgen.job.load import load_job
+from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.options import RunOptions
 from batchgen.pipeline.runner import StopSwitch
 from tests.e2e.support import published, run_cli, write_job
 from tests.fakes import FakeEngine

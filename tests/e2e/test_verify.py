@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.pipeline.snapshot import expose, show
+from batchgen.pipeline.publish import expose, show
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.lock import RunLock

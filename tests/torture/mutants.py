@@ -25,7 +25,7 @@ class Mutant:
 
 
 STORAGE, LEDGER = "batchgen/storage.py", "batchgen/store/ledger.py"
-SNAPSHOT = "batchgen/pipeline/snapshot.py"
+SNAPSHOT = "batchgen/pipeline/publish.py"
 RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a dead run left is believed before it is durable",
-        "batchgen/pipeline/plans.py",
+        "batchgen/pipeline/decide.py",
         (
             ("    ledger.settle()\n    newest", "    newest"),
             ("    ledger.settle()\n    # What is to be repaired", "    # What"),
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume by count",
-        "batchgen/pipeline/carry_over.py",
+        "batchgen/pipeline/reuse.py",
         (("- durable.done(number)\n", "- Ranges.until(len(durable.done(number)))\n"),),
         SWEEP,
         "new/kill before",
@@ -220,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         "what an unfinished night would have taken over is forgotten",
-        "batchgen/pipeline/nights.py",
+        "batchgen/pipeline/decide.py",
         (("(Base(plan.number, parts), *plan.bases)", "(Base(plan.number, parts),)"),),
         NIGHTS,
     ),

@@ -11,7 +11,7 @@ from batchgen.core.errors import ConfigError
 from batchgen.job.load import json_schema, load_job, parse_job
 from batchgen.job.model import JobConfig
 from batchgen.job.recipe import make_recipe
-from batchgen.pipeline.planning import frozen_job
+from batchgen.pipeline.prepare import frozen_job
 
 MINIMAL = """
 [input]

@@ -12,7 +12,7 @@ from batchgen.job.dates import today, with_dates
 from batchgen.job.load import load_job, parse_job
 from batchgen.job.model import JobConfig
 from batchgen.job.recipe import make_recipe
-from batchgen.pipeline import planning
+from batchgen.pipeline.prepare import frozen_job
 
 DAY = date(2026, 3, 1)
 
@@ -170,7 +170,7 @@ def test_the_run_date_is_kept_beside_the_job_and_is_no_part_of_it(tmp_path, job_
     assert job.model_dump() == other.model_dump()
     recipe = make_recipe(job, {})
     assert recipe == make_recipe(other, {})
-    assert planning.frozen_job(job, recipe) == planning.frozen_job(other, recipe)
+    assert frozen_job(job, recipe) == frozen_job(other, recipe)
     with pytest.raises(ConfigError, match="run_date: unknown key"):
         parse_job(tables | {"run_date": "2026-03-01"}, base=tmp_path, where="job.toml")
 

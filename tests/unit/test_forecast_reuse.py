@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.planning import prepare
+from batchgen.pipeline.prepare import prepare
 from batchgen.preview.past import last_run
 from batchgen.preview.report import Forecast, Rows, told
 from batchgen.preview.reuse import moved

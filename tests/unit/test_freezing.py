@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import InputChangedError, SourceError
-from batchgen.pipeline.freezing import Before, freeze, has_new_rows
-from batchgen.pipeline.planning import prepare
+from batchgen.pipeline.frozen import Before, freeze, has_new_rows
+from batchgen.pipeline.prepare import prepare
 from batchgen.store.books import Base
 from batchgen.store.matching import match
 from batchgen.store.row_digests import FOLDER, digest_reader, name_of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import GateError
 from batchgen.job.answers import GateConfig
-from batchgen.pipeline.gate import judge_gate, told, total_variation
+from batchgen.pipeline.publish import judge_gate, told, total_variation
 
 TALLY = {
     "verdict": {"ok": 940, "truncated": 40, "error": 20},

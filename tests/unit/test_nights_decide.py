@@ -9,11 +9,10 @@ import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.freezing import Before, freeze
+from batchgen.pipeline.decide import decide, plan_of
+from batchgen.pipeline.frozen import Before, freeze
+from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.nights import decide
-from batchgen.pipeline.options import RunOptions
-from batchgen.pipeline.plans import plan_of
 from batchgen.pipeline.runner import StopSwitch
 from batchgen.store.books import Base, Manifest
 from batchgen.store.ledger import Ledger

@@ -13,10 +13,16 @@ import pytest
 
 from batchgen.core.errors import ConfigError, InputChangedError, SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline import frozen, planning
-from batchgen.pipeline.carry_over import missing
-from batchgen.pipeline.freezing import Before, freeze
-from batchgen.pipeline.planning import prepare
+from batchgen.pipeline.frozen import (
+    Before,
+    check_unchanged,
+    freeze,
+    has_other_files,
+    input_changes,
+    read_rows,
+)
+from batchgen.pipeline.prepare import first_prompts, job_changes, look_at, planned_columns, prepare
+from batchgen.pipeline.reuse import missing
 from batchgen.store.books import Durable, Part, Plan
 from batchgen.store.footer import PartFooter
 from batchgen.store.ledger import Ledger
@@ -55,7 +61,7 @@ def test_a_plan_freezes_files_columns_and_recipe(tmp_path, prepared):
         assert segment.version == str(Path(segment.path).stat().st_mtime_ns)
     assert list(plan.columns) == ["id: string", "text: string", "n: int64"]
     assert list(plan.carried) == ["id", "text", "n"]
-    assert planning.planned_columns(plan) == job.columns
+    assert planned_columns(plan) == job.columns
     assert plan.recipe_fingerprint == job.recipe_fingerprint
     assert plan.job["input"] == {
         "where": None,
@@ -87,7 +93,7 @@ def test_a_plan_that_went_through_the_ledger_shows_no_change(prepared, storage):
     again = ledger.latest_plan()
     assert again == plan
     assert changes(again, job) == []
-    assert planning.planned_columns(again) == job.columns
+    assert planned_columns(again) == job.columns
 
 
 def test_preparing_says_what_will_be_read(prepared):
@@ -172,7 +178,7 @@ def touch(path, seconds=1):
 
 
 def changes(plan, job):
-    return frozen.job_changes(plan, job.frozen_job) + frozen.input_changes(plan, job.reader)
+    return job_changes(plan, job.frozen_job) + input_changes(plan, job.reader)
 
 
 def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
@@ -180,7 +186,7 @@ def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
     plan = freeze(job, 1)
     touch(tmp_path / "rows.jsonl")
     assert changes(plan, job) == []
-    frozen.check_unchanged(plan.segments[0], job.reader)
+    check_unchanged(plan.segments[0], job.reader)
 
 
 def test_a_file_that_grew_is_told_by_its_size(tmp_path, prepared):
@@ -193,7 +199,7 @@ def test_a_file_that_grew_is_told_by_its_size(tmp_path, prepared):
     why = f"has {size + 3} bytes, planned with {size}"
     assert changes(plan, job) == [f"input: {path} {why}"]
     with pytest.raises(InputChangedError, match=f"{why}; it must not change while a job runs"):
-        frozen.check_unchanged(plan.segments[0], job.reader)
+        check_unchanged(plan.segments[0], job.reader)
 
 
 def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
@@ -204,7 +210,7 @@ def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
     touch(path)
     assert changes(plan, job) == [f"input: {path} has other content than planned"]
     with pytest.raises(InputChangedError, match="has other content than planned") as caught:
-        frozen.check_unchanged(plan.segments[0], job.reader)
+        check_unchanged(plan.segments[0], job.reader)
     assert caught.value.exit_code == 1
 
 
@@ -222,29 +228,27 @@ def test_files_that_came_and_went_are_told(tmp_path, make_job):
     tables = {"input": many_files(tmp_path, 1, 1)}
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
-    assert not frozen.has_other_files(plan, job.job)
+    assert not has_other_files(plan, job.job)
     write_jsonl(tmp_path / "in-2.jsonl", numbered(5, 6))
-    assert frozen.has_other_files(plan, job.job)
+    assert has_other_files(plan, job.job)
     (tmp_path / "in-2.jsonl").rename(tmp_path / "in-0.jsonl")
-    assert not frozen.has_other_files(plan, job.job)  # Its content is told by `input_changes`.
+    assert not has_other_files(plan, job.job)  # Its content is told by `input_changes`.
     (tmp_path / "in-0.jsonl").unlink()
     again = prepare(make_job(None, **tables))
     assert changes(plan, again) == [
         f"input: {tmp_path}/in-0.jsonl is gone: does not exist, expected an input file"
     ]
-    assert frozen.has_other_files(plan, again.job)
+    assert has_other_files(plan, again.job)
     (tmp_path / "in-1.jsonl").unlink()
     with pytest.raises(SourceError, match="names no file"):
-        frozen.has_other_files(plan, again.job)
+        has_other_files(plan, again.job)
 
 
 def test_files_in_another_order_are_told(tmp_path, make_job):
     many_files(tmp_path, 1, 1)
     plan = freeze(prepare(make_job(None, input={"path": ["in-0.jsonl", "in-1.jsonl"]})), 1)
-    assert frozen.has_other_files(
-        plan, make_job(None, input={"path": ["in-1.jsonl", "in-0.jsonl"]})
-    )
-    assert not frozen.has_other_files(plan, make_job(None, input={"path": "in-*.jsonl"}))
+    assert has_other_files(plan, make_job(None, input={"path": ["in-1.jsonl", "in-0.jsonl"]}))
+    assert not has_other_files(plan, make_job(None, input={"path": "in-*.jsonl"}))
 
 
 def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
@@ -252,7 +256,7 @@ def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
     plan = freeze(job, 1)
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(InputChangedError, match=r"rows\.jsonl: vanished during the run: does not"):
-        frozen.check_unchanged(plan.segments[0], job.reader)
+        check_unchanged(plan.segments[0], job.reader)
 
 
 def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
@@ -260,18 +264,18 @@ def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
     assert [segment.num_rows for segment in plan.segments] == [2]
-    assert not frozen.has_other_files(plan, job.job)
+    assert not has_other_files(plan, job.job)
     assert changes(plan, job) == []
     write_jsonl(tmp_path / "in-.jsonl", numbered(5, 6))  # Sorts first, so its rows would count.
-    assert frozen.has_other_files(plan, job.job)
+    assert has_other_files(plan, job.job)
 
 
 def test_a_limit_that_is_not_filled_wants_new_files(tmp_path, make_job):
     tables = {"input": {**many_files(tmp_path, 2), "limit": 5}}
     plan = freeze(prepare(make_job(None, **tables)), 1)
-    assert not frozen.has_other_files(plan, make_job(None, **tables))
+    assert not has_other_files(plan, make_job(None, **tables))
     write_jsonl(tmp_path / "in-9.jsonl", numbered(5, 6))
-    assert frozen.has_other_files(plan, make_job(None, **tables))
+    assert has_other_files(plan, make_job(None, **tables))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,7 @@ def test_a_changed_job_is_told_line_by_line(prepared, tables, lines):
 def read(job, plan, todo):
     return [
         (one.segment, list(one.rows), list(one.skipped))
-        for one in frozen.read_rows(plan, todo, job.reader, job.spec())
+        for one in read_rows(plan, todo, job.reader, job.spec())
     ]
 
 
@@ -322,7 +326,7 @@ def test_nothing_missing_reads_nothing(tmp_path, prepared):
 def test_reading_stops_at_a_file_that_changed_before_its_first_row(tmp_path, prepared):
     job = prepared(None, input=many_files(tmp_path, 2, 2))
     plan = freeze(job, 1)
-    rows = frozen.read_rows(plan, {0: Ranges.until(2), 1: Ranges.until(2)}, job.reader, job.spec())
+    rows = read_rows(plan, {0: Ranges.until(2), 1: Ranges.until(2)}, job.reader, job.spec())
     assert list(next(rows).rows) == [0, 1]
     write_jsonl(tmp_path / "in-1.jsonl", numbered(7, 10))
     with pytest.raises(InputChangedError, match=r"in-1\.jsonl: has "):
@@ -332,7 +336,7 @@ def test_reading_stops_at_a_file_that_changed_before_its_first_row(tmp_path, pre
 def test_reading_notices_a_file_that_changed_under_it(tmp_path, prepared):
     job = prepared()
     plan = freeze(job, 1)
-    rows = frozen.read_rows(plan, {0: Ranges.until(10)}, job.reader, job.spec())
+    rows = read_rows(plan, {0: Ranges.until(10)}, job.reader, job.spec())
     next(rows)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write("{}\n")
@@ -346,7 +350,7 @@ def test_columns_are_read_as_the_plan_froze_them(tmp_path, prepared):
     plan = freeze(job, 1)
     as_float = pa.schema([("text", pa.string()), ("n", pa.float64())])
     again = prepare(job.job, replace(plan, schema=freeze(replace(job, columns=as_float), 1).schema))
-    (found,) = frozen.read_rows(plan, {0: Ranges.until(2)}, again.reader, again.spec())
+    (found,) = read_rows(plan, {0: Ranges.until(2)}, again.reader, again.spec())
     assert found.carried.schema.field("n").type == pa.float64()
 
 
@@ -362,8 +366,8 @@ def test_a_plan_of_parquet_keeps_the_files_types(tmp_path, make_job):
     plan = freeze(job, 1)
     kept = json.loads(json.dumps(asdict(plan)))
     assert Plan(**kept | {"segments": plan.segments, "bases": plan.bases}) == plan
-    assert planning.planned_columns(plan).field("chat").type == data_type
-    (found,) = frozen.read_rows(plan, {0: Ranges.of([1])}, job.reader, job.spec())
+    assert planned_columns(plan).field("chat").type == data_type
+    (found,) = read_rows(plan, {0: Ranges.of([1])}, job.reader, job.spec())
     assert found.values == [{"chat": [{"role": "user", "content": "hi"}]}]
 
 
@@ -372,7 +376,7 @@ def test_first_prompts_show_where_a_row_stands_and_what_it_becomes(prepared):
         [{"text": "a"}, {"text": None}, {"text": "c"}, {"text": "d"}],
         prompt={"system": "Be brief."},
     )
-    assert list(planning.first_prompts(job, 3)) == [
+    assert list(first_prompts(job, 3)) == [
         ("row 0", "[system]\nBe brief.\n[user]\na"),
         ("row 1", "null_value: the prompt needs a value that is null; null here: text"),
         ("row 2", "[system]\nBe brief.\n[user]\nc"),
@@ -381,7 +385,7 @@ def test_first_prompts_show_where_a_row_stands_and_what_it_becomes(prepared):
 
 def test_first_prompts_are_of_rows_that_will_be_run(tmp_path, prepared):
     job = prepared(None, input={**many_files(tmp_path, 5), "where": "n > 2"})
-    assert list(planning.first_prompts(job, 2)) == [
+    assert list(first_prompts(job, 2)) == [
         ("row 3", "[user]\nsay 3"),
         ("row 4", "[user]\nsay 4"),
     ]
@@ -438,8 +442,8 @@ def test_another_delimiter_is_another_job_whose_rows_are_counted_anew(tmp_path, 
     plan = freeze(before, 1)
     assert "delimiter" not in plan.job["input"]  # As in plans of before there was one.
     after = prepared(None, input=semicolons(tmp_path, delimiter=";"), prompt={"user": "same"})
-    assert planning.look_at(after.job).changes(plan) == ["input.delimiter: not set -> ';'"]
-    assert planning.look_at(before.job).changes(plan) == []
+    assert look_at(after.job).changes(plan) == ["input.delimiter: not set -> ';'"]
+    assert look_at(before.job).changes(plan) == []
     again = freeze(after, 2, Before(seen=plan))
     assert (plan.num_rows, again.num_rows) == (3, 2)
     assert not is_same_reading(plan, again)

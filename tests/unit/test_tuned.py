@@ -15,8 +15,8 @@ from batchgen.core.errors import ConfigError, EngineError, OutputError
 from batchgen.engine.start import start_engine
 from batchgen.job.load import load_job
 from batchgen.job.recipe import fingerprint, make_recipe
+from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.options import RunOptions
 from batchgen.pipeline.runner import StopSwitch
 from batchgen.preview.foresee import PlanOptions, foresee
 from batchgen.tuning.tuned import (

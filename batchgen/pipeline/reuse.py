@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from batchgen.pipeline.commits import Commits
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.planning import Prepared
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Base, Plan
     from batchgen.store.carry import Piece
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
+
 
 _WAIT_S = 0.2
 # Several pieces are in memory at once, and as tables they are larger than as files.

@@ -1,18 +1,105 @@
-"""How a run ended, as one record for people, cron and Python."""
+"""What callers of a run see: what it is asked for, where it is, how it ended."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
 
 if TYPE_CHECKING:
-    from batchgen.core.records import EngineFacts
+    from datetime import datetime
+
+    from batchgen.core.records import EngineFacts, EngineStats
     from batchgen.job.model import Tuned
-    from batchgen.pipeline.context import Taken
+    from batchgen.pipeline.context import RunContext, Taken
     from batchgen.pipeline.run_stats import RunStats
     from batchgen.store.books import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The options of `batchgen run`."""
+
+    fresh: bool = False
+    """Begin a new plan even if the old one is unfinished or another recipe's."""
+    steal: bool = False
+    """Take the job from a run that holds it and cannot be stopped, a frozen one."""
+    retry_errors: bool = False
+    """Run the error rows of a finished job again, and take its other rows over."""
+    publish_anyway: bool = False
+    """Publish although a limit of `[gate]` is exceeded."""
+
+    accept_recipe: bool = False
+    """Where the recipe has changed: begin a plan by the new one, and relabel every row."""
+    only_errors: bool = False
+    """With accept_recipe: take over what is ok; run error, edited and new rows."""
+    wait: bool = False
+    """Wait for a run that holds the job, and begin when it has ended."""
+    until: datetime | None = None
+    """Stop in time to have committed by then; aware."""
+    max_runtime_s: float | None = None
+    """The same as seconds from the start of the run."""
+
+    def check(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ConfigError: With all of it.
+        """
+        wrong = {
+            "fresh runs every row again and retry_errors only some, expected one of them": (
+                self.fresh and self.retry_errors
+            ),
+            "fresh begins anew by any recipe, expected it without accept_recipe": (
+                self.fresh and self.accept_recipe
+            ),
+            "wait waits for a run that holds the job and steal takes it, expected one of them": (
+                self.wait and self.steal
+            ),
+            "only_errors says which rows a new recipe is for, expected accept_recipe with it": (
+                self.only_errors and not self.accept_recipe
+            ),
+        }
+        if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+            where = "run"
+            raise ConfigError(where, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One look. Each figure is right by itself; together they are of nearly one moment."""
+
+    at_s: float
+    """On the monotonic clock."""
+    facts: EngineFacts | None
+    """None until the engine is up."""
+    engine: EngineStats
+    num_in_flight: int
+    """Requests that the engine holds, those that it prepares included."""
+    num_ended: int
+    """Rows that the engine has answered in this run, or failed to."""
+    prompt_tokens: int
+    """Of answers that are back."""
+    cached_tokens: int
+    output_tokens: int
+
+
+def look_at_run(context: RunContext) -> Moment:
+    """Look; waits for nobody."""
+    stats = context.stats
+    return Moment(
+        at_s=time.monotonic(),
+        facts=context.engine.facts,
+        engine=context.engine.stats,
+        num_in_flight=context.engine.num_in_flight,
+        num_ended=stats.num_results,
+        prompt_tokens=stats.prompt_tokens,
+        cached_tokens=stats.cached_tokens,
+        output_tokens=stats.output_tokens,
+    )
+
 
 _STATES = {
     ExitCode.FAULT: "fault",

@@ -1,10 +1,11 @@
-"""What a run has to do: go on, begin, take up what changed, or nothing.
+"""What a run has to do, and which plan it works on.
 
     nothing is planned here yet, or --fresh      a new plan
     nothing has changed                          the newest plan, finished or not
     files have changed                           a new plan that takes over what it can
     the recipe has changed                       refused, unless --accept-recipe
     ... and the newest plan has come to nothing  as if that plan had never been
+    --retry-errors                               a plan for the same rows, based on the finished one
 
 A plan that takes rows over is an ordinary plan: it only has bases, earlier plans whose answers it
 may use. So a night that is killed goes on like every run, and an unfinished plan whose input
@@ -13,27 +14,60 @@ moved on is itself a base, so that nothing it has computed is computed again.
 
 from __future__ import annotations
 
+import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.core.errors import RecipeChangedError
-from batchgen.pipeline import frozen, planning
-from batchgen.pipeline.freezing import Before
+from batchgen.core.errors import FencedError, OutputError, RecipeChangedError
+from batchgen.pipeline.frozen import (
+    Before,
+    difference,
+    freeze,
+    has_new_rows,
+    has_other_files,
+    input_changes,
+)
+from batchgen.pipeline.prepare import find_input, look_at, with_input, with_plan
+from batchgen.pipeline.publish import gate_figures, show
+from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Base
 from batchgen.store.footer import PartFooter
-from batchgen.store.names import PARTS, epoch_of
+from batchgen.store.hashed import is_as_published
+from batchgen.store.names import PARTS, STATE, epoch_of
+from batchgen.store.published import Index
 from batchgen.store.row_digests import digest_reader
+from batchgen.store.runlog import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.options import RunOptions
-    from batchgen.pipeline.planning import Look, Prepared
+    from batchgen.pipeline.context import RunContext
+    from batchgen.pipeline.interface import RunOptions
+    from batchgen.pipeline.prepare import Look, Prepared
+    from batchgen.storage import LocalStorage
     from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
+
+
+def refuse_foreign(root: Path) -> None:
+    """An output folder is ours, empty or absent; its state is not somewhere else."""
+    for link in (root / STATE, *(root / STATE).glob("*")):
+        if link.is_symlink():
+            msg = f"{link}: is a link, expected a folder; remove it or choose another output.path"
+            raise OutputError(msg)
+    nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        msg = f"{nearest}: is a file, expected a folder; choose another output.path"
+        raise OutputError(msg)
+    # In this order: a run that starts beside this one makes STATE before anything else.
+    if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():
+        msg = f"{root}: holds files that are not batchgen's; choose another output.path"
+        raise OutputError(msg)
 
 
 class Decision(NamedTuple):
@@ -60,14 +94,14 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
         RecipeChangedError: The job is not the newest plan's, and nobody said that it may be.
         OutputError: The output is not one that this version understands.
     """
-    look = planning.look_at(job)
+    look = look_at(job)
     plan = ledger.latest_plan()
     if plan is None or options.fresh:
-        return Decision(planning.with_input(look, plan), None, Before(seen=plan))
+        return Decision(with_input(look, plan), None, Before(seen=plan))
     changes = look.changes(plan)
-    if not changes and not frozen.has_other_files(plan, job):
-        prepared = planning.with_plan(look, plan)
-        if not frozen.input_changes(plan, prepared.reader):
+    if not changes and not has_other_files(plan, job):
+        prepared = with_plan(look, plan)
+        if not input_changes(plan, prepared.reader):
             return Decision(prepared, plan, Before())
     # A run whose job is stolen may be at work on a plan that has come to nothing so far.
     if changes and not options.steal and has_come_to_nothing(ledger, plan):
@@ -101,7 +135,7 @@ def _instead_of(ledger: Ledger, look: Look, plan: Plan, options: RunOptions) -> 
     """As if a plan had never been: what is published before it still guards its own recipe."""
     manifest = ledger.latest_manifest()
     if manifest is None:
-        decision = Decision(planning.with_input(look, plan), None, Before(seen=plan))
+        decision = Decision(with_input(look, plan), None, Before(seen=plan))
     else:
         decision = _after(ledger, look, ledger.plan(manifest.number), manifest, options)
     note = f"plan {plan.number} came to nothing, and the job is another now: a new plan replaces it"
@@ -123,7 +157,7 @@ def _after(
         takes_errors=not options.retry_errors and (manifest is not None or plan.takes_errors),
         generation=plan.generation + options.retry_errors,
     )
-    return Decision(planning.with_input(look, plan), None, before, _gone(plan, job))
+    return Decision(with_input(look, plan), None, before, _gone(plan, job))
 
 
 def _with_new_recipe(
@@ -136,7 +170,7 @@ def _with_new_recipe(
     output, changes = look.job.output.path, look.changes(plan)
     if not options.accept_recipe:
         raise RecipeChangedError(output, changes, is_finished=manifest is not None)
-    prepared = planning.with_input(look, plan)
+    prepared = with_input(look, plan)
     if not options.only_errors:
         return Decision(prepared, None, Before(seen=plan))
     if wrong := _other_columns(plan, prepared):
@@ -155,7 +189,7 @@ def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
         if segment.num_rows
         and segment.path in files
         and digest_reader(ledger.storage, segment.digest, segment.num_rows) is None
-        and frozen.difference(segment, prepared.reader)
+        and difference(segment, prepared.reader)
     ]
     if not wholes:
         return []
@@ -195,7 +229,7 @@ def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Ba
 
 def _gone(plan: Plan, job: JobConfig) -> list[str]:
     """Planned files that are not in the input any more."""
-    _, files = planning.find_input(job)
+    _, files = find_input(job)
     gone = [segment.path for segment in plan.segments if segment.path not in set(files)]
     if not gone or plan.is_cut:
         return []
@@ -203,3 +237,121 @@ def _gone(plan: Plan, job: JobConfig) -> list[str]:
         f"{len(gone)} input files are gone, such as {gone[0]}: rows that no other file has leave "
         "the snapshot"
     ]
+
+
+UNFINISHED = "error rows are tried again once every row has ended: run with --retry-errors then"
+NO_ERRORS = "there are no error rows to try again"
+
+
+def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | str:
+    """The plan that tries the error rows of `plan` again, not yet put; or why there is none.
+
+    Args:
+        ledger: The job's books.
+        plan: The newest one.
+        manifest: Its snapshot, None if it is not published.
+
+    Raises:
+        OutputError: The snapshot cannot be taken over from.
+        StorageError: It cannot be read right now.
+    """
+    parts: tuple[str, ...] = ()
+    if manifest is not None:
+        Index(ledger.storage, manifest).close()
+        if not manifest.num_errors and not has_damage(ledger, manifest):
+            return NO_ERRORS
+    else:
+        durable = ledger.durable(plan)
+        if durable.num_done != plan.num_rows:
+            return UNFINISHED
+        if not durable.num_errors:
+            return NO_ERRORS
+        parts = tuple(part.name for part in durable.parts)
+    return replace(
+        plan,
+        number=plan.number + 1,
+        plan_id=secrets.token_hex(8),
+        created_at=utc_now().isoformat(timespec="seconds"),
+        bases=(Base(plan.number, parts),),
+        takes_errors=False,
+        generation=plan.generation + 1,
+    )
+
+
+def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
+    """Whether a published file is not what was written. Reads them all.
+
+    Raises:
+        StorageError: One cannot be read right now.
+    """
+    for entry in manifest.files:
+        path = ledger.storage.path(entry["name"])
+        try:
+            if not is_as_published(path, entry):
+                return True
+        except OSError as error:
+            raise_if_not_damage(path, error)
+            return True
+    return False
+
+
+def plan_of(
+    context: RunContext, options: RunOptions, decision: Decision
+) -> tuple[Plan, Manifest | None]:
+    """The plan to work on, put if it is new; and its manifest, if there is nothing to do."""
+    if decision.plan is not None:
+        return _go_on_with(decision.plan, context, options, decision.prepared)
+    ledger, before, prepared = context.ledger, decision.before, decision.prepared
+    if decision.replaces is not None and not has_come_to_nothing(ledger, decision.replaces):
+        msg = f"{context.storage.where}: another run has just worked on this job; run again"
+        raise FencedError(msg)
+    ledger.settle()
+    newest = ledger.latest_manifest()
+    if newest is not None and before.bases and not _is_gone(newest, context.storage):
+        for note in show(ledger, newest):
+            context.notes.add(note)
+    if options.retry_errors and before.seen is None:
+        context.notes.add(UNFINISHED)
+    if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
+        # Before the input is scanned: both take long, and neither needs the other.
+        context.engine.start()
+    number = ledger.latest_plan_number() + 1
+    plan = freeze(prepared, number, before, context.storage)
+    ledger.put_plan(plan)
+    return plan, None
+
+
+def _go_on_with(
+    plan: Plan, context: RunContext, options: RunOptions, prepared: Prepared
+) -> tuple[Plan, Manifest | None]:
+    """The newest plan, or one that tries its errors again; and its manifest, if it has one."""
+    ledger, retry_errors = context.ledger, options.retry_errors
+    manifest = ledger.manifest(plan.number)
+    ledger.settle()
+    # What is to be repaired cannot be shown.
+    if manifest is not None and not (retry_errors and _is_gone(manifest, context.storage)):
+        for note in show(ledger, manifest):
+            context.notes.add(note)
+    if not retry_errors or (manifest is None and _is_retried(plan, context, prepared)):
+        return plan, manifest
+    again = retry_plan(ledger, plan, manifest)
+    if isinstance(again, str):
+        if manifest is None:
+            context.notes.add(again)
+        return plan, manifest
+    ledger.put_plan(again)
+    return again, None
+
+
+def _is_retried(plan: Plan, context: RunContext, prepared: Prepared) -> bool:
+    """Whether errors have just been tried again, with an end that only has to be published."""
+    durable = context.ledger.durable(plan)
+    if plan.takes_errors or durable.num_done != plan.num_rows:
+        return False
+    limits = gate_figures(context.ledger, prepared, plan, durable)
+    return not any(limit.is_exceeded for limit in limits)
+
+
+def _is_gone(manifest: Manifest, storage: LocalStorage) -> bool:
+    """Whether a published file is missing."""
+    return not all(storage.path(file["name"]).exists() for file in manifest.files)

@@ -1,0 +1,542 @@
+"""A job file, its model and its input, checked: all that can refuse a job in milliseconds.
+
+Neither the model nor the input is loaded. A model is always handed to the engine as a local
+folder, resolved before anything else starts: a wrong name fails at once, and the recipe names the
+exact content, not a moving branch. `frozen` makes a plan of what is prepared here.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from batchgen.answers.columns import AnswerColumns, answer_columns
+from batchgen.answers.form import Form, make_form
+from batchgen.answers.judge import Judge, check_rules, rule_schema
+from batchgen.answers.retries import check_ladder
+from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError
+from batchgen.core.expressions import check_row_test
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import EngineSpec, Prompt, RowError
+from batchgen.core.suggest import suggestion
+from batchgen.job import recipe as recipes
+from batchgen.prompt.builder import PromptBuilder, turns
+from batchgen.prompt.requests import RowOptions, wrong_option_columns
+from batchgen.source.base import ReadSpec
+from batchgen.source.csv import delimiter_hint
+from batchgen.source.files import find_files, reader_for
+from batchgen.store.schema import part_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchgen.answers.columns import AnswerColumns
+    from batchgen.answers.form import Form
+    from batchgen.job.model import Example, JobConfig
+    from batchgen.source.base import Reader
+    from batchgen.store.books import Plan
+
+
+_WHOLE_BYTES = 64 * 2**20
+_SAMPLES, _SAMPLE_BYTES = 256, 64 * 2**10
+_SAFE_WEIGHTS = ("*.safetensors", "*.gguf")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What vLLM reads of a hub repository, pickled weights left out.
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine."""
+
+    path: str
+    identity: Mapping[str, str]
+    """Goes into the recipe: `name -> hash` of a folder's files, or hub id and commit."""
+
+
+def resolve_model(name: str, revision: str | None, *, allow_pickle: bool = False) -> ModelFiles:
+    """Find a model, downloading it if it is a hub id that is not in the cache.
+
+    Args:
+        name: A folder, or a hub id such as `Qwen/Qwen3-8B`.
+        revision: Branch, tag or commit; only for hub ids.
+        allow_pickle: Whether weights may be pickles, which run any code when they are loaded.
+
+    Raises:
+        ConfigError: No such folder or hub id, or the folder holds no model, or only pickles.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        identity = _identity(folder)
+        _refuse_pickles(folder, allow_pickle=allow_pickle)
+        return ModelFiles(str(folder), identity)
+    if folder.is_absolute() or name.count("/") > 1:
+        where = "model.name"
+        raise ConfigError(where, [f"{name!r} does not exist, expected a model's folder or hub id"])
+    found = _from_hub(name, revision, allow_pickle=allow_pickle)
+    _refuse_pickles(Path(found.path), allow_pickle=allow_pickle, is_complete=False)
+    return found
+
+
+def resolve_lora(name: str, path: str) -> Mapping[str, str]:
+    """Hash a LoRA adapter's files, which are part of the recipe.
+
+    Raises:
+        ConfigError: The folder holds no adapter, or only a pickled one.
+    """
+    where = f"model.lora.{name}"
+    folder = Path(path)
+    weights = folder / "adapter_model.safetensors"
+    if not (folder / "adapter_config.json").is_file() or not weights.is_file():
+        expected = "expected a folder with adapter_config.json and adapter_model.safetensors"
+        raise ConfigError(where, [f"{path!r} holds no LoRA adapter, {expected}"])
+    return {file.name: _content_hash(file) for file in (folder / "adapter_config.json", weights)}
+
+
+def _refuse_pickles(folder: Path, *, allow_pickle: bool, is_complete: bool = True) -> None:
+    """Refuse a model whose weights can only be unpickled.
+
+    Args:
+        folder: With all of the model's files, or without its pickles.
+        allow_pickle: Whether to refuse nothing.
+        is_complete: False for what came from the hub, where pickles were left out.
+    """
+    if allow_pickle or any(path for kind in _SAFE_WEIGHTS for path in folder.glob(kind)):
+        return
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles or not is_complete:
+        found = f"only {', '.join(pickles[:3])}" if pickles else "no safetensors"
+        where = "model.name"
+        problem = (
+            f"{str(folder)!r} holds {found}; pickled weights can run any code: convert them to "
+            "safetensors, or set model.allow_pickle = true if you trust where they come from"
+        )
+        raise ConfigError(where, [problem])
+
+
+def _identity(folder: Path) -> dict[str, str]:
+    """Hash what the engine reads: files up to 64 MiB whole, larger ones by size and samples.
+
+    The samples lie evenly over the file: a model trained further, or with an adapter merged in,
+    differs in them, and a model of hundreds of GB costs seconds. A change of few weights between
+    two samples is not seen; a hub model's commit sees it.
+    """
+    if not (folder / "config.json").is_file():
+        where = "model.name"
+        raise ConfigError(where, [f"{str(folder)!r} has no config.json, expected a model's folder"])
+    weights = {path for pattern in (*_SAFE_WEIGHTS, *_PICKLES) for path in folder.glob(pattern)}
+    small = {
+        path for suffix in ("json", "jinja", "txt", "model") for path in folder.glob(f"*.{suffix}")
+    }
+    files = sorted(weights | small)
+    return {path.name: _content_hash(path) for path in files if path.is_file()}
+
+
+def _content_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            for number in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _from_hub(name: str, revision: str | None, *, allow_pickle: bool) -> ModelFiles:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = "model.name"
+    patterns = [*_HUB_FILES, *(_PICKLES if allow_pickle else ())]
+    try:
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except errors.HFValidationError as error:
+        problem = f"{name!r} is neither a folder nor a hub id"
+        raise ConfigError(where, [problem]) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        why = str(error).splitlines()[0]
+        problem = (
+            f"{name!r} at revision {revision or 'main'!r} cannot be fetched and is not in the "
+            f"cache ({why}); check the name, the network and HF_TOKEN"
+        )
+        raise ConfigError(where, [problem]) from error
+    # The cache keeps each commit in a folder of its name.
+    return ModelFiles(path, {"hub": name, "commit": Path(path).name})
+
+
+def job_schema(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> pa.Schema:
+    """Schema of the job's parts.
+
+    Raises:
+        ConfigError: Two columns would have one name.
+    """
+    output = job.output
+    return part_schema(carried, answer.fields, output.prefix, with_seed=output.with_seed)
+
+
+def check_examples(examples: Sequence[Example], form: Form) -> None:
+    """Refuse few-shot answers that teach the model another form than the job's.
+
+    Raises:
+        ConfigError: With every such example.
+    """
+    problems = []
+    for at, example in enumerate(examples):
+        _, answer = turns(example)
+        error = form.read_example(answer["content"])
+        if error is not None:
+            problems.append(f"examples[{at}]: {error.error_type}: {error.error}")
+    if problems:
+        where = "[prompt]"
+        raise ConfigError(where, problems)
+
+
+def check_columns(
+    job: JobConfig, builder: PromptBuilder, answer: AnswerColumns, columns: pa.Schema
+) -> None:
+    """Check everything that names a column, and tell all mistakes at once.
+
+    Raises:
+        ConfigError: With every mistake.
+    """
+    problems = _wrong_columns(job.input.columns or [], columns.names)
+    problems += wrong_option_columns(job, columns.names)
+    if job.input.where is not None:
+        try:
+            check_row_test("where", job.input.where, columns)
+        except ValueError as error:
+            problems.append(f"input.where: {error}")
+    carried = [name for name in job.input.columns or columns.names if name in columns.names]
+    for check in (
+        lambda: builder.columns(columns.names),
+        lambda: check_gate(job, answer),
+        lambda: _check_answer_columns(job, answer, pa.schema([columns.field(n) for n in carried])),
+    ):
+        try:
+            check()
+        except ConfigError as error:
+            problems += [f"{error.where}: {problem}" for problem in error.problems]
+    if problems:
+        hint = delimiter_hint(columns.names) if job.input.delimiter is None else None
+        problems += [hint] if hint else []
+        where = "job"
+        raise ConfigError(where, problems)
+
+
+def check_gate(job: JobConfig, answer: AnswerColumns) -> None:
+    """Refuse limits for labels that the answer does not have.
+
+    `[gate]` may change under a plan, so that this holds for every run.
+
+    Raises:
+        ConfigError: A limit would never hold anything back.
+    """
+    labels = [job.output.prefix + name for name in answer.labels]
+    wanted = job.gate.drift_column
+    problems = []
+    if wanted is not None and wanted not in labels:
+        problems.append(f"drift_column: {wanted!r} holds no labels{suggestion(wanted, labels)}")
+    if job.gate.max_drift is not None and not labels:
+        expected = "expected output.choice or an enum in output.schema"
+        problems.append(f"max_drift: the answer has no labels, {expected}")
+    if problems:
+        where = "[gate]"
+        raise ConfigError(where, problems)
+
+
+def _check_answer_columns(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> None:
+    job_schema(job, answer, carried)
+    check_rules(job.checks.rules, rule_schema(carried, answer, job.output.prefix))
+
+
+def _wrong_columns(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
+    unknown = [
+        f"input.columns: no column {name!r} in the input, it has: {', '.join(available)}"
+        for name in wanted
+        if name not in available
+    ]
+    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    return unknown + [f"input.columns: {name!r} is listed twice" for name in twice]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job whose every part has been looked at."""
+
+    job: JobConfig
+    model: ModelFiles
+    recipe: recipes.Recipe
+    format: str
+    reader: Reader
+    files: Sequence[str]
+    columns: pa.Schema
+    carried: Sequence[str]
+    builder: PromptBuilder
+    form: Form
+    answer: AnswerColumns
+
+    @property
+    def recipe_fingerprint(self) -> str:
+        """128-bit hash, 32 hex digits."""
+        return recipes.fingerprint(self.recipe)
+
+    @property
+    def model_name(self) -> str:
+        """Hub id and commit, or a folder's name and a hash of what is in it."""
+        if not self.model.path:
+            return self.job.model.backend
+        identity = self.model.identity
+        if "commit" in identity:
+            return f"{identity['hub']}@{identity['commit']}"
+        return f"{Path(self.model.path).name}@{recipes.fingerprint(dict(identity))[:12]}"
+
+    @property
+    def frozen_job(self) -> dict[str, Any]:
+        """What must not change under a plan."""
+        return frozen_job(self.job, self.recipe)
+
+    def judge(self) -> Judge:
+        """What reads the job's answers."""
+        return Judge(
+            self.form,
+            self.answer,
+            rules=self.job.checks.rules,
+            prefix=self.job.output.prefix,
+            allow_cut=self.job.checks.allow_truncated or bool(self.job.sampling.ignore_eos),
+        )
+
+    def spec(self) -> ReadSpec:
+        """How to read."""
+        return ReadSpec(
+            columns=self.columns,
+            carried=self.carried,
+            needed=self.builder.columns(self.columns.names)
+            | set(RowOptions(self.job).columns().values()),
+            where=self.job.input.where,
+        )
+
+    @property
+    def part_schema(self) -> pa.Schema:
+        """Schema of the job's parts."""
+        return job_schema(self.job, self.answer, self.carried_schema)
+
+    @property
+    def carried_schema(self) -> pa.Schema:
+        """The columns that go to the output."""
+        return pa.schema([self.columns.field(name) for name in self.carried])
+
+
+def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
+    """What must not change under a plan: recipe, choice of rows, checks, layout of the output."""
+    # Plans of before there was a delimiter have no such key.
+    by_default = {"delimiter"} if job.input.delimiter is None else set()
+    return {
+        "recipe": recipe,
+        "input": job.input.model_dump(exclude={"path"} | by_default),
+        "output": job.output.model_dump(include={"prefix", "flatten", "with_seed"}),
+        "checks": job.checks.model_dump(),
+    }
+
+
+def job_changes(plan: Plan, frozen_job: Mapping[str, Any]) -> list[str]:
+    """Return what differs between a plan's job and the job as it is now; empty if nothing."""
+    found = recipes.diff(plan.job["recipe"], frozen_job["recipe"])
+    for table in ("input", "output", "checks"):
+        lines = recipes.diff(plan.job[table], frozen_job[table])
+        found += [f"{table}.{line}" for line in lines]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A job by itself: what can be told of it without its input."""
+
+    job: JobConfig
+    model: ModelFiles
+    recipe: recipes.Recipe
+    builder: PromptBuilder
+    form: Form
+    answer: AnswerColumns
+
+    def changes(self, plan: Plan) -> list[str]:
+        """What differs from a plan's job, one line a key, each beginning with its table."""
+        return job_changes(plan, frozen_job(self.job, self.recipe))
+
+
+def look_at(job: JobConfig) -> Look:
+    """Check a job's tables and find its model; loads neither input nor model.
+
+    Raises:
+        ConfigError: Templates, schema or the model's name are wrong.
+    """
+    builder = PromptBuilder(job.prompt)
+    form = make_form(job.output)
+    answer = answer_columns(job, form)
+    check_examples(job.prompt.examples, form)
+    check_ladder(job.retry, job.sampling, is_chat=job.prompt.text is None)
+    loras = {name: resolve_lora(name, path) for name, path in job.model.lora.items()}
+    model = ModelFiles("", {})
+    if job.model.backend == "vllm":
+        is_dummy = job.model.engine.get("load_format") == "dummy"  # Reads no weights at all.
+        allow_pickle = job.model.allow_pickle or is_dummy
+        model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
+    recipe = recipes.make_recipe(job, model.identity, loras)
+    return Look(job, model, recipe, builder, form, answer)
+
+
+def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
+    """Check a job against its input and its model; loads neither.
+
+    Args:
+        job: As loaded.
+        plan: The plan to go on with; None for a new one.
+
+    Raises:
+        ConfigError: Templates, columns or the model's name do not fit; all of it at once.
+        SourceError: The input does not exist or is not what its name says.
+        RecipeChangedError: The job is not the plan's.
+    """
+    look = look_at(job)
+    if plan is None:
+        return with_input(look)
+    if changes := look.changes(plan):
+        raise RecipeChangedError(job.output.path, changes)
+    return with_plan(look, plan)
+
+
+def with_plan(look: Look, plan: Plan) -> Prepared:
+    """A job as its plan froze it: files, columns and types hold, whatever there is by now.
+
+    Raises:
+        ConfigError: A limit of the gate is for labels that the answer has not.
+    """
+    check_gate(look.job, look.answer)
+    files = [segment.path for segment in plan.segments]
+    columns = planned_columns(plan)
+    return _prepared(look, plan.input_format, files, columns, plan.carried)
+
+
+def with_input(look: Look, seen: Plan | None = None) -> Prepared:
+    """A job with its input as it is now.
+
+    Args:
+        look: The job.
+        seen: The newest plan: its columns hold for input that has no row to tell any by.
+
+    Raises:
+        ConfigError: Columns that the job names are not there or do not fit.
+        SourceError: The input does not exist or is not what its name says.
+    """
+    job = look.job
+    format_name, files = find_input(job)
+    columns = reader_for(format_name, job.input.delimiter).columns(files, job.input.types)
+    if not columns.names and seen is not None and seen.input_format == format_name:
+        columns = planned_columns(seen)
+    carried = columns.names if job.input.columns is None else job.input.columns
+    check_columns(job, look.builder, look.answer, columns)
+    return _prepared(look, format_name, files, columns, carried)
+
+
+def _prepared(
+    look: Look, format_name: str, files: Sequence[str], columns: pa.Schema, carried: Sequence[str]
+) -> Prepared:
+    return Prepared(
+        job=look.job,
+        model=look.model,
+        recipe=look.recipe,
+        format=format_name,
+        reader=reader_for(format_name, look.job.input.delimiter),
+        files=files,
+        columns=columns,
+        carried=carried,
+        builder=look.builder,
+        form=look.form,
+        answer=look.answer,
+    )
+
+
+def find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
+    """The input's format and its files, in order.
+
+    Raises:
+        SourceError: There is none, or it is not what its name says.
+    """
+    paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
+    format_name, files = find_files(paths, job.input.format)
+    _refuse_output_as_input(files, job.output.path)
+    reader = reader_for(format_name, job.input.delimiter)
+    for path in files:
+        reader.sniff(path)
+    return format_name, files
+
+
+def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
+    root = Path(output).resolve()
+    for path in files:
+        if root in Path(path).resolve().parents:
+            raise SourceError(path, f"lies in the output folder {output}; choose another one")
+
+
+def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:
+    """Yield where a row stands and its prompt as text, or why it has none, for `check`."""
+    spec = replace(prepared.spec(), batch_rows=1)
+    batches = chain.from_iterable(
+        prepared.reader.read(path, 0, Ranges.until(prepared.reader.scan(path).num_rows), spec)
+        for path in prepared.files
+    )
+    for batch in islice((batch for batch in batches if batch.rows), num_rows):
+        (row,), (values,) = batch.rows, batch.values
+        outcome = batch.errors[0] if values is None else prepared.builder.build(values)
+        yield f"row {row}", _as_text(outcome)
+
+
+def _as_text(outcome: Prompt | RowError) -> str:
+    if isinstance(outcome, RowError):
+        return f"{outcome.error_type}: {outcome.error}"
+    if isinstance(outcome, str):
+        return outcome
+    return "\n".join(f"[{message['role']}]\n{message.get('content')}" for message in outcome)
+
+
+def planned_columns(plan: Plan) -> pa.Schema:
+    """The input's columns as the plan froze them."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
+
+
+def engine_spec(prepared: Prepared | Look, log_path: str | None) -> EngineSpec:
+    """What the engine needs to know of the job."""
+    model, prompt = prepared.job.model, prepared.job.prompt
+    names = {"dtype", "quantization", "max_model_len", "max_num_seqs", "gpu_memory_utilization"}
+    names |= {"tensor_parallel_size", "trust_remote_code"}
+    kwargs = model.model_dump(include=names, exclude_none=True, exclude_defaults=True)
+    template = prompt.chat_template_file
+    return EngineSpec(
+        backend=model.backend,
+        model=prepared.model.path,
+        model_kwargs={**kwargs, **model.engine},
+        sampling_params=_sampling_params(prepared),
+        chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+        tools=prompt.tools,
+        loras=model.lora,
+        reasoning_parser=model.reasoning_parser,
+        tool_call_parser=model.tool_call_parser,
+        log_path=log_path,
+        max_in_flight=prepared.job.run.max_in_flight,
+    )
+
+
+def _sampling_params(prepared: Prepared | Look) -> dict[str, Any]:
+    params = prepared.job.sampling.model_dump(exclude={"seed", "column"}, exclude_none=True)
+    if prepared.form.structured_outputs is not None:
+        params["structured_outputs"] = dict(prepared.form.structured_outputs)
+    return params

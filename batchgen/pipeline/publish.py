@@ -1,0 +1,459 @@
+"""The end of a job: prove the books, pass the gate, write the snapshot, put the manifest, show it.
+
+The manifest is the commit point. Before it, a crash leaves files that nobody names; after it,
+`expose` and the clean-up are repeated by the next run until they are through. The gate's figures
+come from the parts' footers: no row is read for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import fsum
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchgen import __version__
+from batchgen.core.errors import AccountingError, DamagedPartError, GateError, OutputError
+from batchgen.pipeline.frozen import check_unchanged
+from batchgen.store.books import Durable, Epoch, Manifest
+from batchgen.store.names import STATE
+from batchgen.store.publish import SnapshotFormat, write_snapshot
+from batchgen.store.runlog import utc_now
+from batchgen.store.schema import ROW, SEGMENT
+from batchgen.store.shown import Fault, alias_of, faults, is_alias
+from batchgen.store.tally import ATTEMPTS, VERDICT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchgen.job.answers import GateConfig
+    from batchgen.pipeline.prepare import Prepared
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Durable, Plan
+    from batchgen.store.ledger import Ledger
+
+
+_NUM_MOVED = 3
+_SHRINK_TO_NOTHING = 0.999
+"""Holds without `max_shrink` where no row is left: a filter that matches nothing, an empty file."""
+_MEND_LIMIT = (
+    f"where no row at all is left, gate.max_shrink is {_SHRINK_TO_NOTHING} unless it is set: look "
+    "at input.path and input.where"
+)
+_MEND_INPUT = (
+    "no error row has reached the engine: mend the input (`batchgen show JOB --errors` shows them) "
+    "and run again"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One figure, and whether it is over its limit."""
+
+    name: str
+    """The key in `[gate]`."""
+    figure: float | None
+    """0 to 1; None: there is nothing to compare with."""
+    limit: float | None
+    """None: none is set."""
+    text: str
+    """The figure in words."""
+    column: str | None = None
+    """Whose labels, for drift."""
+    hint: str | None = None
+    """What to do where it is exceeded, if that is not what helps with most."""
+
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether it holds the job back."""
+        return self.limit is not None and self.figure is not None and self.figure > self.limit
+
+    def as_dict(self, *, is_overridden: bool = False) -> dict[str, Any]:
+        """Plain values, for JSON; `overridden` if it was exceeded and let through."""
+        told = {"column": self.column, "hint": self.hint if self.is_exceeded else None}
+        return {
+            "name": self.name,
+            "figure": self.figure,
+            "limit": self.limit,
+            "text": self.text,
+            **{name: value for name, value in told.items() if value is not None},
+            "exceeded": self.is_exceeded,
+            **({"overridden": True} if is_overridden and self.is_exceeded else {}),
+        }
+
+
+def judge_gate(
+    gate: GateConfig,
+    counts: tuple[int, int],
+    tally: Mapping[str, Mapping[str, int]],
+    last: Mapping[str, Mapping[str, int]] | None,
+    num_last: int | None = None,
+) -> list[Limit]:
+    """Return every figure of the gate, whether a limit is set for it or not.
+
+    Args:
+        gate: The limits.
+        counts: Results that are ok, and that are errors.
+        tally: Of all results, see `sink.tally`.
+        last: The same of the last published snapshot of an earlier plan, None if there is none.
+        num_last: How many results that snapshot has, ok and errors.
+    """
+    num_ok, num_errors = counts
+    num_results = num_ok + num_errors
+    attempts = tally.get(ATTEMPTS, {})
+    num_truncated = tally.get(VERDICT, {}).get("truncated", 0)
+    num_retried = sum(n for times, n in attempts.items() if int(times) > 1)
+    errors = _rate("max_error_rate", gate.max_error_rate, num_errors, num_results, "are errors")
+    limits = [
+        # Rows without any attempt are errors: unreadable, or without a prompt.
+        replace(errors, hint=_MEND_INPUT) if 0 < num_errors == attempts.get("0") else errors,
+        _rate(
+            "max_truncated_rate",
+            gate.max_truncated_rate,
+            num_truncated,
+            num_results,
+            "are cut off at max_tokens",
+        ),
+        _rate(
+            "max_retry_rate",
+            gate.max_retry_rate,
+            num_retried,
+            num_results,
+            "needed more than one attempt",
+        ),
+    ]
+    columns = [name for name in tally if name not in (VERDICT, ATTEMPTS)]
+    for column in columns if gate.drift_column is None else [gate.drift_column]:
+        before = None if last is None else last.get(column)
+        limits.append(_drift(column, gate.max_drift, tally.get(column, {}), before))
+    if num_last is not None or gate.max_shrink is not None:
+        limits.append(_shrink(gate.max_shrink, num_results, num_last))
+    return limits
+
+
+def _rate(name: str, limit: float | None, count: int, num_results: int, what: str) -> Limit:
+    figure = count / num_results if num_results else 0.0
+    return Limit(name, figure, limit, f"{count:,} of {num_results:,} rows {what}")
+
+
+def _shrink(limit: float | None, num_now: int, num_last: int | None) -> Limit:
+    """By how much fewer the rows are; files that went missing show here and nowhere else."""
+    if num_last is None:
+        return Limit("max_shrink", None, limit, "there is no last snapshot to compare with")
+    hint = None
+    if limit is None and not num_now:
+        limit, hint = _SHRINK_TO_NOTHING, _MEND_LIMIT
+    num_gone = max(num_last - num_now, 0)
+    text = f"{num_now:,} rows are {num_gone:,} fewer than the {num_last:,} of the last snapshot"
+    return Limit("max_shrink", num_gone / num_last if num_last else 0.0, limit, text, hint=hint)
+
+
+def _drift(
+    column: str, limit: float | None, now: Mapping[str, int], last: Mapping[str, int] | None
+) -> Limit:
+    figure = None if last is None else total_variation(now, last)
+    if figure is None or last is None:
+        text = f"{column} has no labels, or had none in the last snapshot, to compare"
+        return Limit("max_drift", None, limit, text, column)
+    moved = ", ".join(_most_moved(now, last))
+    text = f"{column} has drifted by {figure:.3g} from the last snapshot" + (
+        f" ({moved})" if moved else ""
+    )
+    return Limit("max_drift", figure, limit, text, column)
+
+
+def total_variation(now: Mapping[str, int], last: Mapping[str, int]) -> float | None:
+    """Half the sum of the differences between two sets of shares: 0 alike, 1 nothing in common.
+
+    None if one of them counts nothing.
+    """
+    p, q = _shares(now), _shares(last)
+    if not p or not q:
+        return None
+    return 0.5 * fsum(abs(p.get(name, 0.0) - q.get(name, 0.0)) for name in p.keys() | q.keys())
+
+
+def _shares(counts: Mapping[str, int]) -> dict[str, float]:
+    total = sum(counts.values())
+    return {name: count / total for name, count in counts.items()} if total else {}
+
+
+def _most_moved(now: Mapping[str, int], last: Mapping[str, int]) -> Sequence[str]:
+    """The labels whose shares differ most, as `refund 12.0 % -> 31.5 %`."""
+    p, q = _shares(now), _shares(last)
+    moves = {name: abs(p.get(name, 0.0) - q.get(name, 0.0)) for name in p.keys() | q.keys()}
+    ordered = sorted(
+        (name for name in moves if moves[name]), key=lambda n: (-round(moves[n], 9), n)
+    )
+    return [
+        f"{name} {q.get(name, 0.0):.1%} -> {p.get(name, 0.0):.1%}".replace("%", " %")
+        for name in ordered[:_NUM_MOVED]
+    ]
+
+
+def told(limits: Sequence[Limit]) -> str:
+    """The exceeded ones in one sentence; empty if there are none."""
+    return "; ".join(
+        f"{limit.text}, over gate.{limit.name} = {limit.limit:g}"
+        for limit in limits
+        if limit.is_exceeded
+    )
+
+
+NUM_EXAMPLES = 3
+_MAX_GROUPS = 50
+_MAX_CHARS = 200
+
+
+def example_rows(
+    storage: LocalStorage, plan: Plan, durable: Durable, prefix: str, limit: str
+) -> list[str]:
+    """Return where a few rows are that count for a limit, and what is wrong with them.
+
+    Args:
+        storage: Where the parts are.
+        plan: Theirs.
+        durable: The parts.
+        prefix: Of batchgen's columns.
+        limit: Key of `[gate]`.
+    """
+    found: list[str] = []
+    columns = [
+        SEGMENT,
+        ROW,
+        *(prefix + name for name in ("status", VERDICT, ATTEMPTS, "error_type", "error")),
+    ]
+    try:
+        for group in _row_groups(storage, durable, columns):
+            table = group.filter(_counting(group, prefix, limit))
+            for row in table.slice(0, NUM_EXAMPLES - len(found)).to_pylist():
+                why = f"{row[f'{prefix}error_type'] or 'ok'}: {row[f'{prefix}error'] or ''}"
+                if limit == "max_retry_rate":
+                    why = f"{row[f'{prefix}attempts']} attempts, {why}"
+                path = plan.segments[row[SEGMENT]].path
+                if path not in why:  # Error texts of the reader tell the line.
+                    why = f"{path} row {row[ROW]}: {why}"
+                found.append(why.removesuffix(": ")[:_MAX_CHARS])
+            if len(found) >= NUM_EXAMPLES:
+                break
+    except (OSError, pa.ArrowException, MemoryError):
+        return found  # Only examples: damage is told where rows are published.
+    return found
+
+
+def _row_groups(
+    storage: LocalStorage, durable: Durable, columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    left = _MAX_GROUPS
+    parts = sorted(durable.parts, key=lambda part: -part.footer.num_errors)
+    for part in parts:
+        with pq.ParquetFile(storage.path(part.name), page_checksum_verification=True) as file:
+            for group in range(min(left, file.num_row_groups)):
+                yield file.read_row_group(group, columns=columns)
+            left -= file.num_row_groups
+        if left <= 0:
+            return
+
+
+def _counting(rows: pa.Table, prefix: str, limit: str) -> pa.Array:
+    if limit == "max_truncated_rate":
+        return pc.equal(rows.column(prefix + VERDICT), "truncated")
+    if limit == "max_retry_rate":
+        return pc.greater(rows.column(prefix + ATTEMPTS), 1)
+    return pc.equal(rows.column(f"{prefix}status"), "error")
+
+
+_MOST_TOLD = 5
+
+
+def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool = False) -> Manifest:
+    """Publish a job whose every row is durable, and show the snapshot.
+
+    Args:
+        ledger: The job's books.
+        prepared: The job.
+        epoch: This run's claim.
+        anyway: Let it pass the gate whatever its figures are; the manifest tells.
+
+    Returns:
+        The plan's manifest: ours, or that of a run that was faster; they hold the same rows.
+
+    Raises:
+        AccountingError: The durable rows are not the planned rows.
+        GateError: A limit of `[gate]` is exceeded; the parts stay.
+        DamagedPartError: A part is not what was written; the next run redoes its rows.
+        InputChangedError: An input file is no longer what was planned.
+        FencedError: Another run has taken over.
+    """
+    try:
+        manifest = _put_snapshot(ledger, prepared, epoch, anyway=anyway)
+    except (AccountingError, GateError, OutputError):
+        # A faster run publishes and then removes the parts that we were reading; its gate decided.
+        published = ledger.manifest(epoch.plan.number)
+        if published is None:
+            raise
+        ledger.settle()
+        manifest = published
+    show(ledger, manifest)
+    return manifest
+
+
+def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool) -> Manifest:
+    plan = epoch.plan
+    durable = ledger.durable(plan)
+    if durable.num_done != plan.num_rows:
+        ledger.check_fence(epoch)
+        msg = f"{plan.num_rows} rows planned, {durable.num_done} durable; not published"
+        raise AccountingError(msg)
+    limits = _pass_gate(ledger, prepared, plan, durable, anyway=anyway)
+    for segment in plan.segments:
+        check_unchanged(segment, prepared.reader)
+    try:
+        snapshot = write_snapshot(
+            ledger.storage,
+            f"{STATE}/snapshots/e{epoch.number:06d}",
+            [(part.name, part.footer) for part in durable.parts],
+            _snapshot_format(prepared, epoch, durable),
+        )
+    except DamagedPartError as error:
+        ledger.check_fence(epoch)
+        ledger.reject(error.name, error.problem)
+        raise
+    ledger.check_fence(epoch)
+    manifest = Manifest(
+        number=plan.number,
+        plan_id=plan.plan_id,
+        epoch=epoch.number,
+        run_id=epoch.run_id,
+        created_at=utc_now().isoformat(timespec="seconds"),
+        files=snapshot.files,
+        num_planned=plan.num_rows,
+        num_ok=durable.num_ok,
+        num_errors=durable.num_errors,
+        num_skipped=durable.num_skipped,
+        index=snapshot.index,
+        tally=durable.tally,
+        gate=[limit.as_dict(is_overridden=anyway) for limit in limits],
+    )
+    return ledger.put_manifest(manifest)
+
+
+def show(ledger: Ledger, manifest: Manifest) -> list[str]:
+    """Show the newest snapshot in the output folder and remove what nobody needs. Idempotent.
+
+    The newest, which need not be `manifest`: a run that was frozen before this point must not
+    bring an old snapshot back.
+
+    Returns:
+        What was not shown as it should be, for a warning where the snapshot is no new one.
+    """
+    newest, shown = ledger.latest_manifest() or manifest, None
+    mended = _mended(ledger.storage, newest)
+    while newest != shown:  # Frozen inside `expose`, it puts right what it then overwrote.
+        expose(ledger.storage, newest)
+        newest, shown = ledger.latest_manifest() or newest, newest
+    ledger.tidy(newest)
+    return mended
+
+
+def _mended(storage: LocalStorage, manifest: Manifest) -> list[str]:
+    """One line on what showing this snapshot puts right, none if there is nothing."""
+    found = [
+        f"{name} {fault.value}"
+        for name, fault in faults(storage, manifest.files).items()
+        if fault is not Fault.FOREIGN
+    ]
+    if not found:
+        return []
+    more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    told = ", ".join(found[:_MOST_TOLD])
+    return [
+        f"{storage.where}: did not show snapshot {manifest.number} as it was published ({told}"
+        f"{more}); its files are shown again"
+    ]
+
+
+def gate_figures(
+    ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable
+) -> Sequence[Limit]:
+    """Every figure of the gate, for a plan whose rows have all ended."""
+    last = ledger.manifest_before(plan.number)
+    counts = (durable.num_ok, durable.num_errors)
+    tally = last.tally if last is not None else None
+    num_last = last.num_ok + last.num_errors if last is not None else None
+    return judge_gate(prepared.job.gate, counts, durable.tally, tally, num_last)
+
+
+def _pass_gate(
+    ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable, *, anyway: bool
+) -> Sequence[Limit]:
+    """The gate's figures.
+
+    Raises:
+        GateError: Over a limit; the parts stay, so that a higher limit publishes at once.
+    """
+    limits = gate_figures(ledger, prepared, plan, durable)
+    exceeded = [limit for limit in limits if limit.is_exceeded]
+    if not exceeded or anyway:
+        return limits
+    prefix = prepared.job.output.prefix
+    rows = [
+        text
+        for limit in exceeded
+        if limit.column is None and limit.name != "max_shrink"
+        for text in example_rows(ledger.storage, plan, durable, prefix, limit.name)
+    ]
+    examples = list(dict.fromkeys(rows))[:NUM_EXAMPLES]
+    raise GateError(told(limits), [limit.as_dict() for limit in limits], examples)
+
+
+def overridden(manifest: Manifest) -> list[str]:
+    """What a snapshot's readers should know: limits that were exceeded and let through."""
+    return [
+        f"published over a limit of the gate: {entry['text']}, over "
+        f"gate.{entry['name']} = {entry['limit']:g}"
+        for entry in manifest.gate
+        if entry.get("overridden")
+    ]
+
+
+def expose(storage: LocalStorage, manifest: Manifest) -> None:
+    """Show a snapshot as `part-*.parquet` in the output folder itself.
+
+    Each name is replaced atomically. A reader that lists the folder in between several files may
+    see two snapshots; `batchgen.read` goes by the manifest and never does.
+    """
+    aliases = [alias_of(file) for file in manifest.files]
+    for file, alias in zip(manifest.files, aliases, strict=True):
+        storage.expose(file["name"], alias)
+    for name in storage.list(""):
+        if is_alias(name) and name not in aliases:
+            storage.remove(name)
+
+
+def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> SnapshotFormat:
+    plan = epoch.plan
+    by = [part.footer.engine for part in durable.parts]
+    told_of = {f"{facts.get('engine', '')} {facts.get('version', '')}".strip() for facts in by}
+    # A part that was carried over may name several.
+    engines = {engine for names in told_of for engine in names.split(", ")}
+    metadata = {
+        "batchgen.version": __version__,
+        "batchgen.plan": plan.plan_id,
+        "batchgen.recipe": plan.recipe_fingerprint,
+        "batchgen.run": epoch.run_id,
+        "batchgen.model": prepared.job.model.name,
+        "batchgen.engine": ", ".join(sorted(engines - {""})),
+    }
+    output = prepared.job.output
+    return SnapshotFormat(
+        schema=prepared.part_schema,
+        prefix=output.prefix,
+        compression=output.compression,
+        rows_per_file=output.rows_per_file,
+        labels=prepared.answer.labels,
+        metadata={key.encode(): value.encode() for key, value in metadata.items()},
+    )
