@@ -34,7 +34,7 @@ from batchgen.core.errors import BatchgenError, ConfigError, OutputError, Recipe
 from batchgen.engine.lazy import LazyEngine
 from batchgen.engine.start import start_engine
 from batchgen.pipeline.frozen import input_changes
-from batchgen.pipeline.prepare import engine_spec, look_at, with_plan
+from batchgen.pipeline.prepare import check
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.pipeline.runner import Stop, StopSwitch
 from batchgen.pipeline.worker import Worker
@@ -89,7 +89,7 @@ class Replica:
         storage = LocalStorage(Path(badge.job.output.path), temp_tag=tag)
         self._ledger = Ledger(storage)
         self._log = RunLog(storage, f"{STATE}/runs", badge.run_id)
-        self._job_look = look_at(badge.job)
+        self._checked = check(badge.job)
         self._engine = LazyEngine(self._build_engine)
         self._stop = StopSwitch()
         self._stats = RunStats(time.monotonic(), 0)
@@ -171,9 +171,9 @@ class Replica:
                 "set output.path to one that all nodes share"
             )
             raise OutputError(msg)
-        if changes := self._job_look.changes(begin.plan):
+        if changes := self._checked.changes(begin.plan):
             raise RecipeChangedError(self._where, changes, is_finished=False)
-        prepared = with_plan(self._job_look, begin.plan)
+        prepared = self._checked.with_plan(begin.plan)
         number, run_id = self._badge.number, self._badge.run_id
         if self._worker is None:  # One for all tasks: its parts are numbered through.
             self._worker = Worker(
@@ -194,7 +194,7 @@ class Replica:
         )
 
     def _build_engine(self) -> SupervisedEngine:
-        spec = engine_spec(self._job_look, self._log.engine_log_of(self._badge.number))
+        spec = self._checked.engine_spec(self._log.engine_log_of(self._badge.number))
         return self._start(spec, stall_s=self._badge.job.run.stall_s, on_death=self._tell_death)
 
     def _tell_death(self, death: EngineDeath) -> None:

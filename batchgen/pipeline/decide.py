@@ -30,7 +30,7 @@ from batchgen.pipeline.frozen import (
     has_other_files,
     input_changes,
 )
-from batchgen.pipeline.prepare import find_input, look_at, with_input, with_plan
+from batchgen.pipeline.prepare import check, find_input
 from batchgen.pipeline.publish import gate_figures, show
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Base
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.interface import RunOptions
-    from batchgen.pipeline.prepare import Look, Prepared
+    from batchgen.pipeline.prepare import Checked, Prepared
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
@@ -94,19 +94,19 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
         RecipeChangedError: The job is not the newest plan's, and nobody said that it may be.
         OutputError: The output is not one that this version understands.
     """
-    look = look_at(job)
+    checked = check(job)
     plan = ledger.latest_plan()
     if plan is None or options.fresh:
-        return Decision(with_input(look, plan), None, Before(seen=plan))
-    changes = look.changes(plan)
+        return Decision(checked.with_input(plan), None, Before(seen=plan))
+    changes = checked.changes(plan)
     if not changes and not has_other_files(plan, job):
-        prepared = with_plan(look, plan)
+        prepared = checked.with_plan(plan)
         if not input_changes(plan, prepared.reader):
             return Decision(prepared, plan, Before())
     # A run whose job is stolen may be at work on a plan that has come to nothing so far.
     if changes and not options.steal and has_come_to_nothing(ledger, plan):
-        return _instead_of(ledger, look, plan, options)
-    return _after(ledger, look, plan, ledger.manifest(plan.number), options)
+        return _instead_of(ledger, checked, plan, options)
+    return _after(ledger, checked, plan, ledger.manifest(plan.number), options)
 
 
 def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
@@ -131,24 +131,24 @@ def _may_hold_rows(ledger: Ledger, name: str) -> bool:
         return True
 
 
-def _instead_of(ledger: Ledger, look: Look, plan: Plan, options: RunOptions) -> Decision:
+def _instead_of(ledger: Ledger, checked: Checked, plan: Plan, options: RunOptions) -> Decision:
     """As if a plan had never been: what is published before it still guards its own recipe."""
     manifest = ledger.latest_manifest()
     if manifest is None:
-        decision = Decision(with_input(look, plan), None, Before(seen=plan))
+        decision = Decision(checked.with_input(plan), None, Before(seen=plan))
     else:
-        decision = _after(ledger, look, ledger.plan(manifest.number), manifest, options)
+        decision = _after(ledger, checked, ledger.plan(manifest.number), manifest, options)
     note = f"plan {plan.number} came to nothing, and the job is another now: a new plan replaces it"
     return decision._replace(notes=(*decision.notes, note), replaces=plan)
 
 
 def _after(
-    ledger: Ledger, look: Look, plan: Plan, manifest: Manifest | None, options: RunOptions
+    ledger: Ledger, checked: Checked, plan: Plan, manifest: Manifest | None, options: RunOptions
 ) -> Decision:
     """A new plan that goes back to this one."""
-    job, changes = look.job, look.changes(plan)
+    job, changes = checked.job, checked.changes(plan)
     if any(not change.startswith("input.") for change in changes):
-        return _with_new_recipe(ledger, look, plan, manifest, options)
+        return _with_new_recipe(ledger, checked, plan, manifest, options)
     if changes and manifest is None and not options.accept_recipe:
         raise RecipeChangedError(job.output.path, changes, is_finished=False)
     before = Before(
@@ -157,20 +157,20 @@ def _after(
         takes_errors=not options.retry_errors and (manifest is not None or plan.takes_errors),
         generation=plan.generation + options.retry_errors,
     )
-    return Decision(with_input(look, plan), None, before, _gone(plan, job))
+    return Decision(checked.with_input(plan), None, before, _gone(plan, job))
 
 
 def _with_new_recipe(
     ledger: Ledger,
-    look: Look,
+    checked: Checked,
     plan: Plan,
     manifest: Manifest | None,
     options: RunOptions,
 ) -> Decision:
-    output, changes = look.job.output.path, look.changes(plan)
+    output, changes = checked.job.output.path, checked.changes(plan)
     if not options.accept_recipe:
         raise RecipeChangedError(output, changes, is_finished=manifest is not None)
-    prepared = with_input(look, plan)
+    prepared = checked.with_input(plan)
     if not options.only_errors:
         return Decision(prepared, None, Before(seen=plan))
     if wrong := _other_columns(plan, prepared):

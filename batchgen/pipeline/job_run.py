@@ -50,7 +50,6 @@ from batchgen.pipeline.interface import (
     tuned_dict,
 )
 from batchgen.pipeline.notify import run_hook, write_metrics
-from batchgen.pipeline.prepare import engine_spec
 from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.storage import Disk, LocalStorage
@@ -298,7 +297,7 @@ class JobRun:
     def _build_engine(self) -> SupervisedEngine:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
         return self._start_engine(
-            engine_spec(self._prepared, self._context.log.engine_log),
+            self._prepared.engine_spec(self._context.log.engine_log),
             stall_s=self._job.run.stall_s,
             on_death=self._record_death,
         )

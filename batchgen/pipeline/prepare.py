@@ -269,20 +269,79 @@ def _wrong_columns(wanted: Sequence[str], available: Sequence[str]) -> list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A job whose every part has been looked at."""
+class Checked:
+    """A job by itself, without its input: tables, model, prompt template and form of answers."""
 
     job: JobConfig
     model: ModelFiles
     recipe: recipes.Recipe
-    format: str
-    reader: Reader
-    files: Sequence[str]
-    columns: pa.Schema
-    carried: Sequence[str]
     builder: PromptBuilder
     form: Form
     answer: AnswerColumns
+
+    @property
+    def frozen_job(self) -> dict[str, Any]:
+        """What must not change under a plan, see `frozen_job`."""
+        return frozen_job(self.job, self.recipe)
+
+    def changes(self, plan: Plan) -> list[str]:
+        """Return what differs from a plan's job, one line a key, each beginning with its table."""
+        return job_changes(plan, self.frozen_job)
+
+    def engine_spec(self, log_path: str | None) -> EngineSpec:
+        """Return what the engine needs to know of the job."""
+        return engine_spec(self.job, self.model.path, self.form.structured_outputs, log_path)
+
+    def with_plan(self, plan: Plan) -> Prepared:
+        """Return the job as its plan froze it: files, columns and types hold, whatever is there.
+
+        Raises:
+            ConfigError: A limit of the gate is for labels that the answer has not.
+        """
+        check_gate(self.job, self.answer)
+        files = [segment.path for segment in plan.segments]
+        return self._prepared(plan.input_format, files, planned_columns(plan), plan.carried)
+
+    def with_input(self, seen: Plan | None = None) -> Prepared:
+        """Return the job with its input as it is now.
+
+        Args:
+            seen: The newest plan: its columns hold for input that has no row to tell any by.
+
+        Raises:
+            ConfigError: Columns that the job names are not there or do not fit.
+            SourceError: The input does not exist or is not what its name says.
+        """
+        job = self.job
+        format_name, files = find_input(job)
+        columns = reader_for(format_name, job.input.delimiter).columns(files, job.input.types)
+        if not columns.names and seen is not None and seen.input_format == format_name:
+            columns = planned_columns(seen)
+        carried = columns.names if job.input.columns is None else job.input.columns
+        check_columns(job, self.builder, self.answer, columns)
+        return self._prepared(format_name, files, columns, carried)
+
+    def _prepared(
+        self, format_name: str, files: Sequence[str], columns: pa.Schema, carried: Sequence[str]
+    ) -> Prepared:
+        reader = reader_for(format_name, self.job.input.delimiter)
+        mine = (self.job, self.model, self.recipe, self.builder, self.form, self.answer)
+        return Prepared(*mine, format_name, reader, files, columns, carried)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Checked):
+    """A job and its input, all of it checked."""
+
+    format: str
+    """The input's: jsonl, csv or parquet."""
+    reader: Reader
+    files: Sequence[str]
+    """Paths or URLs of the input files, in the order of their rows."""
+    columns: pa.Schema
+    """Every column of the input."""
+    carried: Sequence[str]
+    """Names of the columns that go to the output."""
 
     @property
     def recipe_fingerprint(self) -> str:
@@ -299,13 +358,8 @@ class Prepared:
             return f"{identity['hub']}@{identity['commit']}"
         return f"{Path(self.model.path).name}@{recipes.fingerprint(dict(identity))[:12]}"
 
-    @property
-    def frozen_job(self) -> dict[str, Any]:
-        """What must not change under a plan."""
-        return frozen_job(self.job, self.recipe)
-
     def judge(self) -> Judge:
-        """What reads the job's answers."""
+        """Make what reads the job's answers."""
         return Judge(
             self.form,
             self.answer,
@@ -315,7 +369,7 @@ class Prepared:
         )
 
     def spec(self) -> ReadSpec:
-        """How to read."""
+        """Return how the input is to be read."""
         return ReadSpec(
             columns=self.columns,
             carried=self.carried,
@@ -331,7 +385,7 @@ class Prepared:
 
     @property
     def carried_schema(self) -> pa.Schema:
-        """The columns that go to the output."""
+        """Schema of the columns that go to the output."""
         return pa.schema([self.columns.field(name) for name in self.carried])
 
 
@@ -356,23 +410,7 @@ def job_changes(plan: Plan, frozen_job: Mapping[str, Any]) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A job by itself: what can be told of it without its input."""
-
-    job: JobConfig
-    model: ModelFiles
-    recipe: recipes.Recipe
-    builder: PromptBuilder
-    form: Form
-    answer: AnswerColumns
-
-    def changes(self, plan: Plan) -> list[str]:
-        """What differs from a plan's job, one line a key, each beginning with its table."""
-        return job_changes(plan, frozen_job(self.job, self.recipe))
-
-
-def look_at(job: JobConfig) -> Look:
+def check(job: JobConfig) -> Checked:
     """Check a job's tables and find its model; loads neither input nor model.
 
     Raises:
@@ -390,7 +428,7 @@ def look_at(job: JobConfig) -> Look:
         allow_pickle = job.model.allow_pickle or is_dummy
         model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
     recipe = recipes.make_recipe(job, model.identity, loras)
-    return Look(job, model, recipe, builder, form, answer)
+    return Checked(job, model, recipe, builder, form, answer)
 
 
 def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
@@ -405,63 +443,12 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
         SourceError: The input does not exist or is not what its name says.
         RecipeChangedError: The job is not the plan's.
     """
-    look = look_at(job)
+    checked = check(job)
     if plan is None:
-        return with_input(look)
-    if changes := look.changes(plan):
+        return checked.with_input()
+    if changes := checked.changes(plan):
         raise RecipeChangedError(job.output.path, changes)
-    return with_plan(look, plan)
-
-
-def with_plan(look: Look, plan: Plan) -> Prepared:
-    """A job as its plan froze it: files, columns and types hold, whatever there is by now.
-
-    Raises:
-        ConfigError: A limit of the gate is for labels that the answer has not.
-    """
-    check_gate(look.job, look.answer)
-    files = [segment.path for segment in plan.segments]
-    columns = planned_columns(plan)
-    return _prepared(look, plan.input_format, files, columns, plan.carried)
-
-
-def with_input(look: Look, seen: Plan | None = None) -> Prepared:
-    """A job with its input as it is now.
-
-    Args:
-        look: The job.
-        seen: The newest plan: its columns hold for input that has no row to tell any by.
-
-    Raises:
-        ConfigError: Columns that the job names are not there or do not fit.
-        SourceError: The input does not exist or is not what its name says.
-    """
-    job = look.job
-    format_name, files = find_input(job)
-    columns = reader_for(format_name, job.input.delimiter).columns(files, job.input.types)
-    if not columns.names and seen is not None and seen.input_format == format_name:
-        columns = planned_columns(seen)
-    carried = columns.names if job.input.columns is None else job.input.columns
-    check_columns(job, look.builder, look.answer, columns)
-    return _prepared(look, format_name, files, columns, carried)
-
-
-def _prepared(
-    look: Look, format_name: str, files: Sequence[str], columns: pa.Schema, carried: Sequence[str]
-) -> Prepared:
-    return Prepared(
-        job=look.job,
-        model=look.model,
-        recipe=look.recipe,
-        format=format_name,
-        reader=reader_for(format_name, look.job.input.delimiter),
-        files=files,
-        columns=columns,
-        carried=carried,
-        builder=look.builder,
-        form=look.form,
-        answer=look.answer,
-    )
+    return checked.with_plan(plan)
 
 
 def find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
@@ -512,18 +499,33 @@ def planned_columns(plan: Plan) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
 
 
-def engine_spec(prepared: Prepared | Look, log_path: str | None) -> EngineSpec:
-    """What the engine needs to know of the job."""
-    model, prompt = prepared.job.model, prepared.job.prompt
+def engine_spec(
+    job: JobConfig,
+    model_path: str,
+    structured_outputs: Mapping[str, Any] | None = None,
+    log_path: str | None = None,
+) -> EngineSpec:
+    """Return what the engine needs to know of a job.
+
+    Args:
+        job: As loaded.
+        model_path: The model's folder on this machine.
+        structured_outputs: The constraint on answers, see `Form.structured_outputs`.
+        log_path: Where the engine's own log goes; None: nowhere.
+    """
+    model, prompt = job.model, job.prompt
     names = {"dtype", "quantization", "max_model_len", "max_num_seqs", "gpu_memory_utilization"}
     names |= {"tensor_parallel_size", "trust_remote_code"}
     kwargs = model.model_dump(include=names, exclude_none=True, exclude_defaults=True)
+    params = job.sampling.model_dump(exclude={"seed", "column"}, exclude_none=True)
+    if structured_outputs is not None:
+        params["structured_outputs"] = dict(structured_outputs)
     template = prompt.chat_template_file
     return EngineSpec(
         backend=model.backend,
-        model=prepared.model.path,
+        model=model_path,
         model_kwargs={**kwargs, **model.engine},
-        sampling_params=_sampling_params(prepared),
+        sampling_params=params,
         chat_template=Path(template).read_text(encoding="utf-8") if template else None,
         chat_template_kwargs=prompt.chat_template_kwargs,
         tools=prompt.tools,
@@ -531,12 +533,5 @@ def engine_spec(prepared: Prepared | Look, log_path: str | None) -> EngineSpec:
         reasoning_parser=model.reasoning_parser,
         tool_call_parser=model.tool_call_parser,
         log_path=log_path,
-        max_in_flight=prepared.job.run.max_in_flight,
+        max_in_flight=job.run.max_in_flight,
     )
-
-
-def _sampling_params(prepared: Prepared | Look) -> dict[str, Any]:
-    params = prepared.job.sampling.model_dump(exclude={"seed", "column"}, exclude_none=True)
-    if prepared.form.structured_outputs is not None:
-        params["structured_outputs"] = dict(prepared.form.structured_outputs)
-    return params

@@ -5,16 +5,15 @@ A check that fails hides none of the others, as far as they can be made without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from batchgen.cluster.crews import is_fleet, needs_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError
 from batchgen.engine.vllm.settings import gpus_of, llm_kwargs
 from batchgen.pipeline.decide import refuse_foreign
-from batchgen.pipeline.prepare import ModelFiles, engine_spec, prepare
+from batchgen.pipeline.prepare import engine_spec, prepare
 from batchgen.preview import fit, places
 from batchgen.preview.doctor_report import Report
 from batchgen.preview.engine_keys import check_keywords, check_settings, least_model_len
@@ -40,20 +39,6 @@ if TYPE_CHECKING:
 
 MAX_SETTING = 2**53
 """As of every number of a job file."""
-
-
-@dataclass(frozen=True, slots=True)
-class _NoForm:
-    structured_outputs: None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What `planning.engine_spec` reads, of a job whose input or model may be missing."""
-
-    job: JobConfig
-    model: ModelFiles
-    form: _NoForm = _NoForm()
 
 
 def examine(
@@ -87,9 +72,7 @@ def examine(
 def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | None) -> Report:
     found, findings = find_model(job.model, hub), list[Finding]()
     local = _shared(_localized(job, found))
-    spec = engine_spec(
-        cast("Prepared", _Known(local, ModelFiles(str(found.folder or ""), {}))), None
-    )
+    spec = engine_spec(local, str(found.folder or ""))
     is_cpu = machine.build == "cpu"
     kwargs = _bounded(_kwargs(spec, findings, is_cpu=is_cpu), findings)
     num_gpus = gpus_of(kwargs, is_cpu=is_cpu)

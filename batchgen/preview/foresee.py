@@ -14,7 +14,6 @@ from batchgen.job.seeds import Seeds
 from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import tuned_notes
-from batchgen.pipeline.prepare import engine_spec
 from batchgen.preview import cost
 from batchgen.preview.figures import BLOCK_TOKENS
 from batchgen.preview.outlook import Outlook, look_ahead
@@ -79,7 +78,7 @@ def _foresee(job: JobConfig, options: PlanOptions, warnings: list[str]) -> Forec
     warnings += _who_holds(storage)
     ahead = look_ahead(job, storage, options.run)
     warnings += ahead.warnings
-    spec = engine_spec(ahead.prepared, None)
+    spec = ahead.prepared.engine_spec(None)
     past = last_run(storage, ahead.prepared)
     max_len, source = max_model_len(spec, past)
     found = _survey(ahead, spec, options, max_len) if ahead.todo else None

@@ -15,7 +15,7 @@ from batchgen.core.records import EngineSpec, Request
 from batchgen.engine.start import start_engine
 from batchgen.job.seeds import Seeds
 from batchgen.pipeline.frozen import freeze
-from batchgen.pipeline.prepare import engine_spec, prepare
+from batchgen.pipeline.prepare import prepare
 from batchgen.preview.survey import How, sampled, survey
 from batchgen.preview.tokens import config_max_len, load_tokenize, max_model_len
 from batchgen.prompt.requests import RequestBuilder
@@ -41,7 +41,7 @@ def look(make_job):
             seeds=Seeds(sampling),
             ids=itertools.count(),
         )
-        spec = engine_spec(prepared, None)
+        spec = prepared.engine_spec(None)
         fields = {"max_tokens": sampling.max_tokens, "n": sampling.n, "is_exact": True}
         if todo is None:
             todo = {0: Ranges.until(plan.num_rows)}

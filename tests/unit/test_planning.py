@@ -21,7 +21,7 @@ from batchgen.pipeline.frozen import (
     input_changes,
     read_rows,
 )
-from batchgen.pipeline.prepare import first_prompts, job_changes, look_at, planned_columns, prepare
+from batchgen.pipeline.prepare import check, first_prompts, job_changes, planned_columns, prepare
 from batchgen.pipeline.reuse import missing
 from batchgen.store.books import Durable, Part, Plan
 from batchgen.store.footer import PartFooter
@@ -442,8 +442,8 @@ def test_another_delimiter_is_another_job_whose_rows_are_counted_anew(tmp_path, 
     plan = freeze(before, 1)
     assert "delimiter" not in plan.job["input"]  # As in plans of before there was one.
     after = prepared(None, input=semicolons(tmp_path, delimiter=";"), prompt={"user": "same"})
-    assert look_at(after.job).changes(plan) == ["input.delimiter: not set -> ';'"]
-    assert look_at(before.job).changes(plan) == []
+    assert check(after.job).changes(plan) == ["input.delimiter: not set -> ';'"]
+    assert check(before.job).changes(plan) == []
     again = freeze(after, 2, Before(seen=plan))
     assert (plan.num_rows, again.num_rows) == (3, 2)
     assert not is_same_reading(plan, again)
