@@ -92,6 +92,7 @@ def freeze(
         bases=before.bases,
         takes_errors=before.takes_errors,
         generation=before.generation,
+        counts_lines=prepared.format == "csv",
     )
 
 
@@ -150,8 +151,9 @@ class _Scanner:
 
 def _counts_alike(seen: Plan, prepared: Prepared) -> bool:
     """Whether a file has as many rows as it had: what a quote encloses hangs on the delimiter."""
-    delimiter = seen.job["input"].get("delimiter")
-    return (seen.input_format, delimiter) == (prepared.format, prepared.job.input.delimiter)
+    delimiter, counts_lines = seen.job["input"].get("delimiter"), prepared.format == "csv"
+    was = (seen.input_format, delimiter, seen.counts_lines)
+    return was == (prepared.format, prepared.job.input.delimiter, counts_lines)
 
 
 def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Segment], int]:

@@ -299,8 +299,11 @@ class Checked:
             ConfigError: A limit of the gate is for labels that the answer has not.
         """
         check_gate(self.job, self.answer)
+        delimiter = self.job.input.delimiter
+        reader = reader_for(plan.input_format, delimiter, counts_lines=plan.counts_lines)
         files = [segment.path for segment in plan.segments]
-        return self._prepared(plan.input_format, files, planned_columns(plan), plan.carried)
+        read_by = (plan.input_format, reader)
+        return self._prepared(read_by, files, planned_columns(plan), plan.carried)
 
     def with_input(self, seen: Plan | None = None) -> Prepared:
         """Return the job with its input as it is now.
@@ -314,19 +317,23 @@ class Checked:
         """
         job = self.job
         format_name, files = find_input(job)
-        columns = reader_for(format_name, job.input.delimiter).columns(files, job.input.types)
+        reader = reader_for(format_name, job.input.delimiter)
+        columns = reader.columns(files, job.input.types)
         if not columns.names and seen is not None and seen.input_format == format_name:
             columns = planned_columns(seen)
         carried = columns.names if job.input.columns is None else job.input.columns
         check_columns(job, self.builder, self.answer, columns)
-        return self._prepared(format_name, files, columns, carried)
+        return self._prepared((format_name, reader), files, columns, carried)
 
     def _prepared(
-        self, format_name: str, files: Sequence[str], columns: pa.Schema, carried: Sequence[str]
+        self,
+        read_by: tuple[str, Reader],
+        files: Sequence[str],
+        columns: pa.Schema,
+        carried: Sequence[str],
     ) -> Prepared:
-        reader = reader_for(format_name, self.job.input.delimiter)
         mine = (self.job, self.model, self.recipe, self.builder, self.form, self.answer)
-        return Prepared(*mine, format_name, reader, files, columns, carried)
+        return Prepared(*mine, *read_by, files, columns, carried)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,19 @@ Row numbers count records after the header, from 0; error texts name the physica
 on which the record begins. Every column is a string unless `types` says otherwise; then a text
 must be the value's one canonical spelling ("7", not "007"), and an empty field is null.
 
-A quote that is never closed makes one record of all that follows, as in every CSV parser; that
-record is an error.
+A quote that is not closed where it should be makes one record of many lines, since within quotes
+line breaks and delimiters are text. Nobody can tell the rows of such lines apart, so that each of
+them is a row of its own and an error (`bad_csv`); reading goes on with the line after them. So it
+is with a record over several lines where
+
+- the file ends within its quotes, or a field goes beyond `MAX_LINE_BYTES`,
+- a closing quote is followed by anything but a delimiter, a line end or the end of the file,
+- it has another number of fields than the header,
+- or it is sound by itself, and each of its lines is what a record of this file looks like: a quote
+  that was left open in one record and closed by a stray one in a later record, see `_is_glued`.
+
+A quote within a field that does not begin with one is text. Plans of earlier versions counted
+every bad record as one row; they are read as they were counted, see `Plan.counts_lines`.
 """
 
 from __future__ import annotations
@@ -57,9 +68,15 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 class CsvReader:
     """See `Reader`."""
 
-    def __init__(self, delimiter: str | None = None) -> None:
-        """Fix how fields end; None: by a tab in .tsv, by a comma in the rest."""
+    def __init__(self, delimiter: str | None = None, *, counts_lines: bool = True) -> None:
+        """Fix how a file is cut.
+
+        Args:
+            delimiter: Ends fields; None: a tab in .tsv, a comma in the rest.
+            counts_lines: See `Plan.counts_lines`.
+        """
         self._delimiter = delimiter
+        self._counts_lines = counts_lines
 
     def sniff(self, path: str) -> None:
         """See `Reader`."""
@@ -118,7 +135,8 @@ class CsvReader:
 
     def _header(self, path: str) -> tuple[list[str], Iterator[Record]]:
         is_tsv = ".tsv" in path.rpartition("/")[2].lower()
-        return _header(path, self._delimiter or ("\t" if is_tsv else ","))
+        delimiter = self._delimiter or ("\t" if is_tsv else ",")
+        return _header(path, delimiter, counts_lines=self._counts_lines)
 
 
 def delimiter_hint(names: Sequence[str]) -> str | None:
@@ -131,8 +149,10 @@ def delimiter_hint(names: Sequence[str]) -> str | None:
     )
 
 
-def _records(path: str, delimiter: str) -> Iterator[Record]:
-    """Yield all records, the header first."""
+def _raw_records(
+    path: str, delimiter: str
+) -> Iterator[tuple[int, int, list[str], RowError | None]]:
+    """Yield the first line of every record, the number of its lines, its fields, what is wrong."""
     # The limit is the csv module's only, and global; its default of 128 KiB is below one prompt.
     csv.field_size_limit(MAX_LINE_BYTES)
     troubles: list[RowError] = []
@@ -146,8 +166,89 @@ def _records(path: str, delimiter: str) -> Iterator[Record]:
             troubles.append(RowError("bad_csv", f"bad CSV: {error}"))
         if fields is None:
             return
-        yield line, fields, troubles[0] if troubles else None
+        yield line, reader.line_num - line + 1, fields, troubles[0] if troubles else None
         troubles.clear()
+
+
+def _records(
+    raw: Iterator[tuple[int, int, list[str], RowError | None]],
+    header: Sequence[str],
+    delimiter: str,
+    *,
+    counts_lines: bool,
+) -> Iterator[Record]:
+    """Yield the records after the header, and each line of what cannot be told apart."""
+    for line, num_lines, fields, error in raw:
+        if num_lines > 1 and counts_lines:
+            why = _why_glued(fields, error, len(header), delimiter)
+            if why is not None:
+                last = line + num_lines - 1
+                text = f"bad CSV: lines {line} to {last} are one record by their quotes: {why}"
+                gone = RowError("bad_csv", f"{text}; is a quote in line {line} not closed?")
+                yield from ((at, [], gone) for at in range(line, last + 1))
+                continue
+        yield line, fields, error
+
+
+def _why_glued(
+    fields: list[str], error: RowError | None, num_columns: int, delimiter: str
+) -> str | None:
+    """Why the lines of a record are taken for lost; None if they are one record."""
+    if error is not None:
+        # Bytes that are not UTF-8 say nothing about quotes: that is one bad record.
+        return error.error.removeprefix("bad CSV: ") if error.error_type == "bad_csv" else None
+    if len(fields) != num_columns:
+        return f"expected {num_columns} fields, found {len(fields)}"
+    if _is_glued(fields, delimiter):
+        return f"but each line by itself is one, of {num_columns} fields"
+    return None
+
+
+_FEW_LINES = 3
+_SURE_LINES = 20
+"""From so many lines on, a column of words is evidence enough."""
+
+
+def _is_glued(fields: Sequence[str], delimiter: str, *, is_header: bool = False) -> bool:
+    """Whether a sound record over several lines is rather one record a line.
+
+    RFC 4180 cannot tell a long text from records between two stray quotes. The evidence: exactly
+    one field holds the line breaks; every line has as many fields as the record if its quotes are
+    taken for text; and some other column holds the same kind of thing in all of them, one with a
+    digit if they are few: a number, say, or a name with one. Lines of a text seldom have just that
+    many delimiters, without the spaces that people write behind a comma, and more seldom begin
+    with a number where the record does. A header's own line is unlike the others.
+    """
+    broken = [at for at, field in enumerate(fields) if "\n" in field]
+    if len(broken) != 1 or len(fields) == 1:
+        return False
+    alike: dict[int, tuple[bool, bool]] = {}
+    num_lines = 0
+    for line in _lines_of(fields, broken[0], delimiter):
+        if len(line) != len(fields) or all(field.startswith(" ") for field in line[1:]):
+            return False
+        num_lines += 1
+        if num_lines == 1 or (is_header and num_lines == 2):
+            alike = {at: _kind(field) for at, field in enumerate(line) if at != broken[0]}
+        else:
+            alike = {at: kind for at, kind in alike.items() if _kind(line[at]) == kind}
+    has_digit = any(has_digit for has_digit, _ in alike.values())
+    return bool(alike) and num_lines >= (_FEW_LINES if has_digit else _SURE_LINES)
+
+
+def _lines_of(fields: Sequence[str], at: int, delimiter: str) -> Iterator[list[str]]:
+    """Yield the fields of each line of a record with its quotes taken for text."""
+    text, start = fields[at], 0
+    line = [*fields[:at]]
+    while (end := text.find("\n", start)) >= 0:
+        yield line + text[start:end].removesuffix("\r").split(delimiter)
+        line, start = [], end + 1
+    yield [*text[start:].split(delimiter), *fields[at + 1 :]]
+
+
+def _kind(field: str) -> tuple[bool, bool]:
+    """Whether there are digits, whether there are letters."""
+    return any(map(str.isdigit, field)), any(map(str.isalpha, field))
 
 
 def _texts(path: str, troubles: list[RowError]) -> Iterator[str]:
@@ -167,22 +268,25 @@ def _texts(path: str, troubles: list[RowError]) -> Iterator[str]:
             yield line.decode(errors="replace") + "\n"
 
 
-def _header(path: str, delimiter: str) -> tuple[list[str], Iterator[Record]]:
+def _header(path: str, delimiter: str, *, counts_lines: bool) -> tuple[list[str], Iterator[Record]]:
     """The column names, and the records after them; no names for an empty file.
 
     Raises:
         SourceError: The header cannot be read or repeats a name.
     """
-    records = _records(path, delimiter)
-    _, names, error = next(records, (1, [], None))
+    raw = _raw_records(path, delimiter)
+    _, num_lines, names, error = next(raw, (1, 1, [], None))
     if error is not None:
         raise SourceError(path, f"the header cannot be read: {error.error}")
+    if num_lines > 1 and counts_lines and _is_glued(names, delimiter, is_header=True):
+        text = f"the header goes on to line {num_lines}; is a quote in line 1 not closed?"
+        raise SourceError(path, text)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise SourceError(path, f"the header repeats {repeated}, expected every name once")
-    if not names and next(records, None) is not None:
+    if not names and next(raw, None) is not None:
         raise SourceError(path, "begins with a blank line, expected a header")
-    return names, records
+    return names, _records(raw, names, delimiter, counts_lines=counts_lines)
 
 
 def _pick(path: str, records: Iterator[Record], todo: Ranges) -> Iterator[tuple[int, Record]]:

@@ -83,12 +83,15 @@ def format_of(path: str) -> str:
     return found
 
 
-def reader_for(format_name: str, delimiter: str | None = None) -> Reader:
+def reader_for(
+    format_name: str, delimiter: str | None = None, *, counts_lines: bool = True
+) -> Reader:
     """The reader of a format.
 
     Args:
         format_name: One of `FORMATS`.
         delimiter: Of CSV; None: by the file's name.
+        counts_lines: Of CSV, see `Plan.counts_lines`.
 
     Raises:
         ConfigError: A delimiter for another format.
@@ -106,7 +109,7 @@ def reader_for(format_name: str, delimiter: str | None = None) -> Reader:
     if format_name == "csv":
         from batchgen.source.csv import CsvReader
 
-        return CsvReader(delimiter)
+        return CsvReader(delimiter, counts_lines=counts_lines)
     if format_name == "parquet":
         from batchgen.source.parquet import ParquetReader
 

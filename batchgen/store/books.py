@@ -70,6 +70,9 @@ class Plan:
     """Whether the bases' error rows are taken over like the others, or run again."""
     generation: int = 0
     """How many plans up to this one have tried errors again."""
+    counts_lines: bool = False
+    """Of CSV: a bad record over several lines counts as that many rows. Plans of before 0.2
+    counted it as one, which hid how much a quote that is not closed had swallowed."""
 
     @property
     def seed_generation(self) -> int:

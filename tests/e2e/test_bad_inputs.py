@@ -429,3 +429,20 @@ def test_working_state_that_is_a_link_is_refused(tmp_path: Path, place: str) -> 
     assert done.returncode == 2
     assert "is a link, expected a folder" in done.stderr
     assert list(elsewhere.iterdir()) == []
+
+
+def test_lines_that_an_open_quote_swallows_are_error_rows_with_their_lines(tmp_path: Path) -> None:
+    lines = [f"{n},line {n}" for n in range(1000)]
+    lines[299] = '299,"never closed'
+    lines[699] = '699,24" wide "'
+    (tmp_path / "in.csv").write_text("id,text\n" + "\n".join(lines) + "\n")
+    job = job_of(tmp_path, input={"path": str(tmp_path / "in.csv")})
+    assert run(job) == (0, "")
+    rows = batchgen.read(job).collect().to_dicts()
+    assert len(rows) == 1000
+    bad = {at: row for at, row in enumerate(rows) if row["gen_error"] is not None}
+    assert list(bad) == list(range(299, 700))
+    assert all(f"in.csv:{at + 2}: bad CSV: lines 301 to 701 " in bad[at]["gen_error"] for at in bad)
+    good = [row for at, row in enumerate(rows) if at not in bad]
+    assert all(row["text"] == f"line {row['id']}" for row in good)
+    assert run(job) == (0, "")

@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import InputChangedError, SourceError
-from batchgen.pipeline.frozen import Before, freeze, has_new_rows
+from batchgen.core.ranges import Ranges
+from batchgen.pipeline.frozen import Before, freeze, has_new_rows, read_rows
 from batchgen.pipeline.prepare import prepare
+from batchgen.source.csv import CsvReader
 from batchgen.store.books import Base
-from batchgen.store.matching import match
+from batchgen.store.matching import is_same_reading, match
 from batchgen.store.row_digests import FOLDER, digest_reader, name_of
 from tests.fakes import write_jsonl
 
@@ -239,3 +241,40 @@ def test_a_file_that_is_gone_is_told(prepared, files):
     files[1].unlink()
     with pytest.raises(SourceError, match=r"in-1\.jsonl: does not exist"):
         has_new_rows([str(path) for path in files], seen)
+
+
+# --- plans of before bad records of a CSV counted as many rows as they have lines -----------------
+
+GOOD_CSV = 'id,text\n1,"two\nlines"\n2,x\n'
+OPEN_QUOTE = 'id,text\n1,"never closed\n2,x\n3,"y\n4,z\n'
+
+
+@pytest.mark.parametrize(("content", "is_same"), [(GOOD_CSV, True), (OPEN_QUOTE, False)])
+def test_rows_of_an_older_plan_are_where_they_were_only_if_both_count_alike(
+    make_job, tmp_path, storage, content, is_same
+):
+    (tmp_path / "in.csv").write_text(content)
+    prepared = prepare(make_job(None, input={"path": "in.csv"}))
+    new = freeze(prepared, 2, storage=storage)
+    old_reader = CsvReader(counts_lines=False)
+    segment = replace(new.segments[0], num_rows=old_reader.scan(new.segments[0].path).num_rows)
+    old = replace(new, number=1, counts_lines=False, segments=[segment])
+    assert is_same_reading(old, new) is is_same
+    assert is_same_reading(replace(old, is_cut=True), new) is False
+    # The file has not moved, but what was counted otherwise is counted again.
+    assert freeze(prepared, 2, Before(seen=old), storage).segments == new.segments
+    change_unseen(tmp_path / "in.csv")
+    assert freeze(prepared, 3, Before(seen=new), storage).segments == new.segments
+
+
+def test_an_older_plan_is_gone_on_with_as_it_was_counted(make_job, tmp_path, storage):
+    (tmp_path / "in.csv").write_text(OPEN_QUOTE)
+    job = make_job(None, input={"path": "in.csv"})
+    new = freeze(prepare(job), 1, storage=storage)
+    old = replace(new, counts_lines=False, segments=[replace(new.segments[0], num_rows=2)])
+    for plan, num_rows in ((new, 4), (old, 2)):
+        prepared = prepare(job, plan)
+        todo = {0: Ranges.until(plan.num_rows)}
+        batches = list(read_rows(plan, todo, prepared.reader, prepared.spec()))
+        assert [row for batch in batches for row in batch.rows] == list(range(num_rows))
+        assert batches[-1].carried.column("id")[-1].as_py() == "4"

@@ -1,9 +1,16 @@
 """Bad and odd CSV, with exact texts."""
 
+import csv
+import gzip
+import io
 import json
+import re
+import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +18,7 @@ from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
 from batchgen.source.base import ReadSpec
 from batchgen.source.csv import CsvReader, delimiter_hint
+from batchgen.source.lines import MAX_LINE_BYTES
 
 READER = CsvReader()
 
@@ -59,11 +67,162 @@ def test_a_bare_carriage_return_is_an_error_of_its_row(tmp_path):
     assert batch.values[1] == {"a": "4", "b": "5"}
 
 
-def test_an_open_quote_is_an_error(tmp_path):
-    path = write(tmp_path, b'a,b\n1,2\n3,"4\n5,6\n')
-    batch = read(path)
-    assert batch.rows == [0, 1]
-    assert batch.errors[1].error == f"{path}:3: bad CSV: unexpected end of data"
+# --- quotes that are not closed ------------------------------------------------------------------
+
+
+def read_all(path: str, reader: CsvReader = READER, todo: Ranges | None = None):
+    """Row -> its texts, or its error; None for a blank line."""
+    schema = reader.columns([path], {})
+    spec = ReadSpec(schema, schema.names, frozenset(schema.names))
+    todo = Ranges.until(reader.scan(path).num_rows) if todo is None else todo
+    found: dict[int, object] = {}
+    for batch in reader.read(path, 0, todo, spec):
+        for at, row in enumerate(batch.rows):
+            value = batch.values[at]
+            found[row] = batch.errors[at].error if value is None else list(value.values())
+        found |= dict.fromkeys(batch.skipped)
+    return found
+
+
+def lost(path: str, first: int, last: int, why: str) -> list[str]:
+    text = f"bad CSV: lines {first} to {last} are one record by their quotes: {why}"
+    hint = f"{text}; is a quote in line {first} not closed?"
+    return [f"{path}:{line}: {hint}" for line in range(first, last + 1)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("lines", "bad", "why"),
+    [
+        (['3,"4', "5,6", "7,8"], (3, 5), "unexpected end of data"),
+        (['3,"4', "5,6", '7,"8', "9,0"], (3, 5), "',' expected after '\"'"),
+        (['3,"4', "5,6", '7,"8" x', "9,0"], (3, 5), "',' expected after '\"'"),
+        (['3,"4', "5,6", '7",8,9', "9,0"], (3, 5), "expected 2 fields, found 4"),
+        (['3,"4', "5,6", '7,8"', "9,0"], (3, 5), "but each line by itself is one, of 2 fields"),
+        (['"3,4', "5,6", '7",8', "9,0"], (3, 5), "but each line by itself is one, of 2 fields"),
+        (['3,"say', '"hi" to', 'me",x'], (3, 4), "',' expected after '\"'"),
+    ],
+)
+def test_a_quote_that_is_not_closed_costs_every_line_that_hangs_on_it(
+    tmp_path, lines, bad, why, end
+):
+    path = write(tmp_path, end.join(["a,b", "1,2", *lines, ""]).encode())
+    found = read_all(path)
+    assert list(found) == list(range(len(lines) + 1))
+    first, last = bad
+    assert [found[line - 2] for line in range(first, last + 1)] == lost(path, first, last, why)
+    assert [found[line - 2] for line in range(last + 1, len(lines) + 3)] == [
+        line.split(",") for line in lines[last - 2 :]
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Dear Sir,\nthank you, and\nbye, you",
+        "Sum up:\nname,age\nbob,3\namy,4",
+        "1\n2, 3\n4, 5",
+        "{\n 'a': 1,\n 'b': 2\n}",
+        "7,8\n9,10",
+        "\n\n\n",
+        'say "hi",\nsay "ho",\nsay ""',
+    ],
+)
+def test_a_text_of_many_lines_stays_one_record(tmp_path, text):
+    rows = [["id", "text"], ["5", text], ["6", "x"]]
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    path = write(tmp_path, out.getvalue().encode())
+    assert list(read_all(path).values()) == rows[1:]
+
+
+def test_a_header_that_swallows_records_is_refused(tmp_path):
+    path = write(tmp_path, b'id,"text\n1,a\n2,b"\n3,c\n')
+    message = "the header goes on to line 3; is a quote in line 1 not closed?"
+    with pytest.raises(SourceError, match=re.escape(message)):
+        READER.columns([path], {})
+
+
+PLAIN = st.text(alphabet="ab1é", max_size=4)
+
+
+@given(
+    st.lists(st.tuples(PLAIN, PLAIN, PLAIN), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.integers(0, 11), st.integers(0, 2), st.sampled_from(['%s"', '"%s'])),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from(["in.csv", "in.csv.gz", "in.csv.zst"]),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
+def test_stray_quotes_hide_no_line(tmp_path_factory, rows, quotes, name, bom):
+    """Every line is a record of its own, was; none may be in no row, or in another's text."""
+    table = [["id", "x", "y", "z"], *([f"n{at}", *row] for at, row in enumerate(rows))]
+    for at, column, shape in quotes:
+        row = table[1 + at % len(rows)]
+        row[1 + column] = shape % row[1 + column]
+    content = bom + "\n".join(map(",".join, table)).encode() + b"\n"
+    pack = {"csv": bytes, "gz": gzip.compress, "zst": zstandard.compress}[name.rpartition(".")[2]]
+    path = write(tmp_path_factory.mktemp("csv"), pack(content), name)
+    found = read_all(path)
+    texts = [line for value in found.values() if isinstance(value, list) for line in value]
+    # Two lines that are glued are a text like any other; more are not.
+    assert all(text.count("\n") < 2 for text in texts)
+    assert len(found) + sum(text.count("\n") for text in texts) == len(rows)
+    for row, value in found.items():
+        assert value == read_all(path, todo=Ranges.of([row]))[row]
+
+
+FIELD = st.text(alphabet='ab ,"\n1;\té', max_size=12)
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda width: st.lists(st.lists(FIELD, min_size=width, max_size=width), max_size=8)
+    ),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_well_formed_files_are_read_as_pythons_csv_reads_them(tmp_path_factory, rows, quoting, end):
+    header = [f"c{at}" for at in range(len(rows[0]) if rows else 2)]
+    out = io.StringIO()
+    csv.writer(out, quoting=quoting, lineterminator=end).writerows([header, *rows])
+    path = write(tmp_path_factory.mktemp("csv"), out.getvalue().encode())
+    expected = list(csv.reader(io.StringIO(out.getvalue(), newline=""), strict=True))[1:]
+    found = list(read_all(path).values())
+    assert [value or [] for value in found] == expected
+    before = CsvReader(counts_lines=False)
+    assert before.scan(path) == READER.scan(path)
+
+
+def test_a_plan_of_before_counts_a_bad_record_once(tmp_path):
+    path = write(tmp_path, b'a,b\n1,2\n3,"4\n5,6\n7,"8\n9,0\n3,"4\n5,6\n7,8"\n1,2\n')
+    before = CsvReader(counts_lines=False)
+    assert (before.scan(path).num_rows, READER.scan(path).num_rows) == (5, 9)
+    found = read_all(path, before)
+    assert found[1] == f"{path}:3: bad CSV: ',' expected after '\"'"
+    assert [found[row] for row in (0, 2, 3, 4)] == [
+        ["1", "2"],
+        ["9", "0"],
+        ["3", "4\n5,6\n7,8"],
+        ["1", "2"],
+    ]
+
+
+def test_a_quote_that_is_open_over_a_large_file_takes_little_memory(tmp_path):
+    path = write(tmp_path, b'a,b\n1,"2\n')
+    with Path(path).open("ab") as file:
+        for _ in range(50):
+            file.write((b"1," + b"2" * 2000 + b"\n") * 1000)
+    tracemalloc.start()
+    try:
+        num_rows = READER.scan(path).num_rows
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert num_rows == 50_001
+    assert peak < 8 * MAX_LINE_BYTES
 
 
 def test_nul_bytes_long_fields_and_blank_lines(tmp_path):
