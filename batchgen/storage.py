@@ -4,6 +4,9 @@
 needs nothing else, so that an object store fits; what `LocalStorage` has beyond it (temp files,
 hard links, live views) serves snapshots and figures.
 
+No file is ever written in place, so each is made without anybody's right to write: what a reader
+copies over a published file does not change the snapshot, whose file it shares.
+
 `LocalStorage` makes a put durable and atomic: temp file in the same folder, write, fsync,
 `link()` to the final name, unlink the temp, fsync the folder. `link` and not `rename`, because
 rename silently replaces what another run has just committed. A name is therefore either absent
@@ -15,13 +18,14 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Protocol
 
 from batchgen.core.errors import OutputError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 
@@ -60,8 +64,8 @@ class Disk:
     """
 
     def create(self, path: Path) -> IO[bytes]:
-        """Open a new file for writing; it must not exist."""
-        return path.open("xb")
+        """Open a new file for writing, read-only for whoever opens it later; it must not exist."""
+        return open(path, "xb", opener=_read_only)
 
     def write(self, file: IO[bytes], data: bytes) -> None:
         """Append."""
@@ -95,6 +99,14 @@ class Disk:
     def make_folder(self, path: Path) -> None:
         """Make one folder; existing is fine. Working state (`_...`) is nobody else's to read."""
         path.mkdir(mode=0o700 if path.name.startswith("_") else 0o777, exist_ok=True)
+
+    def chmod(self, path: Path, mode: int) -> None:
+        """Change the rights of a file."""
+        path.chmod(mode)
+
+
+def _read_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o444)
 
 
 class PendingFile:
@@ -218,8 +230,19 @@ class LocalStorage:
             self._drop(pending)
             raise storage_error(self.path(name), error) from error
 
-    def expose(self, name: str, alias: str) -> None:
+    def expose(
+        self, name: str, alias: str, is_wanted: Callable[[Path], bool] = lambda _: True
+    ) -> bool:
         """Make `alias` a hard link to `name`, replacing atomically what it was before.
+
+        Args:
+            name: The file.
+            alias: Its further name.
+            is_wanted: Looks at the file, which no other run can change for another meanwhile;
+                False leaves `alias` as it is.
+
+        Returns:
+            Whether it was wanted.
 
         Raises:
             StorageError: The link failed; `alias` is as it was.
@@ -227,6 +250,9 @@ class LocalStorage:
         temp = self.temp_for(alias)
         try:
             self._disk.link(self.path(name), temp)
+            if not is_wanted(temp):
+                self._disk.unlink(temp)
+                return False
             self._disk.rename(temp, self.path(alias))
             # Renaming onto another link of the same file does nothing and leaves the temp.
             self._disk.unlink(temp)
@@ -234,6 +260,15 @@ class LocalStorage:
         except OSError as error:
             self._drop(temp)
             raise storage_error(self.path(alias), error) from error
+        return True
+
+    def protect(self, name: str) -> None:
+        """Take the right to write from a file of an earlier version, where that is ours to do."""
+        path = self.path(name)
+        with suppress(OSError):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode & 0o222:
+                self._disk.chmod(path, mode & ~0o222)
 
     def _drop(self, temp: Path) -> None:
         with suppress(OSError):

@@ -84,6 +84,8 @@ def _readable(facts: Mapping[str, Any]) -> dict[str, Any]:
     told = dict(facts)
     if "published" in told:
         told["published"] = _told_published(told["published"])
+    if "damaged" in told:
+        told["damaged"] = "; ".join(told["damaged"])
     if "run" in told:
         run = dict(told["run"])
         age_s = run.pop("sign_of_life_age_s", None)

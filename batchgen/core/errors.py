@@ -8,6 +8,7 @@
     |-- OutputError                2  the output folder cannot be used
     |   |-- StorageError           1  a write, sync or read of the output failed (disk full, I/O)
     |   |-- DamagedPartError       1  a committed part is not what was written
+    |   |-- DamagedSnapshotError   1  a published file is not what was written
     |   `-- FencedError            75 another run has taken the job over
     |-- BusyError                  75 another run holds the job right now
     |-- EngineError                1  the engine did not start
@@ -142,6 +143,12 @@ class DamagedPartError(OutputError):
         super().__init__(
             f"{name}: damaged ({problem}); it does not count any more, run again to redo its rows"
         )
+
+
+class DamagedSnapshotError(OutputError):
+    """A published file is not what was written, and nothing here has its rows any more."""
+
+    exit_code = ExitCode.FAULT
 
 
 class FencedError(OutputError):

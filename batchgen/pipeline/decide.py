@@ -31,7 +31,7 @@ from batchgen.pipeline.frozen import (
     input_changes,
 )
 from batchgen.pipeline.prepare import check, find_input
-from batchgen.pipeline.publish import gate_figures, show
+from batchgen.pipeline.publish import gate_figures
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Base
 from batchgen.store.footer import PartFooter
@@ -40,6 +40,7 @@ from batchgen.store.names import PARTS, STATE, epoch_of
 from batchgen.store.published import Index
 from batchgen.store.row_digests import digest_reader
 from batchgen.store.runlog import utc_now
+from batchgen.store.shown import raise_if_damaged, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.interface import RunOptions
     from batchgen.pipeline.prepare import Checked, Prepared
-    from batchgen.storage import LocalStorage
     from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
 
@@ -307,8 +307,8 @@ def plan_of(
         raise FencedError(msg)
     ledger.settle()
     newest = ledger.latest_manifest()
-    if newest is not None and before.bases and not _is_gone(newest, context.storage):
-        for note in show(ledger, newest):
+    if newest is not None and before.bases:  # Damaged rows are not taken over, and told then.
+        for note in show(ledger, newest).mended:
             context.notes.add(note)
     if options.retry_errors and before.seen is None:
         context.notes.add(UNFINISHED)
@@ -328,10 +328,12 @@ def _go_on_with(
     ledger, retry_errors = context.ledger, options.retry_errors
     manifest = ledger.manifest(plan.number)
     ledger.settle()
-    # What is to be repaired cannot be shown.
-    if manifest is not None and not (retry_errors and _is_gone(manifest, context.storage)):
-        for note in show(ledger, manifest):
+    if manifest is not None:
+        shown = show(ledger, manifest)
+        for note in shown.mended:
             context.notes.add(note)
+        if not retry_errors:
+            raise_if_damaged(shown, context.storage)
     if not retry_errors or (manifest is None and _is_retried(plan, context, prepared)):
         return plan, manifest
     again = retry_plan(ledger, plan, manifest)
@@ -350,8 +352,3 @@ def _is_retried(plan: Plan, context: RunContext, prepared: Prepared) -> bool:
         return False
     limits = gate_figures(context.ledger, prepared, plan, durable)
     return not any(limit.is_exceeded for limit in limits)
-
-
-def _is_gone(manifest: Manifest, storage: LocalStorage) -> bool:
-    """Whether a published file is missing."""
-    return not all(storage.path(file["name"]).exists() for file in manifest.files)

@@ -23,7 +23,7 @@ from batchgen.store.names import STATE
 from batchgen.store.publish import SnapshotFormat, write_snapshot
 from batchgen.store.runlog import utc_now
 from batchgen.store.schema import ROW, SEGMENT
-from batchgen.store.shown import Fault, alias_of, faults, is_alias
+from batchgen.store.shown import note_as_published, show
 from batchgen.store.tally import ATTEMPTS, VERDICT
 
 if TYPE_CHECKING:
@@ -266,9 +266,6 @@ def _counting(rows: pa.Table, prefix: str, limit: str) -> pa.Array:
     return pc.equal(rows.column(f"{prefix}status"), "error")
 
 
-_MOST_TOLD = 5
-
-
 def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool = False) -> Manifest:
     """Publish a job whose every row is durable, and show the snapshot.
 
@@ -323,6 +320,7 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: b
         ledger.reject(error.name, error.problem)
         raise
     ledger.check_fence(epoch)
+    note_as_published(ledger.storage, snapshot.files)
     manifest = Manifest(
         number=plan.number,
         plan_id=plan.plan_id,
@@ -339,41 +337,6 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: b
         gate=[limit.as_dict(is_overridden=anyway) for limit in limits],
     )
     return ledger.put_manifest(manifest)
-
-
-def show(ledger: Ledger, manifest: Manifest) -> list[str]:
-    """Show the newest snapshot in the output folder and remove what nobody needs. Idempotent.
-
-    The newest, which need not be `manifest`: a run that was frozen before this point must not
-    bring an old snapshot back.
-
-    Returns:
-        What was not shown as it should be, for a warning where the snapshot is no new one.
-    """
-    newest, shown = ledger.latest_manifest() or manifest, None
-    mended = _mended(ledger.storage, newest)
-    while newest != shown:  # Frozen inside `expose`, it puts right what it then overwrote.
-        expose(ledger.storage, newest)
-        newest, shown = ledger.latest_manifest() or newest, newest
-    ledger.tidy(newest)
-    return mended
-
-
-def _mended(storage: LocalStorage, manifest: Manifest) -> list[str]:
-    """One line on what showing this snapshot puts right, none if there is nothing."""
-    found = [
-        f"{name} {fault.value}"
-        for name, fault in faults(storage, manifest.files).items()
-        if fault is not Fault.FOREIGN
-    ]
-    if not found:
-        return []
-    more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
-    told = ", ".join(found[:_MOST_TOLD])
-    return [
-        f"{storage.where}: did not show snapshot {manifest.number} as it was published ({told}"
-        f"{more}); its files are shown again"
-    ]
 
 
 def gate_figures(
@@ -418,20 +381,6 @@ def overridden(manifest: Manifest) -> list[str]:
         for entry in manifest.gate
         if entry.get("overridden")
     ]
-
-
-def expose(storage: LocalStorage, manifest: Manifest) -> None:
-    """Show a snapshot as `part-*.parquet` in the output folder itself.
-
-    Each name is replaced atomically. A reader that lists the folder in between several files may
-    see two snapshots; `batchgen.read` goes by the manifest and never does.
-    """
-    aliases = [alias_of(file) for file in manifest.files]
-    for file, alias in zip(manifest.files, aliases, strict=True):
-        storage.expose(file["name"], alias)
-    for name in storage.list(""):
-        if is_alias(name) and name not in aliases:
-            storage.remove(name)
 
 
 def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> SnapshotFormat:

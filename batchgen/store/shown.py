@@ -1,17 +1,27 @@
 """What the output folder shows, `part-*.parquet`, beside what a manifest names.
 
 A shown file is a hard link to the snapshot's own, so that mostly no byte must be read to know it.
+It is one file with two names, so that whoever writes over the one changes the other. Therefore a
+run looks at the snapshot's own files: another size is damage, and a file with another time or
+inode number than noted is read once and noted anew.
+
+    _batchgen/seen.json      own name -> size, mtime in ns, inode number, when it was as published
 """
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import time
+from contextlib import suppress
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
+from batchgen.core.errors import DamagedSnapshotError, StorageError
+from batchgen.storage import raise_if_not_damage
 from batchgen.store.hashed import is_as_published
 from batchgen.store.lock import RunLock
 from batchgen.store.names import STATE
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
     from batchgen.store.books import Manifest
     from batchgen.store.ledger import Ledger
 
+_NOTES = f"{STATE}/seen.json"
+_MOST_TOLD = 5
 _ALIAS = re.compile(r"part-\d{5,}\.parquet")
 _READ_AS = "part-*.parquet"
 """How readers ask for the files."""
@@ -107,6 +119,61 @@ def _stranger(storage: LocalStorage, alias: str) -> Fault:
     return Fault.SURPLUS if is_alias(alias) else Fault.FOREIGN
 
 
+def damage(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Own name -> how a snapshot's file is not what was published; notes those that are.
+
+    Reads a file only if its time or inode number is not the noted one, as after a copy.
+
+    Args:
+        storage: The output folder.
+        files: The manifest's.
+
+    Raises:
+        StorageError: A file cannot be read right now.
+    """
+    noted = _noted(storage)
+    seen: dict[str, Sequence[int]] = {}
+    found: dict[str, str] = {}
+    for file in files:
+        name = str(file["name"])
+        path = storage.path(name)
+        try:
+            mark = _mark(path)
+            if mark != noted.get(name) and (wrong := _other_bytes(path, file)):
+                found[name] = wrong
+            else:
+                seen[name] = mark
+        except OSError as error:
+            raise_if_not_damage(path, error)
+            found[name] = "is missing"
+    if seen != noted:
+        _note(storage, seen)
+    return found
+
+
+def note_as_published(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> None:
+    """Note files that were hashed while they were written, so that no run has to read them."""
+    with suppress(OSError):
+        _note(storage, {str(file["name"]): _mark(storage.path(file["name"])) for file in files})
+
+
+def _noted(storage: LocalStorage) -> Mapping[str, Sequence[int]]:
+    with suppress(ValueError):  # Never synced: a power loss may have torn it.
+        found = json.loads(storage.read(_NOTES) or b"{}")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _note(storage: LocalStorage, seen: Mapping[str, Sequence[int]]) -> None:
+    with suppress(StorageError):  # Lost notes cost a reading, no more.
+        storage.replace(_NOTES, json.dumps(seen).encode())
+
+
+def _mark(path: Path) -> Sequence[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
 def difference(path: Path, file: Mapping[str, Any]) -> str | None:
     """How a file is not the one that the manifest names; None if every byte is. Reads it.
 
@@ -115,13 +182,41 @@ def difference(path: Path, file: Mapping[str, Any]) -> str | None:
         file: The manifest's entry.
     """
     try:
-        num_bytes = path.stat().st_size
-        if num_bytes != file["size_bytes"]:
-            return f"has {num_bytes:,} bytes, {file['size_bytes']:,} were published"
-        is_same = is_as_published(path, file)
+        return _other_bytes(path, file)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def is_whole(path: Path, file: Mapping[str, Any]) -> bool:
+    """Whether every byte is the one that the manifest's entry says; reads the file."""
+    return difference(path, file) is None
+
+
+def lost_or_cut(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`name: how` for files of a snapshot that are not what was published. Reads no file."""
+    found = []
+    for file in files:
+        try:
+            wrong = _other_size(storage.path(file["name"]), file)
+        except FileNotFoundError:
+            wrong = "is missing"
+        if wrong:
+            found.append(f"{file['name']}: {wrong}")
+    return found
+
+
+def _other_bytes(path: Path, file: Mapping[str, Any]) -> str | None:
+    if wrong := _other_size(path, file):
+        return wrong
+    is_same = is_as_published(path, file)
     return None if is_same else "has other bytes than were published (sha256 differs)"
+
+
+def _other_size(path: Path, file: Mapping[str, Any]) -> str | None:
+    num_bytes = path.stat().st_size
+    if num_bytes == file["size_bytes"]:
+        return None
+    return f"has {num_bytes:,} bytes, {file['size_bytes']:,} were published"
 
 
 def shown_problems(
@@ -170,3 +265,97 @@ def _lasting(
         if not found or not is_at_work or time.monotonic() - changed_s >= patience_s:
             return found
         time.sleep(_LOOK_S)
+
+
+class Shown(NamedTuple):
+    """How the newest snapshot was found when it was shown."""
+
+    mended: Sequence[str]
+    """What was put right, for a warning where the snapshot is no new one."""
+    damaged: Mapping[str, str]
+    """Name of a file that is not what was published and was left as it is -> how it differs."""
+
+
+def show(ledger: Ledger, manifest: Manifest) -> Shown:
+    """Show the newest snapshot in the output folder and remove what nobody needs. Idempotent.
+
+    The newest, which need not be `manifest`: a run that was frozen before this point must not
+    bring an old snapshot back. A damaged file is brought back if the folder shows its bytes still.
+    """
+    storage = ledger.storage
+    newest, shown = ledger.latest_manifest() or manifest, None
+    damaged = damage(storage, newest.files)
+    mended = _brought_back(storage, newest, damaged) if damaged else []
+    mended += _mended(storage, newest, damaged)
+    while newest != shown:  # Frozen inside `expose`, it puts right what it then overwrote.
+        expose(storage, newest, damaged)
+        newest, shown = ledger.latest_manifest() or newest, newest
+    ledger.tidy(newest)
+    return Shown(mended, damaged)
+
+
+def raise_if_damaged(shown: Shown, storage: LocalStorage) -> None:
+    """A job is not complete whose published rows are not there any more.
+
+    Raises:
+        DamagedSnapshotError: A file is damaged; the text says which, and what to do.
+    """
+    if not shown.damaged:
+        return
+    name, why = next(iter(shown.damaged.items()))
+    more = (
+        f", and {len(shown.damaged) - 1} more files are damaged" if len(shown.damaged) > 1 else ""
+    )
+    msg = (
+        f"{storage.path(name)}: {why}, expected the file that was published; so readers of "
+        f"{name.rpartition('/')[2]} do not see its rows{more}: run with --retry-errors to compute "
+        "them again, or bring the file back from a backup"
+    )
+    raise DamagedSnapshotError(msg)
+
+
+def _brought_back(storage: LocalStorage, manifest: Manifest, damaged: dict[str, str]) -> list[str]:
+    """Take damaged files from the folder, if it shows others with their bytes; one line on each."""
+    told = []
+    for file in manifest.files:
+        name, alias = file["name"], alias_of(file)
+        shown = storage.path(alias)
+        if name not in damaged or shown.is_symlink() or not shown.is_file():
+            continue
+        if storage.expose(alias, name, partial(is_whole, file=file)):
+            told.append(f"{name}: {damaged.pop(name)}; brought back from {alias}, which is whole")
+    return told
+
+
+def _mended(storage: LocalStorage, manifest: Manifest, damaged: Collection[str]) -> list[str]:
+    """One line on what showing this snapshot puts right, none if there is nothing."""
+    left = {name.rpartition("/")[2] for name in damaged}
+    found = [
+        f"{name} {fault.value}"
+        for name, fault in faults(storage, manifest.files).items()
+        if fault is not Fault.FOREIGN and name not in left
+    ]
+    if not found:
+        return []
+    more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+    told = ", ".join(found[:_MOST_TOLD])
+    return [
+        f"{storage.where}: did not show snapshot {manifest.number} as it was published ({told}"
+        f"{more}); its files are shown again"
+    ]
+
+
+def expose(storage: LocalStorage, manifest: Manifest, damaged: Collection[str] = ()) -> None:
+    """Show a snapshot as `part-*.parquet` in the output folder itself, but for damaged files.
+
+    Each name is replaced atomically. A reader that lists the folder in between several files may
+    see two snapshots; `batchgen.read` goes by the manifest and never does.
+    """
+    aliases = [alias_of(file) for file in manifest.files]
+    for file, alias in zip(manifest.files, aliases, strict=True):
+        if file["name"] not in damaged:
+            storage.protect(file["name"])
+            storage.expose(file["name"], alias)
+    for name in storage.list(""):
+        if is_alias(name) and name not in aliases:
+            storage.remove(name)

@@ -142,7 +142,7 @@ def _remedy(ledger: Ledger, file: Mapping[str, Any]) -> str:
     """What to do about a damaged file of the snapshot."""
     alias = alias_of(file)
     if difference(ledger.storage.path(alias), file) is None:
-        return f"{alias} in the output folder still has the published bytes, copy it there"
+        return f"the next `batchgen run` brings it back from {alias}, which is whole"
     return (
         "`batchgen run JOB --retry-errors` computes them again, or bring the file back from a "
         "backup"

@@ -13,6 +13,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.lock import RunLock
 from batchgen.store.names import STATE
 from batchgen.store.runlog import utc_now
+from batchgen.store.shown import lost_or_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,8 @@ def status(root: Path) -> dict[str, Any]:
         then counts of the plan, what is durable, and the last live view of the newest run:
         `run`, with a list `replicas` if it has some and `sign_of_life_age_s`, seconds since it
         was written. Of a plan that is not published, `published` is what readers see: number,
-        time and counts of the last snapshot, None if there is none.
+        time and counts of the last snapshot, None if there is none. `damaged` lists its files
+        that are missing or have another size, if there are such: the others are not read.
 
     Raises:
         OutputError: The folder was written by another version.
@@ -65,6 +67,8 @@ def status(root: Path) -> dict[str, Any]:
         }
         if not holder:  # Else a run is planning the next one.
             facts["state"] = "complete"
+        if damaged := lost_or_cut(storage, manifest.files):
+            facts["damaged"] = damaged
         return facts
     durable = ledger.durable(plan)
     facts |= {

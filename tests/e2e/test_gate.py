@@ -15,6 +15,7 @@ from batchgen.store.books import Base
 from batchgen.store.ledger import Ledger
 from batchgen.store.names import STATE
 from tests.e2e.support import command, published, run_cli, wait_until, write_job
+from tests.harm import flip
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -342,12 +343,6 @@ def test_rows_that_came_meanwhile_run_and_error_rows_on_request(
     found = {row["id"]: row["gen_text"] for row in published(tmp_path / "out")}
     assert found[1000] == "Repeat: new"
     assert (2 in found) is (change != "edited")
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("at", [200, 3000, -100], ids=["page", "later page", "footer"])

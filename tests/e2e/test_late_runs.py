@@ -9,10 +9,10 @@ import pytest
 
 import batchgen
 from batchgen.core.errors import GateError
-from batchgen.pipeline.publish import show
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.names import STATE
+from batchgen.store.shown import show
 from tests.e2e.support import write_job, write_rows
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from batchgen.pipeline.job_run import JobRun
 from batchgen.pipeline.runner import StopSwitch
 from tests.e2e.support import published, run_cli, write_job
 from tests.fakes import FakeEngine
+from tests.harm import overwrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -264,7 +265,7 @@ def test_without_its_index_a_snapshot_still_answers_by_key_and_a_plan_says_so(
     damaged = bytearray(index.read_bytes())
     damaged[10] ^= 1
     index.unlink()
-    index.write_bytes(damaged)
+    overwrite(index, damaged)
     write_lines(tmp_path / "in.jsonl", numbered(0, 21))
     plan = run_cli("plan", job, "--exact", "--json")
     assert plan.returncode == 0, plan.stderr

@@ -22,6 +22,7 @@ from tests.e2e.support import (
     write_job,
     write_rows,
 )
+from tests.harm import overwrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,7 +169,7 @@ def test_a_torn_part_is_not_believed_and_its_rows_are_done_again(
         wait_until(lambda: len(storage.list(f"{STATE}/parts")) >= 2)
         process.kill()
     torn = storage.path(storage.list(f"{STATE}/parts")[0])
-    torn.write_bytes(torn.read_bytes()[:-100])
+    overwrite(torn, torn.read_bytes()[:-100])
     done = run_cli("run", slow_job)
     assert done.returncode == 0, done.stderr
     assert "does not count" in done.stdout
@@ -183,7 +184,7 @@ def test_a_part_with_a_flipped_bit_is_redone_by_the_next_run(
     flipped = storage.path(storage.list(f"{STATE}/parts")[2])
     data = bytearray(flipped.read_bytes())
     data[300] ^= 1
-    flipped.write_bytes(data)
+    overwrite(flipped, data)
     stopped = run_cli("run", slow_job)
     assert stopped.returncode == 1
     assert f"{flipped.name}: damaged" in stopped.stderr

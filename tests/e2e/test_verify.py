@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
-from batchgen.pipeline.publish import expose, show
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.lock import RunLock
 from batchgen.store.names import STATE
+from batchgen.store.shown import expose, show
 from batchgen.store.verify import verify
 from tests.e2e.support import published, run_cli, write_job, write_rows
+from tests.harm import flip, overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,12 +36,6 @@ def verdict_of(job: Path, exit_code: int) -> dict[str, Any]:
     assert done.returncode == exit_code, done.stderr
     verdict: dict[str, Any] = json.loads(done.stdout)
     return verdict
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
-    path.write_bytes(data)
 
 
 def test_a_published_job_is_proven(job: Path) -> None:
@@ -204,18 +199,18 @@ def test_showing_says_what_it_mends(job: Path) -> None:
     ledger = ledger_of(job)
     manifest = ledger.latest_manifest()
     assert manifest is not None
-    assert show(ledger, manifest) == []
+    assert show(ledger, manifest).mended == []
     out = job.parent / "out"
     forget(out)
     copy_back(out, SECOND)
     double(out)
     (out / "part-mine.parquet").touch()
-    assert show(ledger, manifest) == [
+    assert show(ledger, manifest).mended == [
         f"{out}: did not show snapshot 1 as it was published ({FIRST} was missing, {SECOND} was "
         "another file or a copy, part-00002.parquet was there beside them); its files are shown "
         "again"
     ]
-    assert show(ledger, manifest) == []
+    assert show(ledger, manifest).mended == []
 
 
 def test_a_backup_without_hard_links_is_well_and_its_own_damage_is_named(job: Path) -> None:
@@ -236,16 +231,14 @@ def test_a_damaged_snapshot_is_brought_back_from_what_is_shown(job: Path) -> Non
     own = out / manifest.files[0]["name"]
     flip(own, 100)
     (problem,) = verify(out).problems
-    assert problem.endswith(
-        f"{FIRST} in the output folder still has the published bytes, copy it there"
-    )
+    assert problem.endswith(f"the next `batchgen run` brings it back from {FIRST}, which is whole")
     (out / SECOND).unlink()
     own_second = out / manifest.files[1]["name"]
     own_second.unlink()
     assert f"{SECOND}: is missing in the output folder; mend {manifest.files[1]['name']} first" in (
         verify(out).problems
     )
-    shutil.copyfile(out / FIRST, own)
+    overwrite(own, (out / FIRST).read_bytes())
     assert not [text for text in verify(out).problems if FIRST in text]
 
 

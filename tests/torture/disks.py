@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-CALLS = ("create", "write", "sync", "sync_folder", "link", "rename", "unlink", "make_folder")
+CALLS = (
+    "create",
+    "write",
+    "sync",
+    "sync_folder",
+    "link",
+    "rename",
+    "unlink",
+    "make_folder",
+    "chmod",
+)
 MODES = ("kill before", "kill after", "ENOSPC", "EIO", "ENOSPC torn", "EIO after", "freeze")
 """Ways to spoil a call. Torn: half of a write lands. After: it lands, and reports an error."""
 
@@ -114,6 +124,9 @@ class SpoiltDisk(Disk):
     def make_folder(self, path: Path) -> None:
         self._call("make_folder", path, lambda: Disk.make_folder(self, path))
 
+    def chmod(self, path: Path, mode: int) -> None:
+        self._call("chmod", path, lambda: Disk.chmod(self, path, mode))
+
 
 def _num_rows(part: Path) -> int:
     try:
@@ -173,6 +186,10 @@ class CrashingDisk(Disk):
     def unlink(self, path: Path) -> None:
         self.count()
         super().unlink(path)
+
+    def chmod(self, path: Path, mode: int) -> None:
+        self.count()
+        super().chmod(path, mode)
 
 
 class Log:

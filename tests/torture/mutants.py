@@ -25,7 +25,7 @@ class Mutant:
 
 
 STORAGE, LEDGER = "batchgen/storage.py", "batchgen/store/ledger.py"
-SNAPSHOT = "batchgen/pipeline/publish.py"
+SNAPSHOT, SHOWN = "batchgen/pipeline/publish.py", "batchgen/store/shown.py"
 RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
@@ -72,7 +72,7 @@ MUTANTS = (
         "batchgen/pipeline/decide.py",
         (
             ("    ledger.settle()\n    newest", "    newest"),
-            ("    ledger.settle()\n    # What is to be repaired", "    # What"),
+            ("    ledger.settle()\n    if manifest is not None:", "    if manifest is not None:"),
         ),
         ("-m", "tests.torture.power", "--losses", "1", "--workers", "2"),
     ),
@@ -169,9 +169,15 @@ MUTANTS = (
     ),
     Mutant(
         "a frozen run that wakes shows its old snapshot for good",
-        SNAPSHOT,
+        SHOWN,
         (("newest, shown = ledger.latest_manifest() or newest, newest", "shown = newest"),),
         (*PYTEST, "tests/e2e/test_late_runs.py"),
+    ),
+    Mutant(
+        "a published file that was written over is believed without a look",
+        SHOWN,
+        (("if mark != noted.get(name) and (", "if not mark and ("),),
+        (*PYTEST, "tests/e2e/test_damage.py"),
     ),
     Mutant(
         "a line is taken for the one that was at its place, whatever it says",

@@ -211,6 +211,9 @@ class PowerLossDisk(Disk):
     def make_folder(self, path: Path) -> None:
         self._call(lambda: Disk.make_folder(self, path), lambda: self._platter.saw_name(path))
 
+    def chmod(self, path: Path, mode: int) -> None:
+        self._call(lambda: Disk.chmod(self, path, mode), None)
+
 
 class Machine:
     """A computer whose power fails; each loss begins a new folder."""

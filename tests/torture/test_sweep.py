@@ -24,7 +24,8 @@ BESIDE_THE_DISK = ("/_batchgen/lock", "/vllm.log")
 """Written past the `Disk`: neither holds a result."""
 CHANGES = (
     "open,openat,creat,write,pwrite64,writev,link,linkat,symlink,symlinkat,rename,renameat,"
-    "renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,truncate,ftruncate,fsync,fdatasync"
+    "renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,truncate,ftruncate,fsync,fdatasync,"
+    "chmod,fchmod,fchmodat,fchmodat2"
 )
 needs_strace = pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 
@@ -71,6 +72,8 @@ KINDS = {
     "unlink": "unlink",
     "mkdir": "make_folder",
     "fsync": "sync",
+    "chmod": "chmod",
+    "fchmodat": "chmod",
 }
 
 

@@ -21,6 +21,7 @@ from batchgen.store.parts import PartContext, PartWriter
 from batchgen.store.publish import SnapshotFormat, write_snapshot
 from batchgen.store.schema import part_schema
 from tests.fakes import ANSWER, batch, manifest_of, results
+from tests.harm import overwrite
 from tests.unit.test_known import key, known, requests
 
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), ANSWER, "gen_")
@@ -195,7 +196,7 @@ def test_a_damaged_part_is_told_of_and_answers_nothing(storage, parts, harm):
     damaged, whole = parts.put(key(1), key(2)), parts.put(key(3))
     path = storage.path(damaged)
     content = path.read_bytes()
-    path.write_bytes(content[:-60] if harm == "torn" else content)
+    overwrite(path, content[:-60] if harm == "torn" else content)
     if harm == "gone":
         path.unlink()
     elif harm == "flipped":
@@ -203,7 +204,7 @@ def test_a_damaged_part_is_told_of_and_answers_nothing(storage, parts, harm):
         names = [pages.column(at).path_in_schema for at in range(pages.num_columns)]
         column = pages.column(names.index("gen_request_key"))
         at = column.data_page_offset + column.total_compressed_size - 9
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        overwrite(path, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     told: list[str] = []
     answers = answered(storage, every(damaged), every(whole), told=told)
     assert texts(answers, key(1), key(3)) == [None, "1:0"]
@@ -220,7 +221,7 @@ def test_damage_in_what_only_the_answer_has_is_found_when_it_is_read(storage, pa
     names = [pages.column(at).path_in_schema for at in range(pages.num_columns)]
     column = pages.column(names.index("gen_text"))
     at = column.data_page_offset + column.total_compressed_size - 3
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    overwrite(path, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     told: list[str] = []
     answers = answered(storage, every(name), told=told)
     assert told == []
@@ -256,7 +257,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_answer_is_found(
     assert None not in right
     num_found = set()
     for at in range(0, len(whole), 41):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+        overwrite(path, whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         told: list[str] = []
         found = texts(answered(storage, *sources, told=told), *keys)
         wrong = [(f, r) for f, r in zip(found, right, strict=True) if f not in (None, r)]
@@ -274,7 +275,7 @@ def test_wherever_a_part_is_flipped_the_answer_is_right_or_none(storage, parts):
     keys = [key(number) for number in range(12)]
     right = texts(answered(storage, every(name)), *keys)
     for at in range(0, len(whole), 17):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+        overwrite(path, whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         found = texts(answered(storage, every(name), told=[]), *keys)
         assert [f for f, r in zip(found, right, strict=True) if f not in (None, r)] == []
 
@@ -284,7 +285,7 @@ def test_a_snapshot_without_its_index_answers_as_parts_do(storage, parts, harm):
     manifest = parts.published(parts.put(key(1), key(2)), parts.put(key(3)))
     path = storage.path(manifest.index["name"])
     content = path.read_bytes()
-    path.write_bytes(content[:9] + b"?" + content[10:])
+    overwrite(path, content[:9] + b"?" + content[10:])
     if harm == "gone":
         path.unlink()
     sources = published_sources(storage, manifest, takes_errors=False)

@@ -27,6 +27,7 @@ from batchgen.store.renumber import Renumbering, rows_of
 from batchgen.store.schema import part_schema
 from batchgen.store.tally import tally
 from tests.fakes import ANSWER, batch, plan, results
+from tests.harm import overwrite
 
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), ANSWER, "gen_")
 BAD = RowError("bad", "it is bad")
@@ -216,7 +217,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
     whole = path.read_bytes()
     num_kept = set()
     for at in range(0, len(whole), 61):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+        overwrite(path, whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         told: list[str] = []
         rows, skipped = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
         assert [row for row in true_rows if row in rows] == rows
@@ -234,7 +235,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
 def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, parts, size):
     manifest = snapshot(storage, parts)
     path = storage.path(manifest.files[0]["name"])
-    path.write_bytes(path.read_bytes()[:size])
+    overwrite(path, path.read_bytes()[:size])
     told: list[str] = []
     rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
     assert ids(rows) == expected_ids()[23:]
@@ -257,7 +258,7 @@ def test_without_its_index_nothing_is_taken_from_a_snapshot(storage, parts, dama
     assert manifest.index is not None
     path = storage.path(manifest.index["name"])
     whole = path.read_bytes()
-    path.write_bytes(whole[:-40] if damage == "torn" else whole[:9] + b"?" + whole[10:])
+    overwrite(path, whole[:-40] if damage == "torn" else whole[:9] + b"?" + whole[10:])
     if damage == "gone":
         path.unlink()
     with pytest.raises(OutputError, match=r"index\.parquet: damaged .* or begin anew with --fresh"):
@@ -287,7 +288,7 @@ def test_of_a_part_with_a_flipped_page_the_other_row_groups_come_back(storage):
     data = bytearray(path.read_bytes())
     column = pq.read_metadata(path).row_group(1).column(2)
     data[column.data_page_offset + column.total_compressed_size - 9] ^= 1
-    path.write_bytes(data)
+    overwrite(path, data)
     told: list[str] = []
     found, skipped = collect(from_parts(storage, [part], wanted(told, {0: Ranges.until(9001)})))
     assert [row["_batchgen_row"] for row in found] == [*range(4096), *range(8192, 9000)]
@@ -301,9 +302,9 @@ def test_of_a_part_that_is_not_what_its_footer_says_nothing_comes_back(storage, 
     if damage == "gone":
         path.unlink()
     elif damage == "torn":
-        path.write_bytes(path.read_bytes()[:-50])
+        overwrite(path, path.read_bytes()[:-50])
     else:
-        path.write_bytes(storage.path(parts[2].name).read_bytes())
+        overwrite(path, storage.path(parts[2].name).read_bytes())
     told: list[str] = []
     rows, _ = collect(from_parts(storage, [parts[0]], wanted(told)))
     assert rows == []

@@ -23,6 +23,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.parts import PartContext, PartWriter
 from batchgen.store.schema import part_schema
 from tests.fakes import batch, plan, results
+from tests.harm import overwrite
 
 if TYPE_CHECKING:
     from batchgen.store.books import Epoch, Plan
@@ -216,12 +217,12 @@ def test_a_part_is_rejected_wherever_it_is_torn(ledger):
     path = ledger.storage.path(name)
     whole = path.read_bytes()
     for size in (0, 1, 4, 12, len(whole) // 2, len(whole) - 8, len(whole) - 1):
-        path.write_bytes(whole[:size])
+        overwrite(path, whole[:size])
         durable = ledger.durable(PLAN)
         assert durable.parts == []
         assert durable.rejected[name].startswith("unreadable: ")
         assert "\n" not in durable.rejected[name]
-    path.write_bytes(whole)
+    overwrite(path, whole)
     assert ledger.durable(PLAN).num_done == 2
 
 

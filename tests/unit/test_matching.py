@@ -20,6 +20,7 @@ from batchgen.store.footer import PartFooter
 from batchgen.store.matching import Span, answered_by, is_same_reading, match, restricted
 from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
 from tests.fakes import plan
+from tests.harm import overwrite
 
 LONG = None
 """A line that is too long to be kept: it has no digest."""
@@ -253,7 +254,7 @@ def test_damaged_digests_only_lose_matches(tmp_path_factory, old, is_old, data):
         content[at] ^= data.draw(st.integers(1, 255))
     elif harm == "zeros":
         content[at:] = bytes(len(content) - at)
-    path.write_bytes(content[:at] if harm == "torn" else content)
+    overwrite(path, content[:at] if harm == "torn" else content)
     if harm == "gone":
         path.unlink()
     spans = match(storage, before, after)

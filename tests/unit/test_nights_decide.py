@@ -19,6 +19,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.names import STATE
 from batchgen.store.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
+from tests.harm import overwrite
 
 PLAIN = RunOptions()
 ACCEPT = RunOptions(accept_recipe=True)
@@ -422,7 +423,7 @@ def test_rows_that_a_plan_before_has_ended_still_bind(lab):
 def test_what_cannot_be_read_counts_as_rows(lab):
     plan = lab.plan()
     path = lab.ledger.storage.path(lab.commit(plan, 0))
-    path.write_bytes(path.read_bytes()[:-9])
+    overwrite(path, path.read_bytes()[:-9])
     refused(lab, **OTHER_RECIPE)
 
 

@@ -20,6 +20,7 @@ from batchgen.store.parts import PartContext, PartWriter
 from batchgen.store.publish import SnapshotFormat, write_snapshot
 from batchgen.store.schema import part_schema, published_schema
 from tests.fakes import ANSWER, batch, results
+from tests.harm import overwrite
 
 CARRIED = pa.schema([("id", pa.string())])
 BAD = RowError("bad", "it is bad")
@@ -214,7 +215,7 @@ def flipped(storage):
     data = bytearray(path.read_bytes())
     column = pq.read_metadata(path).row_group(0).column(2)
     data[column.data_page_offset + column.total_compressed_size - 9] ^= 1
-    path.write_bytes(data)
+    overwrite(path, data)
     return name, footer
 
 

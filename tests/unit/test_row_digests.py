@@ -21,6 +21,7 @@ from batchgen.store.row_digests import (
     digest_reader,
     name_of,
 )
+from tests.harm import overwrite
 
 ROWS = [hashlib.sha256(bytes([number])).digest()[:DIGEST_BYTES] for number in range(10)]
 
@@ -98,7 +99,7 @@ def test_a_disk_that_is_full_is_told_at_the_end_and_nothing_is_left(tmp_path):
 def test_a_file_that_is_torn_or_gone_tells_nothing(storage, num_bytes):
     assert digest_reader(storage, "abc", 1) is None
     path = put(storage, ROWS)
-    path.write_bytes(path.read_bytes()[:num_bytes])
+    overwrite(path, path.read_bytes()[:num_bytes])
     assert digest_reader(storage, "abc", 10) is None
 
 
@@ -115,7 +116,7 @@ def test_a_file_that_shrinks_while_it_is_read_leaves_rows_unknown(storage, is_go
         path.unlink()
         kept = b""
     else:
-        path.write_bytes(path.read_bytes()[: 2 * 16 + 5])
+        overwrite(path, path.read_bytes()[: 2 * 16 + 5])
         kept = ROWS[1] + ROWS[2][:5]
     assert read(1, 4) == kept.ljust(3 * 16, b"\0")
     assert read(3, 4) == NO_DIGEST

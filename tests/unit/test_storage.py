@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from pathlib import Path
 
 import fsspec
 import pytest
 
 from batchgen.core.errors import OutputError, SourceError, StorageError
 from batchgen.inputs import find_inputs, is_url, open_input, stat_input
-from batchgen.storage import LocalStorage
+from batchgen.storage import Disk, LocalStorage
 
 NAME = "_batchgen/epochs/000001.json"
 
@@ -49,6 +48,23 @@ def test_a_second_put_of_the_same_bytes_is_the_first_one_come_true(storage):
     other = LocalStorage(storage.root, temp_tag="run-b")
     assert other.put_if_absent(NAME, b"one") is True
     assert everything(storage) == [NAME]
+
+
+def test_what_was_put_is_read_only(storage):
+    storage.put_if_absent(NAME, b"one")
+    storage.replace("_batchgen/runs/live.json", b"{}")
+    for name in (NAME, "_batchgen/runs/live.json"):
+        assert not storage.path(name).stat().st_mode & 0o222
+
+
+def test_an_alias_is_left_as_it_is_if_the_file_is_not_wanted(storage):
+    storage.put_if_absent("a/new", b"new")
+    storage.put_if_absent("b/old", b"old")
+    assert storage.expose("a/new", "b/old", lambda path: path.read_bytes() == b"other") is False
+    assert storage.read("b/old") == b"old"
+    assert everything(storage) == ["a/new", "b/old"]
+    assert storage.expose("a/new", "b/old", lambda path: path.read_bytes() == b"new") is True
+    assert storage.read("b/old") == b"new"
 
 
 def test_an_empty_file_is_a_name_too(storage):
@@ -181,26 +197,16 @@ def test_a_reader_of_an_exposed_name_never_finds_it_gone(storage):
     assert seen <= {b"0", b"1"}
 
 
-class FullPath(type(Path())):
-    """A file on a full disk."""
+class FullDisk(Disk):
+    """No file can be begun on it."""
 
-    def open(self, *_, **__):
+    def create(self, path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write_bytes(self, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class FullDisk(LocalStorage):
-    """Hands out temp files that cannot be written."""
-
-    def temp_for(self, name):
-        return FullPath(super().temp_for(name))
 
 
 @pytest.mark.parametrize("verb", ["put_if_absent", "replace"])
 def test_a_full_disk_says_so_and_makes_no_name(tmp_path, verb):
-    storage = FullDisk(tmp_path / "out")
+    storage = LocalStorage(tmp_path / "out", disk=FullDisk())
     with pytest.raises(StorageError, match="No space left on device; free space; what was") as it:
         getattr(storage, verb)(NAME, b"one")
     assert it.value.exit_code == 1
