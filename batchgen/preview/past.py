@@ -88,7 +88,9 @@ def _past_run(
     run, engine = summary["run"], summary["engine"]
     # Rows that ended before the engine cost it nothing; each other row has one first attempt.
     num_rows = sum(run["verdicts"].get("1", {}).values())
-    if not num_rows or not engine or run["working_s"] <= 0:
+    # Where each was refused by the engine, as too long, nothing was measured.
+    num_tokens = run["num_prompt_tokens"] + run["num_output_tokens"]
+    if not num_rows or not num_tokens or not engine or run["working_s"] <= 0:
         return None
     return PastRun(
         run_id=str(summary["run_id"]),
