@@ -30,15 +30,14 @@ def doctor(
     Example: batchgen doctor jobs/quickstart.toml
     """
     from batchgen.api import load
-    from batchgen.preview.doctor_report import told
-    from batchgen.preview.examine import examine
+    from batchgen.preview.doctor import examine
 
     date = run_date.date() if run_date else None
     report = examine(lambda: load(job, overrides, date), job)
     if as_json:
         print_json(report.as_dict())
     else:
-        click.echo(told(report))
+        click.echo(report.as_text())
     sys.exit(report.exit_code)
 
 

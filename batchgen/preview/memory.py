@@ -11,32 +11,31 @@ peak 1.53 GiB, other 0.22 GiB, left for the KV cache 54.24 GiB = 394,928 tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
+from batchgen.preview.checkpoint import DTYPE_BYTES
 from batchgen.preview.findings import GIB
-from batchgen.preview.shape import DTYPE_BYTES
-from batchgen.preview.software import NEWEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from batchgen.engine.devices import Gpu
-    from batchgen.preview.shape import Shape
+    from batchgen.preview.checkpoint import Shape
+    from batchgen.preview.lengths import RowLengths
 
 NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"})
 """Models whose numbers are too large for it: vllm/config/model.py, 0.26 to 0.33."""
 BLOCK_TOKENS = 16
-OTHER_BYTES = 256 << 20
-"""Beside torch's own: what CUDA libraries hold. 0.22 GiB on an H100."""
 CONTEXT_BYTES = 540 << 20
 """A CUDA context: gone from the free memory before vLLM looks at it. 0.52 GiB on an H100."""
-GRAPH_BYTES_A_LAYER = 29 << 20
+_OTHER_BYTES = 256 << 20
+"""What CUDA libraries hold beside torch's own memory: 0.22 GiB on an H100."""
+_GRAPH_BYTES_A_LAYER = 29 << 20
 """CUDA graphs of all batch sizes: 1.01 GiB for 36 layers on an H100, vLLM 0.26."""
 _BIG_GPU_BYTES = 70 * GIB
-_GB10, _GB10_FROM = (12, 1), (0, 33)
-"""Much memory, and small defaults: get_batch_defaults, 0.33; not yet so in 0.26 and 0.32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +57,17 @@ class Settings:
 
     @property
     def num_gpus(self) -> int:
-        """That hold one copy of the model."""
+        """GPUs that hold one copy of the model."""
         return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one GPU, in bytes."""
+    """What fills one GPU, in bytes."""
 
     total: int
     budget: int
-    """That vLLM takes."""
+    """What vLLM takes."""
     weights: int
     activations: int
     graphs: int
@@ -80,26 +79,31 @@ class Memory:
     kv_cache_tokens: int | None
     """None where a token's bytes are not known."""
 
-    def as_dict(self) -> dict[str, int | None]:
-        """Plain values, for JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How many rows run at once."""
+
+    max_num_seqs: int
+    kv_cache_tokens: int | None
+    concurrency: float | None
+    """Rows of the job's mean length that the KV cache holds; None where that is not known."""
+    full_length: float | None
+    """Rows of max_model_len that it holds."""
+    expected_rows: int | None
+    """Rows at once: what the KV cache holds, and no more than max_num_seqs."""
 
 
 def settings_of(
-    kwargs: Mapping[str, Any],
-    shape: Shape,
-    gpu: Gpu,
-    max_model_len: int | None,
-    release: tuple[int, int] = NEWEST,
+    kwargs: Mapping[str, Any], shape: Shape, gpu: Gpu, max_model_len: int | None
 ) -> Settings:
-    """Fill in vLLM's defaults, those of a release.
+    """Fill in vLLM's defaults.
 
     Source:
         vllm/engine/arg_utils.py, get_batch_defaults and
         _set_default_max_num_seqs_and_batched_tokens_args, for LLM(...), 0.26 to 0.33.
     """
-    is_slow = "a100" in gpu.name.lower() or (gpu.capability == _GB10 and release >= _GB10_FROM)
-    is_big = gpu.total_bytes >= _BIG_GPU_BYTES and not is_slow
+    is_big = gpu.total_bytes >= _BIG_GPU_BYTES and "a100" not in gpu.name.lower()
     times = 2 if kwargs.get("performance_mode") == "throughput" else 1
     seqs = _whole(kwargs, "max_num_seqs")
     tokens = _whole(kwargs, "max_num_batched_tokens")
@@ -108,7 +112,7 @@ def settings_of(
     max_tokens = tokens or default_tokens * times
     if not tokens and max_model_len:
         max_tokens = min(max_tokens, max_seqs * max_model_len)
-    dtype = dtype_of(kwargs, shape, gpu.capability)
+    dtype = _dtype(kwargs, shape, gpu.capability)
     return Settings(
         tensor_parallel=_whole(kwargs, "tensor_parallel_size") or 1,
         pipeline_parallel=_whole(kwargs, "pipeline_parallel_size") or 1,
@@ -117,13 +121,18 @@ def settings_of(
         max_num_batched_tokens=max_tokens,
         max_model_len=max_model_len,
         dtype=dtype,
-        kv_dtype=kv_dtype_of(kwargs, shape, dtype),
+        kv_dtype=_kv_dtype(kwargs, shape, dtype),
         is_eager=bool(kwargs.get("enforce_eager")),
         kv_cache_bytes=_whole(kwargs, "kv_cache_memory_bytes"),
     )
 
 
-def dtype_of(kwargs: Mapping[str, Any], shape: Shape, capability: tuple[int, int] | None) -> str:
+def _whole(kwargs: Mapping[str, Any], name: str) -> int | None:
+    found = kwargs.get(name)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _dtype(kwargs: Mapping[str, Any], shape: Shape, capability: tuple[int, int] | None) -> str:
     """What the model runs in: `auto` is the checkpoint's, but 16 bits for float32.
 
     Source:
@@ -140,8 +149,8 @@ def dtype_of(kwargs: Mapping[str, Any], shape: Shape, capability: tuple[int, int
     return "float16" if is_old or found == "float16" else "bfloat16"
 
 
-def kv_dtype_of(kwargs: Mapping[str, Any], shape: Shape, dtype: str) -> str:
-    """Of the KV cache: the model's, unless the job or an fp8 checkpoint says otherwise.
+def _kv_dtype(kwargs: Mapping[str, Any], shape: Shape, dtype: str) -> str:
+    """Format of the KV cache: the model's, unless the job or an fp8 checkpoint says otherwise.
 
     Source:
         vllm/utils/torch_utils.py, get_kv_cache_quant_algo_string, 0.26 to 0.33.
@@ -156,7 +165,7 @@ def kv_dtype_of(kwargs: Mapping[str, Any], shape: Shape, dtype: str) -> str:
     return algorithm if is_modelopt and algorithm else dtype
 
 
-def activation_bytes(shape: Shape, settings: Settings) -> int:
+def _activation_bytes(shape: Shape, settings: Settings) -> int:
     """Peak of a step beyond the weights, on one GPU.
 
     The larger of two moments: inside the MLP, three copies of the hidden states, and gate, up and
@@ -174,7 +183,7 @@ def activation_bytes(shape: Shape, settings: Settings) -> int:
     return round(max(forward, logits))
 
 
-def graph_bytes(shape: Shape, settings: Settings, release: tuple[int, int]) -> int:
+def _graph_bytes(shape: Shape, settings: Settings, release: tuple[int, int]) -> int:
     """CUDA graphs, as far as vLLM leaves room for them beside the KV cache.
 
     vLLM 0.26 does not for dense models (vllm/v1/worker/gpu/model_runner.py,
@@ -182,7 +191,7 @@ def graph_bytes(shape: Shape, settings: Settings, release: tuple[int, int]) -> i
     """
     if settings.is_eager or (release <= (0, 26) and not shape.experts):
         return 0
-    return GRAPH_BYTES_A_LAYER * -(-shape.layers // settings.pipeline_parallel)
+    return _GRAPH_BYTES_A_LAYER * -(-shape.layers // settings.pipeline_parallel)
 
 
 def estimate(
@@ -191,38 +200,50 @@ def estimate(
     """Work out what is left for the KV cache on one GPU.
 
     Args:
-        shape: Of the model.
-        weights_bytes: Of the whole model; GPUs share them evenly, nearly.
+        shape: Sizes of the model.
+        weights_bytes: Weights of the whole model; GPUs share them evenly, nearly.
         settings: Of the engine.
         total: Memory of the GPU, as CUDA sees it.
         release: vLLM's.
     """
     budget = round(total * settings.utilization)
     weights = weights_bytes // settings.num_gpus
-    activations = activation_bytes(shape, settings)
-    graphs = graph_bytes(shape, settings, release)
-    left = budget - weights - activations - graphs - OTHER_BYTES
-    if settings.kv_cache_bytes:
-        left = settings.kv_cache_bytes
+    activations = _activation_bytes(shape, settings)
+    graphs = _graph_bytes(shape, settings, release)
+    left = settings.kv_cache_bytes or budget - weights - activations - graphs - _OTHER_BYTES
     per_token = shape.kv_bytes(
         settings.kv_dtype, settings.tensor_parallel, settings.pipeline_parallel
     )
-    tokens = None
-    if per_token:
-        tokens = max(0, left // (per_token * BLOCK_TOKENS)) * BLOCK_TOKENS
     return Memory(
         total=total,
         budget=budget,
         weights=weights,
         activations=activations,
         graphs=graphs,
-        other=OTHER_BYTES,
+        other=_OTHER_BYTES,
         kv_cache=left,
         kv_bytes_per_token=per_token,
-        kv_cache_tokens=tokens,
+        kv_cache_tokens=tokens_in(left, per_token),
     )
 
 
-def _whole(kwargs: Mapping[str, Any], name: str) -> int | None:
-    found = kwargs.get(name)
-    return found if isinstance(found, int) and found > 0 else None
+def tokens_in(num_bytes: int | None, per_token: int | None) -> int | None:
+    """Tokens that a KV cache holds, in whole blocks; None where either size is not known."""
+    if num_bytes is None or not per_token:
+        return None
+    return max(0, num_bytes // (per_token * BLOCK_TOKENS)) * BLOCK_TOKENS
+
+
+def fit_of(tokens: int | None, settings: Settings, rows: RowLengths | None) -> Fit:
+    """Divide the KV cache by the rows; a row takes whole blocks, and all of its tokens."""
+    concurrency = full = expected = None
+    if tokens is not None and rows is not None:
+        concurrency = tokens / _in_blocks(rows.prompt + rows.answer)
+        expected = min(settings.max_num_seqs, int(concurrency))
+    if tokens is not None and settings.max_model_len:
+        full = tokens / _in_blocks(settings.max_model_len)
+    return Fit(settings.max_num_seqs, tokens, concurrency, full, expected)
+
+
+def _in_blocks(tokens: float) -> float:
+    return max(1, math.ceil(tokens / BLOCK_TOKENS)) * BLOCK_TOKENS

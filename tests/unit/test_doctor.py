@@ -14,16 +14,20 @@ import pytest
 from batchgen.api import load
 from batchgen.engine.devices import Devices, Gpu, GpuProcess
 from batchgen.engine.vllm import settings
-from batchgen.preview import places
-from batchgen.preview.doctor_report import Report, told
-from batchgen.preview.engine_keys import check_keywords, least_model_len
-from batchgen.preview.examine import examine
-from batchgen.preview.findings import Level
-from batchgen.preview.hub import Remote, weight_bytes
+from batchgen.preview.checkpoint import Remote, weight_bytes
+from batchgen.preview.doctor import check_keywords, examine
+from batchgen.preview.findings import Level, Report
 from batchgen.preview.lengths import counter
-from batchgen.preview.machine import Machine, read_machine
-from batchgen.preview.quantization import can_run, judge_kv_cache, judge_method, method_of
-from batchgen.preview.replicas import check_replicas
+from batchgen.preview.machine import (
+    Machine,
+    check_limits,
+    check_output,
+    check_replicas,
+    filesystem,
+    probe_links,
+    read_machine,
+)
+from batchgen.preview.model_check import can_run, check_kv_dtype, judge_method, method_of
 from tests import fakes
 from tests.bench.random_model import make_model
 
@@ -70,18 +74,36 @@ class FakeHub:
         return self.free
 
 
+def write_weights(folder: Path) -> None:
+    """A file as large as Qwen3-8B's weights that takes no disk: its header, and a hole."""
+    layer = {"q": [4096, 4096], "k": [1024, 4096], "v": [1024, 4096], "o": [4096, 4096]}
+    layer |= {"gate_proj": [12288, 4096], "up": [12288, 4096], "down": [4096, 12288]}
+    shapes = {"embed_tokens": [151936, 4096], "lm_head": [151936, 4096]}
+    shapes |= {f"layers.{at}.{name}": size for at in range(36) for name, size in layer.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * shape[0] * shape[1]
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
-    """Tables of a job for the shape of Qwen3-8B with dummy weights."""
+    """Tables of a job for a model with the shape of Qwen3-8B."""
     rows = "".join(json.dumps({"text": "hello " * 20}) + "\n" for _ in range(300))
     (tmp_path / "in.jsonl").write_text(rows, encoding="utf-8")
+    model = make_model(tmp_path / "8b", "8b", SAMPLE_MODEL)
+    write_weights(model)
     return {
         "input": {"path": str(tmp_path / "in.jsonl")},
         "prompt": {"user": "{{ text }}"},
         "model": {
-            "name": str(make_model(tmp_path / "8b", "8b", SAMPLE_MODEL)),
+            "name": str(model),
             "max_model_len": 8192,
-            "engine": {"load_format": "dummy"},
+            "engine": {},
         },
         "sampling": {"max_tokens": 100},
         "output": {"path": str(tmp_path / "out")},
@@ -99,7 +121,7 @@ def topics(report: Report, level: Level) -> list[str]:
 def test_an_h100_runs_it(job: dict[str, Any], tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     report = seen(job, machine(H100))
-    assert (report.level, report.exit_code, report.reason) == (Level.OK, 0, None), told(report)
+    assert (report.level, report.exit_code, report.reason) == (Level.OK, 0, None), report.as_text()
     assert report.fit is not None
     assert report.rows is not None
     assert report.rows.prompt == 5 + 21  # A message, 20 times hello, a blank.
@@ -109,14 +131,14 @@ def test_an_h100_runs_it(job: dict[str, Any], tmp_path: Path) -> None:
     found = json.loads(json.dumps(report.as_dict()))
     assert found["kv_cache_tokens"] == report.fit.kv_cache_tokens > 390_000
     assert found["machine"]["devices"]["gpus"][0]["name"] == H100.name
-    assert told(report).endswith("this machine can run the job")
+    assert report.as_text().endswith("this machine can run the job")
 
 
 def test_a_small_gpu_is_told_why_not(job: dict[str, Any]) -> None:
     report = seen(job, machine(T4))
     assert (report.exit_code, topics(report, Level.PROBLEM)) == (2, ["memory"])
     assert "the model does not fit" in (report.reason or "")
-    assert told(report).splitlines()[-1].startswith("this machine cannot run the job: estimate")
+    assert report.as_text().splitlines()[-1].startswith("this machine cannot run the job: estimate")
     assert topics(report, Level.WARNING) == ["dtype"]
     assert report.settings is not None
     assert report.settings.dtype == "float16"
@@ -135,8 +157,8 @@ def test_one_row_of_full_length_must_fit(job: dict[str, Any]) -> None:
 def test_two_gpus_share_it(job: dict[str, Any]) -> None:
     job["model"]["tensor_parallel_size"] = 2
     report = seen(job, machine(T4, replace(T4, index=1)))
-    assert report.exit_code == 0, told(report)
-    assert "7.63 GiB a GPU" in told(report)
+    assert report.exit_code == 0, report.as_text()
+    assert "7.63 GiB a GPU" in report.as_text()
     report = seen(job, machine(H100))
     assert "asks for 2 GPUs, 1 can be seen" in (report.reason or "")
     job["model"]["tensor_parallel_size"] = 3
@@ -159,7 +181,7 @@ def test_memory_that_others_hold_is_missed(job: dict[str, Any]) -> None:
     taken = replace(H100, free_bytes=H100.free_bytes - 40 * GIB, processes=[other])
     report = seen(job, machine(taken))
     assert topics(report, Level.PROBLEM) == ["memory"]
-    assert "process 4711 python3 40.00 GiB" in told(report)
+    assert "process 4711 python3 40.00 GiB" in report.as_text()
     advice = next(f.advice for f in report.findings if f.level == Level.PROBLEM)
     assert advice.endswith("model.gpu_memory_utilization = 0.48")
     job["model"]["gpu_memory_utilization"] = 0.48
@@ -184,8 +206,8 @@ def test_what_is_missing_is_named(job: dict[str, Any], here: Machine, reason: st
     assert report.exit_code == 2
     assert reason in (report.reason or "")
     # The rest is told all the same.
-    assert "B parameters" in told(report)
-    assert "free" in told(report)
+    assert "B parameters" in report.as_text()
+    assert "free" in report.as_text()
 
 
 def test_what_is_only_odd_is_a_warning(job: dict[str, Any]) -> None:
@@ -201,7 +223,7 @@ def test_a_mig_slice_is_one_gpu(job: dict[str, Any]) -> None:
     part = gpu("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.4, is_mig=True)
     report = seen(job, machine(part))
     assert report.exit_code == 0
-    assert "a MIG slice" in told(report)
+    assert "a MIG slice" in report.as_text()
     job["model"]["tensor_parallel_size"] = 2
     assert "one MIG slice" in (seen(job, machine(part)).reason or "")
 
@@ -214,7 +236,7 @@ def test_a_cpu_has_its_own_sum(job: dict[str, Any], monkeypatch) -> None:
     job["model"]["engine"]["kv_cache_memory_bytes"] = 2 * GIB
     here = machine(**CPU, memory_bytes=32 * GIB, free_memory_bytes=30 * GIB)
     report = seen(job, here)
-    assert report.exit_code == 0, told(report)
+    assert report.exit_code == 0, report.as_text()
     assert report.as_dict()["kv_cache_tokens"] == 2 * GIB // (147_456 * 16) * 16
     report = seen(job, replace(here, free_memory_bytes=12 * GIB))
     assert topics(report, Level.PROBLEM) == ["memory"]
@@ -222,7 +244,7 @@ def test_a_cpu_has_its_own_sum(job: dict[str, Any], monkeypatch) -> None:
     assert topics(report, Level.WARNING) == ["cpu", "memory"]
     # The wrong build for a machine with a GPU.
     here = replace(here, devices=Devices([H100], 0, "580", (13, 0), "nvml"))
-    assert "not used (NVIDIA H100" in told(seen(job, here))
+    assert "not used (NVIDIA H100" in seen(job, here).as_text()
 
 
 def test_a_quantized_checkpoint_is_held_against_the_gpu(job: dict[str, Any]) -> None:
@@ -236,17 +258,17 @@ def test_a_quantized_checkpoint_is_held_against_the_gpu(job: dict[str, Any]) -> 
     assert topics(report, Level.WARNING) == ["quantization"]
     report = seen(job, machine(H100))
     assert report.level == Level.OK
-    assert report.weights is not None
-    assert report.weights.num_bytes == pytest.approx(9.44e9, rel=0.01)
 
 
 def test_what_the_job_asks_for_is_held_against_the_gpu(job: dict[str, Any]) -> None:
     job["model"]["quantization"] = "fp8"
     job["model"]["engine"]["kv_cache_dtype"] = "fp8"
     report = seen(job, machine(H100))
-    assert report.level == Level.OK, told(report)
+    assert report.level == Level.OK, report.as_text()
     assert report.memory is not None
     assert report.memory.kv_bytes_per_token == 147_456 // 2
+    assert report.weights is not None
+    assert report.weights.num_bytes == pytest.approx(9.44e9, rel=0.01)
     assert topics(seen(job, machine(A100)), Level.WARNING) == ["quantization", "kv cache"]
     job["model"] |= {"dtype": "bfloat16", "quantization": "bitsandbytes"}
     assert topics(seen(job, machine(T4, vllm="0.32.0")), Level.PROBLEM)[:2] == [
@@ -258,20 +280,18 @@ def test_a_model_that_is_not_plain_has_no_figure(job: dict[str, Any]) -> None:
     config = Path(job["model"]["name"]) / "config.json"
     fields = json.loads(config.read_bytes()) | {"layer_types": ["full_attention", "mamba"] * 18}
     config.write_text(json.dumps(fields), encoding="utf-8")
-    shutil.copy(SAMPLE_MODEL / "model.safetensors", config.parent)
-    job["model"]["engine"] = {}
     report = seen(job, machine(H100))
     assert report.exit_code == 0
     assert report.as_dict()["kv_cache_tokens"] is None
-    assert "not known, the model's layers are of several kinds" in told(report)
+    assert "not known, its layers are not plain attention (layer_types in" in report.as_text()
 
 
 def test_a_hub_model_is_told_without_its_weights(job: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(job["model"]["name"])
     job["model"] |= {"name": "org/model", "engine": {}}
     report = seen(job, machine(H100), hub=FakeHub(folder))
-    assert report.exit_code == 0, told(report)
-    assert "a run fetches 16.00 GiB first" in told(report)
+    assert report.exit_code == 0, report.as_text()
+    assert "a run fetches 16.00 GiB first" in report.as_text()
     assert report.as_dict()["kv_cache_tokens"] > 300_000
     report = seen(job, machine(H100), hub=FakeHub(folder, free=GIB))
     assert topics(report, Level.PROBLEM) == ["model"]
@@ -306,7 +326,7 @@ def test_long_prompts_are_told(job: dict[str, Any], tmp_path: Path) -> None:
 def test_echo_needs_only_a_place(job: dict[str, Any], tmp_path: Path) -> None:
     job["model"] = {"backend": "echo"}
     report = seen(job, machine(vllm=None, build=""))
-    assert report.exit_code == 0, told(report)
+    assert report.exit_code == 0, report.as_text()
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     assert "is a file" in (seen(job, machine()).reason or "")
     (tmp_path / "foreign").mkdir()
@@ -319,59 +339,73 @@ def test_an_output_without_hard_links_is_refused(tmp_path: Path, monkeypatch) ->
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    assert places.probe_links(tmp_path) is None
-    assert places.probe_links(tmp_path / "absent") is not None
+    assert probe_links(tmp_path) is None
+    assert probe_links(tmp_path / "absent") is not None
     monkeypatch.setattr(os, "link", refuse)
-    (found,) = places.check_output(tmp_path / "out", None)
+    (found,) = check_output(tmp_path / "out", None)
     assert (found.level, "has no hard links" in found.text) == (Level.PROBLEM, True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    levels = [finding.level for finding in places.check_output(tmp_path / "out", 1 << 60)]
+    levels = [finding.level for finding in check_output(tmp_path / "out", 1 << 60)]
     assert levels == [Level.OK, Level.WARNING]
-    assert places.filesystem(Path("/proc/self")) == "proc"
+    assert filesystem(Path("/proc/self")) == "proc"
 
 
 def test_a_clock_that_is_behind_is_told(tmp_path: Path) -> None:
     job = tmp_path / "job.toml"
     job.write_text("", encoding="utf-8")
     written = job.stat().st_mtime
-    assert list(places.check_host(machine(now=written + 5), 1, job)) == []
-    (found,) = places.check_host(machine(now=written - 3600), 1, job)
+    assert list(check_limits(machine(now=written + 5), 1, job)) == []
+    (found,) = check_limits(machine(now=written - 3600), 1, job)
     assert (found.topic, found.level) == ("clock", Level.WARNING)
 
 
 @pytest.mark.parametrize(
     ("name", "config", "least", "native"),
     [
-        ("fp8", {}, 75, 89),
-        ("awq", {}, 75, 0),
-        ("gptq_marlin", {}, 60, 75),
-        ("modelopt", {"quantization": {"quant_algo": "NVFP4"}}, 75, 100),
-        ("auto-round", {}, 60, 0),
-        ("fp_quant", {}, 100, 0),
+        ("fp8", {}, (7, 5), (8, 9)),
+        ("awq", {}, (7, 5), (0, 0)),
+        ("modelopt", {"quantization": {"quant_algo": "NVFP4"}}, (7, 5), (10, 0)),
+        ("modelopt", {"quant_algo": "FP8"}, (8, 0), (8, 9)),
     ],
 )
-def test_methods_and_their_capabilities(name: str, config: Any, least: int, native: int) -> None:
+def test_methods_and_their_capabilities(name: str, config: Any, least: Any, native: Any) -> None:
     _, method = method_of(name, config, (0, 32))
     assert method is not None
     assert (method.least, method.native) == (least, native)
 
 
 @pytest.mark.parametrize(
+    ("name", "config"), [("modelopt", {"quant_algo": "MIXED_PRECISION"}), ("banana", {})]
+)
+def test_a_method_that_is_not_known_is_a_warning(
+    job: dict[str, Any], name: str, config: Any
+) -> None:
+    path = Path(job["model"]["name"]) / "config.json"
+    fields = json.loads(path.read_bytes())
+    fields["quantization_config"] = {"quant_method": name, **config}
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    assert method_of(name, config, (0, 32))[1] is None
+    report = seen(job, machine(H100))
+    assert topics(report, Level.WARNING) == ["quantization"]
+    assert f"whether {name}" in report.as_text()
+
+
+@pytest.mark.parametrize(
     ("weights", "inputs", "told_as", "least"),
     [
-        ((8, "float"), (8, "float"), "W8A8 FP8", 75),
-        ((8, "float"), None, "W8A16 FP8", 75),
-        ((8, "int"), (8, "int"), "W8A8 INT8", 75),
-        ((4, "int"), None, "W4A16", 75),
-        ((4, "int"), (8, "float"), "W4A8 FP8", 90),
-        ((4, "float"), (4, "float"), "W4A4 FP4", 75),
-        ((3, "int"), None, "W3A16", 70),
+        ((8, "float"), (8, "float"), "W8A8 FP8", (7, 5)),
+        ((8, "float"), None, "W8A16 FP8", (7, 5)),
+        ((8, "int"), (8, "int"), "W8A8 INT8", (7, 5)),
+        ((4, "int"), None, "W4A16", (7, 5)),
+        ((4, "int"), (8, "float"), "W4A8 FP8", (9, 0)),
+        ((4, "float"), (4, "float"), "W4A4 FP4", (7, 5)),
+        ((3, "int"), None, "W3A16", (7, 5)),
     ],
 )
-def test_compressed_tensors_by_scheme(weights: Any, inputs: Any, told_as: str, least: int) -> None:
+def test_compressed_tensors_by_scheme(weights: Any, inputs: Any, told_as: str, least: Any) -> None:
     group = {"weights": dict(zip(("num_bits", "type"), weights, strict=True))}
     if inputs:
         group["input_activations"] = dict(zip(("num_bits", "type"), inputs, strict=True))
@@ -398,50 +432,30 @@ def test_what_gpus_can_run() -> None:
     assert fp8 is not None
     levels = [judge_method("fp8", fp8, point).level for point in ((7, 0), (8, 6), (8, 9))]
     assert levels == [Level.PROBLEM, Level.WARNING, Level.OK]
-    kinds = [judge_kv_cache("fp8", point) for point in ((7, 5), (8, 0), (8, 9))]
-    assert [kind.level for kind in kinds if kind] == [Level.PROBLEM, Level.WARNING, Level.OK]
-    assert judge_kv_cache("auto", (7, 5)) is None
+    kinds = [next(check_kv_dtype("fp8", point)) for point in ((7, 5), (8, 0), (8, 9))]
+    assert [kind.level for kind in kinds] == [Level.PROBLEM, Level.WARNING, Level.OK]
+    assert list(check_kv_dtype("auto", (7, 5))) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    "changes",
     [
-        ({"max_position_embeddings": 0}, None),
-        ({"max_position_embeddings": 10**400}, "config.json has max_position_embeddings = 1000"),
-        ({"num_key_value_heads": 10**400}, "config.json has num_key_value_heads = 1000"),
-        ({"quantization_config": {"quant_method": "\ud800\n\x1b[31m" + "x" * 9000}}, None),
+        {"max_position_embeddings": 10**400},
+        {"num_key_value_heads": 10**400},
+        {"quantization_config": {"quant_method": "\ud800\n\x1b[31m" + "x" * 9000}},
     ],
 )
-def test_a_hostile_config_ends_in_a_line(
-    job: dict[str, Any], monkeypatch, changes: dict[str, Any], reason: str | None
+def test_a_hostile_config_ends_in_lines_for_every_terminal(
+    job: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "16")
     del job["model"]["max_model_len"]
     config = Path(job["model"]["name"]) / "config.json"
     fields = json.loads(config.read_bytes()) | changes
     config.write_text(json.dumps(fields), encoding="utf-8")
-    for here in (machine(H100), machine(**CPU, free_memory_bytes=64 * GIB)):
-        report = seen(job, here)
-        assert (report.reason is None) == (reason is None), told(report)
-        assert (reason or "") in (report.reason or "")
-        # To a terminal: one line each, of what it can show.
-        lines = told(report).split("\n")
-        assert all(line.isprintable() and len(line) < 500 for line in lines)
-
-
-@pytest.mark.parametrize(
-    "engine",
-    [
-        {"max_num_batched_tokens": 10**400},
-        {"kv_cache_memory_bytes": 10**400},
-        {"pipeline_parallel_size": 10**4000, "data_parallel_size": 10**4000},
-    ],
-)
-def test_a_setting_beyond_all_sense_is_told(job: dict[str, Any], engine: dict[str, Any]) -> None:
-    job["model"]["engine"] |= engine
     report = seen(job, machine(H100))
-    assert f"model.engine.{next(iter(engine))} = 1000" in (report.reason or "")
-    assert report.fit is not None  # The rest is told all the same.
+    assert report.exit_code == 0, report.as_text()
+    lines = report.as_text().split("\n")
+    assert all(line.isprintable() and len(line) < 500 for line in lines)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"r": [1]}', '{"r": Infinity}', '{"r": "x"}'])
@@ -459,9 +473,6 @@ def test_a_tokenizer_without_words_for_a_prompt_is_not_needed(job: dict[str, Any
     report = seen(job, machine(H100))
     assert report.rows is not None
     assert report.rows.prompt == 5 + 30  # Four characters a token.
-    path.unlink()
-    os.mkfifo(path)
-    assert seen(job, machine(H100)).exit_code == 0
 
 
 def test_a_damaged_index_in_the_cache_is_told(job: dict[str, Any]) -> None:
@@ -473,7 +484,7 @@ def test_a_damaged_index_in_the_cache_is_told(job: dict[str, Any]) -> None:
     assert any("index.json cannot be read" in finding.text for finding in report.findings)
 
 
-@pytest.mark.parametrize("space", ["\u00b2", "9" * 5000, "x", "0"])
+@pytest.mark.parametrize("space", ["\u00b2", "x", "0"])
 def test_a_cache_size_that_is_no_number_is_none(job: dict[str, Any], monkeypatch, space) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
     report = seen(job, machine(**CPU, free_memory_bytes=64 * GIB))
@@ -560,9 +571,9 @@ def test_a_dtype_that_vllm_does_not_know_is_refused(
             "max_model_len = 8,192 where prefill is not chunked",
         ),
         (
-            {"max_model_len": None},
+            {"max_model_len": None},  # What follows from config.json is left to vLLM.
             {"max_num_batched_tokens": 40959, "enable_chunked_prefill": False},
-            "max_model_len = 40,960 where prefill is not chunked",
+            None,
         ),
         ({"max_num_seqs": 128}, {"max_num_batched_tokens": 128}, None),
         ({"max_num_seqs": 129}, {"max_num_batched_tokens": 128}, "max_num_seqs = 129"),
@@ -584,18 +595,6 @@ def test_on_a_cpu_prefill_is_not_chunked(job: dict[str, Any]) -> None:
     job["model"]["engine"]["max_num_batched_tokens"] = 128
     (text,) = problems(seen(job, machine(build="cpu", memory_bytes=GIB, free_memory_bytes=GIB)))
     assert text.endswith("below max_model_len = 512 where prefill is not chunked")
-
-
-def test_a_length_that_vllm_may_take_for_less_is_not_counted_on(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"original_max_position_embeddings": 4096}')
-    assert least_model_len({}, tmp_path, 131072) == 4096
-    assert least_model_len({"disable_sliding_window": True}, tmp_path, 131072) is None
-    assert least_model_len({"max_model_len": 9000}, tmp_path, 9000) == 9000
-    (tmp_path / "config.json").write_text("{}")
-    assert least_model_len({}, tmp_path, 131072) == 131072
-    (tmp_path / "config.json").write_text("damaged")
-    assert least_model_len({}, tmp_path, 131072) is None
-    assert least_model_len({}, None, None) is None
 
 
 def test_answers_end_where_the_model_does(job: dict[str, Any]) -> None:
@@ -629,13 +628,3 @@ def test_padding_of_the_tokenizer_is_not_counted(tmp_path: Path) -> None:
     plain, padded = counter(SAMPLE_MODEL), counter(tmp_path)
     assert padded[1] == plain[1] == "by the model's tokenizer"
     assert padded[0]("hello hello") == plain[0]("hello hello") < 10
-
-
-@pytest.mark.parametrize(("vllm", "num"), [("0.26.0", 1024), ("0.33.0", 256), (None, 256)])
-def test_defaults_are_those_of_the_installed_vllm(
-    job: dict[str, Any], vllm: str | None, num: int
-) -> None:
-    gb10 = gpu("NVIDIA GB10", 119.0, capability=(12, 1))
-    report = seen(job, machine(gb10, vllm=vllm))
-    assert report.settings is not None
-    assert report.settings.max_num_seqs == num

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import pytest
 
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Gpu
-from batchgen.preview import weights
-from batchgen.preview.memory import dtype_of, estimate, settings_of
-from batchgen.preview.shape import read_shape, shape_of
-from batchgen.preview.weights import Weights, counted, read_weights
+from batchgen.preview.checkpoint import (
+    Weights,
+    read_config,
+    read_weights,
+    shape_of,
+    weight_files,
+)
+from batchgen.preview.memory import estimate, settings_of
 from tests.bench.random_model import _COMMON, SHAPES
 
 MIB, GIB = 2**20, 2**30
@@ -37,20 +41,14 @@ DEEPSEEK_V3 = {
 SAMPLE_MODEL = Path(__file__).parents[2] / "sample_data" / "model"
 
 
-def test_kv_cache_and_weights_of_qwen3_are_those_that_are_known() -> None:
+def test_the_kv_cache_of_qwen3_is_what_is_known() -> None:
     assert QWEN_8B.kv_bytes("bfloat16", 1, 1) == 36 * 8 * 128 * 2 * 2 == 147_456
-    assert counted(QWEN_8B, "bfloat16", None).num_bytes == pytest.approx(16.38e9, rel=1e-3)
-    assert counted(QWEN_8B, "bfloat16", None).num_parameters == pytest.approx(8.19e9, rel=1e-3)
-    # One embedding, not two.
-    assert counted(QWEN_06B, "bfloat16", None).num_parameters == pytest.approx(0.596e9, rel=1e-3)
-    # FP8 is for the linear layers alone.
-    assert counted(QWEN_8B, "bfloat16", 8.0).num_bytes == pytest.approx(9.44e9, rel=1e-3)
 
 
 def test_an_h100_holds_as_many_tokens_as_vllm_reported() -> None:
     kwargs = {"gpu_memory_utilization": 0.9, "max_model_len": 8192, "load_format": "dummy"}
     settings = settings_of(kwargs, QWEN_8B, H100, 8192)
-    size = counted(QWEN_8B, settings.dtype, None).num_bytes
+    size = 8_190_735_360 * 2  # Parameters of Qwen3-8B, as its model card counts them.
     memory = estimate(QWEN_8B, size, settings, H100.total_bytes, (0, 26))
     assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (1024, 16384)
     # vLLM 0.26: 71.26 GiB, 15.27 weights, 1.53 peak, 0.22 other, 54.24 left, 394,928 tokens.
@@ -74,21 +72,23 @@ def test_gpus_share_heads_and_layers() -> None:
 def test_latent_attention_is_counted_and_not_shared() -> None:
     shape = shape_of(DEEPSEEK_V3)
     assert shape.kv_bytes("bfloat16", 8, 1) == 61 * 576 * 2
-    assert counted(shape, "bfloat16", None) is None
 
 
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "several kinds"),
-        ({"sliding_window": 4096}, "window of 4096"),
-        ({"layer_types": ["linear_attention", "full_attention"]}, "several kinds"),
-        ({"attn_layer_period": 8}, "without a KV cache"),
-        ({"kv_lora_rank": 512, "model_type": "unheard_of"}, "attention of its own"),
-        ({"num_key_value_heads": [1, 2]}, "unlike size"),
-        ({"multi_query": True}, "its own"),
-        ({"is_encoder_decoder": True}, "encoder"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "(layer_types in its config"),
+        ({"layer_types": [[1]]}, "(layer_types in its config"),
+        ({"sliding_window": 4096}, "(sliding_window in its config"),
+        ({"attn_layer_period": 8}, "(attn_layer_period in its config"),
+        ({"kv_lora_rank": 512, "model_type": "unheard_of"}, "(kv_lora_rank in its config"),
+        ({"num_key_value_heads": [1, 2]}, "(num_key_value_heads in its config"),
+        ({"multi_query": True}, "(multi_query in its config"),
+        ({"is_encoder_decoder": True}, "(is_encoder_decoder in its config"),
         ({"num_hidden_layers": None}, "how many layers"),
+        ({"num_hidden_layers": True}, "how many layers"),
+        ({"head_dim": None, "hidden_size": "x"}, "how many layers and heads"),
+        ({"num_attention_heads": [32]}, "how many layers and heads"),
     ],
 )
 def test_what_is_not_plain_is_not_known(config: dict[str, Any], why: str) -> None:
@@ -106,16 +106,6 @@ def test_the_language_part_of_a_multimodal_model_counts() -> None:
     text = {**_COMMON, **SHAPES["8b"]}
     shape = shape_of({"model_type": "some_vl", "vision_config": {}, "text_config": text})
     assert (shape.is_multimodal, shape.kv_bytes("bfloat16", 1, 1)) == (True, 147_456)
-
-
-def test_experts_count_all_of_them() -> None:
-    moe = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-    shape = shape_of(
-        {**_COMMON, **moe, "num_hidden_layers": 48, "hidden_size": 2048, "model_type": "qwen3_moe"}
-        | {"num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144}
-    )
-    # Qwen3-30B-A3B: 30.5 B.
-    assert counted(shape, "bfloat16", None).num_parameters == pytest.approx(30.5e9, rel=0.01)
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> None:
@@ -137,13 +127,13 @@ def test_weights_are_read_from_headers(tmp_path: Path) -> None:
     }
     write_safetensors(tmp_path / "model.safetensors", tensors)
     tied = shape_of({"tie_word_embeddings": True})
-    found = read_weights(tmp_path, tied, "bfloat16", None, is_dummy=False)
+    found = read_weights(tmp_path, tied, "bfloat16", None)
     assert found is not None
     assert (found.num_bytes, found.num_parameters) == (2 * 68, 68)
-    untied = read_weights(tmp_path, shape_of({}), "bfloat16", None, is_dummy=False)
+    untied = read_weights(tmp_path, shape_of({}), "bfloat16", None)
     assert untied is not None
     assert untied.num_parameters == 108
-    halved = read_weights(tmp_path, tied, "bfloat16", 8.0, is_dummy=False)
+    halved = read_weights(tmp_path, tied, "bfloat16", 8.0)
     assert halved is not None
     assert halved.num_bytes == 2 * 44 + 24
 
@@ -157,31 +147,28 @@ def test_quantized_weights_stay_as_they_are(tmp_path: Path) -> None:
     }
     write_safetensors(tmp_path / "model.safetensors", tensors)
     shape = shape_of({"quantization_config": {"quant_method": "gptq"}})
-    found = read_weights(tmp_path, shape, "float16", None, is_dummy=False)
+    found = read_weights(tmp_path, shape, "float16", None)
     assert found is not None
     assert (found.num_bytes, found.num_parameters) == (128 + 16 + 16 + 16, None)
 
 
 def test_the_sample_model_is_as_large_as_its_file() -> None:
-    found = read_weights(SAMPLE_MODEL, read_shape(SAMPLE_MODEL), "bfloat16", None, is_dummy=False)
+    found = read_weights(SAMPLE_MODEL, shape_of(read_config(SAMPLE_MODEL)), "bfloat16", None)
     assert found is not None
     assert 0 < found.file_bytes - found.num_bytes < 10_000
-    by_config = counted(read_shape(SAMPLE_MODEL), "bfloat16", None)
-    assert by_config is not None
-    assert by_config.num_bytes == pytest.approx(found.num_bytes, rel=0.01)
 
 
 def test_files_beside_those_of_the_index_do_not_count(tmp_path: Path) -> None:
     for name in ("model-1.safetensors", "consolidated.safetensors"):
         write_safetensors(tmp_path / name, {"a": ("F16", [4], 8)})
     shape = shape_of({})
-    assert read_weights(tmp_path, shape, "float16", None, is_dummy=False).num_bytes == 8
+    assert read_weights(tmp_path, shape, "float16", None).num_bytes == 8
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"lacks model-2\.safetensors"):
-        read_weights(tmp_path, shape, "float16", None, is_dummy=False)
+        read_weights(tmp_path, shape, "float16", None)
     write_safetensors(tmp_path / "model-2.safetensors", {"b": ("F16", [4], 8)})
-    assert read_weights(tmp_path, shape, "float16", None, is_dummy=False).num_bytes == 16
+    assert read_weights(tmp_path, shape, "float16", None).num_bytes == 16
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:20], lambda _: b""])
@@ -190,15 +177,15 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Any) -> None:
     write_safetensors(path, {"a": ("F16", [4], 8)})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
-        read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
+        read_weights(tmp_path, shape_of({}), "float16", None)
 
 
 def test_other_formats_count_by_their_size(tmp_path: Path) -> None:
-    assert read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False) is None
+    assert read_weights(tmp_path, shape_of({}), "float16", None) is None
     (tmp_path / "pytorch_model.bin").write_bytes(bytes(100))
-    found = read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
+    found = read_weights(tmp_path, shape_of({}), "float16", None)
     assert found == Weights(100, "by the size of its files", file_bytes=100)
-    assert weights.safetensors_files(tmp_path) == []
+    assert weight_files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -234,7 +221,8 @@ def test_defaults_are_those_of_vllm(
 def test_auto_is_resolved_as_vllm_does(
     kwargs: dict[str, Any], config: dict[str, Any], capability: Any, expected: str
 ) -> None:
-    assert dtype_of(kwargs, shape_of(config), capability) == expected
+    gpu = replace(H100, capability=capability)
+    assert settings_of(kwargs, shape_of(config), gpu, None).dtype == expected
 
 
 def test_an_fp8_checkpoint_may_ask_for_an_fp8_cache() -> None:
@@ -251,54 +239,19 @@ def test_a_given_cache_is_not_estimated() -> None:
 
 def test_a_job_without_config_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        read_shape(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ConfigError, match="no JSON object"):
-        read_shape(tmp_path)
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("[" * 100_000, "nested too deep"),
-        ('{"a":' * 40 + "1" + "}" * 40, "nested deeper than 32"),
-        ("5", "no JSON object but 5"),
-        ('{"hidden_size": ' + "9" * 5000 + "}", "cannot be read"),
-        (json.dumps({"hidden_size": 10**400}), "has hidden_size = 10000.*expected 0 to 1,099"),
-        ('{"text_config": {"vocab_size": Infinity}}', "has vocab_size = inf"),
-        ('{"max_position_embeddings": NaN}', "has max_position_embeddings = nan"),
-    ],
+    ("text", "why"), [("[" * 100_000, "cannot be read"), ("5", "no JSON object but 5")]
 )
 def test_a_damaged_config_is_told(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"config\.json.*{why}.*fetch the model again"):
-        read_shape(tmp_path)
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        os.mkfifo(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"config\.json cannot be read: it is no file"):
-        read_shape(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged.*it is no file"):
-        read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        ({"layer_types": [[1]]}, "several kinds"),
-        ({"hidden_size": "x"}, "hidden_size = 'x', expected a whole number"),
-        ({"num_hidden_layers": True}, "num_hidden_layers = True, expected a whole number"),
-        ({"head_dim": {}}, "head_dim = {}, expected a whole number"),
-        ({"num_attention_heads": [32]}, "unlike size"),
-        ({"model_type": ["x"], "kv_lora_rank": 512}, "attention of its own"),
-    ],
-)
-def test_a_value_of_a_wrong_type_is_not_counted_with(config: dict[str, Any], why: str) -> None:
-    shape = shape_of({**_COMMON, **SHAPES["8b"], **config})
-    assert why in (shape.not_plain or "")
-    assert shape.kv_bytes("bfloat16", 1, 1) is None
+        read_config(tmp_path)
 
 
 def write_header(folder: Path, header: str) -> None:
@@ -307,43 +260,36 @@ def write_header(folder: Path, header: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "why"),
+    ("field", "value"),
     [
-        ("dtype", [], r"has dtype \[\]"),
-        ("shape", None, "and shape None"),
-        ("shape", 5, "and shape 5"),
-        ("shape", [0, float("inf")], "expected a text and a list of whole numbers"),
-        ("shape", [10**200, 10**200], "expected a text and a list of whole numbers"),
-        ("shape", [True, 4], "expected a text and a list of whole numbers"),
-        ("shape", [1] * 10_000, "expected a text and a list of whole numbers"),
-        ("shape", [2, 3], "has 8 bytes, not those of 'F16'"),
-        ("data_offsets", "x", "has data_offsets 'x'"),
-        ("data_offsets", [1, "a"], "expected begin and end"),
-        ("data_offsets", [8, 0], "expected begin and end"),
-        ("data_offsets", [0, 10**400], "expected begin and end"),
+        ("shape", None),
+        ("shape", ["x"]),
+        ("shape", [float("inf")]),
+        ("data_offsets", "x"),
+        ("data_offsets", [1, "a"]),
+        ("data_offsets", [0, 10**400]),
     ],
 )
-def test_a_damaged_header_is_told(tmp_path: Path, field: str, value: Any, why: str) -> None:
+def test_a_damaged_header_is_told(tmp_path: Path, field: str, value: Any) -> None:
     line = {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8], field: value}
     write_header(tmp_path, json.dumps({"a": line}))
-    with pytest.raises(ConfigError, match=rf"model\.safetensors is damaged.*tensor 'a' .*{why}"):
-        read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        read_weights(tmp_path, shape_of({}), "float16", None)
 
 
 @pytest.mark.parametrize("header", ["[" * 100_000, "[]", '{"a": 5}', '"a"', ""])
 def test_a_header_that_is_none_is_told(tmp_path: Path, header: str) -> None:
     write_header(tmp_path, header)
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
-        read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
+        read_weights(tmp_path, shape_of({}), "float16", None)
 
 
-def test_a_format_that_came_later_is_read(tmp_path: Path) -> None:
+def test_a_format_that_came_later_counts_as_many_bytes_as_it_takes(tmp_path: Path) -> None:
     line = {"dtype": "F2_E1M0", "shape": [4, 8], "data_offsets": [0, 8]}
     write_header(tmp_path, json.dumps({"a": line}))
-    assert read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False) is not None
-    write_header(tmp_path, json.dumps({"a": {**line, "shape": [2**40] * 16}}))
-    with pytest.raises(ConfigError, match="not those of 'F2_E1M0'"):
-        read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
+    found = read_weights(tmp_path, shape_of({}), "float16", None)
+    assert found is not None
+    assert found.num_bytes == 8
 
 
 @pytest.mark.parametrize(
@@ -351,35 +297,18 @@ def test_a_format_that_came_later_is_read(tmp_path: Path) -> None:
     [
         ("[" * 100_000, "index.json cannot be read"),
         ("[]", "index.json cannot be read"),
-        ("{}", "weight_map = None, expected an object"),
-        ('{"weight_map": 5}', "weight_map = 5, expected an object"),
-        ('{"weight_map": {"a": 5}}', "has 5 for 'a', expected a file's name"),
-        ('{"weight_map": {"a": ["x"]}}', "for 'a', expected a file's name"),
-        ('{"weight_map": {"a": ""}}', "for 'a', expected a file's name"),
-        (json.dumps({"weight_map": {"a": "x" * 5000}}), "lacks x{80}, which its index names"),
+        ("{}", "weight_map = None, expected tensors"),
+        ('{"weight_map": {"a": 5}}', "weight_map = {'a': 5}, expected tensors and their files"),
+        ('{"weight_map": {"a": "absent"}}', "lacks absent, which its index names"),
     ],
 )
 def test_a_damaged_index_is_told(tmp_path: Path, index: str, why: str) -> None:
     write_safetensors(tmp_path / "model.safetensors", {"a": ("F16", [4], 8)})
     (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     with pytest.raises(ConfigError, match=why):
-        read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False)
+        read_weights(tmp_path, shape_of({}), "float16", None)
 
 
 def test_a_link_to_nothing_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").symlink_to("gone")
-    assert read_weights(tmp_path, shape_of({}), "float16", None, is_dummy=False) is None
-
-
-@pytest.mark.parametrize(
-    ("release", "seqs", "tokens"),
-    [((0, 26), 1024, 16384), ((0, 32), 1024, 16384), ((0, 33), 256, 8192)],
-)
-def test_a_gb10_has_small_defaults_from_0_33_on(
-    release: tuple[int, int], seqs: int, tokens: int
-) -> None:
-    gb10 = Gpu(0, "GPU-0", "NVIDIA GB10", 119 * GIB, 118 * GIB, (12, 1))
-    found = settings_of({}, QWEN_8B, gb10, None, release)
-    assert (found.max_num_seqs, found.max_num_batched_tokens) == (seqs, tokens)
-    newest = settings_of({}, QWEN_8B, gb10, None)
-    assert newest.max_num_seqs == 256
+    assert read_weights(tmp_path, shape_of({}), "float16", None) is None

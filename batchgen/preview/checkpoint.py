@@ -1,0 +1,431 @@
+"""A model's files: where they are, what config.json says of its size, how large its weights are.
+
+Nothing is loaded. Where a model is not of the plain kind the answer is "not
+known", with the reason, and never a figure that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from batchgen.core.errors import ConfigError
+from batchgen.preview.findings import Finding, gib, ok, problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from batchgen.job.model import ModelConfig
+
+_TIMEOUT_S = 15.0
+_SMALL = {"config.json", "tokenizer.json"}
+"""Files that are fetched of a model that is not here: without them nothing is known of it."""
+DTYPE_BYTES = {
+    **dict.fromkeys(("float32", "float"), 4),
+    **dict.fromkeys(("float16", "half", "bfloat16"), 2),
+}
+KV_BYTES = {**DTYPE_BYTES, **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"), 1)}
+_MLA_TYPES = frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"})
+"""Models with multi-head latent attention whose cache holds nothing else: of those in
+vllm/transformers_utils/model_arch_config_convertor.py, is_deepseek_mla, 0.26."""
+_NOT_PLAIN = (
+    *("attention_chunk_size", "num_kv_shared_layers", "index_topk", "compress_ratios"),
+    *("full_attention_interval", "attn_layer_period", "attn_layer_indices", "block_configs"),
+    *("hybrid_override_pattern", "layers_block_type", "linear_attn_config", "ssm_cfg"),
+    *("state_size", "new_decoder_architecture", "multi_query", "cross_attention_layers"),
+    "is_encoder_decoder",
+)
+"""Keys of a config.json whose layers have no KV cache, share one, or count heads otherwise."""
+_MAX_NUMBER = 2**40
+"""Far above what any model has: a larger number is damage, and counts as absent."""
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Formats of a safetensors file that are loaded in the model's own."""
+_MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit: safetensors, MAX_HEADER_SIZE."""
+_NOT_LINEAR = ("embed", "lm_head", "wte", "norm", "router", "gate.weight")
+_OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A model on the hub whose weights are not here."""
+
+    folder: Path
+    """With its config.json and tokenizer.json."""
+    weight_bytes: int
+    """Size of the weights that a run would fetch."""
+
+
+class Hub(Protocol):
+    """What is asked of the Hugging Face hub."""
+
+    def cached(self, name: str, revision: str | None) -> Path | None:
+        """The folder in the cache, complete or not; None if there is none. Asks no network."""
+
+    def look(self, name: str, revision: str | None) -> Remote:
+        """Fetch the model's small files and the sizes of the others.
+
+        Raises:
+            OSError: It is not there, is closed to us, or the hub cannot be reached.
+        """
+
+    def free_bytes(self) -> int | None:
+        """Free space where the cache is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model, as far as it is here."""
+
+    finding: Finding
+    folder: Path | None = None
+    """With at least its config.json; None where there is none."""
+    commit: str | None = None
+    """Commit of a hub model that is in the cache."""
+    missing_bytes: int = 0
+    """Size of the weights that a run would fetch first."""
+
+
+def find_model(model: ModelConfig, hub: Hub) -> Found:
+    """Find a model, without its weights if they are not here."""
+    name, folder = model.name or "", Path(model.name or "")
+    if folder.is_dir():
+        return Found(ok("model", f"{name} is here"), folder)
+    if folder.is_absolute() or name.count("/") > 1 or not name:
+        advice = "name a model's folder, or a hub id such as Qwen/Qwen3-8B"
+        return Found(problem("model", f"{name!r:.300} does not exist", advice))
+    cached = hub.cached(name, model.revision)
+    if cached is not None and (model.engine.get("load_format") == "dummy" or _has_weights(cached)):
+        text = f"{name} is in the cache, commit {cached.name[:12]}"
+        return Found(ok("model", text), cached, commit=cached.name)
+    try:
+        remote = hub.look(name, model.revision)
+    except OSError as error:
+        text = f"{name} is not in the cache, and the hub does not give it: {_first_line(error)}"
+        return Found(problem("model", text, "check the name, the network and HF_TOKEN"))
+    size, free = gib(remote.weight_bytes), hub.free_bytes()
+    if free is not None and free < remote.weight_bytes:
+        text = f"{name} is not in the cache: a run would fetch {size}, {gib(free)} are free there"
+        finding = problem("model", text, "free space, or set HF_HOME to a larger disk")
+    else:
+        finding = ok("model", f"{name} is not in the cache: a run fetches {size} first")
+    return Found(finding, remote.folder, missing_bytes=remote.weight_bytes)
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        files = weight_files(folder) or list(_others(folder))
+    except ConfigError:  # A damaged index is reported once the weights are read.
+        return True
+    return bool(files) and all(path.is_file() for path in files)
+
+
+def weight_bytes(files: Mapping[str, int]) -> int:
+    """Size of a repository's files, name -> size, that a run would load.
+
+    Files in folders are not loaded, pickles only where there is nothing else, and of two copies
+    the one in Hugging Face's form.
+    """
+    for kind in (".safetensors", ".bin"):
+        found = {n: size for n, size in files.items() if n.endswith(kind) and "/" not in n}
+        kept = {n: size for n, size in found.items() if not n.startswith("consolidated")}
+        if found:
+            return sum((kept or found).values())
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class HuggingFace:
+    """The hub itself, through huggingface_hub. Needs no torch."""
+
+    def cached(self, name: str, revision: str | None) -> Path | None:
+        """See `Hub`."""
+        with suppress(ImportError):
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+            with suppress(LocalEntryNotFoundError, HFValidationError, OSError):
+                return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return None
+
+    def look(self, name: str, revision: str | None) -> Remote:
+        """See `Hub`."""
+        try:
+            from huggingface_hub import HfApi, hf_hub_download
+        except ImportError as error:
+            msg = "huggingface_hub is not installed"
+            raise OSError(msg) from error
+        try:
+            info = HfApi().model_info(
+                name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+            )
+            files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            here = [
+                hf_hub_download(name, file, revision=info.sha) for file in _SMALL & files.keys()
+            ]
+        except Exception as error:
+            # Of its own, of requests, httpx or httpx2, as its version has it.
+            raise OSError(_first_line(error)) from error
+        if not here:
+            msg = f"{name} has no config.json"
+            raise OSError(msg)
+        return Remote(Path(here[0]).parent, weight_bytes(files))
+
+    def free_bytes(self) -> int | None:
+        """See `Hub`."""
+        with suppress(ImportError, OSError):
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            folder = Path(HF_HUB_CACHE)
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            return shutil.disk_usage(there).free
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model's language part. Counts are 0 where config.json does not say."""
+
+    model_type: str = ""
+    layers: int = 0
+    hidden: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    intermediate: int = 0
+    vocab: int = 0
+    is_tied: bool = False
+    """Output and input embedding are one."""
+    dtype: str = ""
+    """Format of the checkpoint's weights."""
+    experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate: int = 0
+    mla: tuple[int, int] | None = None
+    """Rank of the compressed cache and of its positions, for multi-head latent attention."""
+    not_plain: str | None = None
+    """Why the KV cache of a token is not known."""
+    is_multimodal: bool = False
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """`quantization_config`; empty if the checkpoint is not quantized."""
+
+    def kv_bytes(self, dtype: str, tensor_parallel: int, pipeline_parallel: int) -> int | None:
+        """Bytes of KV cache for a token on one GPU; None where that is not known.
+
+        Keys and values of each layer, or their compressed form with MLA; a GPU holds at least
+        one head. For Qwen3-8B in bfloat16: 36 x 8 x 128 x 2 x 2 = 147,456.
+
+        Args:
+            dtype: Format of the cache.
+            tensor_parallel: GPUs that share each layer.
+            pipeline_parallel: GPUs that share the layers; the largest share counts.
+
+        Source:
+            vllm/v1/kv_cache_interface.py, FullAttentionSpec and MLAAttentionSpec,
+            real_page_size_bytes, 0.26 to 0.33.
+        """
+        size = KV_BYTES.get(dtype)
+        if self.not_plain or size is None:
+            return None
+        layers = math.ceil(self.layers / pipeline_parallel)
+        if self.mla:
+            return layers * sum(self.mla) * size
+        heads = max(1, math.ceil(self.kv_heads / tensor_parallel))
+        return layers * heads * self.head_dim * 2 * size
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a model's config.json.
+
+    Raises:
+        ConfigError: It is absent or no JSON object.
+    """
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"cannot be read: it holds no JSON object but {found!r:.80}")
+    return found
+
+
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError("model.name", [f"{path} {why}; fetch the model again"])
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """Sizes from the content of a config.json; the language part of a multimodal model counts."""
+    inner = config.get("text_config") or config.get("llm_config")
+    text = {**config, **inner} if isinstance(inner, dict) else config
+    layers = _number(text, "num_hidden_layers", "n_layer", "num_layers")
+    heads = _number(text, "num_attention_heads", "n_head", "num_heads")
+    hidden = _number(text, "hidden_size", "n_embd", "d_model")
+    head_dim = _number(text, "head_dim") or (hidden // heads if heads else 0)
+    intermediate = _number(text, "intermediate_size", "n_inner", "ffn_dim")
+    experts = _number(text, "num_experts", "n_routed_experts", "num_local_experts")
+    odd = _odd_key(text)
+    not_plain = f"its layers are not plain attention ({odd} in its config.json)" if odd else None
+    if not (layers and heads and head_dim):
+        not_plain = "its config.json does not say how many layers and heads it has, in numbers"
+    rank = _number(text, "kv_lora_rank")
+    quantization = text.get("quantization_config")
+    return Shape(
+        model_type=str(text.get("model_type", "")),
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_number(text, "num_key_value_heads") or heads,
+        head_dim=head_dim,
+        intermediate=intermediate,
+        vocab=_number(text, "vocab_size"),
+        is_tied=bool(text.get("tie_word_embeddings", False)),
+        dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch."),
+        experts=experts,
+        experts_per_token=_number(text, "num_experts_per_tok", "moe_topk", "top_k_experts"),
+        moe_intermediate=(_number(text, "moe_intermediate_size") or intermediate) if experts else 0,
+        mla=(rank, _number(text, "qk_rope_head_dim")) if rank and not_plain is None else None,
+        not_plain=not_plain,
+        is_multimodal="vision_config" in config or "audio_config" in config,
+        quantization=quantization if isinstance(quantization, dict) else {},
+    )
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """The first that is there; 0 without one, or where it is something else."""
+    found = (value for name in names if type(value := config.get(name)) is int)
+    return next((value for value in found if 0 < value <= _MAX_NUMBER), 0)
+
+
+def _odd_key(text: Mapping[str, Any]) -> str | None:
+    """The key that says why a token's KV cache is not counted as in a plain model."""
+    kinds = text.get("layer_types")
+    is_windowed = text.get("sliding_window") and text.get("use_sliding_window") is not False
+    odd = [key for key in _NOT_PLAIN if text.get(key)]
+    if isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}:
+        odd.append("layer_types")
+    if kinds is None and is_windowed:
+        odd.append("sliding_window")
+    if text.get("kv_lora_rank") and str(text.get("model_type")) not in _MLA_TYPES:
+        odd.append("kv_lora_rank")
+    if text.get("num_key_value_heads") and not _number(text, "num_key_value_heads"):
+        odd.append("num_key_value_heads")  # Such as a list, of one number a layer.
+    return odd[0] if odd else None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of a whole model, however many GPUs share it."""
+
+    num_bytes: int
+    source: str
+    """How that is known, for people."""
+    num_parameters: int | None = None
+    """None for packed formats."""
+    file_bytes: int = 0
+    """What has to be read, on disk."""
+
+
+def read_weights(folder: Path, shape: Shape, dtype: str, bits: float | None) -> Weights | None:
+    """How large the weights are once they are loaded; None where nothing says it.
+
+    Args:
+        folder: With the model's files.
+        shape: From its config.json.
+        dtype: Format that the model runs in.
+        bits: Of a linear layer's weight, where vLLM quantizes; None: as the files have it.
+
+    Raises:
+        ConfigError: A file is damaged, or not there.
+    """
+    files = weight_files(folder)
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise _damaged(folder, f"lacks {missing[0]:.80}, which its index names")
+    if files:
+        return _from_headers(files, shape, dtype, bits)
+    # The hub's cache holds links, whose files may be gone.
+    size = sum(path.stat().st_size for path in _others(folder) if path.is_file())
+    return Weights(size, "by the size of its files", file_bytes=size) if size else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that vLLM reads: those of the index, else all but a second copy.
+
+    Raises:
+        ConfigError: The index is damaged.
+
+    Source:
+        vllm/model_executor/model_loader/weight_utils.py, filter_duplicate_safetensors_files,
+        0.26 to 0.33.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        return [path for path in files if not path.name.startswith("consolidated")] or files
+    names = _read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise _damaged(index, f"has weight_map = {names!r:.80}, expected tensors and their files")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _others(folder: Path) -> Iterator[Path]:
+    return (path for kind in _OTHER_WEIGHTS for path in folder.glob(kind))
+
+
+def _from_headers(files: Sequence[Path], shape: Shape, dtype: str, bits: float | None) -> Weights:
+    total, parameters, is_packed = 0.0, 0, bool(shape.quantization)
+    for name, kind, sizes, num_bytes in (line for path in files for line in read_header(path)):
+        if shape.is_tied and name.endswith("lm_head.weight"):
+            continue  # vLLM does not load it either.
+        num = math.prod(sizes)
+        parameters += num
+        is_linear = len(sizes) > 1 and not any(word in name for word in _NOT_LINEAR)
+        if kind not in _FLOATS or (is_packed and kind == "F32"):
+            total += num_bytes  # Packed weights and their scales stay as they are.
+        elif bits is not None and is_linear and not is_packed:
+            total += num * bits / 8
+        else:
+            total += num * DTYPE_BYTES.get(dtype, 2)
+    size = sum(path.stat().st_size for path in files)
+    source = f"by the headers of {len(files)} file(s)"
+    return Weights(round(total), source, None if is_packed else parameters, size)
+
+
+def read_header(path: Path) -> list[tuple[str, str, list[int], int]]:
+    """Tensors of a safetensors file: name, format, shape and bytes; reads its header alone.
+
+    Raises:
+        ConfigError: The file is damaged: cut short, or not this format.
+
+    Source:
+        safetensors 0.8, safetensors/src/tensor.rs, Metadata::validate.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
+        size, expected = path.stat().st_size, 8 + length + max(ends, default=0)
+        tensors = [
+            (name, t["dtype"], [int(num) for num in t["shape"]], end - int(t["data_offsets"][0]))
+            for (name, t), end in zip(header.items(), ends, strict=True)
+        ]
+    except (OSError, OverflowError, RecursionError, ValueError, TypeError, LookupError) as error:
+        raise _damaged(path, f"is damaged or not a safetensors file: {error!r:.200}") from error
+    except AttributeError as error:
+        raise _damaged(path, "is damaged: its header is no JSON object") from error
+    if size < expected:
+        raise _damaged(path, f"is damaged: it has {size:,} bytes, expected {expected:,}")
+    return tensors

@@ -1,0 +1,225 @@
+"""`examine`: a job and a machine to a report. Nothing is loaded, and nothing of the output touched.
+
+A check that fails hides none of the others, as far as they can be made without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batchgen.cluster.crews import is_fleet, needs_of, share_gpu
+from batchgen.core.errors import BatchgenError, ConfigError
+from batchgen.core.suggest import nearest
+from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
+from batchgen.inputs import stat_input
+from batchgen.job.model import ModelConfig
+from batchgen.job.scheduler import above_batched_tokens
+from batchgen.pipeline.decide import refuse_foreign
+from batchgen.pipeline.prepare import engine_spec, prepare
+from batchgen.preview.checkpoint import HuggingFace, find_model
+from batchgen.preview.findings import Finding, Report, of_error, ok, problem, warning
+from batchgen.preview.lengths import LARGE_BYTES, row_lengths
+from batchgen.preview.machine import (
+    check_device,
+    check_limits,
+    check_output,
+    check_replicas,
+    check_versions,
+    read_machine,
+)
+from batchgen.preview.model_check import check_model
+from batchgen.preview.tokens import max_model_len
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from batchgen.core.records import EngineSpec
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.prepare import Prepared
+    from batchgen.preview.checkpoint import Found, Hub
+    from batchgen.preview.lengths import RowLengths
+    from batchgen.preview.machine import Machine
+
+DTYPES = frozenset({"auto", "half", "float16", "bfloat16", "float", "float32"})
+"""What vLLM takes as `dtype`: vllm/config/model.py, ModelDType, 0.26 to 0.33."""
+_ANSWER_BYTES_A_TOKEN = 6
+"""Text and typed answer, with what goes beside it in the output."""
+
+
+def examine(
+    load: Callable[[], JobConfig],
+    job_file: Path | None = None,
+    probe: Callable[[], Machine] = read_machine,
+    hub: Hub | None = None,
+) -> Report:
+    """Say whether this machine can run a job.
+
+    Args:
+        load: Loads the job; what it raises is a problem like any other.
+        job_file: For its time; None if the job is not from a file.
+        probe: Reads the machine.
+        hub: Asked for models that are not in a folder; None: the Hugging Face hub.
+    """
+    machine = probe()
+    try:
+        job = load()
+    except BatchgenError as error:
+        return Report([of_error("job", error)], machine)
+    if job.model.backend == "vllm":
+        return _with_model(job, machine, hub or HuggingFace(), job_file)
+    findings = [ok("model", "echo needs neither GPU nor vLLM")]
+    findings += check_limits(machine, 0, job_file)
+    findings += check_replicas(job, machine)
+    findings += _check_output(job, _prepared(job, findings), None)
+    return Report(findings, machine)
+
+
+def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | None) -> Report:
+    found, findings = find_model(job.model, hub), list[Finding]()
+    local, is_cpu = _shared(_localized(job, found)), machine.build == "cpu"
+    spec = engine_spec(local, str(found.folder or ""))
+    kwargs = _llm_kwargs(spec, findings, is_cpu=is_cpu)
+    num_gpus = gpus_of(kwargs, is_cpu=is_cpu)
+    limit = max_model_len(spec, None)[0] if found.folder is not None else None
+    findings = [
+        *check_versions(machine),
+        *check_device(machine, num_gpus),
+        *check_replicas(job, machine),
+        found.finding,
+        *check_limits(machine, num_gpus, job_file),
+        *check_keywords(job.model.engine),
+        *check_settings(kwargs),
+        *findings,
+    ]
+    if found.folder is None:
+        return Report([*findings, *_check_output(job, None, None)], machine)
+    prepared = _prepared(local, findings)
+    rows = _rows(prepared, limit, findings) if prepared is not None else None
+    report = check_model(found, kwargs, machine, limit, rows)
+    findings += [*report.findings, *_check_output(job, prepared, rows)]
+    return replace(report, findings=findings)
+
+
+def _localized(job: JobConfig, found: Found) -> JobConfig:
+    """The same job, with nothing left to fetch when it is prepared."""
+    changes: dict[str, Any] = {}
+    if found.commit is not None:
+        changes = {"revision": found.commit}
+    elif found.missing_bytes and found.folder is not None:
+        changes = {"name": str(found.folder), "revision": None}
+    return job.model_copy(update={"model": job.model.model_copy(update=changes)})
+
+
+def _shared(job: JobConfig) -> JobConfig:
+    """The job as its engine gets it, which may have to share a GPU with another replica's."""
+    try:
+        return share_gpu(job, needs_of(job)) if is_fleet(job) else job
+    except ConfigError:  # Reported by `check_replicas`.
+        return job
+
+
+def _llm_kwargs(spec: EngineSpec, findings: list[Finding], *, is_cpu: bool) -> Mapping[str, Any]:
+    try:
+        return llm_kwargs(spec, is_cpu=is_cpu)
+    except BatchgenError as error:
+        findings.append(of_error("lora", error))
+        return spec.model_kwargs
+
+
+def _prepared(job: JobConfig, findings: list[Finding]) -> Prepared | None:
+    try:
+        return prepare(job)
+    except (BatchgenError, OSError) as error:  # A file of the model that may not be read.
+        findings.append(of_error("job", error, "batchgen check JOB shows more"))
+        return None
+
+
+def _rows(prepared: Prepared, limit: int | None, findings: list[Finding]) -> RowLengths | None:
+    try:
+        rows = row_lengths(prepared, limit)
+    except BatchgenError as error:
+        findings.append(of_error("input", error))
+        return None
+    if rows is None:
+        findings.append(warning("rows", "the input's first rows hold no prompt", "batchgen check"))
+    return rows
+
+
+def check_keywords(
+    engine: Mapping[str, Any], known: Collection[str] | None = None
+) -> Iterator[Finding]:
+    """Say whether vLLM has what `[model.engine]` names.
+
+    Args:
+        engine: That table.
+        known: vLLM's keywords; None: those of the installed one.
+    """
+    known = known if known is not None else known_keywords()
+    if known is None:
+        if engine:
+            text = f"whether vLLM knows model.engine's {', '.join(engine)} could not be looked up"
+            yield warning("job", text)
+        return
+    for name in (name for name in engine if name not in known):
+        text = f"model.engine.{name}: the installed vLLM has no such keyword"
+        if (near := nearest(name, known)) is not None:
+            place = "model" if near in ModelConfig.model_fields else "model.engine"
+            text = f"{text}, did you mean '{place}.{near}'?"
+        yield problem("job", text, "mend it or leave it out")
+
+
+def check_settings(kwargs: Mapping[str, Any]) -> Iterator[Finding]:
+    """Say which values of `LLM(...)`'s keywords vLLM refuses, alone or beside each other.
+
+    Where the job does not say `max_model_len`, what follows from it is left to vLLM.
+    """
+    dtype = kwargs.get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        text = f"dtype {dtype!r}, expected auto, bfloat16, float16 (half), float32 (float)"
+        yield problem("dtype", text, "set model.dtype to one of these, or leave it out")
+    names = ("max_num_batched_tokens", "max_num_seqs", "max_model_len")
+    numbers = {name: found for name in names if isinstance(found := kwargs.get(name), int)}
+    if (tokens := numbers.pop("max_num_batched_tokens", None)) is None:
+        return
+    seqs, length = numbers.get("max_num_seqs"), numbers.get("max_model_len")
+    is_chunked = kwargs.get("enable_chunked_prefill") in (None, True)
+    above = above_batched_tokens(tokens, seqs, length, is_chunked=is_chunked)
+    if above is not None:
+        where = " where prefill is not chunked" if above == "max_model_len" else ""
+        text = f"which vLLM refuses below {above} = {numbers[above]:,}{where}"
+        advice = f"raise model.engine.max_num_batched_tokens, or lower model.{above}"
+        yield problem("job", f"max_num_batched_tokens = {tokens}, {text}", advice)
+
+
+def _check_output(
+    job: JobConfig, prepared: Prepared | None, rows: RowLengths | None
+) -> Iterator[Finding]:
+    root = Path(job.output.path)
+    try:
+        refuse_foreign(root)
+    except BatchgenError as error:
+        yield of_error("output", error)
+        return
+    needed = None
+    if prepared is not None:
+        answer = rows.answer if rows is not None else float(job.sampling.max_tokens)
+        needed = _output_bytes(prepared, answer)
+    yield from check_output(root, needed)
+
+
+def _output_bytes(prepared: Prepared, answer_tokens: float) -> int | None:
+    """About what a job leaves on disk: its parts, and the published files beside them.
+
+    The input stands for the carried columns, though Parquet makes them smaller. Rows of large
+    files are not counted, and then no answers either.
+    """
+    sizes = [stat_input(path).size_bytes for path in prepared.files]
+    if any(size < 0 for size in sizes):
+        return None
+    answers = 0.0
+    if sum(sizes) <= LARGE_BYTES:
+        num_rows = sum(prepared.reader.scan(path).num_rows for path in prepared.files)
+        answers = num_rows * answer_tokens * prepared.job.sampling.n * _ANSWER_BYTES_A_TOKEN
+    return round(2 * (answers + (sum(sizes) if prepared.carried else 0)))
