@@ -18,8 +18,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Messages, Prompt, RowError
 from batchgen.core.suggest import nearest
-from batchgen.prompt.budget import MAX_CHARS, BudgetError
-from batchgen.prompt.sandbox import NULL, NullPrintedError, Sandbox
+from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

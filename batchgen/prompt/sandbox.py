@@ -1,9 +1,9 @@
-"""Templates that cannot escape, fill the memory or run for ever.
+"""Templates whose rows cannot fill the memory or run for ever.
 
-Jinja's immutable sandbox keeps a template from Python's inside and from changing the row. It does
-not stop `'a' * 10**9`. Here everything that can make more than it is given pays from a `Budget`
-first: operators, calls, filters, `~`, list literals, slices, what is printed, and every turn of a
-loop. Jinja lets all but four of these be intercepted; the four are wrapped in the syntax tree.
+The job's author is trusted, what rows hold is not (docs/threat-model.md): `{{ a * n }}` and
+`{{ text|center(n) }}` are honest, and a row may say n = 10**9. So what a value can make large pays
+from `Limits` before it is computed, for `'a' * 10**9` cannot be taken back. Against the author
+there is only what Jinja brings: its immutable sandbox.
 
 Rendering stays in process, because a child per row would cost more than the engine.
 """
@@ -11,29 +11,40 @@ Rendering stays in process, because a child per row would cost more than the eng
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import ItemsView, Iterator, KeysView, Sized, ValuesView
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
-from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from batchgen.prompt.budget import (
-    FILTER_COSTS,
-    METHOD_COSTS,
-    Budget,
-    operator_cost,
-    spec_cost,
-    weigh,
-)
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from jinja2.runtime import Context
 
     Render = Callable[[dict[str, Any]], str]
+    Cost = Callable[[Any, Sequence[Any]], int]
+    """The value that a filter or method is applied to, its arguments -> characters it makes."""
+
+MAX_CHARS = 16 << 20
+"""Characters that one render may print and make on the way; some 4 million tokens."""
+MAX_STEPS = 2_000_000
+"""Calls, filters and turns of loops in one render."""
+MAX_S = 1.5
+"""Seconds of the thread's own time in one render, where steps are unlike in cost."""
+MAX_INT_BITS = 1 << 16
+
+_TOO_MANY_CHARS = f"makes more than {MAX_CHARS:,} characters"
+_ITEM_CHARS = 8  # An item of a list counts, beside itself, the bytes of its reference.
+_MAX_WORK = 2 << 30  # Characters moved by what is quadratic: about a second.
+_STEPS_BETWEEN_LOOKS = 16  # At the clock, which costs as much as ten steps.
+_CONTAINERS = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
+_SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace()]
+_NUMBER = re.compile(r"\d+")
+_PERCENT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
 
 # These answer with what exists already, or in constant space.
 _FREE_FILTERS = frozenset(
@@ -47,8 +58,166 @@ _CLOCK = frozenset({"now", "today", "utcnow"})
 _OTHER_FILES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
+class BudgetError(Exception):
+    """A render costs more than it may."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the template {why}")
+
+
 class NullPrintedError(Exception):
     """A template prints a null."""
+
+
+class Limits:
+    """What is left of one render's means. Used by one thread at a time."""
+
+    __slots__ = ("_chars", "_steps", "_until_s")
+
+    def __init__(self) -> None:
+        self.refill()
+
+    def refill(self) -> None:
+        """Begin a render."""
+        self._chars = MAX_CHARS
+        self._steps = MAX_STEPS
+        # The thread's own: a machine that slept or was busy is not the row's fault.
+        self._until_s = time.thread_time() + MAX_S
+
+    def spend(self, chars: int) -> None:
+        """Pay for text or items about to be made; raises BudgetError if they are too many."""
+        self._chars -= chars
+        if self._chars < 0:
+            raise BudgetError(_TOO_MANY_CHARS)
+
+    def step(self) -> None:
+        """Pay for one operation; raises BudgetError for too many, or if they take too long."""
+        self._steps -= 1
+        if self._steps < 0:
+            why = f"takes more than {MAX_STEPS:,} steps"
+            raise BudgetError(why)
+        if self._steps % _STEPS_BETWEEN_LOOKS == 0 and time.thread_time() > self._until_s:
+            why = f"takes longer than {MAX_S:g} s"
+            raise BudgetError(why)
+
+    def charge(self, made: Any) -> Any:  # noqa: ANN401
+        """Pay for what an operation made, and return it."""
+        if isinstance(made, int):
+            _check_int(made.bit_length())
+        elif isinstance(made, str | bytes):
+            self.spend(len(made))
+        elif isinstance(made, _CONTAINERS):
+            self.spend(_ITEM_CHARS * len(made))
+        return made
+
+
+def _check_int(num_bits: int) -> None:
+    if num_bits > MAX_INT_BITS:
+        why = f"makes a number of more than {MAX_INT_BITS:,} bits"
+        raise BudgetError(why)
+
+
+def _weigh(value: object) -> int:
+    """Count the characters of a value as it is printed, each as often as it is."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if not isinstance(value, _CONTAINERS):
+        return 1
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    return _ITEM_CHARS * len(value) + sum(map(_weigh, items))
+
+
+def _sum_of_numbers(text: str) -> int:
+    # More digits are over any budget, and int() of a million digits is a bomb of its own.
+    return sum(int(found[:10]) + (len(found) > 10) * MAX_CHARS for found in _NUMBER.findall(text))
+
+
+def _largest(args: Iterable[object]) -> int:
+    """Return the largest number among arguments, or length of a text if that is more."""
+    return max((abs(a) if isinstance(a, int) else _weigh(a) for a in args), default=0)
+
+
+def _operator_cost(operator: str, left: Any, right: Any) -> int:  # noqa: ANN401 - any operands
+    if isinstance(left, int) and isinstance(right, int):
+        if operator == "**":
+            _check_int(left.bit_length() * max(right, 0))
+        elif operator == "*":
+            _check_int(left.bit_length() + right.bit_length())
+        return 0
+    if operator == "%":
+        return _percent_cost(left, right) if isinstance(left, str | bytes) else 0
+    if operator == "*":
+        times, value = (left, right) if isinstance(left, int) else (right, left)
+        return max(times, 0) * max(_weigh(value), 1) if isinstance(times, int) else 0
+    both_text = isinstance(left, str | bytes) and isinstance(right, str | bytes)
+    return len(left) + len(right) if both_text else 0
+
+
+def _percent_cost(template: str | bytes, values: object) -> int:
+    """Count the characters that `template % values` makes at most."""
+    text = template.decode("latin-1") if isinstance(template, bytes) else template
+    found = _PERCENT.findall(text)
+    if any("*" in spec for spec in found):
+        why = "takes the width of a format from a value"
+        raise BudgetError(why)
+    widths = sum(_sum_of_numbers(" ".join(spec)) for spec in found)
+    # Of a mapping, each value may be printed by every spec.
+    if isinstance(values, dict):
+        return len(text) + widths + len(found) * _largest(values.values())
+    return len(text) + widths + _weigh(values)
+
+
+def _quadratic(num_times: int, value: object) -> int:
+    return MAX_CHARS + 1 if num_times * _weigh(value) > _MAX_WORK else 0
+
+
+def _joined(value: object, args: Sequence[object]) -> int:
+    """Of items and what comes between them, a filter is given these first, a method that."""
+    other = args[0] if args else ""
+    return _size(value) * _size(other) + _weigh(value) + _weigh(other)
+
+
+def _size(value: object) -> int:
+    return len(value) if isinstance(value, Sized) else 1
+
+
+def _words(value: Any, args: Sequence[Any]) -> int:  # noqa: ANN401
+    separators = args[:1] if args and isinstance(args[0], str) and args[0] else _SPACES
+    return _ITEM_CHARS * sum(map(str(value).count, separators))
+
+
+def _replaced(value: Any, args: Sequence[Any]) -> int:  # noqa: ANN401
+    old, new = (*map(str, args[:2]), "", "")[:2]
+    return str(value).count(old) * max(len(new) - len(old), 0)
+
+
+_COSTS: Mapping[str, Cost] = {
+    "batch": lambda _, args: _ITEM_CHARS * _largest(args),
+    "center": lambda _, args: _largest(args),
+    "expandtabs": lambda value, args: value.count("\t") * (_largest(args) or 8),
+    "format": lambda value, args: _percent_cost(str(value), tuple(args)),
+    "indent": lambda value, args: (str(value).count("\n") + 1) * (_largest(args) or 4),
+    "join": _joined,
+    "list": lambda value, _: _ITEM_CHARS * _size(value),
+    "ljust": lambda _, args: _largest(args),
+    "replace": _replaced,
+    "rjust": lambda _, args: _largest(args),
+    "round": lambda _, args: _largest(args) << 15,  # It computes 10**precision.
+    "rsplit": _words,
+    "slice": lambda _, args: 8 * _ITEM_CHARS * _largest(args),  # A list each.
+    "split": _words,
+    "splitlines": _words,
+    "striptags": lambda value, _: _quadratic(str(value).count("<"), value),
+    "to_bytes": lambda _, args: _largest(args),
+    "tojson": lambda value, args: _weigh(value) * (1 + _largest(args)),
+    "wordcount": _words,
+    "wordwrap": lambda value, args: _quadratic(_weigh(value) // (_largest(args) or 79), value),
+    "zfill": lambda _, args: _largest(args),
+}
+"""Filter, or method of text and numbers -> what it makes beyond the text that it is given.
+
+What is not listed makes little more than its operands hold.
+"""
 
 
 class _Null:
@@ -81,14 +250,6 @@ class _Null:
 NULL = _Null()
 
 
-class _Namespace(Namespace):
-    """`namespace()`, which cannot be printed: one that holds itself twice would never end."""
-
-    def __repr__(self) -> str:
-        msg = "a namespace cannot be printed"
-        raise TypeError(msg)
-
-
 class _Undefined(StrictUndefined):
     """Cannot be printed as an item of a list either."""
 
@@ -97,31 +258,24 @@ class _Undefined(StrictUndefined):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles one template and renders it within its budget."""
+    """Compiles one template and renders it within its limits."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        # Unoptimized: the optimizer would run filters on constants before any budget.
         super().__init__(undefined=_Undefined, optimized=False, keep_trailing_newline=False)
-        self.budget = Budget()
+        self.limits = Limits()
         self.finalize = self._printed
+        self.concat = _put_together  # type: ignore[method-assign]
         for name in _BANNED_FILTERS:
             del self.filters[name]
         for name, function in list(self.filters.items()):
             if name not in _FREE_FILTERS:
-                self.filters[name] = _paying(self.budget, name, function)
-        self.filters |= {
-            _TURN: self._turn,
-            _DATA: self._data,
-            _CONCAT: self._concat,
-            _HOLD: self.budget.hold,
-        }
-        self.tests["none"] = _is_none
+                self.filters[name] = self._paying(name, function)
+        self.filters |= {_TURN: self._turn, _CONCAT: self._concat}
+        self.tests["none"] = lambda value: value is None or value is NULL
         self.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null_to_json}
-        self.names = {**self.globals, "namespace": _Namespace}
-        for name in _BANNED_GLOBALS:
-            del self.names[name]
+        self.names = {k: v for k, v in self.globals.items() if k not in _BANNED_GLOBALS}
         self.globals = {}  # So that a column may have the name of a global.
 
     def compile_template(self, source: str) -> tuple[Render, frozenset[str]]:
@@ -131,17 +285,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
             TemplateSyntaxError: It is no template, or wants another file.
             Exception: Whatever the compiler makes of 10,000 open brackets.
         """
-        self.budget.refill()
         names = frozenset(meta.find_undeclared_variables(self.parse(source)))
         template = self.from_string(source, globals=self.names)
         known = {name: self.names[name] for name in names & self.names.keys()}
-        budget, concat, root = self.budget, self.concat, template.root_render_func
+        limits, root = self.limits, template.root_render_func
 
         def render(values: dict[str, Any]) -> str:
-            budget.refill()
+            limits.refill()
             # As `template.render(values)` does, but that copies every global three times a row.
             scope = {**known, **values} if known else values
-            return concat(root(self.context_class(self, scope, None, template.blocks)))
+            return _put_together(root(self.context_class(self, scope, None, template.blocks)))
 
         return render, names
 
@@ -156,7 +309,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     @pass_context
     def _printed(self, _: Context, value: object) -> object:
         if type(value) is str:
-            self.budget.spend(len(value))
+            self.limits.spend(len(value))
             return value
         if value is None or value is NULL:
             raise NullPrintedError
@@ -165,63 +318,71 @@ class Sandbox(ImmutableSandboxedEnvironment):
             # As text they would be an address, another one in every run.
             msg = f"the template prints a {type(value).__name__}, expected text"
             raise TypeError(msg)
-        self.budget.spend(weigh(value))
+        self.limits.spend(_weigh(value))
         return value
 
-    def _turn(self, chars: int) -> None:
-        self.budget.step()
-        self.budget.spend(chars)
-
-    def _data(self, chars: int) -> str:
-        self.budget.spend(chars)
-        return ""
+    def _turn(self, _: object) -> None:
+        self.limits.step()
 
     def _concat(self, *parts: object) -> str:
         if None in parts:
             raise NullPrintedError
-        self.budget.spend(sum(map(weigh, parts)))
+        self.limits.spend(sum(map(_weigh, parts)))
         return "".join(map(str, parts))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401, D102
-        self.budget.step()
-        self.budget.spend(operator_cost(operator, left, right))
+        self.limits.step()
+        self.limits.spend(_operator_cost(operator, left, right))
         if operator == "%" and isinstance(right, tuple) and None in right:
             raise NullPrintedError
         made = super().call_binop(context, operator, left, right)
-        return made if isinstance(made, str | bytes) else self.budget.hold(made)
+        return made if isinstance(made, str | bytes) else self.limits.charge(made)
 
     # Positional, and named so that no keyword of a template's call can clash.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102, N805
-        budget = __self.budget
-        budget.step()
+        limits, name = __self.limits, getattr(__obj, "__name__", "")
+        limits.step()
         owner = getattr(__obj, "__self__", None)
-        if owner is not None:
-            name = getattr(__obj, "__name__", "")
-            if name in _CLOCK:
-                msg = f"{name}() reads the clock: the prompt would differ in every run"
-                raise TypeError(msg)
-            if isinstance(owner, str | bytes | int) and (cost := METHOD_COSTS.get(name)):
-                if name == "join" and args:
-                    args = (list(args[0]), *args[1:])
-                budget.spend(cost(owner, (*args, *kwargs.values())))
-        return budget.charge(super().call(__context, __obj, *args, **kwargs))
+        if owner is not None and name in _CLOCK:
+            msg = f"{name}() reads the clock: the prompt would differ in every run"
+            raise TypeError(msg)
+        if isinstance(owner, str | bytes | int) and name != "format":  # `_PayingFormatter` pays.
+            _, *args = __self._paid(name, (owner, *args), kwargs)  # type: ignore[assignment]
+        return limits.charge(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:  # noqa: ANN401
-        """As Jinja's, with a formatter that pays."""
-        if getattr(value, "__name__", None) not in {"format", "format_map"}:
-            return None
-        text = getattr(value, "__self__", None)
-        if not isinstance(text, str):
+        """Wrap `str.format` and `format_map` as Jinja does, with a formatter that pays."""
+        name, text = getattr(value, "__name__", ""), getattr(value, "__self__", None)
+        if name not in {"format", "format_map"} or not isinstance(text, str):
             return None
         formatter = _PayingFormatter(self)
-        is_map = value.__name__ == "format_map"
 
         def formatted(*args: Any, **kwargs: Any) -> str:  # noqa: ANN401
-            if is_map:
+            if name == "format_map":
                 (kwargs,), args = args, ()
             return formatter.vformat(str(text), args, kwargs)
 
         return formatted
+
+    def _paying(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a filter: pays for what it will make, then for what it made."""
+        skip = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+        @functools.wraps(function)
+        def paying(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            self.limits.step()
+            paid = self._paid(name, args[skip:], kwargs)
+            return self.limits.charge(function(*args[:skip], *paid, **kwargs))
+
+        return paying
+
+    def _paid(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Pay for a filter or method; returns its arguments, what it is applied to first."""
+        cost = _COSTS.get(name)
+        if cost is not None:
+            args = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
+            self.limits.spend(cost(args[0], (*args[1:], *kwargs.values())))
+        return args
 
 
 class _PayingFormatter(SandboxedFormatter):
@@ -229,69 +390,31 @@ class _PayingFormatter(SandboxedFormatter):
 
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(sandbox)
-        self._budget = sandbox.budget
-
-    def convert_field(self, value: Any, conversion: Any) -> Any:  # noqa: ANN401
-        if conversion is None:
-            return value
-        self._budget.spend(weigh(value))
-        return self._budget.charge(super().convert_field(value, conversion))
+        self._limits = sandbox.limits
 
     def format_field(self, value: Any, format_spec: str) -> str:  # noqa: ANN401
         if value is None:
             raise NullPrintedError
-        self._budget.spend(spec_cost(format_spec) + weigh(value))
+        self._limits.spend(_sum_of_numbers(format_spec) + _weigh(value))
         text: str = super().format_field(value, format_spec)
         return text
 
 
-def _paying(budget: Budget, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a filter: pays for what it will make, then for what it made."""
-    cost = FILTER_COSTS.get(name)
-    skip = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @functools.wraps(function)
-    def paying(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        budget.step()
-        value, rest = args[skip], (*args[skip + 1 :], *kwargs.values())
-        if cost is not None:
-            budget.spend(cost(value, rest))
-        if name == "join" and value is not NULL:
-            value = value if isinstance(value, str) else list(value)
-            budget.spend(len(value) * max(map(weigh, rest), default=0) + weigh(value))
-            args = (*args[:skip], value, *args[skip + 1 :])
-        return budget.charge(function(*args, **kwargs))
-
-    return paying
-
-
 # Filters of the guards. No template can name one: names of filters hold no blank.
 _TURN = "a turn"
-_DATA = "data in a loop"
 _CONCAT = "a concatenation"
-_HOLD = "a new list"
 
 
 class _Guards(NodeTransformer):
-    """Wraps what Jinja compiles to plain Python: `~`, literals, slices, loops."""
+    """Wraps what Jinja compiles to plain Python: `~` and loops."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._num_loops = 0
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - Jinja's name
-        self._num_loops += 1
         self.generic_visit(node)
-        self._num_loops -= 1
-        turn = self._filter(nodes.Const(0), _TURN, node.lineno)
+        turn = self._filter(nodes.Const(0), _TURN, node.lineno, [])
         node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
-        return node
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        data = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
-        if data and self._num_loops:
-            node.nodes.insert(0, self._filter(nodes.Const(data), _DATA, node.lineno))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
@@ -299,31 +422,20 @@ class _Guards(NodeTransformer):
         first, *rest = node.nodes
         return self._filter(first, _CONCAT, node.lineno, rest)
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        is_slice = isinstance(node.arg, nodes.Slice)
-        return self._filter(node, _HOLD, node.lineno) if is_slice else node
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return self._filter(node, _HOLD, node.lineno)
-
-    visit_Dict = visit_List  # noqa: N815
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return self._filter(node, _HOLD, node.lineno) if node.ctx == "load" else node
-
     def _filter(
-        self, value: nodes.Expr, name: str, lineno: int, args: list[nodes.Expr] | None = None
+        self, value: nodes.Expr, name: str, lineno: int, args: list[nodes.Expr]
     ) -> nodes.Filter:
-        made = nodes.Filter(value, name, args or [], [], None, None, lineno=lineno)
+        made = nodes.Filter(value, name, args, [], None, None, lineno=lineno)
         made.set_environment(self._sandbox)
         return made
 
 
-def _is_none(value: object) -> bool:
-    return value is None or value is NULL
+def _put_together(parts: Iterable[str]) -> str:
+    """Join what a template prints; its own text, many times in a loop, counts here."""
+    parts = list(parts)
+    if sum(map(len, parts)) > MAX_CHARS:
+        raise BudgetError(_TOO_MANY_CHARS)
+    return "".join(parts)
 
 
 def _null_to_json(value: object) -> None:

@@ -15,9 +15,8 @@ from batchgen.core.errors import ConfigError
 from batchgen.core.records import Ordinal, Request, Result, RowBatch, RowError
 from batchgen.job.model import Example, PromptConfig
 from batchgen.job.seeds import Seeds, row_seed
-from batchgen.prompt.budget import MAX_CHARS
 from batchgen.prompt.builder import PromptBuilder, turns
-from batchgen.prompt.sandbox import NULL, Sandbox
+from batchgen.prompt.sandbox import MAX_CHARS, NULL, Sandbox
 from tests.fakes import batch, job, request_builder
 
 

@@ -1,7 +1,8 @@
-"""Templates that want out, all the memory, or all the time; and what honest ones may do.
+"""Rows that want all the memory or all the time of an honest template; and what may be long.
 
-The attacks run in a child with a limit on its address space, which reports time and peak memory
-of each: an attack that gets through would take the test run with it.
+Each attack is a template that a job's author could have written, and a row that makes it costly
+(docs/threat-model.md). They run in a child with a limit on its address space, which reports time
+and peak memory of each: an attack that gets through would take the test run with it.
 """
 
 from __future__ import annotations
@@ -16,122 +17,100 @@ import pytest
 
 from batchgen.core.records import RowError
 from batchgen.job.model import PromptConfig
-from batchgen.prompt import budget
+from batchgen.prompt import sandbox
 from batchgen.prompt.builder import PromptBuilder
 
-NEST = "{% set ns = namespace(x=(1, a)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}"
-DEEP = "{% set ns = namespace(x=()) %}{% for i in range(90000) %}{% set ns.x = (ns.x,) %}"
-GROW = "{% set ns = namespace(x=a) %}{% for i in range(60) %}"
+GROW = "{% set ns = namespace(x=a) %}{% for i in many %}"
 
 ATTACKS = {
     # Operators.
-    "repeat text": "{{ a * 10**9 }}",
-    "repeat text, turned": "{{ 10**9 * a }}",
-    "repeat a list": "{{ ([a] * 10**9)|length }}",
-    "repeat a tuple": "{{ ((a, a) * 10**9)|length }}",
-    "repeat by a row's number": "{{ a * n }}",
-    "power": "{{ 10**(10**10) }}{{ a }}",
-    "power by a row's number": "{{ n ** n }}",
-    "powers in turn": "{% set x = 9**(9**4) %}{{ (x * x * x * x)|string|length }}{{ a }}",
-    "percent width": "{{ '%1000000000d' % 1 }}{{ a }}",
-    "percent precision": "{{ '%.1000000000f' % 1.5 }}{{ a }}",
-    "percent star": "{{ '%*d' % (10**9, 1) }}{{ a }}",
-    "percent many widths": "{{ ('%900000d' * 1000) % ((1,) * 1000) }}{{ a }}",
-    "percent mapping": "{{ ('%(k)s' * 90000) % {'k': big} }}{{ a }}",
+    "repeat text": "{{ a * n }}",
+    "repeat text, turned": "{{ n * a }}",
+    "repeat a list": "{{ ([a] * n)|length }}",
+    "repeat a tuple": "{{ ((a, a) * n)|length }}",
+    "print a text many times held": "{{ [big] * 100 }}",
+    "power": "{{ n ** n }}",
+    "power of a power": "{{ (9 ** k) * (9 ** k) * (9 ** k) * (9 ** k) }}",
+    "percent width": "{{ percent_width % 1 }}",
+    "percent precision": "{{ percent_precision % 1.5 }}",
+    "percent star": "{{ '%*d' % (n, 1) }}",
+    "percent many widths": "{{ percent_widths % ((1,) * 1000) }}",
+    "percent mapping": "{{ percent_keys % {'k': big} }}",
     "double by plus": GROW + "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}",
     "double by tilde": GROW + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x|length }}",
     "double by set": GROW + "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"
     "{% endfor %}{{ ns.x|length }}",
-    "double a list": "{% set ns = namespace(x=[a]) %}{% for i in range(60) %}"
+    "double a list": "{% set ns = namespace(x=[a]) %}{% for i in many %}"
     "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}",
+    "print a huge number": "{{ huge }}",
     # Methods.
-    "ljust": "{{ a.ljust(10**9) }}",
+    "ljust": "{{ a.ljust(n) }}",
     "rjust": "{{ a.rjust(n) }}",
-    "center": "{{ a.center(10**9)|length }}",
-    "zfill": "{{ a.zfill(10**9) }}",
-    "bytes ljust": "{{ a.encode().ljust(10**9)|length }}",
-    "int to_bytes": "{{ (1).to_bytes(10**9, 'big')|length }}{{ a }}",
-    "expandtabs": "{{ ('\\t' * 1000).expandtabs(10**7)|length }}{{ a }}",
+    "center": "{{ a.center(n) }}",
+    "zfill": "{{ a.zfill(n) }}",
+    "bytes ljust": "{{ a.encode().ljust(n)|length }}",
+    "int to_bytes": "{{ k.to_bytes(n, 'big')|length }}",
+    "expandtabs": "{{ tabs.expandtabs(k * 1000)|length }}",
     "replace": "{{ big.replace('y', big)|length }}",
-    "replace nothing": "{{ big.replace('', big)|length }}",
-    "translate": "{{ big.translate({121: big})|length }}",
+    "replace nothing": "{{ big.replace(nothing, big)|length }}",
     "join": "{{ big.join(big)|length }}",
-    "join a map": "{{ big.join(range(90000)|map('string'))|length }}",
-    "format width": "{{ '{:1000000000}'.format(1) }}{{ a }}",
-    "format nested width": "{{ '{:{}}'.format(1, 10**9) }}{{ a }}",
-    "format precision": "{{ '{:.1000000000f}'.format(1.5) }}{{ a }}",
-    "format again and again": "{{ ('{0}' * 90000).format(big) }}",
-    "format_map": "{{ ('{k}' * 90000).format_map({'k': big}) }}",
-    "format kept": "{% set f = '{:{}}'.format %}{{ f(1, 10**9) }}{{ a }}",
+    "join a map": "{{ big.join(many|map('string'))|length }}",
+    "format width": "{{ format_width.format(1) }}",
+    "format nested width": "{{ '{:>{}}'.format(a, n) }}",
+    "format precision": "{{ '{:.{}f}'.format(1.5, n) }}",
+    "format again and again": "{{ format_again.format(big) }}",
+    "format_map": "{{ format_keys.format_map({'k': big}) }}",
+    "format kept": "{% set f = '{:{}}'.format %}{{ f(1, n) }}",
     "split": "{{ words.split()|length }}{{ words.split()|length }}{{ words.split()|length }}",
     "split by": "{{ (words * 6).split(' ')|length }}",
-    "splitlines": "{{ ('ab\\n' * 5000000).splitlines()|length }}{{ a }}",
-    "hex number": "{% set x = ('f' * 10000000)|int(base=16) %}{{ x % (x - 7) }}{{ a }}",
+    "splitlines": "{{ (lines * 500).splitlines()|length }}",
     # Filters.
-    "filter center": "{{ a|center(10**9) }}",
-    "filter center by name": "{{ a|center(width=10**9) }}",
-    "filter indent": "{{ ('b\\n' * 10000)|indent(10**6) }}{{ a }}",
-    "filter format": "{{ '%1000000000d'|format(1) }}{{ a }}",
+    "filter center": "{{ a|center(n) }}",
+    "filter center by name": "{{ a|center(width=n) }}",
+    "filter indent": "{{ lines|indent(k * 100) }}",
+    "filter indent by text": "{{ lines|indent(big) }}",
+    "filter format": "{{ percent_width|format(1) }}",
     "filter replace": "{{ big|replace('y', big) }}",
     "filter join": "{{ big|join(big) }}",
-    "filter batch": "{{ [a]|batch(10**9, a)|list|length }}",
-    "filter slice": "{{ [a]|slice(10**9)|list|length }}",
-    "filter wordwrap": "{{ (big * 8)|wordwrap(1) }}",
-    "filter round": "{{ 1.5|round(10**9) }}{{ a }}",
-    "filter tojson": "{{ [[1] * 1000]|tojson(indent=10**6) }}{{ a }}",
+    "filter join of a map": "{{ many|map('string')|join(big) }}",
+    "filter batch": "{{ many|batch(n, a)|list|length }}",
+    "filter slice": "{{ many|slice(n)|list|length }}",
+    "filter wordwrap": "{{ (big * 8)|wordwrap(79) }}",
+    "filter wordwrap by a row's number": "{{ big|wordwrap(one) }}",
+    "filter round": "{{ 1.5|round(n) }}",
+    "filter tojson": "{{ [many]|tojson(indent=k) }}",
     "filter list": "{{ (big * 9)|list|length }}",
-    "filter sum": "{{ ([[a]] * 100000)|sum(start=[])|length }}",
-    "filter striptags": "{{ ('<!---->' * 1000000)|striptags }}{{ a }}",
-    "filter map": "{{ range(100)|map('center', 10**7)|list|length }}{{ a }}",
-    "filter pprint": "{{ ([a] * 1000000)|pprint|length }}",
-    "filter urlize": "{{ ('http://' * 1000000)|urlize|length }}{{ a }}",
+    "filter striptags": "{{ tags|striptags }}",
+    "filter map": "{{ many|map('center', k * 1000)|list|length }}",
     "filter wordcount": "{{ (words * 9)|wordcount }}",
-    "filter upper of a bomb": NEST + "{% endfor %}{{ ns.x|upper|length }}",
-    # Values that hold themselves twice, or very deep.
-    "print twice held": NEST + "{% endfor %}{{ ns.x }}",
-    "json of twice held": NEST + "{% endfor %}{{ ns.x|tojson }}",
-    "hash of twice held": NEST + "{% endfor %}{{ {ns.x: 1}|length }}",
-    "equal and twice held": NEST + "{% endfor %}{{ ns.x == ns.x ~ a }}",
-    "namespaces twice held": "{% set ns = namespace(x=namespace()) %}{% for i in range(60) %}"
-    "{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ [ns.x] }}{{ a }}",
-    "hash of deep": DEEP + "{% endfor %}{{ {ns.x: a}|length }}",
     # Loops and calls.
-    "nested loops": "{% set r = range(90000) %}{% for i in r %}{% for j in r %}{% for k in r %}"
-    "{% endfor %}{% endfor %}{% endfor %}{{ a }}",
-    "nested loops that filter": "{% for i in range(90000) %}{% for j in range(90000) if j < 0 %}"
-    "{% endfor %}{% endfor %}{{ a }}",
-    "data in a loop": "{% for i in range(90000) %}" + "x" * 10000 + "{% endfor %}{{ a }}",
-    "data under an if": "{% for i in range(90000) %}{% if i %}" + "x" * 10000 + "{% endif %}"
-    "{% endfor %}{{ a }}",
-    "print in a loop": "{% for i in range(90000) %}{{ big }}{% endfor %}",
-    "search in a loop": "{% for i in range(90000) %}{{ 'zz' in big * 8 }}{% endfor %}",
-    "slices kept": "{% set ns = namespace(x=[]) %}{% for i in range(90000) %}"
-    "{% set ns.x = ns.x + [big[1:]] %}{% endfor %}{{ ns.x|length }}",
-    "huge range": "{{ range(10**9)|list|length }}{{ a }}",
-    "macro that calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}{{ a }}",
+    "nested loops": "{% for i in many %}{% for j in many %}{% for k in many %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "nested loops that filter": "{% for i in many %}{% for j in many if j < 0 %}"
+    "{% endfor %}{% endfor %}",
+    "text in a loop": "{% for i in many %}" + "x" * 10000 + "{% endfor %}",
+    "text under an if": "{% for i in many %}{% if i %}" + "x" * 10000 + "{% endif %}{% endfor %}",
+    "print in a loop": "{% for i in many %}{{ big }}{% endfor %}",
+    "pieces in a loop": "{% for i in many %}{{ big[i:] }}{% endfor %}",
+    "search in a loop": "{% for i in many %}{{ 'zz' in big * 8 }}{% endfor %}",
+    "huge range": "{{ range(n)|list|length }}",
+    "macro that calls itself": "{% macro m(n) %}{{ m(n - 1) if n }}{% endmacro %}{{ m(n) }}",
     "macro that calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}"
-    "{% endif %}x{% endmacro %}{{ m(60) }}{{ a }}",
+    "{% endif %}x{% endmacro %}{{ m(60) }}",
     "macro of text in a loop": "{% macro m() %}" + "x" * 10000 + "{% endmacro %}"
-    "{% for i in range(90000) %}{{ m() }}{% endfor %}{{ a }}",
-    "filter block in a loop": "{% for i in range(90000) %}{% filter upper %}"
+    "{% for i in many %}{{ m() }}{% endfor %}",
+    "filter block in a loop": "{% for i in many %}{% filter upper %}"
     + "x" * 10000
-    + "{% endfilter %}{% endfor %}{{ a }}",
-    "loop that calls itself": "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}{{ a }}",
-    "block that calls itself": "{% block b %}{{ self.b() }}{% endblock %}{{ a }}",
-    # Ways out, and what would differ in every run.
-    "class": "{{ a.__class__.__mro__ }}",
-    "class by format": "{{ '{0.__class__}'.format(a) }}",
-    "class by format_map": "{{ '{a.__class__}'.format_map({'a': a}) }}",
-    "class by attr": "{{ a|attr('__class__') }}",
-    "class by map": "{{ [a]|map(attribute='__class__')|list }}",
-    "format by attr": "{{ (a|attr('format')).__self__ }}",
-    "globals": "{{ namespace.__init__.__globals__ }}{{ a }}",
-    "frame": "{{ (range(3)|map('string')).gi_frame }}{{ a }}",
+    + "{% endfilter %}{% endfor %}",
+    "loop over what is deep": "{% for i in deep recursive %}{{ loop(i) }}{% endfor %}",
+    "print what is deep": "{{ deep }}",
+    "json of what is deep": "{{ deep|tojson }}",
+    # What Jinja's own sandbox keeps from rows, and what would differ in every run.
+    "an attribute named by a row": "{{ format_class.format(a) }}",
     "change the row": "{{ items.append(a) }}",
     "print a method": "{{ a.upper }}",
     "print a generator": "{{ items|map('upper') }}",
-    "print a namespace": "{{ namespace(x=a) }}",
-    "the clock": "{{ day.today() }}{{ a }}",
+    "the clock": "{{ day.today() }}",
 }
 
 DRIVER = """
@@ -149,10 +128,20 @@ def reset():
     open("/proc/self/clear_refs", "w").write("5")
     return high_water_mib()
 
-row = {"a": "x", "n": 10**9, "big": "y" * 2**20, "words": "ab " * 1_500_000, "items": ["p"],
-       "day": datetime.date(2024, 1, 1)}
+deep = []
+for _ in range(5000):
+    deep = [deep]
+row = {
+    "a": "x", "n": 10**9, "k": 9**4, "one": 1, "huge": 10**50_000, "many": list(range(90_000)),
+    "big": "y" * 2**20, "words": "ab " * 1_500_000, "lines": "b\\n" * 10_000, "nothing": "",
+    "tabs": "\\t" * 1000, "tags": "<!---->" * 1_000_000, "items": ["p"], "deep": deep,
+    "percent_width": "%1000000000d", "percent_precision": "%.1000000000f",
+    "percent_widths": "%900000d" * 1000, "percent_keys": "%(k)s" * 90_000,
+    "format_width": "{:1000000000}", "format_again": "{0}" * 90_000, "format_keys": "{k}" * 90_000,
+    "format_class": "{0.__class__}", "day": datetime.date(2024, 1, 1),
+}
 for name, template in json.load(sys.stdin).items():
-    builder = PromptBuilder(PromptConfig(user=template))
+    builder = PromptBuilder(PromptConfig(user=template + "{{ a }}"))
     before, started_s = reset(), time.process_time()
     outcome = builder.build(row)
     told = [getattr(outcome, "error_type", "a prompt"), getattr(outcome, "error", "")]
@@ -255,9 +244,9 @@ def test_a_text_of_millions_of_characters_is_no_attack() -> None:
 
 def test_every_render_has_a_budget_of_its_own() -> None:
     builder = PromptBuilder(PromptConfig(user="{{ 'x' * n }}"))
-    half = budget.MAX_CHARS // 3
+    half = sandbox.MAX_CHARS // 3
     assert all(isinstance(builder.build({"n": half}), list) for _ in range(5))
-    assert builder.build({"n": budget.MAX_CHARS + 1}) == RowError(
+    assert builder.build({"n": sandbox.MAX_CHARS + 1}) == RowError(
         "template_error", "the template makes more than 16,777,216 characters"
     )
     assert isinstance(builder.build({"n": half}), list)
