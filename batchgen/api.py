@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import polars as pl
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.interface import Summary
+    from batchgen.pipeline.context import StopSwitch
+    from batchgen.pipeline.interface import RunOptions, Summary
+    from batchgen.pipeline.job_run import JobRun
 
 
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
@@ -67,9 +69,8 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     Raises:
         BatchgenError: Job trouble, see `batchgen.core.errors`; `exit_code` is what the shell gives.
     """
+    from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.interface import RunOptions
-    from batchgen.pipeline.job_run import JobRun
-    from batchgen.pipeline.runner import StopSwitch
 
     _check_end(until, max_runtime_s)
     options = RunOptions(
@@ -84,7 +85,22 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         max_runtime_s=max_runtime_s,
     )
     config = load(job, overrides, run_date, tuned=tuned)
-    return JobRun(config, stop=StopSwitch(), options=options).run()
+    return job_run(config, StopSwitch(), options).run()
+
+
+def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
+    """Bind a run to what its job asks for: one engine here, or a cluster.
+
+    Raises:
+        ConfigError: The options do not go together, or replicas that cannot be had.
+    """
+    from batchgen.pipeline.job_run import JobRun
+
+    if not job.run.is_cluster:
+        return JobRun(job, stop=stop, options=options)
+    from batchgen.cluster.compute import Cluster
+
+    return JobRun(job, stop=stop, options=options, compute=Cluster)
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.messages import Badge, Lease, Order
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.stages import Fed
+    from batchgen.pipeline.feeder import FeedBatch
 
 
 class _Hired:
@@ -118,7 +118,7 @@ class ThreadCrew:
             hired.is_mute = True
             hired.mail.put(None)
 
-    def put(self, feds: Sequence[Fed]) -> Any:
+    def put(self, feds: Sequence[FeedBatch]) -> Any:
         return pickle.dumps(feds)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 import batchgen
 from batchgen import api, cli
 from batchgen.pipeline.interface import RunOptions
+from tests import fakes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +51,7 @@ def test_every_option_of_a_run_reaches_it(monkeypatch) -> None:
             pass
 
     monkeypatch.setattr("batchgen.pipeline.job_run.JobRun", Recorded)
-    monkeypatch.setattr(api, "load", lambda *_, **__: None)
+    monkeypatch.setattr(api, "load", lambda *_, **__: fakes.job())
     checked = {"until": datetime.now(tz=UTC), "max_runtime_s": 7}
     for field in fields(RunOptions):
         given = checked.get(field.name, f"my {field.name}")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.interface import Summary
-    from batchgen.pipeline.runner import StopSwitch
 
 _INTERRUPTED = "interrupted; run again to go on"
 
@@ -114,17 +114,16 @@ def run(
     """
     this = None
     try:
-        from batchgen.api import load
+        from batchgen.api import job_run, load
+        from batchgen.pipeline.context import StopSwitch
         from batchgen.pipeline.interface import RunOptions
-        from batchgen.pipeline.job_run import JobRun
-        from batchgen.pipeline.runner import StopSwitch
 
         stop = StopSwitch()
         _stop_on_signals(stop)
         date = run_date.date() if run_date else None
         config = load(job, overrides, date, tuned=tuned)
         _stop_on_signals(stop, config.run.grace_s)
-        this = JobRun(config, stop=stop, options=RunOptions(**options))
+        this = job_run(config, stop, RunOptions(**options))
         summary = this.run()
     except BaseException as error:
         failed = this.summary if this is not None else None
@@ -171,7 +170,7 @@ def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
         stop: The run's.
         grace_s: How long the rows in flight have.
     """
-    from batchgen.pipeline.runner import Stop
+    from batchgen.pipeline.context import Stop
 
     def ask(signum: int, _: object) -> None:
         is_first = stop.state is Stop.NO

@@ -38,7 +38,7 @@ from batchgen.core.errors import (
     InputChangedError,
     StorageError,
 )
-from batchgen.pipeline.runner import Stop
+from batchgen.pipeline.context import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from batchgen.cluster.messages import Event, Report
     from batchgen.cluster.roster import Member, Roster
     from batchgen.core.ranges import Ranges
-    from batchgen.pipeline.runner import StopSwitch
-    from batchgen.pipeline.stages import Feeder
+    from batchgen.pipeline.context import StopSwitch
+    from batchgen.pipeline.feeder import Feeder
     from batchgen.store.books import Epoch
     from batchgen.store.known import Sieve
     from batchgen.store.ledger import Ledger

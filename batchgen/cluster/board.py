@@ -173,22 +173,32 @@ class Board:
         `kv_cache_usage` and `gpu_busy` are means over the engines that tell them.
         """
         places = self._places.values()
-        looks = [place.worker.look for place in places if place.worker.look is not None]
-        engines = [look.engine for look in looks if look.facts is not None]
-        engine = EngineStats(
+        return {
+            **self._stats.sample(now_s, self.num_in_flight, self.engines()),
+            "restarts": sum([place.restarts for place in places]),
+            "num_replicas": len(places),
+            "num_replicas_up": sum([look.facts is not None for look in self._looks()]),
+        }
+
+    def engines(self) -> EngineStats:
+        """All engines that are up, as one."""
+        engines = [look.engine for look in self._looks() if look.facts is not None]
+        return EngineStats(
             num_running=_sum(one.num_running for one in engines),
             num_waiting=_sum(one.num_waiting for one in engines),
             kv_cache_usage=_mean(one.kv_cache_usage for one in engines),
             gpu_busy=_mean(one.gpu_busy for one in engines),
             num_preemptions=_sum(one.num_preemptions for one in engines),
         )
-        num_in_flight = sum([look.num_in_flight for look in looks])
-        return {
-            **self._stats.sample(now_s, num_in_flight, engine),
-            "restarts": sum([place.restarts for place in places]),
-            "num_replicas": len(places),
-            "num_replicas_up": len(engines),
-        }
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that all engines hold."""
+        return sum([look.num_in_flight for look in self._looks()])
+
+    def _looks(self) -> list[Look]:
+        places = self._places.values()
+        return [place.worker.look for place in places if place.worker.look is not None]
 
     def _add(self, worker: _Worker, change: Counts) -> None:
         """Remember what of a worker is in the stats."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from batchgen.cluster.messages import Badge, Gone, Order, Report
-    from batchgen.pipeline.stages import Fed
+    from batchgen.pipeline.feeder import FeedBatch
 
 
 class Places(NamedTuple):
@@ -61,7 +61,7 @@ class Crew(Protocol):
     def fire(self, number: int) -> None:
         """Kill a worker and its engine, as far as they can be reached. It does not come back."""
 
-    def put(self, feds: Sequence[Fed]) -> Any:  # noqa: ANN401 - whatever the crew needs to find them
+    def put(self, feds: Sequence[FeedBatch]) -> Any:  # noqa: ANN401 - whatever the crew needs to find them
         """Rows for a `Lease.payload`; they are kept as long as what is returned is."""
 
     def close(self) -> None:

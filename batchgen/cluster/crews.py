@@ -19,11 +19,6 @@ _OF_ONE = 0.9
 _WHERE = "[run]"
 
 
-def is_fleet(job: JobConfig) -> bool:
-    """Whether replicas are to be placed, even if it is one, on a cluster."""
-    return job.run.replicas != 1 or job.run.ray_address is not None
-
-
 def engine_gpus(job: JobConfig) -> int:
     """How many GPUs one engine is spread over, if it is for GPUs."""
     model = job.model

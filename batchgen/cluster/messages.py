@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, EngineStats
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.runner import Stop
+    from batchgen.pipeline.context import Stop
     from batchgen.store.books import Plan
 
 
@@ -39,7 +39,7 @@ class Lease(NamedTuple):
     """Segment -> rows of it."""
     payload: Any = None
     """None: the worker reads the rows from the input's files. Else what its crew's `fetch` turns
-    into `stages.Fed`s, which may hold more rows than these."""
+    into `FeedBatch`s, which may hold more rows than these."""
 
 
 class StartEngine(NamedTuple):

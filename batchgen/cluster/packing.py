@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.ranges import Ranges
 from batchgen.engine.order import carried_bytes, common_prefix, held_bytes, text_of
-from batchgen.pipeline.stages import Fed
+from batchgen.pipeline.feeder import FeedBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.cluster.leases import LeaseBook
     from batchgen.core.records import Request
-    from batchgen.pipeline.stages import Feeder
+    from batchgen.pipeline.feeder import Feeder
 
 PACK_ROWS = 1024
 _PACK_BYTES = 8 << 20
@@ -31,7 +31,7 @@ class Packer:
     def __init__(
         self,
         feeder: Feeder,
-        put: Callable[[Sequence[Fed]], Any],
+        put: Callable[[Sequence[FeedBatch]], Any],
         num_rows: int,
         *,
         by_prefix: bool = False,
@@ -66,17 +66,17 @@ class Packer:
             BatchgenError: What reading raised.
         """
         while not self.is_done and book.num_pending < self._limit(num_wanted):
-            fed = self._feeder.take(0)
-            if fed is None:
+            batch = self._feeder.take(0)
+            if batch is None:
                 if self._feeder.is_done:
                     self._pack(book, self._held)
                     self.is_done = True
                 return
             if not self._by_prefix:
-                self._add(book, fed)
+                self._add(book, batch)
                 continue
-            self._add(book, fed.of_these((), fed.results, fed.skipped))
-            self._held += fed.requests
+            self._add(book, batch.only((), batch.results, batch.skipped))
+            self._held += batch.requests
             if len(self._held) >= 2 * PACK_ROWS:
                 cut = best_cut(self._held)
                 self._pack(book, self._held[:cut])
@@ -87,18 +87,18 @@ class Packer:
         return min(num_wanted, max(1, int(num_wanted / PACK_ROWS * _PACK_BYTES / self._row_bytes)))
 
     def _pack(self, book: LeaseBook, requests: Sequence[Request]) -> None:
-        self._add(book, Fed(list(requests), (), 0, Ranges(), carried_bytes(requests)))
+        self._add(book, FeedBatch(list(requests), (), 0, Ranges(), carried_bytes(requests)))
 
-    def _add(self, book: LeaseBook, fed: Fed) -> None:
+    def _add(self, book: LeaseBook, batch: FeedBatch) -> None:
         """Put a pack, or several if it is large."""
-        if fed.requests:
-            self._row_bytes = max(1.0, held_bytes(fed.requests) / len(fed.requests))
+        if batch.requests:
+            self._row_bytes = max(1.0, held_bytes(batch.requests) / len(batch.requests))
         size = max(1, int(_PACK_BYTES / self._row_bytes))
         rest = [
-            fed.of_these(fed.requests[at : at + size], (), Ranges())
-            for at in range(size, len(fed.requests), size)
+            batch.only(batch.requests[at : at + size], (), Ranges())
+            for at in range(size, len(batch.requests), size)
         ]
-        for pack in (fed.of_these(fed.requests[:size], fed.results, fed.skipped), *rest):
+        for pack in (batch.only(batch.requests[:size], batch.results, batch.skipped), *rest):
             if rows := rows_of(pack):
                 book.add(rows, self._put([pack]))
                 self._num_left -= sum(map(len, rows.values()))
@@ -116,12 +116,14 @@ def best_cut(requests: Sequence[Request]) -> int:
     return first + 1 + min(range(len(shared)), key=shared.__getitem__)
 
 
-def rows_of(fed: Fed) -> dict[int, Ranges]:
-    """Segment -> the rows that end by way of a `Fed`."""
+def rows_of(batch: FeedBatch) -> dict[int, Ranges]:
+    """Segment -> the rows that end by way of a `FeedBatch`."""
     found: dict[int, list[int]] = {}
-    for segment, row in [one.ordinal for one in fed.requests] + [r.ordinal for r in fed.results]:
+    for segment, row in [one.ordinal for one in batch.requests] + [
+        r.ordinal for r in batch.results
+    ]:
         found.setdefault(segment, []).append(row)
     rows = {segment: Ranges.of(numbers) for segment, numbers in found.items()}
-    if fed.skipped:
-        rows[fed.segment] = rows.get(fed.segment, Ranges()) | fed.skipped
+    if batch.skipped:
+        rows[batch.segment] = rows.get(batch.segment, Ranges()) | batch.skipped
     return rows

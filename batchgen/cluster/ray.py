@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.crew import Needs
     from batchgen.cluster.messages import Badge, Order
-    from batchgen.pipeline.stages import Fed
+    from batchgen.pipeline.feeder import FeedBatch
 
 _WHERE = "[run]"
 LEAVE_S = 5.0
@@ -100,10 +100,10 @@ class _Seat:
             self._member.close()
 
 
-def _fetch(payload: Any) -> Sequence[Fed]:  # noqa: ANN401 - a Ray reference
+def _fetch(payload: Any) -> Sequence[FeedBatch]:  # noqa: ANN401 - a Ray reference
     import ray
 
-    feds: Sequence[Fed] = ray.get(payload)
+    feds: Sequence[FeedBatch] = ray.get(payload)
     return feds
 
 
@@ -230,7 +230,7 @@ class RayCrew:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(hired.actor, no_restart=True)
 
-    def put(self, feds: Sequence[Fed]) -> Any:  # noqa: ANN401 - a Ray reference
+    def put(self, feds: Sequence[FeedBatch]) -> Any:  # noqa: ANN401 - a Ray reference
         """Put rows into the object store of this node; workers take them from there."""
         import ray
 

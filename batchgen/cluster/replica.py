@@ -33,11 +33,11 @@ from batchgen.cluster.session import Session
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
 from batchgen.engine.lazy import LazyEngine
 from batchgen.engine.start import start_engine
+from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.prepare import check
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.runner import Stop, StopSwitch
-from batchgen.pipeline.worker import Worker
+from batchgen.pipeline.stages import Stages
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Durable, Epoch
 from batchgen.store.ledger import Ledger
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.start import StartEngine as Starter
     from batchgen.engine.supervised import SupervisedEngine
-    from batchgen.pipeline.stages import Fed
+    from batchgen.pipeline.feeder import FeedBatch
 
 _LOOK_S = 0.2
 _CLOSE_S = 10.0
@@ -65,7 +65,7 @@ class Replica:
         self,
         badge: Badge,
         *,
-        fetch: Callable[[Any], Sequence[Fed]],
+        fetch: Callable[[Any], Sequence[FeedBatch]],
         start: Starter = start_engine,
     ) -> None:
         """Look at the job; nothing is started but a thread.
@@ -94,7 +94,7 @@ class Replica:
         self._stop = StopSwitch()
         self._stats = RunStats(time.monotonic(), 0)
         self._mail = Mail()
-        self._worker: Worker | None = None
+        self._stages: Stages | None = None
         self._session: Session | None = None
         self._counted = self._count()
         self._counted_s = 0.0
@@ -175,15 +175,14 @@ class Replica:
             raise RecipeChangedError(self._where, changes, is_finished=False)
         prepared = self._checked.with_plan(begin.plan)
         number, run_id = self._badge.number, self._badge.run_id
-        if self._worker is None:  # One for all tasks: its parts are numbered through.
-            self._worker = Worker(
-                prepared, begin.plan, ledger, epoch=begin.epoch, number=number, run_id=run_id
+        if self._stages is None:  # One for all tasks: its parts are numbered through.
+            self._stages = Stages(
+                prepared, begin.plan, ledger, epoch=begin.epoch, worker=number, run_id=run_id
             )
         epoch = Epoch(begin.epoch, begin.plan, run_id, Durable())
         self._mail.say(Ready(not input_changes(begin.plan, prepared.reader)))
         return Session(
-            self._worker,
-            prepared,
+            self._stages,
             epoch,
             ledger,
             self._mail,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen.cluster.messages import Committed, Finish, Noted, Read, Take
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.frozen import read_rows
+from batchgen.pipeline.committer import footer_facts
 from batchgen.source.marks import Marks
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from batchgen.core.errors import StorageError
     from batchgen.core.records import Ordinal, Request
     from batchgen.engine.lazy import LazyEngine
-    from batchgen.pipeline.prepare import Prepared
+    from batchgen.pipeline.committer import OpenPart
+    from batchgen.pipeline.context import StopSwitch
+    from batchgen.pipeline.feeder import FeedBatch
     from batchgen.pipeline.run_stats import RunStats
-    from batchgen.pipeline.runner import StopSwitch
-    from batchgen.pipeline.stages import Fed, OpenPart
-    from batchgen.pipeline.worker import Worker
+    from batchgen.pipeline.stages import Stages
     from batchgen.store.books import Epoch
     from batchgen.store.ledger import Ledger
 
@@ -37,8 +36,7 @@ class Session:
 
     def __init__(  # noqa: PLR0913 - the worker's side of the seam, where all meets
         self,
-        worker: Worker,
-        prepared: Prepared,
+        stages: Stages,
         epoch: Epoch,
         ledger: Ledger,
         mail: Mail,
@@ -46,13 +44,12 @@ class Session:
         number: int,
         asks: bool,
         is_packed: bool,
-        fetch: Callable[[Any], Sequence[Fed]],
+        fetch: Callable[[Any], Sequence[FeedBatch]],
     ) -> None:
         """Bind to one plan.
 
         Args:
-            worker: Makes the stages.
-            prepared: The job.
+            stages: Makes the loop.
             epoch: The driver's claim.
             ledger: Of the output.
             mail: Where leases come from and events go.
@@ -61,8 +58,7 @@ class Session:
             is_packed: Whether leases come packed, in order.
             fetch: Brings what a lease's payload stands for.
         """
-        self._worker = worker
-        self._prepared = prepared
+        self._stages = stages
         self._epoch = epoch
         self._ledger = ledger
         self._mail = mail
@@ -95,15 +91,15 @@ class Session:
             self._commit(part, engine)
 
         # What the driver has put in order stays so.
-        feeder = self._worker.feeder(self._feds(lease), engine, is_ordered=self._is_packed)
+        feeder = self._stages.feeder(self._batches(lease), engine, is_ordered=self._is_packed)
         try:
-            runner = self._worker.runner(engine, feeder, stats, commit, self._tell_disk_trouble)
+            runner = self._stages.runner(engine, feeder, stats, commit, self._tell_disk_trouble)
             return runner.run(stop, on_tick)
         finally:
             self._is_over.set()
             feeder.close()
 
-    def _feds(self, lease: Lease) -> Iterator[Fed]:
+    def _batches(self, lease: Lease) -> Iterator[FeedBatch]:
         """In the feeder's thread, which the session outlives."""
         yield from self._of(lease)
         while (order := self._next()) is not None:
@@ -117,32 +113,32 @@ class Session:
             self._mail.say(Read())
         return self._mail.next_order(self._is_over.is_set)
 
-    def _of(self, lease: Lease) -> Iterator[Fed]:
+    def _of(self, lease: Lease) -> Iterator[FeedBatch]:
         if lease.payload is not None:
             return self._unpacked(lease)
-        prepared = self._prepared
-        spec = replace(prepared.spec(), marks=self._marks)
-        batches = read_rows(self._epoch.plan, lease.rows, prepared.reader, spec)
-        return self._worker.feds(batches, self._passing if self._asks else None)
+        rows = self._stages.read(lease.rows, self._marks)
+        return self._stages.feed(rows, self._passing if self._asks else None)
 
     def _passing(self, requests: Sequence[Request]) -> list[Request]:
         return self._mail.ask(requests, self._is_over.is_set)
 
-    def _unpacked(self, lease: Lease) -> Iterator[Fed]:
+    def _unpacked(self, lease: Lease) -> Iterator[FeedBatch]:
         def is_ours(ordinal: Ordinal) -> bool:
             return ordinal.row in lease.rows.get(ordinal.segment, NO_ROWS)
 
-        for fed in self._fetch(lease.payload):
-            requests = [self._worker.own(one) for one in fed.requests if is_ours(one.ordinal)]
-            results = [one for one in fed.results if is_ours(one.ordinal)]
-            skipped = fed.skipped & lease.rows.get(fed.segment, NO_ROWS)
-            yield fed.of_these(requests, results, skipped)
+        for batch in self._fetch(lease.payload):
+            requests = [self._stages.own(one) for one in batch.requests if is_ours(one.ordinal)]
+            results = [one for one in batch.results if is_ours(one.ordinal)]
+            skipped = batch.skipped & lease.rows.get(batch.segment, NO_ROWS)
+            yield batch.only(requests, results, skipped)
 
     def _commit(self, part: OpenPart, engine: LazyEngine) -> None:
         began_s = time.monotonic()
         self._ledger.check_fence(self._epoch)
         self._ledger.check_seal(self._epoch, self._number)
-        name, footer = self._worker.commit(part, engine.facts)
+        name, footer = self._stages.writer.commit(
+            part.results, part.skipped, footer_facts(engine.facts)
+        )
         counts = (footer.num_ok, footer.num_errors, footer.num_skipped)
         kinds = Counter([one.error.error_type for one in part.results if one.error is not None])
         self._mail.say(Committed(name, footer.done, *counts, time.monotonic() - began_s, kinds))

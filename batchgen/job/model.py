@@ -281,6 +281,11 @@ class RunConfig(Table):
     """Where to write figures of the last run for Prometheus (textfile collector, *.prom).
     Relative to the job file."""
 
+    @property
+    def is_cluster(self) -> bool:
+        """Whether replicas are to be placed, even if it is one, on a cluster."""
+        return self.replicas != 1 or self.ray_address is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Tuned:

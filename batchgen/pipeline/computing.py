@@ -2,9 +2,9 @@
 
 A row that no earlier run of the plan has ended ends in one of three ways, tried in this order:
 
-    taken over   it stands in an earlier plan, unchanged       carry_over: is not even read
+    taken over   it stands in an earlier plan, unchanged       reuse:      is not even read
     copied       its request has an answer in another row      copies: reads and renders
-    computed     its request is new                            the runner: reads, renders, asks
+    computed     its request is new                            compute: reads, renders, asks
 
 What cannot be taken over or copied after all (damage, a rule that reads the row's own columns) is
 computed in the end. The engine starts as soon as one row is known to need it, and not before.
@@ -12,19 +12,14 @@ computed in the end. The engine starts as soon as one row is known to need it, a
 
 from __future__ import annotations
 
-import threading
 import time
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from batchgen.cluster.by_fleet import FleetWork
-from batchgen.cluster.fleet import Fleet
 from batchgen.core.errors import AccountingError
-from batchgen.engine.lazy import LazyEngine
-from batchgen.pipeline.commits import Commits
+from batchgen.pipeline.committer import Commits
+from batchgen.pipeline.compute import Work
 from batchgen.pipeline.copies import answer_fields, copies
-from batchgen.pipeline.frozen import read_rows
-from batchgen.pipeline.progress import Progress
 from batchgen.pipeline.reuse import (
     Takeover,
     base_sources,
@@ -33,78 +28,73 @@ from batchgen.pipeline.reuse import (
     takeovers,
     without,
 )
-from batchgen.pipeline.watch import RUNNING, Sight, Watch
-from batchgen.pipeline.worker import Worker
+from batchgen.pipeline.stages import Stages
 from batchgen.store.answered import AnsweredKeys, Source, key_prefixes
 from batchgen.store.known import KnownKeys, Sieve
 from batchgen.store.tally import ATTEMPTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from batchgen.core.ranges import Ranges
-    from batchgen.core.records import RowBatch
+    from batchgen.pipeline.compute import Compute, Rows
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.stages import Feeder, OpenPart
+    from batchgen.pipeline.reuse import Takeover
     from batchgen.store.books import Base, Durable, Epoch, Manifest
 
 
 class Computation:
     """Ends every row that is left of a plan. Use once: `Computation(...).run()`."""
 
-    def __init__(self, context: RunContext, prepared: Prepared, epoch: Epoch) -> None:
+    def __init__(
+        self, context: RunContext, compute: Compute, prepared: Prepared, epoch: Epoch
+    ) -> None:
         """Bind; nothing is done yet."""
         self._context = context
+        self._compute = compute
         self._prepared = prepared
         self._plan = epoch.plan
         self._epoch = epoch
-        self._worker = Worker(
+        stages = Stages(
             prepared,
             epoch.plan,
             context.ledger,
             epoch=epoch.number,
-            number=0,
+            worker=0,
             run_id=context.run_id,
         )
-        self._commits = Commits(context, epoch, self._worker)
-        self._is_taken_over = threading.Event()
-        self._left: Mapping[int, Ranges] = {}
+        self._stages = stages
+        self._commits = Commits(context, epoch, stages.writer)
+        self._work = Work(prepared, epoch, stages, self._commits)
 
     def run(self) -> bool:
         """Work until nothing is left or somebody stops it; return whether nothing is left.
 
         Raises:
-            BatchgenError: Job trouble. What finished before it is committed, if it can be.
+            BatchgenError: Job error. What finished before it is committed, if it can be.
         """
         context, plan, durable = self._context, self._plan, self._epoch.durable
-        todo = missing(plan, durable)
+        todo: Rows = missing(plan, durable)
         if not todo or context.is_stopped():
             return not todo
         if not plan.takes_errors and not durable.num_done and self._has_errors_to_try():
-            context.engine.start()
+            self._compute.start(self._prepared)
         sources = takeovers(context, self._prepared, plan, todo)
         context.taken.known_at_s = time.monotonic()
-        first = todo
-        for source in sources:
-            first = without(first, source.rows)
         if sources and not self._all_share():
             # Which answers the rows that are taken over have used up must be known first.
-            self._take_over(sources, first, None)
-            durable, sources = context.ledger.durable(plan), []
+            todo, sources = self._take_over(sources), []
+            durable = context.ledger.durable(plan)
+        for source in sources:
+            todo = without(todo, source.rows)
         sieve = self._sieve(durable)
-        if isinstance(context.engine, Fleet):
-            self._take_over(sources, first, None)
-            if context.is_stopped() or not self._by_fleet(self._missing(), sieve):
-                return False
-            return self._finish(has_copies=sieve.num_set_aside > 0)
-        with self._feeding(self._in_turn(first), sieve) as feeder:
-            self._take_over(sources, first, feeder)
-            if context.is_stopped() or not self._work(feeder):
-                return False
-        has_copies = sieve.num_set_aside > 0
-        del sieve, feeder  # And the keys that they know, 8 bytes a row.
-        return self._finish(has_copies=has_copies)
+        take_over = partial(self._take_over, sources) if sources else None
+        if not self._compute.answer(self._work, todo, sieve, take_over):
+            return False
+        num_set_aside = sieve.num_set_aside if sieve is not None else 0
+        num_taken_back = sieve.num_taken_back if sieve is not None else 0
+        del sieve  # And the keys that it knows, 8 bytes a row.
+        return self._finish(num_set_aside, num_taken_back)
 
     def _has_errors_to_try(self) -> bool:
         """Whether a base has errors that an engine had a part in: most will be here again."""
@@ -127,23 +117,24 @@ class Computation:
             return sampling.temperature == 0 and sampling.column is None
         return dedupe == "always"
 
-    def _finish(self, *, has_copies: bool) -> bool:
-        """End the rows that were set aside, and those that could not be copied after all."""
+    def _finish(self, num_set_aside: int, num_taken_back: int) -> bool:
+        """End the rows that were set aside, and those that could not be copied after all.
+
+        Args:
+            num_set_aside: Rows that wait for another row's answer.
+            num_taken_back: Requests whose worker died, so that rows wait in vain, perhaps.
+        """
         todo = self._missing()
-        if todo and has_copies:
-            self._copy(todo)
-            if self._context.is_stopped():
+        if todo and num_set_aside:
+            todo = self._copy(todo)
+        if todo and num_taken_back:
+            # Of each kind one is to be computed still.
+            again = self._sieve(self._context.ledger.durable(self._plan))
+            if self._context.is_stopped() or not self._compute.answer(self._work, todo, again):
                 return False
-            todo = self._missing()
-        if todo and has_copies and isinstance(self._context.engine, Fleet):
-            # They waited for rows whose worker died: of each kind one is to be computed still.
-            sieve = self._sieve(self._context.ledger.durable(self._plan))
-            if not self._by_fleet(todo, sieve):
-                return False
-            self._copy(self._missing())
-            todo = self._missing()
+            todo = self._copy(self._missing())
         if todo:
-            if self._context.is_stopped() or not self._compute(todo):
+            if self._context.is_stopped() or not self._compute.answer(self._work, todo, None):
                 return False
             todo = self._missing()
         if todo:
@@ -151,74 +142,27 @@ class Computation:
             raise AccountingError(msg)
         return True
 
-    def _compute(self, todo: Mapping[int, Ranges]) -> bool:
-        if isinstance(self._context.engine, Fleet):
-            return self._by_fleet(todo, None)
-        with self._feeding(self._read(todo), None) as feeder:
-            return self._work(feeder)
-
-    def _by_fleet(self, todo: Mapping[int, Ranges], sieve: Sieve | None) -> bool:
-        context = self._context
-        assert isinstance(context.engine, Fleet)  # noqa: S101 - asked by whoever calls
-        if sieve is not None and not self._plan.bases and not self._may_share():
-            sieve = None  # Nothing is ever set aside: nobody needs to ask.
-        work = FleetWork(
-            context, context.engine, self._prepared, self._epoch, self._worker, self._commits
-        )
-        return not todo or work.answer(todo, sieve)
-
-    def _missing(self) -> dict[int, Ranges]:
+    def _missing(self) -> Rows:
         self._context.ledger.check_fence(self._epoch)
         return missing(self._plan, self._context.ledger.durable(self._plan))
 
-    def _read(self, rows: Mapping[int, Ranges]) -> Iterator[RowBatch]:
-        prepared = self._prepared
-        return read_rows(self._plan, rows, prepared.reader, prepared.spec())
-
-    def _in_turn(self, first: Mapping[int, Ranges]) -> Iterator[RowBatch]:
-        """Yield the rows that nobody has for us; then, once it is known, what was not taken over.
-
-        In the feeder's thread: so the engine has work while rows are being taken over.
-        """
-        yield from self._read(first)
-        self._is_taken_over.wait()
-        yield from self._read(self._left)
-
-    @contextmanager
-    def _feeding(self, batches: Iterator[RowBatch], sieve: Sieve | None) -> Iterator[Feeder]:
-        feds = self._worker.feds(batches, sieve.passing if sieve else None)
-        context = self._context
-        feeder = self._worker.feeder(feds, context.engine, long_first=not context.is_trial)
-        try:
-            yield feeder
-        finally:
-            self._is_taken_over.set()  # Nobody must wait in there.
-            feeder.close()
-
     def _take_over(
-        self, sources: Sequence[Takeover], first: Mapping[int, Ranges], feeder: Feeder | None
-    ) -> None:
-        """Make rows of earlier plans this plan's own, and let the feeder go on with the others."""
+        self, sources: Sequence[Takeover], on_piece: Callable[[], None] = lambda: None
+    ) -> Rows:
+        """Make rows of earlier plans this plan's own; return all that are left then."""
         context = self._context
-
-        def look() -> None:
-            if feeder is not None and feeder.has_requests():
-                context.engine.start()
-
         for source in sources:
             context.log.live({"state": "taking over rows", "num_rows": self._plan.num_rows})
-            commit_all(context, self._commits, source.pieces(), look)
+            commit_all(context, self._commits, source.pieces(), on_piece)
             if context.is_stopped():
-                return
-        if sources:
-            self._left = without(self._missing(), first)
-        self._is_taken_over.set()
+                break
+        return self._missing()
 
-    def _sieve(self, durable: Durable) -> Sieve:
-        """What tells the rows that need no engine."""
+    def _sieve(self, durable: Durable) -> Sieve | None:
+        """What tells the rows that need no engine; None if there can be none."""
         base, own = base_sources(self._context.ledger, self._plan), self._own_sources(durable)
         if not base and not self._may_share():
-            own = []  # Then nothing is ever set aside.
+            return None
         return Sieve(self._keys(base), self._keys(own), self._context.job.run.dedupe)
 
     def _may_share(self) -> bool:
@@ -236,46 +180,22 @@ class Computation:
     def _own_sources(self, durable: Durable) -> list[Source]:
         return [Source(part.name, takes_errors=True) for part in durable.parts]
 
-    def _answered(self, sources: Sequence[Source]) -> AnsweredKeys:
-        prefix = self._context.job.output.prefix
-        fields = answer_fields(self._prepared)
-        return AnsweredKeys(self._context.storage, sources, fields, prefix, self._context.notes.add)
-
-    def _copy(self, todo: Mapping[int, Ranges]) -> None:
-        """Give rows that were set aside the answers that they waited for."""
-        context = self._context
+    def _copy(self, todo: Rows) -> Rows:
+        """Give rows that were set aside the answers that they waited for; return what is left."""
+        context, prepared = self._context, self._prepared
         context.log.live({"state": "copying answers", "num_rows": self._plan.num_rows})
         # The base first: a row with a draw of its own may have been set aside for the base's alone.
         durable = context.ledger.durable(self._plan)
         base = base_sources(context.ledger, self._plan)
-        answered = self._answered([*base, *self._own_sources(durable)])
+        answered = AnsweredKeys(
+            context.storage,
+            [*base, *self._own_sources(durable)],
+            answer_fields(prepared),
+            context.job.output.prefix,
+            context.notes.add,
+        )
         before = context.taken.num_rows
-        pieces = copies(self._read(todo), self._worker.builder(), answered, self._prepared)
+        pieces = copies(self._stages.read(todo), self._stages.builder(), answered, prepared)
         commit_all(context, self._commits, pieces, lambda: None)
         context.taken.num_copied += context.taken.num_rows - before
-
-    def _work(self, feeder: Feeder) -> bool:
-        """Let the engine answer what the feeder brings."""
-        context = self._context
-        engine, run = context.engine, context.job.run
-        assert isinstance(engine, LazyEngine)  # noqa: S101 - not a fleet
-
-        def commit(part: OpenPart) -> None:  # In the committer's thread.
-            self._commits.computed(part, engine.facts)
-
-        def look(now_s: float) -> Sight:
-            sample = context.stats.sample(now_s, runner.num_in_flight, engine.stats)
-            if engine.facts is not None:
-                return Sight(sample, RUNNING)
-            return Sight(sample, "starting the engine" if engine.is_started else "reading rows")
-
-        tell = context.tell_disk_trouble
-        runner = self._worker.runner(engine, feeder, context.stats, commit, tell)
-        with Progress(context.stats.num_rows, context.stats.num_resumed) as progress:
-            context.notes.show_by(progress.note)
-            watch = Watch(look, context.stats, context.log, progress, run.stats_s)
-            try:
-                return runner.run(context.stop, watch.tick)
-            finally:
-                watch.show(time.monotonic(), is_last=True)
-                context.notes.show = None
+        return self._missing()

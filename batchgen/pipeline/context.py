@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING
-
-from batchgen.pipeline.runner import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from batchgen.cluster.fleet import Fleet
     from batchgen.core.errors import StorageError
-    from batchgen.engine.lazy import LazyEngine
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.run_stats import RunStats
-    from batchgen.pipeline.runner import StopSwitch
     from batchgen.storage import LocalStorage
     from batchgen.store.ledger import Ledger
     from batchgen.store.lock import RunLock
     from batchgen.store.runlog import RunLog
 
 _NUM_TIMES = 20
+
+
+class Stop(StrEnum):
+    """How far a run has been asked to stop."""
+
+    NO = "no"
+    DRAIN = "drain"
+    """Admit nothing more; let what is in flight finish within the grace."""
+    NOW = "now"
+
+
+class StopSwitch:
+    """Asked by signal handlers and by the deadline, read by the runner. Only ever moves forward."""
+
+    def __init__(self) -> None:
+        self.state = Stop.NO
+        self.is_patient = False
+        """Who asked will say when to stop waiting for what is in flight: no grace is counted."""
+        self.is_heard = False
+        """A runner's loop is looking; nobody else has to act on a second asking."""
+
+    def ask(self) -> None:
+        """Ask once: drain. Ask again: now."""
+        self.state = Stop.DRAIN if self.state is Stop.NO else Stop.NOW
+
+    def drain(self) -> None:
+        """Admit nothing more; `now` will come when it is time."""
+        if self.state is Stop.NO:
+            self.is_patient = True
+            self.state = Stop.DRAIN
+
+    def now(self) -> None:
+        """Stop waiting."""
+        self.state = Stop.NOW
 
 
 @dataclass(slots=True)
@@ -73,7 +103,6 @@ class RunContext:
     log: RunLog
     stats: RunStats
     stop: StopSwitch
-    engine: LazyEngine | Fleet
     notes: Notes = field(default_factory=Notes)
     taken: Taken = field(default_factory=Taken)
     is_trial: bool = False

@@ -296,9 +296,16 @@ def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
 
 
 def plan_of(
-    context: RunContext, options: RunOptions, decision: Decision
+    context: RunContext, options: RunOptions, decision: Decision, start: Callable[[], None]
 ) -> tuple[Plan, Manifest | None]:
-    """The plan to work on, put if it is new; and its manifest, if there is nothing to do."""
+    """The plan to work on, put if it is new; and its manifest, if there is nothing to do.
+
+    Args:
+        context: The run.
+        options: Of `batchgen run`.
+        decision: What there is to do.
+        start: Begins to start what computes, once it is sure that there are rows for it.
+    """
     if decision.plan is not None:
         return _go_on_with(decision.plan, context, options, decision.prepared)
     ledger, before, prepared = context.ledger, decision.before, decision.prepared
@@ -314,7 +321,7 @@ def plan_of(
         context.notes.add(UNFINISHED)
     if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
         # Before the input is scanned: both take long, and neither needs the other.
-        context.engine.start()
+        start()
     number = ledger.latest_plan_number() + 1
     plan = freeze(prepared, number, before, context.storage)
     ledger.put_plan(plan)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import EngineFacts, EngineStats
     from batchgen.job.model import Tuned
+    from batchgen.pipeline.compute import Compute
     from batchgen.pipeline.context import RunContext, Taken
     from batchgen.pipeline.run_stats import RunStats
     from batchgen.store.books import Manifest
@@ -86,14 +87,14 @@ class Moment:
     output_tokens: int
 
 
-def look_at_run(context: RunContext) -> Moment:
+def look_at_run(context: RunContext, compute: Compute) -> Moment:
     """Look; waits for nobody."""
     stats = context.stats
     return Moment(
         at_s=time.monotonic(),
-        facts=context.engine.facts,
-        engine=context.engine.stats,
-        num_in_flight=context.engine.num_in_flight,
+        facts=compute.facts,
+        engine=compute.stats,
+        num_in_flight=compute.num_in_flight,
         num_ended=stats.num_results,
         prompt_tokens=stats.prompt_tokens,
         cached_tokens=stats.cached_tokens,

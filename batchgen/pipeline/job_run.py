@@ -13,13 +13,11 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
-from batchgen.cluster.board import Board
-from batchgen.cluster.crews import engine_gpus, is_fleet, needs_of, ray_crew, share_gpu
-from batchgen.cluster.fleet import Fleet
 from batchgen.core.errors import (
     BatchgenError,
     BusyError,
@@ -31,12 +29,10 @@ from batchgen.core.errors import (
     StorageError,
 )
 from batchgen.engine.death import is_out_of_memory
-from batchgen.engine.lazy import LazyEngine, closing_beside
-from batchgen.engine.start import StartEngine, start_engine
 from batchgen.engine.vllm.settings import SETTINGS
-from batchgen.pipeline.advice import Way, advise
+from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.computing import Computation
-from batchgen.pipeline.context import Notes, RunContext
+from batchgen.pipeline.context import RunContext
 from batchgen.pipeline.deadline import Deadline, End, estimate_lead
 from batchgen.pipeline.decide import NO_ERRORS, decide, plan_of, refuse_foreign
 from batchgen.pipeline.interface import (
@@ -62,13 +58,11 @@ from batchgen.store.runlog import RunLog, new_run_id, utc_now
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.cluster.crew import Crew
-    from batchgen.engine.death import EngineDeath
-    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import JobConfig
+    from batchgen.pipeline.compute import Compute
+    from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.decide import Decision
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.runner import StopSwitch
     from batchgen.store.books import Epoch, Manifest
 
 
@@ -78,7 +72,7 @@ def tuned_notes(job: JobConfig) -> list[str]:
 
 
 @contextmanager
-def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
+def naming_tuned(job: JobConfig, compute: Compute) -> Iterator[None]:
     """Where the engine does not start, or runs out of memory, name the settings that were tuned.
 
     They need not be at fault, but whoever reads the job file would look for them there.
@@ -90,7 +84,7 @@ def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
         yield
     except (ConfigError, EngineError) as error:
         tuned = job.tuned
-        is_startup = engine.facts is None
+        is_startup = compute.facts is None
         if tuned is None or not tuned.settings or not (is_startup or is_out_of_memory(str(error))):
             raise
         told = ", ".join(f"{name} = {value}" for name, value in tuned.settings.items())
@@ -107,7 +101,7 @@ def naming_tuned(job: JobConfig, engine: LazyEngine | Fleet) -> Iterator[None]:
 class JobRun:
     """One execution of a job. Use once: `JobRun(...).run()`."""
 
-    def __init__(  # noqa: PLR0913 - each for one kind of caller
+    def __init__(
         self,
         job: JobConfig,
         *,
@@ -115,8 +109,7 @@ class JobRun:
         options: RunOptions | None = None,
         disk: Disk | None = None,
         publishes: bool = True,
-        start: StartEngine = start_engine,
-        crew: Callable[[JobConfig], Crew] = ray_crew,
+        compute: Callable[[RunContext], Compute] = OneEngine,
     ) -> None:
         """Bind; nothing is touched yet.
 
@@ -126,8 +119,7 @@ class JobRun:
             options: Of `batchgen run`.
             disk: The system calls; only fault tests bring their own.
             publishes: False: leave the snapshot of a job that is answered to a later run.
-            start: Starts the engine; benchmarks bring one that many runs share.
-            crew: Places the workers of a job with replicas.
+            compute: Makes what computes the job's rows; a job with replicas needs another.
 
         Raises:
             ConfigError: The options do not go together.
@@ -139,36 +131,27 @@ class JobRun:
         self._started_s = time.monotonic()
         now = utc_now()
         self._started_at = now.isoformat(timespec="seconds")
-        self._prepared: Prepared | None = None
-        self._context = self._make_context(stop, disk, new_run_id(now), crew)
+        self._context = self._make_context(stop, disk, new_run_id(now))
+        self._compute = compute(self._context)
         self._ledger = self._context.ledger
         self._before = (0, 0, 0)
         self._planned_at_s = self._started_s
         self._published_at_s: float | None = None
-        self._start_engine = start
         self._is_busy = False
         end = End(self._options.until, self._options.max_runtime_s, self._started_s)
         stats, commits_s = self._context.stats, self._context.commits_s
         self._deadline = Deadline(stop, end, lambda: estimate_lead(stats.latencies_s, commits_s))
         self.summary: Summary | None = None
         """How the run ended, also where `run` raised."""
-        self.death: str | None = None
-        """Why the last engine that died did so."""
 
-    def _make_context(
-        self,
-        stop: StopSwitch,
-        disk: Disk | None,
-        run_id: str,
-        crew: Callable[[JobConfig], Crew],
-    ) -> RunContext:
-        job, notes = self._job, Notes()
+    @property
+    def death(self) -> str | None:
+        """Why the last engine that died did so."""
+        return self._compute.death
+
+    def _make_context(self, stop: StopSwitch, disk: Disk | None, run_id: str) -> RunContext:
+        job = self._job
         storage = LocalStorage(Path(job.output.path), temp_tag=run_id, disk=disk)
-        stats = RunStats(self._started_s, 0)
-        engine: LazyEngine | Fleet = LazyEngine(self._build_engine)
-        if is_fleet(job):
-            shared = share_gpu(job, needs_of(job))
-            engine = Fleet(shared, run_id, crew, Board(stats), notes.add)
         return RunContext(
             job=job,
             run_id=run_id,
@@ -176,10 +159,8 @@ class JobRun:
             ledger=Ledger(storage),
             lock=RunLock(storage, f"{STATE}/lock", run_id),
             log=RunLog(storage, f"{STATE}/runs", run_id),
-            stats=stats,
+            stats=RunStats(self._started_s, 0),
             stop=stop,
-            engine=engine,
-            notes=notes,
             is_trial=not self._publishes,
         )
 
@@ -211,15 +192,14 @@ class JobRun:
                 stack.callback(context.lock.release)
             num_plans = self._ledger.latest_plan_number()
             decision = decide(self._ledger, self._job, self._options)
-            self._prepared = decision.prepared
             context.lock.acquire(steal=self._options.steal)
             stack.callback(context.lock.release)
-            stack.callback(context.engine.close)
+            stack.callback(self._compute.close)
             try:
                 self._check_no_newer_plan(num_plans)
                 for note in (*decision.notes, *tuned_notes(self._job)):
                     context.notes.add(note)
-                with naming_tuned(self._job, context.engine):
+                with naming_tuned(self._job, self._compute):
                     return self._run(decision)
             except BatchgenError as error:
                 gate = error.gate if isinstance(error, GateError) else ()
@@ -252,7 +232,8 @@ class JobRun:
         context = self._context
         if context.is_stopped():
             return self._stopped()
-        plan, manifest = plan_of(context, self._options, decision)
+        start = partial(self._compute.start, decision.prepared)
+        plan, manifest = plan_of(context, self._options, decision, start)
         self._planned_at_s = time.monotonic()
         if manifest is not None:
             reason = f"already complete, published by run {manifest.run_id}"
@@ -267,7 +248,7 @@ class JobRun:
             context.notes.add(f"{name} does not count ({why}); its rows are done again")
         context.stats.num_rows = plan.num_rows
         context.stats.num_resumed = durable.num_done
-        if not Computation(context, decision.prepared, epoch).run():
+        if not Computation(context, self._compute, decision.prepared, epoch).run():
             return self._stopped()
         if not self._publishes:
             return self._finish("answered", ExitCode.STOPPED, "run again to publish")
@@ -275,16 +256,17 @@ class JobRun:
 
     def moment(self) -> Moment:
         """Where the run is; may be asked from another thread."""
-        return look_at_run(self._context)
+        return look_at_run(self._context, self._compute)
 
     def _stopped(self) -> Summary:
         reason = f"{self._deadline.reason or 'on purpose'}, with work left; run again to go on"
         return self._finish("stopped", ExitCode.STOPPED, reason)
 
     def _publish(self, prepared: Prepared, epoch: Epoch) -> Summary:
-        with closing_beside(self._context.engine):
-            manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
-            self._published_at_s = time.monotonic()
+        self._compute.let_go()
+        manifest = publish(self._ledger, prepared, epoch, anyway=self._options.publish_anyway)
+        self._published_at_s = time.monotonic()
+        self._compute.close()
         for text in overridden(manifest):
             self._context.notes.add(text)
         if (keep := self._job.output.keep_snapshots) is not None:
@@ -293,19 +275,6 @@ class JobRun:
             except StorageError as error:  # The night is published; the next one prunes.
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
-
-    def _build_engine(self) -> SupervisedEngine:
-        assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
-        return self._start_engine(
-            self._prepared.engine_spec(self._context.log.engine_log),
-            stall_s=self._job.run.stall_s,
-            on_death=self._record_death,
-        )
-
-    def _record_death(self, death: EngineDeath) -> None:
-        self.death = death.reason
-        path = self._context.log.engine_death(death.number, death.as_dict())
-        self._context.notes.add(f"engine death {death.number}: {death.reason}; see {path}")
 
     def _who(self) -> dict[str, Any]:
         return {
@@ -333,15 +302,9 @@ class JobRun:
         return self.summary
 
     def _advise(self) -> None:
-        """Say what the run's samples tell of its settings; those of one engine only."""
-        context, job = self._context, self._job
-        is_one = isinstance(context.engine, LazyEngine)
-        if not self._publishes or self.death is not None or not is_one:
-            return
-        num_gpus, capacity = engine_gpus(job), context.engine.capacity
-        way = Way(job.run.max_in_flight, job.sampling.n, capacity, num_gpus)
-        for text in advise(context.log.samples, context.engine.facts, way):
-            context.notes.add(text)
+        """Say what the run's samples tell of its settings."""
+        for text in self._compute.advice() if self._publishes else ():
+            self._context.notes.add(text)
             sys.stderr.write(f"batchgen: {text}\n")
 
     def _summary(
@@ -369,13 +332,13 @@ class JobRun:
             num_copied=taken.num_copied,
             gate=[dict(entry) for entry in (manifest.gate if manifest else gate)],
             run=stats.totals(now_s),
-            engine=engine_dict(context.engine.facts),
+            engine=engine_dict(self._compute.facts),
             started_at=self._started_at,
             planned_s=(taken.known_at_s or self._planned_at_s) - self._started_s,
             published_s=published_s - self._started_s if published_s is not None else None,
             elapsed_s=now_s - self._started_s,
             tuned=tuned_dict(self._job.tuned),
-            warnings=context.notes.texts + context.engine.warnings,
+            warnings=context.notes.texts + self._compute.warnings,
             num_engine_warnings=context.log.num_engine_warnings(),
             summary_path=None,
         )

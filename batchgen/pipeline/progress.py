@@ -1,18 +1,31 @@
 """What a person sees while a run works: tqdm on a terminal, a plain line now and then elsewhere.
 
-Writes to stderr; stdout is for results. Nothing here is read back by the program.
+Progress goes to stderr; stdout is for results. The same looks at the run become its live view and
+its samples, see `RunLog`.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from batchgen.pipeline.context import RunContext
+    from batchgen.pipeline.run_stats import RunStats
+    from batchgen.store.runlog import RunLog
+
+    Look = tuple[Mapping[str, Any], str, Sequence[Mapping[str, Any]] | None]
+    """A run at one moment: a row of stats.parquet, see `RunStats.sample`; what it is doing,
+    `RUNNING` from when the first engine is up; and a row for each replica, if there are any."""
+
+RUNNING = "running"
+_LIVE_EVERY_S = 2.0
 _PLAIN_EVERY_S = 30.0
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -85,6 +98,70 @@ class Progress:
         print(f"batchgen: {line}", file=self._stream, flush=True)
         if self._bar is not None:
             self._bar.refresh()
+
+
+class Monitor:
+    """Looks at a run at its own pace and shows what it sees; never changes the run."""
+
+    def __init__(
+        self,
+        look: Callable[[float], Look],
+        stats: RunStats,
+        log: RunLog,
+        progress: Progress,
+        sample_s: float,
+    ) -> None:
+        """Bind to a run.
+
+        Args:
+            look: Looks at the engines at this time, in monotonic seconds.
+            stats: The run's.
+            log: Gets the live view and the samples.
+            progress: Is shown to a person.
+            sample_s: Seconds between two rows of stats.parquet.
+        """
+        self._look = look
+        self._stats = stats
+        self._log = log
+        self._progress = progress
+        self._sample_s = sample_s
+        self._next_s = 0.0
+        self._next_sample_s = time.monotonic() + sample_s
+
+    def tick(self) -> None:
+        """Show the run if it is time to; called at every turn of the loop."""
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._next_s = now_s + min(_LIVE_EVERY_S, self._sample_s)
+            self.show(now_s, is_last=False)
+
+    def show(self, now_s: float, *, is_last: bool) -> None:
+        """Show where the run is; the last look is always sampled."""
+        stats, (sample, state, replicas) = self._stats, self._look(now_s)
+        eta_s = stats.eta_s(now_s)
+        starting = None if state == RUNNING else state
+        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s, starting)
+        live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
+        self._log.live({**live, "eta_s": eta_s, **sample}, replicas)
+        if is_last or now_s >= self._next_sample_s:
+            self._next_sample_s = now_s + self._sample_s
+            self._log.sample(sample)
+            if replicas is not None:
+                self._log.sample_replicas(replicas, is_last=is_last)
+
+
+@contextmanager
+def watching(context: RunContext, look: Callable[[float], Look]) -> Iterator[Monitor]:
+    """Show a run and its notes to a person while it computes."""
+    stats = context.stats
+    with Progress(stats.num_rows, stats.num_resumed) as progress:
+        context.notes.show_by(progress.note)
+        monitor = Monitor(look, stats, context.log, progress, context.job.run.stats_s)
+        try:
+            yield monitor
+        finally:
+            monitor.show(time.monotonic(), is_last=True)
+            context.notes.show = None
 
 
 def _figures(sample: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batchgen.core.errors import BatchgenError, OutputError, StorageError
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.stages import Committer
+from batchgen.pipeline.committer import Committer
 from batchgen.store.answered import Source, published_sources
 from batchgen.store.books import NO_ROWS, Durable
 from batchgen.store.carry import Wanted, from_parts, gathered
@@ -20,7 +20,7 @@ from batchgen.store.renumber import Renumbering
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from batchgen.pipeline.commits import Commits
+    from batchgen.pipeline.committer import Commits
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Base, Plan

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from batchgen.answers.retries import final
 from batchgen.core.collector import rare_collection
 from batchgen.core.errors import AccountingError, BatchgenError, EngineDeadError
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.stages import Committer, Fed, Feeder, OpenPart
+from batchgen.pipeline.committer import OpenPart
+from batchgen.pipeline.context import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,44 +32,13 @@ if TYPE_CHECKING:
     from batchgen.core.records import Completion, Request, Result
     from batchgen.engine.base import Engine
     from batchgen.job.model import RunConfig
+    from batchgen.pipeline.committer import Committer
+    from batchgen.pipeline.context import StopSwitch
+    from batchgen.pipeline.feeder import FeedBatch, Feeder
     from batchgen.pipeline.run_stats import RunStats
 
 _IDLE_WAIT_S = 0.05
 _STEP_WAIT_S = 0.2
-
-
-class Stop(StrEnum):
-    """How far a run has been asked to stop."""
-
-    NO = "no"
-    DRAIN = "drain"
-    """Admit nothing more; let what is in flight finish within the grace."""
-    NOW = "now"
-
-
-class StopSwitch:
-    """Asked by signal handlers and by the deadline, read by the runner. Only ever moves forward."""
-
-    def __init__(self) -> None:
-        self.state = Stop.NO
-        self.is_patient = False
-        """Who asked will say when to stop waiting for what is in flight: no grace is counted."""
-        self.is_heard = False
-        """A runner's loop is looking; nobody else has to act on a second asking."""
-
-    def ask(self) -> None:
-        """Ask once: drain. Ask again: now."""
-        self.state = Stop.DRAIN if self.state is Stop.NO else Stop.NOW
-
-    def drain(self) -> None:
-        """Admit nothing more; `now` will come when it is time."""
-        if self.state is Stop.NO:
-            self.is_patient = True
-            self.state = Stop.DRAIN
-
-    def now(self) -> None:
-        """Stop waiting."""
-        self.state = Stop.NOW
 
 
 class Runner:
@@ -180,11 +149,11 @@ class Runner:
         room = self._engine.capacity - len(self._in_flight)
         while room > 0:
             if not self._waiting:
-                fed = self._take()
-                if fed is None:
+                batch = self._take()
+                if batch is None:
                     return
-                self._take_in(fed)
-                if not fed.requests:
+                self._take_in(batch)
+                if not batch.requests:
                     return  # Rows that end without the engine: let the loop flush and listen.
                 continue
             chunk = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
@@ -192,7 +161,7 @@ class Runner:
             self._engine.add(chunk)
             room -= len(chunk)
 
-    def _take(self) -> Fed | None:
+    def _take(self) -> FeedBatch | None:
         """What the feeder has ready; its trouble waits until what is in flight has finished."""
         try:
             return self._feeder.take(0 if self._in_flight else _IDLE_WAIT_S)
@@ -200,18 +169,18 @@ class Runner:
             self._trouble = error
             return None
 
-    def _take_in(self, fed: Fed) -> None:
-        num_rows = len(fed.requests) + len(fed.results)
+    def _take_in(self, batch: FeedBatch) -> None:
+        num_rows = len(batch.requests) + len(batch.results)
         if num_rows:
-            self._row_bytes = fed.num_bytes / num_rows
-        self._waiting.extend(fed.requests)
-        if fed.results:
-            self._end(fed.results)
-        if fed.skipped:
-            before = self._part.skipped.get(fed.segment, Ranges())
-            self._part.skipped[fed.segment] = before | fed.skipped
+            self._row_bytes = batch.num_bytes / num_rows
+        self._waiting.extend(batch.requests)
+        if batch.results:
+            self._end(batch.results)
+        if batch.skipped:
+            before = self._part.skipped.get(batch.segment, Ranges())
+            self._part.skipped[batch.segment] = before | batch.skipped
             self._part.since_s = self._part.since_s or self._clock()
-            self.stats.num_skipped += len(fed.skipped)
+            self.stats.num_skipped += len(batch.skipped)
 
     def _step(self, now_s: float) -> None:
         if not self._in_flight:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen import __version__
-from batchgen.cluster.crews import is_fleet, needs_of
+from batchgen.cluster.crews import needs_of
 from batchgen.cluster.ray_places import fit
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
@@ -311,7 +311,7 @@ def check_limits(machine: Machine, num_gpus: int, job_file: Path | None) -> Iter
 
 def check_replicas(job: JobConfig, machine: Machine) -> Iterator[Finding]:
     """Look for Ray and, without a cluster, for GPUs enough; nothing for a job of one engine."""
-    if not is_fleet(job):
+    if not job.run.is_cluster:
         return
     if find_spec("ray") is None:
         yield problem("replicas", "Ray is not installed", "pip install 'batchgen[ray]'")

@@ -116,6 +116,8 @@ class Sieve:
         self._lock = threading.Lock()
         self.num_set_aside = 0
         """Rows that wait for another row's answer."""
+        self.num_taken_back = 0
+        """Requests that were let pass and have not been computed."""
 
     def passing(self, requests: Sequence[Request]) -> list[Request]:
         """Those that have to be computed."""
@@ -142,6 +144,7 @@ class Sieve:
         """
         with self._lock:
             for prefix, has_seed in those:
+                self.num_taken_back += 1
                 # One with a draw of its own has not been remembered; another like it may be.
                 if shares(self._dedupe, has_seed=has_seed):
                     self._own.forget(prefix)

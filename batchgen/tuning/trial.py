@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.death import is_out_of_memory
+from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import Stop, StopSwitch
 from batchgen.tuning.gauge import Measure, Times, add_moment, is_enough, measure, steady
 from batchgen.tuning.tuned import with_settings
 

@@ -25,6 +25,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ from batchgen.engine.devices import device_name
 from batchgen.engine.process import EngineProcess
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import is_cpu_build, prepare_environment
+from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from tests.bench import works
 from tests.bench.random_model import make_model
 
@@ -110,7 +112,9 @@ class Product:
                 "run": {"order": order},
             }
         )
-        summary = JobRun(job, stop=StopSwitch(), start=self._start).run()
+        summary = JobRun(
+            job, stop=StopSwitch(), compute=partial(OneEngine, start=self._start)
+        ).run()
         assert summary.published_s is not None
         published_s = time.monotonic() - started - (summary.elapsed_s - summary.published_s)
         run = summary.run

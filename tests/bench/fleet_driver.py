@@ -35,19 +35,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.cluster.answering import Task
+from batchgen.cluster.answering import Answering, Task
 from batchgen.cluster.board import Board
-from batchgen.cluster.fleet import Fleet
 from batchgen.cluster.leases import LeaseBook
+from batchgen.cluster.roster import Roster
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.context import RunContext
-from batchgen.pipeline.frozen import freeze, read_rows
+from batchgen.pipeline.context import RunContext, StopSwitch
+from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
-from batchgen.pipeline.progress import Progress
+from batchgen.pipeline.progress import Monitor, Progress
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.runner import StopSwitch
-from batchgen.pipeline.watch import Sight, Watch
-from batchgen.pipeline.worker import Worker
+from batchgen.pipeline.stages import Stages
 from batchgen.storage import LocalStorage
 from batchgen.store.known import KnownKeys, Sieve
 from batchgen.store.ledger import Ledger
@@ -57,6 +55,7 @@ from tests.bench.echo_rows import _write_rows
 from tests.bench.fleet_sim import bound_s
 from tests.bench.fleet_time import PacedFeeder, TimedCrew, size_of
 from tests.bench.sim_worker import EngineKind
+from tests.fakes import FACTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,6 +109,13 @@ class Bench:
             return Drive(self, storage, mode, num, num_rows, args).run()
 
 
+class _Up:
+    """Engines that need not be waited for."""
+
+    is_started = True
+    facts = FACTS
+
+
 class Drive:
     """One fleet on one task."""
 
@@ -136,8 +142,15 @@ class Drive:
         ledger = Ledger(storage)
         self._epoch = bench.epoch(ledger, num_rows)
         stats = RunStats(crew.now_s, num_rows)
-        board = Board(stats, clock=crew.clock)
-        fleet = self._fleet = Fleet(job, "bench", lambda _: crew, board, print, clock=crew.clock)
+        board = self._board = Board(stats, clock=crew.clock)
+        self._roster = Roster(
+            crew,
+            job,
+            "bench",
+            on_hired=lambda member: board.note_hired(member.replica, member.number),
+            tell=print,
+            clock=crew.clock,
+        )
         self._context = RunContext(
             job=job,
             run_id="bench",
@@ -147,11 +160,10 @@ class Drive:
             log=RunLog(storage, "runs", "bench"),
             stats=stats,
             stop=StopSwitch(),
-            engine=fleet,
         )
         progress = Progress(num_rows, 0, stream=io.StringIO())
-        self._watch = Watch(
-            lambda now_s: Sight(board.whole(now_s), "running", board.rows(now_s)),
+        self._monitor = Monitor(
+            lambda now_s: (board.whole(now_s), "running", board.rows(now_s)),
             stats,
             self._context.log,
             progress,
@@ -182,8 +194,14 @@ class Drive:
         gc.collect()
         self._began_s = crew.now_s
         crew.leave()
-        self._fleet.start()
-        assert self._fleet.answer(task, self._context.ledger, self._context.stop, self._tick)
+        self._roster.is_starting_engines = True
+        self._roster.care()
+        self._roster.send()
+        book = LeaseBook({} if task.is_packed else rows)
+        answering = Answering(
+            task, self._roster, crew, book, self._board, self._context.ledger, clock=crew.clock
+        )
+        assert answering.run(self._context.stop, 20.0, self._tick)
         crew.enter()
         return self._figures()
 
@@ -192,14 +210,13 @@ class Drive:
         if now_s >= self._show_at_s:
             self._show_at_s = now_s + 2.0
             began_s = time.thread_time()
-            self._watch.show(now_s, is_last=False)
+            self._monitor.show(now_s, is_last=False)
             self._tell_s += time.thread_time() - began_s
 
     def _feed(self, rows: Mapping[int, Ranges]) -> Any:
         prepared, ledger = self._prepared, self._context.ledger
-        worker = Worker(prepared, self._epoch.plan, ledger, epoch=1, number=0, run_id="bench")
-        batches = read_rows(self._epoch.plan, rows, prepared.reader, prepared.spec())
-        feeder = worker.feeder(worker.feds(batches, None), self._fleet)
+        stages = Stages(prepared, self._epoch.plan, ledger, epoch=1, worker=0, run_id="bench")
+        feeder = stages.feeder(stages.feed(stages.read(rows), None), _Up())
         self._feeder = PacedFeeder(feeder, self._crew)
         return self._feeder
 

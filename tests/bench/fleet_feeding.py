@@ -18,20 +18,22 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
 from batchgen.api import load
+from batchgen.cluster.compute import Cluster
 from batchgen.cluster.crews import needs_of
 from batchgen.cluster.messages import Report, StartEngine
 from batchgen.cluster.ray import RayCrew
 from batchgen.cluster.replica import Replica
 from batchgen.engine.devices import device_name
 from batchgen.engine.vllm.settings import is_cpu_build
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from batchgen.store.names import STATE
 from tests.bench import works
 from tests.bench.feeding import KEYS, LOADING, TEMPERATURE, KeptEngine, _repeated, _work
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.stages import Fed
+    from batchgen.pipeline.feeder import FeedBatch
     from tests.bench.works import Work
 
 
@@ -58,7 +60,7 @@ class Rebadge(NamedTuple):
 class KeptReplica:
     """A replica whose engine outlives it."""
 
-    def __init__(self, badge: Badge, *, fetch: Callable[[Any], Sequence[Fed]]) -> None:
+    def __init__(self, badge: Badge, *, fetch: Callable[[Any], Sequence[FeedBatch]]) -> None:
         self._fetch = fetch
         self._engine: KeptEngine | None = None
         self._replica = self._become(badge)
@@ -229,7 +231,7 @@ def _run(  # noqa: PLR0917 - a bench
     )
     used = crew(job)
     was_up_s = used.up_at_s
-    summary = JobRun(job, stop=StopSwitch(), crew=crew).run()
+    summary = JobRun(job, stop=StopSwitch(), compute=partial(Cluster, crew=crew)).run()
     assert summary.published_s is not None
     published_at_s = time.monotonic() - (summary.elapsed_s - summary.published_s)
     assert used.up_at_s is not None

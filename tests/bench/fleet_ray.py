@@ -15,14 +15,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
+from batchgen.cluster.compute import Cluster
 from batchgen.cluster.crews import needs_of
 from batchgen.cluster.ray import RayCrew
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from tests.bench.echo_rows import _write_rows
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def measure(folder: Path, num: int, num_rows: int) -> dict[str, float]:
         crews.append(Counting(RayCrew(None, needs_of(job), room_for=num)))
         return crews[0]
 
-    summary = JobRun(job, stop=StopSwitch(), crew=make).run()
+    summary = JobRun(job, stop=StopSwitch(), compute=partial(Cluster, crew=make)).run()
     assert summary.num_ok == num_rows, summary
     (crew,) = crews
     assert crew.first is not None

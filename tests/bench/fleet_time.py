@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from batchgen.pipeline.stages import Fed
+from batchgen.pipeline.feeder import FeedBatch
 from batchgen.store.names import PARTS
 from tests.bench.sim_crew import SimCrew
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.leases import LeaseBook
     from batchgen.cluster.messages import Badge, Gone, Order, Report
-    from batchgen.pipeline.stages import Feeder
+    from batchgen.pipeline.feeder import Feeder
     from batchgen.storage import LocalStorage
     from tests.bench.sim_worker import EngineKind
 
@@ -92,7 +92,7 @@ class PacedFeeder:
     def is_done(self) -> bool:
         return self._feeder.is_done
 
-    def take(self, timeout_s: float) -> Fed | None:
+    def take(self, timeout_s: float) -> FeedBatch | None:
         del timeout_s
         if self._feeder.is_done or self._crew.clock() < self._ready_s:
             return None
@@ -115,7 +115,7 @@ def size_of(book: LeaseBook) -> int:
     todo: list[Any] = [book]
     while todo:
         one = todo.pop()
-        if id(one) in seen or isinstance(one, type | Fed) or callable(one):
+        if id(one) in seen or isinstance(one, type | FeedBatch) or callable(one):
             continue
         seen[id(one)] = one
         todo += gc.get_referents(one)

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 import batchgen
 from batchgen import cli
 from batchgen.cli.run import _ended, _stop_on_signals, _told
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import Summary
-from batchgen.pipeline.runner import StopSwitch
 from batchgen.store.names import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pytest
 
 from batchgen.api import load
+from batchgen.cluster.compute import Cluster
 from batchgen.cluster.messages import Failed, Ready
 from batchgen.core.errors import ConfigError, ExitCode
+from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from tests.crews import ThreadCrew
 from tests.e2e.support import published, write_rows
 
@@ -44,7 +47,9 @@ def tables(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(job: dict[str, Any], crew: Callable[..., ThreadCrew] = ThreadCrew) -> Any:
-    return JobRun(load(job), stop=StopSwitch(), crew=crew).run()
+    config = load(job)
+    compute = partial(Cluster, crew=crew) if config.run.is_cluster else OneEngine
+    return JobRun(config, stop=StopSwitch(), compute=compute).run()
 
 
 @pytest.fixture(scope="module")
@@ -262,9 +267,8 @@ def test_stopping_keeps_what_is_finished_and_a_later_run_goes_on(
             stop.drain()
         return True
 
-    first = JobRun(
-        load(job), stop=stop, crew=lambda job: ThreadCrew(job, on_report=ask_to_stop)
-    ).run()
+    compute = partial(Cluster, crew=lambda job: ThreadCrew(job, on_report=ask_to_stop))
+    first = JobRun(load(job), stop=stop, compute=compute).run()
     assert first.exit_code == ExitCode.STOPPED
     assert 200 < first.num_durable < ROWS
     second = run({**job, "run": {"flush_s": 0.5}})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
@@ -21,9 +22,10 @@ from batchgen.core.errors import (
     SourceError,
 )
 from batchgen.job.load import load_job
+from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from tests.e2e.support import published, run_cli, write_job
 from tests.fakes import FakeEngine
 from tests.harm import overwrite
@@ -288,8 +290,10 @@ class NoEngine(FakeEngine):
 def fail_to_start(job: Path, **options: bool) -> None:
     """A run whose engine does not start, as vLLM's tells: some time after the plan is put."""
     start: Any = lambda *_, **__: NoEngine()  # noqa: E731
+    compute = partial(OneEngine, start=start)
+    made = load_job(job)
     with pytest.raises(EngineError, match="enforce_egar"):
-        JobRun(load_job(job), stop=StopSwitch(), options=RunOptions(**options), start=start).run()
+        JobRun(made, stop=StopSwitch(), options=RunOptions(**options), compute=compute).run()
 
 
 def typo(folder: Path, **tables: Any) -> Path:

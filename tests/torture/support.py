@@ -24,9 +24,9 @@ import batchgen.source.jsonl  # noqa: F401
 from batchgen import cli
 from batchgen.api import load
 from batchgen.core.errors import BatchgenError
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from batchgen.store.names import STATE
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import batchgen
 from batchgen.job.load import parse_job
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.verify import verify

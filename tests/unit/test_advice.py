@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from batchgen.core.records import EngineFacts
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.pipeline.advice import Way, advise
+from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from tests.fakes import FakeEngine
 
 FACTS = EngineFacts("vllm", "0.26.0", "NVIDIA H100 80GB HBM3", 8192, 256, 60.0)
@@ -189,7 +191,9 @@ def stormy_run(make_job):
         def start(spec, **_):
             return SupervisedEngine(lambda _: FakeEngine(facts=FACTS), spec)
 
-        run = JobRun(make_job(), stop=StopSwitch(), start=start, **kwargs)
+        run = JobRun(
+            make_job(), stop=StopSwitch(), compute=partial(OneEngine, start=start), **kwargs
+        )
         # Long before the ten rows that it has now.
         for sample in samples(num_running=160, num_ok=lambda s: int(100 * s) - 10**6, **STORM):
             run._context.log.sample(sample)

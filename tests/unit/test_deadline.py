@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.deadline import (
     Clocks,
     Deadline,
@@ -27,7 +28,6 @@ from batchgen.pipeline.deadline import (
     parse_duration,
     parse_until,
 )
-from batchgen.pipeline.runner import Stop, StopSwitch
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

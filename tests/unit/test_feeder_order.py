@@ -11,7 +11,7 @@ import pytest
 from batchgen.core.errors import SourceError, StorageError
 from batchgen.core.records import RowError
 from batchgen.engine.order import AdmissionOrder, Lengths, Reach
-from batchgen.pipeline.stages import Feeder, feds_of
+from batchgen.pipeline.feeder import Feeder, feed_batches
 from tests.fakes import batch, request_builder
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def feeder(
     folder: Path | None = None,
 ) -> Feeder:
     order = AdmissionOrder(mode, Lengths(), reach, folder)
-    return Feeder(feds_of(batches, request_builder()), order=order, is_loading=is_loading)
+    return Feeder(feed_batches(batches, request_builder()), order=order, is_loading=is_loading)
 
 
 def rows_of(feeding: Feeder) -> list[int]:
@@ -104,7 +104,9 @@ class Broken(AdmissionOrder):
 
 def test_even_a_bug_in_the_order_ends_the_run():
     order = Broken("prefix", Lengths())
-    feeding = Feeder(feds_of(backwards(3), request_builder()), order=order, is_loading=lambda: True)
+    feeding = Feeder(
+        feed_batches(backwards(3), request_builder()), order=order, is_loading=lambda: True
+    )
     with pytest.raises(ZeroDivisionError):
         rows_of(feeding)
     feeding.close()
@@ -179,7 +181,7 @@ def test_the_look_ahead_waits_until_rows_are_taken():
 def test_closing_gives_the_disk_its_room_back(tmp_path: Path):
     order = AdmissionOrder("prefix", Lengths(), Reach(held_bytes=2000, run_rows=50), tmp_path)
     feeding = Feeder(
-        feds_of(backwards(300), request_builder()), order=order, is_loading=lambda: True
+        feed_batches(backwards(300), request_builder()), order=order, is_loading=lambda: True
     )
     assert feeding.take(5.0) is not None
     assert order.num_files > 0

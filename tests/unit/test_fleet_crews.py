@@ -12,14 +12,14 @@ import pytest
 
 from batchgen.cluster.chores import Chores
 from batchgen.cluster.crew import Needs
-from batchgen.cluster.crews import is_fleet, needs_of, share_gpu
+from batchgen.cluster.crews import needs_of, share_gpu
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.packing import PACK_ROWS, Packer, best_cut, rows_of
 from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Request, RowError
-from batchgen.pipeline.stages import Fed, Feeder
+from batchgen.pipeline.feeder import FeedBatch, Feeder
 from tests import fakes
 
 
@@ -35,7 +35,7 @@ from tests import fakes
 def test_one_replica_needs_no_fleet_unless_a_cluster_is_named(
     run: dict[str, Any], told: bool
 ) -> None:
-    assert is_fleet(fakes.job(run=run)) is told
+    assert fakes.job(run=run).run.is_cluster is told
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_a_packer_packs_every_row_once(by_prefix: bool) -> None:
     last = len(many)
     ended = fakes.results(fakes.batch([last]), errors={last: RowError("bad_json", "not an object")})
     feds = [
-        Fed(many[:2000], ended, 0, Ranges([(last + 1, last + 4)]), 0),
-        Fed(many[2000:], (), 0, Ranges(), 0),
+        FeedBatch(many[:2000], ended, 0, Ranges([(last + 1, last + 4)]), 0),
+        FeedBatch(many[2000:], (), 0, Ranges(), 0),
     ]
-    put: list[Fed] = []
+    put: list[FeedBatch] = []
     book = LeaseBook({})
     packer = Packer(Feeder(feds), put.extend, last + 4, by_prefix=by_prefix)
     deadline = time.monotonic() + 40
@@ -186,10 +186,12 @@ def test_chores_are_tried_again_while_the_disk_recovers_and_then_are_trouble() -
 
 def test_packs_of_large_rows_are_small_and_few() -> None:
     many = requests(["x" * (1 << 20) for _ in range(40)])
-    put: list[Fed] = []
+    put: list[FeedBatch] = []
     book = LeaseBook({})
     packer = Packer(
-        Feeder([Fed(many, (), 0, Ranges(), 0), Fed(many, (), 0, Ranges(), 0)]), put.extend, 80
+        Feeder([FeedBatch(many, (), 0, Ranges(), 0), FeedBatch(many, (), 0, Ranges(), 0)]),
+        put.extend,
+        80,
     )
     deadline = time.monotonic() + 40
     while book.num_pending < 40 and time.monotonic() < deadline:

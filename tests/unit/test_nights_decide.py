@@ -9,11 +9,11 @@ import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
 from batchgen.core.ranges import Ranges
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.decide import decide, plan_of
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from batchgen.store.books import Base, Manifest
 from batchgen.store.ledger import Ledger
 from batchgen.store.names import STATE
@@ -477,7 +477,7 @@ def test_a_run_that_came_in_between_is_seen_under_the_lock(lab, make_job, end):
     end(lab, plan, 0)
     context = JobRun(job, stop=StopSwitch())._context
     with pytest.raises(FencedError, match="another run has just worked on this job; run again"):
-        plan_of(context, PLAIN, decision)
+        plan_of(context, PLAIN, decision, lambda: None)
     assert lab.ledger.latest_plan() == plan
 
 

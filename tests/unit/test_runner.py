@@ -19,9 +19,11 @@ from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
 from batchgen.job.model import RunConfig
 from batchgen.job.seeds import Seeds
+from batchgen.pipeline.committer import Committer, OpenPart
+from batchgen.pipeline.context import Stop, StopSwitch
+from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.runner import Runner, Stop, StopSwitch
-from batchgen.pipeline.stages import Committer, Feeder, OpenPart, feds_of
+from batchgen.pipeline.runner import Runner
 from tests import fakes
 from tests.fakes import (
     FACTS,
@@ -86,7 +88,7 @@ class Run:
         self._on_tick = on_tick
         made = job or fakes.job()
         ids = itertools.count()
-        self.feeder = Feeder(feds_of(batches, request_builder(made, ids=ids)))
+        self.feeder = Feeder(feed_batches(batches, request_builder(made, ids=ids)))
         self.runner = Runner(
             engine,
             self.feeder,
@@ -525,7 +527,7 @@ def test_the_feeder_reads_only_so_far_ahead():
             read.append(at)
             yield batch([at])
 
-    feeder = Feeder(feds_of(endless(), request_builder()))
+    feeder = Feeder(feed_batches(endless(), request_builder()))
     first = feeder.take(5.0)
     assert [tuple(request.ordinal) for request in first.requests] == [(0, 0)]
     feeder.close()
@@ -534,7 +536,7 @@ def test_the_feeder_reads_only_so_far_ahead():
 
 
 def test_the_feeder_says_when_it_is_done_and_then_gives_nothing():
-    feeder = Feeder(feds_of([batch([0])], request_builder()))
+    feeder = Feeder(feed_batches([batch([0])], request_builder()))
     assert feeder.take(5.0).num_bytes > 0
     assert not feeder.is_done
     assert feeder.take(5.0) is None

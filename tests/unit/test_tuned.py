@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tomllib
+from functools import partial
 
 import pytest
 from hypothesis import example, given
@@ -15,9 +16,10 @@ from batchgen.core.errors import ConfigError, EngineError, OutputError
 from batchgen.engine.start import start_engine
 from batchgen.job.load import load_job
 from batchgen.job.recipe import fingerprint, make_recipe
+from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import StopSwitch
 from batchgen.preview.foresee import PlanOptions, foresee
 from batchgen.tuning.tuned import (
     PLACES,
@@ -314,7 +316,11 @@ def test_an_engine_that_does_not_start_or_runs_out_of_memory_names_what_was_tune
 ):
     faults = [{"kind": fault, "text": "say"}] if fault else []
     job = make_job(model={"engine": {"faults": faults}}).tuned_by(Tuned("x.tuned.toml", settings))
-    run = JobRun(job, stop=StopSwitch(), start=start_engine if fault else refuse_to_start)
+    run = JobRun(
+        job,
+        stop=StopSwitch(),
+        compute=partial(OneEngine, start=start_engine if fault else refuse_to_start),
+    )
     with pytest.raises(EngineError) as caught:
         run.run()
     text = "; it had max_num_seqs = 2 from x.tuned.toml: --no-tuned runs without"
@@ -410,7 +416,7 @@ def test_settings_that_the_engine_refuses_name_what_was_tuned(make_job, where, i
         raise ConfigError(where, ["dtype is wrong", "max_num_seqs is wrong"])
 
     job = make_job().tuned_by(Tuned("x.tuned.toml", {"max_num_seqs": 2}))
-    run = JobRun(job, stop=StopSwitch(), start=refuse)
+    run = JobRun(job, stop=StopSwitch(), compute=partial(OneEngine, start=refuse))
     with pytest.raises(ConfigError) as caught:
         run.run()
     text = "max_num_seqs is wrong; it had max_num_seqs = 2 from x.tuned.toml: --no-tuned runs"

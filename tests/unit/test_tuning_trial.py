@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from batchgen.core.errors import ConfigError
 from batchgen.engine.start import start_engine
+from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.runner import Stop, StopSwitch
 from batchgen.tuning.gauge import Times
 from batchgen.tuning.trial import Stops, _for_trial, run_trial
 
@@ -43,11 +46,15 @@ def test_long_rows_do_not_come_first_in_a_trial(make_job, publishes):
     engine = {"max_num_seqs": 8, "step_s": 0.002}
     checks, model = {"allow_truncated": True}, {"engine": engine}
     job, asked = make_job(rows, sampling={"column": "own"}, checks=checks, model=model), []
+
+    def start(*args, **kwargs):
+        return Recorder(start_engine(*args, **kwargs), asked)
+
     JobRun(
         job,
         stop=StopSwitch(),
         publishes=publishes,
-        start=lambda *args, **kwargs: Recorder(start_engine(*args, **kwargs), asked),
+        compute=partial(OneEngine, start=start),
     ).run()
     assert sorted(asked) == list(range(3000))
     assert (asked.index(2999) < 2500) == publishes

@@ -1,0 +1,244 @@
+"""The seam behind which rows are computed: `Compute`, and `OneEngine` on this machine.
+
+The other implementation is `cluster.compute`. Nothing here or below knows of it: whoever makes a
+`JobRun` names the one to use.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from batchgen.engine.lazy import LazyEngine
+from batchgen.engine.start import start_engine
+from batchgen.engine.vllm.settings import gpus_of
+from batchgen.pipeline.advice import Way, advise
+from batchgen.pipeline.progress import RUNNING, watching
+from batchgen.pipeline.reuse import without
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from batchgen.core.ranges import Ranges
+    from batchgen.core.records import EngineFacts, EngineStats, RowBatch
+    from batchgen.engine.death import EngineDeath
+    from batchgen.engine.start import StartEngine
+    from batchgen.engine.supervised import SupervisedEngine
+    from batchgen.pipeline.committer import Commits
+    from batchgen.pipeline.context import RunContext
+    from batchgen.pipeline.feeder import Feeder
+    from batchgen.pipeline.prepare import Prepared
+    from batchgen.pipeline.progress import Look
+    from batchgen.pipeline.stages import Stages
+    from batchgen.store.books import Epoch
+    from batchgen.store.known import Sieve
+
+    Rows = Mapping[int, Ranges]
+    TakeOver = Callable[[Callable[[], None]], Rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run knows of the rows that are to be computed."""
+
+    prepared: Prepared
+    epoch: Epoch
+    stages: Stages
+    """Of this process."""
+    commits: Commits
+    """The same."""
+
+
+class Compute(Protocol):
+    """Ends rows: by one engine here, or by many elsewhere. Used by the run's one thread.
+
+    `facts`, `stats` and `num_in_flight` may be asked from any thread.
+    """
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What an engine is; None until the first is up."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest look at all schedulers."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests inside all engines."""
+
+    @property
+    def death(self) -> str | None:
+        """Why the last engine that died did so."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know at the end of the run, and was not noted before."""
+
+    def start(self, prepared: Prepared) -> None:
+        """Begin to bring engines up, without waiting for them. Idempotent.
+
+        Raises:
+            BatchgenError: There is no such engine, or nothing to run it on.
+        """
+
+    def answer(
+        self, work: Work, rows: Rows, sieve: Sieve | None, take_over: TakeOver | None = None
+    ) -> bool:
+        """Compute rows and make them durable, until all have ended or the run is stopped.
+
+        Args:
+            work: Whose rows they are.
+            rows: Segment -> rows that surely have to be computed.
+            sieve: Which of their requests are to be computed; None: all.
+            take_over: Makes other rows durable by itself, and returns all that are left then,
+                those of `rows` included. May be called while `rows` are being read; calls its
+                argument now and then.
+
+        Returns:
+            Whether nobody stopped it.
+
+        Raises:
+            BatchgenError: Job error. What finished before it is durable, if it can be.
+        """
+
+    def advice(self) -> list[str]:
+        """Return what the run's samples say of the job's settings."""
+
+    def let_go(self) -> None:
+        """There will be no more work: begin to close, if that can be done beside other work."""
+
+    def close(self) -> None:
+        """Close all engines, and wait for it. Idempotent."""
+
+
+class OneEngine:
+    """`Compute` on one engine, which starts as soon as there is something for it to do."""
+
+    def __init__(self, context: RunContext, *, start: StartEngine = start_engine) -> None:
+        """Bind; nothing is started.
+
+        Args:
+            context: The run.
+            start: Starts the engine; benchmarks bring one that many runs share.
+        """
+        self._context = context
+        self._start_engine = start
+        self._prepared: Prepared | None = None
+        self._engine = LazyEngine(self._build)
+        self._closing: threading.Thread | None = None
+        self.death: str | None = None
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What the engine is; None until it is up."""
+        return self._engine.facts
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest look at its scheduler."""
+        return self._engine.stats
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that it holds, those that it prepares included."""
+        return self._engine.num_in_flight
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the engine did that it should not."""
+        return self._engine.warnings
+
+    def start(self, prepared: Prepared) -> None:
+        """Begin to start the engine. See `Compute`."""
+        self._prepared = prepared
+        self._engine.start()
+
+    def answer(
+        self, work: Work, rows: Rows, sieve: Sieve | None, take_over: TakeOver | None = None
+    ) -> bool:
+        """Feed, loop and commit, each in a thread of its own. See `Compute`.
+
+        The feeder has begun before anything is taken over, so that the engine starts, and has
+        work, meanwhile; what could not be taken over is fed last.
+        """
+        self._prepared = work.prepared
+        engine, stages, context = self._engine, work.stages, self._context
+        left: Future[Rows] = Future()
+
+        def read() -> Iterator[RowBatch]:  # In the feeder's thread.
+            yield from stages.read(rows)
+            yield from stages.read(without(left.result(), rows))
+
+        def start_if_needed() -> None:
+            if feeder.has_requests():
+                engine.start()
+
+        feeder = stages.feeder(
+            stages.feed(read(), sieve.passing if sieve else None),
+            engine,
+            long_first=not context.is_trial,
+        )
+        try:
+            left.set_result(take_over(start_if_needed) if take_over else rows)
+            return not context.is_stopped() and self._loop(work, feeder)
+        finally:
+            if not left.done():
+                left.set_result({})  # Nobody must wait in there.
+            feeder.close()
+
+    def _loop(self, work: Work, feeder: Feeder) -> bool:
+        """Let the engine answer what the feeder brings."""
+        context, engine = self._context, self._engine
+        runner = work.stages.runner(
+            engine,
+            feeder,
+            context.stats,
+            commit=lambda part: work.commits.computed(part, engine.facts),
+            on_retry=context.tell_disk_trouble,
+        )
+        with watching(context, self._look) as monitor:
+            return runner.run(context.stop, monitor.tick)
+
+    def _look(self, now_s: float) -> Look:
+        engine = self._engine
+        sample = self._context.stats.sample(now_s, engine.num_in_flight, engine.stats)
+        if engine.facts is not None:
+            return sample, RUNNING, None
+        return sample, "starting the engine" if engine.is_started else "reading rows", None
+
+    def advice(self) -> list[str]:
+        """Return what the samples say of the engine's settings, unless it has died."""
+        job, engine = self._context.job, self._engine
+        if self.death is not None:
+            return []
+        sizes = {**job.model.engine, "tensor_parallel_size": job.model.tensor_parallel_size}
+        num_gpus = gpus_of(sizes, is_cpu=False)
+        way = Way(job.run.max_in_flight, job.sampling.n, engine.capacity, num_gpus)
+        return advise(self._context.log.samples, engine.facts, way)
+
+    def let_go(self) -> None:
+        """Begin to close: it takes seconds to let go of a GPU."""
+        self._closing = threading.Thread(target=self._engine.close, name="engine-close")
+        self._closing.start()
+
+    def close(self) -> None:
+        """Close the engine, or wait until it is closed. Idempotent."""
+        if self._closing is not None:
+            self._closing.join()
+        self._engine.close()
+
+    def _build(self) -> SupervisedEngine:
+        assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
+        return self._start_engine(
+            self._prepared.engine_spec(self._context.log.engine_log),
+            stall_s=self._context.job.run.stall_s,
+            on_death=self._record_death,
+        )
+
+    def _record_death(self, death: EngineDeath) -> None:
+        self.death = death.reason
+        path = self._context.log.engine_death(death.number, death.as_dict())
+        self._context.notes.add(f"engine death {death.number}: {death.reason}; see {path}")
