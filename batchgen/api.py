@@ -116,11 +116,11 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
     Raises:
         OutputError: Nothing is published there, or not that snapshot.
     """
-    import polars as pl
+    from batchgen.store.result_files import scan
 
     storage = LocalStorage(output_of(source))
     manifest = history.snapshot(Ledger(storage), snapshot)
-    return pl.scan_parquet([storage.path(file["name"]) for file in manifest.files], glob=False)
+    return scan(storage, [file["name"] for file in manifest.files])
 
 
 def load(

@@ -32,12 +32,10 @@ from batchgen.pipeline.frozen import (
 )
 from batchgen.pipeline.prepare import check, find_input
 from batchgen.pipeline.publish import gate_figures
-from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Base
 from batchgen.store.footer import PartFooter
-from batchgen.store.hashed import is_as_published
 from batchgen.store.names import PARTS, STATE, epoch_of
-from batchgen.store.published import Index
+from batchgen.store.result_files import Index, is_intact
 from batchgen.store.row_digests import digest_reader
 from batchgen.store.runlog import utc_now
 from batchgen.store.shown import raise_if_damaged, show
@@ -284,15 +282,7 @@ def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
     Raises:
         StorageError: One cannot be read right now.
     """
-    for entry in manifest.files:
-        path = ledger.storage.path(entry["name"])
-        try:
-            if not is_as_published(path, entry):
-                return True
-        except OSError as error:
-            raise_if_not_damage(path, error)
-            return True
-    return False
+    return not all(is_intact(ledger.storage.path(entry["name"]), entry) for entry in manifest.files)
 
 
 def plan_of(

@@ -7,20 +7,28 @@ come from the parts' footers: no row is read for them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import fsum
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen import __version__
-from batchgen.core.errors import AccountingError, DamagedPartError, GateError, OutputError
+from batchgen.core.errors import (
+    AccountingError,
+    DamagedPartError,
+    GateError,
+    OutputError,
+    StorageError,
+)
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.store.books import Durable, Epoch, Manifest
 from batchgen.store.names import STATE
 from batchgen.store.publish import SnapshotFormat, write_snapshot
+from batchgen.store.result_files import ResultFile
 from batchgen.store.runlog import utc_now
 from batchgen.store.schema import ROW, SEGMENT
 from batchgen.store.shown import note_as_published, show
@@ -226,36 +234,29 @@ def example_rows(
         ROW,
         *(prefix + name for name in ("status", VERDICT, ATTEMPTS, "error_type", "error")),
     ]
-    try:
-        for group in _row_groups(storage, durable, columns):
-            table = group.filter(_counting(group, prefix, limit))
-            for row in table.slice(0, NUM_EXAMPLES - len(found)).to_pylist():
-                why = f"{row[f'{prefix}error_type'] or 'ok'}: {row[f'{prefix}error'] or ''}"
-                if limit == "max_retry_rate":
-                    why = f"{row[f'{prefix}attempts']} attempts, {why}"
-                path = plan.segments[row[SEGMENT]].path
-                if path not in why:  # Error texts of the reader tell the line.
-                    why = f"{path} row {row[ROW]}: {why}"
-                found.append(why.removesuffix(": ")[:_MAX_CHARS])
-            if len(found) >= NUM_EXAMPLES:
-                break
-    except (OSError, pa.ArrowException, MemoryError):
-        return found  # Only examples: damage is told where rows are published.
+    for group in islice(_row_groups(storage, durable, columns), _MAX_GROUPS):
+        table = group.filter(_counting(group, prefix, limit))
+        for row in table.slice(0, NUM_EXAMPLES - len(found)).to_pylist():
+            why = f"{row[f'{prefix}error_type'] or 'ok'}: {row[f'{prefix}error'] or ''}"
+            if limit == "max_retry_rate":
+                why = f"{row[f'{prefix}attempts']} attempts, {why}"
+            path = plan.segments[row[SEGMENT]].path
+            if path not in why:  # Error texts of the reader tell the line.
+                why = f"{path} row {row[ROW]}: {why}"
+            found.append(why.removesuffix(": ")[:_MAX_CHARS])
+        if len(found) >= NUM_EXAMPLES:
+            break
     return found
 
 
 def _row_groups(
     storage: LocalStorage, durable: Durable, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
-    left = _MAX_GROUPS
-    parts = sorted(durable.parts, key=lambda part: -part.footer.num_errors)
-    for part in parts:
-        with pq.ParquetFile(storage.path(part.name), page_checksum_verification=True) as file:
-            for group in range(min(left, file.num_row_groups)):
-                yield file.read_row_group(group, columns=columns)
-            left -= file.num_row_groups
-        if left <= 0:
-            return
+    """Of the parts with most errors first; damage is told where rows are published."""
+    for part in sorted(durable.parts, key=lambda part: -part.footer.num_errors):
+        with suppress(StorageError), ResultFile(storage.path(part.name)) as file:
+            for _, table in file.groups(columns):
+                yield table
 
 
 def _counting(rows: pa.Table, prefix: str, limit: str) -> pa.Array:

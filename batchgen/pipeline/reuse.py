@@ -14,8 +14,9 @@ from batchgen.store.answered import Source, published_sources
 from batchgen.store.books import NO_ROWS, Durable
 from batchgen.store.carry import Wanted, from_parts, gathered
 from batchgen.store.matching import answered_by, is_same_reading, match, restricted
-from batchgen.store.published import Index, from_snapshot
+from batchgen.store.published import from_snapshot
 from batchgen.store.renumber import Renumbering
+from batchgen.store.result_files import Index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from batchgen.answers.retries import Ladder
+from batchgen.core.errors import StorageError
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.job.seeds import Seeds
 from batchgen.pipeline.committer import Committer
@@ -20,11 +19,11 @@ from batchgen.pipeline.runner import Runner
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.names import PARTS
 from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.result_files import ResultFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from batchgen.core.errors import StorageError
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, Request, RowBatch
     from batchgen.engine.base import Engine
@@ -182,9 +181,6 @@ def _past_lengths(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int
     manifest = ledger.latest_manifest()
     names = [f"{prefix}num_prompt_tokens", f"{prefix}num_output_tokens"]
     for file in manifest.files[:1] if manifest is not None else ():
-        try:
-            with pq.ParquetFile(ledger.storage.path(file["name"])) as parquet:
-                for batch in parquet.iter_batches(columns=names):
-                    yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        except (OSError, pa.ArrowException, ValueError):
-            return
+        with suppress(StorageError), ResultFile(ledger.storage.path(file["name"])) as rows:
+            for _, table in rows.groups(names):
+                yield from zip(*(column.to_pylist() for column in table.columns), strict=True)

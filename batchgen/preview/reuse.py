@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.reuse import base_sources, without
-from batchgen.storage import raise_if_not_damage
 from batchgen.store.answered import Source, key_prefixes
 from batchgen.store.books import NO_ROWS
-from batchgen.store.carry import READ_ERRORS
 from batchgen.store.known import KnownKeys
 from batchgen.store.matching import is_same_reading, match, restricted
-from batchgen.store.published import Index
 from batchgen.store.renumber import rows_of
+from batchgen.store.result_files import Index, ResultFile
 from batchgen.store.row_digests import digest_reader
 from batchgen.store.schema import ROW, SEGMENT
 
@@ -164,29 +161,20 @@ def _published_errors(ledger: Ledger, base: Base, old: Plan) -> Iterator[RowSets
     assert manifest is not None  # noqa: S101 - asked only of published ones
     index = Index(ledger.storage, manifest)
     number = 0
-    for entry in manifest.files:
-        for statuses in _groups(ledger.storage, entry["name"], [_status(old)]):
-            ordinals = index.ordinals(number)
-            number += 1
-            yield rows_of(ordinals.filter(_is_error(statuses, old)))
+    for entry, chunks in zip(manifest.files, index.chunks, strict=True):
+        with ResultFile(ledger.storage.path(entry["name"])) as file:
+            for group, statuses in file.groups([_status(old)]):
+                ordinals = index.ordinals(number + group)
+                yield rows_of(ordinals.filter(_is_error(statuses, old)))
+        number += len(chunks) - 1
     index.close()
 
 
 def _part_errors(ledger: Ledger, base: Base, old: Plan) -> Iterator[RowSets]:
     for part in ledger.parts(old, base.parts).parts:
-        for table in _groups(ledger.storage, part.name, [SEGMENT, ROW, _status(old)]):
-            yield rows_of(table.filter(_is_error(table, old)))
-
-
-def _groups(storage: LocalStorage, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Row groups; of a damaged file only those before the damage."""
-    path = storage.path(name)
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=list(columns))
-    except READ_ERRORS as error:
-        raise_if_not_damage(path, error)
+        with ResultFile(ledger.storage.path(part.name)) as file:
+            for _, table in file.groups([SEGMENT, ROW, _status(old)]):
+                yield rows_of(table.filter(_is_error(table, old)))
 
 
 def _status(plan: Plan) -> str:

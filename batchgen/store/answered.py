@@ -5,33 +5,23 @@ In memory is where each answer is, 16 bytes a row; the answers stay on the disk.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.core import arrow
 from batchgen.core.errors import OutputError, StorageError
-from batchgen.storage import raise_if_not_damage
-from batchgen.store.carry import READ_ERRORS
-from batchgen.store.hashed import is_as_published, is_whole
 from batchgen.store.known import prefixes_of
-from batchgen.store.published import Index
+from batchgen.store.result_files import Index, ResultFile, is_intact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Sequence
 
     import polars as pl
 
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Manifest
-    from batchgen.store.hashed import Chunk
-
-
-# A flipped bit in a footer that has no checksum may also be in a name.
-_ERRORS = (*READ_ERRORS, UnicodeDecodeError)
-_OTHER_FOOTER = "its footer is not what was written"
+    from batchgen.store.result_files import Chunk
 
 
 class Source(NamedTuple):
@@ -60,21 +50,13 @@ def published_sources(
         return [
             Source(file["name"], takes_errors)
             for file in manifest.files
-            if _is_intact(storage.path(file["name"]), file)
+            if is_intact(storage.path(file["name"]), file)
         ]
     index.close()
     return [
         Source(file["name"], takes_errors, chunks)
         for file, chunks in zip(manifest.files, index.chunks, strict=True)
     ]
-
-
-def _is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    try:
-        return is_as_published(path, entry)
-    except OSError as error:
-        raise_if_not_damage(path, error)
-        return False
 
 
 def key_prefixes(
@@ -97,45 +79,26 @@ def _key_groups(
     import polars as pl
 
     key, status = f"{prefix}request_key", f"{prefix}status"
-    path = storage.path(source.name)
-    try:
-        if source.chunks and not is_whole(path, source.chunks, -1):
-            raise pa.ArrowInvalid(_OTHER_FOOTER)
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                table = _columns(file, group, [key, status])
-                keys = pl.DataFrame(
-                    {
-                        "prefix": prefixes_of(pl.Series(table.column(key).cast(pa.string()))),
-                        "row": pl.int_range(table.num_rows, dtype=pl.UInt32, eager=True),
-                        "is_ok": pl.Series(table.column(status).cast(pa.string())) == "ok",
-                    }
-                )
-                answers = pl.col("prefix").is_not_null() & (
-                    pl.lit(source.takes_errors) | pl.col("is_ok")
-                )
-                yield group, keys.filter(answers)
-    except _ERRORS as error:
-        _tell_of(path, error, tell)
+    with ResultFile(storage.path(source.name), source.chunks) as file:
+        # Whose answer is copied is proven then.
+        for group, table in file.groups([key, status], is_proven=False):
+            keys = pl.DataFrame(
+                {
+                    "prefix": prefixes_of(pl.Series(table.column(key).cast(pa.string()))),
+                    "row": pl.int_range(table.num_rows, dtype=pl.UInt32, eager=True),
+                    "is_ok": pl.Series(table.column(status).cast(pa.string())) == "ok",
+                }
+            )
+            answers = pl.col("prefix").is_not_null() & (
+                pl.lit(source.takes_errors) | pl.col("is_ok")
+            )
+            yield group, keys.filter(answers)
+        _tell_of(file, tell)
 
 
-def _columns(file: pq.ParquetFile, group: int, names: Sequence[str]) -> pa.Table:
-    """Columns of a row group.
-
-    Raises:
-        ArrowInvalid: It lacks one: the footer of a part has no checksum.
-    """
-    table = file.read_row_group(group, columns=list(names))
-    if missing := set(names) - set(table.column_names):
-        msg = f"lacks the columns {sorted(missing)}"
-        raise pa.ArrowInvalid(msg)
-    return table.select(names)
-
-
-def _tell_of(path: Path, error: Exception, tell: Callable[[str], None]) -> None:
-    raise_if_not_damage(path, error)
-    why = str(error).splitlines()[0]
-    tell(f"{path.name}: damaged ({why}); its answers are not used again")
+def _tell_of(file: ResultFile, tell: Callable[[str], None]) -> None:
+    if file.problem is not None:
+        tell(f"{file.path.name}: damaged ({file.problem}); its answers are not used again")
 
 
 class AnsweredKeys:
@@ -208,9 +171,11 @@ class AnsweredKeys:
         hits = wanted.join(here, on="prefix").sort("group", "at")
         places: list[int] = []
         tables = [self._columns.empty_table()]
-        opened = _Opened(self._storage, self._columns, self._tell)
+        file: ResultFile | None = None
         for rows in hits.partition_by("group", maintain_order=True):
-            answers = opened.row_group(*self._groups[rows["group"][0]])
+            source, group = self._groups[rows["group"][0]]
+            file = self._opened(source, file)
+            answers = self._answers(file, group)
             if answers is None:
                 continue
             table = arrow.take(answers, rows["row"].cast(pl.Int64).to_arrow())
@@ -218,42 +183,28 @@ class AnsweredKeys:
             is_same = found == rows["key"]
             tables.append(table.filter(is_same.to_arrow()))
             places += rows["at"].filter(is_same).to_list()
-        opened.close()
+        self._let_go(file)
         order = sorted(range(len(places)), key=places.__getitem__)
         answers = arrow.take(pa.concat_tables(tables), pa.array(order, pa.int64()))
         return [places[at] for at in order], answers
 
-
-class _Opened:
-    """Reads row groups, mostly many of one file in a row."""
-
-    def __init__(
-        self, storage: LocalStorage, schema: pa.Schema, tell: Callable[[str], None]
-    ) -> None:
-        self._storage = storage
-        self._schema = schema
-        self._tell = tell
-        self._source: Source | None = None
-        self._file: pq.ParquetFile | None = None
-
-    def row_group(self, source: Source, group: int) -> pa.Table | None:
-        """Columns of a row group; None if it is damaged."""
+    def _opened(self, source: Source, file: ResultFile | None) -> ResultFile:
+        """The file of a source; mostly many row groups of one file are asked for in a row."""
         path = self._storage.path(source.name)
+        if file is not None and file.path == path:
+            return file
+        self._let_go(file)
+        return ResultFile(path, source.chunks)
+
+    def _answers(self, file: ResultFile, group: int) -> pa.Table | None:
+        table = file.group(group, self._columns.names)
         try:
-            if source.chunks and not is_whole(path, source.chunks, group):
-                self._tell(f"{path.name}: damaged; answers in it are not used again")
-                return None
-            if self._source is not source or self._file is None:
-                self.close()
-                self._source = source
-                self._file = pq.ParquetFile(path, page_checksum_verification=True)
-            return _columns(self._file, group, self._schema.names).cast(self._schema)
-        except _ERRORS as error:
-            _tell_of(path, error, self._tell)
+            return None if table is None else table.cast(self._columns)
+        except pa.ArrowException:  # The footer of a part has no checksum: its types may lie.
+            self._tell(f"{file.path.name}: damaged; answers in it are not used again")
             return None
 
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _let_go(self, file: ResultFile | None) -> None:
+        if file is not None:
+            file.close()
+            _tell_of(file, self._tell)

@@ -6,18 +6,16 @@ that cannot be shown to be what was written.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchgen.core import arrow
-from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import NO_ROWS
 from batchgen.store.renumber import common_rows, rows_of
+from batchgen.store.result_files import ResultFile
 from batchgen.store.schema import ROW, SEGMENT
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Part
     from batchgen.store.renumber import Renumbering
-
-READ_ERRORS = (pa.ArrowException, OSError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +87,11 @@ def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges
     Raises:
         ValueError: Nothing of the part can be believed.
     """
-    tables: list[pa.Table] = []
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            num_groups = file.num_row_groups
-            for group in range(num_groups):
-                with _leaving_damage_out(path):
-                    tables.append(file.read_row_group(group))
-    except READ_ERRORS as error:
-        raise_if_not_damage(path, error)
-        raise ValueError(str(error).splitlines()[0]) from error
-    is_whole = len(tables) == num_groups
+    with ResultFile(path) as file:
+        tables = [table for _, table in file.groups()]
+        if not file.num_groups and file.problem is not None:
+            raise ValueError(file.problem)
+        is_whole = file.problem is None
     seen: dict[int, Ranges] = {}
     for table in tables:
         for segment, rows in rows_of(table).items():
@@ -118,14 +108,6 @@ def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges
     if not is_whole:
         return tables, None
     return tables, {segment: rows - seen.get(segment, NO_ROWS) for segment, rows in done.items()}
-
-
-@contextmanager
-def _leaving_damage_out(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except READ_ERRORS as error:
-        raise_if_not_damage(path, error)
 
 
 def gathered(pieces: Iterable[Piece], max_rows: int, max_bytes: int) -> Iterator[Piece]:

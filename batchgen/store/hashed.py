@@ -7,26 +7,18 @@ been damaged since. Page checksums alone do not: they leave page headers and the
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from batchgen.store.result_files import Chunk
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping
 
     import pyarrow as pa
 
     from batchgen.storage import LocalStorage, PendingFile
-
-_READ_BYTES = 2**22
-
-
-class Chunk(NamedTuple):
-    """Bytes of a file, from the end of the chunk before to `end`."""
-
-    end: int
-    sha256: str
 
 
 class HashedParquet:
@@ -140,35 +132,3 @@ class _HashedFile:
     def writable(self) -> bool:
         """Written only."""
         return True
-
-
-def is_as_published(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether every byte is still what the manifest's entry says. Reads the file.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return bool(digest.hexdigest() == entry["sha256"])
-
-
-def is_whole(path: Path, chunks: Sequence[Chunk], number: int) -> bool:
-    """Whether one chunk of a file is still what was written. Reads the chunk.
-
-    Args:
-        path: The file.
-        chunks: All of the file's, in order.
-        number: Which one; -1 is the footer.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    at = number % len(chunks)
-    start = chunks[at - 1].end if at else 0
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read(chunks[at].end - start)
-    return hashlib.sha256(data).hexdigest() == chunks[at].sha256

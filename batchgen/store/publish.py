@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from batchgen.core import arrow
 from batchgen.core.errors import AccountingError, DamagedPartError
 from batchgen.core.ranges import Ranges
-from batchgen.storage import raise_if_not_damage, storage_error
+from batchgen.storage import storage_error
 from batchgen.store.hashed import HashedParquet
+from batchgen.store.result_files import GROUPS_KEY, ResultFile
 from batchgen.store.schema import ROW, SEGMENT, dictionary_columns, published_schema
 
 if TYPE_CHECKING:
@@ -29,14 +30,12 @@ if TYPE_CHECKING:
 
     from batchgen.storage import LocalStorage
     from batchgen.store.footer import PartFooter
-    from batchgen.store.hashed import Chunk
+    from batchgen.store.result_files import Chunk
 
 # Rows read, sorted and written at once: a row group of what is published.
 _CHUNK_ROWS = 16_384
 _CHUNK_BYTES = 8 * 2**20
 
-GROUPS_KEY = "batchgen.groups"
-"""In the index's footer: a `Chunk` for each row group and the footer of each file."""
 INDEX_SCHEMA = pa.schema(
     [
         pa.field(SEGMENT, pa.int32(), nullable=False),
@@ -251,27 +250,28 @@ class _PartReader:
         return table
 
     def _read(self, groups: Sequence[int]) -> pa.Table:
-        try:
-            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-                return file.read_row_groups(list(groups))
-        except (pa.ArrowException, OSError, MemoryError) as error:
-            raise_if_not_damage(self._path, error)
-            raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
+        with ResultFile(self._path) as file:
+            tables = [table for at in groups if (table := file.group(at)) is not None]
+            self._check(file)
+        return pa.concat_tables(tables)
 
     def _row_groups(self) -> list[tuple[int, _Group]]:
         """Number and extent of each row group, from the footer's statistics."""
         if self._groups is None:
-            try:
-                metadata = pq.read_metadata(self._path)
-            except (pa.ArrowException, OSError, MemoryError) as error:
-                raise_if_not_damage(self._path, error)
-                raise DamagedPartError(self._name, str(error).splitlines()[0]) from error
+            with ResultFile(self._path) as file:
+                metadata = file.footer
+                self._check(file)
+            assert metadata is not None  # noqa: S101 - else it is damaged
             groups = ((at, metadata.row_group(at)) for at in range(metadata.num_row_groups))
             found = [(at, group) for at, group in groups if group.num_rows]
             self._groups = [(at, _extent(group)) for at, group in found]
             num_bytes = sum(group.total_byte_size for _, group in found)
             self._row_bytes = num_bytes / max(metadata.num_rows, 1)
         return self._groups
+
+    def _check(self, file: ResultFile) -> None:
+        if file.problem is not None:
+            raise DamagedPartError(self._name, file.problem)
 
     def check_all_read(self) -> None:
         """Every result must have been taken exactly once.

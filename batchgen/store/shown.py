@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.core.errors import DamagedSnapshotError, StorageError
 from batchgen.storage import raise_if_not_damage
-from batchgen.store.hashed import is_as_published
 from batchgen.store.lock import RunLock
 from batchgen.store.names import STATE
+from batchgen.store.result_files import is_as_published
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -10,22 +10,22 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from batchgen.core.errors import OutputError
+from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.storage import LocalStorage
 from batchgen.store.begun import why_no_plan
-from batchgen.store.hashed import is_as_published
 from batchgen.store.ledger import Ledger
+from batchgen.store.result_files import ResultFile, is_as_published
 from batchgen.store.schema import ROW, SEGMENT
 from batchgen.store.shown import alias_of, difference, shown_problems
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
+
+    import pyarrow as pa
 
     from batchgen.store.books import Manifest, Part, Plan
 
@@ -120,7 +120,7 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
         try:
             _check_hash(ledger.storage.path(file["name"]), file, verdict)
             _check_published(ledger.storage.path(file["name"]), file, plan, counted, prefix)
-        except (ValueError, OSError, pa.ArrowException) as error:
+        except (ValueError, OSError, StorageError) as error:
             damaged.append(file["name"])
             why = str(error).splitlines()[0]
             verdict.problems.append(
@@ -158,7 +158,7 @@ def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
         if not is_as_published(path, manifest.index):
             raise ValueError(_OTHER_BYTES)  # noqa: TRY301 - told as the other damages are
         num_rows = sum(rows.num_rows for rows, _ in _row_groups(path))
-    except (ValueError, OSError, pa.ArrowException) as error:
+    except (ValueError, OSError, StorageError) as error:
         why = str(error).splitlines()[0]
         verdict.problems.append(
             f"{manifest.index['name']}: {why}; no published row is damaged by that, but "
@@ -204,11 +204,17 @@ def _check_published(
 
 
 def _row_groups(path: Path) -> Iterator[tuple[pa.Table, Mapping[bytes, bytes]]]:
-    """Every byte of a Parquet file, a row group at a time, page checksums verified."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        metadata = file.schema_arrow.metadata or {}
-        for number in range(file.num_row_groups):
-            yield file.read_row_group(number), metadata
+    """Every byte of a Parquet file, a row group at a time, page checksums verified.
+
+    Raises:
+        ValueError: It is damaged.
+        StorageError: It cannot be read right now.
+    """
+    with ResultFile(path) as file:
+        for _, table in file.groups():
+            yield table, file.metadata
+        if file.problem is not None:
+            raise ValueError(file.problem)
 
 
 def _check_parts(ledger: Ledger, plan: Plan, verdict: Verdict) -> None:
@@ -223,7 +229,7 @@ def _check_parts(ledger: Ledger, plan: Plan, verdict: Verdict) -> None:
             verdict.num_bytes += path.stat().st_size
             verdict.num_files += 1
             _check_part(path, part)
-        except (ValueError, OSError, pa.ArrowException) as error:
+        except (ValueError, OSError, StorageError) as error:
             why = str(error).splitlines()[0]
             if path.exists():  # Else it does not count anyway, and a run may have tidied it up.
                 ledger.reject(part.name, why)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
 from batchgen.store import history
+from batchgen.store.result_files import scan
 from batchgen.store.schema import RESULT_FIELDS, ROW, SEGMENT
 from batchgen.store.tally import ATTEMPTS, VERDICT
 
@@ -45,18 +46,13 @@ class Side:
         Raises:
             OutputError: There is no such snapshot.
         """
-        import polars as pl
-
         self.manifest = history.snapshot(ledger, number)
         self.plan = ledger.plan(number)
         storage = ledger.storage
-        paths = [storage.path(file["name"]) for file in self.manifest.files]
-        self.frame = pl.scan_parquet(paths, glob=False)
+        self.frame = scan(storage, [file["name"] for file in self.manifest.files])
         """The published rows."""
         index = self.manifest.index
-        self._index = (
-            None if index is None else pl.scan_parquet(storage.path(index["name"]), glob=False)
-        )
+        self._index = None if index is None else scan(storage, [index["name"]])
         self.schema = self.frame.collect_schema()
         self.prefix = str(self.plan.job["output"]["prefix"])
         self.carried = set(self.plan.carried)

@@ -6,12 +6,14 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
 from batchgen.store import history
 from batchgen.store.begun import why_no_plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.lock import RunLock
 from batchgen.store.names import STATE
+from batchgen.store.result_files import scan
 from batchgen.store.runlog import utc_now
 from batchgen.store.shown import lost_or_cut
 
@@ -155,12 +157,17 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
     if found is None:
         return pl.DataFrame()
     plan, names = found
-    frame = pl.scan_parquet([storage.path(name) for name in names], glob=False)
+    frame = scan(storage, names)
     if errors:
         # The plan's: the job file may have another by now.
         prefix = plan.job["output"]["prefix"]
         frame = frame.filter(pl.col(f"{prefix}status") == "error")
-    return frame.head(num_rows).collect()
+    try:
+        return frame.head(num_rows).collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        why = str(error).splitlines()[0]
+        msg = f"{root}: its rows cannot be read ({why}); `batchgen verify` tells more"
+        raise OutputError(msg) from error
 
 
 def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:

@@ -204,6 +204,15 @@ def test_status_tells_of_files_that_are_cut_or_gone(job: Path) -> None:
     assert f"{SECOND}: is missing" in run_cli("status", job).stdout
 
 
+def test_show_says_what_it_cannot_read(job: Path) -> None:
+    own_of(job.parent / "out").unlink()
+    done = run_cli("show", job)
+    assert done.returncode == 2
+    assert "its rows cannot be read" in done.stderr
+    assert "`batchgen verify` tells more" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # --- what is no damage: copies, moves, touches ----------------------------------------------------
 
 

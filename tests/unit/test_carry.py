@@ -22,8 +22,9 @@ from batchgen.store.footer import PartFooter
 from batchgen.store.matching import Span
 from batchgen.store.parts import PartContext, PartWriter
 from batchgen.store.publish import SnapshotFormat, write_snapshot
-from batchgen.store.published import Index, from_snapshot
+from batchgen.store.published import from_snapshot
 from batchgen.store.renumber import Renumbering, rows_of
+from batchgen.store.result_files import Index
 from batchgen.store.schema import part_schema
 from batchgen.store.tally import tally
 from tests.fakes import ANSWER, batch, plan, results
