@@ -22,6 +22,7 @@ from batchgen.core.records import (
     EngineFacts,
     EngineStats,
     Ordinal,
+    Request,
     Result,
     RowBatch,
     Sample,
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.core.records import Request, RowError
+    from batchgen.core.records import RowError
+    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.store.publish import Snapshot
 
 ANSWER = (pa.field("text", pa.string()),)
@@ -117,6 +119,32 @@ class FakeEngine:
         """Take a request out and answer it."""
         self.held.pop(request_id, None)
         return completion(request_id, **changes)
+
+
+class AsEngine:
+    """A supervised engine as an `Engine`: completions without their requests."""
+
+    def __init__(self, engine: SupervisedEngine) -> None:
+        self.supervised = engine
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        return [done for _, done in self.supervised.step(timeout_s)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.supervised, name)
+
+
+def ask(request_id: int, prompt: str = "") -> Request:
+    """A request for row `request_id` of segment 0."""
+    return Request(
+        request_id=request_id,
+        ordinal=Ordinal(0, request_id),
+        prompt=prompt or f"row {request_id}",
+        request_key=f"{request_id:032x}",
+        seed=None,
+        batch=batch([request_id]),
+        index=0,
+    )
 
 
 def finish_all(engine: FakeEngine) -> list[Completion]:

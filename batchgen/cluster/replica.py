@@ -31,8 +31,8 @@ from batchgen.cluster.messages import (
 )
 from batchgen.cluster.session import Session
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
-from batchgen.engine.lazy import LazyEngine
-from batchgen.engine.start import start_engine
+from batchgen.engine.process import build_engine
+from batchgen.engine.supervised import SupervisedEngine
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.prepare import check
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.cluster.messages import Badge, Order
+    from batchgen.core.records import EngineSpec
     from batchgen.engine.death import EngineDeath
-    from batchgen.engine.start import StartEngine as Starter
-    from batchgen.engine.supervised import SupervisedEngine
+    from batchgen.engine.supervised import Build
     from batchgen.pipeline.feeder import FeedBatch
 
 _LOOK_S = 0.2
@@ -66,14 +66,14 @@ class Replica:
         badge: Badge,
         *,
         fetch: Callable[[Any], Sequence[FeedBatch]],
-        start: Starter = start_engine,
+        build: Build = build_engine,
     ) -> None:
         """Look at the job; nothing is started but a thread.
 
         Args:
             badge: Who we are.
             fetch: Brings what a lease's payload stands for.
-            start: Starts the engine.
+            build: Builds the engine.
 
         Raises:
             ConfigError: This machine has another batchgen, or not the job's model.
@@ -84,13 +84,14 @@ class Replica:
             raise ConfigError(self._where, [f"{told}; install the same on every node"])
         self._badge = badge
         self._fetch = fetch
-        self._start = start
         tag = f"{badge.run_id}-w{badge.number:02d}"
         storage = LocalStorage(Path(badge.job.output.path), temp_tag=tag)
         self._ledger = Ledger(storage)
         self._log = RunLog(storage, f"{STATE}/runs", badge.run_id)
         self._checked = check(badge.job)
-        self._engine = LazyEngine(self._build_engine)
+        self._engine = SupervisedEngine(
+            build, self._engine_spec, on_death=self._tell_death, stall_s=badge.job.run.stall_s
+        )
         self._stop = StopSwitch()
         self._stats = RunStats(time.monotonic(), 0)
         self._mail = Mail()
@@ -192,9 +193,8 @@ class Replica:
             fetch=self._fetch,
         )
 
-    def _build_engine(self) -> SupervisedEngine:
-        spec = self._checked.engine_spec(self._log.engine_log_of(self._badge.number))
-        return self._start(spec, stall_s=self._badge.job.run.stall_s, on_death=self._tell_death)
+    def _engine_spec(self) -> EngineSpec:
+        return self._checked.engine_spec(self._log.engine_log_of(self._badge.number))
 
     def _tell_death(self, death: EngineDeath) -> None:
         self._mail.say(EngineDied(death.as_dict()))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchgen.cluster.messages import Lease, Order
     from batchgen.core.errors import StorageError
     from batchgen.core.records import Ordinal, Request
-    from batchgen.engine.lazy import LazyEngine
+    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.pipeline.committer import OpenPart
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.feeder import FeedBatch
@@ -72,7 +72,7 @@ class Session:
     def run(
         self,
         lease: Lease,
-        engine: LazyEngine,
+        engine: SupervisedEngine,
         stats: RunStats,
         stop: StopSwitch,
         on_tick: Callable[[], None],
@@ -132,7 +132,7 @@ class Session:
             skipped = batch.skipped & lease.rows.get(batch.segment, NO_ROWS)
             yield batch.only(requests, results, skipped)
 
-    def _commit(self, part: OpenPart, engine: LazyEngine) -> None:
+    def _commit(self, part: OpenPart, engine: SupervisedEngine) -> None:
         began_s = time.monotonic()
         self._ledger.check_fence(self._epoch)
         self._ledger.check_seal(self._epoch, self._number)

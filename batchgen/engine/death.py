@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.core.records import EngineFacts, EngineSpec
-    from batchgen.engine.base import EngineRequest
+    from batchgen.core.records import EngineFacts, EngineSpec, Request
 
 MAX_PIECES = 8
 """More pieces find a lone culprit in fewer deaths; fewer keep the engine fuller on the way."""
@@ -41,7 +40,7 @@ SOLO_DEATHS = 2
 
 
 class _Group(NamedTuple):
-    requests: Sequence[EngineRequest]
+    requests: Sequence[Request]
     num_solo_deaths: int = 0
 
 
@@ -63,7 +62,7 @@ class SuspectSearch:
         """Suspects that are not in the engine."""
         return sum(len(group.requests) for group in self._groups)
 
-    def next_group(self) -> Sequence[EngineRequest]:
+    def next_group(self) -> Sequence[Request]:
         """Clear the group inside, which must have come back, and give the next; empty if none."""
         if self._inside is not None:
             self._wants_witness = False
@@ -78,7 +77,7 @@ class SuspectSearch:
             self._groups.appendleft(self._inside)
             self._inside = None
 
-    def note_death(self, unfinished: Sequence[EngineRequest]) -> EngineRequest | None:
+    def note_death(self, unfinished: Sequence[Request]) -> Request | None:
         """Learn from a death.
 
         Args:
@@ -108,7 +107,7 @@ class SuspectSearch:
         self._groups.appendleft(_Group([witness]))
 
 
-def split(requests: Sequence[EngineRequest]) -> list[Sequence[EngineRequest]]:
+def split(requests: Sequence[Request]) -> list[Sequence[Request]]:
     """Cut into up to `MAX_PIECES` runs whose lengths differ by at most one; none is empty."""
     num_pieces = min(MAX_PIECES, len(requests))
     cuts = [len(requests) * number // num_pieces for number in range(num_pieces + 1)]
@@ -128,11 +127,11 @@ OUT_OF_MEMORY = ("out of memory", "bad_alloc", "MemoryError", "OutOfMemoryError"
 
 
 class RowInFlight(NamedTuple):
-    """A request in flight at a death; the row is known where the request knows it."""
+    """A request in flight at a death."""
 
     request_id: int
-    ordinal: tuple[int, int] | None
-    request_key: str | None
+    ordinal: tuple[int, int]
+    request_key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +160,12 @@ class EngineDeath:
         return {**asdict(self), "in_flight": rows, "blamed": blamed}
 
 
-def row_in_flight(request: EngineRequest) -> RowInFlight:
+def row_in_flight(request: Request) -> RowInFlight:
     """Name a request for a record."""
-    ordinal = getattr(request, "ordinal", None)
-    key = getattr(request, "request_key", None)
-    return RowInFlight(request.request_id, tuple(ordinal) if ordinal else None, key)
+    return RowInFlight(request.request_id, request.ordinal, request.request_key)
 
 
-def rows_in_flight(requests: Sequence[EngineRequest]) -> tuple[RowInFlight, ...]:
+def rows_in_flight(requests: Sequence[Request]) -> tuple[RowInFlight, ...]:
     """Name the first of them."""
     return tuple(row_in_flight(request) for request in requests[:MAX_ROWS])
 

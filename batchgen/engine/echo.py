@@ -33,7 +33,7 @@ from batchgen.engine.faults import read_faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any, Self
+    from typing import Any
 
     from batchgen.core.records import Messages
     from batchgen.engine.base import EngineRequest
@@ -227,12 +227,6 @@ class EchoEngine:
         self._buckets.clear()
         self._num_running = 0
         self._num_returned = self._num_added
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _wait_for_step(self, timeout_s: float) -> bool:
         """Let the current step's time pass; False if it is not over after `timeout_s`."""

@@ -34,19 +34,18 @@ import batchgen
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, Sample
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
+from batchgen.engine.echo import read_options
+from batchgen.engine.faulty import echo_engine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import IO, Self
+    from typing import IO
 
-    from batchgen.engine.base import EngineRequest
+    from batchgen.engine.base import Engine, EngineRequest
 
 CLOSE_S = 2.0
 LINGER_S, KILL_S = 0.3, 2.0
 """How long an orderly shutdown may take before the group is killed."""
-STALL_S = 900.0
-"""Silence of an engine that has work after which it counts as dead. It reports every half second
-between steps; the longest step known is a first one that compiles, minutes."""
 EXPECTED_MAX_NUM_SEQS = 1024
 """vLLM's own default on an H100 (0.26); for `capacity` until the engine says."""
 EXPECTED_READ_AHEAD = 1024
@@ -63,7 +62,6 @@ class _Child:
         self.capacity: int | None = None
         self.stats = EngineStats()
         self.last_words: tuple[str, Any] | None = None
-        self.heard_at = time.monotonic()
         self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.inbox: queue.SimpleQueue[list[Completion] | None] = queue.SimpleQueue()
         self.log_path = spec.log_path
@@ -99,7 +97,6 @@ class _Child:
         self.inbox.put(None)
 
     def _hear(self, kind: str, payload: Any, *rest: Any) -> None:  # noqa: ANN401
-        self.heard_at = time.monotonic()
         if kind == "done":
             self.inbox.put([_completion(*fields) for fields in payload])
         elif kind == "stats":
@@ -147,12 +144,25 @@ class _Child:
         self.guard.communicate(b"orderly\n")
 
 
+def build_engine(spec: EngineSpec) -> Engine:
+    """Build the engine that `spec.backend` names; returns at once, `facts` is None until it is up.
+
+    vLLM gets a process of its own; echo runs right here unless `in_process = false`.
+
+    Raises:
+        ConfigError: The echo engine does not know one of its options.
+        EngineError: The process could not be started.
+    """
+    if spec.backend == "echo" and read_options(spec.model_kwargs).in_process:
+        return echo_engine(spec)
+    return EngineProcess(spec)
+
+
 class EngineProcess:
     """Implements `Engine`; the engine named by the spec runs in a child process."""
 
-    def __init__(self, spec: EngineSpec, stall_s: float = STALL_S) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
         self._child = _Child(spec)
-        self._stall_s = stall_s
         self._expected_capacity = _expected_capacity(spec)
         self._num_in_flight = 0
         self._death: BatchgenError | None = None
@@ -202,7 +212,7 @@ class EngineProcess:
 
         Raises:
             ConfigError, EngineError: It did not start; by the job's fault, or for other reasons.
-            EngineDeadError: It died, was killed, or has been silent for too long.
+            EngineDeadError: It died, or was killed.
         """
         if self._death is not None:
             raise self._death
@@ -210,8 +220,6 @@ class EngineProcess:
         self._num_in_flight -= len(completions)
         if not completions and self._death is not None:
             raise self._death
-        if not completions:
-            self._check_stall()
         return completions
 
     def close(self) -> None:
@@ -221,12 +229,6 @@ class EngineProcess:
             self._child.stop(orderly=self._death is None and self.facts is not None)
         self._num_in_flight = 0
         self._death = self._death or EngineDeadError("the engine is closed")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def _take(self, timeout_s: float) -> list[Completion]:
         """Collect all that is there; on the end of the stream, note the death."""
@@ -260,15 +262,6 @@ class EngineProcess:
         if kind == "refused" or child.facts is None:
             return EngineError(f"the engine did not start: {text}")
         return EngineDeadError(f"the engine died: {text}")
-
-    def _check_stall(self) -> None:
-        silent_s = time.monotonic() - self._child.heard_at
-        if self.facts is None or not self._num_in_flight or silent_s < self._stall_s:
-            return
-        self._child.stop(orderly=False)
-        problem = f"the engine died: no sign of life for {silent_s:.0f} s with work to do; killed"
-        self._death = EngineDeadError(problem)
-        raise self._death
 
 
 def _completion(request_id: int, samples: Sequence[tuple[Any, ...]], *rest: Any) -> Completion:  # noqa: ANN401

@@ -1,13 +1,16 @@
-"""`SupervisedEngine`: one `Engine` that outlives the death of each engine inside it.
+"""`SupervisedEngine`: what a run sees of its engine. Each row given to it comes back exactly once.
 
-The runner sees an engine that answers every request exactly once, and whose troubles are rows'
-errors. Inside, one engine after the other:
+Behind it stands one engine after the other, the first of them built when there is something to
+do. It is the one place that keeps books of what engines were asked and what they gave back, and
+whatever goes wrong with an engine ends as a row's error, or as the end of the run:
 
-- Each is checked by `booked`: lost requests, unasked answers, hangs.
+- Answers to what is not in flight (never asked, or answered already) are dropped and counted. A
+  request that the engine lost is added once more; lost again, it is that row's `engine_lost`.
+- An engine that finishes no row and changes no statistic for `stall_s` counts as dead.
 - A dead one is closed, never spoken to again, and another is built. What was in flight goes
-  through `suspects`; while that search is on nothing else is inside, and rows that come wait
-  here. A row found guilty becomes the error `engine_crash`, but is told only once another row
-  has come back: an engine that answers nothing proves nothing against a row.
+  through `SuspectSearch`; while that is on nothing else is inside, and rows that come wait here.
+  A row found guilty becomes the error `engine_crash`, but is told only once another row has come
+  back: an engine that answers nothing proves nothing against a row.
 - Out of memory: the next one runs half as much at once.
 - Deaths without progress end the run (`death.Tally`).
 
@@ -19,12 +22,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import EngineStats, RowError
 from batchgen.engine.base import failed
-from batchgen.engine.booked import BookedEngine, Oddities
 from batchgen.engine.death import (
     MAX_LOG_LINES,
     SOLO_DEATHS,
@@ -42,94 +45,131 @@ from batchgen.engine.death import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Self
 
-    from batchgen.core.records import Completion, EngineFacts, EngineSpec
-    from batchgen.engine.base import Engine, EngineRequest
+    from batchgen.core.records import Completion, EngineFacts, EngineSpec, Request
+    from batchgen.engine.base import Engine
+
+    Answered = tuple[Request, Completion]
+    Build = Callable[[EngineSpec], Engine]
 
 STALL_S = 900.0
 """The longest step known is a first one that compiles, minutes."""
 REBUILD_WAITS_S = (2.0, 10.0, 30.0, 60.0)
 """A dead engine's GPU memory may be taken for a while: vllm#20305, #18974, #55169."""
+LOST_S = 2.0
+"""Patience where an engine's own count cannot be trusted; its statistics are 0.5 s old at most."""
+LOST = RowError("engine_lost", "the engine lost the request twice: no answer, no error")
+_FIRST_REQUESTS = 1
+"""Room before the first engine is built: enough to have a reason to."""
+
+
+@dataclass(slots=True)
+class _Life:
+    """One engine from its start to its end, with the books of what it was asked."""
+
+    engine: Engine
+    spec: EngineSpec
+    log_start: int
+    progress_s: float
+    held: dict[int, Request] = field(default_factory=dict)
+    """In flight, in the order of admission."""
+    lost_once: set[int] = field(default_factory=set)
+    num_strays: int = 0
+    seen_stats: EngineStats = field(default_factory=EngineStats)
+
+    def quiet_s(self, now_s: float) -> float:
+        """How long it has shown no progress; one that is not up yet need not show any."""
+        stats = self.engine.stats
+        if stats != self.seen_stats or self.engine.facts is None:
+            self.seen_stats, self.progress_s = stats, now_s
+        return now_s - self.progress_s
+
+    def has_lost(self, quiet_s: float) -> bool:
+        """Whether the engine believes that it has nothing to do, while we wait for it.
+
+        A second answer counts as a return in the engine's books, so those are corrected by the
+        strays; where an answer bore a wrong id they were right, so its statistics decide.
+        """
+        num = self.engine.num_in_flight
+        if num + self.num_strays <= 0:
+            return True
+        stats = self.seen_stats
+        is_idle = (stats.num_running, stats.num_waiting) == (0, 0)
+        return num <= 0 and is_idle and quiet_s >= LOST_S
 
 
 class SupervisedEngine:
-    """Implements `Engine` around a factory of engines. One owner thread."""
+    """One owner thread; others may look at its properties."""
 
     def __init__(
         self,
-        factory: Callable[[EngineSpec], Engine],
-        spec: EngineSpec,
+        build: Build,
+        spec: Callable[[], EngineSpec],
         *,
         on_death: Callable[[EngineDeath], None] = lambda death: None,
         stall_s: float = STALL_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Build the first engine.
+        """Bind; nothing is started.
 
         Args:
-            factory: Builds an engine; returns at once. If one does not start, here or in its
-                first steps: the first time the caller is told, later it is tried again.
-            spec: Of the first engine; later ones may be asked for less.
+            build: Builds an engine; returns at once. If one does not start, here or in its first
+                steps: the first time the caller is told, later it is tried again.
+            spec: Of the first engine, asked when it is built; later ones may be asked for less.
             on_death: Told of every death, before the next engine is built.
             stall_s: How long an engine with work may show no progress.
             clock: Monotonic seconds.
             sleep: Waits between attempts to build.
-
-        Raises:
-            BatchgenError: What the factory raises.
         """
-        self._factory = factory
-        self._spec = spec
+        self._build_engine = build
+        self._make_spec = spec
+        self._spec: EngineSpec | None = None
+        self._log_path: str | None = None
         self._on_death = on_death
         self._stall_s = stall_s
         self._clock = clock
         self._sleep = sleep
-        self._queue: deque[EngineRequest] = deque()
-        self._blamed: list[Completion] = []
+        self._life: _Life | None = None
+        self._queue: deque[Request] = deque()
+        self._blamed: list[Answered] = []
         self._search = SuspectSearch()
         self._tally = Tally()
         self._notes: list[str] = []
-        self.oddities = Oddities()
+        self._num_strays = 0
+        self._num_lost = 0
         self._over: EngineDeadError | None = None
         self._num_failed_builds = 0
         self._build_s = 0.0
-        self._facts: EngineFacts | None = None
-        self._inner: BookedEngine | None = None
-        self._build()
-        self._capacity = self.capacity
+        self._last_facts: EngineFacts | None = None
+        self._last_capacity = _FIRST_REQUESTS
         self._is_admitting = True
 
     @property
+    def is_started(self) -> bool:
+        """Whether anything was ever to do."""
+        return self._spec is not None
+
+    @property
     def facts(self) -> EngineFacts | None:
-        """What the engine is, or between two, what the last one was."""
-        inner = self._inner
-        return (inner.engine.facts if inner is not None else None) or self._facts
+        """What the engine is, or between two, what the last one was; None until it is up."""
+        return (self._life.engine.facts if self._life else None) or self._last_facts
 
     @property
     def capacity(self) -> int:
-        """The engine's own: rows that wait here for a search to end are in flight, too."""
-        inner = self._inner
-        return inner.engine.capacity if inner is not None else self._capacity
+        """How many requests the engine wants to hold; those that wait here count, too."""
+        return self._life.engine.capacity if self._life else self._last_capacity
 
     @property
     def num_in_flight(self) -> int:
         """Requests added and not yet returned, wherever they are."""
-        num_inside = len(self._inner.held) if self._inner is not None else 0
-        num_waiting = len(self._queue) + self._search.num_waiting
-        return num_inside + num_waiting + len(self._blamed)
+        num_inside = len(self._life.held) if self._life else 0
+        return num_inside + len(self._queue) + self._search.num_waiting + len(self._blamed)
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's; unknown between two."""
-        inner = self._inner
-        return inner.engine.stats if inner is not None else EngineStats()
-
-    @property
-    def inner(self) -> Engine | None:
-        """The engine at work; None between two."""
-        return self._inner.engine if self._inner is not None else None
+        """The engine's latest look at its scheduler; unknown between two."""
+        return self._life.engine.stats if self._life else EngineStats()
 
     @property
     def num_deaths(self) -> int:
@@ -139,26 +179,46 @@ class SupervisedEngine:
     @property
     def warnings(self) -> list[str]:
         """What a person should know though the run went on, a line each; not the deaths."""
-        return self._notes + self.oddities.warnings()
+        strays = f"{self._num_strays} answers that came twice, or unasked, were dropped"
+        lost = f"{self._num_lost} requests were lost by the engine and added again"
+        odd = [text for text, num in ((strays, self._num_strays), (lost, self._num_lost)) if num]
+        return self._notes + odd
 
-    def add(self, requests: Sequence[EngineRequest]) -> None:
-        """Hand requests over, to the engine or, while it is replaced or searched, to wait.
+    def start(self) -> None:
+        """Build the first engine, without waiting until it is up. Idempotent.
 
         Raises:
+            ConfigError: An option of the engine is unknown.
+            EngineError: Its process could not be started.
             EngineDeadError: It died too often, or is closed.
         """
         self._check_over()
-        if not self._is_admitting or self._inner is None:
+        if self._spec is None:
+            spec = self._make_spec()
+            self._build(spec)
+            self._spec = spec
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Hand requests over, to the engine or, while it is replaced or searched, to wait.
+
+        Raises:
+            ConfigError, EngineError: As `start`.
+            EngineDeadError: It died too often, or is closed.
+        """
+        self.start()
+        if not self._is_admitting or self._life is None:
             self._queue.extend(requests)
             return
         try:
-            self._inner.add(requests)
+            self._let_in(self._life, requests)
         except EngineDeadError as error:
             self._queue.extend(requests)
-            self._bury(self._inner, str(error))
+            self._bury(self._life, str(error))
 
-    def step(self, timeout_s: float) -> list[Completion]:
-        """Return what finished; after a death see to the next engine, which takes many calls.
+    def step(self, timeout_s: float) -> list[Answered]:
+        """Return what finished, each request with its completion; wait up to `timeout_s`.
+
+        After a death it sees to the next engine, which takes many calls.
 
         Raises:
             ConfigError: The job asks for what the first engine cannot do. Of a later one that is
@@ -169,9 +229,26 @@ class SupervisedEngine:
         self._check_over()
         if self._blamed and self.num_in_flight == len(self._blamed):
             return self._take_blamed()  # No other row is left that could come back.
-        if self._inner is None:
-            self._rebuild(timeout_s)
-        return self._step(self._inner, timeout_s) if self._inner is not None else []
+        life = self._life or self._rebuild(timeout_s)
+        if life is None:
+            return []
+        try:
+            if not self._is_admitting:
+                self._fill(life)
+            completions = life.engine.step(timeout_s)
+            answered = self._accept(life, completions) if completions else []
+            if not answered and life.held:
+                answered = self._look_after(life)
+        except (EngineError, ConfigError) as error:
+            if isinstance(error, EngineDeadError) or (life.held and self.num_deaths):
+                self._bury(life, str(error))
+            else:
+                self._postpone(error)
+            return []
+        if not answered:
+            return answered
+        self._tally.note_completed(len(answered))
+        return answered + self._take_blamed() if self._blamed else answered
 
     def close(self) -> None:
         """Close the engine and drop everything; there will be no other. Idempotent."""
@@ -181,63 +258,83 @@ class SupervisedEngine:
         self._blamed.clear()
         self._search = SuspectSearch()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def _check_over(self) -> None:
         if self._over is not None:
             raise self._over
 
-    def _take_blamed(self) -> list[Completion]:
+    def _take_blamed(self) -> list[Answered]:
         blamed, self._blamed = self._blamed, []
         return blamed
 
-    def _step(self, inner: BookedEngine, timeout_s: float) -> list[Completion]:
-        try:
-            if not self._is_admitting:
-                self._fill(inner)
-            completions = inner.step(timeout_s)
-        except (EngineError, ConfigError) as error:
-            if isinstance(error, EngineDeadError) or (inner.held and self.num_deaths):
-                self._bury(inner, str(error))
-            else:
-                self._postpone(error)
-            return []
-        if not completions:
-            return completions
-        self._tally.note_completed(len(completions))
-        return completions + self._take_blamed() if self._blamed else completions
+    # The books.
 
-    def _fill(self, inner: BookedEngine) -> None:
+    def _let_in(self, life: _Life, requests: Sequence[Request]) -> None:
+        if not life.held:
+            life.progress_s = self._clock()
+        life.engine.add(requests)
+        life.held.update((request.request_id, request) for request in requests)
+
+    def _accept(self, life: _Life, completions: Sequence[Completion]) -> list[Answered]:
+        pop = life.held.pop
+        answered = [
+            (request, completion)
+            for completion in completions
+            if (request := pop(completion.request_id, None)) is not None
+        ]
+        if strays := len(completions) - len(answered):
+            life.num_strays += strays
+            self._num_strays += strays
+        if answered:
+            life.progress_s = self._clock()
+        return answered
+
+    def _look_after(self, life: _Life) -> list[Answered]:
+        """Nothing came back though the engine has work: has it lost it, or does it hang?"""
+        quiet_s = life.quiet_s(self._clock())
+        if life.has_lost(quiet_s):
+            return self._add_lost_again(life)
+        if quiet_s >= self._stall_s:
+            problem = f"the engine hangs: no row finished, nothing changed for {quiet_s:.0f} s"
+            raise EngineDeadError(problem)
+        return []
+
+    def _add_lost_again(self, life: _Life) -> list[Answered]:
+        given_up = [life.held.pop(number) for number in sorted(life.lost_once & life.held.keys())]
+        if again := list(life.held.values()):
+            life.lost_once.update(life.held)
+            life.progress_s = self._clock()
+            self._num_lost += len(again)
+            life.engine.add(again)
+        return [(request, failed(request.request_id, LOST)) for request in given_up]
+
+    # From one engine to the next.
+
+    def _fill(self, life: _Life) -> None:
         """After a death: let in the next group of suspects or, after the last, who waits.
 
         Only once the new engine is up: what never was inside cannot be suspected.
         """
-        if inner.engine.facts is None or (self._search.is_on and inner.held):
+        if life.engine.facts is None or (self._search.is_on and life.held):
             return
         self._num_failed_builds = 0
         if group := self._search.next_group():
-            self._let_in(inner, group, self._search.put_back)
+            try:
+                self._let_in(life, group)
+            except EngineDeadError:
+                self._search.put_back()
+                raise
             return
-        room = max(0, inner.engine.capacity - len(inner.held))
+        room = max(0, life.engine.capacity - len(life.held))
         chunk = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
         if chunk:
-            self._let_in(inner, chunk, lambda: self._queue.extendleft(reversed(chunk)))
+            try:
+                self._let_in(life, chunk)
+            except EngineDeadError:
+                self._queue.extendleft(reversed(chunk))
+                raise
         self._is_admitting = not self._queue
 
-    def _let_in(
-        self, inner: BookedEngine, requests: Sequence[EngineRequest], undo: Callable[[], None]
-    ) -> None:
-        try:
-            inner.add(requests)
-        except EngineDeadError:
-            undo()
-            raise
-
-    def _bury(self, inner: BookedEngine, reason: str) -> None:
+    def _bury(self, life: _Life, reason: str) -> None:
         """Close a dead engine, draw the conclusions, tell of its death.
 
         Raises:
@@ -246,12 +343,12 @@ class SupervisedEngine:
         self._let_go()
         self._is_admitting = False
         number = self._tally.note_death()
-        unfinished = list(inner.held.values())
+        unfinished = list(life.held.values())
         is_search = self._search.is_on
         blamed = self._search.note_death(unfinished)
         if blamed is not None:
             self._blame(blamed, reason)
-        log_lines = log_tail(self._spec.log_path, self._log_start)
+        log_lines = log_tail(self._log_path, life.log_start)
         death = EngineDeath(
             number=number,
             reason=reason,
@@ -264,55 +361,57 @@ class SupervisedEngine:
         )
         self._on_death(death)
         if is_out_of_memory(reason):
-            self._ask_less()
+            self._ask_less(life.spec)
         if problem := self._tally.problem():
             raise self._end(problem, reason)
 
     def _let_go(self) -> None:
         """Close the engine inside, if there is one; remember what it was."""
-        if self._inner is None:
+        if self._life is None:
             return
-        engine = self._inner.engine
-        self._facts, self._capacity = self.facts, engine.capacity
-        self._inner = None
+        engine = self._life.engine
+        self._last_facts, self._last_capacity = self.facts, engine.capacity
+        self._life = None
         engine.close()
 
-    def _blame(self, request: EngineRequest, reason: str) -> None:
+    def _blame(self, request: Request, reason: str) -> None:
         self._tally.note_blamed()
         text = f"the engine died {SOLO_DEATHS} times with this row alone in it: {reason}"
-        self._blamed.append(
-            failed(request.request_id, RowError("engine_crash", " ".join(text.split())))
-        )
+        error = RowError("engine_crash", " ".join(text.split()))
+        self._blamed.append((request, failed(request.request_id, error)))
 
-    def _ask_less(self) -> None:
-        before, self._spec = self._spec, ask_less(self._spec, self._facts)
-        if self._spec != before:
-            num = self._spec.model_kwargs.get("max_num_seqs")
+    def _ask_less(self, before: EngineSpec) -> None:
+        self._spec = spec = ask_less(before, self._last_facts)
+        if spec != before:
+            num = spec.model_kwargs.get("max_num_seqs")
             self._notes.append(f"the engine ran out of memory: max_num_seqs = {num} from then on")
 
     def _end(self, problem: str, reason: str) -> EngineDeadError:
-        log = f"; its log: {self._spec.log_path}" if self._spec.log_path else ""
+        log = f"; its log: {self._log_path}" if self._log_path else ""
         self._over = EngineDeadError(
             f"the engine died {self.num_deaths} times, {problem}; the last time: {reason}"
             f"{log}; what was finished stays, run again to go on"
         )
         return self._over
 
-    def _rebuild(self, timeout_s: float) -> None:
+    def _rebuild(self, timeout_s: float) -> _Life | None:
         """Build the next engine if it is time to; wait up to `timeout_s` if not."""
+        if self._spec is None:
+            return None  # Nothing was ever to do.
         wait_s = self._build_s - self._clock()
         if wait_s > 0:
             self._sleep(min(wait_s, timeout_s))
-            return
+            return None
         try:
-            self._build()
+            return self._build(self._spec)
         except EngineError as error:
             self._postpone(error)
+            return None
 
-    def _build(self) -> None:
-        self._log_start = log_size(self._spec.log_path)
-        engine = self._factory(self._spec)
-        self._inner = BookedEngine(engine, self.oddities, self._stall_s, self._clock)
+    def _build(self, spec: EngineSpec) -> _Life:
+        self._log_path, log_start = spec.log_path, log_size(spec.log_path)
+        self._life = _Life(self._build_engine(spec), spec, log_start, self._clock())
+        return self._life
 
     def _postpone(self, error: EngineError | ConfigError) -> None:
         """An engine did not start: final the first time, later perhaps for want of memory."""

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from batchgen.engine.lazy import LazyEngine
-from batchgen.engine.start import start_engine
+from batchgen.engine.process import build_engine
+from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.pipeline.advice import Way, advise
 from batchgen.pipeline.progress import RUNNING, watching
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from batchgen.core.ranges import Ranges
-    from batchgen.core.records import EngineFacts, EngineStats, RowBatch
+    from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, RowBatch
     from batchgen.engine.death import EngineDeath
-    from batchgen.engine.start import StartEngine
-    from batchgen.engine.supervised import SupervisedEngine
+    from batchgen.engine.supervised import Build
     from batchgen.pipeline.committer import Commits
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.feeder import Feeder
@@ -117,17 +116,18 @@ class Compute(Protocol):
 class OneEngine:
     """`Compute` on one engine, which starts as soon as there is something for it to do."""
 
-    def __init__(self, context: RunContext, *, start: StartEngine = start_engine) -> None:
+    def __init__(self, context: RunContext, *, build: Build = build_engine) -> None:
         """Bind; nothing is started.
 
         Args:
             context: The run.
-            start: Starts the engine; benchmarks bring one that many runs share.
+            build: Builds the engine; benchmarks bring one that many runs share.
         """
         self._context = context
-        self._start_engine = start
         self._prepared: Prepared | None = None
-        self._engine = LazyEngine(self._build)
+        self._engine = SupervisedEngine(
+            build, self._spec, on_death=self._record_death, stall_s=context.job.run.stall_s
+        )
         self._closing: threading.Thread | None = None
         self.death: str | None = None
 
@@ -230,13 +230,9 @@ class OneEngine:
             self._closing.join()
         self._engine.close()
 
-    def _build(self) -> SupervisedEngine:
+    def _spec(self) -> EngineSpec:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
-        return self._start_engine(
-            self._prepared.engine_spec(self._context.log.engine_log),
-            stall_s=self._context.job.run.stall_s,
-            on_death=self._record_death,
-        )
+        return self._prepared.engine_spec(self._context.log.engine_log)
 
     def _record_death(self, death: EngineDeath) -> None:
         self.death = death.reason

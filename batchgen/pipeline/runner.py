@@ -8,7 +8,8 @@ Follow a row:
     Committer thread   open part -> PartWriter.commit                         (durable from here)
 
 No stage waits for a slow row: the window is topped up as completions come, in whatever order,
-and a part holds whatever finished since the last one.
+and a part holds whatever finished since the last one. That each row comes back from the engine
+exactly once is `SupervisedEngine`'s promise; nobody counts again here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.answers.retries import final
 from batchgen.core.collector import rare_collection
-from batchgen.core.errors import AccountingError, BatchgenError, EngineDeadError
+from batchgen.core.errors import BatchgenError
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.committer import OpenPart
 from batchgen.pipeline.context import Stop
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from batchgen.answers.judge import Judge
     from batchgen.answers.retries import Ladder
     from batchgen.core.records import Completion, Request, Result
-    from batchgen.engine.base import Engine
+    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import RunConfig
     from batchgen.pipeline.committer import Committer
     from batchgen.pipeline.context import StopSwitch
@@ -46,7 +47,7 @@ class Runner:
 
     def __init__(  # noqa: PLR0913 - the one place where all stages meet
         self,
-        engine: Engine,
+        engine: SupervisedEngine,
         feeder: Feeder,
         committer: Committer[OpenPart],
         stats: RunStats,
@@ -66,7 +67,6 @@ class Runner:
         self._config = config
         self._clock = clock
         self._waiting: deque[Request] = deque()
-        self._in_flight: dict[int, Request] = {}
         self._part = OpenPart()
         self._row_bytes = 0.0
         self._trouble: BatchgenError | None = None
@@ -76,7 +76,7 @@ class Runner:
     @property
     def num_in_flight(self) -> int:
         """Requests that the engine holds."""
-        return len(self._in_flight)
+        return self._engine.num_in_flight
 
     def run(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
         """Run until the input is used up or the switch stops it; commit all that finished.
@@ -123,7 +123,7 @@ class Runner:
                 self._is_held_up = not self._flush(_STEP_WAIT_S)
             self._committer.check()
             on_tick()
-        if not self._in_flight and not self._waiting and self._trouble is None:
+        if not self.num_in_flight and not self._waiting and self._trouble is None:
             self._hear_the_end()
         if self._trouble is not None:
             raise self._trouble
@@ -131,7 +131,7 @@ class Runner:
 
     def _is_through(self) -> bool:
         is_at_end = self._feeder.is_done and not self._has_dropped
-        return is_at_end and not self._waiting and not self._in_flight
+        return is_at_end and not self._waiting and not self.num_in_flight
 
     def _hear_the_end(self) -> None:
         """Stopped at the last row, the end of the input may be all that is left to hear."""
@@ -140,13 +140,13 @@ class Runner:
 
     def _may_still_finish(self) -> bool:
         """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
-        if not self._in_flight and not self._waiting and self._trouble is None:
+        if not self.num_in_flight and not self._waiting and self._trouble is None:
             self._hear_the_end()
-        return bool(self._in_flight) and self._engine.facts is not None
+        return bool(self.num_in_flight) and self._engine.facts is not None
 
     def _admit(self) -> None:
         """Top the engine up with what is ready; wait only if the engine has nothing to do."""
-        room = self._engine.capacity - len(self._in_flight)
+        room = self._engine.capacity - self.num_in_flight
         while room > 0:
             if not self._waiting:
                 batch = self._take()
@@ -157,14 +157,13 @@ class Runner:
                     return  # Rows that end without the engine: let the loop flush and listen.
                 continue
             chunk = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-            self._in_flight.update((request.request_id, request) for request in chunk)
             self._engine.add(chunk)
             room -= len(chunk)
 
     def _take(self) -> FeedBatch | None:
         """What the feeder has ready; its trouble waits until what is in flight has finished."""
         try:
-            return self._feeder.take(0 if self._in_flight else _IDLE_WAIT_S)
+            return self._feeder.take(0 if self.num_in_flight else _IDLE_WAIT_S)
         except BatchgenError as error:
             self._trouble = error
             return None
@@ -183,41 +182,28 @@ class Runner:
             self.stats.num_skipped += len(batch.skipped)
 
     def _step(self, now_s: float) -> None:
-        if not self._in_flight:
+        if not self.num_in_flight:
             return
-        is_full = len(self._in_flight) >= self._engine.capacity or self._feeder.is_done
-        completions = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
+        is_full = self.num_in_flight >= self._engine.capacity or self._feeder.is_done
+        answered = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
         if self.stats.engine_ready_s is None and self._engine.facts is not None:
             self.stats.engine_ready_s = now_s
-        if completions:
-            self._settle(completions)
+        if answered:
+            self._settle(answered)
             self.stats.note_progress(now_s)
-        elif self._engine.num_in_flight == 0:
-            msg = f"the engine lost {len(self._in_flight)} requests; run again to go on"
-            raise EngineDeadError(msg)
 
-    def _settle(self, completions: Sequence[Completion]) -> None:
+    def _settle(self, answered: Sequence[tuple[Request, Completion]]) -> None:
         """Judge what came back: it ends its row, or the row goes to the end of the queue."""
-        asked = [
-            (request, completion)
-            for completion in completions
-            if (request := self._in_flight.pop(completion.request_id, None)) is not None
-        ]
-        results = self._judge.judge(asked)
+        results = self._judge.judge(answered)
         self.stats.note_attempts(results)
         ended = []
-        for (request, _), result in zip(asked, results, strict=True):
+        for (request, _), result in zip(answered, results, strict=True):
             again = self._ladder.next(request, result)
             if again is not None:
                 self._waiting.append(again)
             else:
                 ended.append(final(request, result))
         self._end(ended)
-        if len(asked) < len(completions):
-            known = {request.request_id for request, _ in asked}
-            stray = next(c.request_id for c in completions if c.request_id not in known)
-            msg = f"the engine answered request {stray}, which is not in flight"
-            raise AccountingError(msg)
 
     def _end(self, results: Sequence[Result]) -> None:
         if not results:

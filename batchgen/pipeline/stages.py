@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, Request, RowBatch
-    from batchgen.engine.base import Engine
+    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.committer import OpenPart
     from batchgen.pipeline.feeder import FeedBatch, Passing
@@ -147,7 +147,7 @@ class Stages:
 
     def runner(
         self,
-        engine: Engine,
+        engine: SupervisedEngine,
         feeder: Feeder,
         stats: RunStats,
         commit: Callable[[OpenPart], None],

@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 from batchgen.api import load
 from batchgen.engine.devices import device_name
 from batchgen.engine.process import EngineProcess
-from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import is_cpu_build, prepare_environment
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import StopSwitch
@@ -41,10 +40,9 @@ from tests.bench import works
 from tests.bench.random_model import make_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from batchgen.core.records import EngineSpec
-    from batchgen.engine.death import EngineDeath
     from tests.bench.works import Work
 
 LOADING = {"load_format": "dummy"}
@@ -63,7 +61,7 @@ WORKS: dict[str, tuple[Any, int]] = {
 }
 
 
-class KeptEngine(SupervisedEngine):
+class KeptEngine(EngineProcess):
     """One engine for many runs."""
 
     def close(self) -> None:
@@ -113,7 +111,7 @@ class Product:
             }
         )
         summary = JobRun(
-            job, stop=StopSwitch(), compute=partial(OneEngine, start=self._start)
+            job, stop=StopSwitch(), compute=partial(OneEngine, build=self._build)
         ).run()
         assert summary.published_s is not None
         published_s = time.monotonic() - started - (summary.elapsed_s - summary.published_s)
@@ -133,11 +131,9 @@ class Product:
             "warnings": summary.warnings,
         }
 
-    def _start(
-        self, spec: EngineSpec, *, stall_s: float, on_death: Callable[[EngineDeath], None]
-    ) -> SupervisedEngine:
+    def _build(self, spec: EngineSpec) -> KeptEngine:
         if self._kept is None:
-            self._kept = KeptEngine(EngineProcess, spec, on_death=on_death, stall_s=stall_s)
+            self._kept = KeptEngine(spec)
         return self._kept
 
     def end(self) -> None:

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.messages import Badge, Gone, Order
     from batchgen.core.records import EngineSpec
-    from batchgen.engine.death import EngineDeath
-    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.feeder import FeedBatch
     from tests.bench.works import Work
@@ -66,15 +64,11 @@ class KeptReplica:
         self._replica = self._become(badge)
 
     def _become(self, badge: Badge) -> Replica:
-        return Replica(badge, fetch=self._fetch, start=self._start)
+        return Replica(badge, fetch=self._fetch, build=self._build)
 
-    def _start(
-        self, spec: EngineSpec, *, stall_s: float, on_death: Callable[[EngineDeath], None]
-    ) -> SupervisedEngine:
-        from batchgen.engine.process import EngineProcess
-
+    def _build(self, spec: EngineSpec) -> KeptEngine:
         if self._engine is None:
-            self._engine = KeptEngine(EngineProcess, spec, on_death=on_death, stall_s=stall_s)
+            self._engine = KeptEngine(spec)
         return self._engine
 
     def exchange(self, orders: Sequence[Any], wait_s: float) -> Report:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineSpec, EngineStats
 from batchgen.engine.echo import EchoEngine
 from batchgen.engine.host import HostedRequest
-from batchgen.engine.process import EngineProcess
-from batchgen.engine.start import start_engine
+from batchgen.engine.process import EngineProcess, build_engine
+from batchgen.engine.supervised import SupervisedEngine
+from tests import fakes
+from tests.fakes import AsEngine
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "sample_data" / "model"
@@ -49,7 +52,7 @@ def start(kind, log_path, **sampling_params):
     if kind.startswith("supervised"):
         if kind == "supervised-process":
             spec = replace(spec, model_kwargs={**spec.model_kwargs, "in_process": False})
-        return start_engine(spec)
+        return AsEngine(SupervisedEngine(build_engine, lambda: spec))
     return EchoEngine(spec) if kind == "echo" else EngineProcess(spec)
 
 
@@ -59,7 +62,7 @@ KINDS += [pytest.param("vllm", marks=pytest.mark.vllm)]
 
 @pytest.fixture(scope="module", params=KINDS)
 def engine(request, tmp_path_factory):
-    with start(request.param, tmp_path_factory.mktemp("engine") / "engine.log") as engine:
+    with closing(start(request.param, tmp_path_factory.mktemp("engine") / "engine.log")) as engine:
         wait_until_up(engine)
         yield engine
 
@@ -279,7 +282,7 @@ def test_tokens_are_counted_as_they_are_worked_off(engine):
 
 @pytest.mark.parametrize("kind", ["echo", "echo-process"])
 def test_the_answer_is_the_beginning_of_the_prompt(kind, tmp_path):
-    with start(kind, tmp_path / "log") as engine:
+    with closing(start(kind, tmp_path / "log")) as engine:
         short, long, cut = run(engine, [ask("short"), ask("a" * 50), ask("a" * 11 + "éé")])
     assert (short.text, short.finish_reason, short.num_output_tokens) == ("short", "stop", 5)
     assert (long.text, long.finish_reason, long.num_output_tokens) == ("a" * 12, "length", 12)
@@ -288,7 +291,7 @@ def test_the_answer_is_the_beginning_of_the_prompt(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["echo", "echo-process"])
 def test_requests_finish_out_of_order(kind, tmp_path):
-    with start(kind, tmp_path / "log") as engine:
+    with closing(start(kind, tmp_path / "log")) as engine:
         requests = [ask(f"row {number}") for number in range(100)]
         engine.add(requests)
         order = []
@@ -298,19 +301,18 @@ def test_requests_finish_out_of_order(kind, tmp_path):
     assert order != sorted(order)
 
 
-def test_start_engine_keeps_echo_in_process_and_gives_vllm_its_own(tmp_path):
-    with start_engine(make_spec("echo", tmp_path / "log")) as echo:
-        assert isinstance(echo.inner, EchoEngine)
+def test_echo_is_built__right_here_and_vllm_in_a_process_of_its_own(tmp_path):
+    assert isinstance(build_engine(make_spec("echo", tmp_path / "log")), EchoEngine)
     started = time.monotonic()
-    with start_engine(make_spec("vllm", tmp_path / "log")) as engine:
-        assert isinstance(engine.inner, EngineProcess)
+    with closing(build_engine(make_spec("vllm", tmp_path / "log"))) as engine:
+        assert isinstance(engine, EngineProcess)
         assert time.monotonic() - started < 5.0
         assert engine.facts is None
         assert engine.stats == EngineStats()
 
 
 def test_requests_added_before_the_engine_is_up_are_answered(tmp_path):
-    with start("echo-process", tmp_path / "log") as engine:
+    with closing(start("echo-process", tmp_path / "log")) as engine:
         assert engine.facts is None
         assert len(run(engine, [ask(f"{number}") for number in range(100)])) == 100
 
@@ -348,7 +350,7 @@ def test_a_forgotten_engine_is_stopped(tmp_path):
 
 
 def test_a_killed_engine_hands_out_what_it_finished_and_then_raises(tmp_path):
-    with start("echo-process", tmp_path / "log") as engine:
+    with closing(start("echo-process", tmp_path / "log")) as engine:
         wait_until_up(engine)
         finished = [ask(f"row {number}") for number in range(50)]
         engine.add(finished)
@@ -366,19 +368,29 @@ def test_a_killed_engine_hands_out_what_it_finished_and_then_raises(tmp_path):
 
 
 def test_a_silent_engine_with_work_counts_as_dead(tmp_path):
-    with EngineProcess(make_spec("echo-process", tmp_path / "log"), stall_s=1.0) as engine:
+    built, deaths = [], []
+
+    def build(spec):
+        built.append(EngineProcess(spec))
+        return built[-1]
+
+    spec = make_spec("echo-process", tmp_path / "log")
+    engine = SupervisedEngine(build, lambda: spec, on_death=deaths.append, stall_s=1.0)
+    with closing(AsEngine(engine)) as engine:
+        engine.start()
         wait_until_up(engine)
-        os.kill(engine.pid, signal.SIGSTOP)
-        engine.add([ask("hello")])
-        with pytest.raises(EngineDeadError, match="no sign of life"):
-            step_until_dead(engine, [], step_s=0.2)
-        assert group_members(engine.pid) == []
+        os.kill(built[0].pid, signal.SIGSTOP)
+        (answer,) = run(engine, [fakes.ask(0, "hello")])
+        assert answer.text == "hello"
+        assert group_members(built[0].pid) == []
+    assert len(built) == 2
+    assert "the engine hangs: no row finished" in deaths[0].reason
 
 
 def test_an_unknown_option_of_a_hosted_engine_names_itself(tmp_path):
     spec = EngineSpec("echo", "x", {"max_num_seq": 3}, {}, log_path=str(tmp_path / "log"))
     with (
-        EngineProcess(spec) as engine,
+        closing(EngineProcess(spec)) as engine,
         pytest.raises(ConfigError, match=r"'max_num_seq'.* 'max_num_seqs'"),
     ):
         engine.step(20.0)
@@ -433,7 +445,7 @@ def test_nothing_survives_a_killed_parent_though_the_engine_hangs(tmp_path):
 
 @pytest.mark.vllm
 def test_greedy_vllm_repeats_itself_and_its_death_is_told(tmp_path):
-    with start("vllm", tmp_path / "log", temperature=0.0) as engine:
+    with closing(start("vllm", tmp_path / "log", temperature=0.0)) as engine:
         answers = run(engine, [ask(chat("My parcel is late."), seed=None) for _ in range(20)])
         assert len({answer.text for answer in answers}) == 1
         assert engine.facts.name == "vllm"
@@ -446,7 +458,7 @@ def test_greedy_vllm_repeats_itself_and_its_death_is_told(tmp_path):
 
 @pytest.mark.vllm
 def test_different_seeds_sample_different_answers(tmp_path):
-    with start("vllm", tmp_path / "log", temperature=2.0) as engine:
+    with closing(start("vllm", tmp_path / "log", temperature=2.0)) as engine:
         first, again, other = (
             [c.text for c in run(engine, [ask("hello", seed + n) for n in range(10)])]
             for seed in (100, 100, 900)
@@ -471,7 +483,7 @@ def test_what_vllm_refuses_is_told_in_one_line(tmp_path, options, sampling, erro
         "vllm", good.model, {**good.model_kwargs, **options}, good.sampling_params,
         log_path=good.log_path,
     )  # fmt: skip
-    with EngineProcess(spec) as engine, pytest.raises(error, match=cause) as caught:
+    with closing(EngineProcess(spec)) as engine, pytest.raises(error, match=cause) as caught:
         step_until_dead(engine, [])
     assert "\n" not in str(caught.value)
     if error is EngineError:
@@ -566,7 +578,7 @@ def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing):
 @pytest.mark.slow
 def test_a_killed_engine_core_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    with start("vllm", tmp_path / "log") as engine:
+    with closing(start("vllm", tmp_path / "log")) as engine:
         wait_until_up(engine)
         core = next(p for p in group_members(engine.pid) if "EngineCore" in " ".join(p.cmdline()))
         engine.add([ask(f"row {number}") for number in range(3000)])

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -82,7 +83,7 @@ def engine(tmp_path_factory):
     spec = make_spec("vllm", folder / "log", max_tokens=48, logprobs=30)
     # Left to itself, this model fills a form that it never saw with blanks.
     given = {**spec.model_kwargs, "structured_outputs_config": {"disable_any_whitespace": True}}
-    with EngineProcess(replace(spec, loras=loras, model_kwargs=given)) as engine:
+    with closing(EngineProcess(replace(spec, loras=loras, model_kwargs=given))) as engine:
         wait_until_up(engine)
         yield engine
 
@@ -216,7 +217,7 @@ def parsing_engine(tmp_path_factory):
     parsers = {"reasoning_parser": "deepseek_r1", "tool_call_parser": "hermes"}
     model = write_thinking_model(folder / "model")
     spec = replace(spec, model=model, chat_template=TEMPLATE, tools=TOOLS, **parsers)
-    with EngineProcess(spec) as engine:
+    with closing(EngineProcess(spec)) as engine:
         wait_until_up(engine)
         yield engine
 
@@ -260,7 +261,7 @@ def test_tools_reach_the_chat_template(parsing_engine):
 
 def refused(spec, error=ConfigError):
     """What an engine that does not start says."""
-    with EngineProcess(spec) as engine, pytest.raises(error) as caught:
+    with closing(EngineProcess(spec)) as engine, pytest.raises(error) as caught:
         step_until_dead(engine, [])
     return str(caught.value)
 
@@ -319,7 +320,7 @@ def seeing_engine(tmp_path_factory):
     command = [sys.executable, "-m", "tests.contract.vision_model", str(folder / "model")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     spec = make_spec("vllm", folder / "log", temperature=0.0)
-    with EngineProcess(replace(spec, model=str(folder / "model"))) as engine:
+    with closing(EngineProcess(replace(spec, model=str(folder / "model")))) as engine:
         wait_until_up(engine)
         yield engine
 
@@ -366,7 +367,7 @@ def test_seeded_requests_survive_more_prompts_than_fit_in_one_step(tmp_path):
     small = {**spec.model_kwargs, "max_num_batched_tokens": 150}
     texts = [f"ticket {number} " + "late again " * 20 for number in range(20)]
     asked = [request(chat(text), temperature=1.0, seed=number) for number, text in enumerate(texts)]
-    with EngineProcess(replace(spec, model_kwargs=small)) as engine:
+    with closing(EngineProcess(replace(spec, model_kwargs=small))) as engine:
         wait_until_up(engine)
         completions = run(engine, asked)
     assert [completion.error for completion in completions] == [None] * 20

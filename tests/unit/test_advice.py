@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 
 from batchgen.core.records import EngineFacts
-from batchgen.engine.supervised import SupervisedEngine
 from batchgen.pipeline.advice import Way, advise
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import StopSwitch
@@ -188,11 +187,11 @@ def stormy_run(make_job):
     """A run that had a storm, on a fake engine."""
 
     def make(**kwargs):
-        def start(spec, **_):
-            return SupervisedEngine(lambda _: FakeEngine(facts=FACTS), spec)
+        def build(_):
+            return FakeEngine(facts=FACTS)
 
         run = JobRun(
-            make_job(), stop=StopSwitch(), compute=partial(OneEngine, start=start), **kwargs
+            make_job(), stop=StopSwitch(), compute=partial(OneEngine, build=build), **kwargs
         )
         # Long before the ten rows that it has now.
         for sample in samples(num_running=160, num_ok=lambda s: int(100 * s) - 10**6, **STORM):

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import random
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from batchgen.engine.vllm.encoder import (
 from batchgen.engine.vllm.engine import pass_to_reasoner
 from batchgen.engine.vllm.params import check_grammars_once
 from batchgen.engine.vllm.settings import llm_kwargs, lora_kwargs
+from tests.fakes import ask
 
 LETTERS = SimpleNamespace(
     decode=lambda ids: "".join(map(chr, ids)),
@@ -254,8 +256,8 @@ def test_a_job_at_fault_is_told_at_once_and_no_other_engine_is_built():
         built.append(Refusing())
         return built[-1]
 
-    with SupervisedEngine(build, spec()) as engine:
-        engine.add([HostedRequest(0, "a", None)])
+    with closing(SupervisedEngine(build, spec)) as engine:
+        engine.add([ask(0)])
         with pytest.raises(ConfigError, match="no such schema"):
             engine.step(0)
         assert engine.num_deaths == 0

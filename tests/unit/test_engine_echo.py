@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from contextlib import closing
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_capacity_is_twice_what_runs_and_more_when_steps_are_free(options, capac
 
 
 def test_close_drops_what_is_in_flight():
-    with make_engine() as engine:
+    with closing(make_engine()) as engine:
         engine.add(requests(["x"] * 3))
         assert engine.num_in_flight == 3
     assert engine.num_in_flight == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -12,16 +13,11 @@ from hypothesis import strategies as st
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import EngineFacts, EngineSpec, EngineStats
 from batchgen.engine.death import MAX_IN_A_ROW, Tally, ask_less, is_out_of_memory
-from batchgen.engine.host import HostedRequest
 from batchgen.engine.supervised import REBUILD_WAITS_S, SupervisedEngine
-from tests.fakes import FakeClock, FakeEngine, completion, finish, finish_all, finish_nothing
+from tests.fakes import FakeClock, FakeEngine, ask, completion, finish, finish_all, finish_nothing
 
 SPEC = EngineSpec("echo", "none", {"max_num_seqs": 64}, {}, max_in_flight=100)
 DEAD = EngineDeadError("the engine died: boom")
-
-
-def ask(request_id, prompt=""):
-    return HostedRequest(request_id, prompt or f"row {request_id}", None)
 
 
 def asks(*request_ids):
@@ -36,7 +32,7 @@ class Lab:
         self.built, self.specs, self.deaths = [], [], []
         self._given = list(engines)
         self.engine = SupervisedEngine(
-            self.build, SPEC, on_death=self.deaths.append, stall_s=stall_s,
+            self.build, lambda: SPEC, on_death=self.deaths.append, stall_s=stall_s,
             clock=self.clock, sleep=self.clock.advance,
         )  # fmt: skip
 
@@ -49,14 +45,15 @@ class Lab:
         return engine
 
     def steps(self, num):
-        return list(itertools.chain(*(self.engine.step(0.1) for _ in range(num))))
+        steps = (self.engine.step(0.1) for _ in range(num))
+        return [done for _, done in itertools.chain(*steps)]
 
     def finish(self, max_steps=10_000):
         done = []
         for _ in range(max_steps):
             if not self.engine.num_in_flight:
                 return done
-            done += self.engine.step(0.1)
+            done += self.steps(1)
         raise AssertionError("never finished")
 
 
@@ -104,7 +101,7 @@ def run_with_poison(num, poison, width, capacity, chunk):
         return lab.built[-1]
 
     lab.engine = SupervisedEngine(
-        build, SPEC, on_death=lab.deaths.append, clock=lab.clock, sleep=lab.clock.advance
+        build, lambda: SPEC, on_death=lab.deaths.append, clock=lab.clock, sleep=lab.clock.advance
     )
     waiting, done = list(range(num)), []
     try:
@@ -116,7 +113,7 @@ def run_with_poison(num, poison, width, capacity, chunk):
             if waiting and room > 0:
                 lab.engine.add(asks(*waiting[:room]))
                 waiting = waiting[room:]
-            done += lab.engine.step(0.1)
+            done += lab.steps(1)
             if lab.engine._search.is_on:
                 inside = set(lab.built[-1].held)
                 group = lab.engine._search._inside
@@ -163,6 +160,44 @@ def test_neighbours_that_are_all_poison_are_found_too():
     _, done, error = run_with_poison(200, poison, 16, 128, 64)
     assert error is None
     assert errors(done).keys() == poison
+
+
+def test_looking_at_it_builds_nothing():
+    lab = Lab()
+    engine = lab.engine
+    assert (engine.facts, engine.num_in_flight, engine.warnings) == (None, 0, [])
+    assert engine.stats == EngineStats()
+    assert engine.step(0.1) == []
+    assert engine.capacity >= 1  # Or nobody would ever hand it a request.
+    assert not engine.is_started
+    engine.close()
+    assert lab.built == []
+
+
+def test_it_is_built_once_by_the_first_request_or_before_and_asks_for_its_spec_then():
+    lab = Lab()
+    lab.engine.start()
+    lab.engine.start()
+    assert (len(lab.built), lab.engine.is_started, lab.engine.capacity) == (1, True, 100)
+    lab.engine.add(asks(0, 1))
+    assert lab.engine.num_in_flight == 2
+    assert [(request.request_id, done.request_id) for request, done in lab.engine.step(0.1)] == [
+        (0, 0),
+        (1, 1),
+    ]
+    assert (len(lab.built), lab.engine.num_in_flight) == (1, 0)
+    lab.engine.close()
+    assert lab.built[0].is_closed
+
+
+def test_a_spec_that_cannot_be_made_is_told_where_it_is_started():
+    def refuse():
+        raise ConfigError("model.engine", ["no such option"])
+
+    engine = SupervisedEngine(lambda _: FakeEngine(), refuse)
+    with pytest.raises(ConfigError, match="no such option"):
+        engine.add(asks(0))
+    assert not engine.is_started
 
 
 def test_a_death_from_outside_costs_no_row():
@@ -231,8 +266,13 @@ def test_at_the_first_start_an_error_is_raised_at_once():
     with pytest.raises(EngineError, match="no such model"):
         lab.engine.step(0.1)
     assert len(lab.built) == 1
-    with pytest.raises(EngineError, match="no GPU"):
-        Lab(EngineError("no GPU"))
+    lab = Lab(EngineError("no GPU"))
+    for use in (lab.engine.start, lambda: lab.engine.add(asks(0))):
+        lab._given = [EngineError("no GPU")]
+        with pytest.raises(EngineError, match="no GPU"):
+            use()
+        assert not lab.engine.is_started
+    lab.engine.close()
 
 
 def test_a_rebuild_that_fails_is_tried_again_with_patience():
@@ -284,7 +324,7 @@ def test_an_engine_that_answers_nothing_convicts_no_row():
 
     def step_on():
         while True:
-            done.extend(lab.engine.step(0.1))
+            done.extend(lab.steps(1))
 
     with pytest.raises(EngineDeadError, match="with any of 4 rows alone"):
         step_on()
@@ -475,7 +515,7 @@ def test_a_death_is_told_with_rows_and_the_engines_last_lines(tmp_path):
         return engine if told else engine.then(speak, DEAD)
 
     spec = EngineSpec("echo", "none", {}, {}, log_path=str(log))
-    with SupervisedEngine(build, spec, on_death=told.append) as engine:
+    with closing(SupervisedEngine(build, lambda: spec, on_death=told.append)) as engine:
         engine.add(asks(*range(2000)))
         while engine.num_in_flight:
             engine.step(0.1)
@@ -484,7 +524,11 @@ def test_a_death_is_told_with_rows_and_the_engines_last_lines(tmp_path):
     assert [row.request_id for row in death.in_flight] == list(range(1000))
     assert death.log_tail == ("last words",)
     record = death.as_dict()
-    assert record["in_flight"][3] == {"request_id": 3, "ordinal": None, "request_key": None}
+    assert record["in_flight"][3] == {
+        "request_id": 3,
+        "ordinal": (0, 3),
+        "request_key": f"{3:032x}",
+    }
     assert record["blamed"] is None
 
 

@@ -12,7 +12,7 @@ import pytest
 from batchgen.core.errors import ConfigError, EngineError, InputChangedError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineSpec, Request
-from batchgen.engine.start import start_engine
+from batchgen.engine.process import build_engine
 from batchgen.job.seeds import Seeds
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
@@ -205,7 +205,7 @@ def test_echo_tokens_are_those_that_the_echo_engine_counts():
         Request(at, (0, at), prompt, f"{at:032x}", None, None, 0)  # type: ignore[arg-type]
         for at, prompt in enumerate(prompts)
     ]
-    engine = start_engine(SPEC)
+    engine = build_engine(SPEC)
     engine.add(requests)
     done = {}
     while engine.num_in_flight:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchgen import api
 from batchgen.core.errors import ConfigError, EngineError, OutputError
-from batchgen.engine.start import start_engine
+from batchgen.engine.process import build_engine
 from batchgen.job.load import load_job
 from batchgen.job.recipe import fingerprint, make_recipe
 from batchgen.pipeline.compute import OneEngine
@@ -319,7 +319,7 @@ def test_an_engine_that_does_not_start_or_runs_out_of_memory_names_what_was_tune
     run = JobRun(
         job,
         stop=StopSwitch(),
-        compute=partial(OneEngine, start=start_engine if fault else refuse_to_start),
+        compute=partial(OneEngine, build=build_engine if fault else refuse_to_start),
     )
     with pytest.raises(EngineError) as caught:
         run.run()
@@ -327,7 +327,7 @@ def test_an_engine_that_does_not_start_or_runs_out_of_memory_names_what_was_tune
     assert (text in str(caught.value), text in run.summary.reason) == (told, told)
 
 
-def refuse_to_start(spec, *, stall_s, on_death):
+def refuse_to_start(spec):
     msg = "the engine did not start: max_num_batched_tokens (256) is smaller"
     raise EngineError(msg)
 
@@ -412,11 +412,11 @@ def test_a_name_too_long_for_a_tuned_file_is_no_trouble_but_for_tuning(tmp_path,
 
 @pytest.mark.parametrize(("where", "is_told"), [("[model]", True), ("output", False)])
 def test_settings_that_the_engine_refuses_name_what_was_tuned(make_job, where, is_told):
-    def refuse(spec, *, stall_s, on_death):
+    def refuse(spec):
         raise ConfigError(where, ["dtype is wrong", "max_num_seqs is wrong"])
 
     job = make_job().tuned_by(Tuned("x.tuned.toml", {"max_num_seqs": 2}))
-    run = JobRun(job, stop=StopSwitch(), compute=partial(OneEngine, start=refuse))
+    run = JobRun(job, stop=StopSwitch(), compute=partial(OneEngine, build=refuse))
     with pytest.raises(ConfigError) as caught:
         run.run()
     text = "max_num_seqs is wrong; it had max_num_seqs = 2 from x.tuned.toml: --no-tuned runs"

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from batchgen.core.errors import ConfigError
-from batchgen.engine.start import start_engine
+from batchgen.engine.process import build_engine
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
@@ -47,14 +47,14 @@ def test_long_rows_do_not_come_first_in_a_trial(make_job, publishes):
     checks, model = {"allow_truncated": True}, {"engine": engine}
     job, asked = make_job(rows, sampling={"column": "own"}, checks=checks, model=model), []
 
-    def start(*args, **kwargs):
-        return Recorder(start_engine(*args, **kwargs), asked)
+    def build(spec):
+        return Recorder(build_engine(spec), asked)
 
     JobRun(
         job,
         stop=StopSwitch(),
         publishes=publishes,
-        compute=partial(OneEngine, start=start),
+        compute=partial(OneEngine, build=build),
     ).run()
     assert sorted(asked) == list(range(3000))
     assert (asked.index(2999) < 2500) == publishes
