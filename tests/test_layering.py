@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"core"},
-    {"job", "storage", "inputs"},
+    {"job", "storage"},
     {"source", "engine", "answers"},
     {"prompt"},
     {"store"},
@@ -26,7 +26,7 @@ ONLY_IN = {
     "vllm": {"engine/vllm/engine.py", "engine/vllm/params.py", "engine/vllm/answers.py"},
     "torch": {"engine/vllm/engine.py"},
     "transformers": {"engine/vllm/engine.py", "engine/vllm/encoder.py"},
-    "fsspec": {"inputs.py"},
+    "fsspec": {"source/files.py"},
     "ray": {"cluster/ray.py"},
 }
 

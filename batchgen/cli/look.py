@@ -45,6 +45,8 @@ def check(
     click.echo(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
     for why in prepared.form.fallbacks:
         click.echo(f"as JSON  {why}")
+    for note in prepared.notes:
+        click.echo(f"note     {note}")
     click.echo(f"recipe   {prepared.recipe_fingerprint}")
     for where, text in first_prompts(prepared, num_rows):
         click.secho(f"--- {where}", dim=True)

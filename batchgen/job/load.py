@@ -247,7 +247,7 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         prompt["images_folder"] = absolute(base, job.prompt.images_folder or ".")
     places = places_of(job, problems)
     for key, paths in places.items():
-        problems += [f"{key}: {why}" for path in paths if (why := bad_path(path))]
+        problems += [f"{key}: {why}" for path in paths if (why := bad_path(base, path))]
     if problems:
         raise ConfigError(where, problems)
     name = _model_name(base, job.model.name)

@@ -28,8 +28,10 @@ class InputConfig(Table):
     """What to read."""
 
     path: str | list[str] = Field(min_length=1)
-    """File, glob, folder, or a list of these. Relative to the job file; URLs go to fsspec.
-    `{date}`, `{yesterday}`, `{run_date-3d}` are days, `{date:%Y/%m/%d}` says how to write them."""
+    """File, pattern, folder (its files), or a list of these. Relative to the job file; URLs go to
+    fsspec. What exists as it is written is no pattern. Names that begin with . or _ and folders in
+    it are left out, unless named; links to files are files. `{date}`, `{yesterday}`,
+    `{run_date-3d}` are days, `{date:%Y/%m/%d}` says how to write them."""
     format: Literal["jsonl", "csv", "parquet"] | None = None
     """Only needed when file names do not end in .jsonl, .csv, .tsv or .parquet (+ .gz, .zst)."""
     columns: list[str] | None = None

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.inputs import is_url
 from batchgen.job.dates import with_dates
 
 if TYPE_CHECKING:
@@ -17,6 +16,11 @@ if TYPE_CHECKING:
 
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4000
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec has to open it; an absolute path never is one, whatever folders are called."""
+    return "://" in path and not path.startswith("/")
 
 
 def places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
@@ -63,7 +67,7 @@ def run_paths(run: RunConfig, base: Path) -> dict[str, Any]:
     return changes
 
 
-def bad_path(path: str) -> str | None:
+def bad_path(base: Path, path: str) -> str | None:
     """What no file system takes, told before one is asked."""
     if is_url(path):
         return None
@@ -71,13 +75,20 @@ def bad_path(path: str) -> str | None:
     if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
         return f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
     try:
-        Path(path).expanduser()
+        absolute(base, path)
     except RuntimeError:
         return f"{path!r}: there is no such user"
     return None
 
 
 def absolute(base: Path, path: str) -> str:
-    """From the folder of the job file; URLs stay."""
+    """From the folder of the job file; URLs stay.
+
+    Raises:
+        RuntimeError: It begins with `~user`, and there is no such user, and no such file.
+    """
+    if is_url(path):
+        return path
+    is_there = path.startswith("~") and (base / path).exists()
     # normpath, not resolve: a symlinked input keeps the name that the user gave it.
-    return path if is_url(path) else os.path.normpath(base / Path(path).expanduser())
+    return os.path.normpath(base / (path if is_there else Path(path).expanduser()))

@@ -227,8 +227,8 @@ def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Ba
 
 def _gone(plan: Plan, job: JobConfig) -> list[str]:
     """Planned files that are not in the input any more."""
-    _, files = find_input(job)
-    gone = [segment.path for segment in plan.segments if segment.path not in set(files)]
+    files = set(find_input(job).paths)
+    gone = [segment.path for segment in plan.segments if segment.path not in files]
     if not gone or plan.is_cut:
         return []
     return [

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.inputs import InputStat, is_url, stat_input
-from batchgen.source.files import find_files
+from batchgen.job.paths import is_url
+from batchgen.source.files import InputStat, stat_input
+from batchgen.source.formats import find_files
 from batchgen.store.books import Plan, Segment
 from batchgen.store.row_digests import DigestFile
 from batchgen.store.runlog import utc_now
@@ -202,7 +203,7 @@ def has_other_files(plan: Plan, job: JobConfig) -> bool:
         SourceError: There is none any more, or it is not what its name says.
     """
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    _, files = find_files(paths, job.input.format)
+    files = list(find_files(paths, job.input.format).paths)
     planned = [segment.path for segment in plan.segments]
     # A limit that is filled wants no more files.
     return (files[: len(planned)] if plan.is_cut else files) != planned

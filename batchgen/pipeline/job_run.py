@@ -197,7 +197,11 @@ class JobRun:
             stack.callback(self._compute.close)
             try:
                 self._check_no_newer_plan(num_plans)
-                for note in (*decision.notes, *tuned_notes(self._job)):
+                for note in (
+                    *decision.prepared.notes,
+                    *decision.notes,
+                    *tuned_notes(self._job),
+                ):
                     context.notes.add(note)
                 with naming_tuned(self._job, self._compute):
                     return self._run(decision)

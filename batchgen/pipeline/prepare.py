@@ -30,7 +30,7 @@ from batchgen.prompt.builder import PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.base import ReadSpec
 from batchgen.source.csv import delimiter_hint
-from batchgen.source.files import find_files, reader_for
+from batchgen.source.formats import find_files, reader_for
 from batchgen.store.schema import part_schema
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from batchgen.answers.form import Form
     from batchgen.job.model import Example, JobConfig
     from batchgen.source.base import Reader
+    from batchgen.source.formats import InputFiles
     from batchgen.store.books import Plan
 
 
@@ -316,14 +317,15 @@ class Checked:
             SourceError: The input does not exist or is not what its name says.
         """
         job = self.job
-        format_name, files = find_input(job)
-        reader = reader_for(format_name, job.input.delimiter)
-        columns = reader.columns(files, job.input.types)
-        if not columns.names and seen is not None and seen.input_format == format_name:
+        found = find_input(job)
+        reader = reader_for(found.format, job.input.delimiter)
+        columns = reader.columns(found.paths, job.input.types)
+        if not columns.names and seen is not None and seen.input_format == found.format:
             columns = planned_columns(seen)
         carried = columns.names if job.input.columns is None else job.input.columns
         check_columns(job, self.builder, self.answer, columns)
-        return self._prepared((format_name, reader), files, columns, carried)
+        prepared = self._prepared((found.format, reader), found.paths, columns, carried)
+        return replace(prepared, notes=found.notes)
 
     def _prepared(
         self,
@@ -349,6 +351,8 @@ class Prepared(Checked):
     """Every column of the input."""
     carried: Sequence[str]
     """Names of the columns that go to the output."""
+    notes: Sequence[str] = ()
+    """What of the input's folders and patterns is not read, if that was just looked up."""
 
     @property
     def recipe_fingerprint(self) -> str:
@@ -458,19 +462,19 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
     return checked.with_plan(plan)
 
 
-def find_input(job: JobConfig) -> tuple[str, Sequence[str]]:
-    """The input's format and its files, in order.
+def find_input(job: JobConfig) -> InputFiles:
+    """Find the input's files and look at the beginning of each.
 
     Raises:
         SourceError: There is none, or it is not what its name says.
     """
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    format_name, files = find_files(paths, job.input.format)
-    _refuse_output_as_input(files, job.output.path)
-    reader = reader_for(format_name, job.input.delimiter)
-    for path in files:
+    found = find_files(paths, job.input.format)
+    _refuse_output_as_input(found.paths, job.output.path)
+    reader = reader_for(found.format, job.input.delimiter)
+    for path in found.paths:
         reader.sniff(path)
-    return format_name, files
+    return found
 
 
 def _refuse_output_as_input(files: Sequence[str], output: str) -> None:

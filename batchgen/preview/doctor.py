@@ -13,7 +13,6 @@ from batchgen.cluster.crews import needs_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError
 from batchgen.core.suggest import nearest
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
-from batchgen.inputs import stat_input
 from batchgen.job.model import ModelConfig
 from batchgen.job.scheduler import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
@@ -31,6 +30,7 @@ from batchgen.preview.machine import (
 )
 from batchgen.preview.model_check import check_model
 from batchgen.preview.tokens import max_model_len
+from batchgen.source.files import stat_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
-from batchgen.inputs import stat_input
 from batchgen.preview.past import last_run
+from batchgen.source.files import stat_input
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def look_ahead(job: JobConfig, storage: LocalStorage, options: RunOptions) -> Ou
     """
     ledger = Ledger(storage)
     found = decide(ledger, job, options)
-    plan, notes = found.plan, list(found.notes)
+    plan, notes = found.plan, [*found.prepared.notes, *found.notes]
     if plan is not None:
         manifest = ledger.manifest(plan.number)
         again = retry_plan(ledger, plan, manifest) if options.retry_errors else ""

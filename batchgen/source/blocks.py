@@ -6,7 +6,8 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from batchgen.core.errors import SourceError
-from batchgen.inputs import is_url, open_input
+from batchgen.job.paths import is_url
+from batchgen.source.files import open_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

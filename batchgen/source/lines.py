@@ -11,9 +11,9 @@ import hashlib
 from typing import TYPE_CHECKING, TypeVar
 
 from batchgen.core.errors import SourceError
-from batchgen.inputs import open_input
 from batchgen.source.base import Scan
 from batchgen.source.blocks import BLOCK_BYTES, is_seekable, text_blocks
+from batchgen.source.files import open_input
 from batchgen.source.marks import FileMarks
 from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST
 

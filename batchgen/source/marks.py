@@ -9,10 +9,10 @@ from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from batchgen.inputs import stat_input
+from batchgen.source.files import stat_input
 
 if TYPE_CHECKING:
-    from batchgen.inputs import InputStat
+    from batchgen.source.files import InputStat
 
 EVERY_BYTES = 4 << 20
 """Marks are no closer than this; a read begins at most about this far before its first row."""

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
-from batchgen.inputs import open_input, stat_input
 from batchgen.source import lines
 from batchgen.source.base import Scan
 from batchgen.source.batches import Rows, make_batch, shape_of, taken, to_values
 from batchgen.source.columns import JSON_METADATA, is_json, override
+from batchgen.source.files import open_input, stat_input
 from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
 
 if TYPE_CHECKING:

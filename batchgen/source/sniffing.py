@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from batchgen.core.errors import SourceError
-from batchgen.inputs import open_input
 from batchgen.source.blocks import GZIP_MAGIC, ZSTD_MAGIC, compression_of
+from batchgen.source.files import open_input
 
 PARQUET_MAGIC = b"PAR1"
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # RFC 8878, 3.1.2

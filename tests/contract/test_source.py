@@ -23,7 +23,7 @@ from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
 from batchgen.source.base import ReadSpec
 from batchgen.source.columns import parse_field
-from batchgen.source.files import find_files, reader_for
+from batchgen.source.formats import find_files, reader_for
 from batchgen.source.marks import Marks
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def case(request, tmp_path) -> Case:
         path = f"memory://source-{next(SERIAL)}/rows.{kind}"
     with fsspec.open(path, "wb") as out:
         out.write(data)
-    format_name, files = find_files([path])
-    reader = reader_for(format_name)
-    overrides = TYPES if format_name == "csv" else {}
+    found = find_files([path])
+    reader, files = reader_for(found.format), found.paths
+    overrides = TYPES if found.format == "csv" else {}
     schema = reader.columns(files, overrides)
     needed = frozenset({"prompt", "note"})
     return Case(files[0], reader, data, ReadSpec(schema, list(TYPES), needed, batch_rows=8))

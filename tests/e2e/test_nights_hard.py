@@ -13,7 +13,6 @@ import polars as pl
 import pytest
 
 import batchgen
-from batchgen import inputs
 from batchgen.core.errors import (
     EngineError,
     GateError,
@@ -26,6 +25,7 @@ from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
+from batchgen.source.files import InputStat
 from tests.e2e.support import published, run_cli, write_job
 from tests.fakes import FakeEngine
 from tests.harm import overwrite
@@ -187,10 +187,10 @@ def test_errors_that_did_not_change_stay_also_where_rules_read_the_input(tmp_pat
 
 def test_a_state_that_tells_nothing_is_never_equal() -> None:
     """Some HTTP servers give neither ETag nor time: such a file is read to be compared."""
-    stat = inputs.InputStat(5, "")
-    assert not stat.is_still(inputs.InputStat(5, ""))
-    assert inputs.InputStat(5, "1").is_still(inputs.InputStat(5, "1"))
-    assert not inputs.InputStat(5, "1").is_still(inputs.InputStat(5, "2"))
+    stat = InputStat(5, "")
+    assert not stat.is_still(InputStat(5, ""))
+    assert InputStat(5, "1").is_still(InputStat(5, "1"))
+    assert not InputStat(5, "1").is_still(InputStat(5, "2"))
 
 
 def test_a_folder_of_others_is_told_to_the_hook_too(tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ import errno
 import os
 import threading
 
-import fsspec
 import pytest
 
-from batchgen.core.errors import OutputError, SourceError, StorageError
-from batchgen.inputs import find_inputs, is_url, open_input, stat_input
+from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import Disk, LocalStorage
 
 NAME = "_batchgen/epochs/000001.json"
@@ -231,59 +229,6 @@ def test_removing_a_folder_is_a_storage_error(storage):
     storage.put_if_absent("folder/file", b"")
     with pytest.raises(StorageError, match="folder: "):
         storage.remove("folder")
-
-
-def test_an_input_is_opened_and_looked_at(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"12345")
-    os.utime(path, ns=(7, 1_000_000_007))
-    with open_input(str(path)) as file:
-        assert file.read() == b"12345"
-    found = stat_input(str(path))
-    assert (found.size_bytes, found.version) == (5, "1000000007")
-
-
-def test_a_url_is_opened_and_looked_at_by_fsspec():
-    fs = fsspec.filesystem("memory")
-    fs.pipe_file("/storage-test/a.jsonl", b"1234")
-    url = "memory://storage-test/a.jsonl"
-    assert is_url(url)
-    assert not is_url("/a/b")
-    with open_input(url) as file:
-        assert file.read() == b"1234"
-    assert stat_input(url).size_bytes == 4
-    assert find_inputs("memory://storage-test") == ["memory:///storage-test/a.jsonl"]
-
-
-@pytest.mark.parametrize("look", [open_input, stat_input])
-@pytest.mark.parametrize("where", ["local", "memory"])
-def test_an_input_that_is_absent_is_a_source_error(tmp_path, look, where):
-    path = {"local": str(tmp_path / "no.jsonl"), "memory": "memory://no/such"}[where]
-    with pytest.raises(SourceError, match="does not exist, expected an input file") as caught:
-        look(path)
-    assert caught.value.path == path
-
-
-@pytest.mark.parametrize("look", [open_input, stat_input, find_inputs])
-def test_an_unknown_kind_of_url_is_a_source_error(look):
-    with pytest.raises(SourceError, match=r"nope://x/y: .*[Pp]rotocol"):
-        look("nope://x/y")
-
-
-def test_inputs_are_found_by_path_glob_and_folder_sorted(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "_c.jsonl", ".d.jsonl", "e.txt"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "sub.jsonl").mkdir()
-
-    def found(pattern):
-        return [path.removeprefix(f"{tmp_path}/") for path in find_inputs(str(tmp_path / pattern))]
-
-    assert found("b.jsonl") == ["b.jsonl"]
-    assert found("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
-    assert found("?.jsonl") == ["a.jsonl", "b.jsonl"]
-    assert found("") == ["a.jsonl", "b.jsonl", "e.txt"]
-    assert found("no.jsonl") == []
-    assert found("no*.jsonl") == []
 
 
 def test_working_state_is_private_and_published_files_are_not(storage):
