@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.answers.columns import answer_columns
-from batchgen.answers.form import make_form
-from batchgen.answers.judge import Judge
+from batchgen.answers.json_schema import row_validator
+from batchgen.answers.output_format import make_format
+from batchgen.answers.validate import Judge
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import (
     Completion,
@@ -246,12 +247,14 @@ def request_builder(
 ) -> RequestBuilder:
     made = made or job()
     seeds, ids = Seeds(made.sampling), ids or itertools.count()
-    return RequestBuilder(PromptBuilder(made.prompt), made, recipe, seeds=seeds, ids=ids)
+    return RequestBuilder(
+        PromptBuilder(made.prompt), made, recipe, seeds=seeds, ids=ids, check_schema=row_validator
+    )
 
 
 def judge_of(made: JobConfig | None = None) -> Judge:
     made = made or job()
-    form = make_form(made.output)
+    form = make_format(made.output)
     return Judge(
         form,
         answer_columns(made, form),

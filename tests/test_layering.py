@@ -12,8 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "batchgen"
 LAYERS = (
     {"core"},
     {"job", "storage"},
-    {"source", "engine", "answers"},
-    {"prompt"},
+    {"source", "engine", "answers", "prompt"},
     {"store"},
     {"pipeline"},
     {"cluster"},

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pyarrow as pa
 
-from batchgen.answers.form import WHERE
+from batchgen.answers.output_format import WHERE
 from batchgen.answers.probabilities import label_probabilities, value_span
 from batchgen.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.answers.form import Form, Reading
+    from batchgen.answers.output_format import OutputFormat, Reading
     from batchgen.core.records import Sample, TokenLogprobs
     from batchgen.job.model import JobConfig
 
@@ -67,7 +67,7 @@ class AnswerColumns:
         return [column.make(samples, readings) for column in self.columns]
 
 
-def answer_columns(job: JobConfig, form: Form) -> AnswerColumns:
+def answer_columns(job: JobConfig, form: OutputFormat) -> AnswerColumns:
     """Lay out the answer's columns.
 
     Raises:
@@ -87,7 +87,7 @@ def answer_columns(job: JobConfig, form: Form) -> AnswerColumns:
     return AnswerColumns(columns, _label_paths(job, form))
 
 
-def _label_paths(job: JobConfig, form: Form) -> list[tuple[str, ...]]:
+def _label_paths(job: JobConfig, form: OutputFormat) -> list[tuple[str, ...]]:
     if form.choice is not None:
         return [("label",)]
     if job.sampling.n > 1:
@@ -112,7 +112,7 @@ def _each(
     )
 
 
-def _value_columns(job: JobConfig, form: Form, *, is_many: bool) -> list[Column]:
+def _value_columns(job: JobConfig, form: OutputFormat, *, is_many: bool) -> list[Column]:
     if form.choice is not None:
         return _choice_columns(form.choice, is_many=is_many, has_logprobs=_has_logprobs(job))
     if form.typed is None:
@@ -175,7 +175,7 @@ def _choice_probabilities(sample: Sample, choice: Sequence[str]) -> dict[str, fl
     return None if found is None else dict(zip(choice, found, strict=True))
 
 
-def _enum_probabilities(form: Form) -> Column:
+def _enum_probabilities(form: OutputFormat) -> Column:
     if "" in form.enums:  # The answer as a whole is a label.
         labels = form.enums[""]
         return Column(

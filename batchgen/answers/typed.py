@@ -7,27 +7,21 @@ Invariant: nothing is lost silently. What a schema leaves open becomes JSON text
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import orjson
 import pyarrow as pa
 
-from batchgen.answers.facts import Bound, Facts, Reader
-from batchgen.answers.values import (
-    JSON_TEXT,
-    Unfit,
-    array_of,
-    boolean,
-    integer,
-    json_text,
-    number,
-    object_of,
-    step,
-    string,
-)
+from batchgen.answers.schema_shape import Bound, Shape, ShapeReader, step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
+
+    Convert = Callable[[Any], Any]
+    """Parsed JSON but null -> its value for Arrow; raises `_Unfit` if the column cannot hold it."""
 
 MAX_LEVELS = 50
 """Objects and arrays inside each other; deeper ones are JSON text."""
@@ -60,7 +54,7 @@ class TypedSchema:
             return None
         try:
             return self._convert(parsed)
-        except Unfit as unfit:
+        except _Unfit as unfit:
             place = "".join(reversed(unfit.steps))
             msg = f"${place}: {unfit.why}"
             raise ValueError(msg) from None
@@ -69,9 +63,11 @@ class TypedSchema:
 def typed_schema(schema: Mapping[str, Any]) -> TypedSchema:
     """Choose the type and compile the conversion; do it once, not for each row.
 
+    Args:
+        schema: Has passed `json_schema.checked_schema`.
+
     Raises:
-        ValueError: The schema is wrong: a `$ref` to nowhere or to another document, an unknown
-            type. One line that begins with the place.
+        ValueError: It is nested too deeply.
     """
     compiler = _Compiler(schema)
     try:
@@ -89,120 +85,268 @@ def typed_schema(schema: Mapping[str, Any]) -> TypedSchema:
     return TypedSchema(node.type, node.fallbacks, enums, node.convert)
 
 
+_FOUND = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
+
+
+class _Unfit(Exception):  # noqa: N818 - never leaves the module
+    """A value that its column cannot hold."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        self.steps: list[str] = []
+        """The way to it, innermost first."""
+
+
+def _found(value: Any) -> str:  # noqa: ANN401
+    """What a value is, for messages."""
+    return _FOUND.get(type(value), type(value).__name__)
+
+
+def _refuse(expected: str, value: Any) -> NoReturn:  # noqa: ANN401
+    msg = f"expected {expected}, found {_found(value)}"
+    raise _Unfit(msg)
+
+
+def _string(value: Any) -> str:  # noqa: ANN401
+    """Take a string of whole characters."""
+    if not isinstance(value, str):
+        _refuse("a string", value)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            msg = "expected a string, found one with half a character (a lone surrogate)"
+            raise _Unfit(msg) from None
+    return value
+
+
+def _integer(value: Any) -> int:  # noqa: ANN401
+    """Take an integer of 64 bits; JSON Schema calls 1.0 one."""
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int:
+        _refuse("an integer", value)
+    if not -(2**63) <= value < 2**63:
+        msg = "expected an integer of 64 bits, found a larger one"
+        raise _Unfit(msg)
+    return value
+
+
+def _number(value: Any) -> float:  # noqa: ANN401
+    """Take a number as a float of 64 bits."""
+    if type(value) is float:
+        return value
+    if type(value) is not int:
+        _refuse("a number", value)
+    try:
+        return float(value)
+    except OverflowError:
+        msg = "expected a number of 64 bits, found a larger one"
+        raise _Unfit(msg) from None
+
+
+def _boolean(value: Any) -> bool:  # noqa: ANN401
+    """Take true or false."""
+    if value is True or value is False:
+        return value
+    _refuse("a boolean", value)
+
+
+def _json_text(value: Any) -> str:  # noqa: ANN401
+    """Write any JSON as text."""
+    try:
+        written = orjson.dumps(value)
+    except TypeError:  # An integer over 64 bits, half a character, more than 254 levels.
+        return _slow_json_text(value)
+    if b"null" in written and not _is_finite(value):  # orjson writes them as null.
+        msg = "expected JSON, found NaN or an infinite number"
+        raise _Unfit(msg)
+    return written.decode()
+
+
+def _slow_json_text(value: Any) -> str:  # noqa: ANN401
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except (ValueError, RecursionError) as error:
+        msg = f"expected JSON that can be written, found otherwise: {error}"
+        raise _Unfit(msg) from None
+
+
+def _is_finite(value: Any) -> bool:  # noqa: ANN401
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return not isinstance(value, list) or all(map(_is_finite, value))
+
+
+def _array_of(convert: Convert) -> Convert:
+    """Make the conversion of an array from that of its items."""
+
+    def array(value: Any) -> list[Any]:  # noqa: ANN401
+        if not isinstance(value, list):
+            _refuse("an array", value)
+        converted: list[Any] = []
+        try:
+            for item in value:
+                converted.append(None if item is None else convert(item))  # noqa: PERF401
+        except _Unfit as unfit:
+            unfit.steps.append(f"[{len(converted)}]")
+            raise
+        return converted
+
+    return array
+
+
+def _object_of(fields: Mapping[str, Convert]) -> Convert:
+    """Make the conversion of an object from those of its properties; an absent one is null."""
+    converts = list(fields.items())
+    known = frozenset(fields)
+
+    def object_(value: Any) -> dict[str, Any]:  # noqa: ANN401
+        if not isinstance(value, dict):
+            _refuse("an object", value)
+        if not value.keys() <= known:
+            unknown = repr(next(key for key in value if key not in known))
+            short = unknown if len(unknown) <= 80 else f"{unknown[:80]}..."
+            msg = f"unknown key {short}, which the column cannot hold"
+            raise _Unfit(msg)
+        converted = {}
+        name = ""
+        try:
+            for name, convert in converts:
+                item = value.get(name)
+                converted[name] = None if item is None else convert(item)
+        except _Unfit as unfit:
+            unfit.steps.append(step(name))
+            raise
+        return converted
+
+    return object_
+
+
 @dataclass(frozen=True, slots=True)
 class _Node:
     """A compiled schema."""
 
     type: pa.DataType
-    shape: Hashable
+    signature: Hashable
     """Equal for equal columns with equal conversions; the type alone is not, for JSON text."""
     convert: Callable[[Any], Any]
-    """Of any value but null. Raises `Unfit`."""
+    """Of any value but null. Raises `_Unfit`."""
     fallbacks: tuple[str, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Its own under "", its fields' under their names."""
 
 
-_STRING = _Node(pa.string(), "string", string)
-_INTEGER = _Node(pa.int64(), "integer", integer)
-_NUMBER = _Node(pa.float64(), "number", number)
-_BOOLEAN = _Node(pa.bool_(), "boolean", boolean)
+_STRING = _Node(pa.string(), "string", _string)
+_INTEGER = _Node(pa.int64(), "integer", _integer)
+_NUMBER = _Node(pa.float64(), "number", _number)
+_BOOLEAN = _Node(pa.bool_(), "boolean", _boolean)
 _SCALARS = {"string": _STRING, "integer": _INTEGER, "number": _NUMBER, "boolean": _BOOLEAN}
 
 
 def _json_node(path: str, why: str) -> _Node:
-    return _Node(JSON_TEXT, "json", json_text, (f"{path}: {why}",))
+    return _Node(pa.string(), "json", _json_text, (f"{path}: {why}",))
 
 
 def _null_node(path: str) -> _Node:
     # Arrow's null type would do, but some readers of Parquet do not know it.
-    return replace(_json_node(path, "nothing but null"), shape="null")
+    return replace(_json_node(path, "nothing but null"), signature="null")
 
 
 class _Compiler:
     """Lives as long as one schema is compiled."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
-        self._reader = Reader(root)
+        self._reader = ShapeReader(root)
 
     def compile(self, bounds: Sequence[Bound], path: str, level: int) -> _Node:
         """Compile the schemas that apply together at `path`, inside `level` others."""
-        facts = Facts()
+        shape = Shape()
         for bound in bounds:
-            self._reader.add(bound, facts, path)
-        return self._node(facts, path, level)
+            self._reader.add(bound, shape)
+        return self._node(shape, path, level)
 
-    def _node(self, facts: Facts, path: str, level: int) -> _Node:
-        if facts.why is not None:
-            return _json_node(path, facts.why)
-        if facts.choices:
-            return self._choice(facts, path, level)
-        if facts.enum is not None:
-            return _enum_node(facts.enum, path)
-        kind = _kind(facts)
+    def _node(self, shape: Shape, path: str, level: int) -> _Node:
+        if shape.why is not None:
+            return _json_node(path, shape.why)
+        if shape.choices:
+            return self._choice(shape, path, level)
+        if shape.enum is not None:
+            return _enum_node(shape.enum, path)
+        kind = _kind(shape)
         if kind in {"object", "array"}:
-            return self._nested(kind, facts, path, level)
+            return self._nested(kind, shape, path, level)
         if kind == "null":
             return _null_node(path)
         return _SCALARS.get(kind) or _json_node(path, kind)
 
-    def _nested(self, kind: str, facts: Facts, path: str, level: int) -> _Node:
+    def _nested(self, kind: str, shape: Shape, path: str, level: int) -> _Node:
         if level >= MAX_LEVELS:
             return _json_node(path, f"more than {MAX_LEVELS} levels")
         if kind == "array":
-            return self._array(facts, path, level)
-        if not facts.properties:
+            return self._array(shape, path, level)
+        if not shape.properties:
             return _json_node(path, "an object without properties")
-        if extra := facts.extra - facts.properties.keys():
+        if extra := shape.extra - shape.properties.keys():
             names = ", ".join(map(repr, sorted(extra)))
             return _json_node(path, f"{names} only in if, then, else or dependentSchemas")
-        return self._object(facts, path, level)
+        return self._object(shape, path, level)
 
-    def _object(self, facts: Facts, path: str, level: int) -> _Node:
+    def _object(self, shape: Shape, path: str, level: int) -> _Node:
         nodes = {
             name: self.compile(bounds, path + step(name), level + 1)
-            for name, bounds in facts.properties.items()
+            for name, bounds in shape.properties.items()
         }
         return _Node(
             pa.struct([pa.field(name, node.type) for name, node in nodes.items()]),
-            ("object", tuple((name, node.shape) for name, node in nodes.items())),
-            object_of({name: node.convert for name, node in nodes.items()}),
+            ("object", tuple((name, node.signature) for name, node in nodes.items())),
+            _object_of({name: node.convert for name, node in nodes.items()}),
             tuple(fallback for node in nodes.values() for fallback in node.fallbacks),
             {name: node.labels[""] for name, node in nodes.items() if "" in node.labels},
         )
 
-    def _array(self, facts: Facts, path: str, level: int) -> _Node:
-        if not facts.items:
+    def _array(self, shape: Shape, path: str, level: int) -> _Node:
+        if not shape.items:
             return _json_node(path, "an array without items")
-        item = self.compile(facts.items, f"{path}[]", level + 1)
-        shape = ("array", item.shape)
-        return _Node(pa.list_(item.type), shape, array_of(item.convert), item.fallbacks)
+        item = self.compile(shape.items, f"{path}[]", level + 1)
+        signature = ("array", item.signature)
+        return _Node(pa.list_(item.type), signature, _array_of(item.convert), item.fallbacks)
 
-    def _choice(self, facts: Facts, path: str, level: int) -> _Node:
+    def _choice(self, shape: Shape, path: str, level: int) -> _Node:
         """S and (A or B) is (S and A) or (S and B): compile each, then see if one column fits."""
-        first, *others = facts.choices
+        first, *others = shape.choices
         nodes = []
         for branch in first:
-            both = replace(facts, choices=tuple(others), properties=dict(facts.properties))
-            self._reader.add(branch, both, path)
+            both = replace(shape, choices=tuple(others), properties=dict(shape.properties))
+            self._reader.add(branch, both)
             if both.types != frozenset() or both.why is not None:
                 nodes.append(self._node(both, path, level))
         if not nodes:
             return _json_node(path, "no type fits all that is said")
-        nodes = [node for node in nodes if node.shape != "null"] or nodes[:1]
-        shapes = {node.shape for node in nodes}
-        if shapes == {"integer", "number"}:
+        nodes = [node for node in nodes if node.signature != "null"] or nodes[:1]
+        signatures = {node.signature for node in nodes}
+        if signatures == {"integer", "number"}:
             return _NUMBER
-        if len(shapes) > 1:
+        if len(signatures) > 1:
             return _json_node(path, "anyOf or oneOf of different types")
         return replace(nodes[0], labels=_joined_labels(nodes))
 
 
-def _kind(facts: Facts) -> str:
+def _kind(shape: Shape) -> str:
     """A type of JSON Schema's, or else why there is none."""
-    types = facts.types
+    types = shape.types
     if types is None:  # Not said: what it has tells.
-        kinds = [("object", facts.properties), ("array", facts.items)]
+        kinds = [("object", shape.properties), ("array", shape.items)]
         told = [kind for kind, has in kinds if has]
         return told[0] if len(told) == 1 else "any value"
     types = types - {"null"} or types

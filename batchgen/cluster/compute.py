@@ -7,7 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from batchgen.answers.retries import final
+from batchgen.answers.validate import final
 from batchgen.cluster.answering import Answering, Task
 from batchgen.cluster.board import Board
 from batchgen.cluster.crews import needs_of, ray_crew, share_gpu

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.answers.judge import refusal
+from batchgen.answers.validate import refusal
 from batchgen.core import arrow
 from batchgen.core.expressions import RowTest, parse_row_test
 from batchgen.core.records import Request

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.answers.columns import AnswerColumns, answer_columns
-from batchgen.answers.form import Form, make_form
-from batchgen.answers.judge import Judge, check_rules, rule_schema
-from batchgen.answers.retries import check_ladder
+from batchgen.answers.output_format import OutputFormat, make_format
+from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError
 from batchgen.core.expressions import check_row_test
 from batchgen.core.ranges import Ranges
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.answers.columns import AnswerColumns
-    from batchgen.answers.form import Form
+    from batchgen.answers.output_format import OutputFormat
     from batchgen.job.model import Example, JobConfig
     from batchgen.source.base import Reader
     from batchgen.source.formats import InputFiles
@@ -184,7 +183,7 @@ def job_schema(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> pa.
     return part_schema(carried, answer.fields, output.prefix, with_seed=output.with_seed)
 
 
-def check_examples(examples: Sequence[Example], form: Form) -> None:
+def check_examples(examples: Sequence[Example], form: OutputFormat) -> None:
     """Refuse few-shot answers that teach the model another form than the job's.
 
     Raises:
@@ -277,7 +276,7 @@ class Checked:
     model: ModelFiles
     recipe: recipes.Recipe
     builder: PromptBuilder
-    form: Form
+    form: OutputFormat
     answer: AnswerColumns
 
     @property
@@ -428,10 +427,10 @@ def check(job: JobConfig) -> Checked:
         ConfigError: Templates, schema or the model's name are wrong.
     """
     builder = PromptBuilder(job.prompt)
-    form = make_form(job.output)
+    form = make_format(job.output)
     answer = answer_columns(job, form)
     check_examples(job.prompt.examples, form)
-    check_ladder(job.retry, job.sampling, is_chat=job.prompt.text is None)
+    check_retries(job.retry, job.sampling, is_chat=job.prompt.text is None)
     loras = {name: resolve_lora(name, path) for name, path in job.model.lora.items()}
     model = ModelFiles("", {})
     if job.model.backend == "vllm":
@@ -521,7 +520,7 @@ def engine_spec(
     Args:
         job: As loaded.
         model_path: The model's folder on this machine.
-        structured_outputs: The constraint on answers, see `Form.structured_outputs`.
+        structured_outputs: The constraint on answers, see `OutputFormat.structured_outputs`.
         log_path: Where the engine's own log goes; None: nowhere.
     """
     model, prompt = job.model, job.prompt

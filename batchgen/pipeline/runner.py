@@ -4,7 +4,7 @@ Follow a row:
 
     Feeder thread      reader.read -> RequestBuilder.of -> queue or order     (render ahead)
     Runner (caller)    engine.add up to engine.capacity, engine.step          (never waits for I/O)
-                       completion -> Judge -> Result -> open part, or Ladder -> again
+                       completion -> Judge -> Result -> open part, or Retries -> again
     Committer thread   open part -> PartWriter.commit                         (durable from here)
 
 No stage waits for a slow row: the window is topped up as completions come, in whatever order,
@@ -18,7 +18,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from batchgen.answers.retries import final
+from batchgen.answers.validate import final
 from batchgen.core.collector import rare_collection
 from batchgen.core.errors import BatchgenError
 from batchgen.core.ranges import Ranges
@@ -28,8 +28,7 @@ from batchgen.pipeline.context import Stop
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.answers.judge import Judge
-    from batchgen.answers.retries import Ladder
+    from batchgen.answers.validate import Judge, Retries
     from batchgen.core.records import Completion, Request, Result
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import RunConfig
@@ -53,7 +52,7 @@ class Runner:
         stats: RunStats,
         *,
         judge: Judge,
-        ladder: Ladder,
+        retries: Retries,
         config: RunConfig,
         clock: Callable[[], float],
     ) -> None:
@@ -63,7 +62,7 @@ class Runner:
         self._committer = committer
         self.stats = stats
         self._judge = judge
-        self._ladder = ladder
+        self._retries = retries
         self._config = config
         self._clock = clock
         self._waiting: deque[Request] = deque()
@@ -198,7 +197,7 @@ class Runner:
         self.stats.note_attempts(results)
         ended = []
         for (request, _), result in zip(answered, results, strict=True):
-            again = self._ladder.next(request, result)
+            again = self._retries.next(request, result)
             if again is not None:
                 self._waiting.append(again)
             else:

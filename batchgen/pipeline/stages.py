@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from batchgen.answers.retries import Ladder
+from batchgen.answers.json_schema import row_validator
+from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.job.seeds import Seeds
@@ -111,7 +112,12 @@ class Stages:
         """Return what makes requests of rows."""
         prepared, recipe = self._prepared, self._plan.recipe_fingerprint
         return RequestBuilder(
-            prepared.builder, prepared.job, recipe, seeds=self._seeds, ids=self._ids
+            prepared.builder,
+            prepared.job,
+            recipe,
+            seeds=self._seeds,
+            ids=self._ids,
+            check_schema=row_validator,
         )
 
     def feed(self, rows: Iterable[RowBatch], sieve: Passing | None) -> Iterator[FeedBatch]:
@@ -161,7 +167,7 @@ class Stages:
             Committer(commit, job.run.disk_grace_s, on_retry),
             stats,
             judge=self._prepared.judge(),
-            ladder=Ladder(job.retry, self._seeds, self._ids),
+            retries=Retries(job.retry, self._seeds, self._ids),
             config=job.run,
             clock=time.monotonic,
         )

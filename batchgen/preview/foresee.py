@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.job.seeds import Seeds
@@ -107,6 +108,7 @@ def _survey(ahead: Outlook, spec: EngineSpec, options: PlanOptions, max_len: int
         ahead.plan.recipe_fingerprint,
         seeds=Seeds(sampling, ahead.plan.seed_generation),
         ids=itertools.count(),
+        check_schema=row_validator,
     )
     how = How(
         max_tokens=sampling.max_tokens,

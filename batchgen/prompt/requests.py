@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from pydantic import ValidationError
 
-from batchgen.answers.schemas import check_levels, parse_json, row_validator
+from batchgen.core.json_text import check_levels, parse_json
 from batchgen.core.records import Ordinal, Request, Result, RowError
 from batchgen.core.suggest import suggestion
 from batchgen.job.answers import SamplingFields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.core.records import Prompt, RowBatch
     from batchgen.job.model import JobConfig
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from batchgen.prompt.builder import PromptBuilder
 
     Values = Mapping[str, Any]
+    CheckSchema = Callable[[str], object]
+    """Raises ValueError for a text that is no JSON Schema which answers can be checked against."""
 
 MAX_PROMPT_BYTES = 16 << 20
 """A request that is longer, as JSON, is an error row: it is beyond any context window."""
@@ -68,7 +70,7 @@ class RowOptions:
         }
         return {key: column for key, column in keys.items() if column is not None}
 
-    def of(self, values: Values) -> Own | RowError:
+    def of(self, values: Values, check_schema: CheckSchema) -> Own | RowError:
         """What this row asks for, or why it cannot be had."""
         if self._is_empty:
             return NOTHING
@@ -79,7 +81,7 @@ class RowOptions:
                 return found
             params |= found
         if self._schema is not None:
-            schema = _schema_of(self._schema, values.get(self._schema))
+            schema = _schema_of(self._schema, values.get(self._schema), check_schema)
             if isinstance(schema, RowError):
                 return schema
             params["structured_outputs"] = {"json": schema}
@@ -107,7 +109,7 @@ def _sampling_of(column: str, value: object) -> dict[str, Any] | RowError:
         return RowError("bad_sampling", f"column {column!r}: {error}")
 
 
-def _schema_of(column: str, value: object) -> dict[str, Any] | RowError:
+def _schema_of(column: str, value: object, check_schema: CheckSchema) -> dict[str, Any] | RowError:
     """A row's JSON Schema.
 
     As JSON text it is kept to the letter: `{"const": null}` is null and nothing else. As a Parquet
@@ -125,7 +127,7 @@ def _schema_of(column: str, value: object) -> dict[str, Any] | RowError:
         if len(text) > MAX_SCHEMA_CHARS:
             problem = f"column {column!r}: a schema of more than {MAX_SCHEMA_CHARS >> 10} Ki chars"
             return RowError("bad_schema", problem)
-        row_validator(text)
+        check_schema(text)
     except (ValueError, TypeError) as error:  # TypeError: a struct of dates, say.
         return RowError("bad_schema", " ".join(f"column {column!r}: {error}".split()))
     return schema
@@ -161,6 +163,7 @@ class RequestBuilder:
         *,
         seeds: Seeds,
         ids: Iterator[int],
+        check_schema: CheckSchema,
     ) -> None:
         """Bind to a job.
 
@@ -170,12 +173,14 @@ class RequestBuilder:
             recipe: Fingerprint of the recipe, part of every key.
             seeds: The rows' own.
             ids: Request ids, unique within the run.
+            check_schema: Refuses a schema that a row brings.
         """
         self._prompts = prompts
         self._seeds = seeds
         self._options = RowOptions(job)
         self._key = hashlib.blake2b(recipe.encode(), digest_size=16)
         self._ids = ids
+        self._check_schema = check_schema
 
     def of(self, batch: RowBatch) -> Iterator[Request | Result]:
         """Yield one entry a row of `batch`, in order: a request, or the result of a bad row."""
@@ -196,7 +201,7 @@ class RequestBuilder:
         prompt = self._prompts.build(values)
         if isinstance(prompt, RowError):
             return prompt
-        own = self._options.of(values)
+        own = self._options.of(values, self._check_schema)
         if isinstance(own, RowError):
             return own
         key = self._request_key(prompt, own)

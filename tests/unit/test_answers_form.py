@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from batchgen.answers.form import make_form
+from batchgen.answers.output_format import make_format
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Retry, Sample, Verdict
 from batchgen.job.model import OutputConfig
@@ -26,6 +26,7 @@ GOOD = '{"label": "billing", "score": 3}'
 DEEP: dict = {}
 for _ in range(120):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
+DRAFT_3 = "http://json-schema.org/draft-03/schema#"
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 
 
@@ -35,7 +36,7 @@ def request(params=None):
 
 
 def read(text, reason="stop", *, params=None, **output):
-    form = make_form(OutputConfig.model_validate({"path": "out", **output}))
+    form = make_format(OutputConfig.model_validate({"path": "out", **output}))
     return form.read(Sample(text, reason), request(params))
 
 
@@ -101,7 +102,7 @@ def test_a_row_may_bring_its_schema_also_on_a_retry():
     params = {"structured_outputs": {"json": SCHEMA}}
     assert read(GOOD, params=params, schema_column="s").verdict is Verdict.OK
     assert read("{}", params=params, schema_column="s").verdict is Verdict.SCHEMA_VIOLATION
-    form = make_form(OutputConfig.model_validate({"path": "out", "schema_column": "s"}))
+    form = make_format(OutputConfig.model_validate({"path": "out", "schema_column": "s"}))
     again = request()._replace(retry=Retry(request(params), None, 0))
     assert form.read(Sample("{}", "stop"), again).verdict is Verdict.SCHEMA_VIOLATION
 
@@ -201,6 +202,36 @@ def test_the_jobs_own_schema_may_look_around():
     assert read('{"b": 1}', schema=unevaluated).verdict is Verdict.SCHEMA_VIOLATION
 
 
+@pytest.mark.parametrize(
+    ("divisor", "good", "bad"),
+    [
+        (0.01, [4.02, 0.29, 19.99, 0.07, 1e308, 1e22, 10**400, 0, -1.1], [4.025, 0.0100000000001]),
+        (0.1, [0.3, 1.1, 10**30], [0.35]),
+        (1e-308, [1e308], []),
+        (0.3, [0.9, 3 * 10**30], [10**30, 1]),
+        (3, [3 * 10**30, 6.0], [10**30, 3 * 10**30 + 1, 4.5]),
+    ],
+)
+def test_multiples_are_those_of_the_numbers_as_they_are_written(divisor, good, bad):
+    for schema in (
+        {"multipleOf": divisor},
+        {"$schema": DRAFT_3, "divisibleBy": divisor},
+        {"$schema": DRAFT_7, "multipleOf": divisor},
+    ):
+        for verdict, values in (("ok", good), ("schema_violation", bad)):
+            for value in values:
+                text = json.dumps(value)
+                assert read(text, schema_column="s", params=_own(schema)).verdict == verdict, value
+    error = read("4.025", schema={"type": "number", "multipleOf": 0.01}).error
+    assert error.error == "$: 4.025 is not a multiple of 0.01"
+
+
+def test_a_reference_by_name_is_followed():
+    schema = {"$ref": "#number", "$defs": {"n": {"$anchor": "number", "type": "integer"}}}
+    assert read("3", schema=schema).value == 3
+    assert read('"a"', schema=schema).verdict is Verdict.SCHEMA_VIOLATION
+
+
 def test_what_only_looks_like_a_reference_is_none():
     schema = {
         "properties": {"$ref": {"type": "string"}, "$schema": {"const": {"$ref": "x.json"}}},
@@ -239,7 +270,7 @@ def test_long_integers_excuse_nothing_else(text):
 
 def test_many_labels_cost_little():
     start = time.perf_counter()
-    form = make_form(
+    form = make_format(
         OutputConfig.model_validate({"path": "out", "choice": [f"l{n}" for n in range(20_000)]})
     )
     assert time.perf_counter() - start < 5
@@ -253,6 +284,9 @@ def test_many_labels_cost_little():
         ({"schema": {"type": "nothing"}}, "schema: $.type: 'nothing' is not valid"),
         ({"schema": {"$ref": "https://example.org/x.json"}}, "is another document"),
         ({"schema": {"$ref": "#/$defs/none"}}, "$defs/none"),
+        ({"schema": {"items": {"$ref": 3}}}, "$.items['$ref']: 3 is not of type 'string'"),
+        ({"schema": {"anyOf": {"type": "string"}}}, "is not of type 'array'"),
+        ({"schema": {"properties": {"a": 3}}}, "$.properties.a: 3 is not of type 'object'"),
         ({"schema": {"$schema": 5}}, "schema: $.$schema: expected the name of a draft, found 5"),
         ({"schema": {"$schema": []}}, "schema: $.$schema: expected the name of a draft"),
         ({"schema": DEEP}, "more than 64 objects and arrays inside each other"),
@@ -273,13 +307,13 @@ def test_many_labels_cost_little():
 )
 def test_wrong_forms_are_refused(output, problem):
     with pytest.raises(ConfigError) as caught:
-        make_form(OutputConfig.model_validate({"path": "out", **output}))
+        make_format(OutputConfig.model_validate({"path": "out", **output}))
     assert problem in str(caught.value)
 
 
 def test_what_vllm_is_asked_for():
     def asked(**output):
-        return make_form(OutputConfig.model_validate({"path": "o", **output})).structured_outputs
+        return make_format(OutputConfig.model_validate({"path": "o", **output})).structured_outputs
 
     assert asked() is None
     assert asked(schema_column="s") is None

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pytest
 
 from batchgen.answers.columns import answer_columns
-from batchgen.answers.form import make_form
-from batchgen.answers.judge import check_rules, rule_schema
-from batchgen.answers.retries import Ladder, check_ladder, final
+from batchgen.answers.output_format import make_format
+from batchgen.answers.validate import Retries, check_retries, check_rules, final, rule_schema
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Completion, RowError, Sample, TokenLogprobs, Verdict
 from batchgen.job.seeds import Seeds, row_seed
@@ -35,7 +34,7 @@ def asked(*samples, made=None, error=None):
 def judged(*samples, error=None, **tables):
     made = job(**tables)
     (result,) = judge_of(made).judge([asked(*samples, made=made, error=error)])
-    form = make_form(made.output)
+    form = make_format(made.output)
     names = [field.name for field in answer_columns(made, form).fields]
     return result, None if result.values is None else dict(zip(names, result.values, strict=True))
 
@@ -111,13 +110,13 @@ def test_flatten_needs_an_object():
     ):
         made = job(**tables)
         with pytest.raises(ConfigError, match="flatten: expected a schema of an object"):
-            answer_columns(made, make_form(made.output))
+            answer_columns(made, make_format(made.output))
 
 
 def test_label_columns_are_known_to_the_gate():
     def labels(**tables):
         made = job(**tables)
-        return list(answer_columns(made, make_form(made.output)).labels)
+        return list(answer_columns(made, make_format(made.output)).labels)
 
     assert labels() == []
     assert labels(**CHOICE) == ["label"]
@@ -232,7 +231,7 @@ def test_rules_see_fields_of_the_schema():
 
 def test_wrong_rules_are_refused_all_at_once():
     made = job()
-    columns = answer_columns(made, make_form(made.output))
+    columns = answer_columns(made, make_format(made.output))
     schema = rule_schema(pa.schema([("id", pa.string())]), columns, "gen_")
     with pytest.raises(ConfigError) as caught:
         check_rules(["gen_txt = 'a'", "len(gen_text)", "id = 'a'", "max(gen_text) = 'a'"], schema)
@@ -250,7 +249,7 @@ def failing(made, verdict=Verdict.TRUNCATED, text="abc"):
 
 
 def ladder_of(made):
-    return Ladder(made.retry, Seeds(made.sampling), itertools.count(100))
+    return Retries(made.retry, Seeds(made.sampling), itertools.count(100))
 
 
 def test_each_rung_changes_the_job_and_not_the_rung_before():
@@ -318,19 +317,19 @@ def test_a_last_attempt_without_an_answer_leaves_the_failed_one():
 def test_rungs_that_cannot_help_are_refused():
     made = job(retry=[{}, {"max_tokens": 32}, {"max_tokens": 33}, {"temperature": 0.1}])
     with pytest.raises(ConfigError) as caught:
-        check_ladder(made.retry, made.sampling, is_chat=True)
+        check_retries(made.retry, made.sampling, is_chat=True)
     assert [problem[:8] for problem in caught.value.problems] == ["retry[0]", "retry[1]"]
     made = job(retry=[{"tell_error": True}])
-    check_ladder(made.retry, made.sampling, is_chat=True)
+    check_retries(made.retry, made.sampling, is_chat=True)
     with pytest.raises(ConfigError, match="tell_error: needs a chat"):
-        check_ladder(made.retry, made.sampling, is_chat=False)
+        check_retries(made.retry, made.sampling, is_chat=False)
     warm = job(sampling={"temperature": 0.7}, retry=[{}])
-    check_ladder(warm.retry, warm.sampling, is_chat=True)  # Another seed is another answer.
+    check_retries(warm.retry, warm.sampling, is_chat=True)  # Another seed is another answer.
 
 
 def test_a_rule_that_cannot_work_is_refused_before_a_row_is_asked():
     made = job(sampling={"n": 2})
-    columns = answer_columns(made, make_form(made.output))
+    columns = answer_columns(made, make_format(made.output))
     schema = rule_schema(pa.schema({"id": pa.int64()}), columns, "gen_")
     with pytest.raises(ConfigError) as caught:
         check_rules(["len(gen_text) < 400", "gen_finish_reason = 1", "id > 0"], schema)

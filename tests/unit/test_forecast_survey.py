@@ -9,6 +9,7 @@ from array import array
 import polars as pl
 import pytest
 
+from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import ConfigError, EngineError, InputChangedError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineSpec, Request
@@ -40,6 +41,7 @@ def look(make_job):
             plan.recipe_fingerprint,
             seeds=Seeds(sampling),
             ids=itertools.count(),
+            check_schema=row_validator,
         )
         spec = prepared.engine_spec(None)
         fields = {"max_tokens": sampling.max_tokens, "n": sampling.n, "is_exact": True}
@@ -105,6 +107,7 @@ def test_a_request_with_an_answer_is_not_computed(look, make_job):
         prepared.recipe_fingerprint,
         seeds=Seeds(prepared.job.sampling),
         ids=itertools.count(),
+        check_schema=row_validator,
     )
     todo = Ranges.until(3)
     (batch,) = prepared.reader.read(prepared.files[0], 0, todo, prepared.spec())

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.answers.retries import Ladder
+from batchgen.answers.validate import Retries
 from batchgen.core.errors import EngineDeadError, EngineError, SourceError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineSpec, RowError
@@ -103,7 +103,7 @@ class Run:
             Committer(commit or self.outcome.parts.append, 0.0, lambda _: None),
             self.outcome.stats,
             judge=judge_of(made),
-            ladder=Ladder(made.retry, Seeds(made.sampling), ids),
+            retries=Retries(made.retry, Seeds(made.sampling), ids),
             config=RunConfig(**{"grace_s": 20.0, **config}),
             clock=clock,
         )

@@ -1,4 +1,4 @@
-"""The form that answers are held to.
+"""The format that answers are held to.
 
 vLLM's constrained decoding makes most answers right already. They are checked all the same: an
 answer can be cut off, a backend can leave parts of a schema out, an engine can be another one.
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.answers.effort import begin_validation
-from batchgen.answers.schemas import checked_schema, parse_json, row_validator
+from batchgen.answers.json_schema import checked_schema, row_validator, why_invalid
 from batchgen.answers.typed import typed_schema
 from batchgen.core.errors import ConfigError
+from batchgen.core.json_text import parse_json
 from batchgen.core.records import RowError, Sample, Verdict
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _OK = Reading(Verdict.OK)
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class OutputFormat:
     """What an answer has to be."""
 
     structured_outputs: Mapping[str, Any] | None
@@ -72,28 +72,28 @@ class Form:
         return self.typed.enums if self.typed is not None else {}
 
 
-def make_form(config: OutputConfig) -> Form:
-    """Compile the form of `[output]`.
+def make_format(config: OutputConfig) -> OutputFormat:
+    """Compile the format of `[output]`.
 
     Raises:
         ConfigError: The schema or the regex is wrong, as far as can be told without vLLM.
     """
     if config.json_schema is not None:
         assert isinstance(config.json_schema, dict)  # noqa: S101 - files are read on loading
-        return _schema_form(config.json_schema)
+        return _schema_format(config.json_schema)
     if config.choice is not None:
-        return _choice_form(config.choice)
+        return _choice_format(config.choice)
     if config.regex is not None:
-        return _regex_form(config.regex)
+        return _regex_format(config.regex)
     if config.schema_column is not None:
-        return Form(None, _read_own_schema)
+        return OutputFormat(None, _read_own_schema)
     if config.grammar is not None:
-        return Form({"grammar": config.grammar}, _read_text)
-    object_form = Form({"json_object": True}, _read_object)
-    return object_form if config.json_object else Form(None, _read_text, is_free=True)
+        return OutputFormat({"grammar": config.grammar}, _read_text)
+    of_object = OutputFormat({"json_object": True}, _read_object)
+    return of_object if config.json_object else OutputFormat(None, _read_text, is_free=True)
 
 
-def _schema_form(schema: dict[str, Any]) -> Form:
+def _schema_format(schema: dict[str, Any]) -> OutputFormat:
     try:
         validator = checked_schema(schema)
         typed = typed_schema(schema)
@@ -109,10 +109,10 @@ def _schema_form(schema: dict[str, Any]) -> Form:
         except ValueError as error:
             return _violation(str(error))
 
-    return Form({"json": schema}, read, typed=typed)
+    return OutputFormat({"json": schema}, read, typed=typed)
 
 
-def _choice_form(choice: Sequence[str]) -> Form:
+def _choice_format(choice: Sequence[str]) -> OutputFormat:
     labels = frozenset(choice)
     if len(labels) < len(choice) or "" in labels:
         raise ConfigError(WHERE, ["choice: expected different labels, none of them empty"])
@@ -127,10 +127,10 @@ def _choice_form(choice: Sequence[str]) -> Form:
             return _violation(f"{text[:60]!r} is none of the {len(choice)} labels")
         return Reading(Verdict.OK, text)
 
-    return Form({"choice": list(choice)}, read, choice=list(choice))
+    return OutputFormat({"choice": list(choice)}, read, choice=list(choice))
 
 
-def _regex_form(regex: str) -> Form:
+def _regex_format(regex: str) -> OutputFormat:
     try:
         pattern = re.compile(regex)
     except re.error as error:
@@ -143,7 +143,7 @@ def _regex_form(regex: str) -> Form:
             return _violation(f"does not match {regex[:60]!r}")
         return _OK
 
-    return Form({"regex": regex}, read)
+    return OutputFormat({"regex": regex}, read)
 
 
 def _read_text(sample: Sample, _: Request | None) -> Reading:
@@ -178,18 +178,9 @@ def _read_json(sample: Sample, validator: Any) -> Reading:  # noqa: ANN401
         return Reading(Verdict.INVALID_JSON, error=problem)
     if is_cut and not isinstance(value, dict | list):
         return _truncated(sample)  # A number, or a word, that may have been longer.
-    if validator is not None and (why := _why_not(validator, value)):
+    if validator is not None and (why := why_invalid(validator, value)):
         return _violation(why)
     return Reading(Verdict.OK, value)
-
-
-def _why_not(validator: Any, value: object) -> str | None:  # noqa: ANN401
-    begin_validation()
-    try:
-        problem = next(validator.iter_errors(value), None)
-    except Exception as error:  # noqa: BLE001 - row border: a schema can lead jsonschema anywhere
-        return f"the schema cannot be applied: {type(error).__name__}: {error}"
-    return None if problem is None else f"{problem.json_path}: {problem.message}"
 
 
 def _truncated(sample: Sample) -> Reading:
