@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from batchgen.core.errors import ConfigError
+from batchgen.engine.devices import device_name
 from batchgen.job.load import load_job, parse_job
+from batchgen.job.tuned import use_tuned
 from batchgen.storage import LocalStorage
 from batchgen.store import history
 from batchgen.store.ledger import Ledger
 from batchgen.store.names import STATE
-from batchgen.tuning.tuned import use_tuned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -144,7 +145,7 @@ def load(
     texts, day = _texts(overrides), _day(run_date)
     if isinstance(job, str | Path):
         config = load_job(Path(job), texts, day)
-        return use_tuned(config, Path(job)) if tuned else config
+        return use_tuned(config, Path(job), device_name) if tuned else config
     return parse_job(job, base=Path.cwd(), where="job", overrides=texts, run_date=day)
 
 

@@ -78,7 +78,6 @@ def tune(
     try:
         from batchgen.api import load
         from batchgen.tuning.gauge import Times
-        from batchgen.tuning.report import told
         from batchgen.tuning.trial import Stops
         from batchgen.tuning.tune import TuneOptions, Tuning
 
@@ -101,7 +100,7 @@ def tune(
     if as_json:
         print_json(report.as_dict())
     else:
-        click.echo(told(report))
+        click.echo(report.as_text())
     sys.exit(report.exit_code)
 
 

@@ -291,7 +291,7 @@ class RunConfig(Table):
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """A tuned file and what a run takes from it, see `batchgen.tuning.tuned`."""
+    """A tuned file and what a run takes from it, see `batchgen.job.tuned`."""
 
     path: str
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -9,21 +9,17 @@ a setting that did not bind (rows that never filled `max_num_seqs`, steps far be
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
-from batchgen.tuning.tuned import Settings, value_of
+from batchgen.job.tuned import Settings, value_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from batchgen.job.model import JobConfig
     from batchgen.tuning.gauge import Measure
     from batchgen.tuning.trial import Trial
-
-    Moves = Generator[Settings, bool, None]
-    """Changes of the best so far; gets back whether each was tried and was better."""
 
 NOISE = 0.02
 """Gains below are none: two trials of the same settings differ by about as much."""
@@ -52,7 +48,6 @@ class Search:
         self._job = job
         self._is_gpu = is_gpu
         self._most_memory = min(most_memory, MOST_MEMORY)
-        self._is_echo = job.model.backend == "echo"
         self.trials: list[Trial] = []
         self._best: Trial | None = None
         self._deadly: list[Settings] = []
@@ -64,7 +59,7 @@ class Search:
 
     @property
     def own(self) -> Trial:
-        """That of the job's own settings."""
+        """The trial of the job's own settings."""
         return self.trials[0]
 
     def note(self, trial: Trial) -> None:
@@ -80,26 +75,24 @@ class Search:
             self._best = trial
 
     def candidates(self) -> Iterator[Settings]:
-        """Yield settings to try; the first are the job's own. `note` each trial before the next."""
-        yield {}
-        if self._best is None:
-            return
-        steps = [self._wider_window, self._seqs]
-        if not self._is_echo:
-            steps += [self._batched, self._memory, self._prefix_caching, self._async]
-        for step in (*steps, self._fewer_seqs):
-            yield from self._along(step())
+        """Yield settings to try; the first are the job's own. `note` each trial before the next.
 
-    def _along(self, moves: Moves) -> Iterator[Settings]:
-        """Make one setting's moves, those that may be made; tell it of each whether it was one."""
-        with suppress(StopIteration):
-            change = next(moves)
-            while True:
-                settings, is_better = {**self.best.settings, **change}, False
-                if not self._is_known(settings) and not self._is_risky(change):
-                    yield settings
-                    is_better = self.best is self.trials[-1]
-                change = moves.send(is_better)
+        Each way is followed while its last step was better. More memory may make room for more
+        rows at once, so that one is gone twice.
+        """
+        yield {}
+        ways = [self._window, self._seqs, self._memory, self._seqs]
+        if self._job.model.backend != "echo":
+            ways += [self._more_batched, self._less_batched, self._prefix_caching]
+        for way in (*ways, self._fewer_seqs):
+            while self._best is not None and (change := way(self._measure)):
+                settings = {**self.best.settings, **change}
+                is_known = any(trial.settings == settings for trial in self.trials)
+                if is_known or self._is_risky(change):
+                    break
+                yield settings
+                if self.best is not self.trials[-1]:
+                    break
 
     @property
     def _measure(self) -> Measure:
@@ -107,118 +100,82 @@ class Search:
         assert found is not None  # noqa: S101 - only asked once there is one
         return found
 
-    def _is_known(self, settings: Settings) -> bool:
-        return any(trial.settings == settings for trial in self.trials)
-
     def _is_risky(self, change: Mapping[str, Any]) -> bool:
         """Whether a value is as large as, or within reach of, one that the engine died of."""
-        for deadly in self._deadly:
-            for name, value in change.items():
-                died_at = deadly.get(name)
-                if isinstance(value, bool) or died_at is None:
-                    continue
+        for name, value in change.items():
+            for died_at in (deadly[name] for deadly in self._deadly if name in deadly):
                 is_share = name == "gpu_memory_utilization"
-                if value > (died_at - MEMORY_REACH + 1e-9 if is_share else died_at / 2):
+                most = died_at - MEMORY_REACH + 1e-9 if is_share else died_at / 2
+                if not isinstance(value, bool) and value > most:
                     return True
         return False
 
     def _value(self, name: str) -> Any:  # noqa: ANN401 - as a job file has it
-        """Of the best so far, as far as it is known."""
-        measured = {
-            "max_num_seqs": self._measure.max_num_seqs,
-            "max_num_batched_tokens": self._measure.max_num_batched_tokens,
-        }
-        own = value_of(self._job, name)
-        return self.best.settings.get(name, own if own is not None else measured.get(name))
+        """A setting of the best so far, which may be the job's own; None if nobody says it."""
+        return self.best.settings.get(name, value_of(self._job, name))
 
-    def _wider_window(self) -> Moves:
+    def _window(self, found: Measure) -> Settings | None:
         """Rows that wait inside are few, and the window is full: it may be what binds."""
-        for _ in range(2):
-            found = self._measure
-            num = max(1, found.max_num_seqs // self._job.sampling.n)
-            window = self._value("max_in_flight") or 2 * num
-            inside = (found.num_running or 0) + (found.num_waiting or 0)
-            is_dry = (found.num_waiting or 0) < 0.05 * (found.num_running or 0)
-            if not is_dry or inside < 0.9 * window:
-                return
-            if not (yield {"max_in_flight": max(2 * window, 2 * num)}):
-                return
+        num = max(1, found.max_num_seqs // self._job.sampling.n)
+        window = self._value("max_in_flight") or 2 * num
+        running, waiting = found.num_running or 0, found.num_waiting or 0
+        is_dry = waiting < 0.05 * running and running + waiting >= 0.9 * window
+        return {"max_in_flight": max(2 * window, 2 * num)} if is_dry else None
 
-    def _seqs(self) -> Moves:
-        found = self._measure
+    def _seqs(self, found: Measure) -> Settings | None:
+        """More rows at once while they fill it and the KV cache has room; fewer in a storm."""
         if found.preemptions_per_row > STORM and found.num_running:
             fewer = _even(0.9 * found.num_running)
-            if LEAST_SEQS <= fewer < found.max_num_seqs:
-                yield {"max_num_seqs": fewer}
-            return
-        while self._measure.is_full and self._measure.max_num_seqs < MOST_SEQS:
-            usage = self._measure.kv_cache_usage or 0.0
-            factor = min(2.0, 0.9 / usage) if usage else 2.0
-            if factor < 1.2:
-                return
-            more = _even(factor * self._measure.max_num_seqs)
-            if not (yield {"max_num_seqs": min(MOST_SEQS, more), **self._window_for(more)}):
-                return
+            return {"max_num_seqs": fewer} if LEAST_SEQS <= fewer < found.max_num_seqs else None
+        usage = found.kv_cache_usage or 0.0
+        factor = min(2.0, 0.9 / usage) if usage else 2.0
+        if not found.is_full or found.max_num_seqs >= MOST_SEQS or factor < 1.2:
+            return None
+        more = min(MOST_SEQS, _even(factor * found.max_num_seqs))
+        # Where the job sets the window, the same number of rows waits as before.
+        window, needed = self._value("max_in_flight"), 2 * more // self._job.sampling.n
+        wider = {"max_in_flight": needed} if window is not None and window < needed else {}
+        return {"max_num_seqs": more, **wider}
 
-    def _window_for(self, max_num_seqs: int) -> Settings:
-        """Where the job sets the window: the same number of rows waits."""
-        window = self._value("max_in_flight")
-        needed = 2 * max_num_seqs // self._job.sampling.n
-        return {"max_in_flight": needed} if window is not None and window < needed else {}
+    def _more_batched(self, found: Measure) -> Settings | None:
+        """A larger budget of tokens, where steps are nearly full on average."""
+        budget = self._budget(found)
+        is_used = (found.tokens_per_step or 0.0) >= 0.4 * budget
+        more = 2 * budget
+        return {"max_num_batched_tokens": more} if is_used and more <= MOST_BATCHED else None
 
-    def _batched(self) -> Moves:
-        name, tries = "max_num_batched_tokens", 0
-        while (budget := self._value(name)) and self._load(budget) >= 0.4:
-            if 2 * budget > MOST_BATCHED:
-                break
-            tries += 1
-            if not (yield {name: 2 * budget}):
-                break
-        else:
-            if tries:
-                return
-        budget = self._value(name)
-        if budget and self._load(budget) >= 0.2 and budget // 2 >= self._least_batched():
-            yield {name: budget // 2}
+    def _less_batched(self, found: Measure) -> Settings | None:
+        """A smaller budget, which leaves more memory, where a larger one did not help."""
+        budget, least = self._budget(found), max(LEAST_BATCHED, found.max_num_seqs)
+        if not self._is_gpu:  # On a CPU prompts are not cut in pieces: one must fit.
+            least = max(least, found.max_model_len or MOST_BATCHED)
+        is_used = (found.tokens_per_step or 0.0) >= 0.2 * budget
+        is_moved = "max_num_batched_tokens" in self.best.settings
+        if not is_used or is_moved or budget // 2 < least:
+            return None
+        return {"max_num_batched_tokens": budget // 2}
 
-    def _load(self, budget: int) -> float:
-        """How full steps are on average, 0 to 1."""
-        return (self._measure.tokens_per_step or 0.0) / budget
+    def _budget(self, found: Measure) -> int:
+        return self._value("max_num_batched_tokens") or found.max_num_batched_tokens or MOST_BATCHED
 
-    def _least_batched(self) -> int:
-        least = max(LEAST_BATCHED, self._measure.max_num_seqs)
-        # On a CPU prompts are not cut in pieces: one must fit.
-        return least if self._is_gpu else max(least, self._measure.max_model_len or MOST_BATCHED)
-
-    def _memory(self) -> Moves:
+    def _memory(self, found: Measure) -> Settings | None:
         """More KV cache, where it is what binds."""
-        found = self._measure
         is_short = (found.kv_cache_usage or 0) >= 0.9 or found.preemptions_per_row > STORM
-        name = "gpu_memory_utilization"
-        now = self._value(name) or GPU_MEMORY_UTILIZATION
+        now = self._value("gpu_memory_utilization") or GPU_MEMORY_UTILIZATION
         if not self._is_gpu or not is_short or now > self._most_memory - 0.01:
-            return
-        is_better = yield {name: round(self._most_memory, 3)}
-        if is_better:
-            yield from self._seqs()
+            return None
+        return {"gpu_memory_utilization": round(self._most_memory, 3)}
 
-    def _prefix_caching(self) -> Moves:
-        """Without, if it serves nothing; with, if the job does without."""
-        if self._value("enable_prefix_caching") is False:
-            yield {"enable_prefix_caching": True}
-        elif self._measure.cached_share < 0.02:
-            yield {"enable_prefix_caching": False}
+    def _prefix_caching(self, found: Measure) -> Settings | None:
+        """Without it, where it serves nothing."""
+        is_on = self._value("enable_prefix_caching") is not False
+        return {"enable_prefix_caching": False} if is_on and found.cached_share < 0.02 else None
 
-    def _async(self) -> Moves:
-        """Only where the job has it off: vLLM turns it on by itself wherever it can be."""
-        if self._is_gpu and self._value("async_scheduling") is False:
-            yield {"async_scheduling": True}
-
-    def _fewer_seqs(self) -> Moves:
+    def _fewer_seqs(self, found: Measure) -> Settings | None:
         """The other way, where more did not help and no way has been found."""
-        num, is_moved = self._measure.max_num_seqs, "max_num_seqs" in self.best.settings
-        if self._measure.is_full and not is_moved and num // 2 >= LEAST_SEQS:
-            yield {"max_num_seqs": _even(num / 2)}
+        fewer, is_moved = _even(found.max_num_seqs / 2), "max_num_seqs" in self.best.settings
+        is_wanted = found.is_full and not is_moved and fewer >= LEAST_SEQS
+        return {"max_num_seqs": fewer} if is_wanted else None
 
 
 def _is_better(found: Measure, best: Trial | None) -> bool:

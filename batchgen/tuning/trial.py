@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, EngineError
-from batchgen.engine.death import is_out_of_memory
+from batchgen.job.tuned import with_settings
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.tuning.gauge import Measure, Times, add_moment, is_enough, measure, steady
-from batchgen.tuning.tuned import with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.interface import Moment, Summary
+    from batchgen.pipeline.interface import Moment
 
 _LOOK_EVERY_S = 0.1
 
@@ -38,7 +38,6 @@ class Trial:
     """None where it failed, or ended before there was a steady stretch."""
     failure: str | None = None
     """Why the engine did not start, or died."""
-    is_out_of_memory: bool = False
     num_answered: int = 0
     """Rows; they are kept."""
     num_left: int = 0
@@ -47,7 +46,7 @@ class Trial:
     is_answered: bool = False
     """No row of the job is left without an answer."""
     state: str = ""
-    """Of the run, see `executor.summary.Summary`."""
+    """State of the run, see `Summary`."""
 
 
 class Stops:
@@ -86,59 +85,39 @@ class Stops:
         return switch.is_heard or not is_again
 
 
-class _Watcher:
-    """Looks at a run from a thread of its own and stops it when enough is known."""
+@dataclass(frozen=True, slots=True)
+class _Enough:
+    """When a trial has seen enough."""
 
-    def __init__(self, run: JobRun, switch: StopSwitch, times: Times, best: float) -> None:
-        self._run = run
-        self._switch = switch
-        self._times = times
-        self._best_speed = best
-        self._grace_s = 0.0
-        self._is_over = threading.Event()
-        self._trouble: BaseException | None = None
-        self._thread = threading.Thread(target=self._watch, name="trial", daemon=True)
-        self.moments: list[Moment] = []
+    times: Times
+    best_speed: float
+    grace_s: float
 
-    @contextmanager
-    def watching(self, grace_s: float) -> Iterator[None]:
-        """Watch while the run works.
 
-        Args:
-            grace_s: Let what is in flight finish if it will within that time; else it is cheaper
-                to let the next run do it again.
-        """
-        self._grace_s = grace_s
-        self._thread.start()
-        try:
-            yield
-        finally:
-            self._is_over.set()
-            self._thread.join()
-        if self._trouble is not None:
-            raise self._trouble
-
-    def _watch(self) -> None:
-        try:
-            while not self._is_over.wait(_LOOK_EVERY_S) and self._switch.state is Stop.NO:
-                self._look()
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            self._trouble = error
-            self._switch.now()
-
-    def _look(self) -> None:
-        if self._run.death is not None:
-            self._switch.now()
-            return
-        moment = self._run.moment()
-        add_moment(self.moments, moment)
-        found = measure(steady(self.moments, self._times))
-        if found is None or not is_enough(found, self._times, self._best_speed):
-            return
-        if moment.num_in_flight <= found.rows_per_s * self._grace_s:
-            self._switch.ask()
-        else:
-            self._switch.now()
+def _watch(
+    run: JobRun, switch: StopSwitch, is_over: threading.Event, enough: _Enough
+) -> list[Moment]:
+    """Look at a run until it is over, and stop it when enough is known; returns what was seen."""
+    moments: list[Moment] = []
+    try:
+        while not is_over.wait(_LOOK_EVERY_S) and switch.state is Stop.NO:
+            if run.death is not None:
+                switch.now()
+                break
+            moment = run.moment()
+            add_moment(moments, moment)
+            found = measure(steady(moments, enough.times))
+            if found is None or not is_enough(found, enough.times, enough.best_speed):
+                continue
+            # Rows in flight may finish within their time; else the next run does them again.
+            if moment.num_in_flight <= found.rows_per_s * enough.grace_s:
+                switch.ask()
+            else:
+                switch.now()
+    except BaseException:
+        switch.now()
+        raise
+    return moments
 
 
 def run_trial(
@@ -152,7 +131,7 @@ def run_trial(
 
     Args:
         job: With its own settings.
-        settings: See `config.tuned.with_settings`; empty: the job's own.
+        settings: See `job.tuned.with_settings`; empty: the job's own.
         stops: Asked from outside.
         times: How long to measure.
         best_speed: See `is_enough`.
@@ -161,42 +140,42 @@ def run_trial(
         BatchgenError: Job trouble. Not where only these settings are at fault: that is a trial
             with `failure`. Of the job's own settings it is the job's trouble.
     """
-    began_s = time.monotonic()
-    with stops.trial() as switch:
+    began_s, failure, is_over = time.monotonic(), None, threading.Event()
+    with stops.trial() as switch, ThreadPoolExecutor(1, "trial") as pool:
         run = JobRun(_for_trial(job, settings), stop=switch, publishes=False)
-        watcher = _Watcher(run, switch, times, best_speed)
-        failure = None
+        enough = _Enough(times, best_speed, job.run.grace_s)
+        seen = pool.submit(_watch, run, switch, is_over, enough)
         try:
-            with watcher.watching(job.run.grace_s):
-                run.run()
+            run.run()
         except (EngineError, ConfigError) as error:
             if not settings:
                 raise
             failure = str(error)
+        finally:
+            is_over.set()
+        moments = seen.result()
     failure = failure or run.death
     summary = run.summary
-    found = None if failure else measure(steady(watcher.moments, times))
+    found = None if failure else measure(steady(moments, times))
     return Trial(
         settings=settings,
         measure=found if found and found.seconds >= times.least_s / 2 else None,
         failure=" ".join(failure.split()) if failure else None,
-        is_out_of_memory=failure is not None and is_out_of_memory(failure),
-        num_answered=_num_answered(summary),
-        num_left=summary.num_left if summary is not None else 0,
+        num_answered=sum(summary.run.get(n, 0) for n in ("num_ok", "num_errors")) if summary else 0,
+        num_left=summary.num_left if summary else 0,
         wall_s=time.monotonic() - began_s,
         is_answered=summary is not None and summary.state in {"answered", "nothing_to_do"},
         state=summary.state if summary else "",
     )
 
 
-def _num_answered(summary: Summary | None) -> int:
-    return summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0) if summary else 0
-
-
 def _for_trial(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
-    """The job as a trial runs it: one engine, and nobody is told."""
+    """The job as a trial runs it: without hooks, on one engine, which stands for each of many."""
     job = with_settings(job, settings)
-    # What is found of one engine here holds for each of many.
-    run: dict[str, Any] = {"on_finish": [], "metrics_file": None}
-    run |= {"replicas": 1, "ray_address": None}
-    return job.model_copy(update={"run": job.run.model_copy(update=run)})
+    alone: dict[str, Any] = {
+        "on_finish": [],
+        "metrics_file": None,
+        "replicas": 1,
+        "ray_address": None,
+    }
+    return job.model_copy(update={"run": job.run.model_copy(update=alone)})

@@ -9,25 +9,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
 from batchgen.core.errors import EngineError, ExitCode
 from batchgen.engine.devices import device_name, read_devices, vllm_version
+from batchgen.job.tuned import key_of, tuned_path, value_of
 from batchgen.tuning.gauge import Times
-from batchgen.tuning.report import Report, file_head, settings_text, trial_dict
+from batchgen.tuning.report import Report, check_writable, settings_text, write_tuned
 from batchgen.tuning.search import MOST_MEMORY, Search
 from batchgen.tuning.trial import Stops, Trial, run_trial
-from batchgen.tuning.tuned import (
-    check_writable,
-    key_of,
-    tuned_path,
-    tuned_text,
-    value_of,
-    write_tuned,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -126,16 +119,19 @@ class Tuning:
     def _try_fp8(self) -> None:
         if "kv_cache_dtype" in self._job.model.engine:
             self._notes.append("the job itself says kv_cache_dtype: no other was tried")
-            return
-        if not self._may_try(num_after=0, keeps_rows=False):
+        elif not self._may_try(num_after=0, keeps_rows=False):
             self._notes.append("no time was left for a KV cache in FP8")
-            return
-        settings = {**self._search.best.settings, **FP8}
-        self._fp8 = self._try(settings, keeps_rows=False)
+        else:
+            self._fp8 = self._try({**self._search.best.settings, **FP8}, keeps_rows=False)
+
+    @property
+    def _trials(self) -> list[Trial]:
+        """Those of the search, and those that confirmed."""
+        return [*self._search.trials, *self._repeats]
 
     def _may_try(self, *, num_after: int, keeps_rows: bool = True) -> bool:
         """Whether time and rows suffice for another trial and `num_after` more."""
-        trials, num = [*self._search.trials, *self._repeats], 1 + num_after
+        trials, num = self._trials, 1 + num_after
         cost_s = max(trial.wall_s for trial in trials[-2:])  # The first may have compiled kernels.
         spent_s = time.monotonic() - self._began_s
         has_time = spent_s + num * cost_s <= self._options.budget_s
@@ -148,23 +144,21 @@ class Tuning:
 
     def _is_over(self) -> bool:
         """Whether no other trial can follow."""
-        last = [*self._search.trials, *self._repeats][-1]
-        return self._stops.is_asked or (self._options.keeps_rows and last.is_answered)
+        is_answered = self._options.keeps_rows and self._trials[-1].is_answered
+        return self._stops.is_asked or is_answered
 
     def _try(
-        self, settings: Mapping[str, Any], *, again: bool = False, keeps_rows: bool | None = None
+        self, settings: Mapping[str, Any], *, again: bool = False, keeps_rows: bool = True
     ) -> Trial:
-        number = len(self._search.trials) + len(self._repeats) + 1
+        number = len(self._trials) + 1
         self._tell(f"trial {number}: {settings_text(settings)}{', again' if again else ''}")
-        keeps_rows = self._options.keeps_rows if keeps_rows is None else keeps_rows
         best = self._search.best.measure if self._search.trials and not again else None
-        best_speed = best.speed if best else 0.0
-        if keeps_rows:
-            trial = run_trial(self._job, settings, self._stops, self._options.times, best_speed)
+        rules = (self._stops, self._options.times, best.speed if best else 0.0)
+        if keeps_rows and self._options.keeps_rows:
+            trial = run_trial(self._job, settings, *rules)
         else:
             with _scratch(self._job) as job:
-                trial = run_trial(job, settings, self._stops, self._options.times, best_speed)
-                trial = replace(trial, num_answered=0)
+                trial = replace(run_trial(job, settings, *rules), num_answered=0)
         self._tell(f"trial {number}: {self._outcome(trial)}")
         return trial
 
@@ -177,82 +171,64 @@ class Tuning:
         told = f"{trial.measure.output_tokens_per_s:,.0f} tokens/s out"
         return f"{told}, {trial.measure.speed / own.speed:.2f} x" if own else told
 
-    def _gain(self) -> tuple[float, bool]:
-        """How many times as fast the best is, and whether that has been seen twice."""
-        own, best = self._search.own.measure, self._search.best.measure
-        if own is None or best is None or not self._search.best.settings:
-            return 1.0, own is not None and self._is_searched
-        again = [trial.measure for trial in self._repeats if trial.measure is not None]
-        if len(again) < 2:
-            return best.speed / own.speed, False
-        gain = (best.speed + again[1].speed) / (own.speed + again[0].speed)
-        return gain, gain >= LEAST_GAIN and again[1].speed > again[0].speed
-
     def _report(self) -> Report:
-        search, trials = self._search, [*self._search.trials, *self._repeats]
-        gain, is_confirmed = self._gain()
-        settings = dict(search.best.settings)
+        own, best = self._search.own.measure, self._search.best.measure
+        settings, gain = dict(self._search.best.settings), 1.0
+        is_confirmed = own is not None and self._is_searched
+        if settings and own is not None and best is not None:
+            gain, is_confirmed = best.speed / own.speed, False
+            again = [trial.measure for trial in self._repeats if trial.measure is not None]
+            if len(again) == 2:
+                gain = (best.speed + again[1].speed) / (own.speed + again[0].speed)
+                is_confirmed = gain >= LEAST_GAIN and again[1].speed > again[0].speed
         if settings and len(self._repeats) == 2 and not is_confirmed:
             self._notes.append(f"{settings_text(settings)} was no faster when tried again")
             settings, gain, is_confirmed = {}, 1.0, self._is_searched
-        state, reason, code = self._end(settings, is_confirmed=is_confirmed)
-        notes = [*dict.fromkeys(self._notes), *self._within_noise(), *self._shadowed(settings)]
+        state, reason = self._end(settings, is_confirmed=is_confirmed)
         report = Report(
             state=state,
-            exit_code=int(code),
+            exit_code=int(ExitCode.STOPPED if state == "stopped" else ExitCode.COMPLETE),
             reason=reason,
             job=str(self._path),
             settings=settings,
             gain=gain,
             is_confirmed=is_confirmed,
-            trials=[*trials, *([self._fp8] if self._fp8 else [])],
-            own=search.own.measure,
-            best=search.best.measure if settings else search.own.measure,
+            trials=[*self._trials, *([self._fp8] if self._fp8 else [])],
+            own=own,
+            best=best if settings else own,
             fp8=self._fp8,
-            num_answered=sum(trial.num_answered for trial in trials),
-            is_answered=self._options.keeps_rows and trials[-1].is_answered,
+            num_answered=sum(trial.num_answered for trial in self._trials),
+            is_answered=self._options.keeps_rows and self._trials[-1].is_answered,
             keeps_rows=self._options.keeps_rows,
             elapsed_s=time.monotonic() - self._began_s,
-            notes=notes,
+            notes=[*dict.fromkeys(self._notes), *self._shadowed(settings)],
         )
         if state != "tuned":
             return report
         path = tuned_path(self._path)
-        write_tuned(path, self._file_text(report))
+        key = key_of(self._job, self._path.parent, device_name())
+        versions = {"vllm": vllm_version() or "", "batchgen": __version__}
+        write_tuned(path, report.file_text(key | versions))
         return replace(report, tuned_file=str(path))
 
-    def _end(
-        self, settings: Mapping[str, Any], *, is_confirmed: bool
-    ) -> tuple[str, str | None, ExitCode]:
-        """State, reason and exit code."""
+    def _end(self, settings: Mapping[str, Any], *, is_confirmed: bool) -> tuple[str, str | None]:
+        """State, and the reason for every state but `tuned`."""
         own, more = self._search.own, "more --minutes, a shorter --trial-s, or --scratch"
         if self._stops.is_asked:
-            reason = "stopped on purpose; run again to tune, or `batchgen run` to go on"
-            return "stopped", reason, ExitCode.STOPPED
+            return "stopped", "stopped on purpose; run again to tune, or `batchgen run` to go on"
         if own.state == "nothing_to_do":
             reason = "every row is answered and published; measure without keeping: --scratch"
-            return "nothing_to_do", reason, ExitCode.COMPLETE
+            return "nothing_to_do", reason
         if own.measure is None:
-            reason = "the rows were too few to measure anything with"
-            return "too_few_rows", reason, ExitCode.COMPLETE
-        if not is_confirmed:
-            if len(self._search.trials) == 1:
-                reason = f"time or rows sufficed for one trial, and nothing was compared: {more}"
-            elif settings:
-                reason = f"time or rows ran out before the best was confirmed: {more}"
-            else:
-                reason = f"time or rows ran out; nothing that was tried was faster: {more}"
-            return "unconfirmed", reason, ExitCode.COMPLETE
-        return "tuned", None, ExitCode.COMPLETE
-
-    def _within_noise(self) -> list[str]:
-        """Faster in the table than the best, but by no more than trials differ by anyway."""
-        best = self._search.best.measure
-        return [
-            f"{settings_text(trial.settings)} was faster than the best within the noise only"
-            for trial in self._search.trials
-            if best and trial.measure and trial.measure.speed > best.speed
-        ]
+            return "too_few_rows", "the rows were too few to measure anything with"
+        if is_confirmed:
+            return "tuned", None
+        reason = "time or rows ran out; nothing that was tried was faster"
+        if len(self._search.trials) == 1:
+            reason = "time or rows sufficed for one trial, and nothing was compared"
+        elif settings:
+            reason = "time or rows ran out before the best was confirmed"
+        return "unconfirmed", f"{reason}: {more}"
 
     def _shadowed(self, settings: Mapping[str, Any]) -> list[str]:
         """What the job file says itself, and so would win."""
@@ -262,25 +238,14 @@ class Tuning:
             if (own := value_of(self._job, name)) is not None
         ]
 
-    def _file_text(self, report: Report) -> str:
-        key = key_of(self._job, self._path.parent, device_name())
-        versions = {"vllm": vllm_version() or "", "batchgen": __version__}
-        trials = [trial_dict(trial, report.own) for trial in report.trials]
-        return tuned_text(file_head(report), {**key, **versions}, report.settings, trials)
-
 
 @contextmanager
 def _scratch(job: JobConfig) -> Iterator[JobConfig]:
     """The job with a temporary output, which stays if the engine fails: its log is in there."""
     folder = tempfile.mkdtemp(prefix="batchgen-tune-")
     output = job.output.model_copy(update={"path": f"{folder}/out"})
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        try:
-            yield job.model_copy(update={"output": output})
-        except EngineError:
-            stack.pop_all()
-            raise
+    yield job.model_copy(update={"output": output})
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_share() -> float:
