@@ -13,9 +13,9 @@ from batchgen.engine.devices import device_name
 from batchgen.job.load import load_job, parse_job
 from batchgen.job.tuned import use_tuned
 from batchgen.storage import LocalStorage
-from batchgen.store import history
+from batchgen.store import snapshots
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
     from batchgen.store.result_files import scan
 
     storage = LocalStorage(output_of(source))
-    manifest = history.snapshot(Ledger(storage), snapshot)
+    manifest = snapshots.snapshot(Ledger(storage), snapshot)
     return scan(storage, [file["name"] for file in manifest.files])
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import RowError
     from batchgen.engine.supervised import SupervisedEngine
-    from batchgen.store.publish import Snapshot
+    from batchgen.store.snapshot import Snapshot
 
 ANSWER = (pa.field("text", pa.string()),)
 """The answer's columns of a job for free text."""

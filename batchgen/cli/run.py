@@ -36,7 +36,7 @@ def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime
     if value is None:
         return None
     from batchgen.pipeline.deadline import parse_until
-    from batchgen.store.runlog import utc_now
+    from batchgen.store.runs import utc_now
 
     try:
         return parse_until(value, utc_now())

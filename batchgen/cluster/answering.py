@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.feeder import Feeder
     from batchgen.store.books import Epoch
-    from batchgen.store.known import Sieve
+    from batchgen.store.dedupe import Sieve
     from batchgen.store.ledger import Ledger
 
 _PACKS_AHEAD_ROWS = 8192

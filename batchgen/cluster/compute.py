@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.feeder import Feeder
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.progress import Look
-    from batchgen.store.known import Sieve
+    from batchgen.store.dedupe import Sieve
 
 
 class Cluster:

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from batchgen.cluster.messages import Asked, Passing
-from batchgen.store.known import prefix_of
+from batchgen.store.dedupe import prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -39,10 +39,9 @@ from batchgen.pipeline.prepare import check
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.pipeline.stages import Stages
 from batchgen.storage import LocalStorage
-from batchgen.store.books import Durable, Epoch
+from batchgen.store.books import Durable, Epoch, numbered
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE, numbered
-from batchgen.store.runlog import RunLog, memory_mib
+from batchgen.store.runs import RunLog, memory_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -87,7 +86,7 @@ class Replica:
         tag = f"{badge.run_id}-w{badge.number:02d}"
         storage = LocalStorage(Path(badge.job.output.path), temp_tag=tag)
         self._ledger = Ledger(storage)
-        self._log = RunLog(storage, f"{STATE}/runs", badge.run_id)
+        self._log = RunLog(storage, badge.run_id)
         self._checked = check(badge.job)
         self._engine = SupervisedEngine(
             build, self._engine_spec, on_death=self._tell_death, stall_s=badge.job.run.stall_s

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from batchgen.cluster.messages import Committed, Passing
 from batchgen.core.errors import AccountingError, OutputError
 from batchgen.core.ranges import Ranges
-from batchgen.store.names import PARTS
+from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from batchgen.cluster.messages import Asked
     from batchgen.cluster.roster import Member
     from batchgen.store.books import Epoch, Part
-    from batchgen.store.known import Sieve
+    from batchgen.store.dedupe import Sieve
     from batchgen.store.ledger import Ledger
 
 NO_ROWS = Ranges()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from batchgen.job.model import RunConfig
     from batchgen.pipeline.context import RunContext
     from batchgen.store.books import Epoch
-    from batchgen.store.carry import Piece
     from batchgen.store.parts import PartWriter
+    from batchgen.store.reuse import Piece
 
 # Begin a commit a little early: a row is to be durable, not merely sent, within flush_s.
 _FLUSH_EARLY = 0.8

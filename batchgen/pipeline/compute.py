@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.progress import Look
     from batchgen.pipeline.stages import Stages
     from batchgen.store.books import Epoch
-    from batchgen.store.known import Sieve
+    from batchgen.store.dedupe import Sieve
 
     Rows = Mapping[int, Ranges]
     TakeOver = Callable[[Callable[[], None]], Rows]

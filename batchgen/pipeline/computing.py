@@ -29,9 +29,9 @@ from batchgen.pipeline.reuse import (
     without,
 )
 from batchgen.pipeline.stages import Stages
-from batchgen.store.answered import AnsweredKeys, Source, key_prefixes
-from batchgen.store.known import KnownKeys, Sieve
-from batchgen.store.tally import ATTEMPTS
+from batchgen.store.dedupe import KnownKeys, Sieve
+from batchgen.store.parts import ATTEMPTS
+from batchgen.store.reuse import AnsweredKeys, Source, key_prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

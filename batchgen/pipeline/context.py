@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.run_stats import RunStats
     from batchgen.storage import LocalStorage
     from batchgen.store.ledger import Ledger
-    from batchgen.store.lock import RunLock
-    from batchgen.store.runlog import RunLog
+    from batchgen.store.runs import RunLock, RunLog
 
 _NUM_TIMES = 20
 

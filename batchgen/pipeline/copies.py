@@ -14,8 +14,8 @@ from batchgen.answers.validate import refusal
 from batchgen.core import arrow
 from batchgen.core.expressions import RowTest, parse_row_test
 from batchgen.core.records import Request
-from batchgen.store.carry import Piece
-from batchgen.store.schema import ROW, SEGMENT
+from batchgen.store.parts import ROW, SEGMENT
+from batchgen.store.reuse import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from batchgen.core.records import Ordinal, RowBatch
     from batchgen.pipeline.prepare import Prepared
     from batchgen.prompt.requests import RequestBuilder
-    from batchgen.store.answered import AnsweredKeys
+    from batchgen.store.reuse import AnsweredKeys
 
 # Rows looked up together: many, since each row group with an answer is read once for them; not
 # too many, since all their answers are in memory at once.

@@ -32,13 +32,11 @@ from batchgen.pipeline.frozen import (
 )
 from batchgen.pipeline.prepare import check, find_input
 from batchgen.pipeline.publish import gate_figures
-from batchgen.store.books import Base
-from batchgen.store.footer import PartFooter
-from batchgen.store.names import PARTS, STATE, epoch_of
+from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.result_files import Index, is_intact
 from batchgen.store.row_digests import digest_reader
-from batchgen.store.runlog import utc_now
-from batchgen.store.shown import raise_if_damaged, show
+from batchgen.store.runs import utc_now
+from batchgen.store.visible import raise_if_damaged, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -20,7 +20,7 @@ from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
 from batchgen.store.books import Plan, Segment
 from batchgen.store.row_digests import DigestFile
-from batchgen.store.runlog import utc_now
+from batchgen.store.runs import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -50,10 +50,8 @@ from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
-from batchgen.store.pruning import prune
-from batchgen.store.runlog import RunLog, new_run_id, utc_now
+from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
+from batchgen.store.snapshots import prune
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,8 +155,8 @@ class JobRun:
             run_id=run_id,
             storage=storage,
             ledger=Ledger(storage),
-            lock=RunLock(storage, f"{STATE}/lock", run_id),
-            log=RunLog(storage, f"{STATE}/runs", run_id),
+            lock=RunLock(storage, run_id),
+            log=RunLog(storage, run_id),
             stats=RunStats(self._started_s, 0),
             stop=stop,
             is_trial=not self._publishes,

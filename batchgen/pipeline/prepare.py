@@ -30,7 +30,7 @@ from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.base import ReadSpec
 from batchgen.source.csv import delimiter_hint
 from batchgen.source.formats import find_files, reader_for
-from batchgen.store.schema import part_schema
+from batchgen.store.parts import part_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

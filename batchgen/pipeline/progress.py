@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.run_stats import RunStats
-    from batchgen.store.runlog import RunLog
+    from batchgen.store.runs import RunLog
 
     Look = tuple[Mapping[str, Any], str, Sequence[Mapping[str, Any]] | None]
     """A run at one moment: a row of stats.parquet, see `RunStats.sample`; what it is doing,

@@ -25,14 +25,12 @@ from batchgen.core.errors import (
     StorageError,
 )
 from batchgen.pipeline.frozen import check_unchanged
-from batchgen.store.books import Durable, Epoch, Manifest
-from batchgen.store.names import STATE
-from batchgen.store.publish import SnapshotFormat, write_snapshot
+from batchgen.store.books import STATE, Durable, Epoch, Manifest
+from batchgen.store.parts import ATTEMPTS, ROW, SEGMENT, VERDICT
 from batchgen.store.result_files import ResultFile
-from batchgen.store.runlog import utc_now
-from batchgen.store.schema import ROW, SEGMENT
-from batchgen.store.shown import note_as_published, show
-from batchgen.store.tally import ATTEMPTS, VERDICT
+from batchgen.store.runs import utc_now
+from batchgen.store.snapshot import SnapshotFormat, write_snapshot
+from batchgen.store.visible import note_as_published, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,13 +10,18 @@ import pyarrow as pa
 from batchgen.core.errors import BatchgenError, OutputError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.committer import Committer
-from batchgen.store.answered import Source, published_sources
 from batchgen.store.books import NO_ROWS, Durable
-from batchgen.store.carry import Wanted, from_parts, gathered
 from batchgen.store.matching import answered_by, is_same_reading, match, restricted
-from batchgen.store.published import from_snapshot
-from batchgen.store.renumber import Renumbering
 from batchgen.store.result_files import Index
+from batchgen.store.reuse import (
+    Renumbering,
+    Source,
+    Wanted,
+    from_parts,
+    from_snapshot,
+    gathered,
+    published_sources,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,9 +30,9 @@ if TYPE_CHECKING:
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Base, Plan
-    from batchgen.store.carry import Piece
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
+    from batchgen.store.reuse import Piece
 
 
 _WAIT_S = 0.2

@@ -18,7 +18,7 @@ from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.runner import Runner
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.store.names import PARTS
+from batchgen.store.books import PARTS
 from batchgen.store.parts import PartContext, PartWriter
 from batchgen.store.result_files import ResultFile
 

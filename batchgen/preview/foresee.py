@@ -24,8 +24,7 @@ from batchgen.preview.survey import SAMPLE_ROWS, How, survey
 from batchgen.preview.tokens import load_tokenize, max_model_len
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.storage import LocalStorage
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
+from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,7 +138,7 @@ def _block_tokens(spec: EngineSpec) -> int:
 
 def _who_holds(storage: LocalStorage) -> list[str]:
     """Another run that is at work: a run would exit 75, a plan can be made all the same."""
-    lock = RunLock(storage, f"{STATE}/lock", "")
+    lock = RunLock(storage)
     if not lock.is_held():
         return []
     holder = lock.holder() or {}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.interface import RunOptions
     from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Plan
-    from batchgen.store.known import KnownKeys
+    from batchgen.store.dedupe import KnownKeys
 
 ONLY_PUBLISH = "every row has ended: a run would only publish, if the gate lets it"
 

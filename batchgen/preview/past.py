@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.reuse import base_sources, without
-from batchgen.store.answered import Source, key_prefixes
 from batchgen.store.books import NO_ROWS
-from batchgen.store.known import KnownKeys
+from batchgen.store.dedupe import KnownKeys
 from batchgen.store.matching import is_same_reading, match, restricted
-from batchgen.store.renumber import rows_of
+from batchgen.store.parts import ROW, SEGMENT, rows_of
 from batchgen.store.result_files import Index, ResultFile
+from batchgen.store.reuse import Source, key_prefixes
 from batchgen.store.row_digests import digest_reader
-from batchgen.store.schema import ROW, SEGMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

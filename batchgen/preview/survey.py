@@ -26,7 +26,7 @@ from batchgen.preview.figures import (
     lengths_of,
 )
 from batchgen.store.books import NO_ROWS
-from batchgen.store.known import prefix_of
+from batchgen.store.dedupe import prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from batchgen.preview.tokens import Tokenize
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.books import Plan
-    from batchgen.store.known import Dedupe, KnownKeys
+    from batchgen.store.dedupe import Dedupe, KnownKeys
 
 SAMPLE_ROWS = 2000
 _SEED = 0

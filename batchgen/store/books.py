@@ -1,7 +1,13 @@
-"""The values that the ledger keeps: what was planned, claimed, committed, published."""
+"""The values that the ledger keeps: what was planned, claimed, committed, published.
+
+Where the ledger's files are under the output folder is decided here, and what a part says of
+itself: the JSON in its Parquet footer, the commit record of its rows.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -11,8 +17,6 @@ from batchgen.core.ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    from batchgen.store.footer import PartFooter
 
 NO_ROWS = Ranges()
 
@@ -227,3 +231,115 @@ def _first_of_each_row(parts: Sequence[Part], rejected: dict[str, str]) -> list[
         for segment, rows in done.items():
             taken[segment] = taken.get(segment, NO_ROWS) | rows
     return accepted
+
+
+FOOTER_KEY = b"batchgen"
+
+
+@dataclass(frozen=True, slots=True)
+class PartFooter:
+    """The books of one part.
+
+    Invariant: the ordinals in `done` are `num_ok + num_errors` results and `num_skipped` rows
+    that end without a result (blank lines, rows that `where` leaves out).
+    """
+
+    plan: str
+    """Id of the plan that the ordinals belong to."""
+    epoch: int
+    run_id: str
+    done: Mapping[int, Ranges]
+    """Segment -> physical row numbers."""
+    num_ok: int
+    num_errors: int
+    num_skipped: int
+    engine: Mapping[str, Any]
+    """Who answered: engine name and version, device, batchgen version."""
+    tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What the gate needs of the rows: see `sink.tally`."""
+
+    @property
+    def num_results(self) -> int:
+        """Rows of the Parquet file."""
+        return self.num_ok + self.num_errors
+
+    def to_metadata(self) -> dict[bytes, bytes]:
+        """Return Parquet key-value metadata."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["done"] = {str(seg): ranges.to_json() for seg, ranges in self.done.items()}
+        fields["engine"] = dict(self.engine)
+        fields["tally"] = {name: dict(counts) for name, counts in self.tally.items()}
+        return {FOOTER_KEY: json.dumps(fields, separators=(",", ":")).encode()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[bytes, bytes] | None) -> PartFooter:
+        """Read what `to_metadata` wrote.
+
+        Raises:
+            ValueError: No such entry, or its books do not balance.
+        """
+        try:
+            fields = json.loads((metadata or {})[FOOTER_KEY])
+            fields["done"] = {
+                int(seg): Ranges.from_json(flat) for seg, flat in fields["done"].items()
+            }
+            footer = cls(**fields)
+            num_done = sum(len(ranges) for ranges in footer.done.values())
+            balance = footer.num_results + footer.num_skipped
+            for counts in footer.tally.values():
+                sum(counts.values())
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"no batchgen footer: {error!r}"
+            raise ValueError(msg) from error
+        if num_done != balance:
+            msg = f"footer names {num_done} rows, but counts {balance}"
+            raise ValueError(msg)
+        return footer
+
+
+STATE = "_batchgen"
+PARTS = f"{STATE}/parts"
+_NUMBERED = re.compile(r"\d{6}\.json")
+_WORKER = re.compile(r"e\d+-w(\d+)")
+
+
+def folder_of(manifest: Manifest) -> str:
+    """Where the snapshot's files are."""
+    return f"{STATE}/snapshots/e{manifest.epoch:06d}"
+
+
+def numbered(kind: str, number: int) -> str:
+    """A plan, a claim or a manifest."""
+    return f"{STATE}/{kind}/{number:06d}.json"
+
+
+def rejection_of(part: str) -> str:
+    """The mark that leaves a part out."""
+    return f"{STATE}/rejected/{part.rpartition('/')[2]}.json"
+
+
+def seal_of(epoch: int, worker: int) -> str:
+    """What says which parts of a worker count."""
+    return f"{STATE}/seals/e{epoch:06d}-w{worker:02d}.json"
+
+
+def worker_of(name: str) -> int:
+    """Worker of a part or of a seal; -1 for what is neither."""
+    match = _WORKER.match(name.rpartition("/")[2])
+    return int(match.group(1)) if match else -1
+
+
+def epoch_of(name: str) -> int:
+    """Epoch of a part or of its temp file, from `e000003-w00-s000012.parquet`."""
+    digits = name.rpartition("/")[2].lstrip(".")[1:7]
+    return int(digits) if digits.isdigit() else 0
+
+
+def number_of(name: str) -> int:
+    """Of a numbered file."""
+    return int(name.rpartition("/")[2].partition(".")[0])
+
+
+def is_numbered(name: str) -> bool:
+    """Whether it is a plan, a claim or a manifest, and no other file beside them."""
+    return _NUMBERED.fullmatch(name.rpartition("/")[2]) is not None

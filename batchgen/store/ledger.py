@@ -26,10 +26,17 @@ import pyarrow.parquet as pq
 from batchgen.core.errors import AccountingError, FencedError, OutputError
 from batchgen.storage import raise_if_not_damage
 from batchgen.store import row_digests
-from batchgen.store.books import Base, Durable, Epoch, Manifest, Part, Plan, Segment, disjoint
-from batchgen.store.footer import PartFooter
-from batchgen.store.names import (
+from batchgen.store.books import (
     STATE,
+    Base,
+    Durable,
+    Epoch,
+    Manifest,
+    Part,
+    PartFooter,
+    Plan,
+    Segment,
+    disjoint,
     epoch_of,
     folder_of,
     is_numbered,
@@ -39,6 +46,7 @@ from batchgen.store.names import (
     seal_of,
     worker_of,
 )
+from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -69,6 +77,16 @@ class Ledger:
         """0 for a new job."""
         names = self._numbered_files("plan")
         return number_of(names[-1]) if names else 0
+
+    def why_no_plan(self) -> str | None:
+        """What to tell of a job that has no plan yet; None if it has one."""
+        if self.latest_plan_number():
+            return None
+        if RunLock(self.storage).is_held():
+            return "its first run is at work and has not planned it yet"
+        if self.storage.path(STATE).is_dir():
+            return "no run has planned the job yet; start one with `batchgen run`"
+        return "the job has not been run yet; start it with `batchgen run`"
 
     def plan(self, number: int) -> Plan:
         """A plan by number.

@@ -1,8 +1,17 @@
-"""Results to parts. A part is whatever finished since the last flush, in ordinal order.
+"""Results to parts: their one Arrow schema, the counts that the gate needs, and the commit.
 
-The part file is the commit record: once `commit` returns, its rows are durable and will not be
-done again. It is built in memory and put under its name in one piece; nothing is ever streamed
-to a final name, because a writer that is closed by an exception leaves a valid, short file.
+A part is whatever finished since the last flush, in ordinal order. The part file is the commit
+record: once `commit` returns, its rows are durable and will not be done again. It is built in
+memory and put under its name in one piece; nothing is ever streamed to a final name, because a
+writer that is closed by an exception leaves a valid, short file.
+
+The schema is fixed at plan time and written with explicit types, so that a part without a single
+error and a part with nothing else have the same. The counts are kept in the footer, so that the
+gate never has to read the rows:
+
+    {"verdict":   {"ok": 95, "truncated": 5},       over all results
+     "attempts":  {"1": 97, "2": 3},                over all results
+     "gen_label": {"refund": 60, "invoice": 35}}    over ok rows, for each column of labels
 """
 
 from __future__ import annotations
@@ -17,19 +26,145 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.core import arrow
-from batchgen.core.errors import AccountingError
+from batchgen.core.errors import AccountingError, ConfigError
 from batchgen.core.ranges import Ranges
-from batchgen.store.books import Part
-from batchgen.store.footer import PartFooter
-from batchgen.store.renumber import rows_of
-from batchgen.store.schema import OPTIONAL, dictionary_columns
-from batchgen.store.tally import tally
+from batchgen.store.books import Part, PartFooter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.core.records import Result
     from batchgen.storage import Storage
+
+SEGMENT = "_batchgen_segment"
+ROW = "_batchgen_row"
+"""The ordinal. In parts only; the published order stands for it."""
+
+RESULT_FIELDS = (
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("verdict", pa.string(), nullable=False),
+    pa.field("finish_reason", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("attempts", pa.int16(), nullable=False),
+    pa.field("seed", pa.int64()),
+    pa.field("num_prompt_tokens", pa.int32()),
+    pa.field("num_cached_tokens", pa.int32()),
+    pa.field("num_output_tokens", pa.int32()),
+    pa.field("latency_s", pa.float32()),
+    pa.field("request_key", pa.string()),
+    pa.field("run_id", pa.string(), nullable=False),
+    pa.field("model", pa.string()),
+    pa.field("recipe", pa.string(), nullable=False),
+    pa.field("engine", pa.string()),
+)
+"""What batchgen tells of a row beside its answer; the job's prefix goes before each name."""
+OPTIONAL = "seed"
+"""Only with `output.with_seed`: a column of noise does not compress."""
+
+# Few distinct values: worth a dictionary. Texts and keys are not, and building one costs time.
+DICTIONARY_FIELDS = (
+    *("status", "verdict", "finish_reason", "error_type", "error", "attempts"),
+    *("run_id", "model", "recipe", "engine"),
+)
+
+
+def part_schema(
+    carried: pa.Schema, answer: Sequence[pa.Field], prefix: str, *, with_seed: bool = False
+) -> pa.Schema:
+    """Schema of a part: ordinal, carried columns, answer, result columns.
+
+    Args:
+        carried: Columns of the input.
+        answer: Columns that answers become, without the prefix.
+        prefix: Goes before the name of each column of ours.
+        with_seed: Whether seeds are kept.
+
+    Raises:
+        ConfigError: Two columns have one name.
+    """
+    fields = [field for field in RESULT_FIELDS if with_seed or field.name != OPTIONAL]
+    _check_answer(answer, fields)
+    ours = [field.with_name(prefix + field.name) for field in (*answer, *fields)]
+    clash = sorted({SEGMENT, ROW, *(field.name for field in ours)} & set(carried.names))
+    if clash:
+        where = "output.prefix"
+        problem = (
+            f"{prefix!r} makes the column {clash[0]!r}, which the input has too; choose another "
+            "prefix, or leave the column out of input.columns"
+        )
+        raise ConfigError(where, [problem])
+    # Error rows carry nulls in every carried column, whatever the input's schema allows.
+    carried_fields = [field.with_nullable(True) for field in carried]  # noqa: FBT003 - pyarrow's
+    ordinal = [
+        pa.field(SEGMENT, pa.int32(), nullable=False),
+        pa.field(ROW, pa.int64(), nullable=False),
+    ]
+    return pa.schema([*ordinal, *carried_fields, *ours])
+
+
+def _check_answer(answer: Sequence[pa.Field], fields: Sequence[pa.Field]) -> None:
+    names = [field.name for field in (*answer, *fields)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        where = "output.flatten"
+        problem = f"the schema's field {twice[0]!r} is a column of batchgen's too; rename it"
+        raise ConfigError(where, [problem])
+
+
+def published_schema(parts: pa.Schema) -> pa.Schema:
+    """The same without the ordinal."""
+    return pa.schema([field for field in parts if field.name not in {SEGMENT, ROW}])
+
+
+def dictionary_columns(prefix: str, labels: Sequence[str] = ()) -> Sequence[str]:
+    """Columns for Parquet's dictionary encoding."""
+    return [prefix + name for name in (*DICTIONARY_FIELDS, *labels)]
+
+
+VERDICT, ATTEMPTS = "verdict", "attempts"
+
+
+def tally(
+    table: pa.Table, prefix: str, labels: Sequence[Sequence[str]] = ()
+) -> dict[str, dict[str, int]]:
+    """Count what is written.
+
+    Args:
+        table: Rows in the part schema.
+        prefix: Of batchgen's columns.
+        labels: Paths to labels: a column without the prefix, and the fields of structs in it.
+            A list of labels counts each.
+
+    Returns:
+        As above. A label column that has no label in any row has no counts.
+    """
+    found = {
+        name: _counts(table.column(prefix + name))
+        for name in (VERDICT, ATTEMPTS)
+        if prefix + name in table.column_names
+    }
+    if labels:
+        is_ok = pc.equal(table.column(f"{prefix}status"), "ok")
+        for path in labels:
+            values = _column(table, prefix + path[0], path[1:]).filter(is_ok)
+            found[prefix + ".".join(path)] = _counts(values)
+    return found
+
+
+def _column(table: pa.Table, name: str, path: Sequence[str]) -> pa.ChunkedArray:
+    """A column, or a field of a struct. By index: names may hold dots, or be empty."""
+    column = table.column(name)
+    for at in path:
+        column = pc.struct_field(column, column.type.get_field_index(at))
+    return column
+
+
+def _counts(values: pa.ChunkedArray) -> dict[str, int]:
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = pc.list_flatten(values)
+    counted = pc.value_counts(values.drop_null()).to_pylist()
+    return {str(entry["values"]): entry["counts"] for entry in counted}
+
 
 # Publishing reads parts by row group: small enough that a straggler does not drag a whole part.
 _ROW_GROUP_ROWS = 4096
@@ -119,6 +254,27 @@ class PartWriter:
         return Part(name, footer)
 
 
+def rows_of(table: pa.Table) -> dict[int, Ranges]:
+    """Segment -> row numbers of a table with ordinals."""
+    import polars as pl
+
+    if not table.num_rows:
+        return {}
+    ordinals = pl.DataFrame(
+        {"segment": pl.Series(table.column(SEGMENT)), "row": pl.Series(table.column(ROW))}
+    ).sort("segment", "row")
+    starts = ordinals.with_row_index("at").filter(
+        ((pl.col("row").diff() != 1) | (pl.col("segment").diff() != 0)).fill_null(value=True)
+    )
+    stops = [*starts["at"][1:], len(ordinals)]
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for at, stop, segment, row in zip(
+        starts["at"], stops, starts["segment"], starts["row"], strict=True
+    ):
+        spans.setdefault(segment, []).append((row, row + stop - at))
+    return {segment: Ranges(found) for segment, found in spans.items()}
+
+
 def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
     rows = rows_of(table)
     none = Ranges()
@@ -147,8 +303,8 @@ def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str,
         *facts.values(),
     ]
     arrays = [
-        column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, field.type)
-        for column, field in zip(columns, schema, strict=True)
+        column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, kind.type)
+        for column, kind in zip(columns, schema, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
 

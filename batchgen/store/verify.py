@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.storage import LocalStorage
-from batchgen.store.begun import why_no_plan
 from batchgen.store.ledger import Ledger
+from batchgen.store.parts import ROW, SEGMENT
 from batchgen.store.result_files import ResultFile, is_as_published
-from batchgen.store.schema import ROW, SEGMENT
-from batchgen.store.shown import alias_of, difference, shown_problems
+from batchgen.store.visible import alias_of, difference, shown_problems
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -88,7 +87,7 @@ def _where(ledger: Ledger) -> tuple[int, int]:
 def _look(ledger: Ledger, patience_s: float) -> Verdict:
     plan = ledger.latest_plan()
     if plan is None:
-        msg = f"{ledger.storage.where}: nothing to verify, {why_no_plan(ledger)}"
+        msg = f"{ledger.storage.where}: nothing to verify, {ledger.why_no_plan()}"
         raise OutputError(msg)
     verdict = Verdict(ledger.storage.where, num_planned=plan.num_rows)
     manifest = ledger.latest_manifest()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.core.errors import ConfigError, OutputError
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
-from batchgen.store import history
+from batchgen.store import snapshots
 from batchgen.store.ledger import Ledger
 from batchgen.views.pairing import paired
 from batchgen.views.side import ANSWER, AT, INPUT, KEY, Side, key_name, label_name
@@ -137,9 +137,9 @@ def diff(
 
 
 def _two_newest(ledger: Ledger) -> tuple[int, int]:
-    numbers = [manifest.number for manifest in history.snapshots(ledger)]
+    numbers = [manifest.number for manifest in snapshots.snapshots(ledger)]
     if len(numbers) < 2:
-        newest = history.snapshot(ledger, None).number
+        newest = snapshots.snapshot(ledger, None).number
         msg = f"{ledger.storage.where}: snapshot {newest} is the only one, expected two to compare"
         raise OutputError(msg)
     return numbers[-2], numbers[-1]

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BusyError, OutputError
 from batchgen.storage import LocalStorage
-from batchgen.store import history, pruning
+from batchgen.store import snapshots
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
-from batchgen.store.runlog import new_run_id, utc_now
+from batchgen.store.runs import RunLock, new_run_id, utc_now
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +51,7 @@ def listed(root: Path) -> list[Listed]:
         OutputError: The folder was written by another version.
     """
     ledger = Ledger(LocalStorage(root))
-    return [_line(ledger, manifest) for manifest in history.snapshots(ledger)]
+    return [_line(ledger, manifest) for manifest in snapshots.snapshots(ledger)]
 
 
 def _line(ledger: Ledger, manifest: Manifest) -> Listed:
@@ -101,8 +100,8 @@ def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
         raise OutputError(msg)
     ledger = Ledger(storage)
     if dry_run:
-        return [_line(ledger, manifest) for manifest in pruning.beyond(ledger, keep)]
-    lock = RunLock(storage, f"{STATE}/lock", f"prune-{new_run_id(utc_now())}")
+        return [_line(ledger, manifest) for manifest in snapshots.beyond(ledger, keep)]
+    lock = RunLock(storage, f"prune-{new_run_id(utc_now())}")
     try:
         lock.acquire()
     except BusyError as error:
@@ -114,7 +113,7 @@ def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
         )
         raise BusyError(msg) from error
     try:
-        lines = {found.number: _line(ledger, found) for found in history.snapshots(ledger)}
-        return [lines[manifest.number] for manifest in pruning.prune(ledger, keep)]
+        lines = {found.number: _line(ledger, found) for found in snapshots.snapshots(ledger)}
+        return [lines[manifest.number] for manifest in snapshots.prune(ledger, keep)]
     finally:
         lock.release()

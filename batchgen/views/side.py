@@ -6,10 +6,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
-from batchgen.store import history
+from batchgen.store import snapshots
+from batchgen.store.parts import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT
 from batchgen.store.result_files import scan
-from batchgen.store.schema import RESULT_FIELDS, ROW, SEGMENT
-from batchgen.store.tally import ATTEMPTS, VERDICT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +45,7 @@ class Side:
         Raises:
             OutputError: There is no such snapshot.
         """
-        self.manifest = history.snapshot(ledger, number)
+        self.manifest = snapshots.snapshot(ledger, number)
         self.plan = ledger.plan(number)
         storage = ledger.storage
         self.frame = scan(storage, [file["name"] for file in self.manifest.files])

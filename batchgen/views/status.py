@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
-from batchgen.store import history
-from batchgen.store.begun import why_no_plan
+from batchgen.store import snapshots
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
 from batchgen.store.result_files import scan
-from batchgen.store.runlog import utc_now
-from batchgen.store.shown import lost_or_cut
+from batchgen.store.runs import RunLock, utc_now
+from batchgen.store.visible import lost_or_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +43,7 @@ def status(root: Path) -> dict[str, Any]:
     storage = LocalStorage(root)
     ledger = Ledger(storage)
     plan = ledger.latest_plan()
-    lock = RunLock(storage, f"{STATE}/lock", "")
+    lock = RunLock(storage)
     holder = (lock.holder() or {}) if lock.is_held() else {}
     live = _live(storage, holder.get("run_id"))
     facts: dict[str, Any] = {"output": str(root), "state": "running" if holder else "new"}
@@ -88,7 +86,7 @@ def status(root: Path) -> dict[str, Any]:
 
 def not_begun(root: Path) -> str | None:
     """Why there is nothing to be seen of a job: it has no plan yet; None if it has one."""
-    return why_no_plan(Ledger(LocalStorage(root)))
+    return Ledger(LocalStorage(root)).why_no_plan()
 
 
 def _published(ledger: Ledger) -> dict[str, Any] | None:
@@ -173,7 +171,7 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
 def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:
     """The plan whose rows are to be seen, and where they are; None if there are none yet."""
     if snapshot is not None:
-        manifest = history.snapshot(ledger, snapshot)
+        manifest = snapshots.snapshot(ledger, snapshot)
         return ledger.plan(snapshot), [file["name"] for file in manifest.files]
     plan, newest = ledger.latest_plan(), ledger.latest_manifest()
     if plan is None:

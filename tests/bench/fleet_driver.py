@@ -47,10 +47,9 @@ from batchgen.pipeline.progress import Monitor, Progress
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.pipeline.stages import Stages
 from batchgen.storage import LocalStorage
-from batchgen.store.known import KnownKeys, Sieve
+from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.runlog import RunLog
+from batchgen.store.runs import RunLock, RunLog
 from tests.bench.echo_rows import _write_rows
 from tests.bench.fleet_sim import bound_s
 from tests.bench.fleet_time import PacedFeeder, TimedCrew, size_of
@@ -156,8 +155,8 @@ class Drive:
             run_id="bench",
             storage=storage,
             ledger=ledger,
-            lock=RunLock(storage, "lock", "bench"),
-            log=RunLog(storage, "runs", "bench"),
+            lock=RunLock(storage, "bench"),
+            log=RunLog(storage, "bench"),
             stats=stats,
             stop=StopSwitch(),
         )

@@ -34,7 +34,7 @@ from batchgen.engine.devices import device_name
 from batchgen.engine.vllm.settings import is_cpu_build
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.bench import works
 from tests.bench.feeding import KEYS, LOADING, TEMPERATURE, KeptEngine, _repeated, _work
 from tests.bench.random_model import make_model

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from batchgen.pipeline.feeder import FeedBatch
-from batchgen.store.names import PARTS
+from batchgen.store.books import PARTS
 from tests.bench.sim_crew import SimCrew
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from batchgen.cluster.messages import (
 )
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineFacts, EngineStats
-from batchgen.store.names import PARTS
+from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

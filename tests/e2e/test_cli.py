@@ -17,7 +17,7 @@ from batchgen import cli
 from batchgen.cli.run import _ended, _stop_on_signals, _told
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import Summary
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 
 if TYPE_CHECKING:

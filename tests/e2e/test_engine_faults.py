@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import batchgen
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.e2e import support
 from tests.e2e.support import run_cli, write_job, write_rows
 

@@ -11,9 +11,8 @@ import pytest
 
 import batchgen
 from batchgen.storage import LocalStorage
-from batchgen.store.books import Base
+from batchgen.store.books import STATE, Base
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
 from tests.e2e.support import command, published, run_cli, wait_until, write_job
 from tests.harm import flip
 

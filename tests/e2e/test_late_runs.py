@@ -10,9 +10,9 @@ import pytest
 import batchgen
 from batchgen.core.errors import GateError
 from batchgen.storage import LocalStorage
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
-from batchgen.store.shown import show
+from batchgen.store.visible import show
 from tests.e2e.support import write_job, write_rows
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 
 import batchgen
 from batchgen.core.errors import ConfigError, GateError
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.e2e.support import run_cli, write_job, write_rows
 
 if TYPE_CHECKING:

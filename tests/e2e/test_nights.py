@@ -15,8 +15,8 @@ import pytest
 
 import batchgen
 from batchgen.storage import LocalStorage
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
 from tests.e2e.nights import (
     BAD,
     SLOW,

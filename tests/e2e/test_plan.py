@@ -17,7 +17,7 @@ from batchgen.api import load
 from batchgen.preview.foresee import PlanOptions, foresee
 from batchgen.preview.report import told
 from batchgen.storage import LocalStorage
-from batchgen.store.lock import RunLock
+from batchgen.store.runs import RunLock
 from tests.e2e.support import (
     command,
     run_cli,
@@ -263,7 +263,7 @@ def test_a_wrong_option_is_refused(job, args, reason):
 
 
 def test_a_run_that_is_at_work_is_told_of_and_refuses_no_plan(job, tmp_path):
-    lock = RunLock(LocalStorage(tmp_path / "out"), "_batchgen/lock", "the-other-run")
+    lock = RunLock(LocalStorage(tmp_path / "out"), "the-other-run")
     lock.acquire()
     found = plan_of(job)
     lock.release()

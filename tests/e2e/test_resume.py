@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from batchgen.storage import LocalStorage
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
 from tests.e2e.support import (
     command,
     published,

@@ -14,7 +14,7 @@ import pytest
 
 import batchgen
 from batchgen.core.errors import RecipeChangedError
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.e2e.support import (
     command,
     published,

@@ -11,7 +11,7 @@ import pytest
 
 import batchgen
 from batchgen.core.errors import OutputError
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job
 
 if TYPE_CHECKING:

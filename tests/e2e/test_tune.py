@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from batchgen.api import load
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from batchgen.tuning.gauge import Times
 from batchgen.tuning.trial import Stops
 from batchgen.tuning.tune import TuneOptions, Tuning

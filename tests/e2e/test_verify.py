@@ -12,11 +12,11 @@ import pytest
 
 import batchgen
 from batchgen.storage import LocalStorage
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
-from batchgen.store.shown import expose, show
+from batchgen.store.runs import RunLock
 from batchgen.store.verify import verify
+from batchgen.store.visible import expose, show
 from tests.e2e.support import published, run_cli, write_job, write_rows
 from tests.harm import flip, overwrite
 
@@ -260,7 +260,7 @@ def test_what_a_run_is_about_to_show_is_no_problem(job: Path) -> None:
     out, ledger = job.parent / "out", ledger_of(job)
     manifest = ledger.latest_manifest()
     assert manifest is not None
-    lock = RunLock(ledger.storage, f"{STATE}/lock", "another")
+    lock = RunLock(ledger.storage, "another")
 
     def publish_slowly() -> None:
         time.sleep(0.2)
@@ -279,7 +279,7 @@ def test_what_a_run_is_about_to_show_is_no_problem(job: Path) -> None:
 
 def test_what_a_run_at_work_does_not_mend_is_a_problem(job: Path) -> None:
     batchgen.run(job)
-    lock = RunLock(LocalStorage(job.parent / "out"), f"{STATE}/lock", "another")
+    lock = RunLock(LocalStorage(job.parent / "out"), "another")
     forget(job.parent / "out")
     lock.acquire()
     try:

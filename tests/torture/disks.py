@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.storage import Disk
-from batchgen.store.footer import PartFooter
+from batchgen.store.books import PartFooter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.e2e.support import command, published, run_cli, write_job, write_rows
 from tests.ray.support import Nodes, nodes
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.torture.harness import main
 from tests.torture.support import (
     Child,

@@ -25,7 +25,7 @@ class Mutant:
 
 
 STORAGE, LEDGER = "batchgen/storage.py", "batchgen/store/ledger.py"
-SNAPSHOT, SHOWN = "batchgen/pipeline/publish.py", "batchgen/store/shown.py"
+SNAPSHOT, SHOWN = "batchgen/pipeline/publish.py", "batchgen/store/visible.py"
 RAISED = "            raise AccountingError(msg)\n"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
@@ -203,7 +203,7 @@ MUTANTS = (
     ),
     Mutant(
         "an answer is known by the beginning of its key",
-        "batchgen/store/answered.py",
+        "batchgen/store/reuse.py",
         (('is_same = found == rows["key"]', "is_same = found == found"),),
         NIGHTS,
     ),
@@ -220,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         "an error that names a line is taken over although the line has moved",
-        "batchgen/store/renumber.py",
+        "batchgen/store/reuse.py",
         (('is_wanted = is_wanted | pl.col("has_key") | stays', "is_wanted = is_wanted | True"),),
         NIGHTS,
     ),

@@ -27,7 +27,7 @@ from batchgen.core.errors import BatchgenError
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from tests.torture.disks import MODES, Log, SpoiltDisk
 from tests.torture.harness import main
 from tests.torture.support import (

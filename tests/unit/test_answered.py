@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
-from batchgen.store import publish
-from batchgen.store.answered import AnsweredKeys, Source, key_prefixes, published_sources
-from batchgen.store.footer import PartFooter
-from batchgen.store.known import KnownKeys, Sieve
-from batchgen.store.parts import PartContext, PartWriter
-from batchgen.store.publish import SnapshotFormat, write_snapshot
-from batchgen.store.schema import part_schema
+from batchgen.store import snapshot
+from batchgen.store.books import PartFooter
+from batchgen.store.dedupe import KnownKeys, Sieve
+from batchgen.store.parts import PartContext, PartWriter, part_schema
+from batchgen.store.reuse import AnsweredKeys, Source, key_prefixes, published_sources
+from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, manifest_of, results
 from tests.harm import overwrite
 from tests.unit.test_known import key, known, requests
@@ -174,7 +173,7 @@ def test_the_known_keys_are_those_that_have_an_answer(storage, parts):
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    monkeypatch.setattr(publish, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(snapshot, "_CHUNK_ROWS", 4)
 
 
 def test_a_snapshot_answers_as_its_parts_do(storage, parts, small_groups):

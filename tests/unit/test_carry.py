@@ -15,18 +15,21 @@ from batchgen.core.errors import OutputError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
-from batchgen.store import publish
-from batchgen.store.books import NO_ROWS, Manifest, Part
-from batchgen.store.carry import Piece, Wanted, from_parts, gathered
-from batchgen.store.footer import PartFooter
+from batchgen.store import snapshot
+from batchgen.store.books import NO_ROWS, Manifest, Part, PartFooter
 from batchgen.store.matching import Span
-from batchgen.store.parts import PartContext, PartWriter
-from batchgen.store.publish import SnapshotFormat, write_snapshot
-from batchgen.store.published import from_snapshot
-from batchgen.store.renumber import Renumbering, rows_of
+from batchgen.store.parts import PartContext, PartWriter, part_schema, tally
 from batchgen.store.result_files import Index
-from batchgen.store.schema import part_schema
-from batchgen.store.tally import tally
+from batchgen.store.reuse import (
+    Piece,
+    Renumbering,
+    Wanted,
+    from_parts,
+    from_snapshot,
+    gathered,
+    rows_of,
+)
+from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, plan, results
 from tests.harm import overwrite
 
@@ -57,7 +60,7 @@ def footed(storage: LocalStorage, name: str) -> Part:
     return Part(name, PartFooter.from_metadata(pq.read_metadata(storage.path(name)).metadata))
 
 
-def snapshot(storage: LocalStorage, parts: list[Part], rows_per_file: int = 25) -> Manifest:
+def put_snapshot(storage: LocalStorage, parts: list[Part], rows_per_file: int = 25) -> Manifest:
     form = SnapshotFormat(SCHEMA, "gen_", "zstd", rows_per_file, {b"batchgen.engine": b"fake 7"})
     written = write_snapshot(storage, "snap", [(part.name, part.footer) for part in parts], form)
     return Manifest(
@@ -125,7 +128,7 @@ def parts(storage: LocalStorage) -> list[Part]:
 
 def test_the_ok_rows_of_a_snapshot_come_back_as_they_were_and_blank_ones_as_skipped(storage, parts):
     told: list[str] = []
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     rows, skipped = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
     assert ids(rows) == expected_ids() == [row["id"] for row in rows]
     assert {row["gen_text"] for row in rows} == {at.replace("/", ":") for at in expected_ids()}
@@ -136,7 +139,7 @@ def test_the_ok_rows_of_a_snapshot_come_back_as_they_were_and_blank_ones_as_skip
 
 def test_the_ok_rows_of_parts_are_the_same_rows(storage, parts):
     told: list[str] = []
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     published, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
     rows, skipped = collect(from_parts(storage, parts, wanted(told)))
     assert sorted(rows, key=lambda row: list(row.values())[:2]) == published
@@ -148,7 +151,7 @@ def test_the_ok_rows_of_parts_are_the_same_rows(storage, parts):
 def test_only_wanted_rows_come_back(storage, parts, kind, others):
     some = {0: Ranges([(2, 9)]), 1: Ranges.until(others), 2: Ranges([(28, 30)])}
     want = wanted([], some)
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
         pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
     else:
@@ -161,7 +164,7 @@ def test_only_wanted_rows_come_back(storage, parts, kind, others):
 @pytest.mark.parametrize("kind", ["snapshot", "parts"])
 def test_errors_come_back_too_where_they_are_wanted(storage, parts, kind):
     want = wanted([], takes_errors=True)
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
         pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
     else:
@@ -181,7 +184,7 @@ def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind
     old = plan(*NUM_ROWS)
     new = replace(old, number=2, segments=[old.segments[2], old.segments[0]])
     want = Wanted(SCHEMA, "gen_", Renumbering(spans, old, new), takes_errors=True, tell=print)
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
         pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
     else:
@@ -197,7 +200,7 @@ def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind
 
 
 def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
-    manifest = snapshot(storage, [])
+    manifest = put_snapshot(storage, [])
     rows, skipped = collect(from_snapshot(storage, manifest, [4, 2], wanted([], {
         0: Ranges.until(4), 1: Ranges.until(2)
     })))  # fmt: skip
@@ -206,12 +209,12 @@ def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(snapshot, "_CHUNK_ROWS", 8)
 
 
 def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, parts, small_groups):
     """Every byte: pages, page headers, statistics, footer."""
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     true_rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted([])))
     name = manifest.files[1]["name"]
     path = storage.path(name)
@@ -234,7 +237,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
 
 @pytest.mark.parametrize("size", [0, 3, 500, -1])
 def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, parts, size):
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     path = storage.path(manifest.files[0]["name"])
     overwrite(path, path.read_bytes()[:size])
     told: list[str] = []
@@ -245,7 +248,7 @@ def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, 
 
 
 def test_a_published_file_that_is_gone_is_damage_too(storage, parts):
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     storage.remove(manifest.files[2]["name"])
     told: list[str] = []
     rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
@@ -255,7 +258,7 @@ def test_a_published_file_that_is_gone_is_damage_too(storage, parts):
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "torn"])
 def test_without_its_index_nothing_is_taken_from_a_snapshot(storage, parts, damage):
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     assert manifest.index is not None
     path = storage.path(manifest.index["name"])
     whole = path.read_bytes()
@@ -267,13 +270,13 @@ def test_without_its_index_nothing_is_taken_from_a_snapshot(storage, parts, dama
 
 
 def test_a_snapshot_from_before_there_was_an_index_is_refused(storage, parts):
-    fields = {name: getattr(snapshot(storage, parts), name) for name in Manifest.__slots__}
+    fields = {name: getattr(put_snapshot(storage, parts), name) for name in Manifest.__slots__}
     with pytest.raises(OutputError, match="has no index of rows; use --fresh"):
         Index(storage, Manifest(**{**fields, "index": None}))
 
 
 def test_a_snapshot_with_other_columns_is_refused(storage, parts):
-    manifest = snapshot(storage, parts)
+    manifest = put_snapshot(storage, parts)
     other = part_schema(pa.schema([("name", pa.string())]), ANSWER, "gen_")
     want = Wanted(other, "gen_", staying({0: Ranges.until(40)}), takes_errors=False, tell=print)
     with pytest.raises(OutputError, match="has other columns than this job's parts"):
@@ -366,7 +369,7 @@ def test_whatever_is_ok_failed_or_blank_each_row_comes_back_once(tmp_path_factor
     rest = Ranges.until(31) - Ranges.of(taken)  # So that the snapshot is one of a whole plan.
     parts.append(footed(storage, writer.commit([], {0: rest}, BY).name))
     want = wanted([], {0: Ranges.until(31)})
-    manifest = snapshot(storage, parts, rows_per_file=data.draw(st.integers(1, 9)))
+    manifest = put_snapshot(storage, parts, rows_per_file=data.draw(st.integers(1, 9)))
     for pieces in (from_parts(storage, parts, want), from_snapshot(storage, manifest, [31], want)):
         rows, left_out = collect(pieces)
         assert sorted(row["_batchgen_row"] for row in rows) == sorted(ok)

@@ -16,8 +16,7 @@ from batchgen.cluster.board import Board
 from batchgen.cluster.messages import Committed, Look
 from batchgen.core.records import EngineStats
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.store.lock import RunLock
-from batchgen.store.runlog import RunLog
+from batchgen.store.runs import RunLock, RunLog
 from tests.fakes import FACTS, FakeClock
 
 BUSY = EngineStats(
@@ -337,10 +336,10 @@ def test_if_most_do_not_run_some_that_do_are_shown_and_the_others_counted():
 
 
 def test_status_shows_the_table_and_json_has_all_of_it(storage):
-    log = RunLog(storage, "_batchgen/runs", "run-1")
+    log = RunLog(storage, "run-1")
     board = Board(RunStats(0.0, 100), clock=lambda: 0.0)
     board.note(1, 1, look(3))
-    lock = RunLock(storage, "_batchgen/lock", "run-1")
+    lock = RunLock(storage, "run-1")
     lock.acquire()
     try:
         log.live(board.whole(1.0), replicas=board.rows(1.0))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.ranges import Ranges
-from batchgen.store.footer import FOOTER_KEY, PartFooter
+from batchgen.store.books import FOOTER_KEY, PartFooter
 
 FOOTER = PartFooter(
     plan="plan-a",

@@ -12,8 +12,8 @@ from batchgen.pipeline.prepare import prepare
 from batchgen.preview.past import last_run
 from batchgen.preview.report import Forecast, Rows, told
 from batchgen.preview.reuse import moved
+from batchgen.store.books import STATE
 from batchgen.store.matching import Span
-from batchgen.store.names import STATE
 from tests.fakes import plan
 
 SPANS = [Span(0, 10, 1, 0, 5), Span(2, 0, 1, 20, 10)]

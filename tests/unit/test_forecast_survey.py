@@ -20,7 +20,7 @@ from batchgen.pipeline.prepare import prepare
 from batchgen.preview.survey import How, sampled, survey
 from batchgen.preview.tokens import config_max_len, load_tokenize, max_model_len
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.store.known import KnownKeys, prefix_of
+from batchgen.store.dedupe import KnownKeys, prefix_of
 from tests.unit.test_forecast_cost import past_run
 
 SPEC = EngineSpec("echo", "", {}, {"max_tokens": 8})

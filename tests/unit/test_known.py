@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.records import Ordinal, Request
-from batchgen.store.known import KnownKeys, Sieve, prefix_of, prefixes_of
+from batchgen.store.dedupe import KnownKeys, Sieve, prefix_of, prefixes_of
 from tests.fakes import batch
 
 MERGE_KEYS = 2**18

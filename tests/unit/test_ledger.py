@@ -17,11 +17,9 @@ from batchgen.core.errors import AccountingError, FencedError, OutputError, Stor
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import Base, Manifest, Part
-from batchgen.store.footer import PartFooter
+from batchgen.store.books import Base, Manifest, Part, PartFooter
 from batchgen.store.ledger import Ledger
-from batchgen.store.parts import PartContext, PartWriter
-from batchgen.store.schema import part_schema
+from batchgen.store.parts import PartContext, PartWriter, part_schema
 from tests.fakes import batch, plan, results
 from tests.harm import overwrite
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from batchgen.core.ranges import Ranges
 from batchgen.storage import LocalStorage
 from batchgen.store import matching
-from batchgen.store.books import Durable, Part, Segment
-from batchgen.store.footer import PartFooter
+from batchgen.store.books import Durable, Part, PartFooter, Segment
 from batchgen.store.matching import Span, answered_by, is_same_reading, match, restricted
 from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
 from tests.fakes import plan

@@ -14,9 +14,8 @@ from batchgen.pipeline.decide import decide, plan_of
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.store.books import Base, Manifest
+from batchgen.store.books import STATE, Base, Manifest
 from batchgen.store.ledger import Ledger
-from batchgen.store.names import STATE
 from batchgen.store.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
 from tests.harm import overwrite

@@ -17,9 +17,14 @@ from batchgen.core.errors import BatchgenError, ConfigError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Ordinal, Result, RowError
 from batchgen.storage import LocalStorage
-from batchgen.store.footer import PartFooter
-from batchgen.store.parts import PartContext, PartWriter
-from batchgen.store.schema import dictionary_columns, part_schema, published_schema
+from batchgen.store.books import PartFooter
+from batchgen.store.parts import (
+    PartContext,
+    PartWriter,
+    dictionary_columns,
+    part_schema,
+    published_schema,
+)
 from tests.fakes import ANSWER, batch, completion, results
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from batchgen.pipeline.frozen import (
 )
 from batchgen.pipeline.prepare import check, first_prompts, job_changes, planned_columns, prepare
 from batchgen.pipeline.reuse import missing
-from batchgen.store.books import Durable, Part, Plan
-from batchgen.store.footer import PartFooter
+from batchgen.store.books import Durable, Part, PartFooter, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import is_same_reading
 from tests.fakes import write_jsonl

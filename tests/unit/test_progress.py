@@ -9,7 +9,7 @@ import pytest
 from batchgen.core.records import EngineStats, RowError
 from batchgen.pipeline.progress import Monitor, Progress, duration
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.store.runlog import RunLog
+from batchgen.store.runs import RunLog
 from tests.fakes import batch, results
 
 
@@ -106,7 +106,7 @@ def test_a_run_says_that_its_engine_starts_until_it_is_up(storage):
         return sample(now_s), next(states), None
 
     with Progress(2000, 0, stream=stream) as progress:
-        watch = Monitor(look, stats, RunLog(storage, "runs", "run-a"), progress, 5.0)
+        watch = Monitor(look, stats, RunLog(storage, "run-a"), progress, 5.0)
         watch.show(0.0, is_last=False)
         watch.show(40.0, is_last=False)
     assert lines(stream)[0] == "batchgen: 0/2,000 rows, starting the engine"

@@ -14,11 +14,10 @@ from batchgen.core.errors import AccountingError, DamagedPartError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
-from batchgen.store import publish
-from batchgen.store.footer import PartFooter
-from batchgen.store.parts import PartContext, PartWriter
-from batchgen.store.publish import SnapshotFormat, write_snapshot
-from batchgen.store.schema import part_schema, published_schema
+from batchgen.store import snapshot
+from batchgen.store.books import PartFooter
+from batchgen.store.parts import PartContext, PartWriter, part_schema, published_schema
+from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, results
 from tests.harm import overwrite
 
@@ -300,7 +299,7 @@ def test_any_rows_in_any_parts_come_out_once_and_in_order(tmp_path_factory, draw
 
 
 # More rows than one chunk and one row group hold, with stragglers committed at the very end.
-CHUNK_ROWS = publish._CHUNK_ROWS
+CHUNK_ROWS = snapshot._CHUNK_ROWS
 NUM_ROWS = CHUNK_ROWS + 9000
 
 

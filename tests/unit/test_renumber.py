@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from batchgen.core.ranges import Ranges
 from batchgen.store.matching import Span
-from batchgen.store.renumber import Renumbering, common_rows, rows_of
+from batchgen.store.parts import rows_of
+from batchgen.store.reuse import Renumbering, common_rows
 from tests.fakes import plan
 
 OK, KEYED, KEYLESS = "ok", "an error with a key", "an error without"

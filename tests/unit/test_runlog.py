@@ -14,14 +14,14 @@ import pytest
 from batchgen.core.records import EngineStats
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.storage import LocalStorage
-from batchgen.store.runlog import RunLog, memory_mib, new_run_id, utc_now
+from batchgen.store.runs import RunLog, memory_mib, new_run_id, utc_now
 
 FOLDER = "_batchgen/runs/run-1"
 
 
 @pytest.fixture
 def log(storage):
-    return RunLog(storage, "_batchgen/runs", "run-1")
+    return RunLog(storage, "run-1")
 
 
 def sample(elapsed_s):
@@ -94,7 +94,7 @@ class CountingStorage(LocalStorage):
 
 def test_a_long_run_writes_its_samples_ever_more_rarely(tmp_path):
     storage = CountingStorage(tmp_path / "out", temp_tag="run-a")
-    log = RunLog(storage, "_batchgen/runs", "run-1")
+    log = RunLog(storage, "run-1")
     for at in range(3000):
         log.sample(sample(at))
     assert len(log.samples) == 3000
@@ -133,8 +133,8 @@ def test_many_replicas_have_rows_more_rarely_but_the_last_ones(storage, log, num
 
 
 def test_of_very_many_rows_older_moments_are_thinned_out(storage, log, monkeypatch):
-    monkeypatch.setattr("batchgen.store.runlog._MOST_ROWS", 100)
-    monkeypatch.setattr("batchgen.store.runlog._FOLD", 10)
+    monkeypatch.setattr("batchgen.store.runs._MOST_ROWS", 100)
+    monkeypatch.setattr("batchgen.store.runs._FOLD", 10)
     for at in range(500):
         log.sample_replicas(replicas(float(at), 4))
     log.finish({})

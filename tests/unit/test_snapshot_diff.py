@@ -13,10 +13,9 @@ import pytest
 
 from batchgen.core.errors import ConfigError, OutputError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import Manifest, Segment
+from batchgen.store.books import STATE, Manifest, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span
-from batchgen.store.names import STATE
 from batchgen.store.row_digests import DIGEST_BYTES, name_of
 from batchgen.views.diff import diff
 from batchgen.views.pairing import edited, paired

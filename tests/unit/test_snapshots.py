@@ -9,12 +9,11 @@ import pytest
 
 from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store import history
-from batchgen.store.books import Base, Manifest, Segment
+from batchgen.store import snapshots
+from batchgen.store.books import STATE, Base, Manifest, Segment
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
-from batchgen.store.pruning import beyond, prune
+from batchgen.store.runs import RunLock
+from batchgen.store.snapshots import beyond, prune
 from batchgen.views.listing import listed
 from batchgen.views.listing import prune as prune_output
 from tests.fakes import plan
@@ -82,7 +81,7 @@ def put_nights(ledger: Ledger, *numbers: int) -> None:
 
 
 def numbers_of(ledger: Ledger) -> list[int]:
-    return [manifest.number for manifest in history.snapshots(ledger)]
+    return [manifest.number for manifest in snapshots.snapshots(ledger)]
 
 
 def names_in(ledger: Ledger, folder: str) -> list[str]:
@@ -97,16 +96,16 @@ def test_snapshots_come_oldest_first_and_plans_without_one_are_left_out(ledger):
 
 def test_a_snapshot_is_found_by_number_and_none_means_the_newest(ledger):
     put_nights(ledger, 1, 2)
-    assert history.snapshot(ledger, 1).number == 1
-    assert history.snapshot(ledger, None).number == 2
+    assert snapshots.snapshot(ledger, 1).number == 1
+    assert snapshots.snapshot(ledger, None).number == 2
 
 
 def test_an_unknown_number_lists_those_that_exist(ledger):
     with pytest.raises(OutputError, match="nothing is published here"):
-        history.snapshot(ledger, 1)
+        snapshots.snapshot(ledger, 1)
     put_nights(ledger, 1, 3)
     with pytest.raises(OutputError, match=r"there is no snapshot 2, expected one of: 1, 3$"):
-        history.snapshot(ledger, 2)
+        snapshots.snapshot(ledger, 2)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +189,7 @@ def test_a_pruning_that_died_is_healed_by_the_next(storage, ledger, first):
         prune(Ledger(LocalStorage(storage.root, disk=Full(first))), 1)
     left = numbers_of(ledger)
     assert left == [number for number in (1, 2, 3) if number > first or number == 3]
-    for manifest in history.snapshots(ledger):  # What is named is there.
+    for manifest in snapshots.snapshots(ledger):  # What is named is there.
         assert all(storage.path(file["name"]).exists() for file in manifest.files)
     prune(ledger, 1)
     assert names_in(ledger, "manifests") == ["000003.json"]
@@ -236,7 +235,7 @@ def test_a_dry_run_tells_and_removes_nothing(storage, ledger):
 
 def test_pruning_waits_for_no_run_and_takes_nothing_from_it(storage, ledger):
     put_nights(ledger, 1, 2)
-    lock = RunLock(storage, f"{STATE}/lock", "run-9")
+    lock = RunLock(storage, "run-9")
     lock.acquire()
     with pytest.raises(BusyError, match=r"run run-9 .* is at work on this job; prune when"):
         prune_output(storage.root, 1)

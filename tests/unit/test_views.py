@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from batchgen.cli.look import _readable
+from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
-from batchgen.store.runlog import RunLog
+from batchgen.store.runs import RunLock, RunLog
 from batchgen.views.status import not_begun, status
 from tests.fakes import plan
 
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
 def log(storage: LocalStorage) -> RunLog:
     """Of a run that has planned the job and does not hold it any more."""
     Ledger(storage).put_plan(plan())
-    return RunLog(storage, f"{STATE}/runs", "run-a")
+    return RunLog(storage, "run-a")
 
 
 @pytest.fixture
 def held(storage: LocalStorage) -> Iterator[RunLock]:
     """The job's lock, in the hands of that run."""
-    lock = RunLock(storage, f"{STATE}/lock", "run-a")
+    lock = RunLock(storage, "run-a")
     lock.acquire()
     yield lock
     lock.release()
@@ -110,7 +109,7 @@ def test_a_live_view_from_the_future_is_of_now(storage, log):
 
 def test_why_nothing_is_to_be_seen_yet(storage: LocalStorage) -> None:
     assert not_begun(storage.root) == ("the job has not been run yet; start it with `batchgen run`")
-    lock = RunLock(storage, f"{STATE}/lock", "run-a")
+    lock = RunLock(storage, "run-a")
     lock.acquire()
     assert not_begun(storage.root) == "its first run is at work and has not planned it yet"
     lock.release()
@@ -124,10 +123,10 @@ def test_why_nothing_is_to_be_seen_yet(storage: LocalStorage) -> None:
 def test_of_runs_of_one_second_the_last_that_wrote_is_the_newest(storage, log):
     assert log.run_id
     for run_id, ago_s in (("20260101T000000-bbb", 5), ("20260101T000000-aaa", 1)):
-        RunLog(storage, f"{STATE}/runs", run_id).live({"state": "stopped", "reason": None})
+        RunLog(storage, run_id).live({"state": "stopped", "reason": None})
         path = storage.path(f"{STATE}/runs/{run_id}/live.json")
         os.utime(path, times=(time.time() - ago_s,) * 2)
     assert status(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"
     # A copy of the folder has other times, and ids that tell all the same.
-    RunLog(storage, f"{STATE}/runs", "20250101T000000-ccc").live({"state": "running"})
+    RunLog(storage, "20250101T000000-ccc").live({"state": "running"})
     assert status(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"

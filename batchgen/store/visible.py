@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.core.errors import DamagedSnapshotError, StorageError
 from batchgen.storage import raise_if_not_damage
-from batchgen.store.lock import RunLock
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 from batchgen.store.result_files import is_as_published
+from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -253,7 +253,7 @@ def _lasting(
     ledger: Ledger, files: Sequence[Mapping[str, Any]], patience_s: float
 ) -> dict[str, Fault]:
     """The faults that stay: a run that publishes puts its files there one after the other."""
-    lock = RunLock(ledger.storage, f"{STATE}/lock", "")
+    lock = RunLock(ledger.storage)
     found: dict[str, Fault] | None = None
     changed_s = time.monotonic()
     while True:

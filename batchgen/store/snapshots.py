@@ -1,6 +1,7 @@
-"""Old snapshots go, oldest first: the manifest, and then the files that nobody names any more.
+"""The snapshots that there are: one for each plan that was published and not pruned since.
 
-A crash in between leaves files without a manifest. Nothing reads them, and the next pruning, like
+Pruning removes the oldest first: the manifest, and then the files that nobody names any more. A
+crash in between leaves files without a manifest. Nothing reads them, and the next pruning, like
 the end of the next run, removes them.
 """
 
@@ -8,15 +9,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from batchgen.core.errors import OutputError
 from batchgen.store import row_digests
-from batchgen.store.history import snapshots
-from batchgen.store.names import STATE
+from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from batchgen.store.books import Manifest, Plan, Segment
     from batchgen.store.ledger import Ledger
+
+
+def snapshots(ledger: Ledger) -> list[Manifest]:
+    """All of them, oldest first.
+
+    Raises:
+        OutputError: A manifest is not one that this version understands.
+    """
+    found = []
+    manifest = ledger.latest_manifest()
+    while manifest is not None:
+        found.append(manifest)
+        manifest = ledger.manifest_before(manifest.number)
+    return found[::-1]
+
+
+def snapshot(ledger: Ledger, number: int | None) -> Manifest:
+    """A snapshot by number; None: the newest.
+
+    Raises:
+        OutputError: There is none, or not that one; the text says which there are.
+    """
+    manifest = ledger.latest_manifest() if number is None else ledger.manifest(number)
+    if manifest is not None:
+        return manifest
+    numbers = ", ".join(str(manifest.number) for manifest in snapshots(ledger))
+    if numbers:
+        msg = f"{ledger.storage.where}: there is no snapshot {number}, expected one of: {numbers}"
+    else:
+        msg = (
+            f"{ledger.storage.where}: nothing is published here; `batchgen status` tells how far "
+            "the job is"
+        )
+    raise OutputError(msg)
 
 
 def beyond(ledger: Ledger, keep: int) -> list[Manifest]:

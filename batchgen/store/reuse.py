@@ -1,0 +1,521 @@
+"""What earlier plans have answered, read back for a later one: by place, and by request.
+
+Rows that stand in both plans are taken over under their new ordinals, from parts or from a
+snapshot. Of other rows, equal requests are computed once: in memory is where each answer is, 16
+bytes a row; the answers stay on the disk. What is damaged is left out and told of: its rows are
+then computed again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchgen.core import arrow
+from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.ranges import Ranges
+from batchgen.store.books import NO_ROWS
+from batchgen.store.dedupe import prefixes_of
+from batchgen.store.matching import Span
+from batchgen.store.parts import ROW, SEGMENT, rows_of
+from batchgen.store.result_files import Index, ResultFile, is_intact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import polars as pl
+
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Manifest, Part, Plan
+    from batchgen.store.result_files import Chunk
+
+
+class Renumbering:
+    """Spans between two plans, ready for use. Immutable."""
+
+    def __init__(self, spans: Sequence[Span], old: Plan, new: Plan) -> None:
+        """Prepare.
+
+        Args:
+            spans: See `matching.match`; disjoint in both plans.
+            old: The earlier plan.
+            new: The later plan.
+        """
+        import polars as pl
+
+        by_old: dict[int, list[Span]] = {}
+        for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):
+            by_old.setdefault(span.old_segment, []).append(span)
+        self._by_old = by_old
+        self.old_rows = {
+            segment: Ranges((span.old_start, span.old_start + span.length) for span in found)
+            for segment, found in by_old.items()
+        }
+        """Old segment -> the rows that are in the later plan."""
+        names = Span._fields
+        ordered = [span for found in by_old.values() for span in found]
+        self._frame = pl.DataFrame(ordered, schema=dict.fromkeys(names, pl.Int64), orient="row")
+        self._same_path = [
+            segment
+            for segment, found in by_old.items()
+            if old.segments[segment].path == new.segments[found[0].segment].path
+        ]
+
+    def table(self, table: pa.Table, prefix: str, *, takes_errors: bool) -> pa.Table:
+        """Rows of a table in the part schema that are in the later plan, with its ordinals.
+
+        Error texts of rows that never became a request name the file and the line: those are
+        taken only where both still hold.
+
+        Args:
+            table: Rows of the earlier plan, in ordinal order.
+            prefix: Of batchgen's columns.
+            takes_errors: Whether rows that are errors are wanted too.
+        """
+        import polars as pl
+
+        facts = pl.DataFrame(
+            {
+                "old_segment": pl.Series(table.column(SEGMENT)).cast(pl.Int64),
+                "row": pl.Series(table.column(ROW)),
+                "is_ok": pl.Series(table.column(f"{prefix}status")) == "ok",
+                "has_key": pl.Series(table.column(f"{prefix}request_key")).is_not_null(),
+            }
+        ).with_row_index("at")
+        found = facts.sort("old_segment", "row").join_asof(
+            self._frame,
+            left_on="row",
+            right_on="old_start",
+            by="old_segment",
+            strategy="backward",
+            coalesce=False,
+            check_sortedness=False,
+        )
+        offset = pl.col("row") - pl.col("old_start")
+        is_wanted = pl.col("is_ok")
+        if takes_errors:
+            stays = pl.col("old_segment").is_in(self._same_path) & (
+                pl.col("old_start") == pl.col("start")
+            )
+            is_wanted = is_wanted | pl.col("has_key") | stays
+        found = found.filter((offset < pl.col("length")) & is_wanted).select(
+            "at", "segment", row=pl.col("start") + offset
+        )
+        rows = arrow.take(table, found["at"].cast(pl.Int64).to_arrow())
+        for name in (SEGMENT, ROW):
+            at = rows.schema.get_field_index(name)
+            field = rows.schema.field(at)
+            values = found["segment" if name == SEGMENT else "row"].to_arrow().cast(field.type)
+            rows = rows.set_column(at, field, values)
+        return rows
+
+    def ranges(self, rows: Mapping[int, Ranges]) -> dict[int, Ranges]:
+        """Segment -> rows in the later plan of rows of the earlier one."""
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for segment, found in rows.items():
+            moves = self._by_old.get(segment, [])
+            starts = [span.old_start for span in moves]
+            for first, stop in found.spans:
+                at = max(bisect_right(starts, first) - 1, 0)
+                while at < len(moves) and moves[at].old_start < stop:
+                    span = moves[at]
+                    here = max(first, span.old_start)
+                    end = min(stop, span.old_start + span.length)
+                    if here < end:
+                        shift = span.start - span.old_start
+                        spans.setdefault(span.segment, []).append((here + shift, end + shift))
+                    at += 1
+        return {segment: Ranges(found) for segment, found in spans.items()}
+
+
+def common_rows(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    """Segment -> rows in both; segments with none left out."""
+    both = {segment: found & others.get(segment, NO_ROWS) for segment, found in rows.items()}
+    return {segment: found for segment, found in both.items() if found}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to take over."""
+
+    schema: pa.Schema
+    """Of parts."""
+    prefix: str
+    moves: Renumbering
+    """Which rows, and where they go."""
+    takes_errors: bool
+    """Whether rows that are errors are wanted too."""
+    tell: Callable[[str], None]
+    """Hears of damage."""
+
+    def of(self, table: pa.Table) -> pa.Table:
+        """The wanted rows of a table in the part schema, under their new ordinals."""
+        return self.moves.table(table, self.prefix, takes_errors=self.takes_errors)
+
+
+class Piece(NamedTuple):
+    """Rows taken over."""
+
+    table: pa.Table
+    """Results in the part schema."""
+    skipped: Mapping[int, Ranges]
+    """Rows that end without a result."""
+    engine: str
+    """Who answered."""
+
+
+def from_parts(storage: LocalStorage, parts: Sequence[Part], wanted: Wanted) -> Iterator[Piece]:
+    """Yield the wanted rows of parts, answered or skipped, part by part.
+
+    Raises:
+        StorageError: Something cannot be read right now.
+    """
+    for part in parts:
+        if not common_rows(part.footer.done, wanted.moves.old_rows):
+            continue
+        facts = part.footer.engine
+        engine = f"{facts.get('engine', '')} {facts.get('version', '')}".strip()
+        try:
+            tables, skipped = _read_part(storage.path(part.name), part)
+        except ValueError as error:
+            wanted.tell(f"{part.name}: damaged ({error}); its rows are done again")
+            continue
+        if skipped is None:
+            wanted.tell(f"{part.name}: damaged; rows that cannot be read are done again")
+        found = [wanted.of(rows.cast(wanted.schema)) for rows in tables]
+        table = pa.concat_tables([wanted.schema.empty_table(), *found])
+        yield Piece(table, wanted.moves.ranges(skipped or {}), engine)
+
+
+def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges] | None]:
+    """The row groups that can be read, and the skipped rows, None if they cannot be told.
+
+    Raises:
+        ValueError: Nothing of the part can be believed.
+    """
+    with ResultFile(path) as file:
+        tables = [table for _, table in file.groups()]
+        if not file.num_groups and file.problem is not None:
+            raise ValueError(file.problem)
+        is_whole = file.problem is None
+    seen: dict[int, Ranges] = {}
+    for table in tables:
+        for segment, rows in rows_of(table).items():
+            seen[segment] = seen.get(segment, NO_ROWS) | rows
+    num_rows = sum(table.num_rows for table in tables)
+    done = part.footer.done
+    if (
+        sum(len(rows) for rows in seen.values()) != num_rows
+        or any(rows - done.get(segment, NO_ROWS) for segment, rows in seen.items())
+        or (is_whole and num_rows != part.footer.num_results)
+    ):
+        msg = "its rows are not those that its footer names"
+        raise ValueError(msg)
+    if not is_whole:
+        return tables, None
+    return tables, {segment: rows - seen.get(segment, NO_ROWS) for segment, rows in done.items()}
+
+
+def gathered(pieces: Iterable[Piece], max_rows: int, max_bytes: int) -> Iterator[Piece]:
+    """Join pieces to ones worth a part each, their rows in ordinal order.
+
+    Args:
+        pieces: Disjoint.
+        max_rows: Yield as soon as there are so many rows.
+        max_bytes: Or so many bytes of Arrow memory.
+    """
+    held: list[Piece] = []
+    num_rows = num_bytes = 0
+    for piece in pieces:
+        held.append(piece)
+        num_rows += piece.table.num_rows
+        num_bytes += piece.table.nbytes
+        if num_rows >= max_rows or num_bytes >= max_bytes:
+            yield _joined(held)
+            held, num_rows, num_bytes = [], 0, 0
+    if held and (joined := _joined(held)).table.num_rows + len(joined.skipped):
+        yield joined
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    table = pa.concat_tables([piece.table for piece in pieces])
+    order = pc.sort_indices(table, sort_keys=[(SEGMENT, "ascending"), (ROW, "ascending")])
+    skipped: dict[int, Ranges] = {}
+    for piece in pieces:
+        for segment, rows in piece.skipped.items():
+            skipped[segment] = skipped.get(segment, NO_ROWS) | rows
+    engines = sorted({name for piece in pieces for name in piece.engine.split(", ")} - {""})
+    return Piece(arrow.take(table, order), skipped, ", ".join(engines))
+
+
+_ENGINE_KEY = b"batchgen.engine"
+
+
+def from_snapshot(
+    storage: LocalStorage, manifest: Manifest, num_rows: Sequence[int], wanted: Wanted
+) -> Iterator[Piece]:
+    """Yield the wanted rows of a snapshot, answered or skipped, in its ordinal order.
+
+    Args:
+        storage: Where it is.
+        manifest: Of the snapshot.
+        num_rows: Planned rows of each segment.
+        wanted: What to take.
+
+    Raises:
+        OutputError: Its index is damaged, or it has other columns.
+        StorageError: Something cannot be read right now.
+    """
+    index = Index(storage, manifest)
+    moves = wanted.moves
+    try:
+        cursor, number = (0, 0), 0
+        for entry, chunks in zip(manifest.files, index.chunks, strict=True):
+            file = ResultFile(storage.path(entry["name"]), chunks)
+            num_damaged, engine = 0, ""
+            for group in range(len(chunks) - 1):
+                ordinals = index.ordinals(number)
+                number += 1
+                here = rows_of(ordinals)
+                last = (ordinals[SEGMENT][-1].as_py(), ordinals[ROW][-1].as_py() + 1)
+                skipped = moves.ranges(_gaps(cursor, last, here, num_rows))
+                cursor = last
+                table = wanted.schema.empty_table()
+                if rows := common_rows(here, moves.old_rows):
+                    found = file.group(group)
+                    engine = file.metadata.get(_ENGINE_KEY, b"").decode()
+                    if found is None:
+                        num_damaged += sum(len(those) for those in rows.values())
+                    else:
+                        table = wanted.of(_in_part_schema(file, found, ordinals, wanted.schema))
+                if table.num_rows or skipped:
+                    yield Piece(table, skipped, engine)
+            file.close()
+            if num_damaged:
+                name = entry["name"]
+                wanted.tell(f"{name}: damaged ({file.problem}); {num_damaged:,} rows done again")
+        end = (len(num_rows) - 1, num_rows[-1]) if num_rows else cursor
+        if skipped := moves.ranges(_gaps(cursor, end, {}, num_rows)):
+            yield Piece(wanted.schema.empty_table(), skipped, "")
+    finally:
+        index.close()
+
+
+def _gaps(
+    start: tuple[int, int],
+    stop: tuple[int, int],
+    rows: Mapping[int, Ranges],
+    num_rows: Sequence[int],
+) -> dict[int, Ranges]:
+    """Rows from ordinal `start` up to, not including, `stop` that are not in `rows`."""
+    found = {}
+    for segment in range(start[0], stop[0] + 1):
+        first = start[1] if segment == start[0] else 0
+        end = stop[1] if segment == stop[0] else num_rows[segment]
+        found[segment] = Ranges([(first, end)]) - rows.get(segment, NO_ROWS)
+    return found
+
+
+def _in_part_schema(
+    file: ResultFile, rows: pa.Table, ordinals: pa.Table, schema: pa.Schema
+) -> pa.Table:
+    """Published rows with their ordinals."""
+    if rows.column_names != schema.names[ordinals.num_columns :]:
+        msg = (
+            f"{file.path}: has other columns than this job's parts; use the batchgen that wrote "
+            "it, or begin anew with --fresh"
+        )
+        raise OutputError(msg)
+    columns = [*ordinals.columns, *rows.columns]
+    return pa.table(dict(zip(schema.names, columns, strict=True))).cast(schema)
+
+
+class Source(NamedTuple):
+    """A Parquet file of results: a part, or a published file."""
+
+    name: str
+    takes_errors: bool
+    """Whether a row that is an error answers for rows like it."""
+    chunks: Sequence[Chunk] = ()
+    """Of a published file: an answer is believed if its row group is what was written."""
+
+
+def published_sources(
+    storage: LocalStorage, manifest: Manifest, *, takes_errors: bool
+) -> list[Source]:
+    """The files of a snapshot.
+
+    Raises:
+        StorageError: Its index cannot be read right now.
+    """
+    try:
+        index = Index(storage, manifest)
+    except StorageError:
+        raise
+    except OutputError:  # Then whole files are believed, or not at all.
+        return [
+            Source(file["name"], takes_errors)
+            for file in manifest.files
+            if is_intact(storage.path(file["name"]), file)
+        ]
+    index.close()
+    return [
+        Source(file["name"], takes_errors, chunks)
+        for file, chunks in zip(manifest.files, index.chunks, strict=True)
+    ]
+
+
+def key_prefixes(
+    storage: LocalStorage, sources: Sequence[Source], prefix: str, tell: Callable[[str], None]
+) -> Iterator[pl.Series]:
+    """Yield the first 64 bits of every key that has an answer, repeats included, piece by piece.
+
+    Raises:
+        StorageError: A source cannot be read right now.
+    """
+    for source in sources:
+        for _, keys in _key_groups(storage, source, prefix, tell):
+            yield keys["prefix"]
+
+
+def _key_groups(
+    storage: LocalStorage, source: Source, prefix: str, tell: Callable[[str], None]
+) -> Iterator[tuple[int, pl.DataFrame]]:
+    """Yield each row group's number and its rows that answer: `prefix`, `row`, `is_ok`."""
+    import polars as pl
+
+    key, status = f"{prefix}request_key", f"{prefix}status"
+    with ResultFile(storage.path(source.name), source.chunks) as file:
+        # Whose answer is copied is proven then.
+        for group, table in file.groups([key, status], is_proven=False):
+            keys = pl.DataFrame(
+                {
+                    "prefix": prefixes_of(pl.Series(table.column(key).cast(pa.string()))),
+                    "row": pl.int_range(table.num_rows, dtype=pl.UInt32, eager=True),
+                    "is_ok": pl.Series(table.column(status).cast(pa.string())) == "ok",
+                }
+            )
+            answers = pl.col("prefix").is_not_null() & (
+                pl.lit(source.takes_errors) | pl.col("is_ok")
+            )
+            yield group, keys.filter(answers)
+        _tell_of(file, tell)
+
+
+def _tell_of(file: ResultFile, tell: Callable[[str], None]) -> None:
+    if file.problem is not None:
+        tell(f"{file.path.name}: damaged ({file.problem}); its answers are not used again")
+
+
+class AnsweredKeys:
+    """Where the answer of each request key is. Files may come, none may go."""
+
+    def __init__(
+        self,
+        storage: LocalStorage,
+        sources: Sequence[Source],
+        columns: Sequence[pa.Field],
+        prefix: str,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Read the keys.
+
+        Args:
+            storage: Where the sources are.
+            sources: Where two have a key, the earlier one answers; an ok row before an error.
+            columns: What to return of an answer, in the part schema: nothing carried, no ordinal.
+            prefix: Of batchgen's columns.
+            tell: Hears of damage.
+
+        Raises:
+            StorageError: A source cannot be read right now.
+        """
+        self._storage = storage
+        self._columns = pa.schema(columns)
+        self._prefix = prefix
+        self._tell = tell
+        self._groups: list[tuple[Source, int]] = []
+        self._index = self._read(sources)
+
+    def _read(self, sources: Sequence[Source]) -> pl.DataFrame:
+        """Where the answers are, those that are ok first.
+
+        Neither sorted nor without repeats: at ten million rows, either would cost more memory than
+        the places themselves.
+        """
+        import polars as pl
+
+        kinds = {"prefix": pl.UInt64, "group": pl.UInt32, "row": pl.UInt32}
+        found = {is_ok: [pl.DataFrame(schema=kinds)] for is_ok in (True, False)}
+        for source in sources:
+            for group, keys in _key_groups(self._storage, source, self._prefix, self._tell):
+                self._groups.append((source, group))
+                number = pl.lit(len(self._groups) - 1, pl.UInt32)
+                rows = keys.with_columns(group=number)
+                for is_ok, frames in found.items():
+                    frames.append(rows.filter(pl.col("is_ok") == is_ok).select(*kinds))
+        return pl.concat([*found[True], *found[False]])
+
+    def find(self, keys: Sequence[str]) -> tuple[list[int], pa.Table]:
+        """Look answers up.
+
+        Args:
+            keys: Request keys, repeats allowed.
+
+        Returns:
+            Indexes into `keys` that have an answer, ascending, and the answers, one row each.
+
+        Raises:
+            StorageError: A source cannot be read right now.
+        """
+        import polars as pl
+
+        wanted = pl.DataFrame({"key": keys}, schema={"key": pl.String}).with_row_index("at")
+        wanted = wanted.with_columns(prefix=prefixes_of(wanted["key"]))
+        here = self._index.join(wanted, on="prefix", how="semi", maintain_order="left")
+        here = here.unique("prefix", keep="first", maintain_order=True)
+        hits = wanted.join(here, on="prefix").sort("group", "at")
+        places: list[int] = []
+        tables = [self._columns.empty_table()]
+        file: ResultFile | None = None
+        for rows in hits.partition_by("group", maintain_order=True):
+            source, group = self._groups[rows["group"][0]]
+            file = self._opened(source, file)
+            answers = self._answers(file, group)
+            if answers is None:
+                continue
+            table = arrow.take(answers, rows["row"].cast(pl.Int64).to_arrow())
+            found = pl.Series(table.column(f"{self._prefix}request_key"), dtype=pl.String)
+            is_same = found == rows["key"]
+            tables.append(table.filter(is_same.to_arrow()))
+            places += rows["at"].filter(is_same).to_list()
+        self._let_go(file)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        answers = arrow.take(pa.concat_tables(tables), pa.array(order, pa.int64()))
+        return [places[at] for at in order], answers
+
+    def _opened(self, source: Source, file: ResultFile | None) -> ResultFile:
+        """The file of a source; mostly many row groups of one file are asked for in a row."""
+        path = self._storage.path(source.name)
+        if file is not None and file.path == path:
+            return file
+        self._let_go(file)
+        return ResultFile(path, source.chunks)
+
+    def _answers(self, file: ResultFile, group: int) -> pa.Table | None:
+        table = file.group(group, self._columns.names)
+        try:
+            return None if table is None else table.cast(self._columns)
+        except pa.ArrowException:  # The footer of a part has no checksum: its types may lie.
+            self._tell(f"{file.path.name}: damaged; answers in it are not used again")
+            return None
+
+    def _let_go(self, file: ResultFile | None) -> None:
+        if file is not None:
+            file.close()
+            _tell_of(file, self._tell)
