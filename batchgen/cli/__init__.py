@@ -14,6 +14,7 @@ from batchgen import __version__
 from batchgen.cli import doctor, history, look, plan, tune
 from batchgen.cli.run import refused_usage, run
 from batchgen.core.errors import BatchgenError, ExitCode
+from batchgen.core.words import lost_output, own_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,16 +39,35 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point: errors that batchgen raises on purpose become one line and an exit code."""
+    """Run the command line, and end with its exit code."""
+    own_streams()
+    code = _run()
+    # What these did is done, and their code tells of it; the others only had to print.
+    acts = {"run", "tune", "prune"}.intersection(sys.argv[1:2])
+    if not code and not acts and (why := lost_output()):
+        _fail(f"stdout cannot be written: {why}")
+        code = ExitCode.FAULT
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Errors that batchgen raises on purpose become one line and an exit code."""
     try:
         cli.main(standalone_mode=False)
+    except SystemExit as end:
+        return int(end.code or 0)
     except BatchgenError as error:
-        click.secho(f"batchgen: {error}", fg="red", err=True)
-        sys.exit(error.exit_code)
+        _fail(str(error))
+        return error.exit_code
     except click.ClickException as error:
         refused_usage(error, sys.argv[1:])
         error.show()
-        sys.exit(ExitCode.REFUSED)
+        return ExitCode.REFUSED
     except (click.Abort, KeyboardInterrupt):
-        click.secho("batchgen: interrupted; run again to go on", fg="red", err=True)
-        sys.exit(ExitCode.STOPPED)
+        _fail("interrupted; run again to go on")
+        return ExitCode.STOPPED
+    return ExitCode.COMPLETE
+
+
+def _fail(text: str) -> None:
+    click.secho(f"batchgen: {text}", fg="red", err=True)

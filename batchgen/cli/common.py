@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 JOB = click.argument("job", type=click.Path(path_type=Path))
 SET = click.option(
@@ -54,6 +54,18 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+def stop_on_signals(ask: Callable[[int, Any], None]) -> None:
+    """Have SIGTERM, Ctrl-C and the end of the terminal ask for a stop.
+
+    Args:
+        ask: Gets the signal and its frame.
+    """
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # As under nohup.
+        signal.signal(signal.SIGHUP, ask)
 
 
 def say_stopping(text: str, signum: int) -> None:

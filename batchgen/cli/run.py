@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from batchgen.cli.common import (
     print_json,
     rows_in_flight,
     say_stopping,
+    stop_on_signals,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
 
@@ -164,7 +164,7 @@ def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
 
 
 def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
-    """SIGTERM and Ctrl-C ask the run to drain, which is said at once; a second one to stop now.
+    """Signals ask the run to drain, which is said at once; a second one to stop now.
 
     Args:
         stop: The run's.
@@ -184,8 +184,7 @@ def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
         else:
             say_stopping("stopping after this step; {again} to stop at once", signum)
 
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
+    stop_on_signals(ask)
 
 
 def _told(summary: Summary, job: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from batchgen.cli.common import (
     print_json,
     rows_in_flight,
     say_stopping,
+    stop_on_signals,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
 
@@ -118,7 +118,7 @@ def _ended(error: BaseException) -> dict[str, Any]:
 
 
 def _stop_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
-    """SIGTERM and Ctrl-C end the search once the trial at work has drained; a second one now.
+    """Signals end the search once the trial at work has drained; a second one at once.
 
     Args:
         stops: The search's.
@@ -132,8 +132,7 @@ def _stop_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
         if is_first:
             say_stopping(f"stopping with this trial: {rows_in_flight(grace_s)}", signum)
 
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
+    stop_on_signals(ask)
 
 
 COMMANDS = (tune,)

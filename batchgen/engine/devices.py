@@ -34,6 +34,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from batchgen.core.words import say
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
@@ -499,6 +501,5 @@ def _flock(descriptor: int, wait_s: float) -> bool:
             return True
         if not is_told:
             is_told = True
-            sys.stderr.write("batchgen: waits until another engine on this GPU is up\n")
-            sys.stderr.flush()
+            say("waits until another engine on this GPU is up")
         time.sleep(_TRY_S)

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.collector import collect_rarely
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, one_line
+from batchgen.core.words import own_streams
 from batchgen.engine.devices import GpuLoad
 from batchgen.engine.faulty import echo_engine
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
@@ -159,6 +160,7 @@ def _end_with_thread(args: threading.ExceptHookArgs) -> None:
 
 def main() -> NoReturn:
     """Serve the connection whose file descriptor is the first argument."""
+    own_streams()
     faulthandler.enable()
     threading.excepthook = _end_with_thread
     fd = int(sys.argv[1])

@@ -35,6 +35,9 @@ def places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
         "output.path": _with_dates("output.path", [job.output.path], job.run_date, problems),
         "input.path": _with_dates("input.path", inputs, job.run_date, problems),
     }
+    problems += [
+        f"output.path: {_no_folder(path)}" for path in places["output.path"] if is_url(path)
+    ]
     if job.model.name:
         places["model.name"] = [job.model.name]
     if job.run.on_finish:
@@ -45,6 +48,13 @@ def places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
             found = f"{job.run.metrics_file!r} is a URL, expected a file on this machine"
             problems.append(f"run.metrics_file: {found}")
     return places
+
+
+def _no_folder(url: str) -> str:
+    """What is wrong with an output at a URL: nothing there could be published yet."""
+    scheme, _, path = url.partition("://")
+    instead = f" such as {path!r}" if scheme == "file" and path else ", local or mounted"
+    return f"{url!r:.300} is a URL, expected a folder{instead}; object stores are not supported yet"
 
 
 def _with_dates(key: str, paths: Sequence[str], run_date: date, problems: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,6 +27,7 @@ from batchgen.core.errors import (
     GateError,
     StorageError,
 )
+from batchgen.core.words import say
 from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.vllm.settings import SETTINGS
 from batchgen.pipeline.compute import OneEngine
@@ -307,7 +307,7 @@ class JobRun:
         """Say what the run's samples tell of its settings."""
         for text in self._compute.advice() if self._publishes else ():
             self._context.notes.add(text)
-            sys.stderr.write(f"batchgen: {text}\n")
+            say(text)
 
     def _summary(
         self,

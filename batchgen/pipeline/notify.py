@@ -10,12 +10,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from batchgen.core.words import STDERR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ def run_hook(
 def _stderr() -> int:
     """Where the hook's stdout goes; nowhere, if stderr is closed or no file."""
     try:
-        return sys.stderr.fileno()
+        return int(STDERR.fileno())
     except (AttributeError, OSError, ValueError):
         return subprocess.DEVNULL
 
@@ -116,9 +117,8 @@ def _relay(stderr: IO[bytes], tail: bytearray) -> None:
         while chunk := os.read(stderr.fileno(), 65536):
             tail += chunk
             del tail[:-_TAIL_BYTES]
-            with suppress(AttributeError, OSError, ValueError):
-                sys.stderr.write(chunk.decode("utf-8", "replace"))
-                sys.stderr.flush()
+            STDERR.write(chunk.decode("utf-8", "replace"))
+            STDERR.flush()
 
 
 def write_metrics(path: str | Path, summary: Mapping[str, Any]) -> str | None:

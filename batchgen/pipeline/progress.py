@@ -6,12 +6,13 @@ its samples, see `RunLog`.
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 from tqdm import tqdm
+
+from batchgen.core.words import STDERR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ class Progress:
             num_done: Of these, done by earlier runs.
             stream: Default stderr; a bar only if it is a terminal.
         """
-        self._stream = stream or sys.stderr
+        self._stream = stream or cast("IO[str]", STDERR)
         self._num_rows = num_rows
         self._last_line_s: float | None = None
         self._bar: tqdm[Any] | None = None

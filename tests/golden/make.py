@@ -287,11 +287,12 @@ def _refused(at: Situations) -> None:
         "wrong template": {"prompt": {"user": "{{ text "}},
         "wrong option of the engine": {"model": {"engine": {"quick": 1}}},
         "no such model": {"model": {"backend": "vllm", "name": "./none"}},
+        "output at a URL": {"output": {"path": "s3://bucket/out"}},
         "output below a file": {"output": {"path": "in.jsonl/out"}},
     }
     for situation, tables in wrong.items():
         job = job_of(folder, **tables)
-        for command in ("check", "plan", "doctor", "run", "status"):
+        for command in ("check", "plan", "doctor", "run", "status", "tune"):
             json_ = () if command == "check" else ("--json",)
             at.note(situation, command, job, *json_)
         shutil.rmtree(folder / "out", ignore_errors=True)

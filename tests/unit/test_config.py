@@ -279,6 +279,21 @@ MISTAKES = {
         {"run": {"metrics_file": "https://host/x.prom"}},
         "run.metrics_file: 'https://host/x.prom' is a URL, expected a file on this machine",
     ),
+    "output at a URL": (
+        {"output": {"path": "s3://bucket/out"}},
+        "output.path: 's3://bucket/out' is a URL, expected a folder, local or mounted; object "
+        "stores are not supported yet",
+    ),
+    "output at a chained URL": (
+        {"output": {"path": "simplecache::memory://out"}},
+        "output.path: 'simplecache::memory://out' is a URL, expected a folder, local or "
+        "mounted; object stores are not supported yet",
+    ),
+    "output at a URL of a file": (
+        {"output": {"path": "file:///srv/out"}},
+        "output.path: 'file:///srv/out' is a URL, expected a folder such as '/srv/out'; object "
+        "stores are not supported yet",
+    ),
     "no snapshot to keep": (
         {"output": {"keep_snapshots": 0}},
         "output.keep_snapshots: 0 is wrong, expected: greater than 0",

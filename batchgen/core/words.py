@@ -1,0 +1,106 @@
+"""What is said to people while there is work: words that nobody can read never end it.
+
+A reader that went away, a closed terminal or a full disk under stderr or stdout costs what was
+to be said, and nothing else. `say` and `STDERR` are for any program that calls batchgen;
+`own_streams` is for processes that are batchgen's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+_UNHEARD = (OSError, ValueError)
+"""What a stream raises that cannot be written: ValueError, if it is closed."""
+
+
+class Stderr:
+    """The stderr of the moment as a stream to write to, which never raises."""
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        if sys.stderr is not None:
+            with suppress(*_UNHEARD):
+                sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand it on now."""
+        if sys.stderr is not None:
+            with suppress(*_UNHEARD):
+                sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Tell whether a person sits before it."""
+        with suppress(*_UNHEARD):
+            return sys.stderr is not None and sys.stderr.isatty()
+        return False
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - `fileno` and what else tqdm asks for
+        """Look up anything else in the stream itself."""
+        return getattr(sys.stderr, name)
+
+
+STDERR = Stderr()
+
+
+def say(text: str) -> None:
+    """Write a line of batchgen's to stderr, if it can be written."""
+    STDERR.write(f"batchgen: {text}\n")
+    STDERR.flush()
+
+
+class _Lossy(io.FileIO):
+    """A file descriptor that drops what it cannot write, and remembers why."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any, /) -> int:  # noqa: ANN401 - any buffer
+        """Write; what cannot be written, or only later, counts as written."""
+        try:
+            written = super().write(data)
+        except OSError as error:
+            self.lost = error
+            written = None
+        return memoryview(data).nbytes if written is None else written
+
+
+def own_streams() -> None:
+    """Make stdin, stdout and stderr of this process such that none of them can fail.
+
+    Those that were closed lead nowhere from now on; otherwise the next file that is opened would
+    have their number, and get what is meant for them. To be called first.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest number that is free: this one.
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # Nobody has put another in its place.
+            setattr(sys, name, _unfailing(number, stream))
+
+
+def _unfailing(number: int, stream: Any) -> io.TextIOWrapper:  # noqa: ANN401 - a text stream, or None
+    raw = _Lossy(number, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(stream, "encoding", None) or "utf-8",
+        errors="backslashreplace",
+        line_buffering=number == 2 or os.isatty(number),
+        write_through=getattr(stream, "write_through", False),
+    )
+
+
+def lost_output() -> str | None:
+    """Why what was printed on stdout has not arrived; None if it has, or its reader had enough."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if not isinstance(raw, _Lossy):
+        return None
+    sys.stdout.flush()
+    return raw.lost.strerror if raw.lost and raw.lost.errno != errno.EPIPE else None
