@@ -17,7 +17,6 @@ LAYERS = (
     {"pipeline"},
     {"cluster"},
     {"preview", "tuning", "views"},
-    {"api"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -50,7 +49,9 @@ def name_of(path: Path) -> str:
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """Its room. The two doors, Python's and the shell's, are one."""
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "cli" if part == "api" else part
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -61,7 +62,7 @@ def test_imports_point_down(path: Path) -> None:
     assert here in LEVEL, f"{here} has no layer yet"
     for name in imports(path):
         package, _, rest = name.partition(".")
-        there = rest.partition(".")[0]
+        there = "cli" if rest.startswith("api") else rest.partition(".")[0]
         if package == "batchgen" and there in LEVEL and there != here:
             assert LEVEL[there] < LEVEL[here], f"{path.name} imports {name}"
 

@@ -15,7 +15,6 @@ from batchgen.source.base import Scan
 from batchgen.source.blocks import BLOCK_BYTES, is_seekable, text_blocks
 from batchgen.source.files import open_input
 from batchgen.source.marks import FileMarks
-from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +26,9 @@ Item = TypeVar("Item")
 
 MAX_LINE_BYTES = 64 << 20
 """A line longer than this is not kept; 64 MiB is far beyond any context window."""
+DIGEST_BYTES = 16
+NO_DIGEST = bytes(DIGEST_BYTES)
+"""The digest of a row that nothing is known of: equal to no row, itself included."""
 MAX_BATCH_BYTES = 32 << 20
 """A batch is handed out once it holds this much, however few its rows."""
 

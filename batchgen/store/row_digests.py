@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from batchgen.source.lines import DIGEST_BYTES
 from batchgen.storage import storage_error
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from batchgen.storage import LocalStorage
 
 FOLDER = "_batchgen/rows"
-DIGEST_BYTES = 16
-NO_DIGEST = bytes(DIGEST_BYTES)
-"""Of a row that nothing is known of: equal to no row, itself included."""
 
 
 def name_of(digest: str) -> str:

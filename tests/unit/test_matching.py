@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.ranges import Ranges
+from batchgen.source.lines import DIGEST_BYTES, NO_DIGEST
 from batchgen.storage import LocalStorage
 from batchgen.store import matching
 from batchgen.store.books import Durable, Part, PartFooter, Segment
 from batchgen.store.matching import Span, answered_by, is_same_reading, match, restricted
-from batchgen.store.row_digests import DIGEST_BYTES, NO_DIGEST, DigestFile, name_of
+from batchgen.store.row_digests import DigestFile, name_of
 from tests.fakes import plan
 from tests.harm import overwrite
 

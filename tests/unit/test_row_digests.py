@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import StorageError
-from batchgen.source.lines import scan_rows
+from batchgen.source.lines import DIGEST_BYTES, NO_DIGEST, scan_rows
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store.row_digests import (
-    DIGEST_BYTES,
-    FOLDER,
-    NO_DIGEST,
-    DigestFile,
-    blocks,
-    digest_reader,
-    name_of,
-)
+from batchgen.store.row_digests import FOLDER, DigestFile, blocks, digest_reader, name_of
 from tests.harm import overwrite
 
 ROWS = [hashlib.sha256(bytes([number])).digest()[:DIGEST_BYTES] for number in range(10)]

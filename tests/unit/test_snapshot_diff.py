@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import ConfigError, OutputError
+from batchgen.source.lines import DIGEST_BYTES
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span
-from batchgen.store.row_digests import DIGEST_BYTES, name_of
+from batchgen.store.row_digests import name_of
 from batchgen.views.diff import diff
 from batchgen.views.pairing import edited, paired
 from tests.fakes import plan
