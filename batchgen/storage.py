@@ -207,11 +207,11 @@ class LocalStorage:
             StorageError: The temp file cannot be created.
             OutputError: The folder cannot be created.
         """
-        return PendingFile(self._disk, self.temp_for(name), self.path(name))
+        return PendingFile(self._disk, self.temp_for(name), self.root / name)
 
     def temp_for(self, name: str) -> Path:
         """A fresh temp path in the final name's folder, which is made if need be."""
-        final = self.path(name)
+        final = self.root / name
         self.make_folder(final.parent)
         return final.parent / f".{final.name}.{self._temp_tag}-{next(self._serial)}.tmp"
 

@@ -77,7 +77,7 @@ def plan(
     """
     from batchgen.api import load
     from batchgen.pipeline.interface import RunOptions
-    from batchgen.preview.foresee import PlanOptions, foresee
+    from batchgen.preview.plan import PlanOptions, foresee
     from batchgen.preview.report import told
 
     asked = {name: options.pop(name) for name in ("is_exact", "rate", "price")}

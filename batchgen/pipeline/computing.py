@@ -22,6 +22,7 @@ from batchgen.pipeline.compute import Work
 from batchgen.pipeline.copies import answer_fields, copies
 from batchgen.pipeline.reuse import (
     Takeover,
+    answered_keys,
     base_sources,
     commit_all,
     missing,
@@ -31,7 +32,7 @@ from batchgen.pipeline.reuse import (
 from batchgen.pipeline.stages import Stages
 from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.parts import ATTEMPTS
-from batchgen.store.reuse import AnsweredKeys, Source, key_prefixes
+from batchgen.store.reuse import AnsweredKeys, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.reuse import Takeover
     from batchgen.store.books import Base, Durable, Epoch, Manifest
+    from batchgen.store.dedupe import KnownKeys
 
 
 class Computation:
@@ -79,7 +81,8 @@ class Computation:
             return not todo
         if not plan.takes_errors and not durable.num_done and self._has_errors_to_try():
             self._compute.start(self._prepared)
-        sources = takeovers(context, self._prepared, plan, todo)
+        found = takeovers(context.ledger, self._prepared, plan, todo, context.notes.add)
+        sources = [source for source in found if source.rows]
         context.taken.known_at_s = time.monotonic()
         if sources and not self._all_share():
             # Which answers the rows that are taken over have used up must be known first.
@@ -171,11 +174,9 @@ class Computation:
         )
 
     def _keys(self, sources: Sequence[Source]) -> KnownKeys:
-        known, context = KnownKeys(), self._context
+        context = self._context
         prefix, tell = context.job.output.prefix, context.notes.add
-        for prefixes in key_prefixes(context.storage, sources, prefix, tell):
-            known.load(prefixes)
-        return known
+        return answered_keys(context.storage, sources, prefix, tell)
 
     def _own_sources(self, durable: Durable) -> list[Source]:
         return [Source(part.name, takes_errors=True) for part in durable.parts]

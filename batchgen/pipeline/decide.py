@@ -30,8 +30,9 @@ from batchgen.pipeline.frozen import (
     has_other_files,
     input_changes,
 )
-from batchgen.pipeline.prepare import check, find_input
+from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
+from batchgen.pipeline.reuse import NOTHING_LEAVES, Leaving, leaving_rows
 from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.result_files import Index, is_intact
 from batchgen.store.row_digests import digest_reader
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.interface import RunOptions
     from batchgen.pipeline.prepare import Checked, Prepared
+    from batchgen.storage import LocalStorage
     from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
 
@@ -153,7 +154,7 @@ def _after(
         takes_errors=not options.retry_errors and (manifest is not None or plan.takes_errors),
         generation=plan.generation + options.retry_errors,
     )
-    return Decision(checked.with_input(plan), None, before, _gone(plan, job))
+    return Decision(checked.with_input(plan), None, before)
 
 
 def _with_new_recipe(
@@ -223,18 +224,6 @@ def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Ba
     return (Base(plan.number, parts), *plan.bases)
 
 
-def _gone(plan: Plan, job: JobConfig) -> list[str]:
-    """Planned files that are not in the input any more."""
-    files = set(find_input(job).paths)
-    gone = [segment.path for segment in plan.segments if segment.path not in files]
-    if not gone or plan.is_cut:
-        return []
-    return [
-        f"{len(gone)} input files are gone, such as {gone[0]}: rows that no other file has leave "
-        "the snapshot"
-    ]
-
-
 UNFINISHED = "error rows are tried again once every row has ended: run with --retry-errors then"
 NO_ERRORS = "there are no error rows to try again"
 
@@ -283,67 +272,107 @@ def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
     return not all(is_intact(ledger.storage.path(entry["name"]), entry) for entry in manifest.files)
 
 
-def plan_of(
-    context: RunContext, options: RunOptions, decision: Decision, start: Callable[[], None]
-) -> tuple[Plan, Manifest | None]:
-    """The plan to work on, put if it is new; and its manifest, if there is nothing to do.
+class Hooks(NamedTuple):
+    """What a run does beside deciding on its plan, and whoever foretells it does not."""
 
-    Args:
-        context: The run.
-        options: Of `batchgen run`.
-        decision: What there is to do.
-        start: Begins to start what computes, once it is sure that there are rows for it.
+    tell: Callable[[str], None]
+    """Hears what is worth a warning."""
+    start_engine: Callable[[], object]
+    """Called as soon as it is nearly certain that rows need it."""
+    digests: LocalStorage | None
+    """Gets the digests of rows of files that are scanned; None: nobody will ask for them."""
+
+
+class Begun(NamedTuple):
+    """The plan that a run works on."""
+
+    plan: Plan
+    manifest: Manifest | None = None
+    """The plan's snapshot, where there is nothing to do."""
+    nothing_to_do: str | None = None
+    """Why there is nothing to do, for people."""
+    leaving: Leaving = NOTHING_LEAVES
+    """Published rows that the plan has no row for."""
+
+
+def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks) -> Begun:
+    """Settle on the plan to work on; put it if it is new.
+
+    The whole of a run before its claim: over a storage that drops what is written, this foretells
+    what a run would do.
+
+    Raises:
+        SourceError: A file cannot be read to its end, or changed while it was read.
+        FencedError: Another run has just planned this job.
+        OutputError: The books are damaged, or cannot be written.
     """
-    if decision.plan is not None:
-        return _go_on_with(decision.plan, context, options, decision.prepared)
-    ledger, before, prepared = context.ledger, decision.before, decision.prepared
+    plan = decision.plan
+    if plan is None:
+        plan = _new_plan(ledger, options, decision, hooks)
+    else:
+        manifest, again = _gone_on_with(ledger, options, decision, plan, hooks.tell)
+        if again is None and manifest is not None:
+            done = f"already complete, published by run {manifest.run_id}"
+            return Begun(plan, manifest, f"{NO_ERRORS}; {done}" if options.retry_errors else done)
+        plan = again or plan
+    leaving = leaving_rows(ledger, decision.prepared, plan)
+    if leaving.num_rows:
+        hooks.tell(leaving.text)
+    return Begun(plan, leaving=leaving)
+
+
+def _new_plan(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks) -> Plan:
+    before, prepared = decision.before, decision.prepared
     if decision.replaces is not None and not has_come_to_nothing(ledger, decision.replaces):
-        msg = f"{context.storage.where}: another run has just worked on this job; run again"
+        msg = f"{ledger.storage.where}: another run has just worked on this job; run again"
         raise FencedError(msg)
     ledger.settle()
     newest = ledger.latest_manifest()
     if newest is not None and before.bases:  # Damaged rows are not taken over, and told then.
         for note in show(ledger, newest).mended:
-            context.notes.add(note)
+            hooks.tell(note)
     if options.retry_errors and before.seen is None:
-        context.notes.add(UNFINISHED)
+        hooks.tell(UNFINISHED)
     if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
         # Before the input is scanned: both take long, and neither needs the other.
-        start()
-    number = ledger.latest_plan_number() + 1
-    plan = freeze(prepared, number, before, context.storage)
+        hooks.start_engine()
+    plan = freeze(prepared, ledger.latest_plan_number() + 1, before, hooks.digests)
     ledger.put_plan(plan)
-    return plan, None
+    return plan
 
 
-def _go_on_with(
-    plan: Plan, context: RunContext, options: RunOptions, prepared: Prepared
-) -> tuple[Plan, Manifest | None]:
-    """The newest plan, or one that tries its errors again; and its manifest, if it has one."""
-    ledger, retry_errors = context.ledger, options.retry_errors
+def _gone_on_with(
+    ledger: Ledger,
+    options: RunOptions,
+    decision: Decision,
+    plan: Plan,
+    tell: Callable[[str], None],
+) -> tuple[Manifest | None, Plan | None]:
+    """The newest plan's manifest, and the plan that tries its errors again, if there are such."""
+    retry_errors = options.retry_errors
     manifest = ledger.manifest(plan.number)
     ledger.settle()
     if manifest is not None:
         shown = show(ledger, manifest)
         for note in shown.mended:
-            context.notes.add(note)
+            tell(note)
         if not retry_errors:
-            raise_if_damaged(shown, context.storage)
-    if not retry_errors or (manifest is None and _is_retried(plan, context, prepared)):
-        return plan, manifest
+            raise_if_damaged(shown, ledger.storage)
+    if not retry_errors or (manifest is None and _is_retried(ledger, plan, decision.prepared)):
+        return manifest, None
     again = retry_plan(ledger, plan, manifest)
     if isinstance(again, str):
         if manifest is None:
-            context.notes.add(again)
-        return plan, manifest
+            tell(again)
+        return manifest, None
     ledger.put_plan(again)
-    return again, None
+    return manifest, again
 
 
-def _is_retried(plan: Plan, context: RunContext, prepared: Prepared) -> bool:
+def _is_retried(ledger: Ledger, plan: Plan, prepared: Prepared) -> bool:
     """Whether errors have just been tried again, with an end that only has to be published."""
-    durable = context.ledger.durable(plan)
+    durable = ledger.durable(plan)
     if plan.takes_errors or durable.num_done != plan.num_rows:
         return False
-    limits = gate_figures(context.ledger, prepared, plan, durable)
+    limits = gate_figures(ledger, prepared, plan, durable)
     return not any(limit.is_exceeded for limit in limits)

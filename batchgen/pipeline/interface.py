@@ -132,6 +132,8 @@ class Summary:
     """Rows that this run took over from earlier plans, unread."""
     num_copied: int = 0
     """Rows that this run gave the answer of a row with an equal request."""
+    num_leaving: int = 0
+    """Rows of the last snapshot that this run's plan has no row for, counted before it began."""
     files: list[str] = field(default_factory=list)
     """Published files, relative to `output`."""
     run: dict[str, Any] = field(default_factory=dict)

@@ -34,7 +34,7 @@ from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.computing import Computation
 from batchgen.pipeline.context import RunContext
 from batchgen.pipeline.deadline import Deadline, End, estimate_lead
-from batchgen.pipeline.decide import NO_ERRORS, decide, plan_of, refuse_foreign
+from batchgen.pipeline.decide import Hooks, begin, decide, refuse_foreign
 from batchgen.pipeline.interface import (
     Moment,
     RunOptions,
@@ -47,6 +47,7 @@ from batchgen.pipeline.interface import (
 )
 from batchgen.pipeline.notify import run_hook, write_metrics
 from batchgen.pipeline.publish import overridden, publish
+from batchgen.pipeline.reuse import rejected_notes
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.ledger import Ledger
@@ -133,6 +134,7 @@ class JobRun:
         self._compute = compute(self._context)
         self._ledger = self._context.ledger
         self._before = (0, 0, 0)
+        self._num_leaving = 0
         self._planned_at_s = self._started_s
         self._published_at_s: float | None = None
         self._is_busy = False
@@ -235,19 +237,18 @@ class JobRun:
         if context.is_stopped():
             return self._stopped()
         start = partial(self._compute.start, decision.prepared)
-        plan, manifest = plan_of(context, self._options, decision, start)
+        hooks = Hooks(context.notes.add, start, context.storage)
+        begun = begin(self._ledger, self._options, decision, hooks)
+        plan, self._num_leaving = begun.plan, begun.leaving.num_rows
         self._planned_at_s = time.monotonic()
-        if manifest is not None:
-            reason = f"already complete, published by run {manifest.run_id}"
-            if self._options.retry_errors:
-                reason = f"{NO_ERRORS}; {reason}"
-            self.summary = self._summary("nothing_to_do", ExitCode.COMPLETE, reason, manifest)
+        if (why := begun.nothing_to_do) is not None:
+            self.summary = self._summary("nothing_to_do", ExitCode.COMPLETE, why, begun.manifest)
             return self.summary
         epoch = self._ledger.claim(plan, context.run_id, self._who())
         durable = epoch.durable
         self._before = (durable.num_ok, durable.num_errors, durable.num_skipped)
-        for name, why in durable.rejected.items():
-            context.notes.add(f"{name} does not count ({why}); its rows are done again")
+        for text in rejected_notes(durable):
+            context.notes.add(text)
         context.stats.num_rows = plan.num_rows
         context.stats.num_resumed = durable.num_done
         if not Computation(context, self._compute, decision.prepared, epoch).run():
@@ -332,6 +333,7 @@ class JobRun:
             num_durable=stats.num_resumed + stats.num_committed,
             num_carried=taken.num_rows - taken.num_copied,
             num_copied=taken.num_copied,
+            num_leaving=self._num_leaving,
             gate=[dict(entry) for entry in (manifest.gate if manifest else gate)],
             run=stats.totals(now_s),
             engine=engine_dict(self._compute.facts),

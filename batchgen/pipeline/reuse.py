@@ -1,18 +1,33 @@
-"""Rows that earlier plans have answered, made this plan's own."""
+"""Rows of earlier plans: which of them a plan takes over, and which of them it leaves behind.
+
+Both are told from the books and from digests of rows; no input is parsed, but for `input.where`.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchgen.core.errors import BatchgenError, OutputError, StorageError
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.committer import Committer
 from batchgen.store.books import NO_ROWS, Durable
-from batchgen.store.matching import answered_by, is_same_reading, match, restricted
-from batchgen.store.result_files import Index
+from batchgen.store.dedupe import KnownKeys
+from batchgen.store.matching import (
+    answered_by,
+    count_common,
+    is_same_reading,
+    match,
+    match_files,
+    pairs,
+    restricted,
+)
+from batchgen.store.parts import ROW, SEGMENT, rows_of
+from batchgen.store.result_files import Index, ResultFile
 from batchgen.store.reuse import (
     Renumbering,
     Source,
@@ -20,16 +35,18 @@ from batchgen.store.reuse import (
     from_parts,
     from_snapshot,
     gathered,
+    key_prefixes,
     published_sources,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from batchgen.pipeline.committer import Commits
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.store.books import Base, Plan
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Base, Manifest, Plan, Segment
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
     from batchgen.store.reuse import Piece
@@ -49,6 +66,14 @@ def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
     return {number: rows for number, rows in todo.items() if rows}
 
 
+def rejected_notes(durable: Durable) -> list[str]:
+    """Say which parts of the plan do not count, a line each."""
+    return [
+        f"{name} does not count ({why}); its rows are done again"
+        for name, why in durable.rejected.items()
+    ]
+
+
 def without(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
     """Segment -> those of `rows` that are not in `others`; segments with none left out."""
     left = {segment: found - others.get(segment, NO_ROWS) for segment, found in rows.items()}
@@ -60,55 +85,66 @@ class Takeover:
 
     def __init__(
         self,
-        context: RunContext,
+        ledger: Ledger,
         prepared: Prepared,
         plan: Plan,
         base: Base,
-        todo: Mapping[int, Ranges],
+        tell: Callable[[str], None],
     ) -> None:
-        """Find the rows of `todo` that the base has ended, without reading the input."""
-        self._context = context
+        """Find the rows that the base has ended, without reading the input.
+
+        Args:
+            ledger: The job's books.
+            prepared: The job.
+            plan: The plan that takes, which need not be put yet.
+            base: The plan that it takes from.
+            tell: Hears of damage.
+        """
+        self._ledger = ledger
+        self._prepared = prepared
+        self._plan = plan
         self._base = base
-        ledger = context.ledger
-        self._old = ledger.plan(base.plan)
+        self._tell = tell
+        self.old = ledger.plan(base.plan)
+        """The base's plan."""
         self._manifest = ledger.manifest(base.plan)
         self._durable = Durable()
-        spans: list[Span] = []
-        if is_same_reading(self._old, plan) and self._has_index():
-            spans = restricted(match(ledger.storage, self._old, plan), todo)
-            if self._manifest is None:
-                self._durable = self._parts()
-                spans = answered_by(spans, self._durable)
-        found: dict[int, list[tuple[int, int]]] = {}
-        for span in spans:
-            found.setdefault(span.segment, []).append((span.start, span.start + span.length))
-        self.rows = {segment: Ranges(those) for segment, those in found.items()}
+        is_same = is_same_reading(self.old, plan)
+        self.matched: Sequence[Span] = match(ledger.storage, self.old, plan) if is_same else []
+        """Rows that both plans have, answered or not."""
+        spans = self.matched
+        if is_same and self._manifest is None:
+            self._durable = self._parts()
+            spans = answered_by(spans, self._durable)
+        elif is_same and not self._has_index():
+            spans = []
+        self._take(spans)
+
+    def _take(self, spans: Sequence[Span]) -> None:
+        self._spans = spans
+        self.rows = new_rows(spans)
         """Segment -> rows that the base has ended. Errors among them may not be wanted."""
-        self._wanted = Wanted(
-            prepared.part_schema,
-            context.job.output.prefix,
-            Renumbering(spans, self._old, plan),
-            plan.takes_errors,
-            context.notes.add,
-        )
+
+    def restrict(self, todo: Mapping[int, Ranges]) -> None:
+        """Take only rows of `todo`."""
+        self._take(restricted(self._spans, todo))
 
     def _has_index(self) -> bool:
         """Whether rows of the base can be told apart; if not, their requests still can."""
-        if self._manifest is None:
-            return True
+        assert self._manifest is not None  # noqa: S101 - asked only of published plans
         try:
-            Index(self._context.storage, self._manifest).close()
+            Index(self._ledger.storage, self._manifest).close()
         except StorageError:
             raise
         except OutputError as error:
-            self._context.notes.add(f"{error}; every row is read again, answers are found by key")
+            self._tell(f"{error}; every row is read again, answers are found by key")
             return False
         return True
 
     def _parts(self) -> Durable:
-        durable = self._context.ledger.parts(self._old, self._base.parts)
+        durable = self._ledger.parts(self.old, self._base.parts)
         for name, why in durable.rejected.items():
-            self._context.notes.add(f"{name} cannot be taken over ({why}); its rows are done again")
+            self._tell(f"{name} cannot be taken over ({why}); its rows are done again")
         return durable
 
     def pieces(self) -> Iterator[Piece]:
@@ -120,25 +156,88 @@ class Takeover:
         """
         if not self.rows:
             return iter(())
-        storage, run = self._context.storage, self._context.job.run
+        storage, run = self._ledger.storage, self._prepared.job.run
+        wanted = Wanted(
+            self._prepared.part_schema,
+            self._prepared.job.output.prefix,
+            Renumbering(self._spans, self.old, self._plan),
+            self._plan.takes_errors,
+            self._tell,
+        )
         if self._manifest is not None:
-            num_rows = [segment.num_rows for segment in self._old.segments]
-            pieces = from_snapshot(storage, self._manifest, num_rows, self._wanted)
+            num_rows = [segment.num_rows for segment in self.old.segments]
+            pieces = from_snapshot(storage, self._manifest, num_rows, wanted)
         else:
-            pieces = from_parts(storage, self._durable.parts, self._wanted)
+            pieces = from_parts(storage, self._durable.parts, wanted)
         return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
+
+    def wanted_rows(self) -> dict[int, Ranges]:
+        """Segment -> rows that `pieces` will yield, as far as the base is not damaged.
+
+        Reads statuses only, and those only where errors are not wanted.
+
+        Raises:
+            StorageError: Something cannot be read right now.
+        """
+        left = self.rows
+        if not self._plan.takes_errors and self.rows:
+            moves = Renumbering(self._spans, self.old, self._plan)
+            for errors in self._errors():
+                left = without(left, moves.ranges(errors))
+        return left
+
+    def _errors(self) -> Iterator[dict[int, Ranges]]:
+        """Yield the base's rows that are errors, piece by piece."""
+        storage, status = self._ledger.storage, f"{self.old.job['output']['prefix']}status"
+        for part in self._durable.parts:
+            with ResultFile(storage.path(part.name)) as file:
+                for _, table in file.groups([SEGMENT, ROW, status]):
+                    yield rows_of(table.filter(pc.equal(table.column(status), "error")))
+        if self._manifest is None:
+            return
+        index, first = Index(storage, self._manifest), 0
+        for entry, chunks in zip(self._manifest.files, index.chunks, strict=True):
+            with ResultFile(storage.path(entry["name"])) as file:
+                for group, table in file.groups([status]):
+                    ordinals = index.ordinals(first + group)
+                    yield rows_of(ordinals.filter(pc.equal(table.column(status), "error")))
+            first += len(chunks) - 1
+        index.close()
+
+
+def new_rows(spans: Iterable[Span]) -> dict[int, Ranges]:
+    """Segment -> rows of the later plan that spans name."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for span in spans:
+        found.setdefault(span.segment, []).append((span.start, span.start + span.length))
+    return {segment: Ranges(those) for segment, those in found.items()}
 
 
 def takeovers(
-    context: RunContext, prepared: Prepared, plan: Plan, todo: Mapping[int, Ranges]
+    ledger: Ledger,
+    prepared: Prepared,
+    plan: Plan,
+    todo: Mapping[int, Ranges],
+    tell: Callable[[str], None],
 ) -> list[Takeover]:
-    """What a plan takes from each of its bases: a row from the newest that has it."""
+    """Find what a plan takes from each of its bases: a row from the newest that has it.
+
+    Args:
+        ledger: The job's books.
+        prepared: The job.
+        plan: The plan that takes, which need not be put yet.
+        todo: Its rows that are not done.
+        tell: Hears of damage.
+
+    Returns:
+        One for each base, in the plan's order; those without rows are among them.
+    """
     found: list[Takeover] = []
     for base in plan.bases:
-        source = Takeover(context, prepared, plan, base, todo)
+        source = Takeover(ledger, prepared, plan, base, tell)
+        source.restrict(todo)
         todo = without(todo, source.rows)
-        if source.rows:
-            found.append(source)
+        found.append(source)
     return found
 
 
@@ -153,6 +252,16 @@ def base_sources(ledger: Ledger, plan: Plan) -> list[Source]:
         else:
             found += published_sources(ledger.storage, manifest, takes_errors=takes_errors)
     return found
+
+
+def answered_keys(
+    storage: LocalStorage, sources: Sequence[Source], prefix: str, tell: Callable[[str], None]
+) -> KnownKeys:
+    """Read which requests have an answer in result files, see `key_prefixes`."""
+    known = KnownKeys()
+    for prefixes in key_prefixes(storage, sources, prefix, tell):
+        known.load(prefixes)
+    return known
 
 
 def commit_all(
@@ -182,3 +291,160 @@ def commit_all(
             committer.close()
         raise
     committer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """Published rows that the next snapshot will not have."""
+
+    num_rows: int = 0
+    is_exact: bool = True
+    """False: at most so many, as rows without digests may stand in another file now."""
+    why: str = ""
+
+    @property
+    def text(self) -> str:
+        """A sentence for people."""
+        most = "" if self.is_exact else "at most "
+        leave = "row leaves" if self.num_rows == 1 else "rows leave"
+        return f"{self.why}: {most}{self.num_rows:,} {leave} the snapshot"
+
+
+NOTHING_LEAVES = Leaving()
+
+
+class _FileChange(NamedTuple):
+    """How an input file has changed between two plans."""
+
+    before: Segment | None
+    """The old plan's segment; None for a file that is new."""
+    after: Segment | None
+    """The new plan's segment; None for a file that is gone."""
+    lost: Ranges
+    """Published rows of the old segment that are not in the new one."""
+    fresh: Ranges
+    """Rows of the new segment that are not in the old one."""
+    num_more: int
+    """By how many rows the next snapshot has more of this file than the last one."""
+
+
+def leaving_rows(ledger: Ledger, prepared: Prepared, plan: Plan) -> Leaving:
+    """Count the rows of the last snapshot that a plan has no row for.
+
+    A row that stands in another place of its file, or in a file of another name, is there; one
+    that was edited in place is there, too. So a file loses as many rows as it has fewer.
+
+    Raises:
+        SourceError: A file cannot be read.
+        StorageError: The snapshot's index cannot be read right now.
+    """
+    manifest = ledger.manifest_before(plan.number)
+    if manifest is None:
+        return NOTHING_LEAVES
+    storage, old = ledger.storage, ledger.plan(manifest.number)
+    is_alike = _selects_alike(old, plan)
+    if not _may_leave(old, plan, is_alike=is_alike):
+        return NOTHING_LEAVES
+    published = _published_rows(storage, manifest, old)
+    changes = list(_file_changes(storage, prepared, (old, plan), published, is_alike=is_alike))
+    fewer = [change for change in changes if change.num_more < 0]
+    more = [change for change in changes if change.num_more > 0]
+    num_rows, num_came = (abs(sum(one.num_more for one in those)) for those in (fewer, more))
+    num_moved: int | None = 0
+    if num_rows and num_came:
+        losers = [(one.before, one.lost) for one in fewer if one.before is not None]
+        others = [(one.after, one.fresh) for one in more if one.after is not None]
+        num_moved = count_common(storage, losers, others) if is_alike else None
+    num_rows -= min(num_moved or 0, num_rows, num_came)
+    if not num_rows:
+        return NOTHING_LEAVES
+    return Leaving(num_rows, num_moved is not None, _why_rows_leave(old, plan, fewer))
+
+
+def _selects_alike(old: Plan, new: Plan) -> bool:
+    """Whether a line that is a row of one plan is a row of the other."""
+    tables = [(plan.input_format, *map(plan.job["input"].get, _SELECTING)) for plan in (old, new)]
+    return tables[0] == tables[1]
+
+
+_SELECTING = ("where", "delimiter")
+
+
+def _may_leave(old: Plan, new: Plan, *, is_alike: bool) -> bool:
+    """Whether a file is gone or shrunk, or rows of it may be left out; told from the books."""
+    found = dict(pairs(old.segments, new.segments))
+    if len(found) < len(old.segments):
+        return True
+    has_filter = new.job["input"].get("where") is not None
+    for number, other in found.items():
+        before, after = old.segments[other], new.segments[number]
+        is_same = is_alike and before.digest == after.digest
+        if after.num_rows < before.num_rows or (has_filter and not is_same):
+            return True
+    return False
+
+
+def _file_changes(
+    storage: LocalStorage,
+    prepared: Prepared,
+    plans: tuple[Plan, Plan],
+    published: Mapping[int, Ranges],
+    *,
+    is_alike: bool,
+) -> Iterator[_FileChange]:
+    old, new = plans
+    found = dict(pairs(old.segments, new.segments))
+    for number, after in enumerate(new.segments):
+        fresh, lost, before = Ranges.until(after.num_rows), Ranges(), None
+        if (other := found.get(number)) is not None:
+            before, lost = old.segments[other], published.get(other, NO_ROWS)
+            runs = list(match_files(storage, before, after)) if is_alike else []
+            lost -= Ranges((was, was + num) for _, was, num in runs)
+            fresh -= Ranges((at, at + num) for at, _, num in runs)
+        num_more = _count_kept(prepared, number, after, fresh) - len(lost)
+        yield _FileChange(before, after, lost, fresh, num_more)
+    for other in set(range(len(old.segments))) - set(found.values()):
+        lost = published.get(other, NO_ROWS)
+        yield _FileChange(old.segments[other], None, lost, NO_ROWS, -len(lost))
+
+
+def _count_kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> int:
+    """Count rows of a file that `input.where` keeps; reads them where there is such a filter."""
+    if prepared.job.input.where is None or not rows:
+        return len(rows)
+    spec = replace(prepared.spec(), carried=(), needed=frozenset())
+    batches = prepared.reader.read(segment.path, number, rows, spec)
+    return sum(len(batch.rows) for batch in batches)
+
+
+def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> dict[int, Ranges]:
+    """Segment -> rows of a plan that are in its snapshot: not blank, not left out by `where`."""
+    planned = {at: Ranges.until(segment.num_rows) for at, segment in enumerate(old.segments)}
+    if not manifest.num_skipped:
+        return planned
+    try:
+        index = Index(storage, manifest)
+    except StorageError:
+        raise
+    except OutputError:  # Told where rows are taken over.
+        return planned
+    found: dict[int, list[tuple[int, int]]] = {}
+    for number in range(sum(len(chunks) - 1 for chunks in index.chunks)):
+        for segment, rows in rows_of(index.ordinals(number)).items():
+            found.setdefault(segment, []).extend(rows.spans)
+    index.close()
+    return {segment: Ranges(spans) for segment, spans in found.items()}
+
+
+def _why_rows_leave(old: Plan, new: Plan, fewer: Sequence[_FileChange]) -> str:
+    if new.is_cut:
+        return f"input.limit = {new.job['input']['limit']}"
+    gone = [one.before.path for one in fewer if one.after is None and one.before is not None]
+    shrunk = [one.after.path for one in fewer if one.after is not None]
+    reasons = [f"{len(gone)} input files are gone, such as {gone[0]}"] if gone else []
+    if old.job["input"].get("where") != new.job["input"].get("where"):
+        reasons.append("input.where has changed")
+    elif shrunk:
+        more = f" and {len(shrunk) - 1} more files" if len(shrunk) > 1 else ""
+        reasons.append(f"fewer rows in {shrunk[0]}{more}")
+    return ", ".join(reasons)

@@ -55,6 +55,8 @@ class Forecast:
     is_continued: bool = False
     """A run goes on with a plan that is there."""
     rows: Rows | None = None
+    num_leaving: int = 0
+    """Rows of the last snapshot that the plan has no row for; the warnings say why."""
     survey: Survey | None = None
     block_tokens: int = 0
     max_model_len: int | None = None
@@ -67,7 +69,7 @@ class Forecast:
         """Plain values, for JSON."""
         names = (
             *("state", "exit_code", "reason", "output", "plan_number", "is_continued"),
-            *("max_model_len", "max_model_len_source"),
+            *("num_leaving", "max_model_len", "max_model_len_source"),
         )
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         rows = {name: getattr(self.rows, name) for name in Rows.__slots__} if self.rows else None

@@ -72,25 +72,69 @@ def match(storage: LocalStorage, old: Plan, new: Plan) -> list[Span]:
         new: The plan that follows it, `is_same_reading`.
     """
     spans: list[Span] = []
-    for number, other in _pairs(old.segments, new.segments):
-        before, after = old.segments[other], new.segments[number]
-        if before.digest == after.digest:
-            length = min(before.num_rows, after.num_rows)
-            spans.append(Span(number, 0, other, 0, length))
-            continue
-        old_rows = digest_reader(storage, before.digest, before.num_rows)
-        new_rows = digest_reader(storage, after.digest, after.num_rows)
-        if old_rows is None or new_rows is None:
-            continue
-        for runs in _aligned(old_rows, before.num_rows, new_rows, after.num_rows):
-            spans += [Span(number, start, other, was, length) for start, was, length in runs]
+    for number, other in pairs(old.segments, new.segments):
+        for start, was, length in match_files(storage, old.segments[other], new.segments[number]):
+            spans.append(Span(number, start, other, was, length))
             if len(spans) > MAX_SPANS:
                 return spans
     return spans
 
 
-def _pairs(old: Sequence[Segment], new: Sequence[Segment]) -> Iterator[tuple[int, int]]:
-    """New and old number of files to compare: of one content, else of one name.
+def match_files(
+    storage: LocalStorage, before: Segment, after: Segment
+) -> Iterator[tuple[int, int, int]]:
+    """Yield runs of rows that two files have in common: (new start, old start, length).
+
+    None of files that differ and whose rows have no digests, see `has_digests`.
+    """
+    if before.digest == after.digest:
+        yield 0, 0, min(before.num_rows, after.num_rows)
+        return
+    old_rows = digest_reader(storage, before.digest, before.num_rows)
+    new_rows = digest_reader(storage, after.digest, after.num_rows)
+    if old_rows is not None and new_rows is not None:
+        for runs in _aligned(old_rows, before.num_rows, new_rows, after.num_rows):
+            yield from runs
+
+
+def has_digests(storage: LocalStorage, *files: Segment) -> bool:
+    """Whether the rows of files can be told apart without reading the files."""
+    return all(digest_reader(storage, one.digest, one.num_rows) is not None for one in files)
+
+
+def count_common(
+    storage: LocalStorage,
+    old: Sequence[tuple[Segment, Ranges]],
+    new: Sequence[tuple[Segment, Ranges]],
+) -> int | None:
+    """Count rows of some files that stand, anywhere, among rows of others.
+
+    Returns:
+        None if it cannot be told, as not all of them have digests.
+    """
+    import polars as pl
+
+    if not has_digests(storage, *(file for file, _ in (*old, *new))):
+        return None
+    counts = [
+        pl.concat([_frame(b"", 0), *(frame for one in side for frame in _digests(storage, *one))])
+        .group_by("a", "b")
+        .len()
+        for side in (old, new)
+    ]
+    both = counts[0].join(counts[1], on=["a", "b"])
+    return int(both.select(pl.min_horizontal("len", "len_right").sum()).item())
+
+
+def _digests(storage: LocalStorage, file: Segment, rows: Ranges) -> Iterator[pl.DataFrame]:
+    read = digest_reader(storage, file.digest, file.num_rows)
+    if read is not None:
+        for start, stop in rows.spans:
+            yield _frame(read(start, stop), start)
+
+
+def pairs(old: Sequence[Segment], new: Sequence[Segment]) -> Iterator[tuple[int, int]]:
+    """Yield the new and the old number of files to compare: of one content, else of one name.
 
     Content first: a log that was rotated has its rows under another name, and its name has others.
     """

@@ -14,7 +14,7 @@ import pytest
 
 import batchgen
 from batchgen.api import load
-from batchgen.preview.foresee import PlanOptions, foresee
+from batchgen.preview.plan import PlanOptions, foresee
 from batchgen.preview.report import told
 from batchgen.storage import LocalStorage
 from batchgen.store.runs import RunLock

@@ -1,4 +1,4 @@
-"""Which rows a plan takes over, and what earlier runs measured: from books alone."""
+"""What earlier runs measured, from books alone; and how a forecast is told."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from dataclasses import asdict
 
 import pytest
 
-from batchgen.core.ranges import Ranges
 from batchgen.pipeline.prepare import prepare
 from batchgen.preview.past import last_run
 from batchgen.preview.report import Forecast, Rows, told
-from batchgen.preview.reuse import moved
 from batchgen.store.books import STATE
-from batchgen.store.matching import Span
 from tests.fakes import plan
-
-SPANS = [Span(0, 10, 1, 0, 5), Span(2, 0, 1, 20, 10)]
-
-
-def test_rows_get_their_new_numbers():
-    assert moved(SPANS, None) == {0: Ranges([(10, 15)]), 2: Ranges([(0, 10)])}
-    answered = {1: Ranges([(3, 22), (28, 40)]), 7: Ranges([(0, 100)])}
-    assert moved(SPANS, answered) == {0: Ranges([(13, 15)]), 2: Ranges([(0, 2), (8, 10)])}
-    assert not any(moved(SPANS, {}).values())
 
 
 @pytest.fixture

@@ -9,11 +9,9 @@ import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.decide import decide, plan_of
+from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.pipeline.interface import RunOptions
-from batchgen.pipeline.job_run import JobRun
 from batchgen.store.books import STATE, Base, Manifest
 from batchgen.store.ledger import Ledger
 from batchgen.store.parts import PartContext, PartWriter
@@ -46,6 +44,12 @@ class Lab:
     def decide(self, options=PLAIN, **tables):
         job = self._make_job(None, **{"input": {"path": "in-*.jsonl"}, **tables})
         return decide(self.ledger, job, options)
+
+    def begin(self, options=PLAIN, **tables):
+        """What a run would begin with, and what it would say."""
+        notes = []
+        hooks = Hooks(notes.append, lambda: None, self.ledger.storage)
+        return begin(self.ledger, options, self.decide(options, **tables), hooks), notes
 
     def plan(self, before=None, **tables):
         """What a run would freeze, put."""
@@ -255,14 +259,20 @@ def test_a_retry_whose_input_moves_on_keeps_its_generation(lab):
     assert lab.decide().before.generation == 1
 
 
-def test_files_that_are_gone_are_told_of(lab):
+def test_files_that_are_gone_are_told_of_with_their_rows(lab):
     lab.publish(lab.plan())
     remove(lab)
-    (note,) = lab.decide().notes
-    assert note.startswith(f"1 input files are gone, such as {lab.folder / 'in-1.jsonl'}: ")
-    lab.write(1, 2, 3)
+    begun, notes = lab.begin()
+    gone = lab.folder / "in-1.jsonl"
+    assert notes == [f"1 input files are gone, such as {gone}: 2 rows leave the snapshot"]
+    assert begun.leaving.num_rows == 2
+
+
+def test_an_edited_file_leaves_no_row(lab):
+    lab.publish(lab.plan())
     edit(lab)
-    assert list(lab.decide().notes) == []
+    begun, notes = lab.begin()
+    assert (begun.leaving.num_rows, notes) == (0, [])
 
 
 def test_an_input_of_which_nothing_is_left_is_refused(lab, newest):
@@ -474,9 +484,8 @@ def test_a_run_that_came_in_between_is_seen_under_the_lock(lab, make_job, end):
     job = make_job(None, input={"path": "in-*.jsonl"}, **OTHER_RECIPE)
     decision = decide(lab.ledger, job, PLAIN)
     end(lab, plan, 0)
-    context = JobRun(job, stop=StopSwitch())._context
     with pytest.raises(FencedError, match="another run has just worked on this job; run again"):
-        plan_of(context, PLAIN, decision, lambda: None)
+        begin(lab.ledger, PLAIN, decision, Hooks(print, print, None))
     assert lab.ledger.latest_plan() == plan
 
 

@@ -21,7 +21,7 @@ from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
-from batchgen.preview.foresee import PlanOptions, foresee
+from batchgen.preview.plan import PlanOptions, foresee
 from batchgen.tuning.report import check_writable, tuned_text, write_tuned
 
 JOB = """
