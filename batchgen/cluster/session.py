@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.cluster.messages import Committed, Finish, Noted, Read, Take
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.committer import footer_facts
-from batchgen.source.marks import Marks
+from batchgen.source.text import LineIndexes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +66,7 @@ class Session:
         self._asks = asks
         self._is_packed = is_packed
         self._fetch = fetch
-        self._marks = Marks()  # Leases are pieces of the same files, again and again.
+        self._indexes = LineIndexes()  # Leases are pieces of the same files, again and again.
         self._is_over = threading.Event()
 
     def run(
@@ -116,7 +116,7 @@ class Session:
     def _of(self, lease: Lease) -> Iterator[FeedBatch]:
         if lease.payload is not None:
             return self._unpacked(lease)
-        rows = self._stages.read(lease.rows, self._marks)
+        rows = self._stages.read(lease.rows, self._indexes)
         return self._stages.feed(rows, self._passing if self._asks else None)
 
     def _passing(self, requests: Sequence[Request]) -> list[Request]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from batchgen.core.records import RowBatch
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.source.base import Reader, ReadSpec
+    from batchgen.source.reading import Reader, ReadSpec
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Base
 

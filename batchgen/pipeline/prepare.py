@@ -27,9 +27,9 @@ from batchgen.core.suggest import suggestion
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
-from batchgen.source.base import ReadSpec
 from batchgen.source.csv import delimiter_hint
 from batchgen.source.formats import find_files, reader_for
+from batchgen.source.reading import ReadSpec
 from batchgen.store.parts import part_schema
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from batchgen.answers.columns import AnswerColumns
     from batchgen.answers.output_format import OutputFormat
     from batchgen.job.model import Example, JobConfig
-    from batchgen.source.base import Reader
     from batchgen.source.formats import InputFiles
+    from batchgen.source.reading import Reader
     from batchgen.store.books import Plan
 
 

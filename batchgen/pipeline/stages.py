@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.feeder import FeedBatch, Passing
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.run_stats import RunStats
-    from batchgen.source.marks import Marks
+    from batchgen.source.text import LineIndexes
     from batchgen.store.books import Plan
     from batchgen.store.ledger import Ledger
 
@@ -95,17 +95,19 @@ class Stages:
         )
         self.writer = PartWriter(ledger.storage, PARTS, context)
 
-    def read(self, rows: Mapping[int, Ranges], marks: Marks | None = None) -> Iterator[RowBatch]:
+    def read(
+        self, rows: Mapping[int, Ranges], indexes: LineIndexes | None = None
+    ) -> Iterator[RowBatch]:
         """Yield rows of the plan, as they were planned.
 
         Args:
             rows: Segment -> which of it.
-            marks: What is known of where lines are; grows.
+            indexes: What is known of where lines are; grows.
 
         Raises:
             InputChangedError: A file changed or vanished.
         """
-        spec = replace(self._prepared.spec(), marks=marks)
+        spec = replace(self._prepared.spec(), line_indexes=indexes)
         return read_rows(self._plan, rows, self._prepared.reader, spec)
 
     def builder(self) -> RequestBuilder:

@@ -31,32 +31,32 @@ import pyarrow as pa
 
 from batchgen.core.errors import SourceError
 from batchgen.core.records import RowError
-from batchgen.source.base import Scan
-from batchgen.source.batches import (
+from batchgen.source.columns import fits, is_json, override, parse_field
+from batchgen.source.reading import (
     Rows,
+    Scan,
     make_batch,
     mismatch,
     shape_of,
     to_arrays,
     to_values,
 )
-from batchgen.source.columns import fits, is_json, override, parse_field
-from batchgen.source.lines import (
+from batchgen.source.text import (
     MAX_LINE_BYTES,
     digest_prefix,
     in_batches,
     iter_lines,
+    refuse_other_content,
     scan_lines,
+    text_looks_like,
 )
-from batchgen.source.sniffing import refuse_other_content, text_looks_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import RowBatch
-    from batchgen.source.base import ReadSpec
-    from batchgen.source.batches import Shape
+    from batchgen.source.reading import ReadSpec, Shape
 
 Record = tuple[int, list[str], RowError | None]
 """Physical line, from 1; fields, none for a blank line; why it cannot be read."""

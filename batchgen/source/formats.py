@@ -13,7 +13,7 @@ from batchgen.source.files import find_inputs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.source.base import Reader
+    from batchgen.source.reading import Reader
 
 FORMATS = ("jsonl", "csv", "parquet")
 _SUFFIXES = {

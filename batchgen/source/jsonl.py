@@ -17,18 +17,19 @@ import orjson
 
 from batchgen.core.errors import SourceError
 from batchgen.core.records import RowError
-from batchgen.source.batches import Rows, make_batch, shape_of, to_arrays, to_values
-from batchgen.source.blocks import is_seekable
 from batchgen.source.columns import infer_field, is_too_deep, kind_word, override
-from batchgen.source.lines import (
+from batchgen.source.reading import Rows, make_batch, shape_of, to_arrays, to_values
+from batchgen.source.text import (
     MAX_LINE_BYTES,
     digest_prefix,
+    is_seekable,
     iter_lines,
     read_lines,
+    refuse_other_content,
     scan_lines,
     scan_rows,
+    text_looks_like,
 )
-from batchgen.source.sniffing import refuse_other_content, text_looks_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import RowBatch
-    from batchgen.source.base import ReadSpec, Scan
-    from batchgen.source.batches import Shape
+    from batchgen.source.reading import ReadSpec, Scan, Shape
 
 SAMPLE_FILES = 20
 SAMPLE_ROWS = 1000
@@ -88,7 +88,7 @@ class JsonlReader:
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Rows that are not in `todo` are not parsed."""
         shape = shape_of(segment, spec)
-        for rows, lines in read_lines(path, todo, spec.batch_rows, marks=spec.marks):
+        for rows, lines in read_lines(path, todo, spec.batch_rows, indexes=spec.line_indexes):
             yield make_batch(shape, _parse(path, rows, lines, shape, spec.columns))
 
     def is_seekable(self, path: str) -> bool:

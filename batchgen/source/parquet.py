@@ -16,18 +16,17 @@ import pyarrow.parquet as pq
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
-from batchgen.source import lines
-from batchgen.source.base import Scan
-from batchgen.source.batches import Rows, make_batch, shape_of, taken, to_values
+from batchgen.source import text as lines
 from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.files import open_input, stat_input
-from batchgen.source.sniffing import PARQUET_MAGIC, binary_looks_like
+from batchgen.source.reading import Rows, Scan, make_batch, shape_of, taken, to_values
+from batchgen.source.text import PARQUET_MAGIC, binary_looks_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.core.records import RowBatch
-    from batchgen.source.base import ReadSpec
+    from batchgen.source.reading import ReadSpec
 
 _STREAM_BYTES = 8 << 20
 _MAX_GROUP_BYTES = 256 << 20

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchgen.source.lines import DIGEST_BYTES
+from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import storage_error
 
 if TYPE_CHECKING:

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.source.base import ReadSpec
 from batchgen.source.columns import parse_field
 from batchgen.source.formats import find_files, reader_for
-from batchgen.source.marks import Marks
+from batchgen.source.reading import ReadSpec
+from batchgen.source.text import LineIndexes
 
 if TYPE_CHECKING:
     from batchgen.core.records import RowBatch
-    from batchgen.source.base import Reader
+    from batchgen.source.reading import Reader
 
 NUM_ROWS = 67
 ROWS: list[dict[str, Any]] = [
@@ -198,11 +198,11 @@ def test_a_late_row_is_cheap_in_parquet_and_local_plain_lines(case):
 
 
 def test_marks_are_learnt_of_local_plain_lines_only(case):
-    marks = Marks(every_bytes=1)
-    batches = read(case, Ranges.until(NUM_ROWS), marks=marks)
+    indexes = LineIndexes(every_bytes=1)
+    batches = read(case, Ranges.until(NUM_ROWS), line_indexes=indexes)
     assert sum(len(batch.rows) for batch in batches) == NUM_ROWS
     is_learnt = case.path.endswith(".jsonl") and not case.path.startswith("memory:")
-    assert (len(marks.of(case.path)) > 1) == is_learnt
+    assert (len(indexes.of(case.path)) > 1) == is_learnt
 
 
 def test_scan_counts_rows_and_hashes_content(case):

@@ -192,7 +192,7 @@ MUTANTS = (
     ),
     Mutant(
         "a line is known by its beginning",
-        "batchgen/source/lines.py",
+        "batchgen/source/text.py",
         (
             (
                 "hashlib.sha256(line).digest()[:DIGEST_BYTES]",

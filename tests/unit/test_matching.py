@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.ranges import Ranges
-from batchgen.source.lines import DIGEST_BYTES, NO_DIGEST
+from batchgen.source.text import DIGEST_BYTES, NO_DIGEST
 from batchgen.storage import LocalStorage
 from batchgen.store import matching
 from batchgen.store.books import Durable, Part, PartFooter, Segment

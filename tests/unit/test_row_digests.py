@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import StorageError
-from batchgen.source.lines import DIGEST_BYTES, NO_DIGEST, scan_rows
+from batchgen.source.text import DIGEST_BYTES, NO_DIGEST, scan_rows
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.row_digests import FOLDER, DigestFile, blocks, digest_reader, name_of
 from tests.harm import overwrite

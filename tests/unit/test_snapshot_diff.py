@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import ConfigError, OutputError
-from batchgen.source.lines import DIGEST_BYTES
+from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, Segment
 from batchgen.store.ledger import Ledger

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.source.base import ReadSpec
 from batchgen.source.csv import CsvReader, delimiter_hint
-from batchgen.source.lines import MAX_LINE_BYTES
+from batchgen.source.reading import ReadSpec
+from batchgen.source.text import MAX_LINE_BYTES
 
 READER = CsvReader()
 

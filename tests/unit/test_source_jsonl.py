@@ -8,9 +8,9 @@ import pytest
 
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.source.base import ReadSpec
 from batchgen.source.columns import parse_field, type_word
 from batchgen.source.jsonl import JsonlReader
+from batchgen.source.reading import ReadSpec
 
 READER = JsonlReader()
 GOOD = b'{"id": "a", "n": 1}'

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
-from batchgen.source import blocks
-from batchgen.source.blocks import BOM
-from batchgen.source.lines import read_lines, scan_lines
-from batchgen.source.marks import FileMarks, Marks
+from batchgen.source import text as blocks
+from batchgen.source.text import BOM, LineIndex, LineIndexes, read_lines, scan_lines
 
 LINES = [f"line {n} {random.Random(n).random()}".encode() for n in range(50_000)]
 DATA = b"\n".join(LINES)
@@ -181,21 +179,21 @@ LEASES = st.lists(st.sets(st.integers(0, 40), min_size=1, max_size=8).map(Ranges
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @given(data=st.data(), texts=TEXTS, leases=LEASES, limit=st.integers(1, 9))
 def test_marks_change_no_line(tmp_path_factory, suffix, data, texts, leases, limit):
-    path = str(tmp_path_factory.mktemp("marks") / f"a.txt{suffix}")
+    path = str(tmp_path_factory.mktemp("indexes") / f"a.txt{suffix}")
     with (gzip.open if suffix else open)(path, "wb") as out:
         out.write(b"".join(texts))
     every, size = data.draw(st.integers(1, 20)), data.draw(st.integers(3, 20))
-    marks = Marks(every_bytes=every, max_marks=data.draw(st.integers(2, 20)))
+    indexes = LineIndexes(every_bytes=every, max_entries=data.draw(st.integers(2, 20)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_BYTES", size)
         for todo in leases:
             plain = collect(path, todo, 3, max_line_bytes=limit)
-            marked = collect(path, todo, 3, max_line_bytes=limit, marks=marks)
+            marked = collect(path, todo, 3, max_line_bytes=limit, indexes=indexes)
             assert marked[:2] == plain[:2]
             assert str(marked[2]) == str(plain[2])
-            # A read that is given up half way leaves good marks as well.
+            # A read that is given up half way leaves good indexes as well.
             with suppress(SourceError):
-                next(read_lines(path, Ranges([(5, 40)]), 1, limit, marks))
+                next(read_lines(path, Ranges([(5, 40)]), 1, limit, indexes))
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
@@ -204,20 +202,20 @@ def test_only_a_byte_order_mark_at_the_very_start_is_none_of_a_line(tmp_path, mo
     path = tmp_path / "a.txt"
     lines = [BOM + b"%d" % row + end[:-1] for row in range(9)]
     path.write_bytes(BOM + b"\n".join(lines))
-    marks = Marks(every_bytes=1)
+    indexes = LineIndexes(every_bytes=1)
     for row in [8, *range(9)]:
-        assert collect(str(path), Ranges.of([row]), marks=marks) == ([row], [lines[row]], None)
-    assert len(marks.of(str(path))) > 5
+        assert collect(str(path), Ranges.of([row]), indexes=indexes) == ([row], [lines[row]], None)
+    assert len(indexes.of(str(path))) > 5
 
 
 @pytest.fixture
 def learnt(tmp_path):
-    """A file of 2,000 lines of 16 KiB, each its number and spaces, and the marks of all of it."""
+    """A file of 2,000 lines of 16 KiB, each its number and spaces, and the indexes of all of it."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(f"{row:<16383}\n".encode() for row in range(2000)))
-    marks = Marks()
-    assert collect(str(path), Ranges([(1999, 2000)]), marks=marks)[2] is None
-    return path, marks
+    indexes = LineIndexes()
+    assert collect(str(path), Ranges([(1999, 2000)]), indexes=indexes)[2] is None
+    return path, indexes
 
 
 def join_lines(path, start: int, stop: int) -> None:
@@ -231,37 +229,37 @@ def join_lines(path, start: int, stop: int) -> None:
 
 @pytest.mark.parametrize("wanted", [[1500], [10, 1500], [10, 1500, 1999]])
 def test_what_lies_before_a_mark_is_not_read(learnt, wanted):
-    path, marks = learnt
+    path, indexes = learnt
     join_lines(path, 300, 900)
-    rows, lines, _ = collect(str(path), Ranges.of(wanted), marks=marks)
+    rows, lines, _ = collect(str(path), Ranges.of(wanted), indexes=indexes)
     assert (rows, [int(line) for line in lines]) == (wanted, wanted)
 
 
-def test_a_changed_file_has_no_marks(learnt):
-    path, marks = learnt
+def test_a_changed_file_has_no_indexes(learnt):
+    path, indexes = learnt
     join_lines(path, 300, 900)
     path.touch()
-    _, (line,), _ = collect(str(path), Ranges.of([1200]), marks=marks)
+    _, (line,), _ = collect(str(path), Ranges.of([1200]), indexes=indexes)
     assert int(line) == 1200 + 600
 
 
 def test_marks_are_bounded():
-    marks = FileMarks(every_bytes=10, max_marks=8)
+    indexes = LineIndex(every_bytes=10, max_entries=8)
     for row in range(1000):
-        marks.add(row, row * 5)
-    assert len(marks) <= 8
-    found = [marks.before(row) for row in range(1000)]
+        indexes.add(row, row * 5)
+    assert len(indexes) <= 8
+    found = [indexes.before(row) for row in range(1000)]
     assert all(offset == row * 5 for row, offset in found)
     assert all(row <= asked <= row + 400 for asked, (row, _) in enumerate(found))
 
 
 def test_marks_are_kept_of_so_many_files(tmp_path):
-    marks = Marks(every_bytes=1, max_files=2)
+    indexes = LineIndexes(every_bytes=1, max_files=2)
     paths = [str(tmp_path / name) for name in "abc"]
     for path in paths:
         with open(path, "wb") as out:  # noqa: PTH123
             out.write(b"x\n")
-        marks.of(path).add(1, 2)
-        marks.of(paths[0])
-    assert [marks.of(path).before(1) for path in (paths[0], paths[2])] == [(1, 2), (1, 2)]
-    assert marks.of(paths[1]).before(1) == (0, 0)
+        indexes.of(path).add(1, 2)
+        indexes.of(paths[0])
+    assert [indexes.of(path).before(1) for path in (paths[0], paths[2])] == [(1, 2), (1, 2)]
+    assert indexes.of(paths[1]).before(1) == (0, 0)

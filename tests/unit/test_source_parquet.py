@@ -10,9 +10,9 @@ import pytest
 from batchgen.core.errors import SourceError
 from batchgen.core.ranges import Ranges
 from batchgen.source import parquet
-from batchgen.source.base import ReadSpec
 from batchgen.source.columns import JSON_METADATA
 from batchgen.source.parquet import ParquetReader
+from batchgen.source.reading import ReadSpec
 
 READER = ParquetReader()
 
