@@ -30,7 +30,7 @@ from batchgen.core.records import (
     Verdict,
 )
 from batchgen.job.model import JobConfig
-from batchgen.job.seeds import Seeds
+from batchgen.job.recipe import Seeds
 from batchgen.prompt.builder import PromptBuilder
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.books import Manifest, Plan, Segment

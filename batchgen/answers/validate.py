@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from batchgen.answers.output_format import OutputFormat
     from batchgen.core.expressions import RowTest
     from batchgen.core.records import Completion, Prompt, Request, Sample
-    from batchgen.job.answers import RetryConfig, SamplingConfig
-    from batchgen.job.seeds import Seeds
+    from batchgen.job.model import RetryConfig, SamplingConfig
+    from batchgen.job.recipe import Seeds
 
 _CHECKS = "[checks]"
 TELL_ERROR = "This answer was refused: {error}. Answer again, without this mistake."

@@ -21,11 +21,12 @@ Texts read `where: what is wrong, what was expected; what to do`, on one line, v
 
 from __future__ import annotations
 
+import difflib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 class ExitCode(IntEnum):
@@ -206,3 +207,15 @@ def one_line(exc: BaseException, max_chars: int = 500) -> str:
     """Put an exception of someone else's on one line: its type and the text, cut if long."""
     text = " ".join(str(exc).split())
     return f"{type(exc).__name__}: {text}"[:max_chars] if text else type(exc).__name__
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """What was probably meant; None if nothing is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?`, or else what there is."""
+    if near := nearest(word, known):
+        return f"; did you mean {near!r}?"
+    return f"; there are {', '.join(map(repr, known)) or 'none'}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen.core.suggest import suggestion
+from batchgen.core.errors import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

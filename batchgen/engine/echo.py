@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.core.errors import ConfigError
+from batchgen.core.errors import ConfigError, nearest
 from batchgen.core.records import (
     Completion,
     EngineFacts,
@@ -27,7 +27,6 @@ from batchgen.core.records import (
     RowError,
     Sample,
 )
-from batchgen.core.suggest import nearest
 from batchgen.engine.base import failed, flatten_parts, unknown_adapter
 from batchgen.engine.faults import read_faults
 

@@ -1,4 +1,4 @@
-"""TOML text to `JobConfig`: overrides, paths, and every mistake in one error.
+"""TOML text to `JobConfig`: overrides, paths, the files that it names, every mistake in one error.
 
 Relative paths become absolute here, so that nothing later depends on the working directory.
 """
@@ -6,6 +6,7 @@ Relative paths become absolute here, so that nothing later depends on the workin
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -13,20 +14,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from batchgen.core.errors import ConfigError
-from batchgen.core.suggest import nearest
+from batchgen.core.errors import ConfigError, nearest
 from batchgen.job.credentials import find_credentials, redacted
-from batchgen.job.dates import today
-from batchgen.job.files import read_into, reason, unusable
-from batchgen.job.model import JobConfig
-from batchgen.job.paths import absolute, bad_path, places_of, run_paths
+from batchgen.job.model import Example, JobConfig
+from batchgen.job.paths import absolute, bad_path, is_url, today, with_dates
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import date
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
+
+    from batchgen.job.model import RunConfig
+
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 # Union members show up in pydantic's paths, where they are no keys of the file; each member tells
@@ -235,17 +236,17 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {reason(error)}")
+            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
             continue
         problems += unusable(text, f"prompt.{key}")
         if name != "chat_template":
             prompt[name], prompt[key] = text, None
         else:
             prompt[key] = str(path)
-    output = read_into(job, prompt, base, problems)
+    output = _read_into(job, prompt, base, problems)
     if job.prompt.images is not None:
         prompt["images_folder"] = absolute(base, job.prompt.images_folder or ".")
-    places = places_of(job, problems)
+    places = _places_of(job, problems)
     for key, paths in places.items():
         problems += [f"{key}: {why}" for path in paths if (why := bad_path(base, path))]
     if problems:
@@ -262,7 +263,7 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
             "output": job.output.model_copy(
                 update={**output, "path": absolute(base, places["output.path"][0])}
             ),
-            "run": job.run.model_copy(update=run_paths(job.run, base)),
+            "run": job.run.model_copy(update=_run_paths(job.run, base)),
             "model": job.model.model_copy(
                 update={
                     "name": name,
@@ -297,3 +298,163 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of job files, for editors."""
     schema = JobConfig.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
+    """The paths that `bad_path` is to see, by key; those of input and output with their dates.
+
+    Args:
+        job: Before its paths are made absolute.
+        problems: Gets what is wrong with dates and with URLs where a file is expected.
+    """
+    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
+    places = {
+        "output.path": _with_dates("output.path", [job.output.path], job.run_date, problems),
+        "input.path": _with_dates("input.path", inputs, job.run_date, problems),
+    }
+    problems += [
+        f"output.path: {_no_folder(path)}" for path in places["output.path"] if is_url(path)
+    ]
+    if job.model.name:
+        places["model.name"] = [job.model.name]
+    if job.run.on_finish:
+        places["run.on_finish"] = job.run.on_finish[:1]
+    if job.run.metrics_file is not None:
+        places["run.metrics_file"] = [job.run.metrics_file]
+        if is_url(job.run.metrics_file):
+            found = f"{job.run.metrics_file!r} is a URL, expected a file on this machine"
+            problems.append(f"run.metrics_file: {found}")
+    return places
+
+
+def _no_folder(url: str) -> str:
+    """What is wrong with an output at a URL: nothing there could be published yet."""
+    scheme, _, path = url.partition("://")
+    instead = f" such as {path!r}" if scheme == "file" and path else ", local or mounted"
+    return f"{url!r:.300} is a URL, expected a folder{instead}; object stores are not supported yet"
+
+
+def _with_dates(key: str, paths: Sequence[str], run_date: date, problems: list[str]) -> list[str]:
+    dated = []
+    for path in paths:
+        try:
+            dated.append(with_dates(path, run_date))
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    return dated
+
+
+def _run_paths(run: RunConfig, base: Path) -> dict[str, Any]:
+    """What changes in `[run]`. A command without a slash is looked for in PATH, as a shell does."""
+    changes: dict[str, Any] = {}
+    if run.on_finish and "/" in run.on_finish[0]:
+        changes["on_finish"] = [absolute(base, run.on_finish[0]), *run.on_finish[1:]]
+    if run.metrics_file is not None:
+        changes["metrics_file"] = absolute(base, run.metrics_file)
+    return changes
+
+
+def _read_into(
+    job: JobConfig, prompt: dict[str, Any], base: Path, problems: list[str]
+) -> dict[str, Any]:
+    """Read schema, examples and tools from their files.
+
+    Args:
+        job: As the job file has it.
+        prompt: The `[prompt]` table, changed in place.
+        base: Where relative paths start.
+        problems: Gets what is wrong with the files.
+
+    Returns:
+        What changes in `[output]`.
+    """
+    output: dict[str, Any] = {}
+    if isinstance(job.output.json_schema, str):
+        found = _read_json(base / job.output.json_schema, "output.schema", problems)
+        if found is not None and not isinstance(found, dict):
+            problems.append("output.schema: expected a JSON object that is a JSON Schema")
+        output["json_schema"] = found
+    if job.prompt.tools_file is not None:
+        found = _read_json(base / job.prompt.tools_file, "prompt.tools_file", problems)
+        if found is not None and not (
+            isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
+        ):
+            problems.append("prompt.tools_file: expected a JSON list of tools")
+        prompt["tools"], prompt["tools_file"] = found, None
+    # Nested tables stay what they are; `model_dump` took them apart.
+    prompt["examples"] = job.prompt.examples
+    if job.prompt.examples_file is not None:
+        examples = _read_examples(base / job.prompt.examples_file, problems)
+        prompt["examples"], prompt["examples_file"] = examples, None
+    return output
+
+
+def _read_json(path: Path, key: str, problems: list[str]) -> Any:  # noqa: ANN401 - any JSON
+    try:
+        found = json.loads(path.read_bytes())
+        refused = list(unusable(found, key))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{key}: {str(path)!r:.300} cannot be read as JSON: {_reason(error)}")
+        return None
+    problems += refused
+    return None if refused else found
+
+
+def _read_examples(path: Path, problems: list[str]) -> list[Example]:
+    key = "prompt.examples_file"
+    try:
+        # Not splitlines: JSON texts may hold other line ends than this one.
+        lines = path.read_bytes().decode().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
+        return []
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            example = Example.model_validate_json(line)
+        except ValidationError as error:
+            why = error.errors(include_url=False)[0]["msg"]
+            expected = 'expected {"user": ..., "assistant": ...}'
+            problems.append(f"{key}: {path}:{number}: {why}; {expected}")
+            continue
+        refused = unusable(example.model_dump(), "")
+        problems += [f"{key}: {path}:{number}: {problem}" for problem in refused]
+        examples.append(example)
+    return examples
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without its name."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def unusable(value: object, key: str) -> Iterator[str]:
+    """Tell texts that no file system, database or model takes, and numbers that JSON has not.
+
+    Args:
+        value: Parsed TOML or JSON.
+        key: Where it stands, for the message.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from unusable(name, f"{key}.{name!r}" if key else repr(name))
+            yield from unusable(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from unusable(item, f"{key}[{at}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{_escaped(key)}: holds {value}, expected a finite number"
+    elif isinstance(value, str):
+        if "\0" in value:
+            yield f"{_escaped(key)}: holds a NUL character, expected text"
+        if _SURROGATE.search(value):
+            yield f"{_escaped(key)}: holds a lone surrogate, expected text"
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")

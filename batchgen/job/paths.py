@@ -1,18 +1,94 @@
-"""Paths of a job file: dates put in, made absolute, checked before a file system is asked."""
+"""Paths of a job file: dates put in, made absolute, checked before a file system is asked.
+
+    {date} {run_date}   the day of the run; both are the same
+    {yesterday}         the day before
+    -3d +1d             days off, after any of them
+    :%Y/%m/%d           how it is written; ISO, 2026-11-23, if it is not said
+
+Braces around anything else stay as they are, unless it looks like one of these mistyped.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from batchgen.job.dates import with_dates
+NAMES = {"date": 0, "run_date": 0, "yesterday": -1}
+"""Name -> days after the day of the run."""
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import date
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_TOKEN = re.compile(r"(\w+?)([+-]\d+d)?(?::(.*))?", re.DOTALL)
+_OFFSET = re.compile(r"\s*[+-]\s*\d+\s*\w*$")
+# Of a day; %H and the like would be 00 without a word. Names of days and months are English.
+_DIRECTIVES = frozenset("aAbBdFGgjmuUVwWyY%")
+_OTHER_WORDS = {"today": "date", "now": "date", "tomorrow": "run_date+1d"}
+_LIKENESS = 0.82  # `update` and `data` are no mistyped `date`, `yesterdy` is `yesterday`.
 
-    from batchgen.job.model import JobConfig, RunConfig
+
+def today() -> date:
+    """The day in this machine's zone."""
+    return datetime.now(tz=UTC).astimezone().date()
+
+
+def with_dates(path: str, run_date: date) -> str:
+    """Put dates into a path.
+
+    Args:
+        path: As in the job file.
+        run_date: What `{date}` means.
+
+    Raises:
+        ValueError: A token is mistyped; the text says which and what was expected.
+    """
+    return _BRACES.sub(lambda found: _resolved(path, found, run_date), path)
+
+
+def _resolved(path: str, found: re.Match[str], run_date: date) -> str:
+    body = found[1]
+    token = _TOKEN.fullmatch(body)
+    if token is None or token[1] not in NAMES:
+        if meant := _meant(body):
+            msg = f"{found[0]!r} is no date, did you mean {'{' + meant + '}'!r}?"
+            raise ValueError(msg)
+        return found[0]
+    if path[: found.start()].endswith("{") and path[found.end() :].startswith("}"):
+        msg = f"'{{{found[0]}}}' has two pairs of braces, expected one: {found[0]!r}"
+        raise ValueError(msg)
+    try:
+        day = run_date + timedelta(days=NAMES[token[1]] + int((token[2] or "0d")[:-1]))
+    except OverflowError:
+        msg = f"{found[0]!r} is outside of the calendar, expected fewer days"
+        raise ValueError(msg) from None
+    return day.isoformat() if token[3] is None else _written(day, token[3], found[0])
+
+
+def _written(day: date, layout: str, token: str) -> str:
+    directives = re.findall("%(.?)", layout, re.DOTALL)
+    # `%%` alone is no date either: every day would have the same path.
+    if not set(directives) - {"%"} or not _DIRECTIVES.issuperset(directives):
+        msg = f"{token!r} does not say how to write a day, expected for example '{{date:%Y/%m/%d}}'"
+        raise ValueError(msg)
+    # One directive at a time: the text between them is none of the C library's business.
+    return re.sub("%.", lambda found: day.strftime(found[0]), layout)
+
+
+def _meant(body: str) -> str | None:
+    """The token that this looks like a slip of, None if it looks like something else."""
+    name, colon, layout = body.partition(":")
+    offset = _OFFSET.search(name)
+    word = (name[: offset.start()] if offset else name).strip().lower()
+    meant = _OTHER_WORDS.get(word)
+    if meant is None:
+        close = difflib.get_close_matches(word, NAMES, n=1, cutoff=_LIKENESS)
+        if not close:
+            return None
+        number = re.sub(r"\s|\D+$", "", offset[0]) if offset else ""
+        meant = close[0] + (f"{number}d" if number else "")
+    return meant + (f":{layout.strip()}" if colon and layout.strip() else "")
+
 
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4000
@@ -21,60 +97,6 @@ _MAX_PATH_BYTES = 4000
 def is_url(path: str) -> bool:
     """Whether fsspec has to open it; an absolute path never is one, whatever folders are called."""
     return "://" in path and not path.startswith("/")
-
-
-def places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
-    """The paths that `bad_path` is to see, by key; those of input and output with their dates.
-
-    Args:
-        job: Before its paths are made absolute.
-        problems: Gets what is wrong with dates and with URLs where a file is expected.
-    """
-    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    places = {
-        "output.path": _with_dates("output.path", [job.output.path], job.run_date, problems),
-        "input.path": _with_dates("input.path", inputs, job.run_date, problems),
-    }
-    problems += [
-        f"output.path: {_no_folder(path)}" for path in places["output.path"] if is_url(path)
-    ]
-    if job.model.name:
-        places["model.name"] = [job.model.name]
-    if job.run.on_finish:
-        places["run.on_finish"] = job.run.on_finish[:1]
-    if job.run.metrics_file is not None:
-        places["run.metrics_file"] = [job.run.metrics_file]
-        if is_url(job.run.metrics_file):
-            found = f"{job.run.metrics_file!r} is a URL, expected a file on this machine"
-            problems.append(f"run.metrics_file: {found}")
-    return places
-
-
-def _no_folder(url: str) -> str:
-    """What is wrong with an output at a URL: nothing there could be published yet."""
-    scheme, _, path = url.partition("://")
-    instead = f" such as {path!r}" if scheme == "file" and path else ", local or mounted"
-    return f"{url!r:.300} is a URL, expected a folder{instead}; object stores are not supported yet"
-
-
-def _with_dates(key: str, paths: Sequence[str], run_date: date, problems: list[str]) -> list[str]:
-    dated = []
-    for path in paths:
-        try:
-            dated.append(with_dates(path, run_date))
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-    return dated
-
-
-def run_paths(run: RunConfig, base: Path) -> dict[str, Any]:
-    """What changes in `[run]`. A command without a slash is looked for in PATH, as a shell does."""
-    changes: dict[str, Any] = {}
-    if run.on_finish and "/" in run.on_finish[0]:
-        changes["on_finish"] = [absolute(base, run.on_finish[0]), *run.on_finish[1:]]
-    if run.metrics_file is not None:
-        changes["metrics_file"] = absolute(base, run.metrics_file)
-    return changes
 
 
 def bad_path(base: Path, path: str) -> str | None:

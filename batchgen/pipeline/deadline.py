@@ -25,7 +25,7 @@ from datetime import time as dt_time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from batchgen.core.suggest import nearest
+from batchgen.core.errors import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

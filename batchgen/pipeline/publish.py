@@ -35,7 +35,7 @@ from batchgen.store.visible import note_as_published, show
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.job.answers import GateConfig
+    from batchgen.job.model import GateConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Durable, Plan

@@ -12,7 +12,7 @@ from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
-from batchgen.job.seeds import Seeds
+from batchgen.job.recipe import Seeds
 from batchgen.pipeline.committer import Committer
 from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.frozen import read_rows

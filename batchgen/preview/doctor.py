@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.cluster.crews import needs_of, share_gpu
-from batchgen.core.errors import BatchgenError, ConfigError
-from batchgen.core.suggest import nearest
+from batchgen.core.errors import BatchgenError, ConfigError, nearest
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.job.model import ModelConfig
-from batchgen.job.scheduler import above_batched_tokens
+from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.prepare import engine_spec, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.engine.vllm.settings import gpus_of
-from batchgen.job.seeds import Seeds
+from batchgen.job.recipe import Seeds
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import tuned_notes

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
-from batchgen.core.errors import ConfigError
+from batchgen.core.errors import ConfigError, nearest
 from batchgen.core.records import Messages, Prompt, RowError
-from batchgen.core.suggest import nearest
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from pydantic import ValidationError
 
+from batchgen.core.errors import suggestion
 from batchgen.core.json_text import check_levels, parse_json
 from batchgen.core.records import Ordinal, Request, Result, RowError
-from batchgen.core.suggest import suggestion
-from batchgen.job.answers import SamplingFields
+from batchgen.job.model import SamplingFields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.core.records import Prompt, RowBatch
     from batchgen.job.model import JobConfig
-    from batchgen.job.seeds import Seeds
+    from batchgen.job.recipe import Seeds
     from batchgen.prompt.builder import PromptBuilder
 
     Values = Mapping[str, Any]

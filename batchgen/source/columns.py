@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pyarrow as pa
 
-from batchgen.core.errors import ConfigError, SourceError
-from batchgen.core.suggest import nearest, suggestion
+from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

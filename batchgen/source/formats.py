@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from batchgen.core.errors import ConfigError, SourceError
-from batchgen.core.suggest import suggestion
+from batchgen.core.errors import ConfigError, SourceError, suggestion
 from batchgen.source.files import find_inputs
 
 if TYPE_CHECKING:

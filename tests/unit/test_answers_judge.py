@@ -13,7 +13,7 @@ from batchgen.answers.output_format import make_format
 from batchgen.answers.validate import Retries, check_retries, check_rules, final, rule_schema
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Completion, RowError, Sample, TokenLogprobs, Verdict
-from batchgen.job.seeds import Seeds, row_seed
+from batchgen.job.recipe import Seeds, row_seed
 from tests.fakes import batch, completion, job, judge_of, request_builder
 
 CHOICE = {"output": {"choice": ["yes", "no"]}}

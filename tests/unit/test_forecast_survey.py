@@ -14,7 +14,7 @@ from batchgen.core.errors import ConfigError, EngineError, InputChangedError
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineSpec, Request
 from batchgen.engine.process import build_engine
-from batchgen.job.seeds import Seeds
+from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
 from batchgen.preview.survey import How, sampled, survey

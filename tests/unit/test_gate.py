@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import GateError
-from batchgen.job.answers import GateConfig
+from batchgen.job.model import GateConfig
 from batchgen.pipeline.publish import judge_gate, told, total_variation
 
 TALLY = {

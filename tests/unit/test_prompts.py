@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Ordinal, Request, Result, RowBatch, RowError
 from batchgen.job.model import Example, PromptConfig
-from batchgen.job.seeds import Seeds, row_seed
+from batchgen.job.recipe import Seeds, row_seed
 from batchgen.prompt.builder import PromptBuilder, turns
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, Sandbox
 from tests.fakes import batch, job, request_builder

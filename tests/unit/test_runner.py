@@ -19,7 +19,7 @@ from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineSpec, RowError
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.job.model import RunConfig
-from batchgen.job.seeds import Seeds
+from batchgen.job.recipe import Seeds
 from batchgen.pipeline.committer import Committer, OpenPart
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.feeder import Feeder, feed_batches

@@ -11,9 +11,8 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import ConfigError, one_line
+from batchgen.core.errors import ConfigError, nearest, one_line
 from batchgen.core.records import Sample, TokenLogprobs
-from batchgen.core.suggest import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from batchgen.core.errors import ConfigError, EngineError, one_line
-from batchgen.core.suggest import nearest
+from batchgen.core.errors import ConfigError, EngineError, nearest, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
