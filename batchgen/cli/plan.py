@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from batchgen.preview.cost import Price, Rate
+    from batchgen.preview.estimate import Price, Rate
 
 
 def _rate(_: click.Context, __: click.Parameter, value: str | None) -> Rate | None:
-    from batchgen.preview.cost import read_rate
+    from batchgen.preview.estimate import read_rate
 
     try:
         return read_rate(value) if value is not None else None
@@ -27,7 +27,7 @@ def _rate(_: click.Context, __: click.Parameter, value: str | None) -> Rate | No
 
 
 def _price(_: click.Context, __: click.Parameter, value: str | None) -> Price | None:
-    from batchgen.preview.cost import read_price
+    from batchgen.preview.estimate import read_price
 
     try:
         return read_price(value) if value is not None else None

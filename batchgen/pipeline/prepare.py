@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.csv import delimiter_hint
+from batchgen.source.files import stat_input
 from batchgen.source.formats import find_files, reader_for
 from batchgen.source.reading import ReadSpec
 from batchgen.store.parts import part_schema
@@ -460,6 +461,10 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
     return checked.with_plan(plan)
 
 
+LARGE_BYTES = 256 << 20
+"""A larger file has rows enough for a look; they would be over a MiB long otherwise."""
+
+
 def find_input(job: JobConfig) -> InputFiles:
     """Find the input's files and look at the beginning of each.
 
@@ -484,15 +489,24 @@ def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
 
 def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:
     """Yield where a row stands and its prompt as text, or why it has none, for `check`."""
-    spec = replace(prepared.spec(), batch_rows=1)
-    batches = chain.from_iterable(
-        prepared.reader.read(path, 0, Ranges.until(prepared.reader.scan(path).num_rows), spec)
-        for path in prepared.files
-    )
-    for batch in islice((batch for batch in batches if batch.rows), num_rows):
-        (row,), (values,) = batch.rows, batch.values
-        outcome = batch.errors[0] if values is None else prepared.builder.build(values)
+    for row, outcome in islice(first_rows(prepared, num_rows), num_rows):
         yield f"row {row}", _as_text(outcome)
+
+
+def first_rows(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prompt | RowError]]:
+    """Yield rows in their order: its number in its file, and its prompt or why it has none.
+
+    Args:
+        prepared: The job.
+        num_rows: Of each large file so many are read, as counting its rows would take its time.
+    """
+    spec = replace(prepared.spec(), batch_rows=64)
+    for path in prepared.files:
+        is_large = stat_input(path).size_bytes > LARGE_BYTES
+        todo = Ranges.until(num_rows if is_large else prepared.reader.scan(path).num_rows)
+        for batch in prepared.reader.read(path, 0, todo, spec):
+            for at, (row, values) in enumerate(zip(batch.rows, batch.values, strict=True)):
+                yield row, batch.errors[at] if values is None else prepared.builder.build(values)
 
 
 def _as_text(outcome: Prompt | RowError) -> str:

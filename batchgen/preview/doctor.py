@@ -15,10 +15,9 @@ from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.job.model import ModelConfig
 from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
-from batchgen.pipeline.prepare import engine_spec, prepare
+from batchgen.pipeline.prepare import LARGE_BYTES, engine_spec, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model
 from batchgen.preview.findings import Finding, Report, of_error, ok, problem, warning
-from batchgen.preview.lengths import LARGE_BYTES, row_lengths
 from batchgen.preview.machine import (
     check_device,
     check_limits,
@@ -28,7 +27,7 @@ from batchgen.preview.machine import (
     read_machine,
 )
 from batchgen.preview.model_check import check_model
-from batchgen.preview.tokens import max_model_len
+from batchgen.preview.sample import max_model_len, row_lengths
 from batchgen.source.files import stat_input
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.preview.checkpoint import Found, Hub
-    from batchgen.preview.lengths import RowLengths
     from batchgen.preview.machine import Machine
+    from batchgen.preview.sample import RowLengths
 
 DTYPES = frozenset({"auto", "half", "float16", "bfloat16", "float", "float32"})
 """What vLLM takes as `dtype`: vllm/config/model.py, ModelDType, 0.26 to 0.33."""

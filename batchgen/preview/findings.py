@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.preview.checkpoint import Weights
-    from batchgen.preview.lengths import RowLengths
     from batchgen.preview.machine import Machine
     from batchgen.preview.memory import Fit, Memory, Settings
+    from batchgen.preview.sample import RowLengths
 
 GIB = 2**30
 MAX_CHARS = 2000

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from batchgen.engine.devices import Gpu
     from batchgen.preview.checkpoint import Shape
-    from batchgen.preview.lengths import RowLengths
+    from batchgen.preview.sample import RowLengths
 
 NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"})
 """Models whose numbers are too large for it: vllm/config/model.py, 0.26 to 0.33."""

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from batchgen.preview.checkpoint import Found, Shape
-    from batchgen.preview.lengths import RowLengths
     from batchgen.preview.machine import Machine
     from batchgen.preview.memory import Fit, Memory, Settings
+    from batchgen.preview.sample import RowLengths
 
     Capability = tuple[int, int]
     """Compute capability of a GPU: (8, 9) is 8.9."""

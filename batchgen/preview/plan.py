@@ -29,12 +29,9 @@ from batchgen.pipeline.reuse import (
     takeovers,
     without,
 )
-from batchgen.preview import cost
-from batchgen.preview.figures import BLOCK_TOKENS
-from batchgen.preview.past import last_run
+from batchgen.preview.estimate import BLOCK_TOKENS, Estimate, Price, Rate, Work, estimate, last_run
 from batchgen.preview.report import Forecast, Rows
-from batchgen.preview.survey import SAMPLE_ROWS, How, survey
-from batchgen.preview.tokens import load_tokenize, max_model_len
+from batchgen.preview.sample import SAMPLE_ROWS, How, load_tokenize, max_model_len, survey
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.storage import LocalStorage
 from batchgen.store.books import NO_ROWS
@@ -51,8 +48,8 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.reuse import Takeover
-    from batchgen.preview.past import PastRun
-    from batchgen.preview.survey import Survey
+    from batchgen.preview.estimate import PastRun
+    from batchgen.preview.sample import Survey
     from batchgen.store.books import Durable, Plan
     from batchgen.store.dedupe import KnownKeys
 
@@ -67,9 +64,9 @@ class PlanOptions:
     """Options of the run that is foretold."""
     is_exact: bool = False
     """Look at every row that is to do."""
-    rate: cost.Rate | None = None
+    rate: Rate | None = None
     """How fast rows come; None: as in the last run."""
-    price: cost.Price | None = None
+    price: Price | None = None
     sample_rows: int = SAMPLE_ROWS
 
 
@@ -316,11 +313,11 @@ def _survey(ahead: _Ahead, spec: EngineSpec, options: PlanOptions, max_len: int 
 
 def _estimate(
     found: Survey, spec: EngineSpec, past: PastRun | None, options: PlanOptions
-) -> cost.Estimate | None:
-    work = cost.Work(found.num_to_compute, found.prompt_tokens, found.max_output_tokens)
+) -> Estimate | None:
+    work = Work(found.num_to_compute, found.prompt_tokens, found.max_output_tokens)
     is_cpu = spec.backend == "echo" or (past is not None and past.device == "cpu")
     num_gpus = gpus_of(spec.model_kwargs, is_cpu=is_cpu)
-    return cost.estimate(work, options.rate, past, num_gpus, options.price)
+    return estimate(work, options.rate, past, num_gpus, options.price)
 
 
 def _block_tokens(spec: EngineSpec) -> int:

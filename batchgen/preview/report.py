@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.pipeline.progress import duration
-from batchgen.preview.figures import bars
+from batchgen.preview.estimate import bars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from batchgen.preview.cost import Estimate
-    from batchgen.preview.past import PastRun
-    from batchgen.preview.survey import Survey
+    from batchgen.preview.estimate import Estimate, PastRun
+    from batchgen.preview.sample import Survey
 
 NO_RATE = (
     "cannot be told: no run of this model has been here; give --rate 250rows/s or "

@@ -17,7 +17,6 @@ from batchgen.engine.vllm import settings
 from batchgen.preview.checkpoint import Remote, weight_bytes
 from batchgen.preview.doctor import check_keywords, examine
 from batchgen.preview.findings import Level, Report
-from batchgen.preview.lengths import counter
 from batchgen.preview.machine import (
     Machine,
     check_limits,
@@ -28,6 +27,7 @@ from batchgen.preview.machine import (
     read_machine,
 )
 from batchgen.preview.model_check import can_run, check_kv_dtype, judge_method, method_of
+from batchgen.preview.sample import counter
 from tests import fakes
 from tests.bench.random_model import make_model
 

@@ -6,7 +6,8 @@ import pytest
 
 from batchgen.core.errors import ConfigError
 from batchgen.engine.vllm.settings import gpus_of
-from batchgen.preview.cost import (
+from batchgen.preview.estimate import (
+    PastRun,
     Price,
     Rate,
     Work,
@@ -15,7 +16,6 @@ from batchgen.preview.cost import (
     read_price,
     read_rate,
 )
-from batchgen.preview.past import PastRun
 
 
 def past_run(**fields):

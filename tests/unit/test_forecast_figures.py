@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from batchgen.preview.figures import PrefixCache, bars, estimate_duplicates, lengths_of
+from batchgen.preview.estimate import PrefixCache, bars, estimate_duplicates, lengths_of
 
 
 def test_lengths_are_summed_up_by_rank_and_by_powers_of_two():

