@@ -5,8 +5,8 @@
     |-- SourceError                2  an input file cannot be read as what it says it is
     |   `-- InputChangedError      1  an input file changed or vanished under a run
     |-- RecipeChangedError         2  the output belongs to another recipe or input
+    |-- StorageError               1  a write, sync or read of the output failed (disk full, I/O)
     |-- OutputError                2  the output folder cannot be used
-    |   |-- StorageError           1  a write, sync or read of the output failed (disk full, I/O)
     |   |-- DamagedPartError       1  a committed part is not what was written
     |   |-- DamagedSnapshotError   1  a published file is not what was written
     |   `-- FencedError            75 another run has taken the job over
@@ -123,7 +123,7 @@ class OutputError(BatchgenError):
     exit_code = ExitCode.REFUSED
 
 
-class StorageError(OutputError):
+class StorageError(BatchgenError):
     """A write, sync or read of the output failed. Everything committed before it stays."""
 
     exit_code = ExitCode.FAULT

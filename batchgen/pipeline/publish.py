@@ -286,7 +286,7 @@ def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool = 
     """
     try:
         manifest = _put_snapshot(ledger, prepared, epoch, anyway=anyway)
-    except (AccountingError, GateError, OutputError):
+    except (AccountingError, GateError, OutputError, StorageError):
         # A faster run publishes and then removes the parts that we were reading; its gate decided.
         published = ledger.manifest(epoch.plan.number)
         if published is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.core.errors import BatchgenError, OutputError, StorageError
+from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.committer import Committer
 from batchgen.store.books import NO_ROWS, Durable
@@ -134,8 +134,6 @@ class Takeover:
         assert self._manifest is not None  # noqa: S101 - asked only of published plans
         try:
             Index(self._ledger.storage, self._manifest).close()
-        except StorageError:
-            raise
         except OutputError as error:
             self._tell(f"{error}; every row is read again, answers are found by key")
             return False
@@ -424,8 +422,6 @@ def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> dic
         return planned
     try:
         index = Index(storage, manifest)
-    except StorageError:
-        raise
     except OutputError:  # Told where rows are taken over.
         return planned
     found: dict[int, list[tuple[int, int]]] = {}

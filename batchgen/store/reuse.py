@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core import arrow
-from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.errors import OutputError
 from batchgen.core.ranges import Ranges
 from batchgen.store.books import NO_ROWS
 from batchgen.store.dedupe import prefixes_of
@@ -355,8 +355,6 @@ def published_sources(
     """
     try:
         index = Index(storage, manifest)
-    except StorageError:
-        raise
     except OutputError:  # Then whole files are believed, or not at all.
         return [
             Source(file["name"], takes_errors)
