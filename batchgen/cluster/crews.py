@@ -34,7 +34,7 @@ def needs_of(job: JobConfig) -> Needs:
     """
     num_gpus = job.run.gpus_per_replica
     if num_gpus is None:
-        has_gpus = job.model.backend == "vllm" and not is_cpu_build()
+        has_gpus = job.model.is_vllm and not is_cpu_build()
         num_gpus = float(engine_gpus(job)) if has_gpus else 0.0
     if (problem := _misfit(num_gpus, job)) is not None:
         raise ConfigError(_WHERE, [f"gpus_per_replica = {num_gpus:g}, {problem}"])

@@ -186,8 +186,11 @@ class EngineFacts:
     name: str
     version: str
     device: str
+    """Such as `NVIDIA H100 80GB HBM3`, or `cpu`; `none` where there is nothing to tune for."""
     max_model_len: int | None
+    """Tokens of a prompt and its answer together; None: no limit."""
     max_num_seqs: int
+    """Requests that it runs at once."""
     startup_s: float
 
 
@@ -218,7 +221,7 @@ class EngineSpec:
     """Everything that a process needs to start an engine; plain values, so that it travels."""
 
     backend: str
-    """`vllm` or `echo`."""
+    """`vllm`, `echo` or the import path of an engine, `package.module:Class`."""
     model: str
     """Folder of the model; for vLLM always local, resolved before."""
     model_kwargs: Mapping[str, Any]
@@ -241,3 +244,8 @@ class EngineSpec:
     """Where the engine's own log lines go."""
     max_in_flight: int | None = None
     """Requests inside the engine at once; None means twice its `max_num_seqs`."""
+
+    @property
+    def is_vllm(self) -> bool:
+        """Whether `model_kwargs` are vLLM's, and devices are used."""
+        return self.backend == "vllm"

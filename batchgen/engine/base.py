@@ -6,10 +6,24 @@ The runner keeps `capacity` requests inside, tops up as completions come, and ne
 slow row: there is no batch and no barrier at this seam.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from __future__ import annotations
 
-from batchgen.core.records import Completion, EngineFacts, EngineStats, Messages, Prompt, RowError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from batchgen.core.errors import ConfigError, one_line
+from batchgen.core.records import Completion, RowError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Messages, Prompt
+
+BACKENDS = {
+    "vllm": "batchgen.engine.vllm.engine:VllmEngine",
+    "echo": "batchgen.engine.echo:EchoEngine",
+}
+WHERE = "[model]"
 
 
 class EngineRequest(Protocol):
@@ -37,7 +51,19 @@ class EngineRequest(Protocol):
 
 
 class Engine(Protocol):
-    """Turns requests into completions. One owner thread; one instance a worker."""
+    """Turns requests into completions. One instance a worker; one thread steps, one may `add`.
+
+    `model.backend = "package.module:Class"` names a class of one's own (experimental: this seam
+    may change). It lives in a process of its own, where it may crash and hang as it likes, unless
+    its `spec.model_kwargs`, which are `[model.engine]` as written, hold `in_process = true`.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Make the engine; cheap and at once, the first step does the work.
+
+        Raises:
+            ConfigError: `spec` asks for what it cannot do.
+        """
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -80,6 +106,22 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop at once, drop what is in flight, leave no process behind. Idempotent."""
+
+
+def engine_class(backend: str) -> type[Engine]:
+    """Import the class that a job's `model.backend` names.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    module, _, name = BACKENDS.get(backend, backend).partition(":")
+    try:
+        found: type[Engine] = getattr(import_module(module), name)
+    except Exception as error:  # Whatever a module of the user's own raises.
+        problem = f"model.backend = {backend!r} cannot be imported: {one_line(error)}"
+        expected = "expected package.module:Class, installed here or in a folder of PYTHONPATH"
+        raise ConfigError(WHERE, [f"{problem}; {expected}"]) from error
+    return found
 
 
 def failed(request_id: int, error: RowError) -> Completion:

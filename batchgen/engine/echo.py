@@ -1,7 +1,7 @@
 """`EchoEngine`: answers with the beginning of the prompt. No model, no GPU, no process of its own.
 
-For dry runs (does the job file do what it should, before a GPU is rented), for measuring the
-pipeline around the engine, and for fault tests (`faults`, `faulty`). It behaves like vLLM where
+For dry runs (does the job file do what it should, before a GPU is rented) and for measuring the
+pipeline around the engine. It behaves like vLLM where
 that matters to its callers: it holds at most `max_num_seqs` requests at once, finishes them out
 of order, honours `max_tokens`, and refuses bad requests one by one. Its "tokens" are UTF-8 bytes.
 
@@ -28,7 +28,6 @@ from batchgen.core.records import (
     Sample,
 )
 from batchgen.engine.base import failed, flatten_parts, unknown_adapter
-from batchgen.engine.faults import read_faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import Messages
     from batchgen.engine.base import EngineRequest
-    from batchgen.engine.faults import Fault
 
 VERSION = "1"
 WHERE = "model.engine (backend echo)"
@@ -61,11 +59,7 @@ class EchoOptions:
     max_model_len: int | None = None
     """Prompt bytes must be fewer; prompt and answer together are at most this many."""
     in_process: bool = True
-    """False: in a process of its own, as vLLM is; then its faults are real ones."""
-    faults: Sequence[Fault] = ()
-    """What goes wrong, and when: see `faults`."""
-    once_file: str | None = None
-    """Remembers the faults that have happened, for the engines built after this one."""
+    """False: in a process of its own, as vLLM is."""
 
 
 def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
@@ -84,21 +78,11 @@ def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
         and not _is_at_least(value, minimum := 0 if name == "step_s" else 1)
         and not (name == "max_model_len" and value is None)
     ]
-    problems += _fault_problems(options)
+    if not isinstance(in_process := options.get("in_process", True), bool):
+        problems.append(f"in_process = {in_process!r} is not true or false")
     if problems:
         raise ConfigError(WHERE, problems)
     return EchoOptions(**options)
-
-
-def _fault_problems(options: dict[str, Any]) -> list[str]:
-    """Check what `faults` documents; put the faults in as such."""
-    options["faults"], problems = read_faults(options.get("faults", ()))
-    in_process, once_file = options.get("in_process", True), options.get("once_file")
-    if not isinstance(in_process, bool):
-        problems.append(f"in_process = {in_process!r} is not true or false")
-    if once_file is not None and not isinstance(once_file, str):
-        problems.append(f"once_file = {once_file!r} is not a path")
-    return problems
 
 
 def unknown_option(name: str, known: Sequence[str]) -> str:

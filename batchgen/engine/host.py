@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from batchgen.core.collector import collect_rarely
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, one_line
 from batchgen.core.words import own_streams
+from batchgen.engine.base import engine_class
 from batchgen.engine.devices import GpuLoad
-from batchgen.engine.faulty import echo_engine
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
 
 if TYPE_CHECKING:
@@ -55,15 +55,6 @@ class HostedRequest(NamedTuple):
     lora: str | None = None
 
 
-def build_engine(spec: EngineSpec) -> Engine:
-    """Build the engine in this process; cheap, the first step does the work."""
-    if spec.backend == "echo":
-        return echo_engine(spec, is_hosted=True)
-    from batchgen.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(spec)
-
-
 class Host:
     """Feeds an engine from a connection and sends what comes out of it."""
 
@@ -81,8 +72,8 @@ class Host:
         Raises:
             BatchgenError: The engine did not start, or died.
         """
-        engine = build_engine(spec)
-        is_cpu = spec.backend == "echo" or is_cpu_build()
+        engine = engine_class(spec.backend)(spec)
+        is_cpu = not spec.is_vllm or is_cpu_build()
         self._load = GpuLoad(gpus_of(spec.model_kwargs, is_cpu=is_cpu))
         receiver = threading.Thread(target=self._receive, args=(engine,), daemon=True)
         receiver.start()

@@ -26,16 +26,15 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import batchgen
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, Sample
+from batchgen.engine.base import engine_class
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
-from batchgen.engine.echo import read_options
-from batchgen.engine.faulty import echo_engine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +67,7 @@ class _Child:
         self.log_start = log_size(spec.log_path)
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            self.process = _start_host(theirs.fileno(), spec.log_path)
+            self.process = _start_host(theirs.fileno(), spec)
             self.connection = Connection(ours.detach())
         self.guard = _start_guard(self.process.pid)
         self.post(spec)
@@ -147,15 +146,15 @@ class _Child:
 def build_engine(spec: EngineSpec) -> Engine:
     """Build the engine that `spec.backend` names; returns at once, `facts` is None until it is up.
 
-    vLLM gets a process of its own; echo runs right here unless `in_process = false`.
+    All but echo get a process of their own, unless `[model.engine] in_process` says otherwise;
+    vLLM always does.
 
     Raises:
-        ConfigError: The echo engine does not know one of its options.
+        ConfigError: There is no such engine, or it cannot do what `spec` asks for.
         EngineError: The process could not be started.
     """
-    if spec.backend == "echo" and read_options(spec.model_kwargs).in_process:
-        return echo_engine(spec)
-    return EngineProcess(spec)
+    is_here = spec.model_kwargs.get("in_process", spec.backend == "echo")
+    return engine_class(spec.backend)(spec) if is_here and not spec.is_vllm else EngineProcess(spec)
 
 
 class EngineProcess:
@@ -286,13 +285,15 @@ def is_group_alive(pgid: int) -> bool:
     return False
 
 
-def _start_host(fd: int, log_path: str | None) -> subprocess.Popen[bytes]:
+def _start_host(fd: int, spec: EngineSpec) -> subprocess.Popen[bytes]:
+    log_path = spec.log_path
     environment = dict(os.environ)
-    root = Path(batchgen.__file__).parent.parent
-    if root.name not in ("site-packages", "dist-packages"):
-        # A checkout that is not installed: the child must find the same batchgen.
-        paths = [str(root), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # A checkout that is not installed: the child must find the same batchgen, and the same engine.
+    roots = dict.fromkeys(map(_folder_of, ("batchgen", *spec.backend.split(":")[:-1])))
+    paths = [root for root in roots if not root.endswith(("site-packages", "dist-packages"))]
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [*paths, environment.get("PYTHONPATH", "")])
+    )
     # -P: a file torch.py in the folder that the job is run from must not replace torch.
     command = [sys.executable, "-P", "-m", "batchgen.engine.host", str(fd)]
     with contextlib.ExitStack() as stack:
@@ -312,6 +313,13 @@ def _start_host(fd: int, log_path: str | None) -> subprocess.Popen[bytes]:
             pass_fds=(fd,),
             start_new_session=True,
         )
+
+
+def _folder_of(module: str) -> str:
+    """Where a module's outermost package was found."""
+    outermost = import_module(module.partition(".")[0])
+    (place, *_) = getattr(outermost, "__path__", None) or [outermost.__file__]
+    return str(Path(place).parent)
 
 
 def _start_guard(pgid: int) -> subprocess.Popen[bytes] | None:

@@ -252,7 +252,7 @@ def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
     if problems:
         raise ConfigError(where, problems)
     name = _model_name(base, job.model.name)
-    if job.model.backend == "vllm" and (why := _unpinned_code(job, name)):
+    if job.model.is_vllm and (why := _unpinned_code(job, name)):
         raise ConfigError(where, [why])
     return job.model_copy(
         update={

@@ -7,10 +7,11 @@ which is passed on as it is.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from batchgen.job.paths import today
 
@@ -149,6 +150,9 @@ class GateConfig(Table):
 PICKLE_FORMATS = frozenset({"pt", "npcache"})
 
 
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
 class InputConfig(Table):
     """What to read."""
 
@@ -255,8 +259,10 @@ class PromptConfig(Table):
 class ModelConfig(Table):
     """Which model, and how the engine loads it."""
 
-    backend: Literal["vllm", "echo"] = "vllm"
-    """`echo` answers with the prompt itself: dry runs, pipeline benchmarks, fault tests."""
+    backend: str = Field(default="vllm", examples=["vllm", "echo"])
+    """`echo` answers with the prompt itself: dry runs, pipeline benchmarks.
+    `package.module:Class` (experimental) is an engine of your own, a `batchgen.engine.base.Engine`
+    that Python finds on every machine of the run."""
     name: str = ""
     """Folder of the model (relative to the job file) or hub id."""
     revision: str | None = None
@@ -288,13 +294,26 @@ class ModelConfig(Table):
     engine: dict[str, Any] = Field(default={})
     """Any other keyword of vLLM's LLM(...), passed as it is."""
 
+    @property
+    def is_vllm(self) -> bool:
+        """Whether there is a model to find, on devices, and `engine` holds vLLM's own keywords."""
+        return self.backend == "vllm"
+
+    @field_validator("backend")
+    @classmethod
+    def _is_known(cls, backend: str) -> str:
+        if backend not in ("vllm", "echo") and not _IMPORT_PATH.fullmatch(backend):
+            msg = f"{backend!r:.60} is wrong, expected: 'vllm', 'echo' or 'package.module:Class'"
+            raise ValueError(msg)
+        return backend
+
     @model_validator(mode="after")
     def _has_name(self) -> Self:
-        if self.backend == "vllm" and not self.name:
+        if self.is_vllm and not self.name:
             msg = "name is missing, expected the model's folder or hub id"
             raise ValueError(msg)
         clash = sorted(set(self.engine) & {*type(self).model_fields, "model"})
-        if clash and self.backend == "vllm":
+        if clash and self.is_vllm:
             key = "name" if clash[0] == "model" else clash[0]
             msg = f"engine.{clash[0]} has a key of its own, set model.{key}"
             raise ValueError(msg)

@@ -161,7 +161,7 @@ def use_tuned(job: JobConfig, job_path: Path, device: Callable[[], str]) -> JobC
             return job
         return job.tuned_by(Tuned(str(path), note=f"{path}: not used, cannot be read: {error}"))
     here = device()
-    if job.model.backend == "echo":
+    if not job.model.is_vllm:
         given = {name: value for name, value in given.items() if name in _ECHO}
     bad = [f"{name} = {value!r:.100}" for name, value in given.items() if _is_bad(name, value)]
     problem = _misfit(tables.get("key"), key_of(job, job_path.parent, here))

@@ -61,7 +61,7 @@ def advise(samples: Sequence[Mapping[str, Any]], facts: EngineFacts | None, way:
         facts: An engine's.
         way: Of the job.
     """
-    if facts is None or facts.name == "echo":
+    if facts is None or facts.device == "none":
         return []
     steady = steady_samples(samples)
     if way.num_engines > 1:

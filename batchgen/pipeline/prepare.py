@@ -23,6 +23,7 @@ from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, s
 from batchgen.core.expressions import check_row_test
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineSpec, Prompt, RowError
+from batchgen.engine.base import BACKENDS, engine_class
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from batchgen.answers.columns import AnswerColumns
     from batchgen.answers.output_format import OutputFormat
-    from batchgen.job.model import Example, JobConfig
+    from batchgen.job.model import Example, JobConfig, ModelConfig
     from batchgen.source.formats import InputFiles
     from batchgen.source.reading import Reader
     from batchgen.store.books import Plan
@@ -432,13 +433,25 @@ def check(job: JobConfig) -> Checked:
     check_examples(job.prompt.examples, form)
     check_retries(job.retry, job.sampling, is_chat=job.prompt.text is None)
     loras = {name: resolve_lora(name, path) for name, path in job.model.lora.items()}
-    model = ModelFiles("", {})
-    if job.model.backend == "vllm":
+    if job.model.is_vllm:
         is_dummy = job.model.engine.get("load_format") == "dummy"  # Reads no weights at all.
         allow_pickle = job.model.allow_pickle or is_dummy
         model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
+    else:
+        model = _other_model(job.model)
     recipe = recipes.make_recipe(job, model.identity, loras)
     return Checked(job, model, recipe, builder, form, answer)
+
+
+def _other_model(model: ModelConfig) -> ModelFiles:
+    """What an engine other than vLLM answers with; only one of the user's own has a name for it.
+
+    Raises:
+        ConfigError: There is no such engine.
+    """
+    engine_class(model.backend)
+    is_own = model.backend not in BACKENDS and model.name
+    return ModelFiles("", {"name": model.name} if is_own else {})
 
 
 def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
@@ -546,7 +559,7 @@ def engine_spec(
     template = prompt.chat_template_file
     return EngineSpec(
         backend=model.backend,
-        model=model_path,
+        model=model_path or model.name,
         model_kwargs={**kwargs, **model.engine},
         sampling_params=params,
         chat_template=Path(template).read_text(encoding="utf-8") if template else None,

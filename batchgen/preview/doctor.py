@@ -65,9 +65,9 @@ def examine(
         job = load()
     except BatchgenError as error:
         return Report([of_error("job", error)], machine)
-    if job.model.backend == "vllm":
+    if job.model.is_vllm:
         return _with_model(job, machine, hub or HuggingFace(), job_file)
-    findings = [ok("model", "echo needs neither GPU nor vLLM")]
+    findings = [ok("model", f"{job.model.backend} needs neither GPU nor vLLM")]
     findings += check_limits(machine, 0, job_file)
     findings += check_replicas(job, machine)
     findings += _check_output(job, _prepared(job, findings), None)

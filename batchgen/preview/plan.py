@@ -315,7 +315,7 @@ def _estimate(
     found: Survey, spec: EngineSpec, past: PastRun | None, options: PlanOptions
 ) -> Estimate | None:
     work = Work(found.num_to_compute, found.prompt_tokens, found.max_output_tokens)
-    is_cpu = spec.backend == "echo" or (past is not None and past.device == "cpu")
+    is_cpu = not spec.is_vllm or (past is not None and past.device == "cpu")
     num_gpus = gpus_of(spec.model_kwargs, is_cpu=is_cpu)
     return estimate(work, options.rate, past, num_gpus, options.price)
 

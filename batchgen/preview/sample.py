@@ -28,7 +28,8 @@ import pyarrow.compute as pc
 from batchgen.core.errors import EngineError, one_line
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Request, RowError
-from batchgen.engine.echo import chat_text, read_options
+from batchgen.engine.base import engine_class
+from batchgen.engine.echo import chat_text
 from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode
 from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
@@ -84,8 +85,9 @@ def load_tokenize(spec: EngineSpec) -> Tokenize:
         ConfigError: The job asks for what the engine cannot do: a grammar, a parser, an option.
         EngineError: The tokenizer cannot be loaded, an adapter does not fit, vLLM is missing.
     """
-    if spec.backend == "echo":
-        read_options(spec.model_kwargs)
+    if not spec.is_vllm:
+        engine_class(spec.backend)(spec).close()
+        # Of an engine that only its author knows bytes are at least an upper bound.
         return lambda requests: [_echo_tokens(request) for request in requests]
     is_cpu = is_cpu_build()
     for name, value in _QUIET.items():
@@ -156,8 +158,8 @@ def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, s
     given = spec.model_kwargs.get("max_model_len")
     if isinstance(given, int) and given > 0:
         return given, "model.max_model_len"
-    if spec.backend == "echo":
-        return None, "echo has no limit"
+    if not spec.is_vllm:
+        return None, f"{spec.backend} has no limit"
     if past is not None and past.max_model_len:
         return past.max_model_len, f"run {past.run_id}"
     found = config_max_len(Path(spec.model) / "config.json")

@@ -82,7 +82,7 @@ class Search:
         """
         yield {}
         ways = [self._window, self._seqs, self._memory, self._seqs]
-        if self._job.model.backend != "echo":
+        if self._job.model.is_vllm:
             ways += [self._more_batched, self._less_batched, self._prefix_caching]
         for way in (*ways, self._fewer_seqs):
             while self._best is not None and (change := way(self._measure)):

@@ -73,8 +73,8 @@ class Tuning:
         self._stops = stops
         self._tell = tell
         self._began_s = time.monotonic()
-        device = "echo" if job.model.backend == "echo" else device_name()
-        self._is_gpu = device not in {"cpu", "echo"}
+        device = device_name() if job.model.is_vllm else job.model.backend
+        self._is_gpu = job.model.is_vllm and device != "cpu"
         most_memory = _free_share() - 0.03 if self._is_gpu else MOST_MEMORY
         self._search = Search(job, is_gpu=self._is_gpu, most_memory=most_memory)
         self._is_searched = False  # To its end: nothing more is worth a trial.

@@ -17,6 +17,7 @@ import batchgen
 from batchgen.store.books import STATE
 from tests.e2e import support
 from tests.e2e.support import run_cli, write_job, write_rows
+from tests.faulty import BACKEND
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 400
@@ -35,8 +36,11 @@ def toml(value: Any) -> str:
 def make_job(folder: Path, faults: list[dict[str, Any]], **options: Any) -> Path:
     folder.mkdir(exist_ok=True)
     write_rows(folder / "in.jsonl", NUM_ROWS)
-    job = write_job(folder, "in.jsonl", run={"flush_rows": 50, "stall_s": 3.0})
-    lines = [f"{key} = {toml(value)}" for key, value in {**ENGINE, **options}.items()]
+    run = {"flush_rows": 50, "stall_s": 3.0}
+    job = write_job(folder, "in.jsonl", run=run, model={"backend": BACKEND})
+    lines = [
+        f"{key} = {toml(value)}" for key, value in {**ENGINE, "in_process": True, **options}.items()
+    ]
     if faults:
         lines.append(f"faults = {toml(faults)}")
     with job.open("a", encoding="utf-8") as file:
@@ -45,7 +49,7 @@ def make_job(folder: Path, faults: list[dict[str, Any]], **options: Any) -> Path
 
 
 def published(output: Path) -> list[dict[str, Any]]:
-    """Without keys and recipe: the echo engine's options, faults too, are of the recipe."""
+    """Without keys and recipe: the engine's options, faults too, are of the recipe."""
     rows = support.published(output)
     of_recipe = {"gen_request_key", "gen_recipe"}
     return [{k: v for k, v in row.items() if k not in of_recipe} for row in rows]

@@ -19,6 +19,7 @@ from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from tests.crews import ThreadCrew
 from tests.e2e.support import published, write_rows
+from tests.faulty import BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -228,7 +229,7 @@ def test_a_row_that_kills_engines_ends_as_an_error_and_no_other_does(tmp_path: P
     source.write_text("\n".join(map(json.dumps, lines)))
     faults = [{"kind": "poison", "text": "boom"}]
     job = tables(tmp_path, run={"replicas": 2}, gate={"max_error_rate": 1.0})
-    job["model"]["engine"] = {**SLOW, "faults": faults}
+    job["model"] = {"backend": BACKEND, "engine": {**SLOW, "faults": faults, "in_process": True}}
     summary = run(job)
     assert (summary.num_ok, summary.num_errors) == (1999, 1)
     (error,) = [row for row in published(tmp_path / "out") if row["gen_status"] == "error"]

@@ -16,6 +16,7 @@ from batchgen.tuning.gauge import Times
 from batchgen.tuning.trial import Stops
 from batchgen.tuning.tune import TuneOptions, Tuning
 from tests.e2e.support import command, published, run_cli, summary_of, wait_until, write_job
+from tests.faulty import BACKEND
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +34,15 @@ def write_rows(folder: Path, num_rows: int) -> None:
 
 
 def write_slow_job(folder: Path, **tables) -> Path:
-    path = write_job(folder, "in.jsonl", run={"grace_s": 0}, **tables)
+    model = {"backend": BACKEND}
+    path = write_job(folder, "in.jsonl", run={"grace_s": 0}, model=model, **tables)
     faults = f'faults = [{{kind = "out_of_memory", at = {MEMORY_ENDS_AT}}}]'
-    engine = [faults, f'once_file = "{folder / "fired"}"', f"step_s = {STEP_S}"]
+    engine = [
+        faults,
+        f'once_file = "{folder / "fired"}"',
+        f"step_s = {STEP_S}",
+        "in_process = true",
+    ]
     path.write_text("\n".join([path.read_text(), "[model.engine]", *engine, ""]))
     return path
 

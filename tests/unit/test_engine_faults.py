@@ -1,18 +1,16 @@
-"""The echo engine's fault table: what strikes, when, and how often."""
+"""The faulty engine does what its table says: else the tests that use it would prove nothing."""
 
 import pytest
 
-from batchgen.core.errors import ConfigError, EngineDeadError
+from batchgen.core.errors import EngineDeadError
 from batchgen.core.records import EngineSpec
-from batchgen.engine.echo import EchoEngine, read_options
-from batchgen.engine.faults import Fault
-from batchgen.engine.faulty import FaultyEchoEngine, echo_engine
 from batchgen.engine.host import HostedRequest
+from tests.faulty import BACKEND, FaultyEngine
 
 
 def make(*faults, **options):
-    kwargs = {"faults": list(faults), "max_num_seqs": 4, **options}
-    return echo_engine(EngineSpec("echo", "none", kwargs, {"max_tokens": 32}))
+    kwargs = {"faults": list(faults), "max_num_seqs": 4, "in_process": True, **options}
+    return FaultyEngine(EngineSpec(BACKEND, "none", kwargs, {"max_tokens": 32}))
 
 
 def asks(*prompts):
@@ -21,11 +19,6 @@ def asks(*prompts):
 
 def drain(engine, num_steps=20):
     return [done for _ in range(num_steps) for done in engine.step(0.01)]
-
-
-def test_without_faults_it_is_the_plain_engine():
-    assert type(make()) is EchoEngine
-    assert type(make({"kind": "die", "at": 1})) is FaultyEchoEngine
 
 
 @pytest.mark.parametrize("kind", ["die", "out_of_memory"])
@@ -88,31 +81,3 @@ def test_a_refused_prompt_is_its_rows_error():
     errors = {done.request_id: done.error for done in drain(engine)}
     assert errors[1].error_type == "bad_request"
     assert errors[0] is errors[2] is None
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"faults": 3}, "faults = 3 is not a list of tables"),
-        ({"faults": [3]}, "faults[0]: 3 is not a table"),
-        ({"faults": [{"kind": "dye", "at": 1}]}, "kind = 'dye', expected one of die, "),
-        ({"faults": [{"kind": "die"}]}, "faults[0]: expected either at or text, found []"),
-        ({"faults": [{"kind": "die", "at": 1, "text": "x"}]}, "found ['at', 'text']"),
-        ({"faults": [{"kind": "die", "when": 1}]}, "found ['when']"),
-        ({"faults": [{"kind": "poison", "at": 1}]}, "poison needs text, found ['at']"),
-        ({"faults": [{"kind": "die", "at": 0}]}, "{'at': 0} is neither"),
-        ({"faults": [{"kind": "die", "text": ""}]}, "{'text': ''} is neither"),
-        ({"in_process": "no"}, "in_process = 'no' is not true or false"),
-        ({"once_file": 7}, "once_file = 7 is not a path"),
-    ],
-)
-def test_a_wrong_table_is_told_with_its_place(options, problem):
-    with pytest.raises(ConfigError) as caught:
-        read_options(options)
-    assert problem in str(caught.value)
-
-
-def test_a_right_table_is_read():
-    options = read_options({"faults": [{"kind": "poison", "text": "x"}], "in_process": False})
-    assert options.faults == [Fault("poison", text="x")]
-    assert not options.in_process

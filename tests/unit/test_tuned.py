@@ -23,6 +23,7 @@ from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
 from batchgen.preview.plan import PlanOptions, foresee
 from batchgen.tuning.report import check_writable, tuned_text, write_tuned
+from tests.faulty import BACKEND
 
 JOB = """
 [input]
@@ -292,7 +293,8 @@ def test_an_engine_that_does_not_start_or_runs_out_of_memory_names_what_was_tune
     make_job, settings, fault, told
 ):
     faults = [{"kind": fault, "text": "say"}] if fault else []
-    job = make_job(model={"engine": {"faults": faults}}).tuned_by(Tuned("x.tuned.toml", settings))
+    model = {"backend": BACKEND, "engine": {"faults": faults, "in_process": True}}
+    job = make_job(model=model).tuned_by(Tuned("x.tuned.toml", settings))
     run = JobRun(
         job,
         stop=StopSwitch(),

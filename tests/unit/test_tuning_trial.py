@@ -13,6 +13,7 @@ from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.tuning.gauge import Times
 from batchgen.tuning.trial import Stops, _for_trial, run_trial
+from tests.faulty import BACKEND
 
 TIMES = Times(settle_s=0.05, settle_most_s=0.1, least_s=0.2, most_s=0.2)
 
@@ -78,7 +79,7 @@ def test_settings_that_the_engine_refuses_are_a_failed_trial_and_the_jobs_own_ar
 
 def test_settings_that_the_engine_always_dies_of_are_a_failed_trial(make_job):
     engine = {"faults": [{"kind": "out_of_memory", "at": 1}], "max_num_seqs": 1, "step_s": 0.01}
-    job = make_job(model={"engine": engine})
+    job = make_job(model={"backend": BACKEND, "engine": {**engine, "in_process": True}})
     trial = run_trial(job, {"max_num_seqs": 2}, Stops(), TIMES)
     assert "out of memory" in trial.failure
     assert trial.measure is None
