@@ -121,7 +121,7 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
 
     storage = LocalStorage(output_of(source))
     manifest = snapshots.snapshot(Ledger(storage), snapshot)
-    return scan(storage, [file["name"] for file in manifest.files])
+    return scan(storage, [file.name for file in manifest.files])
 
 
 def load(

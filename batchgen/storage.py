@@ -1,8 +1,8 @@
 """The output's files: three primitives, and what makes them durable.
 
-`Storage`: put-if-absent, read, list, plus removal of what no manifest names. The commit protocol
-needs nothing else, so that an object store fits; what `LocalStorage` has beyond it (temp files,
-hard links, live views) serves snapshots and figures.
+The commit protocol needs put-if-absent, read and list, plus removal of what no manifest names, so
+that an object store fits; what `LocalStorage` has beyond (temp files, hard links, live views)
+serves snapshots and figures.
 
 No file is ever written in place, so each is made without anybody's right to write: what a reader
 copies over a published file does not change the snapshot, whose file it shares.
@@ -19,41 +19,15 @@ import errno
 import itertools
 import os
 import stat
-from contextlib import suppress
-from typing import IO, TYPE_CHECKING, Protocol
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import IO, TYPE_CHECKING
 
 from batchgen.core.errors import OutputError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
-
-
-class Storage(Protocol):
-    """A folder or prefix. Names are relative, `/`-separated."""
-
-    @property
-    def where(self) -> str:
-        """For messages: the folder or URL."""
-
-    def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Make `name` exist with exactly `data`, durably; False if it exists with other bytes.
-
-        True also when it already holds the same bytes: then an earlier, doubted put had landed.
-
-        Raises:
-            StorageError: The put failed and `name` was not created by it, or its state is
-                unknown; a later call with the same bytes settles it.
-        """
-
-    def read(self, name: str) -> bytes | None:
-        """Return the whole content, None if absent."""
-
-    def list(self, folder: str) -> list[str]:
-        """Return full names directly under `folder`, sorted, temp files left out."""
-
-    def remove(self, name: str) -> None:
-        """Remove; absent is fine. Only for what no claim and no manifest needs."""
 
 
 class Disk:
@@ -121,10 +95,8 @@ class PendingFile:
         self._disk = disk
         self._temp = temp
         self._final = final
-        try:
+        with saying_where(temp):
             self._file = disk.create(temp)
-        except OSError as error:
-            raise storage_error(temp, error) from error
 
     def write(self, data: bytes) -> None:
         """Append; raises OSError, which `commit` and `discard` survive."""
@@ -140,7 +112,7 @@ class PendingFile:
         """
         if name is not None:
             self._final = self._final.with_name(name)
-        try:
+        with saying_where(self._final, self.discard):
             with self._file:
                 self._disk.sync(self._file)
             try:
@@ -150,9 +122,6 @@ class PendingFile:
                 won = False
             self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)
-        except OSError as error:
-            self.discard()
-            raise storage_error(self._final, error) from error
         return won
 
     def discard(self) -> None:
@@ -164,7 +133,7 @@ class PendingFile:
 
 
 class LocalStorage:
-    """`Storage` on a local file system that has hard links and fsync."""
+    """A folder on a local file system that has hard links and fsync; names are relative to it."""
 
     def __init__(self, root: Path, *, temp_tag: str = "", disk: Disk | None = None) -> None:
         """Bind to a folder; nothing is created until the first put.
@@ -190,13 +159,17 @@ class LocalStorage:
         return self.root / name
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """See `Storage`."""
+        """Make `name` exist with exactly `data`, durably; False if it exists with other bytes.
+
+        True also when it already holds the same bytes: then an earlier, doubted put had landed.
+
+        Raises:
+            StorageError: The put failed and `name` was not created by it, or its state is
+                unknown; a later call with the same bytes settles it.
+        """
         pending = self.begin(name)
-        try:
+        with saying_where(self.path(name), pending.discard):
             pending.write(data)
-        except OSError as error:
-            pending.discard()
-            raise storage_error(self.path(name), error) from error
         # A name that is taken may be our own earlier try, whose reply was an error: read it back.
         return pending.commit() or self.read(name) == data
 
@@ -222,13 +195,10 @@ class LocalStorage:
             StorageError: The write failed; the old content, if any, is still there.
         """
         pending = self.temp_for(name)
-        try:
+        with saying_where(self.path(name), partial(self._drop, pending)):
             with self._disk.create(pending) as file:
                 self._disk.write(file, data)
             self._disk.rename(pending, self.path(name))
-        except OSError as error:
-            self._drop(pending)
-            raise storage_error(self.path(name), error) from error
 
     def expose(
         self, name: str, alias: str, is_wanted: Callable[[Path], bool] = lambda _: True
@@ -248,19 +218,15 @@ class LocalStorage:
             StorageError: The link failed; `alias` is as it was.
         """
         temp = self.temp_for(alias)
-        try:
+        with saying_where(self.path(alias), partial(self._drop, temp)):
             self._disk.link(self.path(name), temp)
-            if not is_wanted(temp):
-                self._disk.unlink(temp)
-                return False
-            self._disk.rename(temp, self.path(alias))
+            is_taken = is_wanted(temp)
+            if is_taken:
+                self._disk.rename(temp, self.path(alias))
             # Renaming onto another link of the same file does nothing and leaves the temp.
             self._disk.unlink(temp)
             self._disk.sync_folder(self.path(alias).parent)
-        except OSError as error:
-            self._drop(temp)
-            raise storage_error(self.path(alias), error) from error
-        return True
+        return is_taken
 
     def protect(self, name: str) -> None:
         """Take the right to write from a file of an earlier version, where that is ours to do."""
@@ -275,13 +241,14 @@ class LocalStorage:
             self._disk.unlink(temp)
 
     def read(self, name: str) -> bytes | None:
-        """See `Storage`."""
-        try:
+        """The whole content, None if absent.
+
+        Raises:
+            StorageError: It cannot be read right now.
+        """
+        with saying_where(self.path(name)), suppress(FileNotFoundError):
             return self.path(name).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise storage_error(self.path(name), error) from error
+        return None
 
     def settle(self, folder: str) -> None:
         """Make durable the names that are to be seen directly under `folder`; absent is fine.
@@ -295,20 +262,19 @@ class LocalStorage:
         if not path.is_dir():
             return
         self.make_folder(path)
-        try:
+        with saying_where(path):
             self._disk.sync_folder(path)
-        except OSError as error:
-            raise storage_error(path, error) from error
 
     def list(self, folder: str) -> list[str]:
-        """See `Storage`."""
+        """Full names directly under `folder`, sorted, temp files left out; none if it is absent.
+
+        Raises:
+            StorageError: It cannot be listed.
+        """
         prefix = f"{folder}/" if folder else ""
-        try:
+        found: Sequence[str] = ()
+        with saying_where(self.path(folder)), suppress(FileNotFoundError):
             found = [entry.name for entry in os.scandir(self.path(folder))]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise storage_error(self.path(folder), error) from error
         return sorted(f"{prefix}{name}" for name in found if not name.endswith(".tmp"))
 
     def temps(self, folder: str) -> Sequence[Path]:
@@ -316,15 +282,13 @@ class LocalStorage:
         return sorted(self.path(folder).glob(".*.tmp"))
 
     def remove(self, name: str) -> None:
-        """See `Storage`."""
+        """Remove a file; absent is fine. Only for what no claim and no manifest needs."""
         self.remove_path(self.path(name))
 
     def remove_path(self, path: Path) -> None:
         """The same for a path, such as a temp file's."""
-        try:
+        with saying_where(path):
             self._disk.unlink(path)
-        except OSError as error:
-            raise storage_error(path, error) from error
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and the files in it; absent is fine, and so is one still written to."""
@@ -376,6 +340,20 @@ def raise_if_not_damage(path: Path, error: Exception) -> None:
     if is_system or isinstance(error, MemoryError):  # pyarrow's out-of-memory is a MemoryError.
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(str(path), reason) from error
+
+
+@contextmanager
+def saying_where(path: Path, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn an OSError into a StorageError about `path`, after cleaning up.
+
+    Raises:
+        StorageError: Something in the block failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        clean_up()
+        raise storage_error(path, error) from error
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -285,7 +285,7 @@ def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:
 
 def manifest_of(written: Snapshot, **changes: Any) -> Manifest:
     """Of a snapshot, as if each of its rows were ok."""
-    num_rows = sum(file["num_rows"] for file in written.files)
+    num_rows = sum(file.num_rows for file in written.files)
     whole = Manifest(
         number=1,
         plan_id="plan-a",

@@ -269,7 +269,7 @@ def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
     Raises:
         StorageError: One cannot be read right now.
     """
-    return not all(is_intact(ledger.storage.path(entry["name"]), entry) for entry in manifest.files)
+    return not all(is_intact(ledger.storage.path(entry.name), entry) for entry in manifest.files)
 
 
 class Hooks(NamedTuple):

@@ -329,7 +329,7 @@ class JobRun:
             output=self._job.output.path,
             reason=reason,
             **job_counts(manifest, stats, taken, self._before),
-            files=[file["name"].rpartition("/")[2] for file in manifest.files] if manifest else [],
+            files=[file.alias for file in manifest.files] if manifest else [],
             num_durable=stats.num_resumed + stats.num_committed,
             num_carried=taken.num_rows - taken.num_copied,
             num_copied=taken.num_copied,

@@ -189,6 +189,6 @@ def _past_lengths(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int
     manifest = ledger.latest_manifest()
     names = [f"{prefix}num_prompt_tokens", f"{prefix}num_output_tokens"]
     for file in manifest.files[:1] if manifest is not None else ():
-        with suppress(StorageError), ResultFile(ledger.storage.path(file["name"])) as rows:
+        with suppress(StorageError), ResultFile(ledger.storage.path(file.name)) as rows:
             for _, table in rows.groups(names):
                 yield from zip(*(column.to_pylist() for column in table.columns), strict=True)

@@ -79,6 +79,11 @@ class Plan:
     counted it as one, which hid how much a quote that is not closed had swallowed."""
 
     @property
+    def prefix(self) -> str:
+        """Goes before the names of batchgen's columns; the job file may have another by now."""
+        return str(self.job["output"]["prefix"])
+
+    @property
     def seed_generation(self) -> int:
         """By what seeds differ, where errors are tried again; other rows get those of a new job."""
         return 0 if self.takes_errors else self.generation
@@ -159,6 +164,22 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishedFile:
+    """A file of a snapshot, or its index, as the manifest names it."""
+
+    name: str
+    num_rows: int
+    size_bytes: int
+    sha256: str
+    """Of all its bytes, in hex."""
+
+    @property
+    def alias(self) -> str:
+        """The name under which the output folder shows it."""
+        return self.name.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A published snapshot."""
 
@@ -168,14 +189,14 @@ class Manifest:
     """Of the claim that published it: no claim up to it names a part any more."""
     run_id: str
     created_at: str
-    files: Sequence[Mapping[str, Any]]
-    """`name`, `num_rows`, `size_bytes`, `sha256` each, in input order."""
+    files: Sequence[PublishedFile]
+    """In input order."""
     num_planned: int
     num_ok: int
     num_errors: int
     num_skipped: int
-    index: Mapping[str, Any] | None = None
-    """The file that says which row of the input each published row is: fields as in `files`."""
+    index: PublishedFile | None = None
+    """The file that says which row of the input each published row is."""
     tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Of the published rows, see `sink.tally`; the next snapshot is compared with it."""
     gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
@@ -184,8 +205,8 @@ class Manifest:
     def imbalance(self) -> str | None:
         """What does not add up, None if all does."""
         num_results = self.num_ok + self.num_errors
-        num_in_files = sum(file["num_rows"] for file in self.files)
-        num_in_index = num_results if self.index is None else self.index["num_rows"]
+        num_in_files = sum(file.num_rows for file in self.files)
+        num_in_index = num_results if self.index is None else self.index.num_rows
         is_planned = num_results + self.num_skipped == self.num_planned
         if is_planned and num_results == num_in_files == num_in_index:
             return None

@@ -35,6 +35,7 @@ from batchgen.store.books import (
     Part,
     PartFooter,
     Plan,
+    PublishedFile,
     Segment,
     disjoint,
     epoch_of,
@@ -123,9 +124,14 @@ class Ledger:
         name = numbered("manifests", number)
         if self.storage.read(name) is None:
             return None
+        fields = self._read_json(name)
         try:
-            return Manifest(**self._read_json(name))
-        except TypeError as error:
+            index = fields.pop("index", None)
+            files = [PublishedFile(**file) for file in fields.pop("files")]
+            return Manifest(
+                **fields, files=files, index=None if index is None else PublishedFile(**index)
+            )
+        except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
 
     def latest_manifest(self) -> Manifest | None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.core.records import Result
-    from batchgen.storage import Storage
+    from batchgen.storage import LocalStorage
 
 SEGMENT = "_batchgen_segment"
 ROW = "_batchgen_row"
@@ -192,7 +192,7 @@ class PartContext:
 class PartWriter:
     """Commits parts of one worker in one epoch, numbered from 0."""
 
-    def __init__(self, storage: Storage, folder: str, context: PartContext) -> None:
+    def __init__(self, storage: LocalStorage, folder: str, context: PartContext) -> None:
         """Bind; nothing is written yet."""
         self._storage = storage
         self._folder = folder

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest
+    from batchgen.store.books import Manifest, PublishedFile
 
 GROUPS_KEY = "batchgen.groups"
 """In the index's footer: a `Chunk` for each row group and the footer of each file."""
@@ -161,7 +161,7 @@ class Index:
         if manifest.index is None:
             msg = f"{storage.where}: its snapshot has no index of rows; use --fresh"
             raise OutputError(msg)
-        path = storage.path(manifest.index["name"])
+        path = storage.path(manifest.index.name)
         self._file = ResultFile(path)
         if not is_intact(path, manifest.index):
             why = "sha256 differs"
@@ -198,17 +198,17 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     return pl.scan_parquet([storage.path(name) for name in names], glob=False)
 
 
-def is_as_published(path: Path, entry: Mapping[str, Any]) -> bool:
+def is_as_published(path: Path, entry: PublishedFile) -> bool:
     """Whether every byte is still what the manifest's entry says. Reads the file.
 
     Raises:
         OSError: It cannot be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == str(entry["sha256"])
+        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
 
 
-def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
+def is_intact(path: Path, entry: PublishedFile) -> bool:
     """The same; False if the file is gone.
 
     Raises:

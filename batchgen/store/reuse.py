@@ -276,7 +276,7 @@ def from_snapshot(
     try:
         cursor, number = (0, 0), 0
         for entry, chunks in zip(manifest.files, index.chunks, strict=True):
-            file = ResultFile(storage.path(entry["name"]), chunks)
+            file = ResultFile(storage.path(entry.name), chunks)
             num_damaged, engine = 0, ""
             for group in range(len(chunks) - 1):
                 ordinals = index.ordinals(number)
@@ -297,7 +297,7 @@ def from_snapshot(
                     yield Piece(table, skipped, engine)
             file.close()
             if num_damaged:
-                name = entry["name"]
+                name = entry.name
                 wanted.tell(f"{name}: damaged ({file.problem}); {num_damaged:,} rows done again")
         end = (len(num_rows) - 1, num_rows[-1]) if num_rows else cursor
         if skipped := moves.ranges(_gaps(cursor, end, {}, num_rows)):
@@ -357,13 +357,13 @@ def published_sources(
         index = Index(storage, manifest)
     except OutputError:  # Then whole files are believed, or not at all.
         return [
-            Source(file["name"], takes_errors)
+            Source(file.name, takes_errors)
             for file in manifest.files
-            if is_intact(storage.path(file["name"]), file)
+            if is_intact(storage.path(file.name), file)
         ]
     index.close()
     return [
-        Source(file["name"], takes_errors, chunks)
+        Source(file.name, takes_errors, chunks)
         for file, chunks in zip(manifest.files, index.chunks, strict=True)
     ]
 

@@ -14,6 +14,7 @@ of each row group. It has the row groups of all files, one by one, in order.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,8 @@ import pyarrow.parquet as pq
 from batchgen.core import arrow
 from batchgen.core.errors import AccountingError, DamagedPartError
 from batchgen.core.ranges import Ranges
-from batchgen.storage import storage_error
+from batchgen.storage import saying_where
+from batchgen.store.books import PublishedFile
 from batchgen.store.parts import ROW, SEGMENT, dictionary_columns, published_schema
 from batchgen.store.result_files import GROUPS_KEY, Chunk, ResultFile
 
@@ -92,27 +94,23 @@ class HashedParquet:
         else:
             self._pending.discard()
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> PublishedFile:
         """The file's line in the manifest."""
-        return {
-            "name": self._name,
-            "num_rows": self.num_rows,
-            "size_bytes": self._out.size_bytes,
-            "sha256": self._out.digest.hexdigest(),
-        }
+        out = self._out
+        return PublishedFile(self._name, self.num_rows, out.size_bytes, out.digest.hexdigest())
 
 
-class _HashedFile:
-    """The few file methods that pyarrow's writer calls, hashing what passes."""
+class _HashedFile(io.RawIOBase):
+    """What pyarrow's writer writes to, hashing what passes; its pending file outlives its end."""
 
     def __init__(self, pending: PendingFile) -> None:
+        super().__init__()
         self._pending = pending
         self._since_cut = hashlib.sha256()
         self.digest = hashlib.sha256()
         self.size_bytes = 0
-        self.closed = False
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:  # noqa: ANN401 - bytes or a buffer of pyarrow's
         """Append."""
         self._pending.write(data)
         self.digest.update(data)
@@ -125,24 +123,9 @@ class _HashedFile:
         digest, self._since_cut = self._since_cut, hashlib.sha256()
         return Chunk(self.size_bytes, digest.hexdigest())
 
-    def flush(self) -> None:
-        """Nothing waits here; durability comes with the commit."""
-
-    def close(self) -> None:
-        """The pending file is closed by its commit."""
-        self.closed = True
-
     def tell(self) -> int:
         """Bytes written so far."""
         return self.size_bytes
-
-    def seekable(self) -> bool:
-        """Written front to back only."""
-        return False
-
-    def readable(self) -> bool:
-        """Written only."""
-        return False
 
     def writable(self) -> bool:
         """Written only."""
@@ -183,10 +166,10 @@ class SnapshotFormat:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was written: `name`, `num_rows`, `size_bytes`, `sha256` of each file."""
+    """What was written."""
 
-    files: list[dict[str, Any]]
-    index: dict[str, Any]
+    files: list[PublishedFile]
+    index: PublishedFile
 
 
 def write_snapshot(
@@ -212,10 +195,8 @@ def write_snapshot(
         DamagedPartError: A part's bytes are not what was written.
         AccountingError: Two parts hold the same row.
     """
-    try:
+    with saying_where(storage.path(folder)):
         return _write_files(storage, folder, _chunks(storage, parts, form.schema), form)
-    except OSError as error:
-        raise storage_error(storage.path(folder), error) from error
 
 
 def _write_files(
@@ -226,7 +207,7 @@ def _write_files(
         "compression": form.compression,
         "use_dictionary": dictionary_columns(form.prefix, form.labels),
     }
-    files: list[dict[str, Any]] = []
+    files: list[PublishedFile] = []
     groups: list[list[Chunk]] = []
     chunk: pa.Table | None = next(chunks, None)
     with _open(storage, f"{folder}/index.parquet", INDEX_SCHEMA, INDEX_OPTIONS) as index:

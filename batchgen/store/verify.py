@@ -6,19 +6,18 @@ flips (of 300 flips in zstd pages, pyarrow without verification gave wrong value
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
 from batchgen.core.errors import OutputError, StorageError
-from batchgen.core.ranges import Ranges
 from batchgen.storage import LocalStorage
+from batchgen.store.books import NO_ROWS
 from batchgen.store.ledger import Ledger
-from batchgen.store.parts import ROW, SEGMENT
+from batchgen.store.parts import rows_of
 from batchgen.store.result_files import ResultFile, is_as_published
-from batchgen.store.visible import alias_of, difference, shown_problems
+from batchgen.store.visible import is_whole, shown_problems
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.store.books import Manifest, Part, Plan
+    from batchgen.core.ranges import Ranges
+    from batchgen.store.books import Manifest, Part, Plan, PublishedFile
 
-_HASH_BYTES = 2**22
 _LOOKS = 3
 _PATIENCE_S = 5.0
 """So long without a change, and a run that is at work is not putting its files there right now."""
@@ -114,16 +113,14 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
     if plan.plan_id != manifest.plan_id:
         verdict.problems.append(f"manifest {manifest.number}: belongs to another plan")
     counted = {"ok": 0, "error": 0}
-    prefix = plan.job["output"]["prefix"]
     for file in manifest.files:
         try:
-            _check_hash(ledger.storage.path(file["name"]), file, verdict)
-            _check_published(ledger.storage.path(file["name"]), file, plan, counted, prefix)
+            _check_published(ledger, file, plan, counted, verdict)
         except (ValueError, OSError, StorageError) as error:
-            damaged.append(file["name"])
+            damaged.append(file.name)
             why = str(error).splitlines()[0]
             verdict.problems.append(
-                f"{file['name']}: {why}; published rows are damaged: {_remedy(ledger, file)}"
+                f"{file.name}: {why}; published rows are damaged: {_remedy(ledger, file)}"
             )
     _check_index(ledger, manifest, verdict)
     if not verdict.problems and (counted["ok"], counted["error"]) != (
@@ -137,11 +134,10 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
     return damaged
 
 
-def _remedy(ledger: Ledger, file: Mapping[str, Any]) -> str:
+def _remedy(ledger: Ledger, file: PublishedFile) -> str:
     """What to do about a damaged file of the snapshot."""
-    alias = alias_of(file)
-    if difference(ledger.storage.path(alias), file) is None:
-        return f"the next `batchgen run` brings it back from {alias}, which is whole"
+    if is_whole(ledger.storage.path(file.alias), file):
+        return f"the next `batchgen run` brings it back from {file.alias}, which is whole"
     return (
         "`batchgen run JOB --retry-errors` computes them again, or bring the file back from a "
         "backup"
@@ -152,41 +148,37 @@ def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
     """The index is no output, so it is not counted; but its damage is told."""
     if manifest.index is None:
         return
-    path = ledger.storage.path(manifest.index["name"])
     try:
-        if not is_as_published(path, manifest.index):
-            raise ValueError(_OTHER_BYTES)  # noqa: TRY301 - told as the other damages are
-        num_rows = sum(rows.num_rows for rows, _ in _row_groups(path))
-    except (ValueError, OSError, StorageError) as error:
-        why = str(error).splitlines()[0]
+        why = None if _is_same(ledger, manifest.index) else _OTHER_BYTES
+    except OSError as error:
+        why = str(error)
+    if why is not None:
         verdict.problems.append(
-            f"{manifest.index['name']}: {why}; no published row is damaged by that, but "
+            f"{manifest.index.name}: {why}; no published row is damaged by that, but "
             "--retry-errors needs the index: bring it back from a backup"
         )
-        return
-    if num_rows != manifest.index["num_rows"]:
-        verdict.problems.append(
-            f"{manifest.index['name']}: holds {num_rows} rows, the manifest says "
-            f"{manifest.index['num_rows']}"
-        )
 
 
-def _check_hash(path: Path, entry: Mapping[str, Any], verdict: Verdict) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-            verdict.num_bytes += len(block)
-    verdict.num_files += 1
-    if digest.hexdigest() != entry["sha256"]:
-        raise ValueError(_OTHER_BYTES)
+def _is_same(ledger: Ledger, file: PublishedFile) -> bool:
+    return is_as_published(ledger.storage.path(file.name), file)
 
 
 def _check_published(
-    path: Path, entry: Mapping[str, Any], plan: Plan, counted: dict[str, int], prefix: str
+    ledger: Ledger, file: PublishedFile, plan: Plan, counted: dict[str, int], verdict: Verdict
 ) -> None:
+    """Every byte is what was published, and the rows are those that the manifest counts.
+
+    Raises:
+        ValueError: They are not.
+        OSError: The file cannot be read.
+    """
+    is_same = _is_same(ledger, file)
+    verdict.num_files += 1
+    verdict.num_bytes += ledger.storage.path(file.name).stat().st_size
+    if not is_same:
+        raise ValueError(_OTHER_BYTES)
     num_rows = 0
-    for rows, metadata in _row_groups(path):
+    for rows, metadata in _row_groups(ledger.storage.path(file.name)):
         if metadata.get(b"batchgen.plan", b"").decode() != plan.plan_id:
             msg = "its footer names another plan"
             raise ValueError(msg)
@@ -195,10 +187,10 @@ def _check_published(
             raise ValueError(msg)
         num_rows += rows.num_rows
         for status in counted:
-            matches = pc.sum(pc.equal(rows.column(f"{prefix}status"), status)).as_py()
+            matches = pc.sum(pc.equal(rows.column(f"{plan.prefix}status"), status)).as_py()
             counted[status] += matches or 0
-    if num_rows != entry["num_rows"]:
-        msg = f"holds {num_rows} rows, the manifest says {entry['num_rows']}"
+    if num_rows != file.num_rows:
+        msg = f"holds {num_rows} rows, the manifest says {file.num_rows}"
         raise ValueError(msg)
 
 
@@ -228,11 +220,12 @@ def _check_parts(ledger: Ledger, plan: Plan, verdict: Verdict) -> None:
             verdict.num_bytes += path.stat().st_size
             verdict.num_files += 1
             _check_part(path, part)
-        except (ValueError, OSError, StorageError) as error:
-            why = str(error).splitlines()[0]
+        except ValueError as error:
             if path.exists():  # Else it does not count anyway, and a run may have tidied it up.
-                ledger.reject(part.name, why)
-            verdict.problems.append(f"{part.name}: {why}; the next run redoes its rows")
+                ledger.reject(part.name, str(error))
+            verdict.problems.append(f"{part.name}: {error}; the next run redoes its rows")
+        except (OSError, StorageError) as error:
+            verdict.problems.append(f"{part.name}: cannot be checked right now ({error})")
         else:
             good.append(part)
     _note_counts(
@@ -249,18 +242,16 @@ def _check_part(path: Path, part: Part) -> None:
     Raises:
         ValueError: They are not.
     """
-    rows: dict[int, list[int]] = {}
+    seen: dict[int, Ranges] = {}
+    num_rows = 0
     for table, _ in _row_groups(path):
-        segments, numbers = table.column(SEGMENT).to_pylist(), table.column(ROW).to_pylist()
-        for segment, number in zip(segments, numbers, strict=True):
-            rows.setdefault(segment, []).append(number)
-    num_rows = sum(len(numbers) for numbers in rows.values())
-    found = {segment: Ranges.of(numbers) for segment, numbers in rows.items()}
-    if sum(len(numbers) for numbers in found.values()) != num_rows:
+        num_rows += table.num_rows
+        for segment, rows in rows_of(table).items():
+            seen[segment] = seen.get(segment, NO_ROWS) | rows
+    if sum(len(rows) for rows in seen.values()) != num_rows:
         msg = "holds a row twice"
         raise ValueError(msg)
-    none = Ranges()
-    if any(numbers - part.footer.done.get(seg, none) for seg, numbers in found.items()):
+    if any(rows - part.footer.done.get(segment, NO_ROWS) for segment, rows in seen.items()):
         msg = "holds a row that its footer does not name"
         raise ValueError(msg)
     if num_rows != part.footer.num_results:

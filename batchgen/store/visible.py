@@ -29,10 +29,9 @@ from batchgen.store.runs import RunLock
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
-    from typing import Any
 
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest
+    from batchgen.store.books import Manifest, PublishedFile
     from batchgen.store.ledger import Ledger
 
 _NOTES = f"{STATE}/seen.json"
@@ -43,7 +42,7 @@ _READ_AS = "part-*.parquet"
 _LOOK_S = 0.05
 _SEEN = "readers of part-*.parquet get its rows too"
 _BY_HAND = "remove it or give it another name"
-_NO_FILES: Sequence[Mapping[str, Any]] = ()
+_NO_FILES: Sequence[PublishedFile] = ()
 
 
 class Fault(Enum):
@@ -67,17 +66,12 @@ _STRANGERS = {
 """What is to be told of names that no file of the snapshot is behind."""
 
 
-def alias_of(file: Mapping[str, Any]) -> str:
-    """The name under which a manifest's file is shown."""
-    return str(file["name"]).rpartition("/")[2]
-
-
 def is_alias(name: str) -> bool:
     """Whether a snapshot's file may be shown under that name, so that a run removes others'."""
     return _ALIAS.fullmatch(name) is not None
 
 
-def faults(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> dict[str, Fault]:
+def faults(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, Fault]:
     """Shown name -> what is wrong with it; empty if all is as it should be. Reads no file.
 
     Args:
@@ -88,7 +82,7 @@ def faults(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> dict[st
         StorageError: The folder cannot be listed.
     """
     found: dict[str, Fault] = {}
-    names = {alias_of(file): str(file["name"]) for file in files}
+    names = {file.alias: file.name for file in files}
     for alias, name in names.items():
         if (fault := _fault(storage, alias, name)) is not None:
             found[alias] = fault
@@ -119,7 +113,7 @@ def _stranger(storage: LocalStorage, alias: str) -> Fault:
     return Fault.SURPLUS if is_alias(alias) else Fault.FOREIGN
 
 
-def damage(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, str]:
     """Own name -> how a snapshot's file is not what was published; notes those that are.
 
     Reads a file only if its time or inode number is not the noted one, as after a copy.
@@ -135,7 +129,7 @@ def damage(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> dict[st
     seen: dict[str, Sequence[int]] = {}
     found: dict[str, str] = {}
     for file in files:
-        name = str(file["name"])
+        name = file.name
         path = storage.path(name)
         try:
             mark = _mark(path)
@@ -151,10 +145,10 @@ def damage(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> dict[st
     return found
 
 
-def note_as_published(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> None:
+def note_as_published(storage: LocalStorage, files: Sequence[PublishedFile]) -> None:
     """Note files that were hashed while they were written, so that no run has to read them."""
     with suppress(OSError):
-        _note(storage, {str(file["name"]): _mark(storage.path(file["name"])) for file in files})
+        _note(storage, {file.name: _mark(storage.path(file.name)) for file in files})
 
 
 def _noted(storage: LocalStorage) -> Mapping[str, Sequence[int]]:
@@ -174,7 +168,7 @@ def _mark(path: Path) -> Sequence[int]:
     return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
-def difference(path: Path, file: Mapping[str, Any]) -> str | None:
+def difference(path: Path, file: PublishedFile) -> str | None:
     """How a file is not the one that the manifest names; None if every byte is. Reads it.
 
     Args:
@@ -187,36 +181,36 @@ def difference(path: Path, file: Mapping[str, Any]) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def is_whole(path: Path, file: Mapping[str, Any]) -> bool:
+def is_whole(path: Path, file: PublishedFile) -> bool:
     """Whether every byte is the one that the manifest's entry says; reads the file."""
     return difference(path, file) is None
 
 
-def lost_or_cut(storage: LocalStorage, files: Sequence[Mapping[str, Any]]) -> list[str]:
+def lost_or_cut(storage: LocalStorage, files: Sequence[PublishedFile]) -> list[str]:
     """`name: how` for files of a snapshot that are not what was published. Reads no file."""
     found = []
     for file in files:
         try:
-            wrong = _other_size(storage.path(file["name"]), file)
+            wrong = _other_size(storage.path(file.name), file)
         except FileNotFoundError:
             wrong = "is missing"
         if wrong:
-            found.append(f"{file['name']}: {wrong}")
+            found.append(f"{file.name}: {wrong}")
     return found
 
 
-def _other_bytes(path: Path, file: Mapping[str, Any]) -> str | None:
+def _other_bytes(path: Path, file: PublishedFile) -> str | None:
     if wrong := _other_size(path, file):
         return wrong
     is_same = is_as_published(path, file)
     return None if is_same else "has other bytes than were published (sha256 differs)"
 
 
-def _other_size(path: Path, file: Mapping[str, Any]) -> str | None:
+def _other_size(path: Path, file: PublishedFile) -> str | None:
     num_bytes = path.stat().st_size
-    if num_bytes == file["size_bytes"]:
+    if num_bytes == file.size_bytes:
         return None
-    return f"has {num_bytes:,} bytes, {file['size_bytes']:,} were published"
+    return f"has {num_bytes:,} bytes, {file.size_bytes:,} were published"
 
 
 def shown_problems(
@@ -230,7 +224,7 @@ def shown_problems(
         damaged: Names of those of the snapshot's own files that are not what was published.
         patience_s: How long a run at work may stand still while it shows its files.
     """
-    files = {alias_of(file): file for file in (manifest.files if manifest else _NO_FILES)}
+    files = {file.alias: file for file in (manifest.files if manifest else _NO_FILES)}
     is_last = manifest is not None and manifest.number == ledger.latest_plan_number()
     # A run that goes on with an unfinished plan shows nothing before it publishes.
     mends = "the next `batchgen run`" if is_last else "the next `batchgen run` that completes"
@@ -243,15 +237,13 @@ def shown_problems(
         file = files[name]
         missing = "is missing in the output folder" if fault is Fault.MISSING else None
         if wrong := missing or difference(ledger.storage.path(name), file):
-            is_damaged = file["name"] in damaged
-            remedy = f"mend {file['name']} first" if is_damaged else f"{mends} puts it right"
+            is_damaged = file.name in damaged
+            remedy = f"mend {file.name} first" if is_damaged else f"{mends} puts it right"
             told.append(f"{name}: {wrong}; {remedy}")
     return told
 
 
-def _lasting(
-    ledger: Ledger, files: Sequence[Mapping[str, Any]], patience_s: float
-) -> dict[str, Fault]:
+def _lasting(ledger: Ledger, files: Sequence[PublishedFile], patience_s: float) -> dict[str, Fault]:
     """The faults that stay: a run that publishes puts its files there one after the other."""
     lock = RunLock(ledger.storage)
     found: dict[str, Fault] | None = None
@@ -318,7 +310,7 @@ def _brought_back(storage: LocalStorage, manifest: Manifest, damaged: dict[str, 
     """Take damaged files from the folder, if it shows others with their bytes; one line on each."""
     told = []
     for file in manifest.files:
-        name, alias = file["name"], alias_of(file)
+        name, alias = file.name, file.alias
         shown = storage.path(alias)
         if name not in damaged or shown.is_symlink() or not shown.is_file():
             continue
@@ -351,11 +343,11 @@ def expose(storage: LocalStorage, manifest: Manifest, damaged: Collection[str] =
     Each name is replaced atomically. A reader that lists the folder in between several files may
     see two snapshots; `batchgen.read` goes by the manifest and never does.
     """
-    aliases = [alias_of(file) for file in manifest.files]
+    aliases = [file.alias for file in manifest.files]
     for file, alias in zip(manifest.files, aliases, strict=True):
-        if file["name"] not in damaged:
-            storage.protect(file["name"])
-            storage.expose(file["name"], alias)
+        if file.name not in damaged:
+            storage.protect(file.name)
+            storage.expose(file.name, alias)
     for name in storage.list(""):
         if is_alias(name) and name not in aliases:
             storage.remove(name)

@@ -63,7 +63,7 @@ def _line(ledger: Ledger, manifest: Manifest) -> Listed:
         num_ok=manifest.num_ok,
         num_errors=manifest.num_errors,
         num_files=len(manifest.files),
-        size_bytes=sum(entry["size_bytes"] for entry in entries),
+        size_bytes=sum(entry.size_bytes for entry in entries),
         recipe=ledger.plan(manifest.number).recipe_fingerprint,
         is_shown=_is_shown(ledger.storage, manifest),
         overridden=[entry["name"] for entry in manifest.gate if entry.get("overridden")],
@@ -72,7 +72,7 @@ def _line(ledger: Ledger, manifest: Manifest) -> Listed:
 
 def _is_shown(storage: LocalStorage, manifest: Manifest) -> bool:
     """The manifest is the commit point, but a run may have died before it exposed the files."""
-    paths = [storage.path(file["name"]) for file in manifest.files]
+    paths = [storage.path(file.name) for file in manifest.files]
     try:
         return all(path.samefile(storage.root / path.name) for path in paths)
     except OSError:

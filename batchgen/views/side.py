@@ -48,12 +48,12 @@ class Side:
         self.manifest = snapshots.snapshot(ledger, number)
         self.plan = ledger.plan(number)
         storage = ledger.storage
-        self.frame = scan(storage, [file["name"] for file in self.manifest.files])
+        self.frame = scan(storage, [file.name for file in self.manifest.files])
         """The published rows."""
         index = self.manifest.index
-        self._index = None if index is None else scan(storage, [index["name"]])
+        self._index = None if index is None else scan(storage, [index.name])
         self.schema = self.frame.collect_schema()
-        self.prefix = str(self.plan.job["output"]["prefix"])
+        self.prefix = self.plan.prefix
         self.carried = set(self.plan.carried)
         self.starts = [0, *accumulate(segment.num_rows for segment in self.plan.segments)]
         """Key of the first row of each file."""

@@ -158,7 +158,7 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
     frame = scan(storage, names)
     if errors:
         # The plan's: the job file may have another by now.
-        prefix = plan.job["output"]["prefix"]
+        prefix = plan.prefix
         frame = frame.filter(pl.col(f"{prefix}status") == "error")
     try:
         return frame.head(num_rows).collect()
@@ -172,12 +172,12 @@ def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | Non
     """The plan whose rows are to be seen, and where they are; None if there are none yet."""
     if snapshot is not None:
         manifest = snapshots.snapshot(ledger, snapshot)
-        return ledger.plan(snapshot), [file["name"] for file in manifest.files]
+        return ledger.plan(snapshot), [file.name for file in manifest.files]
     plan, newest = ledger.latest_plan(), ledger.latest_manifest()
     if plan is None:
         return None
     if newest is not None and newest.number == plan.number:
-        names = [file["name"] for file in newest.files]
+        names = [file.name for file in newest.files]
     else:
         names = [part.name for part in ledger.durable(plan).parts]
     return (plan, names) if names else None

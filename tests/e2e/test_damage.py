@@ -46,7 +46,7 @@ def own_of(out: Path, at: int = 0) -> Path:
     """A file of the newest snapshot, in the snapshot's folder."""
     manifest = Ledger(LocalStorage(out)).latest_manifest()
     assert manifest is not None
-    return out / str(manifest.files[at]["name"])
+    return out / manifest.files[at].name
 
 
 def write_over(out: Path) -> None:

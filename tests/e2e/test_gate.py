@@ -383,7 +383,7 @@ def test_a_published_file_that_is_gone_is_computed_again(tmp_path: Path) -> None
     whole = published(tmp_path / "out")
     manifest = ledger_of(job).latest_manifest()
     assert manifest is not None
-    for path in (manifest.files[1]["name"], "part-00001.parquet"):
+    for path in (manifest.files[1].name, "part-00001.parquet"):
         (tmp_path / "out" / path).unlink()
     assert "--retry-errors` computes them again" in run_cli("verify", job).stdout
     summary = run_json(job, "--retry-errors")
@@ -398,7 +398,7 @@ def test_a_damaged_index_is_named_and_only_fresh_helps(job: Path) -> None:
     manifest = ledger.latest_manifest()
     assert manifest is not None
     assert manifest.index is not None
-    flip(ledger.storage.path(manifest.index["name"]), 10)
+    flip(ledger.storage.path(manifest.index.name), 10)
     (problem,) = json.loads(run_cli("verify", job, "--json").stdout)["problems"]
     assert "index.parquet: its bytes are not those that were published" in problem
     done = run_cli("run", job, "--retry-errors")

@@ -125,5 +125,5 @@ def test_what_was_published_says_how_long_answers_will_be(tmp_path: Path) -> Non
     manifest = ledger.latest_manifest()
     assert manifest is not None
     for file in manifest.files:
-        ledger.storage.path(file["name"]).unlink()
+        ledger.storage.path(file.name).unlink()
     assert lengths_of(job, ledger) == Lengths(900)

@@ -100,7 +100,7 @@ def test_a_snapshot_whose_file_is_gone_is_a_problem(job: Path) -> None:
     ledger = Ledger(LocalStorage(job.parent / "out"))
     manifest = ledger.latest_manifest()
     assert manifest is not None
-    ledger.storage.path(manifest.files[0]["name"]).unlink()
+    ledger.storage.path(manifest.files[0].name).unlink()
     (problem,) = verdict_of(job, 1)["problems"]
     assert "No such file" in problem
 
@@ -228,14 +228,14 @@ def test_a_damaged_snapshot_is_brought_back_from_what_is_shown(job: Path) -> Non
     out, manifest = job.parent / "out", ledger_of(job).latest_manifest()
     assert manifest is not None
     copy_back(out, FIRST)
-    own = out / manifest.files[0]["name"]
+    own = out / manifest.files[0].name
     flip(own, 100)
     (problem,) = verify(out).problems
     assert problem.endswith(f"the next `batchgen run` brings it back from {FIRST}, which is whole")
     (out / SECOND).unlink()
-    own_second = out / manifest.files[1]["name"]
+    own_second = out / manifest.files[1].name
     own_second.unlink()
-    assert f"{SECOND}: is missing in the output folder; mend {manifest.files[1]['name']} first" in (
+    assert f"{SECOND}: is missing in the output folder; mend {manifest.files[1].name} first" in (
         verify(out).problems
     )
     overwrite(own, (out / FIRST).read_bytes())

@@ -25,7 +25,7 @@ BESIDE_THE_DISK = ("/_batchgen/lock", "/vllm.log")
 CHANGES = (
     "open,openat,creat,write,pwrite64,writev,link,linkat,symlink,symlinkat,rename,renameat,"
     "renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,truncate,ftruncate,fsync,fdatasync,"
-    "chmod,fchmod,fchmodat,fchmodat2"
+    "chmod,fchmod,fchmodat"
 )
 needs_strace = pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 

@@ -248,7 +248,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_answer_is_found(
 ):
     """Every byte, also those that page checksums leave out."""
     manifest = parts.published(parts.put(*map(key, range(12))))
-    path = storage.path(manifest.files[0]["name"])
+    path = storage.path(manifest.files[0].name)
     whole = path.read_bytes()
     keys = [key(number) for number in range(12)]
     sources = published_sources(storage, manifest, takes_errors=True)
@@ -282,7 +282,7 @@ def test_wherever_a_part_is_flipped_the_answer_is_right_or_none(storage, parts):
 @pytest.mark.parametrize("harm", ["gone", "flipped"])
 def test_a_snapshot_without_its_index_answers_as_parts_do(storage, parts, harm):
     manifest = parts.published(parts.put(key(1), key(2)), parts.put(key(3)))
-    path = storage.path(manifest.index["name"])
+    path = storage.path(manifest.index.name)
     content = path.read_bytes()
     overwrite(path, content[:9] + b"?" + content[10:])
     if harm == "gone":

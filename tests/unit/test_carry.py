@@ -216,7 +216,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
     """Every byte: pages, page headers, statistics, footer."""
     manifest = put_snapshot(storage, parts)
     true_rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted([])))
-    name = manifest.files[1]["name"]
+    name = manifest.files[1].name
     path = storage.path(name)
     whole = path.read_bytes()
     num_kept = set()
@@ -232,13 +232,13 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
         num_kept.add(len(rows))
     # A row group, or with the footer the whole file, and never more.
     assert len(num_kept) > 2
-    assert min(num_kept) >= len(true_rows) - manifest.files[1]["num_rows"]
+    assert min(num_kept) >= len(true_rows) - manifest.files[1].num_rows
 
 
 @pytest.mark.parametrize("size", [0, 3, 500, -1])
 def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, parts, size):
     manifest = put_snapshot(storage, parts)
-    path = storage.path(manifest.files[0]["name"])
+    path = storage.path(manifest.files[0].name)
     overwrite(path, path.read_bytes()[:size])
     told: list[str] = []
     rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
@@ -249,7 +249,7 @@ def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, 
 
 def test_a_published_file_that_is_gone_is_damage_too(storage, parts):
     manifest = put_snapshot(storage, parts)
-    storage.remove(manifest.files[2]["name"])
+    storage.remove(manifest.files[2].name)
     told: list[str] = []
     rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
     assert ids(rows) == expected_ids()[:46]
@@ -260,7 +260,7 @@ def test_a_published_file_that_is_gone_is_damage_too(storage, parts):
 def test_without_its_index_nothing_is_taken_from_a_snapshot(storage, parts, damage):
     manifest = put_snapshot(storage, parts)
     assert manifest.index is not None
-    path = storage.path(manifest.index["name"])
+    path = storage.path(manifest.index.name)
     whole = path.read_bytes()
     overwrite(path, whole[:-40] if damage == "torn" else whole[:9] + b"?" + whole[10:])
     if damage == "gone":

@@ -17,7 +17,7 @@ from batchgen.core.errors import AccountingError, FencedError, OutputError, Stor
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import Base, Manifest, Part, PartFooter
+from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
 from batchgen.store.ledger import Ledger
 from batchgen.store.parts import PartContext, PartWriter, part_schema
 from tests.fakes import batch, plan, results
@@ -85,7 +85,7 @@ def manifest(**changes: object) -> Manifest:
         epoch=1,
         run_id="run-1",
         created_at="2025-01-01T00:00:00+00:00",
-        files=[{"name": "part-00000.parquet", "num_rows": 12, "size_bytes": 1, "sha256": "a"}],
+        files=[PublishedFile("part-00000.parquet", num_rows=12, size_bytes=1, sha256="a")],
         num_planned=15,
         num_ok=10,
         num_errors=2,
@@ -456,7 +456,7 @@ def test_the_snapshot_before_a_plan_is_the_newest_of_earlier_plans(ledger):
 
 
 def test_a_manifest_from_before_there_was_an_index_is_read(ledger):
-    fields = {name: getattr(manifest(), name) for name in Manifest.__slots__}
+    fields = asdict(manifest())
     for name in ("index", "tally", "gate"):
         del fields[name]
     content = json.dumps({"format": 1, **fields}).encode()
@@ -474,9 +474,9 @@ def test_a_manifest_from_before_there_was_an_index_is_read(ledger):
         {"num_errors": 1},
         {"num_skipped": 0},
         {"files": []},
-        {"files": [{"name": "a", "num_rows": 12}, {"name": "b", "num_rows": 1}]},
-        {"index": {"name": "index.parquet", "num_rows": 11}},
-        {"index": {"name": "index.parquet", "num_rows": 13}},
+        {"files": [PublishedFile("a", 12, 1, ""), PublishedFile("b", 1, 1, "")]},
+        {"index": PublishedFile("index.parquet", 11, 1, "")},
+        {"index": PublishedFile("index.parquet", 13, 1, "")},
         # Too few results and too many skipped rows must not cancel out.
         {"num_ok": 9, "num_skipped": 4},
     ],

@@ -68,7 +68,7 @@ class Lab:
         return writer.commit(results(batch(rows, carried=ids)), skipped or {}, {}).name
 
     def publish(self, plan):
-        files = [{"name": "part-00000.parquet", "num_rows": plan.num_rows}]
+        files = [PublishedFile("part-00000.parquet", plan.num_rows, 1, "")]
         self.ledger.put_manifest(
             Manifest(
                 number=plan.number,

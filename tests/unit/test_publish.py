@@ -15,7 +15,7 @@ from batchgen.core.ranges import Ranges
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
-from batchgen.store.books import PartFooter
+from batchgen.store.books import PartFooter, PublishedFile
 from batchgen.store.parts import PartContext, PartWriter, part_schema, published_schema
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, results
@@ -49,8 +49,8 @@ def footed(storage, name):
 def written(storage, folder, parts, how):
     """The data files' entries; the index is always true to them."""
     snapshot = write_snapshot(storage, folder, parts, how)
-    index = pq.read_table(storage.path(snapshot.index["name"]))
-    assert index.num_rows == snapshot.index["num_rows"] == read(storage, snapshot.files).num_rows
+    index = pq.read_table(storage.path(snapshot.index.name))
+    assert index.num_rows == snapshot.index.num_rows == read(storage, snapshot.files).num_rows
     return snapshot.files
 
 
@@ -67,7 +67,7 @@ def put(storage, *parts, skipped=None):
 
 
 def read(storage, files) -> pa.Table:
-    return pa.concat_tables(pq.read_table(storage.path(file["name"])) for file in files)
+    return pa.concat_tables(pq.read_table(storage.path(file.name)) for file in files)
 
 
 def ids(storage, files):
@@ -92,7 +92,7 @@ def test_out_of_order_parts_come_out_in_input_order(storage):
 def test_the_published_file_has_our_schema_without_the_ordinal_and_the_metadata(storage):
     files = written(storage, "snap", put(storage, [(0, 0)]), form())
     (file,) = files
-    schema = pq.read_schema(storage.path(file["name"]))
+    schema = pq.read_schema(storage.path(file.name))
     assert schema.metadata == {b"batchgen.plan": b"plan-a"}
     assert schema.remove_metadata() == published_schema(part_schema(CARRIED, ANSWER, "gen_"))
     assert not [name for name in schema.names if name.startswith("_batchgen")]
@@ -101,12 +101,8 @@ def test_the_published_file_has_our_schema_without_the_ordinal_and_the_metadata(
 def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
     (file,) = written(storage, "snap", put(storage, [(0, 0), (0, 1)]), form())
     data = storage.read("snap/part-00000.parquet")
-    assert file == {
-        "name": "snap/part-00000.parquet",
-        "num_rows": 2,
-        "size_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    digest = hashlib.sha256(data).hexdigest()
+    assert file == PublishedFile("snap/part-00000.parquet", 2, len(data), digest)
     assert storage.list("snap") == ["snap/index.parquet", "snap/part-00000.parquet"]
     assert not storage.temps("snap")
 
@@ -118,19 +114,19 @@ def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
 def test_files_hold_at_most_rows_per_file_across_segments(storage, rows_per_file, sizes):
     parts = put(storage, [(0, 2), (1, 0), (1, 3)], [(0, 0), (0, 1), (1, 1), (1, 2)])
     files = written(storage, "snap", parts, form(rows_per_file=rows_per_file))
-    assert [file["num_rows"] for file in files] == sizes
-    assert [file["name"] for file in files] == [
+    assert [file.num_rows for file in files] == sizes
+    assert [file.name for file in files] == [
         f"snap/part-{at:05d}.parquet" for at in range(len(sizes))
     ]
     for file in files:
-        assert pq.read_metadata(storage.path(file["name"])).num_rows == file["num_rows"]
+        assert pq.read_metadata(storage.path(file.name)).num_rows == file.num_rows
     assert ids(storage, files) == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2", "1/3"]
 
 
 def test_a_job_without_a_row_has_one_file_with_the_schema(storage):
     (file,) = written(storage, "snap", [], form())
-    table = pq.read_table(storage.path(file["name"]))
-    assert (file["num_rows"], table.num_rows) == (0, 0)
+    table = pq.read_table(storage.path(file.name))
+    assert (file.num_rows, table.num_rows) == (0, 0)
     assert table.schema.remove_metadata() == published_schema(part_schema(CARRIED, ANSWER, "gen_"))
 
 
@@ -142,7 +138,7 @@ def test_skipped_rows_leave_no_trace(storage):
 def test_a_job_of_skipped_rows_alone_has_one_empty_file(storage):
     parts = put(storage, skipped={0: Ranges.until(3)})
     (file,) = written(storage, "snap", parts, form())
-    assert file["num_rows"] == 0
+    assert file.num_rows == 0
 
 
 def test_error_rows_stand_where_their_input_stood(storage):
@@ -228,7 +224,7 @@ def test_a_part_with_a_flipped_bit_is_named_and_never_published(storage):
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "lz4", "gzip", "none"])
 def test_every_compression_that_the_job_file_offers_is_written(storage, compression):
     (file,) = written(storage, "s", put(storage, [(0, 0)]), form(compression=compression))
-    column = pq.read_metadata(storage.path(file["name"])).row_group(0).column(0)
+    column = pq.read_metadata(storage.path(file.name)).row_group(0).column(0)
     wanted = {"none": "UNCOMPRESSED"}.get(compression, compression.upper())
     assert column.compression == wanted
 
@@ -295,7 +291,7 @@ def test_any_rows_in_any_parts_come_out_once_and_in_order(tmp_path_factory, draw
     parts = put(storage, *disjoint)
     files = written(storage, "snap", parts, form(rows_per_file=rows_per_file))
     assert ids(storage, files) == [f"{seg}/{row}" for seg, row in sorted(seen)]
-    assert sum(file["num_rows"] for file in files) == len(seen)
+    assert sum(file.num_rows for file in files) == len(seen)
 
 
 # More rows than one chunk and one row group hold, with stragglers committed at the very end.
@@ -316,5 +312,5 @@ def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
         name = out.commit([*others, *results(batch(rows))], {}, {}).name
         parts.append(footed(storage, name))
     files = written(storage, "snap", parts, form(rows_per_file=20_000))
-    assert [file["num_rows"] for file in files] == [20_000, NUM_ROWS + 1 - 20_000]
+    assert [file.num_rows for file in files] == [20_000, NUM_ROWS + 1 - 20_000]
     assert ids(storage, files) == [*(f"0/{row}" for row in range(NUM_ROWS)), "1/5"]

@@ -14,7 +14,7 @@ import pytest
 from batchgen.core.errors import ConfigError, OutputError
 from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE, Manifest, Segment
+from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span
 from batchgen.store.row_digests import name_of
@@ -168,7 +168,7 @@ class Nights:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path)
         num_bytes = path.stat().st_size
-        return {"name": name, "num_rows": table.num_rows, "size_bytes": num_bytes, "sha256": ""}
+        return PublishedFile(name, table.num_rows, num_bytes, "")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store import snapshots
-from batchgen.store.books import STATE, Base, Manifest, Segment
+from batchgen.store.books import STATE, Base, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock
 from batchgen.store.snapshots import beyond, prune
@@ -56,7 +56,7 @@ def publish(ledger: Ledger, number: int) -> None:
     entries = []
     for name, data in (("part-00000.parquet", b"x" * 10), ("index.parquet", b"y" * 5)):
         ledger.storage.put_if_absent(f"{folder}/{name}", data)
-        entry = {"name": f"{folder}/{name}", "num_rows": 1, "size_bytes": len(data), "sha256": ""}
+        entry = PublishedFile(f"{folder}/{name}", 1, len(data), "")
         entries.append(entry)
     manifest = Manifest(
         number=number,
@@ -190,7 +190,7 @@ def test_a_pruning_that_died_is_healed_by_the_next(storage, ledger, first):
     left = numbers_of(ledger)
     assert left == [number for number in (1, 2, 3) if number > first or number == 3]
     for manifest in snapshots.snapshots(ledger):  # What is named is there.
-        assert all(storage.path(file["name"]).exists() for file in manifest.files)
+        assert all(storage.path(file.name).exists() for file in manifest.files)
     prune(ledger, 1)
     assert names_in(ledger, "manifests") == ["000003.json"]
     assert names_in(ledger, "snapshots") == ["e000030"]
