@@ -12,7 +12,7 @@ from batchgen.core.ranges import Ranges
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.pipeline.interface import RunOptions
-from batchgen.store.books import STATE, Base, Manifest
+from batchgen.store.books import STATE, Base, Manifest, PublishedFile
 from batchgen.store.ledger import Ledger
 from batchgen.store.parts import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
