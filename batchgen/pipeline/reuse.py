@@ -195,7 +195,7 @@ class Takeover:
             return
         index, first = Index(storage, self._manifest), 0
         for entry, chunks in zip(self._manifest.files, index.chunks, strict=True):
-            with ResultFile(storage.path(entry["name"])) as file:
+            with ResultFile(storage.path(entry.name)) as file:
                 for group, table in file.groups([status]):
                     ordinals = index.ordinals(first + group)
                     yield rows_of(ordinals.filter(pc.equal(table.column(status), "error")))
