@@ -2,18 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := batchgen tests sample_data jobs
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test torture lint fmt docs check clean
+.PHONY: quickstart test proof proof-long lint fmt docs site check clean
 
 quickstart: .venv/ready
 	$(BIN)/batchgen run jobs/quickstart.toml --fresh
 	$(BIN)/python jobs/quickstart_score.py
 
+# The fast suite, a few minutes: units, contracts without vLLM, golden files, layers, docs.
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not proof and not vllm and not slow and not gpu"
+
+# The rest: whole runs, real vLLM on the CPU, Ray, and the proofs by faults in tests/torture.
+proof: .venv/ready
+	$(PYTEST) -m "(proof or vllm) and not slow and not gpu"
 
 # The long versions of the proofs in tests/torture: an hour or two.
-torture: .venv/ready
+proof-long: .venv/ready
 	$(BIN)/python -m tests.torture.kills --kills 10000
 	$(BIN)/python -m tests.torture.sweep --percent 100
 	$(BIN)/python -m tests.torture.power --losses 10000
@@ -31,9 +37,13 @@ fmt: .venv/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Rewrites what is generated from the code: the editor schema and the README's option table.
+# Rewrites what is generated from the code: the editor schema and docs/reference.
 docs: .venv/ready
-	$(BIN)/python tests/docs.py
+	$(BIN)/python -m tests.docs
+
+# The documentation as pages, in site/; needs no network.
+site: .venv/ready
+	$(BIN)/mkdocs build --strict
 
 check: lint test
 
@@ -42,4 +52,4 @@ check: lint test
 	touch $@
 
 clean:
-	rm -rf .venv jobs/out
+	rm -rf .venv jobs/out site

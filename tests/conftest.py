@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +13,11 @@ from tests.fakes import tables_of_job, write_jsonl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from batchgen.job.model import JobConfig
 
+MARKERS = {"e2e": "proof", "ray": "proof", "torture": "proof", "gpu": "gpu"}
+"""Folder of tests -> the marker that all in it get; what is in no such folder is fast."""
 ROWS = [{"id": f"r{n}", "text": f"say {n}"} for n in range(10)]
 
 
@@ -48,3 +50,12 @@ def make_job(tmp_path: Path, job_tables: Callable[..., dict[str, Any]]) -> Calla
         return parse_job(job_tables(rows, **tables), base=tmp_path, where="job.toml")
 
     return make
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark tests by their folder."""
+    here = Path(__file__).parent
+    for item in items:
+        marker = MARKERS.get(item.path.relative_to(here).parts[0])
+        if marker is not None:
+            item.add_marker(marker)
