@@ -43,7 +43,7 @@ docs: .venv/ready
 
 # The documentation as pages, in site/; needs no network.
 site: .venv/ready
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint test
 
