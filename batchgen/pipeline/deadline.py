@@ -19,16 +19,19 @@ import re
 import threading
 import time
 import zoneinfo
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from datetime import time as dt_time
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from batchgen.core.errors import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from batchgen.pipeline.context import StopSwitch
 
 _WHEN = re.compile(
     r"(?:(?P<date>\d{4}-\d\d-\d\d)(?:T|\s+))?"
@@ -77,8 +80,7 @@ def parse_until(text: str, now: datetime, local: tzinfo | None = None) -> dateti
         msg = f"{text!r} is no time ({error}), {_EXPECTED}"
         raise ValueError(msg) from None
     today = now.astimezone(zone).date()
-    # Four days: a zone may leave out a whole one, as Samoa did at the end of 2011.
-    for candidate in [day] if day else [today + timedelta(days=ahead) for ahead in range(4)]:
+    for candidate in [day] if day else [today, today + timedelta(days=1)]:
         for instant in _instants(datetime.combine(candidate, clock), zone):
             if instant > now:
                 return instant
@@ -117,49 +119,26 @@ def local_zone(now: datetime) -> tzinfo:
     which is an hour off across a change of the clocks.
     """
     name = os.environ.get("TZ")
-    try:
-        if name:
-            return _named_zone(name.removeprefix(":"))
+    with suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        if name:  # It may be a POSIX rule, such as CET-1CEST,M3.5.0,M10.5.0/3.
+            return zoneinfo.ZoneInfo(name.removeprefix(":"))
         if name is None:
             with _LOCALTIME.open("rb") as file:
                 return zoneinfo.ZoneInfo.from_file(file, key=str(_LOCALTIME))
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        pass  # A POSIX rule such as CET-1CEST,M3.5.0,M10.5.0/3, or no zone data.
-    offset = now.astimezone().utcoffset() or timedelta(0)
-    return timezone(offset)
-
-
-def _named_zone(name: str) -> tzinfo:
-    if not name.startswith("/"):
-        return zoneinfo.ZoneInfo(name)
-    with Path(name).open("rb") as file:
-        return zoneinfo.ZoneInfo.from_file(file, key=name)
+    return timezone(now.astimezone().utcoffset() or timedelta(0))
 
 
 def _instants(clock: datetime, zone: tzinfo) -> list[datetime]:
-    """When the clocks of a zone show a time, in order: once, twice, or at the end of a jump."""
+    """Return when the clocks of a zone show a time, in order: once, twice, or after a jump."""
     # fold 0 reads the clock by the offset before a change, fold 1 by the one after it (PEP 495).
     early, late = (clock.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
-    shown = [
-        instant
-        for instant in dict.fromkeys((early, late))
-        if instant.astimezone(zone).replace(tzinfo=None) == clock
-    ]
-    if not shown:
-        return [_change_between(late, early, zone).astimezone(zone)]
-    return [instant.astimezone(zone) for instant in sorted(shown)]
-
-
-def _change_between(before: datetime, after: datetime, zone: tzinfo) -> datetime:
-    """The first second with the offset of `after`."""
-    offset = after.astimezone(zone).utcoffset()
-    while after - before > timedelta(seconds=1):
-        middle = before + timedelta(seconds=int((after - before).total_seconds()) // 2)
-        if middle.astimezone(zone).utcoffset() == offset:
-            after = middle
-        else:
-            before = middle
-    return after
+    if late >= early:
+        return [instant.astimezone(zone) for instant in dict.fromkeys((early, late))]
+    # They jump over it, between `late` and `early`; on a whole minute, as all have since 1972.
+    offset, at = early.astimezone(zone).utcoffset(), late.replace(second=0)
+    while at.astimezone(zone).utcoffset() != offset:
+        at += timedelta(minutes=1)
+    return [at.astimezone(zone)]
 
 
 def parse_duration(text: str) -> float:
@@ -251,23 +230,6 @@ def estimate_lead(latencies_s: Iterable[float], commits_s: Iterable[float]) -> L
     return Lead(finish_s, _FIRST_COMMIT_S + 2 * max(commits, default=0.0))
 
 
-class Switch(Protocol):
-    """What stops a run, see `runner.StopSwitch`."""
-
-    @property
-    def state(self) -> str:
-        """`no`, `drain` or `now`."""
-        ...
-
-    def drain(self) -> None:
-        """Admit nothing more."""
-        ...
-
-    def now(self) -> None:
-        """Do not wait any longer for what is in flight."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Clocks:
     """The two clocks, in seconds."""
@@ -281,7 +243,7 @@ class Deadline:
 
     def __init__(
         self,
-        stop: Switch,
+        stop: StopSwitch,
         end: End,
         lead: Callable[[], Lead],
         clocks: Clocks = Clocks(),

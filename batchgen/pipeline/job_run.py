@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +169,20 @@ class JobRun:
         """Run to the end, or as far as it goes; then tell whom the job says.
 
         Raises:
-            BatchgenError: Job trouble, with its exit code. What finished is committed, and the
+            BatchgenError: Job error, with its exit code. What finished is committed, and the
                 run's summary says what happened.
         """
         try:
-            with self._deadline:
-                return self._begin()
+            with self._deadline, self._holding_job() as decision, self._recording_end():
+                begun = self._claim(decision)
+                if isinstance(begun, Summary):
+                    return begun
+                compute, prepared = self._compute, decision.prepared
+                if not Computation(self._context, compute, prepared, begun).run():
+                    return self._stopped()
+                if not self._publishes:
+                    return self._finish("answered", ExitCode.STOPPED, "run again to publish")
+                return self._publish(prepared, begun)
         except BatchgenError as error:
             self._is_busy = isinstance(error, BusyError)
             if self.summary is None:
@@ -183,38 +192,43 @@ class JobRun:
             if self.summary is not None:
                 self._announce(self.summary)
 
-    def _begin(self) -> Summary:
-        context = self._context
+    @contextmanager
+    def _holding_job(self) -> Iterator[Decision]:
+        """Decide what there is to do, and hold the job's lock while it is done."""
+        context, lock, options = self._context, self._context.lock, self._options
         refuse_foreign(context.storage.root)
         with ExitStack() as stack:
-            if self._options.wait:
-                context.lock.wait(context.is_stopped)
-                stack.callback(context.lock.release)
+            if options.wait:
+                lock.wait(context.is_stopped)
+                stack.callback(lock.release)
             num_plans = self._ledger.latest_plan_number()
-            decision = decide(self._ledger, self._job, self._options)
-            context.lock.acquire(steal=self._options.steal)
-            stack.callback(context.lock.release)
+            decision = decide(self._ledger, self._job, options)
+            lock.acquire(steal=options.steal)
+            stack.callback(lock.release)
             stack.callback(self._compute.close)
-            try:
+            with self._recording_end():
                 self._check_no_newer_plan(num_plans)
-                for note in (
-                    *decision.prepared.notes,
-                    *decision.notes,
-                    *tuned_notes(self._job),
-                ):
-                    context.notes.add(note)
-                with naming_tuned(self._job, self._compute):
-                    return self._run(decision)
-            except BatchgenError as error:
-                gate = error.gate if isinstance(error, GateError) else ()
-                self._finish(state_of(error), error.exit_code, str(error), gate=gate)
-                raise
-            except KeyboardInterrupt:
-                self._finish("stopped", ExitCode.STOPPED, "interrupted; run again to go on")
-                raise
-            except BaseException as error:
-                self._finish("fault", ExitCode.FAULT, repr(error))
-                raise
+            notes = decision.prepared.notes, decision.notes, tuned_notes(self._job)
+            for note in chain.from_iterable(notes):
+                context.notes.add(note)
+            yield decision
+
+    @contextmanager
+    def _recording_end(self) -> Iterator[None]:
+        """Write down how the run ended where it ends by an exception."""
+        try:
+            with naming_tuned(self._job, self._compute):
+                yield
+        except BatchgenError as error:
+            gate = error.gate if isinstance(error, GateError) else ()
+            self._finish(state_of(error), error.exit_code, str(error), gate=gate)
+            raise
+        except KeyboardInterrupt:
+            self._finish("stopped", ExitCode.STOPPED, "interrupted; run again to go on")
+            raise
+        except BaseException as error:
+            self._finish("fault", ExitCode.FAULT, repr(error))
+            raise
 
     def _check_no_newer_plan(self, num_plans: int) -> None:
         if self._ledger.latest_plan_number() != num_plans:
@@ -232,30 +246,27 @@ class JobRun:
             told.append(run_hook(run.on_finish, summary.as_dict()))
         summary.warnings.extend(text for text in told if text is not None)
 
-    def _run(self, decision: Decision) -> Summary:
+    def _claim(self, decision: Decision) -> Epoch | Summary:
+        """Settle on a plan and claim it; or say how the run ends before that."""
         context = self._context
         if context.is_stopped():
             return self._stopped()
         start = partial(self._compute.start, decision.prepared)
         hooks = Hooks(context.notes.add, start, context.storage)
         begun = begin(self._ledger, self._options, decision, hooks)
-        plan, self._num_leaving = begun.plan, begun.leaving.num_rows
+        self._num_leaving = begun.leaving.num_rows
         self._planned_at_s = time.monotonic()
         if (why := begun.nothing_to_do) is not None:
             self.summary = self._summary("nothing_to_do", ExitCode.COMPLETE, why, begun.manifest)
             return self.summary
-        epoch = self._ledger.claim(plan, context.run_id, self._who())
+        epoch = self._ledger.claim(begun.plan, context.run_id, self._who())
         durable = epoch.durable
         self._before = (durable.num_ok, durable.num_errors, durable.num_skipped)
         for text in rejected_notes(durable):
             context.notes.add(text)
-        context.stats.num_rows = plan.num_rows
+        context.stats.num_rows = begun.plan.num_rows
         context.stats.num_resumed = durable.num_done
-        if not Computation(context, self._compute, decision.prepared, epoch).run():
-            return self._stopped()
-        if not self._publishes:
-            return self._finish("answered", ExitCode.STOPPED, "run again to publish")
-        return self._publish(decision.prepared, epoch)
+        return epoch
 
     def moment(self) -> Moment:
         """Where the run is; may be asked from another thread."""
