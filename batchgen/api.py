@@ -99,9 +99,9 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
 
     if not job.run.is_cluster:
         return JobRun(job, stop=stop, options=options)
-    from batchgen.cluster.compute import Cluster
+    from batchgen.cluster.compute import ManyEngines
 
-    return JobRun(job, stop=stop, options=options, compute=Cluster)
+    return JobRun(job, stop=stop, options=options, compute=ManyEngines)
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:

@@ -1,94 +1,87 @@
-"""Who has which rows: the driver's book of one `answer()`. Pure: no clock, no I/O.
+"""Who has which rows: the driver's book of one task. Pure: no clock, no I/O.
 
-Invariant: every row of the book is in exactly one place: free, out with exactly one worker,
+Invariant: every row of the book is in exactly one place: free, leased to exactly one worker,
 settled, or guilty. A row gets into a second worker's hands only by way of `take_back`.
 
 How a row that kills whole workers is found (an engine that dies is its worker's own affair, see
-`engine.suspects`):
-
-- Rows that were begun in a worker that died are doubtful: they are leased again, before all
-  others, as any rows are. Nodes are taken away, people kill processes; that costs no more.
-- Doubtful rows that were begun in a second worker that died are suspects. A worker gets a 16th of
-  those that were in as many deaths, one such lease at a time, among other rows, so that no engine
-  is empty for it. What ends well is settled, and so innocent.
-- Once the suspects of four deaths or more are few, they go one by one, each alone into a worker
-  that holds nothing else. Only a row that died alone, twice, is guilty.
-
-A killer among 100,000 rows that one worker had is found with 8 deaths, among 1,000 or fewer with 6,
-two of 100,000 with 14 at most. In a fleet that loses workers all the time, rows that take long are
-in many deaths: there it takes more, alone and not, one for each doubling of the deaths that no
-guilty row explains. And while there are other rows, only one worker in eight has a lone suspect, so
-that such a fleet still gets on.
+`engine.suspects`): rows of a worker that died are leased again, before all others. Nodes are taken
+away, people kill processes; that costs no more. Those that a second worker dies with are suspects.
+A 16th of them goes into a worker that holds nothing else; dies that one too, a 16th of these, and
+so on, down to a single row. What ends well is innocent. Only a row that was alone in a worker that
+died, and then in another, is guilty: a killer among 100,000 rows takes 8 deaths, among 1,000 it
+takes 6. A cluster that loses workers all the time needs more deaths alone, one more for each
+doubling of the deaths that no guilty row explains.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.cluster.hand import DEATHS_OF_SUSPECTS, Hand, Span, by_segment, count, cut, length
 from batchgen.cluster.messages import Lease
 from batchgen.core.errors import AccountingError
+from batchgen.core.ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from batchgen.cluster.hand import Out
-    from batchgen.core.ranges import Ranges
-
-SHARED_DEATHS = 4
-"""Before a suspect goes alone: an engine that holds one row costs as much as a full one."""
+PIECES = 16
+"""More find a killer in fewer deaths, but keep the engines emptier on the way."""
 SOLO_DEATHS = 2
 """One could be chance."""
 FEW_DEATHS = 16
 """More than one killer needs."""
-WORKERS_A_SEARCH = 8
-"""One of so many may be empty but for a lone suspect, while there are other rows."""
-PART = 16
-"""A lease is such a part of the suspects: less finds a killer in fewer deaths, but takes longer."""
-LEAST_SUSPECTS = 8
-"""At a time, as long as none goes alone."""
-
 _READ_AHEAD = 10_000
+_SETTLED = 0
+_OUT = 1
+_stop_of = attrgetter("stop")
 
 
-class TakenBack(NamedTuple):
-    """What a worker had not settled."""
+class RowSpan(NamedTuple):
+    """Consecutive rows, and what the rows of one lease have in common."""
 
-    rows: Mapping[int, Ranges]
-    """Free again."""
-    num_doubtful: int
-    """Of these, begun in one worker that died."""
-    num_suspects: int
-    """Of these, begun in two."""
+    segment: int
+    start: int
+    stop: int
+    payload: Any = None
+    is_doubtful: bool = False
+    """A worker has died with them."""
+
+    def goes_with(self, other: RowSpan) -> bool:
+        """Whether one lease may hold both. Payloads are compared by identity."""
+        return self.payload is other.payload and self.is_doubtful == other.is_doubtful
+
+
+class _Suspects(NamedTuple):
+    """Rows that go into a worker by themselves."""
+
+    spans: Sequence[RowSpan]
+    num_solo_deaths: int = 0
+    """Of workers that held a single row, this one."""
 
 
 class LeaseBook:
-    """The book of one `answer()`, in the driver's one thread."""
+    """The book of one task, in the driver's one thread."""
 
     def __init__(self, todo: Mapping[int, Ranges]) -> None:
-        """Begin with rows that workers read themselves.
-
-        Args:
-            todo: Segment -> rows.
-        """
+        """Begin with rows that workers read themselves: segment -> rows."""
         self._unread = (
-            Span(segment, start, stop)
+            RowSpan(segment, start, stop)
             for segment in sorted(todo)
             for start, stop in todo[segment].spans
         )
-        self._returned: deque[Span] = deque()
-        self._packed: deque[Span] = deque()
-        self._files: deque[Span] = deque()
-        self._suspects: dict[int, deque[Span]] = {}
-        """By the number of their deaths."""
-        self._guilty: list[Span] = []
+        self._returned: deque[RowSpan] = deque()
+        self._packed: deque[RowSpan] = deque()
+        self._files: deque[RowSpan] = deque()
+        self._suspects: deque[_Suspects] = deque()
+        self._guilty: list[RowSpan] = []
         self._num_guilty = 0
         self._num_deaths = 0
-        self._num_fresh_deaths = 0
-        self._hands: dict[int, Hand] = {}
+        self._held: dict[int, WorkerLeases] = {}
         self._num_leases = 0
         self.num_pending = count(todo)
         """Rows that are free; suspects among them."""
@@ -110,11 +103,13 @@ class LeaseBook:
             raise AccountingError(msg)
         for segment in sorted(rows):
             for start, stop in rows[segment].spans:
-                self._packed.append(Span(segment, start, stop, payload))
+                self._packed.append(RowSpan(segment, start, stop, payload))
         self.num_pending += count(rows)
 
     def take(self, worker: int, num_rows: int) -> Lease | None:
-        """Lease the next rows: suspects, others taken back, then packed ones, then those of files.
+        """Lease the next rows: those taken back, then packed ones, then those of files.
+
+        A worker that holds nothing gets suspects before all else.
 
         Args:
             worker: Its number.
@@ -122,21 +117,30 @@ class LeaseBook:
                 suspects it may be more.
 
         Returns:
-            None if nothing is free for this worker as long as it holds what it holds: it has a
-            single suspect, or only suspects are free. If it is to get on, ask it to make durable
-            what it has (`Finish`).
+            None if nothing is free for this worker as long as it holds what it holds. If it is
+            to get on, ask it to make durable what it has (`Finish`).
         """
-        hand = self._hands.get(worker)
-        if num_rows < 1 or (hand is not None and hand.is_alone):
+        held = self._held.get(worker)
+        if num_rows < 1 or (held is not None and held.suspects is not None):
             return None
-        if hand is None or not hand.has_suspects:
-            for suspects in self._suspects_first_to_go():
-                is_alone = self._goes_alone(suspects)
-                if not is_alone or (hand is None and self._has_room_for_one()):
-                    num_rows = self._part(suspects)
-                    return self._lend(worker, cut(suspects, num_rows), is_alone=is_alone)
-        free = self._next_free()
+        if held is None and self._suspects:
+            suspects = self._suspects.popleft()
+            return self._lend(worker, suspects.spans, suspects)
+        if not self._files:
+            self._files.extend(islice(self._unread, _READ_AHEAD))
+        free = self._returned or self._packed or self._files
         return self._lend(worker, cut(free, num_rows)) if free else None
+
+    def _lend(
+        self, worker: int, spans: Sequence[RowSpan], suspects: _Suspects | None = None
+    ) -> Lease:
+        self._num_leases += 1
+        lease = Lease(self._num_leases, by_segment(spans), spans[0].payload)
+        held = self._held.setdefault(worker, WorkerLeases())
+        held.suspects = suspects
+        held.put(lease.rows, spans[0])
+        self.num_pending -= length(spans)
+        return lease
 
     def settle(self, worker: int, rows: Mapping[int, Ranges]) -> Mapping[int, Ranges]:
         """Note that rows of a worker are durable, or need no work.
@@ -149,58 +153,64 @@ class LeaseBook:
         Returns:
             Those that this worker does not have (any more); nothing is noted of them.
         """
-        hand = self._hands.get(worker)
-        if hand is None:
+        held = self._held.get(worker)
+        if held is None:
             return {segment: ranges for segment, ranges in rows.items() if ranges}
-        strays = hand.settle(rows)
-        if not hand.outs:
-            del self._hands[worker]
+        strays = held.settle(rows)
+        if not held.num_rows:
+            del self._held[worker]
         return strays
 
-    def take_back(self, worker: int, *, has_died: bool, num_begun: int | None = None) -> TakenBack:
+    def take_back(self, worker: int, *, has_died: bool) -> Mapping[int, Ranges]:
         """Free what a worker has not settled; it is leased before everything else.
 
         Args:
             worker: Its number. It must get none of these rows by another way any more.
             has_died: Whether its rows may be why it is gone. Not if it was sent away.
-            num_begun: How many unsettled rows it can have begun at most: in flight, waiting for
-                another attempt, ended but not durable, read ahead where it orders them. None: all.
-                A worker reads leases in the order taken, so a lease with so many unsettled rows
-                before it was surely not begun, and none of its rows is doubted.
+
+        Returns:
+            The rows that are free again.
         """
-        hand = self._hands.pop(worker, None) or Hand()
-        left: list[Span] = []
-        begun: list[Out] = []
-        num_before = 0
-        for out, spans in hand.unsettled():
-            if has_died and (num_begun is None or num_before < num_begun):
-                begun.append(out)
-                left += [_after_death(span, is_alone=out.is_alone) for span in spans]
-            else:
-                left += spans
-            num_before += out.num_left
-        self._note_death(begun)
-        return self._free(left)
+        held = self._held.pop(worker, None)
+        if held is None:
+            return {}
+        spans, suspects = held.unsettled(), held.suspects
+        self._num_deaths += has_died
+        num_solo_deaths = suspects.num_solo_deaths if suspects is not None else 0
+        if has_died and suspects is not None and length(suspects.spans) == 1:
+            num_solo_deaths += 1
+            if num_solo_deaths >= self._enough_deaths:
+                self._guilty += spans
+                self._num_guilty += 1
+                return {}
+        self.num_pending += length(spans)
+        if suspects is not None:
+            num_pieces = PIECES if has_died else 1
+            self._suspect(spans, num_solo_deaths, num_pieces)
+        elif has_died:
+            self._suspect([span for span in spans if span.is_doubtful])
+            fresh = [span._replace(is_doubtful=True) for span in spans if not span.is_doubtful]
+            self._returned.extendleft(reversed(fresh))
+        else:
+            self._returned.extendleft(reversed(spans))
+        return by_segment(spans)
 
-    def _note_death(self, begun: Sequence[Out]) -> None:
-        self._num_deaths += bool(begun)
-        self._num_fresh_deaths += bool(begun) and not any(out.sample.num_deaths for out in begun)
+    def _suspect(
+        self, spans: Iterable[RowSpan], num_solo_deaths: int = 0, num_pieces: int = PIECES
+    ) -> None:
+        """Put rows first among the suspects, so that one search ends before the next."""
+        left = deque(spans)
+        size = math.ceil(length(left) / num_pieces)
+        pieces = []
+        while left:
+            pieces.append(_Suspects(cut(left, size), num_solo_deaths))
+        self._suspects.extendleft(reversed(pieces))
 
-    def _free(self, spans: Sequence[Span]) -> TakenBack:
-        """Put rows that came back where they belong."""
-        enough = SOLO_DEATHS + self._caution
-        guilty = [span for span in spans if span.num_solo_deaths >= enough]
-        free = [span for span in spans if span.num_solo_deaths < enough]
-        suspects = [span for span in free if span.num_deaths >= DEATHS_OF_SUSPECTS]
-        others = [span for span in free if span.num_deaths < DEATHS_OF_SUSPECTS]
-        self._guilty += guilty
-        self._num_guilty += len(guilty)
-        for span in suspects:
-            self._suspects.setdefault(span.num_deaths, deque()).append(span)
-        self._returned.extendleft(reversed(others))
-        self.num_pending += length(free)
-        num_doubtful = length(span for span in others if span.num_deaths)
-        return TakenBack(by_segment(free), num_doubtful, length(suspects))
+    @property
+    def _enough_deaths(self) -> int:
+        """How often a single row must have died alone to be guilty."""
+        unexplained = self._num_deaths // (FEW_DEATHS * (1 + self._num_guilty))
+        return SOLO_DEATHS + unexplained.bit_length()
 
     def withdraw(self) -> dict[int, Ranges]:
         """Take out, for good, what is free and was to be read from files by workers.
@@ -209,98 +219,189 @@ class LeaseBook:
         """
         out = [*self._files, *self._unread]
         self._files.clear()
-        for spans in (self._returned, *self._suspects.values()):
-            out += [span for span in spans if span.payload is None]
-            kept = [span for span in spans if span.payload is not None]
-            spans.clear()
-            spans.extend(kept)
+        suspected = [span for suspects in self._suspects for span in suspects.spans]
+        out += [span for span in (*self._returned, *suspected) if span.payload is None]
+        self._returned = deque(span for span in self._returned if span.payload is not None)
+        packed = (one for one in self._suspects if one.spans[0].payload is not None)
+        self._suspects = deque(packed)
         self.num_pending -= length(out)
         return by_segment(out)
 
-    def guilty(self) -> Sequence[Lease]:
-        """Hand out each row that was found to kill workers, once, for the caller to end it.
-
-        Its lease is nobody's: not to be settled or taken back.
-        """
+    def guilty(self) -> Sequence[Mapping[int, Ranges]]:
+        """Hand out each row that was found to kill workers, once, for the caller to end it."""
         rows, self._guilty = self._guilty, []
-        return [self._lease([span]) for span in rows]
+        return [by_segment([span]) for span in rows]
 
     def num_out(self, worker: int) -> int:
         """Rows leased to a worker and not settled."""
-        hand = self._hands.get(worker)
-        return hand.num_out if hand is not None else 0
+        held = self._held.get(worker)
+        return held.num_rows if held is not None else 0
 
     def rows_out(self, worker: int) -> Mapping[int, Ranges]:
         """Which these are."""
-        hand = self._hands.get(worker) or Hand()
-        return by_segment(span for _, spans in hand.unsettled() for span in spans)
+        held = self._held.get(worker)
+        return by_segment(held.unsettled()) if held is not None else {}
 
-    def is_alone(self, worker: int) -> bool:
-        """Whether a worker has a single suspect: nothing else until that is settled."""
-        hand = self._hands.get(worker)
-        return hand is not None and hand.is_alone
-
-    @property
-    def num_out_total(self) -> int:
-        """Rows leased and not settled."""
-        return sum(hand.num_out for hand in self._hands.values())
-
-    @property
-    def num_suspects(self) -> int:
-        """Rows that are free, but not for any worker at any time."""
-        return sum(map(length, self._suspects.values()))
+    def has_suspects(self, worker: int) -> bool:
+        """Whether a worker has suspects: nothing else until these are settled."""
+        held = self._held.get(worker)
+        return held is not None and held.suspects is not None
 
     @property
     def is_through(self) -> bool:
         """Whether every row is settled or was handed out as guilty, and none will be added."""
-        return self.is_fed and not (self.num_pending or self._hands or self._guilty)
+        return self.is_fed and not (self.num_pending or self._held or self._guilty)
 
-    def _next_free(self) -> deque[Span]:
-        if not self._files:
-            self._files.extend(islice(self._unread, _READ_AHEAD))
-        return self._returned or self._packed or self._files
 
-    def _suspects_first_to_go(self) -> list[deque[Span]]:
-        """Those of the most deaths first: so a search gets to its end before the next one."""
-        return [found for _, found in sorted(self._suspects.items(), reverse=True) if found]
+class _Lease:
+    """A lease that a worker has. Its blocks know it, not it them: a circle would keep payloads."""
 
-    def _goes_alone(self, suspects: deque[Span]) -> bool:
-        """Whether each of these, of the same number of deaths, is to be alone with its worker."""
-        num_deaths = suspects[0].num_deaths
-        return num_deaths >= SHARED_DEATHS + self._caution and length(suspects) <= PART
+    __slots__ = ("num_left", "sample")
 
-    def _part(self, suspects: deque[Span]) -> int:
-        num = math.ceil(length(suspects) / PART)
-        return num if self._goes_alone(suspects) else max(num, LEAST_SUSPECTS)
+    def __init__(self, num_rows: int, sample: RowSpan) -> None:
+        self.num_left = num_rows
+        self.sample = sample
+        """Any of its spans: they have all else in common."""
 
-    def _has_room_for_one(self) -> bool:
-        lone = [found for found in self._suspects_first_to_go() if self._goes_alone(found)]
-        if self.num_pending == sum(map(length, lone)):
-            return True
-        num_alone = sum(hand.is_alone for hand in self._hands.values())
-        return num_alone * WORKERS_A_SEARCH <= len(self._hands)
 
-    @property
-    def _caution(self) -> int:
-        """How many deaths more it takes, alone and not, since deaths come from outside, too.
+class _Block:
+    """Consecutive rows of a lease; of each, a byte: `_OUT` or `_SETTLED`."""
 
-        A killer takes one worker with rows that nobody doubted; all others took doubtful ones.
+    __slots__ = ("lease", "left", "start", "stop")
+
+    def __init__(self, start: int, stop: int, lease: _Lease) -> None:
+        self.start = start
+        self.stop = stop
+        self.lease = lease
+        self.left = bytearray([_OUT]) * (stop - start)
+
+    def settle(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
+        """Mark these; returns those that were not out."""
+        first, last = start - self.start, stop - self.start
+        num = self.left.count(_OUT, first, last)
+        strays: Iterable[tuple[int, int]] = ()
+        if num < last - first:
+            strays = _runs(self.left[first:last], _SETTLED, start)
+        self.left[first:last] = bytes(last - first)
+        self.lease.num_left -= num
+        return strays
+
+
+class WorkerLeases:
+    """What one worker holds: of each lease the rows that are not settled.
+
+    A commit may bring 20,000 scattered rows, and a cluster may hold millions: a row that is out
+    costs one byte, and settling it about 0.6 us.
+    """
+
+    def __init__(self) -> None:
+        self.suspects: _Suspects | None = None
+        """What was leased, if it is suspects: then it is all that the worker has."""
+        self.num_rows = 0
+        self._leases: list[_Lease] = []
+        self._blocks: dict[int, list[_Block]] = {}
+        """In the order of rows."""
+
+    def put(self, rows: Mapping[int, Ranges], sample: RowSpan) -> None:
+        """Take a lease."""
+        lease = _Lease(count(rows), sample)
+        self._leases.append(lease)
+        self.num_rows += lease.num_left
+        for segment, ranges in rows.items():
+            held = self._blocks.setdefault(segment, [])
+            held += [_Block(start, stop, lease) for start, stop in ranges.spans]
+            held.sort(key=_stop_of)  # Two sorted runs: linear.
+
+    def unsettled(self) -> list[RowSpan]:
+        """What is left, lease by lease in the order taken."""
+        left: dict[_Lease, list[RowSpan]] = {lease: [] for lease in self._leases}
+        for segment, blocks in self._blocks.items():
+            for block in blocks:
+                for start, stop in _runs(block.left, _OUT, block.start):
+                    span = block.lease.sample._replace(segment=segment, start=start, stop=stop)
+                    left[block.lease].append(span)
+        return [span for spans in left.values() for span in spans]
+
+    def settle(self, rows: Mapping[int, Ranges]) -> dict[int, Ranges]:
+        """Mark rows as settled; returns those that were not out.
+
+        Takes time for the spans of `rows`, and for the blocks between them, not for the rows.
         """
-        num = self._num_fresh_deaths + self._num_deaths // FEW_DEATHS
-        return (num // (1 + self._num_guilty) // 2).bit_length()
+        strays: dict[int, Ranges] = {}
+        for segment, ranges in rows.items():
+            found: list[tuple[int, int]] = []
+            for block, start, stop in _meeting(self._blocks.get(segment, ()), ranges):
+                found += ((start, stop),) if block is None else block.settle(start, stop)
+            if found:
+                strays[segment] = Ranges(found)
+        if not all(lease.num_left for lease in self._leases):
+            self._drop_settled()
+        self.num_rows = sum(lease.num_left for lease in self._leases)
+        return strays
 
-    def _lend(self, worker: int, spans: Sequence[Span], *, is_alone: bool = False) -> Lease:
-        lease = self._lease(spans)
-        hand = self._hands.setdefault(worker, Hand())
-        hand.put(lease.rows, spans[0], is_alone=is_alone)
-        self.num_pending -= length(spans)
-        return lease
-
-    def _lease(self, spans: Sequence[Span]) -> Lease:
-        self._num_leases += 1
-        return Lease(self._num_leases, by_segment(spans), spans[0].payload)
+    def _drop_settled(self) -> None:
+        self._leases = [lease for lease in self._leases if lease.num_left]
+        left = {
+            segment: [block for block in blocks if block.lease.num_left]
+            for segment, blocks in self._blocks.items()
+        }
+        self._blocks = {segment: blocks for segment, blocks in left.items() if blocks}
 
 
-def _after_death(span: Span, *, is_alone: bool) -> Span:
-    num_deaths, num_solo_deaths = span.num_deaths + 1, span.num_solo_deaths + is_alone
-    return span._replace(num_deaths=num_deaths, num_solo_deaths=num_solo_deaths)
+def by_segment(spans: Iterable[RowSpan]) -> dict[int, Ranges]:
+    """Segment -> its rows, as leases have them."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for span in spans:
+        found.setdefault(span.segment, []).append((span.start, span.stop))
+    return {segment: Ranges(those) for segment, those in found.items()}
+
+
+def count(rows: Mapping[int, Ranges]) -> int:
+    """How many rows."""
+    return sum(map(len, rows.values()))
+
+
+def length(spans: Iterable[RowSpan]) -> int:
+    """How many rows."""
+    return sum(span.stop - span.start for span in spans)
+
+
+def cut(spans: deque[RowSpan], num_rows: int) -> list[RowSpan]:
+    """Take up to `num_rows` rows off the front, of those that may go with the first."""
+    taken: list[RowSpan] = []
+    while num_rows > 0 and spans and spans[0].goes_with((taken or spans)[0]):
+        span = spans.popleft()
+        if span.stop - span.start > num_rows:
+            spans.appendleft(span._replace(start=span.start + num_rows))
+            span = span._replace(stop=span.start + num_rows)
+        num_rows -= span.stop - span.start
+        taken.append(span)
+    return taken
+
+
+def _runs(flags: bytearray, wanted: int, shift: int) -> Iterator[tuple[int, int]]:
+    """Yield where a flag is the wanted one of two, as half-open spans, moved by `shift`."""
+    first = flags.find(wanted)
+    while first >= 0:
+        last = flags.find(_OUT + _SETTLED - wanted, first)
+        last = len(flags) if last < 0 else last
+        yield shift + first, shift + last
+        first = flags.find(wanted, last)
+
+
+def _meeting(blocks: Sequence[_Block], rows: Ranges) -> Iterator[tuple[_Block | None, int, int]]:
+    """Yield the rows cut at the borders of blocks, each with the block that it is in."""
+    at = bisect_right(blocks, rows.spans[0][0], key=_stop_of) if rows else 0
+    for begin, stop in rows.spans:
+        start = begin
+        while start < stop:
+            while at < len(blocks) and blocks[at].stop <= start:
+                at += 1
+            block = blocks[at] if at < len(blocks) and blocks[at].start < stop else None
+            if block is not None and block.start <= start:
+                end = min(stop, block.stop)
+                yield block, start, end
+            else:
+                end = stop if block is None else block.start
+                yield None, start, end
+            start = end

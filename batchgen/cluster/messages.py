@@ -1,4 +1,6 @@
-"""What a run's driver and its workers tell each other: plain values, for they cross machines.
+"""What a run's driver and its workers tell each other, and `Cluster`, which carries it.
+
+Messages are plain values, for they cross machines.
 
 A worker is one engine with a process of its own around it. It has a number that no other worker
 of the epoch has or will have, in the names of its parts; a worker that is replaced has another.
@@ -7,7 +9,7 @@ A replica is the place of a worker, what a person sees: 1, 2, ... of `run.replic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
     from batchgen.core.records import EngineFacts, EngineStats
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import Stop
+    from batchgen.pipeline.feeder import FeedBatch
     from batchgen.store.books import Plan
 
 
-class Badge(NamedTuple):
+class WorkerInit(NamedTuple):
     """Who a worker is, and what for."""
 
     number: int
@@ -38,7 +41,7 @@ class Lease(NamedTuple):
     rows: Mapping[int, Ranges]
     """Segment -> rows of it."""
     payload: Any = None
-    """None: the worker reads the rows from the input's files. Else what its crew's `fetch` turns
+    """None: the worker reads the rows from the input's files. Else what its cluster's `fetch` turns
     into `FeedBatch`s, which may hold more rows than these."""
 
 
@@ -63,7 +66,7 @@ class Take(NamedTuple):
     lease: Lease
 
 
-class Passing(NamedTuple):
+class Answer(NamedTuple):
     """The answer to an `Asked`."""
 
     ask: int
@@ -81,7 +84,7 @@ class Halt(NamedTuple):
     is_patient: bool
 
 
-Order = StartEngine | Begin | Take | Passing | Finish | Halt
+Order = StartEngine | Begin | Take | Answer | Finish | Halt
 
 
 class Ready(NamedTuple):
@@ -189,3 +192,52 @@ class Gone(NamedTuple):
     """There is no such worker any more; what it committed counts."""
 
     reason: str
+
+
+class Capacity(NamedTuple):
+    """What there is room for."""
+
+    num_now: int
+    """Workers that could work at this moment, those that do included."""
+    told: str
+    """Of what the cluster consists, for people: `2 nodes, 8 GPUs`."""
+
+
+class Cluster(Protocol):
+    """Where the workers of one run are; starts them, carries their messages, sees them die.
+
+    The driver's one thread calls everything here. Each worker that was started has at most one
+    exchange under way: orders go out, and after a while a report comes back, or the news that it
+    is gone.
+    """
+
+    def capacity(self) -> Capacity:
+        """Count the workers that the machines that are there now have room for."""
+
+    def start(self, init: WorkerInit) -> None:
+        """Begin to start a worker, wherever there is room; does not wait for it."""
+
+    def exchange(self, number: int, orders: Sequence[Order], wait_s: float) -> None:
+        """Send orders; the worker reports once something has happened, or after `wait_s`.
+
+        Only for a worker that was started and whose last exchange has come back. One that is not
+        up yet gets them when it is.
+        """
+
+    def wait(self, timeout_s: float) -> Sequence[tuple[int, Report | Gone]]:
+        """What came back, by worker number; waits for the first up to `timeout_s`.
+
+        A worker that is `Gone` does not come back again.
+        """
+
+    def silent_s(self, number: int) -> float:
+        """How long a worker that was heard of once has had an exchange under way; else 0."""
+
+    def kill(self, number: int) -> None:
+        """Kill a worker and its engine, as far as they can be reached. It does not come back."""
+
+    def put(self, batches: Sequence[FeedBatch]) -> Any:  # noqa: ANN401 - whatever finds them again
+        """Rows for a `Lease.payload`; they are kept as long as what is returned is."""
+
+    def close(self) -> None:
+        """Kill all workers. Idempotent."""

@@ -1,7 +1,7 @@
-"""`RayCrew`: workers as Ray actors. The only module that imports Ray.
+"""`RayCluster`: workers as Ray actors. The only module that imports Ray.
 
-    driver     RayCrew      one actor handle, and at most one call under way, for each worker
-    anywhere   _Seat        the actor: holds a `Replica`; its main thread waits in `exchange`
+    driver     RayCluster      one actor handle, and at most one call under way, for each worker
+    anywhere   _Actor        the actor: holds a `Worker`; its main thread waits in `exchange`
     below it   the engine   a process group of its own, killed by its guard when the actor dies
 
 An actor is never restarted and no call is sent twice: what a dead worker leaves undone is the
@@ -26,33 +26,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from batchgen.cluster.crew import Places
-from batchgen.cluster.messages import Failed, Gone, Report
-from batchgen.cluster.ray_places import fit, head_refuses, worker_environment
-from batchgen.cluster.ray_process import (
-    handlers_kept,
-    make_folder,
-    options_alone,
-    prepare_environment,
-    start_guard,
-)
-from batchgen.cluster.ray_words import (
+from batchgen.cluster.messages import Capacity, Failed, Gone, Report
+from batchgen.cluster.ray_host import (
     counted,
     death_told,
     end_of_traceback,
+    handlers_kept,
+    head_refuses,
+    make_folder,
     memory_told,
     one_line,
+    options_alone,
+    prepare_environment,
     refusal,
+    start_guard,
+    worker_environment,
 )
-from batchgen.cluster.replica import Replica
+from batchgen.cluster.resources import fit
+from batchgen.cluster.worker import Worker
 from batchgen.core.errors import BatchgenError, ConfigError, EngineError
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.cluster.crew import Needs
-    from batchgen.cluster.messages import Badge, Order
+    from batchgen.cluster.messages import Order, WorkerInit
+    from batchgen.cluster.resources import Resources
     from batchgen.pipeline.feeder import FeedBatch
 
 _WHERE = "[run]"
@@ -67,7 +66,7 @@ _WORKER_VARIABLES = {
 }
 
 
-class _Seat:
+class _Actor:
     """A worker's process, as Ray sees it. What may fail does so in `exchange`, which tells."""
 
     def __init__(self, environment: Mapping[str, str | None], folder: str, hired: bytes) -> None:
@@ -77,16 +76,16 @@ class _Seat:
                 os.environ[name] = value
         # Ray puts the driver's folder first on sys.path: a file json.py there must not be ours.
         sys.path.sort(key=lambda path: path == folder)
-        self._hired = hired
-        self._member: Any = None
+        self._started = hired
+        self._worker: Any = None
 
     def exchange(self, orders: Sequence[Order], wait_s: float) -> Report | Gone:
-        """Pass on to the replica, which is made first."""
+        """Pass on to the worker, which is made first."""
         try:
-            if self._member is None:
-                make, badge = pickle.loads(self._hired)  # noqa: S301 - from our driver
-                self._member = make(badge, fetch=_fetch)
-            report: Report = self._member.exchange(orders, wait_s)
+            if self._worker is None:
+                make, init = pickle.loads(self._started)  # noqa: S301 - from our driver
+                self._worker = make(init, fetch=_fetch)
+            report: Report = self._worker.exchange(orders, wait_s)
         except BatchgenError as exc:
             return Report([Failed(exc)], None)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the driver is to know its name
@@ -96,18 +95,18 @@ class _Seat:
 
     def close(self) -> None:
         """Let go of the engine in order."""
-        if self._member is not None:
-            self._member.close()
+        if self._worker is not None:
+            self._worker.close()
 
 
 def _fetch(payload: Any) -> Sequence[FeedBatch]:  # noqa: ANN401 - a Ray reference
     import ray
 
-    feds: Sequence[FeedBatch] = ray.get(payload)
-    return feds
+    batches: Sequence[FeedBatch] = ray.get(payload)
+    return batches
 
 
-class _Hired:
+class _Remote:
     """The driver's end of a worker."""
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - Ray's handle
@@ -118,78 +117,78 @@ class _Hired:
         self.was_heard = False
 
 
-class RayCrew:
-    """Implements `Crew`. Has to be made, used and closed in the main thread."""
+class RayCluster:
+    """Implements `Cluster`. Has to be made, used and closed in the main thread."""
 
     def __init__(
         self,
         address: str | None,
-        needs: Needs,
+        takes: Resources,
         *,
         room_for: int = 0,
-        make: Callable[..., Any] = Replica,
+        make: Callable[..., Any] = Worker,
     ) -> None:
         """Start Ray on this machine, or join a cluster.
 
         Args:
             address: None for this machine alone; else `auto`, or `host:port` of the cluster's
                 head. This machine has to be one of the cluster's.
-            needs: What a worker takes of its node.
+            takes: What a worker takes of its node.
             room_for: On this machine alone: so many workers fit, even if there are fewer CPU
                 cores. GPUs are never counted twice.
-            make: Makes a worker from its badge and `fetch`; has to pickle.
+            make: Makes a worker from its init and `fetch`; has to pickle.
 
         Raises:
             ConfigError: Nobody answers at that address, or it is a Ray Client's.
             EngineError: Ray does not start, or the cluster does not let us in.
         """
-        self._needs, self._make = needs, make
-        self._hired: dict[int, _Hired] = {}
-        self._environment = worker_environment(os.environ, has_gpu=needs.num_gpus > 0)
-        self._session = _Session(address, math.ceil(room_for * needs.num_cpus))
+        self._takes, self._make = takes, make
+        self._started: dict[int, _Remote] = {}
+        self._environment = worker_environment(os.environ, has_gpu=takes.num_gpus > 0)
+        self._session = _Session(address, math.ceil(room_for * takes.num_cpus))
 
-    def places(self) -> Places:
+    def capacity(self) -> Capacity:
         """Count from all that the live nodes have, whoever uses it now."""
         import ray
 
         with _told("be asked for its nodes"):
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        kind = "GPU" if self._needs.num_gpus else "CPU"
+        kind = "GPU" if self._takes.num_gpus else "CPU"
         total = sum(node.get(kind, 0) for node in nodes)
         told = f"{counted(len(nodes), 'node')}, {counted(total, kind)}"
-        num_now = sum(fit(self._needs, node) for node in nodes)
-        return Places(num_now, told)
+        num_now = sum(fit(self._takes, node) for node in nodes)
+        return Capacity(num_now, told)
 
-    def hire(self, badge: Badge) -> None:
+    def start(self, init: WorkerInit) -> None:
         """Queue an actor at Ray, which waits for room as long as it takes."""
         import ray
 
         options = {
-            "num_cpus": self._needs.num_cpus,
-            "num_gpus": self._needs.num_gpus,
+            "num_cpus": self._takes.num_cpus,
+            "num_gpus": self._takes.num_gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": _WORKER_VARIABLES},
         }
-        hired = ray.cloudpickle.dumps((self._make, badge))
+        hired = ray.cloudpickle.dumps((self._make, init))
         with _told("be asked for a worker"):
-            actor = ray.remote(_Seat).options(**options)
-            self._hired[badge.number] = _Hired(
+            actor = ray.remote(_Actor).options(**options)
+            self._started[init.number] = _Remote(
                 actor.remote(self._environment, str(Path.cwd()), hired)
             )
 
     def exchange(self, number: int, orders: Sequence[Order], wait_s: float) -> None:
-        """See `Crew`. A reference in an order stays one: Ray resolves only plain arguments."""
-        hired = self._hired[number]
+        """See `Cluster`. A reference in an order stays one: Ray resolves only plain arguments."""
+        hired = self._started[number]
         with _told("take orders"):
             hired.call = hired.actor.exchange.remote(orders, wait_s)
         hired.called_s = time.monotonic()
 
     def wait(self, timeout_s: float) -> Sequence[tuple[int, Report | Gone]]:
-        """See `Crew`."""
+        """See `Cluster`."""
         import ray
 
-        calls = ((hired.call, number) for number, hired in self._hired.items())
+        calls = ((hired.call, number) for number, hired in self._started.items())
         numbers = {call: number for call, number in calls if call is not None}
         if not numbers:
             time.sleep(timeout_s)
@@ -205,37 +204,37 @@ class RayCrew:
     def _news(self, number: int) -> Report | Gone:
         import ray
 
-        hired = self._hired[number]
+        hired = self._started[number]
         try:
             news: Report | Gone = ray.get(hired.call)
         except ray.exceptions.RayError as exc:
             news = Gone(_reason(exc))
         hired.call, hired.was_heard = None, True
         if isinstance(news, Gone):
-            self.fire(number)  # It may live: an exception, a broken connection.
+            self.kill(number)  # It may live: an exception, a broken connection.
         return news
 
     def silent_s(self, number: int) -> float:
-        """See `Crew`."""
-        hired = self._hired.get(number)
+        """See `Cluster`."""
+        hired = self._started.get(number)
         if hired is None or not hired.was_heard or hired.call is None:
             return 0.0
         return time.monotonic() - hired.called_s
 
-    def fire(self, number: int) -> None:
+    def kill(self, number: int) -> None:
         """Kill the actor: at once, within 5 s if it is frozen. Its engine's guard does the rest."""
         import ray
 
-        if (hired := self._hired.pop(number, None)) is not None:
+        if (hired := self._started.pop(number, None)) is not None:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(hired.actor, no_restart=True)
 
-    def put(self, feds: Sequence[FeedBatch]) -> Any:  # noqa: ANN401 - a Ray reference
+    def put(self, batches: Sequence[FeedBatch]) -> Any:  # noqa: ANN401 - a Ray reference
         """Put rows into the object store of this node; workers take them from there."""
         import ray
 
         with _told("take rows"):
-            return ray.put(list(feds))
+            return ray.put(list(batches))
 
     def close(self) -> None:
         """Ask those who are up to let go of their engines, then kill everybody. Idempotent."""
@@ -244,12 +243,12 @@ class RayCrew:
         if self._session.is_over:
             return
         with contextlib.suppress(ray.exceptions.RayError):
-            up = [hired for hired in self._hired.values() if hired.was_heard]
+            up = [hired for hired in self._started.values() if hired.was_heard]
             leaving = [hired.actor.close.remote() for hired in up]
             if leaving:
                 ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S, fetch_local=False)
-        for number in list(self._hired):
-            self.fire(number)
+        for number in list(self._started):
+            self.kill(number)
         self._session.end()
 
     def __enter__(self) -> Self:
@@ -292,7 +291,7 @@ class _Session:
     """This process's connection to Ray; on this machine alone, with the processes of Ray."""
 
     def __init__(self, address: str | None, num_cpus: int) -> None:
-        """See `RayCrew`; who has called `ray.init` in this process keeps that connection."""
+        """See `RayCluster`; who has called `ray.init` in this process keeps that connection."""
         prepare_environment(is_alone=address is None)
         import ray
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.engine.vllm.settings import gpus_of
+from batchgen.engine.vllm.settings import engine_gpus
 from batchgen.pipeline.advice import Way, advise
 from batchgen.pipeline.progress import RUNNING, watching
 from batchgen.pipeline.reuse import without
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, RowBatch
-    from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import Build
     from batchgen.pipeline.committer import Commits
     from batchgen.pipeline.context import RunContext
@@ -67,10 +66,6 @@ class Compute(Protocol):
     @property
     def num_in_flight(self) -> int:
         """Requests inside all engines."""
-
-    @property
-    def death(self) -> str | None:
-        """Why the last engine that died did so."""
 
     @property
     def warnings(self) -> list[str]:
@@ -126,10 +121,12 @@ class OneEngine:
         self._context = context
         self._prepared: Prepared | None = None
         self._engine = SupervisedEngine(
-            build, self._spec, on_death=self._record_death, stall_s=context.job.run.stall_s
+            build,
+            self._spec,
+            on_death=lambda death: context.note_death(death.as_dict()),
+            stall_s=context.job.run.stall_s,
         )
         self._closing: threading.Thread | None = None
-        self.death: str | None = None
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -212,11 +209,9 @@ class OneEngine:
     def advice(self) -> list[str]:
         """Return what the samples say of the engine's settings, unless it has died."""
         job, engine = self._context.job, self._engine
-        if self.death is not None:
+        if self._context.deaths:
             return []
-        sizes = {**job.model.engine, "tensor_parallel_size": job.model.tensor_parallel_size}
-        num_gpus = gpus_of(sizes, is_cpu=False)
-        way = Way(job.run.max_in_flight, job.sampling.n, engine.capacity, num_gpus)
+        way = Way(job.run.max_in_flight, job.sampling.n, engine.capacity, engine_gpus(job))
         return advise(self._context.log.samples, engine.facts, way)
 
     def let_go(self) -> None:
@@ -233,8 +228,3 @@ class OneEngine:
     def _spec(self) -> EngineSpec:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
         return self._prepared.engine_spec(self._context.log.engine_log)
-
-    def _record_death(self, death: EngineDeath) -> None:
-        self.death = death.reason
-        path = self._context.log.engine_death(death.number, death.as_dict())
-        self._context.notes.add(f"engine death {death.number}: {death.reason}; see {path}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from batchgen.core.errors import StorageError
     from batchgen.job.model import JobConfig
@@ -109,6 +109,8 @@ class RunContext:
     are not first."""
     commits_s: list[float] = field(default_factory=list)
     """How long the last commits took; for the deadline."""
+    deaths: list[str] = field(default_factory=list)
+    """Why engines have died, one after the other."""
 
     def is_stopped(self) -> bool:
         """Whether the run has been asked to end early."""
@@ -118,6 +120,18 @@ class RunContext:
         """A commit took so long."""
         self.commits_s.append(seconds)
         del self.commits_s[:-_NUM_TIMES]
+
+    def note_death(self, death: Mapping[str, Any], whose: str = "") -> None:
+        """Keep what is known of an engine's death, and warn of it.
+
+        Args:
+            death: `EngineDeath.as_dict`.
+            whose: Text behind its number, where there are many engines.
+        """
+        self.deaths.append(str(death["reason"]))
+        number = len(self.deaths)
+        path = self.log.engine_death(number, death)
+        self.notes.add(f"engine death {number}{whose}: {death['reason']}; see {path}")
 
     def tell_disk_trouble(self, error: StorageError) -> None:
         """A commit was refused."""

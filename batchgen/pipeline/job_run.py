@@ -148,7 +148,7 @@ class JobRun:
     @property
     def death(self) -> str | None:
         """Why the last engine that died did so."""
-        return self._compute.death
+        return self._context.deaths[-1] if self._context.deaths else None
 
     def _make_context(self, stop: StopSwitch, disk: Disk | None, run_id: str) -> RunContext:
         job = self._job

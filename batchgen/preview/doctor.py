@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.cluster.crews import needs_of, share_gpu
+from batchgen.cluster.resources import resources_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError, nearest
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.job.model import ModelConfig
@@ -113,7 +113,7 @@ def _localized(job: JobConfig, found: Found) -> JobConfig:
 def _shared(job: JobConfig) -> JobConfig:
     """The job as its engine gets it, which may have to share a GPU with another replica's."""
     try:
-        return share_gpu(job, needs_of(job)) if job.run.is_cluster else job
+        return share_gpu(job, resources_of(job)) if job.run.is_cluster else job
     except ConfigError:  # Reported by `check_replicas`.
         return job
 

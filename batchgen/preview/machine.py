@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen import __version__
-from batchgen.cluster.crews import needs_of
-from batchgen.cluster.ray_places import fit
+from batchgen.cluster.resources import fit, resources_of
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
 from batchgen.preview.findings import Finding, gib, of_error, ok, problem, warning
@@ -316,7 +315,7 @@ def check_replicas(job: JobConfig, machine: Machine) -> Iterator[Finding]:
     if find_spec("ray") is None:
         yield problem("replicas", "Ray is not installed", "pip install ray")
     try:
-        needs = needs_of(job)
+        needs = resources_of(job)
     except ConfigError as error:
         yield of_error("replicas", error)
         return

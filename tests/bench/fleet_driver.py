@@ -31,15 +31,18 @@ import io
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.cluster.answering import Answering, Task
-from batchgen.cluster.board import Board
+from batchgen.cluster.driver import Driver
 from batchgen.cluster.leases import LeaseBook
-from batchgen.cluster.roster import Roster
+from batchgen.cluster.replica_stats import ReplicaStats
+from batchgen.cluster.workers import WorkerPool
 from batchgen.core.ranges import Ranges
+from batchgen.pipeline.committer import Commits
+from batchgen.pipeline.compute import Work
 from batchgen.pipeline.context import RunContext, StopSwitch
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
@@ -52,7 +55,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog
 from tests.bench.echo_rows import _write_rows
 from tests.bench.fleet_sim import bound_s
-from tests.bench.fleet_time import PacedFeeder, TimedCrew, size_of
+from tests.bench.fleet_time import PacedFeeder, TimedCluster, size_of
 from tests.bench.sim_worker import EngineKind
 from tests.fakes import FACTS
 
@@ -131,7 +134,7 @@ class Drive:
         job = bench.prepared.job.model_copy(update={"run": run})
         self._prepared, self._mode, self._num, self._num_rows = bench.prepared, mode, num, num_rows
         self._kind = EngineKind(rate=args.pace, capacity=256, startup_s=STARTUP_S, sigma=0.6)
-        crew = self._crew = TimedCrew(
+        cluster = self._cluster = TimedCluster(
             self._kind,
             storage,
             message_s=args.exchange_ms / 1e3,
@@ -140,15 +143,15 @@ class Drive:
         self._message_s = args.exchange_ms / 1e3
         ledger = Ledger(storage)
         self._epoch = bench.epoch(ledger, num_rows)
-        stats = RunStats(crew.now_s, num_rows)
-        board = self._board = Board(stats, clock=crew.clock)
-        self._roster = Roster(
-            crew,
+        stats = RunStats(cluster.now_s, num_rows)
+        replicas = ReplicaStats(stats, clock=cluster.clock)
+        self._pool = WorkerPool(
+            cluster,
             job,
             "bench",
-            on_hired=lambda member: board.note_hired(member.replica, member.number),
+            stats=replicas,
             tell=print,
-            clock=crew.clock,
+            clock=cluster.clock,
         )
         self._context = RunContext(
             job=job,
@@ -162,7 +165,7 @@ class Drive:
         )
         progress = Progress(num_rows, 0, stream=io.StringIO())
         self._monitor = Monitor(
-            lambda now_s: (board.whole(now_s), "running", board.rows(now_s)),
+            lambda now_s: (replicas.whole(now_s), "running", replicas.rows(now_s)),
             stats,
             self._context.log,
             progress,
@@ -173,50 +176,38 @@ class Drive:
         self._began_s = 0.0
 
     def run(self) -> dict[str, float]:
-        crew, plan = self._crew, self._epoch.plan
+        cluster, plan = self._cluster, self._epoch.plan
         rows = {at: Ranges.until(one.num_rows) for at, one in enumerate(plan.segments)}
-        task = Task(
-            epoch=self._epoch,
-            todo=rows,
-            is_packed=self._mode == "packed",
-            by_prefix=False,
+        context, ledger = self._context, self._context.ledger
+        stages = Stages(self._prepared, plan, ledger, epoch=1, worker=0, run_id="bench")
+        commits = Commits(context, self._epoch, stages.writer)
+        driver = Driver(
+            context,
+            Work(self._prepared, self._epoch, stages, commits),
+            self._pool,
             sieve=Sieve(KnownKeys(), KnownKeys(), "always") if self._mode == "dedupe" else None,
-            feed=self._feed,
-            is_input_still=lambda: True,
-            end_guilty=lambda _: None,
-            on_commit=lambda _: None,
-            on_death=lambda *_: None,
-            on_disk_trouble=lambda _: None,
-            disk_grace_s=300.0,
-            tell=print,
+            feed=partial(self._feed, stages),
+            is_packed=self._mode == "packed",
         )
         gc.collect()
-        self._began_s = crew.now_s
-        crew.leave()
-        self._roster.is_starting_engines = True
-        self._roster.care()
-        self._roster.send()
-        book = LeaseBook({} if task.is_packed else rows)
-        answering = Answering(
-            task, self._roster, crew, book, self._board, self._context.ledger, clock=crew.clock
-        )
-        assert answering.run(self._context.stop, 20.0, self._tick)
-        crew.enter()
+        self._began_s = cluster.now_s
+        cluster.leave()
+        self._pool.start_engines()
+        assert driver.run(rows, self._tick)
+        cluster.enter()
         return self._figures()
 
     def _tick(self) -> None:
-        now_s = self._crew.clock()
+        now_s = self._cluster.clock()
         if now_s >= self._show_at_s:
             self._show_at_s = now_s + 2.0
             began_s = time.thread_time()
             self._monitor.show(now_s, is_last=False)
             self._tell_s += time.thread_time() - began_s
 
-    def _feed(self, rows: Mapping[int, Ranges]) -> Any:
-        prepared, ledger = self._prepared, self._context.ledger
-        stages = Stages(prepared, self._epoch.plan, ledger, epoch=1, worker=0, run_id="bench")
+    def _feed(self, stages: Stages, rows: Mapping[int, Ranges]) -> Any:
         feeder = stages.feeder(stages.feed(stages.read(rows), None), _Up())
-        self._feeder = PacedFeeder(feeder, self._crew)
+        self._feeder = PacedFeeder(feeder, self._cluster)
         return self._feeder
 
     def _look_at_book(self) -> None:
@@ -224,11 +215,11 @@ class Drive:
         self._book_bytes = max([self._book_bytes, *map(size_of, books)])
 
     def _figures(self) -> dict[str, float]:
-        crew, num, num_rows, kind = self._crew, self._num, self._num_rows, self._kind
-        workers = list(crew.workers.values())
+        cluster, num, num_rows, kind = self._cluster, self._num, self._num_rows, self._kind
+        workers = list(cluster.workers.values())
         first_s = min(worker.up_s for worker in workers)
         ended_s = max(worker.last_ended_s for worker in workers)
-        makespan_s, whole_s = ended_s - first_s, crew.now_s - self._began_s
+        makespan_s, whole_s = ended_s - first_s, cluster.now_s - self._began_s
         num_asked = sum(worker.num_ended for worker in workers)
         slots_s = kind.capacity * num * makespan_s
         at_end_s = sum(
@@ -236,7 +227,7 @@ class Drive:
         )
         feed_s = self._feeder.cpu_s if self._feeder is not None else 0.0
         rows_s = num * kind.rate
-        loop = crew.driver_s / num_rows * rows_s
+        loop = cluster.driver_s / num_rows * rows_s
         million = num_rows / 1e6
         bound = bound_s([kind] * num, num_asked) - kind.startup_s
         return {
@@ -246,13 +237,13 @@ class Drive:
             "bound": makespan_s / bound,
             "idle_%": 100 * sum(worker.idle_slot_s for worker in workers) / slots_s,
             "end_%": 100 * at_end_s / slots_s,
-            "msgs/s": crew.num_reports / whole_s,
-            "turns/s": crew.num_turns / whole_s,
-            "cpu_s/M": crew.driver_s / million,
+            "msgs/s": cluster.num_reports / whole_s,
+            "turns/s": cluster.num_turns / whole_s,
+            "cpu_s/M": cluster.driver_s / million,
             "tell_s/M": self._tell_s / million,
             "feed/M": feed_s / million,
             "loop_%": 100 * loop,
-            "busy_%": 100 * (loop + self._message_s * crew.num_reports / whole_s),
+            "busy_%": 100 * (loop + self._message_s * cluster.num_reports / whole_s),
             "feed_%": 100 * feed_s / num_rows * rows_s,
             "book_MiB": self._book_bytes / 2**20,
         }

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from batchgen.api import load
-from batchgen.cluster.compute import Cluster
-from batchgen.cluster.crews import needs_of
+from batchgen.cluster.compute import ManyEngines
 from batchgen.cluster.messages import Report, StartEngine
-from batchgen.cluster.ray import RayCrew
-from batchgen.cluster.replica import Replica
+from batchgen.cluster.ray import RayCluster
+from batchgen.cluster.resources import resources_of
+from batchgen.cluster.worker import Worker
 from batchgen.engine.devices import device_name
 from batchgen.engine.vllm.settings import is_cpu_build
 from batchgen.pipeline.context import StopSwitch
@@ -42,7 +42,7 @@ from tests.bench.random_model import make_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.cluster.messages import Badge, Gone, Order
+    from batchgen.cluster.messages import Gone, Order, WorkerInit
     from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.feeder import FeedBatch
@@ -52,19 +52,19 @@ if TYPE_CHECKING:
 class Rebadge(NamedTuple):
     """Become another worker, with the same engine."""
 
-    badge: Badge
+    badge: WorkerInit
 
 
 class KeptReplica:
     """A replica whose engine outlives it."""
 
-    def __init__(self, badge: Badge, *, fetch: Callable[[Any], Sequence[FeedBatch]]) -> None:
+    def __init__(self, badge: WorkerInit, *, fetch: Callable[[Any], Sequence[FeedBatch]]) -> None:
         self._fetch = fetch
         self._engine: KeptEngine | None = None
         self._replica = self._become(badge)
 
-    def _become(self, badge: Badge) -> Replica:
-        return Replica(badge, fetch=self._fetch, build=self._build)
+    def _become(self, badge: WorkerInit) -> Worker:
+        return Worker(badge, fetch=self._fetch, build=self._build)
 
     def _build(self, spec: EngineSpec) -> KeptEngine:
         if self._engine is None:
@@ -83,25 +83,25 @@ class KeptReplica:
             self._engine.end()
 
 
-class KeptCrew(RayCrew):
+class KeptCluster(RayCluster):
     """Workers for one run after another; nobody is heard before all engines are up."""
 
     def __init__(self, job: JobConfig, num_replicas: int) -> None:
-        super().__init__(None, needs_of(job), room_for=num_replicas, make=KeptReplica)
+        super().__init__(None, resources_of(job), room_for=num_replicas, make=KeptReplica)
         self._num_replicas = num_replicas
         self._actors: dict[int, int] = {}
-        """Replica -> number of its first worker."""
+        """Worker -> number of its first worker."""
         self._of: dict[int, int] = {}
         """Number of a worker now -> of its first."""
-        self._new: dict[int, Badge] = {}
+        self._new: dict[int, WorkerInit] = {}
         self._held: dict[int, Report] = {}
         self.up_at_s: float | None = None
 
-    def hire(self, badge: Badge) -> None:
+    def start(self, badge: WorkerInit) -> None:
         first = self._actors.get(badge.replica)
         if first is None:
             self._actors[badge.replica] = first = badge.number
-            super().hire(badge)
+            super().start(badge)
         else:
             self._new[badge.number] = badge
         self._of = {now: then for now, then in self._of.items() if then != first}
@@ -131,9 +131,9 @@ class KeptCrew(RayCrew):
     def silent_s(self, number: int) -> float:
         return 0.0
 
-    def fire(self, number: int) -> None:
+    def kill(self, number: int) -> None:
         if number in self._hired and number not in self._of:
-            super().fire(number)
+            super().kill(number)
 
     def close(self) -> None:
         """Not yet."""
@@ -153,12 +153,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = args.model or make_model(folder / "model", args.shape, args.tokenizer)
-        crew: KeptCrew | None = None
+        cluster: KeptCluster | None = None
 
-        def kept(job: JobConfig) -> KeptCrew:
-            nonlocal crew
-            crew = crew or KeptCrew(job, max(args.replicas))
-            return crew
+        def kept(job: JobConfig) -> KeptCluster:
+            nonlocal cluster
+            cluster = cluster or KeptCluster(job, max(args.replicas))
+            return cluster
 
         for work, number, system in _repeated(jobs, args.repeats):
             for num_replicas in sorted(args.replicas, reverse=True):  # All start with the first.
@@ -168,8 +168,8 @@ def main() -> None:
                 print(json.dumps({**entry, **figures}), flush=True)
                 if number:
                     seen.setdefault((work.name, num_replicas), []).append(figures["seconds"])
-        assert crew is not None
-        crew.end()
+        assert cluster is not None
+        cluster.end()
     import vllm
 
     print(f"{device_name()}, vllm {vllm.__version__}, Python {platform.python_version()}")
@@ -188,7 +188,7 @@ def _run(  # noqa: PLR0917 - a bench
     work: Work,
     system: str,
     num_replicas: int,
-    crew: Callable[[JobConfig], KeptCrew],
+    cluster: Callable[[JobConfig], KeptCluster],
     folder: Path,
 ) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
@@ -223,9 +223,9 @@ def _run(  # noqa: PLR0917 - a bench
             "run": run,
         }
     )
-    used = crew(job)
+    used = cluster(job)
     was_up_s = used.up_at_s
-    summary = JobRun(job, stop=StopSwitch(), compute=partial(Cluster, crew=crew)).run()
+    summary = JobRun(job, stop=StopSwitch(), compute=partial(ManyEngines, connect=cluster)).run()
     assert summary.published_s is not None
     published_at_s = time.monotonic() - (summary.elapsed_s - summary.published_s)
     assert used.up_at_s is not None

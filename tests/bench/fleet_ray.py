@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.cluster.compute import Cluster
-from batchgen.cluster.crews import needs_of
-from batchgen.cluster.ray import RayCrew
+from batchgen.cluster.compute import ManyEngines
+from batchgen.cluster.ray import RayCluster
+from batchgen.cluster.resources import resources_of
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from tests.bench.echo_rows import _write_rows
@@ -30,8 +30,7 @@ from tests.bench.echo_rows import _write_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.cluster.crew import Crew
-    from batchgen.cluster.messages import Gone, Report
+    from batchgen.cluster.messages import Cluster, Gone, Report
     from batchgen.job.model import JobConfig
 
 PACE = 20.0
@@ -39,10 +38,10 @@ ENGINE = {"max_num_seqs": 32, "step_s": 0.2, "max_steps": 15}
 
 
 class Counting:
-    """A crew, and what the driver used between the first ended row and the last."""
+    """A cluster, and what the driver used between the first ended row and the last."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self._ended: dict[int, int] = {}
         self.num_exchanges = 0
         self.first: tuple[float, float, float] | None = None
@@ -50,10 +49,10 @@ class Counting:
         self.num_counted = 0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._crew, name)
+        return getattr(self._cluster, name)
 
     def wait(self, timeout_s: float) -> Sequence[tuple[int, Report | Gone]]:
-        found = self._crew.wait(timeout_s)
+        found = self._cluster.wait(timeout_s)
         before = sum(self._ended.values())
         for number, news in found:
             look = getattr(news, "look", None)
@@ -81,26 +80,26 @@ def measure(folder: Path, num: int, num_rows: int) -> dict[str, float]:
             "run": {"replicas": num, "ray_address": "none", "cpus_per_replica": 0.1},
         }
     )
-    crews: list[Counting] = []
+    clusters: list[Counting] = []
 
     def make(job: JobConfig) -> Any:
-        crews.append(Counting(RayCrew(None, needs_of(job), room_for=num)))
-        return crews[0]
+        clusters.append(Counting(RayCluster(None, resources_of(job), room_for=num)))
+        return clusters[0]
 
-    summary = JobRun(job, stop=StopSwitch(), compute=partial(Cluster, crew=make)).run()
+    summary = JobRun(job, stop=StopSwitch(), compute=partial(ManyEngines, connect=make)).run()
     assert summary.num_ok == num_rows, summary
-    (crew,) = crews
-    assert crew.first is not None
-    wall_s, thread_s, process_s = (b - a for a, b in zip(crew.first, crew.last, strict=True))
+    (cluster,) = clusters
+    assert cluster.first is not None
+    wall_s, thread_s, process_s = (b - a for a, b in zip(cluster.first, cluster.last, strict=True))
     return {
         "rows": num_rows,
         "working_s": wall_s,
         "rows/s": num_rows / wall_s,
         "of ideal": num_rows / wall_s / (num * PACE),
-        "exch/s": crew.num_counted / wall_s,
+        "exch/s": cluster.num_counted / wall_s,
         "thread_%": 100 * thread_s / wall_s,
         "process_%": 100 * process_s / wall_s,
-        "ms/ex": 1e3 * process_s / crew.num_counted,
+        "ms/ex": 1e3 * process_s / cluster.num_counted,
     }
 
 

@@ -26,16 +26,16 @@ from typing import TYPE_CHECKING
 
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.messages import Committed, Finish, Gone, Look, Take
-from batchgen.cluster.pace import Meter, Pace, outlook, rows_for
+from batchgen.cluster.pacing import Meter, Pace, outlook, rows_for
 from batchgen.core.ranges import Ranges
-from tests.bench.sim_crew import SimCrew
+from tests.bench.sim_cluster import SimCluster
 from tests.bench.sim_worker import EngineKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from batchgen.cluster.messages import Order, Report
-    from batchgen.cluster.pace import Outlook
+    from batchgen.cluster.pacing import Outlook
 
 SEGMENT_ROWS = 250_000
 LOOK_S = 0.25
@@ -66,19 +66,12 @@ class Member:
         num_slots = facts.max_num_seqs if facts is not None else max(1, capacity // 3)
         return Pace(backlog, capacity, self.meter.rate if is_up else 0.0, is_up, num_slots)
 
-    def num_begun(self, now_s: float) -> int:
-        """Unsettled rows that it may have begun, at most."""
-        if self.look is None or self.look.facts is None:
-            return 0
-        since = 2 * self.meter.rate * (now_s - self.seen_s)
-        return self.look.num_ended - self.num_settled + 2 * self.look.capacity + math.ceil(since)
-
 
 class Drive:
     """The smallest driver that there can be."""
 
-    def __init__(self, crew: SimCrew, book: LeaseBook, num_replicas: int) -> None:
-        self.crew, self.book = crew, book
+    def __init__(self, cluster: SimCluster, book: LeaseBook, num_replicas: int) -> None:
+        self.cluster, self.book = cluster, book
         self.members: dict[int, Member] = {}
         self.numbers = itertools.count()
         self.look_s = max(LOOK_S, LOOK_MORE_S * num_replicas)
@@ -87,30 +80,30 @@ class Drive:
         self._outlook: Outlook | None = None
         self._outlook_at_s = -1.0
         for _ in range(num_replicas):
-            self.hire()
+            self.start()
 
-    def hire(self) -> None:
+    def start(self) -> None:
         number = next(self.numbers)
         self.members[number] = Member()
-        self.crew.hire_number(number)
-        self.crew.exchange(number, (), self.look_s)
+        self.cluster.start_number(number)
+        self.cluster.exchange(number, (), self.look_s)
 
     def run(self) -> None:
         while not self.book.is_through:
             if self.outlook().is_held_up:
                 self.fire_idlers()
-            for number, answer in self.crew.wait(1.0):
+            for number, answer in self.cluster.wait(1.0):
                 if isinstance(answer, Gone):
                     self.lose(number)
                 else:
                     self.hear(number, answer)
-                    self.crew.exchange(number, self.orders(number), self.look_s)
+                    self.cluster.exchange(number, self.orders(number), self.look_s)
 
     def hear(self, number: int, report: Report) -> None:
         member = self.members[number]
-        member.look, member.seen_s = report.look, self.crew.now_s
+        member.look, member.seen_s = report.look, self.cluster.now_s
         assert report.look is not None
-        member.meter.note(self.crew.now_s, report.look.num_ended)
+        member.meter.note(self.cluster.now_s, report.look.num_ended)
         for event in report.events:
             if isinstance(event, Committed):
                 started = time.perf_counter()
@@ -133,12 +126,12 @@ class Drive:
         self.num_leases += len(orders)
         self.pace_s += asked - started
         self.book_s += time.perf_counter() - asked
-        if want > 0 or (book.is_alone(number) and orders) or not book.num_pending:
+        if want > 0 or (book.has_suspects(number) and orders) or not book.num_pending:
             orders.append(Finish())  # Nothing more for now: what there is can become durable.
         return orders
 
     def outlook(self) -> Outlook:
-        now_s = self.crew.now_s
+        now_s = self.cluster.now_s
         before = self._outlook
         is_known = before is not None and before.mean_rate > 0  # As the driver looks.
         if before is None or not is_known or now_s - self._outlook_at_s >= OUTLOOK_S:
@@ -150,19 +143,18 @@ class Drive:
     def fire_idlers(self) -> None:
         for number, member in list(self.members.items()):
             if member.look is not None and not member.pace().is_up:
-                self.crew.fire(number)
+                self.cluster.kill(number)
                 self.book.take_back(number, has_died=False)
                 del self.members[number]
 
     def lose(self, number: int) -> None:
         member = self.members.pop(number)
-        num_begun = member.num_begun(self.crew.now_s)
         started = time.perf_counter()
-        self.book.take_back(number, has_died=True, num_begun=num_begun)
+        self.book.take_back(number, has_died=True)
         self.num_guilty += len(self.book.guilty())
         self.book_s += time.perf_counter() - started
-        self.num_done_twice += self.crew.workers[number].num_ended - member.num_settled
-        self.hire()
+        self.num_done_twice += self.cluster.workers[number].num_ended - member.num_settled
+        self.start()
 
 
 def bound_s(kinds: list[EngineKind], num_rows: int) -> float:
@@ -195,22 +187,22 @@ def simulate(
     spans = enumerate(zip(starts, ends, strict=True))
     book = LeaseBook({segment: Ranges([span]) for segment, span in spans})
     book.is_fed = True
-    crew = SimCrew(kind_of, life_s=life_s, killers=killers)
+    cluster = SimCluster(kind_of, life_s=life_s, killers=killers)
     began = time.process_time()
-    drive = Drive(crew, book, num_replicas)
+    drive = Drive(cluster, book, num_replicas)
     drive.run()
     sim_s = time.process_time() - began
     kinds = [kind_of(number) for number in range(num_replicas)]
     first_s = min(kind.startup_s for kind in kinds)
-    ended_s = max(worker.last_ended_s for worker in crew.workers.values())
+    ended_s = max(worker.last_ended_s for worker in cluster.workers.values())
     bound = bound_s(kinds, num_rows)
     all_slots_s = sum(
         worker.kind.capacity * max(0.0, min(ended_s, worker.dies_s) - worker.up_s)
-        for worker in crew.workers.values()
+        for worker in cluster.workers.values()
     )
     at_end_s = sum(
         worker.idle_at_end_s + worker.kind.capacity * max(0.0, ended_s - worker.now_s)
-        for worker in crew.workers.values()
+        for worker in cluster.workers.values()
         if worker.dies_s == math.inf
     )
     million = num_rows / 1e6
@@ -218,14 +210,14 @@ def simulate(
         "makespan_s": ended_s - first_s,
         "to_bound": (ended_s - first_s) / (bound - first_s),
         "to_ideal": (ended_s - first_s) / (num_rows / sum(kind.rate for kind in kinds)),
-        "idle_%": 100 * sum(w.idle_slot_s for w in crew.workers.values()) / all_slots_s,
+        "idle_%": 100 * sum(w.idle_slot_s for w in cluster.workers.values()) / all_slots_s,
         "end_%": 100 * at_end_s / all_slots_s,
-        "durable_s": crew.now_s - ended_s,
-        "reports/s": crew.num_reports / crew.now_s,
+        "durable_s": cluster.now_s - ended_s,
+        "reports/s": cluster.num_reports / cluster.now_s,
         "leases": drive.num_leases,
         "book_s/M": drive.book_s / million,
         "pace_s/M": drive.pace_s / million,
-        "deaths": crew.num_deaths,
+        "deaths": cluster.num_deaths,
         "twice_%": 100 * drive.num_done_twice / num_rows,
         "guilty": drive.num_guilty,
         "cpu_s": sim_s,

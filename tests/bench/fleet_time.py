@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.pipeline.feeder import FeedBatch
 from batchgen.store.books import PARTS
-from tests.bench.sim_crew import SimCrew
+from tests.bench.sim_cluster import SimCluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.cluster.leases import LeaseBook
-    from batchgen.cluster.messages import Badge, Gone, Order, Report
+    from batchgen.cluster.messages import Gone, Order, Report, WorkerInit
     from batchgen.pipeline.feeder import Feeder
     from batchgen.storage import LocalStorage
     from tests.bench.sim_worker import EngineKind
@@ -24,8 +24,8 @@ LOOK_S = 5.0
 """Between two looks at the book."""
 
 
-class TimedCrew(SimCrew):
-    """A crew on paper that knows what the driver does between two calls."""
+class TimedCluster(SimCluster):
+    """A cluster on paper that knows what the driver does between two calls."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class TimedCrew(SimCrew):
     def leave(self) -> None:
         self._left_s = time.thread_time()
 
-    def hire(self, badge: Badge) -> None:
+    def start(self, badge: WorkerInit) -> None:
         self.enter()
-        super().hire(badge)
+        super().start(badge)
         self.leave()
 
     def exchange(self, number: int, orders: Sequence[Order], wait_s: float) -> None:
@@ -80,12 +80,12 @@ class TimedCrew(SimCrew):
 class PacedFeeder:
     """A feeder that is no faster in virtual time than its thread was in CPU time."""
 
-    def __init__(self, feeder: Feeder, crew: TimedCrew) -> None:
-        self._feeder, self._crew = feeder, crew
+    def __init__(self, feeder: Feeder, cluster: TimedCluster) -> None:
+        self._feeder, self._cluster = feeder, cluster
         thread = feeder._thread.ident
         assert thread is not None
         self._clock = time.pthread_getcpuclockid(thread)
-        self._ready_s = crew.now_s
+        self._ready_s = cluster.now_s
         self.cpu_s = 0.0
 
     @property
@@ -94,7 +94,7 @@ class PacedFeeder:
 
     def take(self, timeout_s: float) -> FeedBatch | None:
         del timeout_s
-        if self._feeder.is_done or self._crew.clock() < self._ready_s:
+        if self._feeder.is_done or self._cluster.clock() < self._ready_s:
             return None
         fed = self._feeder.take(60.0)
         cost_s = 0.0
@@ -102,7 +102,7 @@ class PacedFeeder:
             now_s = time.clock_gettime(self._clock)
             cost_s, self.cpu_s = now_s - self.cpu_s, now_s
         # Its queue holds some batches that were made while nobody took any.
-        self._ready_s = max(self._ready_s, self._crew.clock() - 4 * cost_s) + cost_s
+        self._ready_s = max(self._ready_s, self._cluster.clock() - 4 * cost_s) + cost_s
         return fed
 
     def close(self) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from batchgen.cluster.messages import (
+    Answer,
     Asked,
     Begin,
     Committed,
     Finish,
     Finished,
     Look,
-    Passing,
     Read,
     Ready,
     Report,
@@ -116,7 +116,7 @@ class SimWorker:
             elif isinstance(order, Begin):
                 self.asks = order.asks
                 self.events.append(Ready(sees_input=True))
-            elif isinstance(order, Passing):
+            elif isinstance(order, Answer):
                 self.waiting.extend(
                     row for row, passed in zip(self.asked, order.passes, strict=True) if passed
                 )

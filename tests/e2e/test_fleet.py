@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from functools import partial
@@ -11,15 +12,16 @@ import polars as pl
 import pytest
 
 from batchgen.api import load
-from batchgen.cluster.compute import Cluster
+from batchgen.cluster.compute import ManyEngines
 from batchgen.cluster.messages import Failed, Ready
-from batchgen.core.errors import ConfigError, ExitCode
+from batchgen.core.errors import ConfigError, ExitCode, StorageError
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from tests.crews import ThreadCrew
+from batchgen.storage import Disk
 from tests.e2e.support import published, write_rows
 from tests.faulty import BACKEND
+from tests.thread_cluster import ThreadCluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,9 +49,9 @@ def tables(folder: Path, **changes: Any) -> dict[str, Any]:
     return job
 
 
-def run(job: dict[str, Any], crew: Callable[..., ThreadCrew] = ThreadCrew) -> Any:
+def run(job: dict[str, Any], cluster: Callable[..., ThreadCluster] = ThreadCluster) -> Any:
     config = load(job)
-    compute = partial(Cluster, crew=crew) if config.run.is_cluster else OneEngine
+    compute = partial(ManyEngines, connect=cluster) if config.run.is_cluster else OneEngine
     return JobRun(config, stop=StopSwitch(), compute=compute).run()
 
 
@@ -77,7 +79,7 @@ def test_three_replicas_publish_what_one_publishes(
     assert summary.run["num_ok"] == sum(row["gen_status"] == "ok" for row in expected)
 
 
-class LateCrew(ThreadCrew):
+class LateCluster(ThreadCluster):
     """The second worker is heard of only once the first has rows."""
 
     def __init__(self, job: JobConfig) -> None:
@@ -93,14 +95,14 @@ class LateCrew(ThreadCrew):
 
 def test_who_is_heard_of_first_does_not_take_a_whole_small_job(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", 400)
-    crews: list[LateCrew] = []
+    clusters: list[LateCluster] = []
 
-    def make(job: JobConfig) -> LateCrew:
-        crews.append(LateCrew(job))
-        return crews[0]
+    def make(job: JobConfig) -> LateCluster:
+        clusters.append(LateCluster(job))
+        return clusters[0]
 
     assert run(tables(tmp_path, run={"replicas": 2}), make).exit_code == 0
-    first, second = (crews[0].leases[number] for number in (1, 2))
+    first, second = (clusters[0].leases[number] for number in (1, 2))
     assert sum(len(rows) for rows in first[0].rows.values()) == 100  # Half of its share.
     assert second
 
@@ -111,7 +113,7 @@ def test_rows_of_workers_that_die_are_done_by_others_and_once(
     write_rows(tmp_path / "in.jsonl", ROWS)
     killed: list[int] = []
 
-    def kill_some(_: ThreadCrew, number: int, report: Report) -> bool:
+    def kill_some(_: ThreadCluster, number: int, report: Report) -> bool:
         is_due = len(killed) < 4 and report.look is not None and report.look.num_in_flight > 20
         if is_due and number not in killed:
             killed.append(number)
@@ -119,7 +121,7 @@ def test_rows_of_workers_that_die_are_done_by_others_and_once(
         return True
 
     job = tables(tmp_path, run={"replicas": 3})
-    summary = run(job, lambda job: ThreadCrew(job, on_report=kill_some))
+    summary = run(job, lambda job: ThreadCluster(job, on_report=kill_some))
     assert len(killed) > 2
     assert summary.exit_code == 0
     assert published(tmp_path / "out") == expected
@@ -132,15 +134,15 @@ def test_a_worker_that_falls_silent_is_given_up(
     write_rows(tmp_path / "in.jsonl", ROWS)
     muted: list[int] = []
 
-    def mute_first(crew: ThreadCrew, number: int, report: Report) -> bool:
+    def mute_first(cluster: ThreadCluster, number: int, report: Report) -> bool:
         if not muted and report.look is not None and report.look.num_in_flight > 20:
             muted.append(number)
-            crew.hired[number].is_mute = True
+            cluster.hired[number].is_mute = True
         return True
 
     summary = run(
         tables(tmp_path, run={"replicas": 2, "stall_s": 2.0}),
-        lambda job: ThreadCrew(job, on_report=mute_first),
+        lambda job: ThreadCluster(job, on_report=mute_first),
     )
     assert muted
     assert any("has said nothing for" in text for text in summary.warnings)
@@ -154,7 +156,7 @@ def test_settings_that_one_node_refuses_are_the_jobs_trouble_only_if_no_engine_t
     write_rows(tmp_path / "in.jsonl", ROWS)
     refused = []
 
-    def refuse(_: ThreadCrew, number: int, report: Report) -> bool:
+    def refuse(_: ThreadCluster, number: int, report: Report) -> bool:
         is_up = report.look is not None and report.look.num_in_flight > 20
         if not refused and (is_first or is_up):
             refused.append(number)
@@ -164,9 +166,9 @@ def test_settings_that_one_node_refuses_are_the_jobs_trouble_only_if_no_engine_t
     job = tables(tmp_path, run={"replicas": 2})
     if is_first:
         with pytest.raises(ConfigError, match="vLLM refuses it"):
-            run(job, lambda job: ThreadCrew(job, on_report=refuse))
+            run(job, lambda job: ThreadCluster(job, on_report=refuse))
         return
-    summary = run(job, lambda job: ThreadCrew(job, on_report=refuse))
+    summary = run(job, lambda job: ThreadCluster(job, on_report=refuse))
     assert any("vLLM refuses it" in text for text in summary.warnings)
     assert published(tmp_path / "out") == expected
 
@@ -194,20 +196,20 @@ def test_rows_travel_by_way_of_the_driver_if_a_worker_does_not_see_the_input(
 ) -> None:
     write_rows(tmp_path / "in.jsonl", ROWS)
 
-    def blind_second(crew: ThreadCrew, number: int, report: Report) -> bool:
+    def blind_second(cluster: ThreadCluster, number: int, report: Report) -> bool:
         if number == 2:
             blind(report)
         return True
 
-    crews: list[ThreadCrew] = []
+    clusters: list[ThreadCluster] = []
 
-    def make(job: JobConfig) -> ThreadCrew:
-        crews.append(ThreadCrew(job, on_report=blind_second))
-        return crews[-1]
+    def make(job: JobConfig) -> ThreadCluster:
+        clusters.append(ThreadCluster(job, on_report=blind_second))
+        return clusters[-1]
 
     summary = run(tables(tmp_path, run={"replicas": 2}), make)
     assert published(tmp_path / "out") == expected
-    assert all(lease.payload is not None for lease in crews[0].leases[2])
+    assert all(lease.payload is not None for lease in clusters[0].leases[2])
     assert any("the input is not to be seen" in text for text in summary.warnings)
 
 
@@ -243,12 +245,12 @@ def test_a_row_that_kills_whole_workers_ends_as_an_error_and_no_other_does(
     source.write_text("\n".join(json.dumps({"id": n, "text": f"row {n}"}) for n in range(1000)))
     killer = 613
 
-    def dies_of(crew: ThreadCrew, number: int, report: Report) -> bool:
-        return not any(killer in lease.rows.get(0, ()) for lease in crew.leases.get(number, []))
+    def dies_of(cluster: ThreadCluster, number: int, report: Report) -> bool:
+        return not any(killer in lease.rows.get(0, ()) for lease in cluster.leases.get(number, []))
 
     summary = run(
         tables(tmp_path, run={"replicas": 2}, gate={"max_error_rate": 1.0}),
-        lambda job: ThreadCrew(job, on_report=dies_of),
+        lambda job: ThreadCluster(job, on_report=dies_of),
     )
     assert (summary.num_ok, summary.num_errors) == (999, 1)
     (error,) = [row for row in published(tmp_path / "out") if row["gen_status"] == "error"]
@@ -263,12 +265,12 @@ def test_stopping_keeps_what_is_finished_and_a_later_run_goes_on(
     job = tables(tmp_path, run={"replicas": 2})
     stop = StopSwitch()
 
-    def ask_to_stop(_: ThreadCrew, __: int, report: Report) -> bool:
+    def ask_to_stop(_: ThreadCluster, __: int, report: Report) -> bool:
         if report.look is not None and report.look.num_ok > 200:
             stop.drain()
         return True
 
-    compute = partial(Cluster, crew=lambda job: ThreadCrew(job, on_report=ask_to_stop))
+    compute = partial(ManyEngines, connect=lambda job: ThreadCluster(job, on_report=ask_to_stop))
     first = JobRun(load(job), stop=stop, compute=compute).run()
     assert first.exit_code == ExitCode.STOPPED
     assert 200 < first.num_durable < ROWS
@@ -293,11 +295,11 @@ def test_a_night_computes_only_what_changed(tmp_path: Path) -> None:
     assert published(tmp_path / "out") == published(tmp_path / "again")
 
 
-def kill_once(min_num_ok: int = 0) -> Callable[[ThreadCrew, int, Report], bool]:
+def kill_once(min_num_ok: int = 0) -> Callable[[ThreadCluster, int, Report], bool]:
     """Kill a worker that is busy and has told of more than so many rows."""
     killed: list[int] = []
 
-    def on_report(crew: ThreadCrew, number: int, report: Report) -> bool:
+    def on_report(cluster: ThreadCluster, number: int, report: Report) -> bool:
         look = report.look
         if killed or look is None or look.num_in_flight < 8 or look.num_ok < min_num_ok:
             return True
@@ -317,7 +319,7 @@ def test_rows_that_cannot_be_copied_after_all_are_computed_by_the_same_workers(
     job = tables(tmp_path, checks=rules, gate={"max_error_rate": 1.0}, run={"replicas": 2})
     # The second task begins when each worker has answered some 150 rows.
     on_report = kill_once(200) if is_killed else None
-    summary = run(job, lambda job: ThreadCrew(job, on_report=on_report))
+    summary = run(job, lambda job: ThreadCluster(job, on_report=on_report))
     assert (summary.num_ok, summary.num_errors) == (300, 300)
     assert summary.run["num_ok"] + summary.run["num_errors"] == 600
     rows = published(tmp_path / "out")
@@ -334,7 +336,7 @@ def test_a_death_does_not_give_a_bases_answer_to_two_rows_with_draws_of_their_ow
     more = {"id": range(600), "text": [f"row {n % 100}" for n in range(600)]}
     pl.DataFrame(more).write_parquet(source)
     job["run"]["replicas"] = 2
-    summary = run(job, lambda job: ThreadCrew(job, on_report=kill_once()))
+    summary = run(job, lambda job: ThreadCluster(job, on_report=kill_once()))
     assert (summary.num_ok, summary.num_copied) == (600, 100)
 
 
@@ -344,7 +346,7 @@ def test_rows_that_come_back_do_not_go_to_a_worker_that_does_not_see_the_input(
     write_rows(tmp_path / "in.jsonl", ROWS)
     killed: list[int] = []
 
-    def blind_second(crew: ThreadCrew, number: int, report: Report) -> bool:
+    def blind_second(cluster: ThreadCluster, number: int, report: Report) -> bool:
         if number == 2:
             blind(report)
         look = report.look
@@ -352,13 +354,45 @@ def test_rows_that_come_back_do_not_go_to_a_worker_that_does_not_see_the_input(
         killed.extend([1] * is_due)
         return not is_due
 
-    crews: list[ThreadCrew] = []
+    clusters: list[ThreadCluster] = []
 
-    def make(job: JobConfig) -> ThreadCrew:
-        crews.append(ThreadCrew(job, on_report=blind_second))
-        return crews[-1]
+    def make(job: JobConfig) -> ThreadCluster:
+        clusters.append(ThreadCluster(job, on_report=blind_second))
+        return clusters[-1]
 
     summary = run(tables(tmp_path, run={"replicas": 2}), make)
     assert killed
     assert summary.exit_code == 0
-    assert all(lease.payload is not None for lease in crews[0].leases[2])
+    assert all(lease.payload is not None for lease in clusters[0].leases[2])
+
+
+class RefusingDisk(Disk):
+    """Is full whenever a worker is to be sealed, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def link(self, source: Path, target: Path) -> None:
+        if "seals" in target.parts and self.times:
+            self.times -= 1
+            raise OSError(errno.ENOSPC, "no space left on device")
+        super().link(source, target)
+
+
+@pytest.mark.parametrize("grace_s", [300, 0])
+def test_a_worker_is_given_up_once_the_disk_takes_its_seal(
+    tmp_path: Path, grace_s: int, expected: list[dict[str, Any]]
+) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    job = load(tables(tmp_path, run={"replicas": 2, "disk_grace_s": grace_s}))
+    compute = partial(
+        ManyEngines, connect=lambda job: ThreadCluster(job, on_report=kill_once(min_num_ok=1))
+    )
+    made = JobRun(job, stop=StopSwitch(), compute=compute, disk=RefusingDisk(3))
+    if not grace_s:
+        with pytest.raises(StorageError, match="no space left"):
+            made.run()
+        return
+    summary = made.run()
+    assert any("is tried again for 300 s" in text for text in summary.warnings)
+    assert published(tmp_path / "out") == expected

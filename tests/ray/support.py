@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.cluster.crew import Needs
-from batchgen.cluster.messages import Badge, Report, Take
+from batchgen.cluster.messages import Report, Take, WorkerInit
+from batchgen.cluster.resources import Resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ SYSTEM_CONFIG = {
     "kill_worker_timeout_milliseconds": 1000,
 }
 GUARD = 'read -r orderly && exit 0; kill -KILL "-$1"'
-ONE_CPU = Needs(1.0, 0.0)
+ONE_CPU = Resources(1.0, 0.0)
 
 
 class Nodes:
@@ -38,7 +38,7 @@ class Nodes:
         import ray
         from ray.cluster_utils import Cluster
 
-        assert not ray.is_initialized(), "a crew was left open"
+        assert not ray.is_initialized(), "a cluster was left open"
         self._cluster = Cluster()
 
     @property
@@ -91,14 +91,14 @@ def cluster(num_nodes: int = 3, *, cpus: float = 2, gpus: float = 0) -> Iterator
         yield found.address
 
 
-def badge(number: int = 1) -> Badge:
-    return Badge(number, number, None, "run-a", "0")  # type: ignore[arg-type]
+def badge(number: int = 1) -> WorkerInit:
+    return WorkerInit(number, number, None, "run-a", "0")  # type: ignore[arg-type]
 
 
 class StandIn:
     """A replica whose orders are words; it answers each in its report's events."""
 
-    def __init__(self, given: Badge, *, fetch: Callable[[Any], Sequence[Any]]) -> None:
+    def __init__(self, given: WorkerInit, *, fetch: Callable[[Any], Sequence[Any]]) -> None:
         self._fetch = fetch
         self._children: list[subprocess.Popen[bytes]] = []
         self.given = given
@@ -169,7 +169,7 @@ class StandIn:
 class Unable:
     """A replica that cannot be made."""
 
-    def __init__(self, given: Badge, *, fetch: Any) -> None:
+    def __init__(self, given: WorkerInit, *, fetch: Any) -> None:
         msg = f"worker {given.number} finds\nno model here"
         raise LookupError(msg)
 

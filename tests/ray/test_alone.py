@@ -1,4 +1,4 @@
-"""Ray started by the crew itself, and addresses that lead nowhere."""
+"""Ray started by the cluster itself, and addresses that lead nowhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.cluster.crew import Needs
-from batchgen.cluster.ray import RayCrew
-from batchgen.cluster.ray_places import fit
-from batchgen.cluster.ray_process import make_folder
+from batchgen.cluster.ray import RayCluster
+from batchgen.cluster.ray_host import make_folder
+from batchgen.cluster.resources import Resources, fit
 from batchgen.core.errors import ConfigError
 from tests.ray.support import ONE_CPU, is_running, wait_until
 
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 DRIVER = """
 import os, signal, sys, tempfile, time
 from pathlib import Path
-from batchgen.cluster.crew import Needs
-from batchgen.cluster.ray import RayCrew
+from batchgen.cluster.resources import Resources
+from batchgen.cluster.ray import RayCluster
 from tests.ray.support import StandIn, badge, is_running
 
 heard = []
@@ -40,21 +39,21 @@ def check_signals(when):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0), when
 
 for again in (False, True):
-    with RayCrew(None, Needs(0.5, 0.0), room_for=100, make=StandIn) as crew:
-        assert crew.places().num_now == 100
+    with RayCluster(None, Resources(0.5, 0.0), room_for=100, make=StandIn) as cluster:
+        assert cluster.capacity().num_now == 100
         check_signals("after the start")
-        crew.hire(badge())
-        crew.exchange(1, [("pid",), ("start_engine",), ("niceness",)], 0.1)
-        ((_, news),) = crew.wait(20)
+        cluster.start(badge())
+        cluster.exchange(1, [("pid",), ("start_engine",), ("niceness",)], 0.1)
+        ((_, news),) = cluster.wait(20)
         pid, engine, niceness = news.events
         assert niceness == os.getpriority(os.PRIO_PROCESS, 0)
         os.killpg(os.getpgrp(), signal.SIGINT)  # Ctrl-C in a terminal.
-        crew.exchange(1, [("sleep", 60)], 0.1)
+        cluster.exchange(1, [("sleep", 60)], 0.1)
         if again:
             print(os.getpid(), pid, *engine, flush=True)
             time.sleep(60)
         os.kill(pid, signal.SIGKILL)  # Of this Ray would tell on stdout.
-        ((_, gone),) = crew.wait(20)
+        ((_, gone),) = cluster.wait(20)
         assert "killed" in gone.reason, gone
     check_signals("after the end")
     assert not list(Path(tempfile.gettempdir()).glob(f"batchgen-ray-{os.getpid()}-*"))
@@ -133,7 +132,7 @@ def test_an_address_that_leads_nowhere(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent_port}")
     with pytest.raises(ConfigError) as caught:
-        RayCrew(address(silent_port), ONE_CPU)
+        RayCluster(address(silent_port), ONE_CPU)
     assert str(caught.value).startswith(f"[run]: ray_address = {address(silent_port)!r}: ")
     assert told in str(caught.value)
 
@@ -141,16 +140,16 @@ def test_an_address_that_leads_nowhere(
 @pytest.mark.parametrize(
     ("needs", "node", "num"),
     [
-        (Needs(1.0, 0.0), {"CPU": 8.0}, 8),
-        (Needs(3.0, 0.0), {"CPU": 8.0}, 2),
-        (Needs(0.1, 0.0), {"CPU": 1.0}, 10),
-        (Needs(1.0, 1.0), {"CPU": 8.0}, 0),
-        (Needs(1.0, 1.0), {"CPU": 8.0, "GPU": 2.0}, 2),
-        (Needs(1.0, 2.0), {"CPU": 8.0, "GPU": 7.0}, 3),
-        (Needs(1.0, 0.4), {"CPU": 8.0, "GPU": 2.0}, 4),
-        (Needs(1.0, 0.7), {"CPU": 8.0, "GPU": 2.0}, 2),
-        (Needs(4.0, 0.5), {"CPU": 8.0, "GPU": 2.0}, 2),
+        (Resources(1.0, 0.0), {"CPU": 8.0}, 8),
+        (Resources(3.0, 0.0), {"CPU": 8.0}, 2),
+        (Resources(0.1, 0.0), {"CPU": 1.0}, 10),
+        (Resources(1.0, 1.0), {"CPU": 8.0}, 0),
+        (Resources(1.0, 1.0), {"CPU": 8.0, "GPU": 2.0}, 2),
+        (Resources(1.0, 2.0), {"CPU": 8.0, "GPU": 7.0}, 3),
+        (Resources(1.0, 0.4), {"CPU": 8.0, "GPU": 2.0}, 4),
+        (Resources(1.0, 0.7), {"CPU": 8.0, "GPU": 2.0}, 2),
+        (Resources(4.0, 0.5), {"CPU": 8.0, "GPU": 2.0}, 2),
     ],
 )
-def test_what_fits_on_a_node(needs: Needs, node: dict[str, float], num: int) -> None:
+def test_what_fits_on_a_node(needs: Resources, node: dict[str, float], num: int) -> None:
     assert fit(needs, node) == num

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchgen.cluster.ray_words import (
+from batchgen.cluster.ray_host import (
     counted,
     death_told,
     end_of_traceback,

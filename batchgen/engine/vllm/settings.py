@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from batchgen.core.records import EngineSpec
+    from batchgen.job.model import JobConfig
 
 TINY_WEIGHTS_BYTES = 64 << 20
 TINY_KV_CACHE_BYTES = 256 << 20
@@ -101,6 +102,13 @@ def gpus_of(engine: Mapping[str, Any], *, is_cpu: bool) -> int:
         size = engine.get(name)
         num *= size if isinstance(size, int) and size > 0 else 1
     return num
+
+
+def engine_gpus(job: JobConfig) -> int:
+    """How many GPUs one engine of a job is spread over, if it is for GPUs."""
+    model = job.model
+    sizes = {**model.engine, "tensor_parallel_size": model.tensor_parallel_size}
+    return gpus_of(sizes, is_cpu=False)
 
 
 def prepare_environment(*, is_cpu: bool) -> None:

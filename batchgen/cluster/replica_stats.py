@@ -72,7 +72,7 @@ class _Worker:
         return "running" if self.look.num_in_flight else "idle"
 
 
-class Board:
+class ReplicaStats:
     """The replicas of one run. For one thread."""
 
     def __init__(self, stats: RunStats, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,8 +82,8 @@ class Board:
         self._workers: dict[int, _Worker] = {}
         self._places: dict[int, _Place] = {}
 
-    def note_hired(self, replica: int, number: int) -> None:
-        """Worker `number` is on its way to place `replica`; before all else of that worker."""
+    def note_started(self, replica: int, number: int) -> None:
+        """Worker `number` is on its way to replica `replica`; before all else of that worker."""
         worker = self._workers[number] = _Worker(number, replica)
         place = self._places.setdefault(replica, _Place(replica, worker))
         place.worker = worker
@@ -91,7 +91,7 @@ class Board:
     def note(self, replica: int, number: int, look: Look) -> None:
         """Count what is new in a worker's newest look. One that is gone is not listened to."""
         if number not in self._workers:
-            self.note_hired(replica, number)
+            self.note_started(replica, number)
         worker, now_s = self._workers[number], self._clock()
         if worker.is_gone:
             return

@@ -1,6 +1,6 @@
-"""A crew of workers on paper: engines that answer at real GPUs' pace, in virtual time.
+"""A cluster of workers on paper: engines that answer at real GPUs' pace, in virtual time.
 
-`SimCrew` is a `Crew`; its `clock` goes on only in `wait`. A worker has an engine with so many
+`SimCluster` is a `Cluster`; its `clock` goes on only in `wait`. A worker has an engine with so many
 slots, a row takes its slot for as long as it takes, however full the engine is, and the next row
 begins at the moment when one ends. Rows become durable as the runner would make them, and the
 driver is told and asked what a real worker tells and asks.
@@ -13,18 +13,17 @@ import math
 import random
 from typing import TYPE_CHECKING, Any
 
-from batchgen.cluster.crew import Places
-from batchgen.cluster.messages import Gone, Report
+from batchgen.cluster.messages import Capacity, Gone, Report
 from tests.bench.sim_worker import PROCESS_S, EngineKind, SimWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
-    from batchgen.cluster.messages import Badge, Order
+    from batchgen.cluster.messages import Order, WorkerInit
 
 
-class SimCrew:
+class SimCluster:
     """See the module."""
 
     def __init__(
@@ -68,15 +67,15 @@ class SimCrew:
         """Virtual seconds."""
         return self.now_s
 
-    def places(self) -> Places:
+    def capacity(self) -> Capacity:
         """As many as one likes."""
-        return Places(1 << 20, "paper")
+        return Capacity(1 << 20, "paper")
 
-    def hire(self, badge: Badge) -> None:
+    def start(self, badge: WorkerInit) -> None:
         """Only `badge.number` is of interest."""
-        self.hire_number(badge.number)
+        self.start_number(badge.number)
 
-    def hire_number(self, number: int) -> None:
+    def start_number(self, number: int) -> None:
         """As `hire`."""
         kind = self._kind_of(number)
         if kind not in self._row_s:
@@ -125,7 +124,7 @@ class SimCrew:
         del number
         return 0.0
 
-    def fire(self, number: int) -> None:
+    def kill(self, number: int) -> None:
         """Not heard of again."""
         self._fired.add(number)
 

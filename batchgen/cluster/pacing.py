@@ -1,4 +1,4 @@
-"""How many rows each worker should get now. Pure.
+"""How many rows each worker should get now: arithmetic, no clock and no I/O.
 
 While rows are plenty, a worker has what its engine holds and some seconds of work besides, so
 that no engine waits for the driver. Towards the end this shrinks to what the engine works on and
@@ -31,7 +31,7 @@ FIRST = 0.5
 FIRST_REFILL = 0.25
 """A lease's size then, as a share of that."""
 MAX_LEASE_ROWS = 50_000
-"""More would make it dear to take a lease back."""
+"""More would make it expensive to take a lease back."""
 STARTING_S = 180.0
 """A worker that does nothing yet gets nothing that the others will have done by then."""
 RATE_WINDOW_S = 30.0

@@ -11,14 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from batchgen.cluster.leases import (
-    FEW_DEATHS,
-    PART,
-    SHARED_DEATHS,
-    SOLO_DEATHS,
-    WORKERS_A_SEARCH,
-    LeaseBook,
-)
+from batchgen.cluster.leases import FEW_DEATHS, PIECES, SOLO_DEATHS, LeaseBook
 from batchgen.core.errors import AccountingError
 from batchgen.core.ranges import Ranges
 
@@ -48,6 +41,7 @@ class Books(RuleBasedStateMachine):
         self.payloads = {}
         self.numbers = [0]
         self.dead_with = {}
+        self.leased = {}
 
     def held(self, worker):
         return {row for row, place in self.where.items() if place == worker}
@@ -62,12 +56,9 @@ class Books(RuleBasedStateMachine):
 
     @rule(worker=WORKERS, num=st.integers(0, 12))
     def take(self, worker, num):
-        was_alone, before = self.book.is_alone(worker), self.held(worker)
-        num_suspects = self.book.num_suspects
+        had_suspects, before = self.book.has_suspects(worker), self.held(worker)
         lease = self.book.take(worker, num)
         if lease is None:
-            num_plain = self.book.num_pending - self.book.num_suspects
-            assert num == 0 or was_alone or not num_plain
             assert num == 0 or before or not self.book.num_pending
             return
         rows = rows_of(lease.rows)
@@ -76,11 +67,15 @@ class Books(RuleBasedStateMachine):
         assert {id(self.payloads.get(row)) for row in rows} == {id(lease.payload)}
         assert lease.number > max(self.numbers)
         self.numbers.append(lease.number)
-        assert not was_alone
-        if self.book.is_alone(worker):
+        assert not had_suspects
+        if self.book.has_suspects(worker):
             assert not before
-            assert len(rows) == 1
-        assert len(rows) <= num or self.book.num_suspects == num_suspects - len(rows)
+        else:
+            assert len(rows) <= num
+        if not before:
+            self.leased[worker] = len(rows)
+        else:
+            self.leased[worker] += len(rows)
         self.where.update(dict.fromkeys(rows, worker))
 
     @rule(worker=WORKERS, data=st.data())
@@ -97,24 +92,22 @@ class Books(RuleBasedStateMachine):
         assert not self.book.settle(worker, mapping_of(rows))
         self.where.update(dict.fromkeys(rows, "settled"))
 
-    @rule(worker=WORKERS, has_died=st.booleans(), num_begun=st.none() | st.integers(0, 12))
-    def take_back(self, worker, has_died, num_begun):
-        rows, was_alone = self.held(worker), self.book.is_alone(worker)
-        back = self.book.take_back(worker, has_died=has_died, num_begun=num_begun)
-        free = rows_of(back.rows)
+    @rule(worker=WORKERS, has_died=st.booleans())
+    def take_back(self, worker, has_died):
+        rows, was_alone = self.held(worker), self.leased.get(worker) == 1
+        free = rows_of(self.book.take_back(worker, has_died=has_died))
         assert free <= rows
         self.where.update(dict.fromkeys(rows, "free"))
         self.where.update(dict.fromkeys(rows - free, "guilty"))
-        if has_died and num_begun != 0 and was_alone and len(rows) == 1:
+        if has_died and was_alone:
             self.dead_with.update({row: self.dead_with.get(row, 0) + 1 for row in rows})
         for row in rows - free:
-            assert was_alone
             assert rows == {row}
-            assert self.dead_with[row] >= 2
+            assert self.dead_with[row] >= SOLO_DEATHS
 
     @rule()
     def guilty(self):
-        told = [row for lease in self.book.guilty() for row in rows_of(lease.rows)]
+        told = [row for rows in self.book.guilty() for row in rows_of(rows)]
         assert len(told) == len(set(told))
         assert set(told) == {row for row, place in self.where.items() if place == "guilty"}
         self.where.update(dict.fromkeys(told, "settled"))
@@ -124,7 +117,6 @@ class Books(RuleBasedStateMachine):
         places = list(self.where.values())
         assert self.book.num_pending == places.count("free")
         assert [self.book.num_out(n) for n in range(4)] == [places.count(n) for n in range(4)]
-        assert self.book.num_out_total == sum(places.count(n) for n in range(4))
         assert not self.book.is_through
 
     def teardown(self):
@@ -176,7 +168,7 @@ def test_rows_settle_in_any_order_across_leases_and_strays_are_told():
     assert book.num_out(1) == 15
     assert book.settle(2, {1: Ranges.until(2)}) == {1: Ranges.until(2)}
     assert book.settle(1, {1: Ranges.until(5), 7: Ranges.until(1)}) == {7: Ranges.until(1)}
-    assert book.take_back(1, has_died=False).rows == {
+    assert book.take_back(1, has_died=False) == {
         0: Ranges([(0, 2), (7, 9), (22, 28)]),
     }
     assert book.settle(1, {0: Ranges.until(1)}) == {0: Ranges.until(1)}
@@ -185,13 +177,9 @@ def test_rows_settle_in_any_order_across_leases_and_strays_are_told():
 def test_a_lease_holds_rows_of_one_history():
     book = LeaseBook({0: Ranges.until(20)})
     book.take(1, 5)
+    book.take(2, 5)
+    book.take_back(2, has_died=False)  # Fresh ones come back behind doubtful ones.
     book.take_back(1, has_died=True)
-    book.take(2, 2)
-    assert book.take_back(2, has_died=False).num_doubtful == 2
-    book.take(3, 5)  # Fresh ones come back behind doubtful ones.
-    book.take(4, 5)
-    book.take_back(3, has_died=False)
-    book.take_back(4, has_died=False)
     leases = [taken(book, 5, 7), taken(book, 5, 7)]
     assert sorted(map(len, leases)) == [5, 5]
 
@@ -224,28 +212,19 @@ def test_nothing_is_added_after_the_end():
 def test_after_one_death_rows_go_out_again_as_any_rows():
     book = LeaseBook({0: Ranges.until(100)})
     book.take(1, 80)
-    assert book.take_back(1, has_died=True)[1:] == (80, 0)
+    assert book.take_back(1, has_died=True) == {0: Ranges.until(80)}
     assert len(taken(book, 2, 50)) == 50
     assert len(taken(book, 2, 50)) == 30
-    assert not book.is_alone(2)
+    assert not book.has_suspects(2)
     assert len(taken(book, 2, 50)) == 20
-
-
-def test_a_lease_that_was_surely_not_begun_is_not_doubted():
-    book = LeaseBook({0: Ranges.until(100)})
-    for _ in range(4):
-        book.take(1, 10)
-    assert book.take_back(1, has_died=True, num_begun=20)[1:] == (20, 0)
-    for _ in range(5):
-        book.take(2, 10)
-    assert book.take_back(2, has_died=True, num_begun=1)[1:] == (10, 10)
 
 
 def test_rows_taken_back_from_the_living_are_never_suspects():
     book = LeaseBook({0: Ranges.until(10)})
     for worker in range(5):
         assert len(taken(book, worker, 10)) == 10
-        assert book.take_back(worker, has_died=False)[1:] == (0, 0)
+        assert not book.has_suspects(worker)
+        book.take_back(worker, has_died=False)
 
 
 def dead(num, times=2):
@@ -257,142 +236,99 @@ def dead(num, times=2):
     return book
 
 
-def test_of_the_suspects_a_worker_gets_a_part_at_a_time_among_other_rows():
+def test_a_part_of_the_suspects_goes_into_a_worker_that_holds_nothing_else():
     book = dead(1600)
-    assert book.num_suspects == 1600
-    assert taken(book, 1, 999) == [(0, row) for row in range(1600 // PART)]
-    assert not book.is_alone(1)
-    assert taken(book, 1, 7) == [(0, row) for row in range(1600, 1607)]
-    assert taken(book, 2, 999) == [(0, row) for row in range(100, 194)]
+    assert taken(book, 1, 7) == [(0, row) for row in range(1600 // PIECES)]
+    assert book.has_suspects(1)
+    assert taken(book, 1, 999) is None
     book.settle(1, {0: Ranges.until(99)})
-    assert len(taken(book, 1, 1)) == 1
+    assert taken(book, 1, 999) is None
     book.settle(1, {0: Ranges([(99, 100)])})
-    assert taken(book, 1, 1)[0] == (0, 194)
+    assert taken(book, 1, 7) == [(0, row) for row in range(100, 200)]
 
 
-def test_of_few_suspects_a_worker_gets_more_than_one():
-    book = dead(20)
-    assert [len(taken(book, worker, 1)) for worker in range(4)] == [8, 8, 4, 1]
-    assert not any(book.is_alone(worker) for worker in range(4))
-
-
-def test_of_a_worker_that_dies_each_kind_of_rows_is_one_step_more_suspect():
-    book = dead(1600)
-    for num in (999, 500):  # Suspects, then fresh rows.
-        book.take(1, num)
-    assert book.take_back(1, has_died=True)[1:] == (500, 100)
-    assert len(taken(book, 2, 999)) == 8  # Of those of three deaths, before those of two.
-    assert len(taken(book, 3, 999)) == 8
-    for worker in (2, 4, 4):
-        book.take(worker, 400)
-    assert book.take_back(2, has_died=True)[1:] == (0, 408)
-
-
-def lone_suspects(num):
-    """As many, to go alone, and 100 fresh rows."""
-    book = LeaseBook({0: Ranges.until(num + 100)})
-    for worker in range(SHARED_DEATHS):
-        assert len(taken(book, worker, num)) == num
+def test_who_has_other_rows_gets_more_of_them_and_no_suspects():
+    book = LeaseBook({0: Ranges.until(200)})
+    book.take(1, 10)
+    for worker in (2, 3):
+        book.take(worker, 10)
         book.take_back(worker, has_died=True)
-    assert book.num_suspects == num
-    return book
+    assert taken(book, 1, 5) == [(0, row) for row in range(20, 25)]
+    assert not book.has_suspects(1)
+    assert len(taken(book, 4, 5)) == 1
+    assert book.has_suspects(4)
 
 
-def test_lone_suspects_keep_only_one_worker_in_eight_busy():
-    book = lone_suspects(3)
-    for worker in range(10):
-        book.take(worker, 1)
-    assert [worker for worker in range(10) if book.is_alone(worker)] == [0, WORKERS_A_SEARCH]
-    assert book.take(0, 1) is None
-    assert taken(book, 1, 1) is not None  # Who has other rows gets more of them.
-    assert not book.is_alone(1)
-
-
-def test_with_nothing_else_left_all_workers_search():
-    book = lone_suspects(3)
-    book.take(1, 1)
-    assert len(taken(book, 2, 999)) == 100
-    assert taken(book, 2, 1) is None  # Not with what it has.
-    for worker in (3, 4):
-        assert len(taken(book, worker, 1)) == 1
-        assert book.is_alone(worker)
+def test_with_nothing_but_suspects_left_each_worker_gets_a_part():
+    book = LeaseBook({0: Ranges.until(32)})
+    for worker in (1, 2):
+        book.take(worker, 32)
+        book.take_back(worker, has_died=True)
+    assert [len(taken(book, worker, 1)) for worker in range(10, 10 + PIECES)] == [2] * PIECES
     assert book.num_pending == 0
+
+
+def test_a_part_that_a_worker_dies_with_is_cut_again_and_goes_first():
+    book = dead(1600)
+    book.take(1, 1)
+    book.take_back(1, has_died=True)
+    assert taken(book, 2, 1) == [(0, row) for row in range(7)]  # A 16th of 100, rounded up.
+    book.take_back(2, has_died=False)  # It was sent away: no more is known.
+    assert taken(book, 3, 1) == [(0, row) for row in range(7)]
 
 
 def test_a_row_is_guilty_after_two_deaths_alone_and_told_once():
     book = LeaseBook({0: Ranges.until(1)})
     book.is_fed = True
-    for worker in range(SHARED_DEATHS + SOLO_DEATHS):
+    for worker in range(2 + SOLO_DEATHS):
         assert not book.guilty()
         assert taken(book, worker, 1) == [(0, 0)]
-        assert book.is_alone(worker) is (worker >= SHARED_DEATHS)
         book.take_back(worker, has_died=True)
     assert book.num_pending == 0
     assert not book.is_through
-    assert [rows_of(lease.rows) for lease in book.guilty()] == [{(0, 0)}]
+    assert book.guilty() == [{0: Ranges.until(1)}]
     assert not book.guilty()
     assert book.is_through
 
 
-def test_a_lone_suspect_that_was_not_begun_is_no_more_suspected():
-    book = lone_suspects(1)
+def test_a_death_alone_counts_only_if_the_worker_died():
+    book = dead(1)
     for worker in range(2, 9):
         assert taken(book, worker, 1) == [(0, 0)]
-        assert book.take_back(worker, has_died=worker == 2, num_begun=worker == 2)[2] == 1
-    assert not book.guilty()
+        assert not book.guilty()
+        book.take_back(worker, has_died=worker == 2)
     book.take(9, 1)
     book.take_back(9, has_died=True)
     assert len(book.guilty()) == 1
 
 
-@pytest.mark.parametrize(("num_others", "more"), [(0, 0), (1, 1), (3, 2), (7, 3)])
+def test_the_last_of_a_lease_did_not_die_alone():
+    book = dead(2 * PIECES)
+    book.take(2, 1)
+    book.settle(2, {0: Ranges([(0, 1)])})
+    book.take_back(2, has_died=True)
+    for worker in range(3, 3 + SOLO_DEATHS):
+        assert not book.guilty()
+        assert taken(book, worker, 1) == [(0, 1)]
+        book.take_back(worker, has_died=True)
+    assert book.guilty() == [{0: Ranges([(1, 2)])}]
+
+
+@pytest.mark.parametrize(("num_others", "more"), [(0, 0), (FEW_DEATHS, 1), (2 * FEW_DEATHS, 2)])
 def test_where_workers_die_all_the_time_it_takes_more_deaths(num_others, more):
     book = LeaseBook({0: Ranges.until(1000)})
-    others = range(1000, 1000 + num_others)
-    for worker in others:
+    for worker in range(1000, 1000 + num_others):
         book.take(worker, 1)
-    for worker in others:
         book.take_back(worker, has_died=True)
-    for worker in others:
-        book.settle(worker, book.take(worker, 1).rows)
+        book.settle(worker, {0: Ranges.until(0)})
+        lease = book.take(worker, 1)
+        book.settle(worker, lease.rows)
     row = taken(book, 0, 1)
-    for worker in range(SHARED_DEATHS + SOLO_DEATHS + 2 * more):
-        assert book.is_alone(worker) is (worker >= SHARED_DEATHS + more)
+    for worker in range(2 + SOLO_DEATHS + more):
         assert not book.guilty()
         book.take_back(worker, has_died=True)
         taken(book, worker + 1, 1)
-    assert [sorted(rows_of(lease.rows)) for lease in book.guilty()] == [row]
-
-
-def test_a_fleet_of_one_that_dies_all_the_time_takes_more_deaths_too():
-    book = dead(1, times=1)
-    for num in range(2 * FEW_DEATHS):  # In each death are a doubtful row and a fresh one.
-        book.take(num, 1)
-        book.take(num, 1)
-        book.take_back(num, has_died=True)
-        while book.num_suspects:
-            book.settle(-1, book.take(-1, 1).rows)
-    book.settle(-1, book.take(-1, 1).rows)
-    more = 2  # 2 fresh deaths, and 2 * FEW_DEATHS.
-    for num in range(SHARED_DEATHS + SOLO_DEATHS + 2 * more):
-        assert not book.guilty()
-        book.take(num, 1)
-        book.take_back(num, has_died=True)
-    assert len(book.guilty()) == 1
-
-
-def test_the_last_of_a_lease_did_not_die_alone():
-    book = dead(2)
-    for worker in (2, 3):
-        assert len(taken(book, worker, 1)) == 4 - worker
-        book.settle(worker, {0: Ranges([(0, 1)])})
-        book.take_back(worker, has_died=True)
-    for worker in (4, 5):
-        assert not book.guilty()
-        assert taken(book, worker, 1) == [(0, 1)]
-        assert book.is_alone(worker)
-        book.take_back(worker, has_died=True)
-    assert [rows_of(lease.rows) for lease in book.guilty()] == [{(0, 1)}]
+    assert [sorted(rows_of(rows)) for rows in book.guilty()] == [row]
 
 
 def search(num, killers, num_workers):
@@ -404,15 +340,14 @@ def search(num, killers, num_workers):
         for at, worker in enumerate(workers):
             while book.take(worker, 5 * num) is not None:
                 pass
-            held = book._hands.get(worker)
-            spans = [span for _, spans in held.unsettled() for span in spans] if held else []
-            if any(span.start <= row < span.stop for span in spans for row in killers):
+            held = book.rows_out(worker)
+            if any(row in held.get(0, ()) for row in killers):
                 book.take_back(worker, has_died=True)
                 workers[at] = names = names + 1
                 deaths += 1
             else:
-                book.settle(worker, {0: Ranges(span[1:3] for span in spans)})
-            told += [row for lease in book.guilty() for _, row in rows_of(lease.rows)]
+                book.settle(worker, held)
+            told += [row for rows in book.guilty() for _, row in rows_of(rows)]
     return deaths, told
 
 
@@ -444,7 +379,7 @@ def test_scattered_commits_are_cheap():
     for commit in commits:
         assert not book.settle(1, commit)
     assert time.process_time() - started < 2  # 0.1 s here; with a set of rows a block, minutes.
-    assert book.num_out_total == 0
+    assert book.num_out(1) == 0
 
 
 def test_what_is_withdrawn_is_free_no_more_and_may_come_again_packed():

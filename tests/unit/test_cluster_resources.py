@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from batchgen.cluster.chores import Chores
-from batchgen.cluster.crew import Needs
-from batchgen.cluster.crews import needs_of, share_gpu
+from batchgen.cluster.driver import PACK_ROWS, Packer, best_cut, rows_of
 from batchgen.cluster.leases import LeaseBook
-from batchgen.cluster.packing import PACK_ROWS, Packer, best_cut, rows_of
+from batchgen.cluster.resources import Resources, resources_of, share_gpu
 from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
 from batchgen.core.ranges import Ranges
@@ -41,14 +39,14 @@ def test_one_replica_needs_no_fleet_unless_a_cluster_is_named(
 @pytest.mark.parametrize(
     ("run", "model", "needs"),
     [
-        ({}, {}, Needs(1.0, 0.0)),
-        ({"cpus_per_replica": 0.5}, {}, Needs(0.5, 0.0)),
-        ({"gpus_per_replica": 0.5}, {}, Needs(1.0, 0.5)),
-        ({"gpus_per_replica": 8}, {"tensor_parallel_size": 8}, Needs(1.0, 8.0)),
+        ({}, {}, Resources(1.0, 0.0)),
+        ({"cpus_per_replica": 0.5}, {}, Resources(0.5, 0.0)),
+        ({"gpus_per_replica": 0.5}, {}, Resources(1.0, 0.5)),
+        ({"gpus_per_replica": 8}, {"tensor_parallel_size": 8}, Resources(1.0, 8.0)),
     ],
 )
-def test_what_a_replica_takes(run: dict[str, Any], model: dict[str, Any], needs: Needs) -> None:
-    assert needs_of(fakes.job(run=run, model=model)) == needs
+def test_what_a_replica_takes(run: dict[str, Any], model: dict[str, Any], needs: Resources) -> None:
+    assert resources_of(fakes.job(run=run, model=model)) == needs
 
 
 @pytest.mark.parametrize(
@@ -63,36 +61,36 @@ def test_gpus_that_cannot_be_had_so_are_refused(
     gpus: float, model: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ConfigError, match=told):
-        needs_of(fakes.job(run={"gpus_per_replica": gpus}, model=model))
+        resources_of(fakes.job(run={"gpus_per_replica": gpus}, model=model))
 
 
 def test_replicas_that_share_a_gpu_cannot_have_most_of_its_memory_each() -> None:
     model = {"backend": "vllm", "name": "m", "gpu_memory_utilization": 0.9}
     job = fakes.job(run={"gpus_per_replica": 0.5, "replicas": 2}, model=model)
     with pytest.raises(ConfigError, match=r"each takes 0\.9 of a GPU's memory; leave it out"):
-        needs_of(job)
+        resources_of(job)
     alone = fakes.job(run={"gpus_per_replica": 0.5, "replicas": 1}, model=model)
-    assert needs_of(alone).num_gpus == 0.5
+    assert resources_of(alone).num_gpus == 0.5
     half = fakes.job(
         run={"gpus_per_replica": 0.5, "replicas": 2}, model={**model, "gpu_memory_utilization": 0.4}
     )
-    assert needs_of(half).num_gpus == 0.5
+    assert resources_of(half).num_gpus == 0.5
 
 
 def test_replicas_that_share_a_gpu_share_its_memory() -> None:
     made = fakes.job()
-    assert share_gpu(made, Needs(1, 0.5)).model.gpu_memory_utilization == 0.45
-    assert share_gpu(made, Needs(1, 1)) == made
+    assert share_gpu(made, Resources(1, 0.5)).model.gpu_memory_utilization == 0.45
+    assert share_gpu(made, Resources(1, 1)) == made
     chosen = fakes.job(model={"gpu_memory_utilization": 0.3})
-    assert share_gpu(chosen, Needs(1, 0.5)).model.gpu_memory_utilization == 0.3
+    assert share_gpu(chosen, Resources(1, 0.5)).model.gpu_memory_utilization == 0.3
 
 
 def test_without_ray_replicas_are_refused_with_what_to_install() -> None:
     code = (
         "import sys; sys.modules['ray'] = None\n"
-        "from batchgen.cluster.crews import ray_crew\n"
+        "from batchgen.cluster.compute import ray_cluster\n"
         "from tests import fakes\n"
-        "ray_crew(fakes.job(run={'replicas': 8}))"
+        "ray_cluster(fakes.job(run={'replicas': 8}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "[run]: replicas = 8 needs Ray: pip install ray" in done.stderr
@@ -157,31 +155,6 @@ def test_a_packer_packs_every_row_once(by_prefix: bool) -> None:
     assert sorted(row for fed in put for row in rows_of(fed).get(0, ())) == list(range(last + 4))
     assert book.num_pending == last + 4
     assert packer.num_left == 0
-
-
-def test_chores_are_tried_again_while_the_disk_recovers_and_then_are_trouble() -> None:
-    clock, told = fakes.FakeClock(), []
-    full = errors.StorageError("out/seal", "no space")
-    outcomes: list[BatchgenError | None] = [full, full, None, full, full]
-    done: list[int] = []
-
-    def chore() -> None:
-        if (error := outcomes.pop(0)) is not None:
-            raise error
-        done.append(1)
-
-    chores = Chores(60.0, told.append, clock)
-    chores.add(chore)
-    assert chores.do() is None
-    clock.advance(59)
-    assert chores.do() is None
-    assert chores
-    assert chores.do() is None
-    assert (done, bool(chores), told) == ([1], False, [full, full])
-    chores.add(chore)
-    assert chores.do() is None  # Another trouble, another grace.
-    clock.advance(61)
-    assert chores.do() is full
 
 
 def test_packs_of_large_rows_are_small_and_few() -> None:

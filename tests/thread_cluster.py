@@ -1,4 +1,4 @@
-"""`ThreadCrew`: workers in threads of this process, for tests of what stands around a crew.
+"""`ThreadCluster`: workers in threads of this process, for tests of what stands around a cluster.
 
 A worker that "dies" here is only unheard from then on: it works on and goes on writing parts, as
 a worker behind a broken network does, which is the harder case for the books.
@@ -12,14 +12,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from batchgen.cluster.crew import Places
-from batchgen.cluster.messages import Gone, Report, Take
-from batchgen.cluster.replica import Replica
+from batchgen.cluster.messages import Capacity, Gone, Report, Take
+from batchgen.cluster.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.cluster.messages import Badge, Lease, Order
+    from batchgen.cluster.messages import Lease, Order, WorkerInit
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.feeder import FeedBatch
 
@@ -27,37 +26,37 @@ if TYPE_CHECKING:
 class _Hired:
     """A worker and the thread that speaks with it."""
 
-    def __init__(self, crew: ThreadCrew, badge: Badge) -> None:
+    def __init__(self, cluster: ThreadCluster, badge: WorkerInit) -> None:
         self.mail: queue.SimpleQueue[tuple[Sequence[Order], float] | None] = queue.SimpleQueue()
         self.asked_s: float | None = None
         self.was_heard = False
         self.is_mute = False
-        self.replica: Replica | None = None
-        self._crew, self._badge = crew, badge
+        self.worker: Worker | None = None
+        self._cluster, self._badge = cluster, badge
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         number = self._badge.number
         try:
-            self.replica = Replica(pickle.loads(pickle.dumps(self._badge)), fetch=pickle.loads)
+            self.worker = Worker(pickle.loads(pickle.dumps(self._badge)), fetch=pickle.loads)
             while (letter := self.mail.get()) is not None:
                 orders, wait_s = pickle.loads(pickle.dumps(letter))
-                report = pickle.loads(pickle.dumps(self.replica.exchange(orders, wait_s)))
+                report = pickle.loads(pickle.dumps(self.worker.exchange(orders, wait_s)))
                 if not self.is_mute:
-                    self._crew.returned.put((number, report))
+                    self._cluster.returned.put((number, report))
         except Exception as error:  # noqa: BLE001 - as an actor's
-            self._crew.returned.put((number, Gone(repr(error))))
+            self._cluster.returned.put((number, Gone(repr(error))))
 
 
-class ThreadCrew:
-    """A `Crew`. `on_report` sees each report first; it may kill its worker by returning False."""
+class ThreadCluster:
+    """A `Cluster`. `on_report` sees each report first; it kills its worker by returning False."""
 
     def __init__(
         self,
         job: JobConfig | None = None,
         *,
         room: int = 4,
-        on_report: Callable[[ThreadCrew, int, Report], bool] | None = None,
+        on_report: Callable[[ThreadCluster, int, Report], bool] | None = None,
     ) -> None:
         self.room = room
         self.returned: queue.SimpleQueue[tuple[int, Report | Gone]] = queue.SimpleQueue()
@@ -68,10 +67,10 @@ class ThreadCrew:
         self.fired: list[int] = []
         self._on_report = on_report or (lambda *_: True)
 
-    def places(self) -> Places:
-        return Places(self.room, f"{self.room} threads")
+    def capacity(self) -> Capacity:
+        return Capacity(self.room, f"{self.room} threads")
 
-    def hire(self, badge: Badge) -> None:
+    def start(self, badge: WorkerInit) -> None:
         self.hired[badge.number] = _Hired(self, badge)
         self.num_hired += 1
 
@@ -111,7 +110,7 @@ class ThreadCrew:
             return 0.0
         return time.monotonic() - hired.asked_s
 
-    def fire(self, number: int) -> None:
+    def kill(self, number: int) -> None:
         hired = self.hired.pop(number, None)
         self.fired.append(number)
         if hired is not None:
@@ -123,9 +122,9 @@ class ThreadCrew:
 
     def close(self) -> None:
         for number, hired in list(self.hired.items()):
-            self.fire(number)
-            if hired.replica is not None:
-                hired.replica.close()
+            self.kill(number)
+            if hired.worker is not None:
+                hired.worker.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Who works where: hires a worker for each replica, and another one where one is gone.
+"""`WorkerPool`: a worker for each replica, and another one where one is gone.
 
 A worker is never restarted: a new one takes its place, under a new number, so that nothing that
 the old one may still write is taken for the new one's.
@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from batchgen import __version__
-from batchgen.cluster.messages import Badge, Gone, StartEngine
-from batchgen.cluster.pace import Meter, Pace
+from batchgen.cluster.messages import Gone, StartEngine, WorkerInit
+from batchgen.cluster.pacing import Meter, Pace
 from batchgen.core.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from batchgen.cluster.crew import Crew, Places
-    from batchgen.cluster.messages import Asked, Look, Order, Report
+    from batchgen.cluster.messages import Asked, Capacity, Cluster, Look, Order, Report
+    from batchgen.cluster.replica_stats import ReplicaStats
+    from batchgen.core.records import EngineFacts
     from batchgen.job.model import JobConfig
 
 _WHERE = "[run]"
@@ -38,18 +39,18 @@ _LOOK_FOR_ROOM_S = 5.0
 _FIRST_CAPACITY = 1024
 """Of an engine that is not up: enough for a start."""
 _SOON_S = 60.0
-"""Within it a worker that was hired is heard of, or waits for room that it may never get."""
+"""Within it a worker that was started is heard of, or waits for room that it may never get."""
 _ROWS_A_REPLICA = 16
 """For less it is not worth starting an engine beside another."""
 
 
 @dataclass(slots=True)
-class Member:
+class WorkerHandle:
     """One worker, as the driver knows it."""
 
     number: int
     replica: int
-    hired_s: float
+    started_s: float
     look: Look | None = None
     """None until it is up."""
     orders: list[Order] = field(default_factory=list)
@@ -107,62 +108,70 @@ class _Place:
     """A replica."""
 
     replica: int
-    member: Member | None = None
+    worker: WorkerHandle | None = None
     num_failures: int = 0
     """Workers in a row that were gone before they had committed a row."""
-    hire_at_s: float = 0.0
+    start_at_s: float = 0.0
     is_resting: bool = False
     """Too many of them: nobody is there for a while."""
 
 
-class Roster:
+class WorkerPool:
     """The workers of one run. For the driver's one thread."""
 
     def __init__(
         self,
-        crew: Crew,
+        cluster: Cluster,
         job: JobConfig,
         run_id: str,
         *,
-        on_hired: Callable[[Member], None],
+        stats: ReplicaStats,
         tell: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Bind; nobody is hired before `care`.
+        """Bind; nobody is started before `care`.
 
         Args:
-            crew: Places workers; closed by whoever made it.
+            cluster: Places workers; closed by whoever made it.
             job: What they work on.
             run_id: Of this run.
-            on_hired: Told of each worker.
+            stats: Gets the figures of each worker.
             tell: Told what is worth a warning.
             clock: Monotonic seconds.
         """
-        self._crew = crew
+        self.cluster = cluster
+        self.stats = stats
+        self.clock = clock
         self._job = job
         self._run_id = run_id
-        self._on_hired = on_hired
         self._tell = tell
-        self._clock = clock
         self._places: dict[int, _Place] = {}
-        self._num_hired = 0
+        self._num_started = 0
         self._room_at_s = 0.0
         self._num_room = 0
         self._last_trouble = ""
+        self._facts: EngineFacts | None = None
         self._max_silent_s = min(MAX_SILENT_S, job.run.stall_s)
-        self.is_starting_engines = False
-        self.max_replicas: int | None = None
+        self._is_starting_engines = False
+        self._max_replicas: int | None = None
         """More would have next to nothing to do."""
 
     @property
-    def members(self) -> Iterator[Member]:
-        """Everybody who is hired, up or not."""
-        return (place.member for place in self._places.values() if place.member is not None)
+    def workers(self) -> Iterator[WorkerHandle]:
+        """Everybody who was started, up or not."""
+        return (place.worker for place in self._places.values() if place.worker is not None)
 
     @property
-    def up(self) -> list[Member]:
+    def up(self) -> list[WorkerHandle]:
         """Who can be given work."""
-        return [member for member in self.members if member.look is not None]
+        return [worker for worker in self.workers if worker.look is not None]
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What one of the engines is, or the last one was; None until the first is up."""
+        looks = (worker.look for worker in self.workers if worker.look is not None)
+        self._facts = next((one.facts for one in looks if one.facts is not None), self._facts)
+        return self._facts
 
     @property
     def num_replicas(self) -> int:
@@ -172,17 +181,24 @@ class Roster:
     @property
     def num_expected(self) -> int:
         """Workers that have been heard of, or will be soon, as far as there is room."""
-        now_s = self._clock()
-        soon = [one.look is not None or now_s - one.hired_s < _SOON_S for one in self.members]
+        now_s = self.clock()
+        soon = [one.look is not None or now_s - one.started_s < _SOON_S for one in self.workers]
         return min(sum(soon), self._num_room)
+
+    def start_engines(self) -> None:
+        """Begin to bring up everybody, and all engines before there is work for them."""
+        if not self._is_starting_engines:
+            self._is_starting_engines = True
+            self.care()
+            self.send()
 
     def begin(self, num_rows: int) -> None:
         """A task of so many rows begins: nobody knows of it yet."""
-        for member in self.members:
-            member.forget_task()
-        if not self.is_starting_engines:
-            self.max_replicas = -(-num_rows // _ROWS_A_REPLICA)
-            self._room_at_s = self._clock()
+        for worker in self.workers:
+            worker.forget_task()
+        if not self._is_starting_engines:
+            self._max_replicas = -(-num_rows // _ROWS_A_REPLICA)
+            self._room_at_s = self.clock()
 
     def care(self) -> None:
         """Fill empty places, as many as the job asks for or the cluster has room for.
@@ -190,13 +206,13 @@ class Roster:
         Raises:
             EngineDeadError: No place is left at which a worker lives.
         """
-        now_s = self._clock()
+        now_s = self.clock()
         if now_s >= self._room_at_s:
             self._room_at_s = now_s + _LOOK_FOR_ROOM_S
             self._open_places()
         for place in self._places.values():
-            if place.member is None and now_s >= place.hire_at_s:
-                self._hire(place)
+            if place.worker is None and now_s >= place.start_at_s:
+                self._start(place)
         if self._places and not self.num_replicas:
             msg = (
                 f"every replica has failed; the last one: {self._last_trouble}; what was finished "
@@ -206,85 +222,87 @@ class Roster:
 
     def _open_places(self) -> None:
         replicas = self._job.run.replicas
-        places = self._crew.places()
-        self._num_room = places.num_now
-        wanted = places.num_now if replicas == "auto" else replicas
-        wanted = min(wanted, self.max_replicas or wanted)
+        capacity = self.cluster.capacity()
+        self._num_room = capacity.num_now
+        wanted = capacity.num_now if replicas == "auto" else replicas
+        wanted = min(wanted, self._max_replicas or wanted)
         if not self._places and self._job.run.ray_address is None:
-            self._refuse_too_many(places)
-        if not self._places and places.num_now < max(wanted, 1):
-            told = f"of {replicas} replicas {places.num_now} have room now"
-            self._tell(f"{told} ({places.told}); the others wait for it")
+            self._refuse_too_many(capacity)
+        if not self._places and capacity.num_now < max(wanted, 1):
+            told = f"of {replicas} replicas {capacity.num_now} have room now"
+            self._tell(f"{told} ({capacity.told}); the others wait for it")
         for replica in range(1, wanted + 1):
             self._places.setdefault(replica, _Place(replica))
         for replica, place in list(self._places.items()):
             # A node is gone for good: nobody waits there.
-            if replica > wanted and (place.member is None or place.member.look is None):
+            if replica > wanted and (place.worker is None or place.worker.look is None):
                 self._leave(place)
                 del self._places[replica]
 
-    def _refuse_too_many(self, places: Places) -> None:
+    def _refuse_too_many(self, capacity: Capacity) -> None:
         """A cluster may grow; this machine alone does not."""
         replicas = self._job.run.replicas
-        if places.num_now < (1 if replicas == "auto" else replicas):
-            told = f"replicas = {replicas}, but this machine has room for {places.num_now}"
-            raise ConfigError(_WHERE, [f"{told} ({places.told}); set fewer, or ray_address"])
+        if capacity.num_now < (1 if replicas == "auto" else replicas):
+            told = f"replicas = {replicas}, but this machine has room for {capacity.num_now}"
+            raise ConfigError(_WHERE, [f"{told} ({capacity.told}); set fewer, or ray_address"])
 
     def _leave(self, place: _Place) -> None:
-        if place.member is not None:
-            self._crew.fire(place.member.number)
+        if place.worker is not None:
+            self.cluster.kill(place.worker.number)
 
-    def _hire(self, place: _Place) -> None:
-        self._num_hired += 1
-        member = Member(self._num_hired, place.replica, self._clock())
-        place.member, place.is_resting = member, False
-        if self.is_starting_engines:
-            member.orders.append(StartEngine())
-        self._crew.hire(Badge(member.number, member.replica, self._job, self._run_id, __version__))
-        self._on_hired(member)
+    def _start(self, place: _Place) -> None:
+        self._num_started += 1
+        worker = WorkerHandle(self._num_started, place.replica, self.clock())
+        place.worker, place.is_resting = worker, False
+        if self._is_starting_engines:
+            worker.orders.append(StartEngine())
+        self.cluster.start(
+            WorkerInit(worker.number, worker.replica, self._job, self._run_id, __version__)
+        )
+        self.stats.note_started(worker.replica, worker.number)
 
     def send(self) -> None:
         """Send what is to be sent, to those who are not busy with an earlier exchange."""
-        members = list(self.members)
-        wait_s = max(_REPORT_S, len(members) / _REPORTS_A_SECOND)
-        for member in members:
-            if not member.is_exchanging:
-                orders, member.orders = member.orders, []
-                member.is_exchanging = True
+        workers = list(self.workers)
+        wait_s = max(_REPORT_S, len(workers) / _REPORTS_A_SECOND)
+        for worker in workers:
+            if not worker.is_exchanging:
+                orders, worker.orders = worker.orders, []
+                worker.is_exchanging = True
                 # A new one is to be heard of as soon as it is up.
-                is_new = member.look is None
-                self._crew.exchange(member.number, orders, 0.0 if is_new else wait_s)
+                is_new = worker.look is None
+                self.cluster.exchange(worker.number, orders, 0.0 if is_new else wait_s)
 
-    def talk(self) -> Iterator[tuple[Member, Report | Gone]]:
+    def talk(self) -> Iterator[tuple[WorkerHandle, Report | Gone]]:
         """Send what is to be sent, and yield what has come back; waits a moment for something."""
         self.send()
-        members = {member.number: member for member in self.members}
-        for number, news in self._crew.wait(_TALK_WAIT_S):
-            if (found := members.pop(number, None)) is not None:
+        workers = {worker.number: worker for worker in self.workers}
+        for number, news in self.cluster.wait(_TALK_WAIT_S):
+            if (found := workers.pop(number, None)) is not None:
                 found.is_exchanging = False
                 if not isinstance(news, Gone):
                     found.look = news.look or found.look
                 yield found, news
-        for member in members.values():
-            silent_s = self._crew.silent_s(member.number)
+        for worker in workers.values():
+            silent_s = self.cluster.silent_s(worker.number)
             if silent_s > self._max_silent_s:
-                yield member, Gone(f"it has said nothing for {silent_s:.0f} s")
+                yield worker, Gone(f"it has said nothing for {silent_s:.0f} s")
 
-    def dismiss(self, member: Member, reason: str) -> None:
+    def dismiss(self, worker: WorkerHandle, reason: str) -> None:
         """A worker is gone, or is to go: kill what is left of it, see to the next one."""
-        self._crew.fire(member.number)
-        place = self._places.get(member.replica)
-        if place is None or place.member is not member:
+        self.cluster.kill(worker.number)
+        place = self._places.get(worker.replica)
+        if place is None or place.worker is not worker:
             return
-        place.member = None
+        place.worker = None
         # Rows that ended and were never committed are no progress.
-        place.num_failures = 1 if member.parts else place.num_failures + 1
-        host = f" ({member.look.host})" if member.look is not None else ""
-        self._last_trouble = f"replica {member.replica}{host}: {reason}"
+        place.num_failures = 1 if worker.parts else place.num_failures + 1
+        host = f" ({worker.look.host})" if worker.look is not None else ""
+        self._last_trouble = f"replica {worker.replica}{host}: {reason}"
         place.is_resting = place.num_failures > len(RETRY_WAITS_S)
         if place.is_resting:
             wait_s, told = REST_S, f"tried again in {REST_S / 60:.0f} min"
         else:
             wait_s, told = RETRY_WAITS_S[place.num_failures - 1], "replaced"
-        place.hire_at_s = self._clock() + wait_s
+        place.start_at_s = self.clock() + wait_s
         self._tell(f"{self._last_trouble}; {told}")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from batchgen.cli.look import status
 from batchgen.cli.replicas import replica_lines
-from batchgen.cluster.board import Board
 from batchgen.cluster.messages import Committed, Look
+from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.core.records import EngineStats
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.store.runs import RunLock, RunLog
@@ -70,7 +70,7 @@ def stats():
 
 @pytest.fixture
 def board(stats, clock):
-    return Board(stats, clock=clock)
+    return ReplicaStats(stats, clock=clock)
 
 
 def ends(stats):
@@ -154,7 +154,7 @@ def test_a_death_leaves_the_rates_as_they_were(board, stats, clock):
 
 
 def test_a_row_tells_what_a_replica_does(board, stats, clock):
-    board.note_hired(1, 1)
+    board.note_started(1, 1)
     assert board.rows(100.0)[0]["state"] == "waiting for room"
     board.note(1, 1, look(facts=None, num_in_flight=0))
     assert board.rows(100.0)[0]["state"] == "starting the engine"
@@ -199,7 +199,7 @@ def test_a_replica_keeps_its_counts_when_its_worker_is_replaced(board, stats):
     board.note_engine_death(3)
     board.note_committed(3, part(5))
     board.note_gone(3, "killed")
-    board.note_hired(3, 9)
+    board.note_started(3, 9)
     board.note(3, 9, look(2))
     (row,) = board.rows(100.0)
     assert (row["replica"], row["worker"], row["state"]) == (3, 9, "running")
@@ -244,12 +244,12 @@ EVENTS = st.lists(
 def test_whatever_happens_in_whatever_order_the_sums_are_right(events):
     """Ended: rows of the last look of those that live, durable rows of those that are gone."""
     stats = RunStats(0.0, 10**6)
-    board = Board(stats, clock=FakeClock())
+    board = ReplicaStats(stats, clock=FakeClock())
     worker_at, newest = [0, 1, 2, 3], 3
     seen, durable = Counter(), Counter()
     alive, tokens = {0, 1, 2, 3}, 0
     for at in worker_at:
-        board.note_hired(at, at)
+        board.note_started(at, at)
     for at, what, growth in events:
         number = worker_at[at]
         if what == "look":
@@ -267,7 +267,7 @@ def test_whatever_happens_in_whatever_order_the_sums_are_right(events):
             newest += 1
             worker_at[at] = newest
             alive.add(newest)
-            board.note_hired(at, newest)
+            board.note_started(at, newest)
     numbers = range(newest + 1)
     expected = tuple(
         sum((seen if number in alive else durable)[number, kind] for number in numbers)
@@ -284,7 +284,7 @@ def test_whatever_happens_in_whatever_order_the_sums_are_right(events):
 
 def fleet(num, changes=None):
     """Rows of so many replicas, 100 rows/s and more; `changes` by replica."""
-    board = Board(RunStats(0.0, 0), clock=lambda: 0.0)
+    board = ReplicaStats(RunStats(0.0, 0), clock=lambda: 0.0)
     for at in range(1, num + 1):
         board.note(at, at, look(rates={"requests_per_s": 100.0 + at}))
     return [row | (changes or {}).get(row["replica"], {}) for row in board.rows(5.0)]
@@ -337,7 +337,7 @@ def test_if_most_do_not_run_some_that_do_are_shown_and_the_others_counted():
 
 def test_status_shows_the_table_and_json_has_all_of_it(storage):
     log = RunLog(storage, "run-1")
-    board = Board(RunStats(0.0, 100), clock=lambda: 0.0)
+    board = ReplicaStats(RunStats(0.0, 100), clock=lambda: 0.0)
     board.note(1, 1, look(3))
     lock = RunLock(storage, "run-1")
     lock.acquire()
@@ -357,7 +357,7 @@ def test_status_shows_the_table_and_json_has_all_of_it(storage):
 
 def test_errors_that_were_never_durable_are_not_told():
     stats = RunStats(0.0, 100)
-    board = Board(stats)
+    board = ReplicaStats(stats)
     board.note(1, 1, look(4, 3, error_types={"bad_json": 2, "odd": 1}))
     board.note_committed(1, Committed("p", {}, 4, 1, 0, 0.1, {"bad_json": 1}))
     assert stats.error_types == {"bad_json": 2, "odd": 1}

@@ -1,16 +1,15 @@
-"""Whether a job is for one engine or for many, and what places these."""
+"""What a replica takes, and how many a machine has room for. Imports nothing of Ray."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.cluster.crew import Needs
 from batchgen.core.errors import ConfigError
-from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
+from batchgen.engine.vllm.settings import engine_gpus, is_cpu_build
 
 if TYPE_CHECKING:
-    from batchgen.cluster.crew import Crew
+    from collections.abc import Mapping
+
     from batchgen.job.model import JobConfig
 
 _OF_ONE = 0.9
@@ -19,15 +18,16 @@ _OF_ONE = 0.9
 _WHERE = "[run]"
 
 
-def engine_gpus(job: JobConfig) -> int:
-    """How many GPUs one engine is spread over, if it is for GPUs."""
-    model = job.model
-    sizes = {**model.engine, "tensor_parallel_size": model.tensor_parallel_size}
-    return gpus_of(sizes, is_cpu=False)
+class Resources(NamedTuple):
+    """What each replica takes of its machine."""
+
+    num_cpus: float
+    num_gpus: float
+    """Below 1: a share of one; else a whole number, all on one node."""
 
 
-def needs_of(job: JobConfig) -> Needs:
-    """What a replica takes.
+def resources_of(job: JobConfig) -> Resources:
+    """Return what a replica takes.
 
     Raises:
         ConfigError: GPUs that cannot be had so.
@@ -38,7 +38,7 @@ def needs_of(job: JobConfig) -> Needs:
         num_gpus = float(engine_gpus(job)) if has_gpus else 0.0
     if (problem := _misfit(num_gpus, job)) is not None:
         raise ConfigError(_WHERE, [f"gpus_per_replica = {num_gpus:g}, {problem}"])
-    return Needs(job.run.cpus_per_replica, num_gpus)
+    return Resources(job.run.cpus_per_replica, num_gpus)
 
 
 def _misfit(num_gpus: float, job: JobConfig) -> str | None:
@@ -54,28 +54,34 @@ def _misfit(num_gpus: float, job: JobConfig) -> str | None:
     return None
 
 
-def share_gpu(job: JobConfig, needs: Needs) -> JobConfig:
+def share_gpu(job: JobConfig, takes: Resources) -> JobConfig:
     """The job as a worker gets it: who shares a GPU takes no more than its share of the memory."""
-    if not 0 < needs.num_gpus < 1 or job.model.gpu_memory_utilization is not None:
+    if not 0 < takes.num_gpus < 1 or job.model.gpu_memory_utilization is not None:
         return job
-    share = round(_OF_ONE * needs.num_gpus, 3)
+    share = round(_OF_ONE * takes.num_gpus, 3)
     model = job.model.model_copy(update={"gpu_memory_utilization": share})
     return job.model_copy(update={"model": model})
 
 
-def ray_crew(job: JobConfig) -> Crew:
-    """Workers that Ray places.
+def fit(takes: Resources, node: Mapping[str, float]) -> int:
+    """Count the workers that a node has room for.
 
-    Raises:
-        ConfigError: Ray is not installed.
-        EngineError: There is no cluster at that address.
+    Args:
+        takes: What each takes.
+        node: What the node has: `CPU` and `GPU` among others.
     """
-    if find_spec("ray") is None:
-        told = f"replicas = {job.run.replicas}"
-        if job.run.ray_address is not None:
-            told = f"ray_address = {job.run.ray_address!r}"
-        raise ConfigError(_WHERE, [f"{told} needs Ray: pip install ray"])
-    from batchgen.cluster.ray import RayCrew
+    num_gpus = node.get("GPU", 0.0)
+    rooms = []
+    if takes.num_cpus:
+        rooms.append(_whole(node.get("CPU", 0.0) / takes.num_cpus))
+    if takes.num_gpus >= 1:
+        rooms.append(_whole(num_gpus / takes.num_gpus))
+    elif takes.num_gpus:
+        # A share is a share of one GPU: two of 0.7 do not make 1.4.
+        rooms.append(_whole(num_gpus) * _whole(1 / takes.num_gpus))
+    return min(rooms, default=0)
 
-    room_for = 0 if job.run.replicas == "auto" else job.run.replicas
-    return RayCrew(job.run.ray_address, needs_of(job), room_for=room_for)
+
+def _whole(num: float) -> int:
+    """Round down. Ray counts in ten thousandths: ray/_raylet.pyx, RESOURCE_UNIT_SCALING."""
+    return int(num + 1e-4)

@@ -1,0 +1,549 @@
+"""The driver's loop: leases rows to workers until each has ended and is durable.
+
+A row's way here: free in the `LeaseBook` -> leased -> its worker says that it is durable, or is
+told that its answer is another row's -> settled. A worker that is gone is sealed first: what it
+committed counts, what it writes from then on nobody accepts, and only then its other rows are free
+again. So no row is ever in two hands.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from batchgen.answers.validate import final
+from batchgen.cluster import pacing
+from batchgen.cluster.leases import LeaseBook, count
+from batchgen.cluster.messages import (
+    Answer,
+    Asked,
+    Begin,
+    Committed,
+    EngineDied,
+    Failed,
+    Finish,
+    Finished,
+    Gone,
+    Halt,
+    Noted,
+    Ready,
+    Take,
+)
+from batchgen.core.errors import (
+    AccountingError,
+    BatchgenError,
+    ConfigError,
+    EngineError,
+    InputChangedError,
+    OutputError,
+    StorageError,
+)
+from batchgen.core.ranges import Ranges
+from batchgen.core.records import Request, RowError
+from batchgen.engine.base import failed
+from batchgen.engine.order import carried_bytes, common_prefix, held_bytes, text_of
+from batchgen.pipeline.committer import OpenPart
+from batchgen.pipeline.context import Stop
+from batchgen.pipeline.feeder import FeedBatch
+from batchgen.pipeline.frozen import input_changes
+from batchgen.store.books import PARTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from batchgen.cluster.messages import Event, Report
+    from batchgen.cluster.workers import WorkerHandle, WorkerPool
+    from batchgen.pipeline.compute import Rows, Work
+    from batchgen.pipeline.context import RunContext
+    from batchgen.pipeline.feeder import Feeder
+    from batchgen.store.dedupe import Sieve
+
+NO_ROWS = Ranges()
+PACK_ROWS = 1024
+_PACK_BYTES = 8 << 20
+"""Of a pack, and of each 1,024 rows that may wait."""
+_PACKS_AHEAD_ROWS = 8192
+_COMMIT_GRACE_S = 30.0
+_OUTLOOK_S = 0.1
+_LISTING_S, _LISTING_WAIT_S = 90.0, 0.5
+_LATELY = 5000
+"""Parts that some folder may not show yet: 256 workers commit so many in eight minutes."""
+
+
+class Driver:
+    """One task: these rows, by these workers. Use once: `Driver(...).run(...)`."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        work: Work,
+        pool: WorkerPool,
+        *,
+        sieve: Sieve | None,
+        feed: Callable[[Rows], Feeder],
+        is_packed: bool,
+    ) -> None:
+        """Bind.
+
+        Args:
+            context: The run.
+            work: Whose rows they are.
+            pool: The workers.
+            sieve: Which requests are to be computed; None: all.
+            feed: Reads rows here.
+            is_packed: Whether rows travel by way of the driver.
+        """
+        self._context = context
+        self._work = work
+        self._pool = pool
+        self._sieve = sieve
+        self._feed = feed
+        self._is_packed = is_packed
+        self._clock = pool.clock
+        self._stats = pool.stats
+        self._book = LeaseBook({})
+        self._packers: list[Packer] = []
+        self._error: BatchgenError | None = None
+        self._halted: tuple[Stop, bool] = (Stop.NO, False)
+        self._give_up_s: float | None = None
+        self._num_not_started = 0
+        self._committed: deque[str] = deque(maxlen=_LATELY)
+        """Parts that count, the last ones."""
+        self._disk_jobs: list[Callable[[], None]] = []
+        """To be done, and again while the disk refuses."""
+        self._disk_give_up_s: float | None = None
+        self._outlook: pacing.Outlook | None = None
+        self._num_seen = 0
+        self._look_again_s = 0.0
+
+    def run(self, rows: Rows, on_tick: Callable[[], None]) -> bool:
+        """Work until every row has ended and is durable, or until the run is stopped.
+
+        Args:
+            rows: Segment -> rows.
+            on_tick: Called often; must be quick.
+
+        Returns:
+            Whether every row has ended.
+
+        Raises:
+            BatchgenError: Job error. What finished before it is durable, if it can be.
+        """
+        stop = self._context.stop
+        stop.is_heard = True
+        self._pool.begin(count(rows))
+        self._book = LeaseBook({} if self._is_packed else rows)
+        self._book.is_fed = True
+        if self._is_packed:
+            self._pack(rows)
+        try:
+            while not self._is_through():
+                if self._is_to_stop() and self._has_stopped():
+                    break
+                self._turn()
+                on_tick()
+        finally:
+            stop.is_heard = False
+            for packer in self._packers:
+                packer.close()
+        if self._error is not None:
+            raise self._error
+        self._await_parts()
+        return self._book.is_through
+
+    def _turn(self) -> None:
+        if self._halted[0] is Stop.NO:
+            self._try(self._lease)
+        for worker, news in self._pool.talk():
+            self._try(partial(self._hear, worker, news))
+        for rows in self._book.guilty():
+            self._disk_jobs.append(partial(self._end_guilty, rows))
+        self._do_disk_jobs()
+
+    def _try(self, step: Callable[[], None]) -> None:
+        """The first error ends the job, once what is under way has ended."""
+        try:
+            step()
+        except BatchgenError as error:
+            self._error = self._error or error
+
+    def _is_through(self) -> bool:
+        is_idle = not self._disk_jobs and not any(one.is_at_work for one in self._pool.workers)
+        return self._book.is_through and is_idle and self._error is None
+
+    # Stopping.
+
+    def _is_to_stop(self) -> bool:
+        """Tell the workers, once, how far to stop; whether they are to."""
+        stop = self._context.stop
+        wanted = (stop.state, stop.is_patient)
+        if self._error is not None and stop.state is Stop.NO:
+            wanted = (Stop.DRAIN, False)
+        if wanted[0] is Stop.NO:
+            return False
+        if wanted != self._halted:
+            self._halted = wanted
+            wait_s = 0.0 if wanted[0] is Stop.NOW else self._context.job.run.grace_s
+            is_patient = wanted == (Stop.DRAIN, True)
+            self._give_up_s = None if is_patient else self._clock() + wait_s + _COMMIT_GRACE_S
+            for worker in self._pool.workers:
+                worker.orders.append(Halt(*wanted))
+        return True
+
+    def _has_stopped(self) -> bool:
+        if self._give_up_s is not None and self._clock() >= self._give_up_s:
+            return True
+        return not any(worker.is_at_work for worker in self._pool.up)
+
+    # Rows to workers.
+
+    def _lease(self) -> None:
+        self._pool.care()
+        up = self._pool.up
+        for packer in list(self._packers):
+            packer.fill(self._book, _PACKS_AHEAD_ROWS * max(1, len(up)))
+            if packer.is_done:
+                packer.close()
+                self._packers.remove(packer)
+        self._book.is_fed = not self._packers
+        asks, epoch = self._sieve is not None and not self._is_packed, self._work.epoch
+        for worker in up:
+            if not worker.is_begun:
+                worker.is_begun = True
+                worker.orders.append(Begin(epoch.plan, epoch.number, asks, self._is_packed))
+        ready = [worker for worker in up if self._is_packed or worker.sees_input]
+        outlook = self._look_at(ready)
+        if not outlook.is_held_up:
+            now_s = self._clock()
+            for worker in ready:
+                if not worker.is_exchanging:  # Else its orders would wait, and grow old.
+                    self._lease_to(worker, pacing.rows_for(worker.pace(now_s), outlook))
+
+    def _look_at(self, ready: Sequence[WorkerHandle]) -> pacing.Outlook:
+        """The workers as they are, or were a moment ago: hundreds are expensive to look at."""
+        now_s, before = self._clock(), self._outlook
+        if before is not None and len(ready) == self._num_seen and now_s < self._look_again_s:
+            return before
+        paces = [worker.pace(now_s) for worker in ready]
+        num_pending = self._book.num_pending + sum(packer.num_left for packer in self._packers)
+        outlook = pacing.outlook(paces, num_pending, self._pool.num_expected)
+        self._outlook, self._num_seen = outlook, len(ready)
+        # Before a speed is known, the next worker to tell one would seem to have time for ever.
+        self._look_again_s = now_s + (_OUTLOOK_S if outlook.mean_rate else 0.0)
+        if outlook.is_held_up:
+            self._outlook = None
+            for worker, one in zip(ready, paces, strict=True):
+                if not one.is_up and one.backlog:
+                    reason = "its engine is not up, and nothing but its rows is left to do"
+                    self._give_up(worker, reason, has_died=False)
+        return outlook
+
+    def _lease_to(self, worker: WorkerHandle, num_rows: int) -> None:
+        book, number = self._book, worker.number
+        left = num_rows
+        while left > 0 and (lease := book.take(number, left)) is not None:
+            num = count(lease.rows)
+            worker.orders.append(Take(lease))
+            worker.num_leased += num
+            worker.is_busy = True
+            left -= num
+        has_none = book.is_fed and (not book.num_pending or left == num_rows > 0)
+        if worker.is_busy and (has_none or book.has_suspects(number)):
+            worker.orders.append(Finish())
+            worker.is_busy = False
+            worker.num_finishing += 1
+
+    def _pack(self, rows: Rows) -> None:
+        """Read these here."""
+        if rows:
+            by_prefix = self._context.job.run.order == "prefix"
+            put = self._pool.cluster.put
+            self._packers.append(Packer(self._feed(rows), put, count(rows), by_prefix=by_prefix))
+            self._book.is_fed = False
+
+    # What workers say.
+
+    def _hear(self, worker: WorkerHandle, news: Report | Gone) -> None:
+        if isinstance(news, Gone):
+            self._give_up(worker, news.reason, has_died=True)
+            return
+        if news.look is not None:
+            self._stats.note(worker.replica, worker.number, news.look)
+        for event in news.events:
+            self._note(worker, event)
+
+    def _note(self, worker: WorkerHandle, event: Event) -> None:
+        if isinstance(event, Asked):
+            worker.orders.append(self._set_aside(worker, event))
+        elif isinstance(event, Committed):
+            self._settle(worker, event)
+            self._context.note_commit(event.seconds)
+        elif isinstance(event, Finished):
+            worker.num_finishing = max(0, worker.num_finishing - 1)
+            if not event.is_complete:
+                worker.is_busy, worker.num_finishing = False, 0
+        elif isinstance(event, Ready):
+            self._see(worker, sees_input=event.sees_input)
+        elif isinstance(event, EngineDied):
+            self._stats.note_engine_death(worker.number)
+            self._context.note_death(event.death, f", replica {worker.replica}")
+        elif isinstance(event, Failed):
+            self._fail(worker, event.error)
+        elif isinstance(event, Noted):
+            self._context.notes.add(event.text)
+
+    def _see(self, worker: WorkerHandle, *, sees_input: bool) -> None:
+        """Rows go by way of the driver from now on, if one worker does not see the input."""
+        worker.sees_input = sees_input
+        if sees_input or self._is_packed:
+            return
+        host = worker.look.host if worker.look is not None else "?"
+        self._context.notes.add(f"the input is not to be seen on {host}: rows are sent from here")
+        self._is_packed = True
+        self._pack(self._book.withdraw())
+
+    def _fail(self, worker: WorkerHandle, error: BatchgenError) -> None:
+        """A worker cannot go on: by its own fault, or the job's."""
+        is_own = isinstance(error, EngineError | StorageError)
+        if isinstance(error, ConfigError):
+            is_own = self._stats.has_seen_engine  # The job's settings are good where it is up.
+        if isinstance(error, InputChangedError):  # Is it that node that has lost it?
+            is_own = not input_changes(self._work.epoch.plan, self._work.prepared.reader)
+        if isinstance(error, EngineError) and not self._stats.has_seen_engine:
+            # One may have a bad GPU; if it is all of them, it is the job.
+            self._num_not_started += 1
+            is_own = self._num_not_started < self._pool.num_replicas
+        if not is_own:
+            self._error = self._error or error
+        self._give_up(worker, str(error), has_died=False)
+
+    def _give_up(self, worker: WorkerHandle, reason: str, *, has_died: bool) -> None:
+        self._pool.dismiss(worker, reason)
+        self._disk_jobs.append(partial(self._close_books, worker, reason, has_died=has_died))
+
+    # What is durable: by the words of workers and, once one is gone, by its files.
+
+    def _set_aside(self, worker: WorkerHandle, asked: Asked) -> Answer:
+        """Say which requests are to be computed; the rows of the others wait for their answers."""
+        assert self._sieve is not None  # noqa: S101 - else nobody asks
+        passes = self._sieve.let_pass(asked.prefixes, asked.has_seed)
+        worker.passed.append((asked, passes))
+        aside = [row for row, passed in zip(asked.rows, passes, strict=True) if not passed]
+        if aside:
+            worker.num_set_aside += len(aside)
+            self._book.settle(worker.number, {asked.segment: Ranges.of(aside)})
+        return Answer(asked.ask, passes)
+
+    def _settle(self, worker: WorkerHandle, committed: Committed) -> None:
+        """A part is durable.
+
+        Raises:
+            AccountingError: It holds rows that the worker should not have.
+        """
+        self._committed.append(committed.name)
+        worker.parts.add(committed.name)
+        self._stats.note_committed(worker.number, committed)
+        if self._book.settle(worker.number, committed.done):
+            msg = f"{committed.name}: holds rows that worker {worker.number} was not given"
+            raise AccountingError(msg)
+        if self._sieve is None:
+            return
+        left = self._book.rows_out(worker.number)
+
+        def may_come_back(asked: Asked) -> bool:
+            rows = left.get(asked.segment, NO_ROWS)
+            return any(rows.within(min(asked.rows), max(asked.rows) + 1))
+
+        worker.passed = deque(one for one in worker.passed if may_come_back(one[0]))
+
+    def _close_books(self, worker: WorkerHandle, reason: str, *, has_died: bool) -> None:
+        """A worker is given up: what it has committed counts, its other rows are free again.
+
+        Raises:
+            StorageError: It cannot be sealed yet: its rows stay where they are.
+        """
+        if worker.is_begun:
+            ledger, epoch = self._context.ledger, self._work.epoch
+            names = ledger.seal(epoch, worker.number)
+            # Those that count and that it has not told of.
+            for part in ledger.parts(epoch.plan, set(names) - worker.parts).parts:
+                footer = part.footer
+                counts = (footer.num_ok, footer.num_errors, footer.num_skipped)
+                self._settle(worker, Committed(part.name, footer.done, *counts, 0.0))
+        self._stats.note_gone(worker.number, reason)
+        rows = self._book.take_back(worker.number, has_died=has_died)
+        if self._sieve is not None:
+            for asked, passes in worker.passed:
+                mine = rows.get(asked.segment, NO_ROWS)
+                those = zip(asked.rows, asked.prefixes, asked.has_seed, passes, strict=True)
+                self._sieve.take_back(
+                    (prefix, seeded)
+                    for row, prefix, seeded, passed in those
+                    if passed and row in mine
+                )
+        if self._is_packed:  # Whoever gets its rows may not see the input.
+            self._pack(self._book.withdraw())
+
+    def _end_guilty(self, rows: Rows) -> None:
+        """Make errors of rows that were alone in workers that died, twice.
+
+        Raises:
+            StorageError: Not durable; may be tried again.
+        """
+        stages, judge = self._work.stages, self._work.prepared.judge()
+        part = OpenPart(since_s=time.monotonic())
+        error = RowError("engine_crash", "workers died with this row alone in them")
+        for batch in stages.read(rows):
+            for outcome in stages.builder().of(batch):
+                if not isinstance(outcome, Request):
+                    part.results.append(outcome)
+                    continue
+                (result,) = judge.judge([(outcome, failed(outcome.request_id, error))])
+                part.results.append(final(outcome, result))
+        self._work.commits.computed(part, self._pool.facts)
+        self._context.stats.note_ends(part.results)
+
+    def _do_disk_jobs(self) -> None:
+        """Do what touches the output; what the disk refuses is tried again for `disk_grace_s`."""
+        jobs, self._disk_jobs = self._disk_jobs, []
+        for job in jobs:
+            try:
+                job()
+            except StorageError as error:
+                self._disk_jobs.append(job)
+                self._context.tell_disk_trouble(error)
+                if self._disk_give_up_s is None:
+                    self._disk_give_up_s = self._clock() + self._context.job.run.disk_grace_s
+                if self._clock() >= self._disk_give_up_s:
+                    self._error = self._error or error
+            except BatchgenError as error:
+                self._error = self._error or error
+        if not self._disk_jobs:
+            self._disk_give_up_s = None
+
+    def _await_parts(self) -> None:
+        """Wait until the parts that workers have told of can be listed here.
+
+        A network file system may show a folder as it was a while ago: NFS keeps its entries for
+        up to 60 s (nfs(5), acdirmax).
+
+        Raises:
+            OutputError: One is not there.
+        """
+        storage, until_s = self._context.ledger.storage, time.monotonic() + _LISTING_S
+        while missing := set(self._committed) - set(storage.list(PARTS)):
+            if time.monotonic() >= until_s:
+                msg = f"{storage.where}: {min(missing)} was committed and is not there"
+                raise OutputError(msg)
+            time.sleep(_LISTING_WAIT_S)
+
+
+class Packer:
+    """Fills a lease book with rows that are read, rendered and ordered here, in packs.
+
+    For input that workers do not see, that cannot be read in pieces (gzip, zstd, CSV), and for an
+    order over the whole job, where rows that go together stand far apart in the files.
+    """
+
+    def __init__(
+        self,
+        feeder: Feeder,
+        put: Callable[[Sequence[FeedBatch]], Any],
+        num_rows: int,
+        *,
+        by_prefix: bool = False,
+    ) -> None:
+        """Bind.
+
+        Args:
+            feeder: Belongs to the packer from now on.
+            put: Stores packs where workers find them.
+            num_rows: That it reads, those included that will not need an engine.
+            by_prefix: Rows come by their prompts' text: where one pack ends and the next begins,
+                these are to have little in common.
+        """
+        self._feeder = feeder
+        self._put = put
+        self._num_left = num_rows
+        self._by_prefix = by_prefix
+        self._held: list[Request] = []
+        self._row_bytes = 1.0
+        self.is_done = False
+        """All rows are packed."""
+
+    @property
+    def num_left(self) -> int:
+        """Rows that are yet to be packed, at most."""
+        return 0 if self.is_done else self._num_left
+
+    def fill(self, book: LeaseBook, num_wanted: int) -> None:
+        """Add packs until so many rows are free, or nothing more is ready.
+
+        Raises:
+            BatchgenError: What reading raised.
+        """
+        while not self.is_done and book.num_pending < self._limit(num_wanted):
+            batch = self._feeder.take(0)
+            if batch is None:
+                if self._feeder.is_done:
+                    self._pack(book, self._held)
+                    self.is_done = True
+                return
+            if not self._by_prefix:
+                self._add(book, batch)
+                continue
+            self._add(book, batch.only((), batch.results, batch.skipped))
+            self._held += batch.requests
+            if len(self._held) >= 2 * PACK_ROWS:
+                cut = best_cut(self._held)
+                self._pack(book, self._held[:cut])
+                del self._held[:cut]
+
+    def _limit(self, num_wanted: int) -> int:
+        """Rows that may wait: of large ones fewer."""
+        return min(num_wanted, max(1, int(num_wanted / PACK_ROWS * _PACK_BYTES / self._row_bytes)))
+
+    def _pack(self, book: LeaseBook, requests: Sequence[Request]) -> None:
+        self._add(book, FeedBatch(list(requests), (), 0, Ranges(), carried_bytes(requests)))
+
+    def _add(self, book: LeaseBook, batch: FeedBatch) -> None:
+        """Put a pack, or several if it is large."""
+        if batch.requests:
+            self._row_bytes = max(1.0, held_bytes(batch.requests) / len(batch.requests))
+        size = max(1, int(_PACK_BYTES / self._row_bytes))
+        rest = [
+            batch.only(batch.requests[at : at + size], (), Ranges())
+            for at in range(size, len(batch.requests), size)
+        ]
+        for pack in (batch.only(batch.requests[:size], batch.results, batch.skipped), *rest):
+            if rows := rows_of(pack):
+                book.add(rows, self._put([pack]))
+                self._num_left -= sum(map(len, rows.values()))
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._feeder.close()
+
+
+def best_cut(requests: Sequence[Request]) -> int:
+    """Where to cut sorted requests so that both sides have least in common; not near the ends."""
+    first = len(requests) // 4
+    texts = [text_of(request) for request in requests[first : 3 * first + 1]]
+    shared = [common_prefix(one, other) for one, other in pairwise(texts)]
+    return first + 1 + min(range(len(shared)), key=shared.__getitem__)
+
+
+def rows_of(batch: FeedBatch) -> dict[int, Ranges]:
+    """Segment -> the rows that end by way of a `FeedBatch`."""
+    found: dict[int, list[int]] = {}
+    for segment, row in [one.ordinal for one in batch.requests] + [
+        r.ordinal for r in batch.results
+    ]:
+        found.setdefault(segment, []).append(row)
+    rows = {segment: Ranges.of(numbers) for segment, numbers in found.items()}
+    if batch.skipped:
+        rows[batch.segment] = rows.get(batch.segment, Ranges()) | batch.skipped
+    return rows
