@@ -41,7 +41,7 @@ def ray_cluster(job: JobConfig) -> Cluster:
         if run.ray_address is not None:
             told = f"ray_address = {run.ray_address!r}"
         where = "[run]"
-        raise ConfigError(where, [f"{told} needs Ray: pip install 'batchgen[ray]'"])
+        raise ConfigError(where, [f"{told} needs Ray: pip install ray"])
     from batchgen.cluster.ray import RayCluster
 
     room_for = 0 if run.replicas == "auto" else run.replicas
