@@ -186,7 +186,7 @@ class Takeover:
 
     def _errors(self) -> Iterator[dict[int, Ranges]]:
         """Yield the base's rows that are errors, piece by piece."""
-        storage, status = self._ledger.storage, f"{self.old.job['output']['prefix']}status"
+        storage, status = self._ledger.storage, f"{self.old.prefix}status"
         for part in self._durable.parts:
             with ResultFile(storage.path(part.name)) as file:
                 for _, table in file.groups([SEGMENT, ROW, status]):

@@ -76,7 +76,7 @@ def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[tuple[PastRun, 
             continue
         if number not in plans:
             plans[number] = None
-            with suppress(OutputError):
+            with suppress(OutputError, StorageError):
                 plans[number] = ledger.plan(number)
         plan = plans[number]
         recipe = plan.job.get("recipe", {}) if plan is not None else {}
@@ -115,7 +115,7 @@ def _past_run(
 
 
 def _read(storage: LocalStorage, name: str) -> dict[str, Any]:
-    with suppress(OutputError, ValueError, TypeError):
+    with suppress(StorageError, ValueError, TypeError):
         return dict(json.loads(storage.read(name) or b"{}"))
     return {}
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.errors import BusyError, OutputError
+from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class RunLog:
     def num_engine_warnings(self) -> int:
         """How many different warnings and errors the engines' logs hold, all of them together."""
         texts: set[str] = set()
-        with suppress(OutputError, OSError):  # Figures: not worth a run's own error.
+        with suppress(StorageError, OSError):  # Figures: not worth a run's own error.
             for name in filter(_LOG.search, self._storage.list(self._folder)):
                 path = self._storage.path(name)
                 with path.open(encoding="utf-8", errors="replace") as lines:
@@ -326,7 +326,7 @@ class RunLog:
 
     def _replace(self, name: str, data: bytes) -> None:
         """Write a file that may be lost: a full disk must not stop a run for its figures."""
-        with suppress(OutputError):
+        with suppress(OutputError, StorageError):
             self._storage.replace(f"{self._folder}/{name}", data)
 
 

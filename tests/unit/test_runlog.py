@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from batchgen.core.records import EngineStats
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.storage import LocalStorage
+from batchgen.storage import Disk, LocalStorage
 from batchgen.store.runs import RunLog, memory_mib, new_run_id, utc_now
 
 FOLDER = "_batchgen/runs/run-1"
@@ -31,6 +32,18 @@ def sample(elapsed_s):
 def test_nothing_is_made_before_the_first_write(storage, log):
     assert log.run_id == "run-1"
     assert not storage.root.exists()
+
+
+class FullDisk(Disk):
+    def write(self, file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_costs_figures_and_no_run(tmp_path):
+    log = RunLog(LocalStorage(tmp_path, disk=FullDisk()), "run-1")
+    log.live({"state": "running"})
+    log.finish({"state": "complete"})
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_the_live_view_is_rewritten(storage, log):
