@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchgen.core.errors import ConfigError, OutputError
+from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 
