@@ -11,8 +11,9 @@ import sys
 import click
 
 from batchgen import __version__
-from batchgen.cli import doctor, history, look, plan, tune
-from batchgen.cli.run import refused_usage, run
+from batchgen.cli.history import diff, prune, snapshots
+from batchgen.cli.look import check, doctor, plan, schema, show, status, verify
+from batchgen.cli.run import refused_usage, run, tune
 from batchgen.core.errors import BatchgenError, ExitCode
 from batchgen.core.words import lost_output, own_streams
 
@@ -28,12 +29,8 @@ def cli() -> None:
 
 
 for _command in (
-    run,
-    *tune.COMMANDS,
-    *look.COMMANDS,
-    *plan.COMMANDS,
-    *doctor.COMMANDS,
-    *history.COMMANDS,
+    *(run, tune, check, doctor, plan, status, show, verify, schema),
+    *(snapshots, prune, diff),
 ):
     cli.add_command(_command)
 

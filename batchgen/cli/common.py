@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -12,32 +13,84 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from batchgen.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import datetime
 
-JOB = click.argument("job", type=click.Path(path_type=Path))
-SET = click.option(
+    from batchgen.job.model import JobConfig
+
+    Load = Callable[..., JobConfig]
+    """Loads the command's job, with what `batchgen tune` found for it unless `tuned=False`."""
+
+_JOB = click.argument("job", type=click.Path(path_type=Path))
+_SET = click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="TABLE.KEY=VALUE",
     help="Override a key of the job file; may be given often.",
 )
-TUNED = click.option(
-    "--no-tuned",
-    "tuned",
-    flag_value=False,
-    default=True,
-    help="Do not use what `batchgen tune` found for this job.",
-)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-DATE = click.option(
+_DATE = click.option(
     "--date",
     "run_date",
     type=click.DateTime(["%Y-%m-%d"]),
     metavar="YYYY-MM-DD",
     help="The date that {date} in paths stands for. Default: today, where this machine is.",
 )
+
+
+def job_command(function: Callable[..., None]) -> click.Command:
+    """Make a command of a job file, with `--set` and `--date`.
+
+    Args:
+        function: Gets the job file's path, a `Load`, and what other options it has.
+    """
+
+    @functools.wraps(function)
+    def command(
+        job: Path, overrides: tuple[str, ...], run_date: datetime | None, **options: object
+    ) -> None:
+        def load(*, tuned: bool = True) -> JobConfig:
+            from batchgen import api
+
+            return api.load(job, overrides, run_date, tuned=tuned)
+
+        function(job, load, **options)
+
+    return click.command()(_JOB(_SET(_DATE(command))))
+
+
+def output_command(function: Callable[..., None]) -> click.Command:
+    """Make a command of an output folder, or of the one that a job file names.
+
+    Args:
+        function: Gets the folder, and what other options it has.
+    """
+
+    @functools.wraps(function)
+    def command(job: Path, overrides: tuple[str, ...], **options: object) -> None:
+        from batchgen.api import output_of
+
+        function(output_of(job, overrides), **options)
+
+    return click.command()(_JOB(_SET(command)))
+
+
+def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """Make a callback of an option that reads its text, if it is given."""
+
+    def callback(_: click.Context, __: click.Parameter, text: str | None) -> Any:  # noqa: ANN401
+        try:
+            return None if text is None else parse(text)
+        except ConfigError as error:
+            raise click.BadParameter(error.problems[0]) from error
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return callback
 
 
 class Number(click.FloatRange):
@@ -91,17 +144,16 @@ def rows_in_flight(grace_s: float) -> str:
     return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"
 
 
-def print_json(fields: Mapping[str, Any]) -> None:
-    """One object on one line of stdout."""
-    click.echo(json.dumps(fields, default=str))
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(f"batchgen: {text}", err=True)
 
 
-def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested facts as lines, `run.pid` for a fact in another; what is unknown left out."""
-    found: list[tuple[str, Any]] = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            found += flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found.append((f"{prefix}{name}", f"{value:.1f}" if isinstance(value, float) else value))
-    return found
+def as_line(facts: Mapping[str, Any]) -> str:
+    """One JSON object on one line, as `--json` prints it."""
+    return json.dumps(facts, default=str)
+
+
+def table(rows: Mapping[str, str]) -> list[str]:
+    """Lines of a name and a text each; those without a text left out."""
+    return [f"  {name:8} {text}" for name, text in rows.items() if text]

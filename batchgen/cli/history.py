@@ -6,55 +6,45 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JOB, JSON, SET, print_json
+from batchgen.cli.common import JSON, as_line, output_command
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from batchgen.views.diff import Diff, LabelMoves
-    from batchgen.views.listing import Listed
+    from batchgen.views.status import Listed
 
 _SHOWN_MOVES = 20
 _SHOWN_CHARS = 60
 
 
-@click.command()
-@JOB
-@SET
+@output_command
 @JSON
-def snapshots(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+def snapshots(root: Path, *, as_json: bool) -> None:
     """List the published snapshots of a job, the newest last. JOB may be an output folder.
 
     Example: batchgen snapshots jobs/quickstart.toml
     """
-    from batchgen.api import output_of
-    from batchgen.views.listing import listed
-    from batchgen.views.status import not_begun
+    from batchgen.views.status import listed, not_begun
 
-    root = output_of(job, overrides)
     found = listed(root)
     if as_json:
-        print_json({"output": str(root), "snapshots": [line.as_dict() for line in found]})
+        click.echo(as_line({"output": str(root), "snapshots": [line.as_dict() for line in found]}))
         return
     if not found:
         why = not_begun(root)
         click.echo(f"{root}: {why}" if why else "nothing is published yet", err=True)
     for line in found:
-        click.echo(_told_line(line))
+        click.echo(_snapshot_line(line))
 
 
-@click.command()
-@JOB
-@SET
+@output_command
 @click.option(
     "--keep", type=click.IntRange(min=1), required=True, metavar="N", help="So many newest stay."
 )
 @click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 @JSON
-def prune(
-    job: Path, overrides: tuple[str, ...], *, keep: int, dry_run: bool, as_json: bool
-) -> None:
+def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
     """Remove all but the newest snapshots of a job. JOB may be an output folder.
 
     The newest stays in any case, and what an unfinished run takes rows over from. Exits 75 while
@@ -62,27 +52,23 @@ def prune(
 
     Example: batchgen prune jobs/quickstart.toml --keep 7
     """
-    from batchgen.api import output_of
-    from batchgen.views.listing import listed
-    from batchgen.views.listing import prune as prune_output
+    from batchgen.views.status import listed
+    from batchgen.views.status import prune as prune_output
 
-    root = output_of(job, overrides)
     num_snapshots = len(listed(root))
     removed = prune_output(root, keep, dry_run=dry_run)
     if as_json:
         lines = [line.as_dict() for line in removed]
-        print_json({"output": str(root), "dry_run": dry_run, "removed": lines})
+        click.echo(as_line({"output": str(root), "dry_run": dry_run, "removed": lines}))
         return
     for line in removed:
-        click.echo(_told_line(line))
+        click.echo(_snapshot_line(line))
     num_bytes = sum(line.size_bytes for line in removed)
     verb = "would go" if dry_run else "removed"
     click.echo(f"{len(removed)} of {num_snapshots} snapshots {verb}, {_size(num_bytes)}")
 
 
-@click.command()
-@JOB
-@SET
+@output_command
 @click.argument("numbers", type=int, nargs=-1, metavar="[OLD NEW]")
 @click.option(
     "--on",
@@ -93,8 +79,7 @@ def prune(
 @click.option("-n", "num_rows", default=5, show_default=True, help="Changed rows to show.")
 @JSON
 def diff(
-    job: Path,
-    overrides: tuple[str, ...],
+    root: Path,
     *,
     numbers: tuple[int, ...],
     on: str | None,
@@ -107,7 +92,6 @@ def diff(
 
     Example: batchgen diff jobs/quickstart.toml 3 5 --on id
     """
-    from batchgen.api import output_of
     from batchgen.views.diff import diff as diff_output
 
     if len(numbers) not in {0, 2}:
@@ -115,14 +99,11 @@ def diff(
         raise click.UsageError(msg)
     both = (numbers[0], numbers[1]) if numbers else None
     columns = [name.strip() for name in on.split(",")] if on else []
-    found = diff_output(output_of(job, overrides), both, on=columns, num_examples=num_rows)
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        click.echo("\n".join(_told_diff(found)))
+    found = diff_output(root, both, on=columns, num_examples=num_rows)
+    click.echo(as_line(found.as_dict()) if as_json else "\n".join(_diff_lines(found)))
 
 
-def _told_line(line: Listed) -> str:
+def _snapshot_line(line: Listed) -> str:
     """One snapshot on one line."""
     marks = ["shown"] if line.is_shown else []
     marks += [f"over gate.{name}" for name in line.overridden]
@@ -141,7 +122,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def _told_diff(found: Diff) -> list[str]:
+def _diff_lines(found: Diff) -> list[str]:
     lines = [
         f"snapshot {found.old} -> {found.new}, rows paired by {found.paired_by}",
         f"  rows     {found.num_old:,} -> {found.num_new:,}: {found.num_added:,} added, "
@@ -167,7 +148,7 @@ def _told_diff(found: Diff) -> list[str]:
     }
     lines += [f"  columns  {what}: {', '.join(names)}" for what, names in columns.items() if names]
     for moves in found.labels:
-        lines += _told_moves(moves)
+        lines += _move_lines(moves)
     for example in found.examples:
         lines.append(f"--- {example['where']}: {example['changed']} changed")
         lines += [
@@ -177,7 +158,7 @@ def _told_diff(found: Diff) -> list[str]:
     return lines
 
 
-def _told_moves(moves: LabelMoves) -> list[str]:
+def _move_lines(moves: LabelMoves) -> list[str]:
     drift = "unknown" if moves.drift is None else f"{moves.drift:.3g}"
     names = sorted(
         moves.before.keys() | moves.after.keys(), key=lambda name: (-moves.after.get(name, 0), name)
@@ -204,6 +185,3 @@ def _label(name: str | None) -> str:
 def _short(value: Any) -> str:  # noqa: ANN401 - a column's value has any type
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
-
-
-COMMANDS: Sequence[click.Command] = (snapshots, prune, diff)

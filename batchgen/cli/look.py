@@ -1,4 +1,4 @@
-"""Commands that look at a job and change nothing: check, status, show, verify, schema."""
+"""Commands that look at a job and change nothing."""
 
 from __future__ import annotations
 
@@ -8,34 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import DATE, JOB, JSON, SET, flat, print_json
+from batchgen.cli.common import JSON, as_line, job_command, output_command, reading
 from batchgen.core.errors import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from datetime import datetime
     from pathlib import Path
 
-_SILENT_S = 15.0
-"""A live view that is older is worth telling: mostly it is rewritten every 2 s."""
+    from batchgen.cli.common import Load
+    from batchgen.preview.estimate import Price, Rate
 
 
-@click.command()
-@JOB
-@SET
-@DATE
+@job_command
 @click.option("-n", "num_rows", default=3, show_default=True, help="Rows to render.")
-def check(
-    job: Path, overrides: tuple[str, ...], *, run_date: datetime | None, num_rows: int
-) -> None:
+def check(_: Path, load: Load, *, num_rows: int) -> None:
     """Check a job file and show its first prompts; loads no model.
 
     Example: batchgen check jobs/quickstart.toml -n 1
     """
-    from batchgen.api import load
     from batchgen.pipeline.prepare import first_prompts, prepare
 
-    prepared = prepare(load(job, overrides, run_date.date() if run_date else None))
+    prepared = prepare(load())
     click.echo(
         f"input    {len(prepared.files)} {prepared.format} file(s), first {prepared.files[:1]}"
     )
@@ -53,91 +45,107 @@ def check(
         click.echo(text)
 
 
-@click.command()
-@JOB
-@SET
+@job_command
 @JSON
-def status(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+def doctor(job: Path, load: Load, *, as_json: bool) -> None:
+    """Tell whether this machine can run a job, and how well, before anything loads.
+
+    GPU, driver, versions, quantization, weights and KV cache against memory, rows at once, output
+    folder and disk. Estimates are called so. Exits with 0 if it can run, with 2 if it cannot.
+
+    Example: batchgen doctor jobs/quickstart.toml
+    """
+    from batchgen.preview.doctor import examine
+
+    report = examine(load, job)
+    click.echo(as_line(report.as_dict()) if as_json else report.as_text())
+    sys.exit(report.exit_code)
+
+
+def _rate(text: str) -> Rate:
+    from batchgen.preview.estimate import read_rate
+
+    return read_rate(text)
+
+
+def _price(text: str) -> Price:
+    from batchgen.preview.estimate import read_price
+
+    return read_price(text)
+
+
+@job_command
+@click.option(
+    "--exact", "is_exact", is_flag=True, help="Look at every row that is to do, not at a sample."
+)
+@click.option(
+    "--rate",
+    callback=reading(_rate),
+    metavar="RATE",
+    help="How fast it will go: 250rows/s, or 12000tokens/s of prompts and answers together. "
+    "Default: as fast as the last run of this output.",
+)
+@click.option(
+    "--gpu-cost",
+    "price",
+    callback=reading(_price),
+    metavar="PRICE",
+    help="Price of a GPU for an hour, for example 2.5EUR.",
+)
+@click.option("--fresh", is_flag=True, help="Of a run with --fresh.")
+@click.option("--retry-errors", is_flag=True, help="Of a run with --retry-errors.")
+@click.option("--accept-recipe", is_flag=True, help="Of a run with --accept-recipe.")
+@click.option("--only-errors", is_flag=True, help="Of a run with --accept-recipe --only-errors.")
+@JSON
+def plan(
+    _: Path,
+    load: Load,
+    *,
+    as_json: bool,
+    **options: Any,  # noqa: ANN401 - fields of PlanOptions, the rest of RunOptions
+) -> None:
+    """Tell what a run would do: rows, tokens, time, cost. Touches nothing and needs no GPU.
+
+    Exits with 0, or with 2 where a run would refuse to start.
+
+    Example: batchgen plan jobs/quickstart.toml --rate 250rows/s --gpu-cost 2.5EUR
+    """
+    from batchgen.pipeline.interface import RunOptions
+    from batchgen.preview.plan import PlanOptions, foresee
+    from batchgen.preview.report import told
+
+    asked = {name: options.pop(name) for name in ("is_exact", "rate", "price")}
+    forecast = foresee(load, PlanOptions(RunOptions(**options), **asked))
+    click.echo(as_line(forecast.as_dict()) if as_json else told(forecast))
+    sys.exit(forecast.exit_code)
+
+
+@output_command
+@JSON
+def status(root: Path, *, as_json: bool) -> None:
     """Tell the state of a running, interrupted or finished job. JOB may be an output folder.
 
     Example: batchgen status jobs/quickstart.toml
     """
-    from batchgen.api import output_of
-    from batchgen.cli.replicas import replica_lines
-    from batchgen.views.status import not_begun
-    from batchgen.views.status import status as status_of
+    from batchgen.views.status import as_text, status_of
 
-    root = output_of(job, overrides)
     facts = status_of(root)
-    if as_json:
-        print_json(facts)
-        return
-    replicas = facts.get("run", {}).pop("replicas", [])
-    if facts["state"] == "new" and (why := not_begun(root)):
-        facts["state"] = f"new: {why}"
-    for name, value in flat(_readable(facts)):
-        click.echo(f"{name:24} {value}")
-    for line in replica_lines(replicas):
-        click.echo(line)
+    click.echo(as_line(facts) if as_json else as_text(root, facts))
 
 
-def _readable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person sees of `views.status`: sentences where values would have to be explained."""
-    told = dict(facts)
-    if "published" in told:
-        told["published"] = _told_published(told["published"])
-    if "damaged" in told:
-        told["damaged"] = "; ".join(told["damaged"])
-    if "run" in told:
-        run = dict(told["run"])
-        age_s = run.pop("sign_of_life_age_s", None)
-        if age_s is not None and age_s >= _SILENT_S:
-            run["last_sign_of_life"] = _told_silence(run, age_s)
-        told["run"] = run
-    return told
-
-
-def _told_published(seen: Mapping[str, Any] | None) -> str:
-    if seen is None:
-        return "nothing yet"
-    return (
-        f"snapshot {seen['snapshot']} of {seen['published_at']}: {seen['num_ok']:,} ok, "
-        f"{seen['num_errors']:,} errors"
-    )
-
-
-def _told_silence(run: Mapping[str, Any], age_s: float) -> str:
-    """How long a run has not been heard of, and what to make of it."""
-    from batchgen.pipeline.progress import duration
-
-    if "elapsed_s" not in run:
-        means = f"{run.get('state')}, it gives none until that is done"
-    elif run.get("num_left") == 0:
-        means = "every row has ended, publishing gives none"
-    else:
-        means = "if it is frozen, take the job from it: batchgen run --steal"
-    return f"{duration(age_s)} ago ({means})"
-
-
-@click.command()
-@JOB
-@SET
+@output_command
 @click.option("-n", "num_rows", default=5, show_default=True, help="Rows to show.")
 @click.option("--errors", is_flag=True, help="Only rows that are errors.")
 @click.option("--snapshot", type=int, metavar="N", help="Of an old snapshot, by its number.")
-def show(
-    job: Path, overrides: tuple[str, ...], num_rows: int, *, errors: bool, snapshot: int | None
-) -> None:
+def show(root: Path, *, num_rows: int, errors: bool, snapshot: int | None) -> None:
     """Print rows readably: of the newest plan, published or durable so far.
 
     JOB may be an output folder.
 
     Example: batchgen show jobs/quickstart.toml --errors
     """
-    from batchgen.api import output_of
     from batchgen.views.status import not_begun, rows
 
-    root = output_of(job, overrides)
     frame = rows(root, num_rows, errors=errors, snapshot=snapshot)
     if frame.is_empty():
         why = not_begun(root)
@@ -149,11 +157,9 @@ def show(
                 click.echo(f"{name:24} {value}")
 
 
-@click.command()
-@JOB
-@SET
+@output_command
 @JSON
-def verify(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+def verify(root: Path, *, as_json: bool) -> None:
     """Read every byte of a job's output and prove the books. JOB may be an output folder.
 
     Exits 0 if all is well, 1 if something is damaged or the folder shows other files than the
@@ -161,12 +167,11 @@ def verify(job: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
 
     Example: batchgen verify jobs/quickstart.toml
     """
-    from batchgen.api import output_of
     from batchgen.store.verify import verify as verify_output
 
-    verdict = verify_output(output_of(job, overrides))
+    verdict = verify_output(root)
     if as_json:
-        print_json(verdict.as_dict())
+        click.echo(as_line(verdict.as_dict()))
     else:
         for problem in verdict.problems:
             click.secho(problem, fg="red")
@@ -188,6 +193,3 @@ def schema() -> None:
     from batchgen.job.load import json_schema
 
     click.echo(json.dumps(json_schema(), indent=1))
-
-
-COMMANDS = (check, status, show, verify, schema)

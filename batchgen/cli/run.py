@@ -1,4 +1,4 @@
-"""`batchgen run`, and the summary that it ends with: for people, or as one JSON object."""
+"""Commands that put an engine to work: `run`, with the summary that it ends with, and `tune`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.cli.common import (
-    DATE,
-    JOB,
     JSON,
-    SET,
-    TUNED,
-    print_json,
+    Number,
+    as_line,
+    job_command,
+    reading,
     rows_in_flight,
+    say,
     say_stopping,
     stop_on_signals,
+    table,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
 
@@ -26,39 +27,28 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from batchgen.cli.common import Load
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.interface import Summary
+    from batchgen.tuning.trial import Stops
 
 _INTERRUPTED = "interrupted; run again to go on"
 
 
-def _until(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
-    if value is None:
-        return None
+def _until(text: str) -> datetime:
     from batchgen.pipeline.deadline import parse_until
     from batchgen.store.runs import utc_now
 
-    try:
-        return parse_until(value, utc_now())
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+    return parse_until(text, utc_now())
 
 
-def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
+def _seconds(text: str) -> float:
     from batchgen.pipeline.deadline import parse_duration
 
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+    return parse_duration(text)
 
 
-@click.command()
-@JOB
-@SET
-@DATE
+@job_command
 @click.option(
     "--fresh",
     is_flag=True,
@@ -84,26 +74,31 @@ def _seconds(_: click.Context, __: click.Parameter, value: str | None) -> float 
 )
 @click.option(
     "--until",
-    callback=_until,
+    callback=reading(_until),
     metavar="TIME",
     help="Stop in time to have committed by then, for example 06:00; exit 75 if work is left.",
 )
 @click.option(
     "--max-runtime",
     "max_runtime_s",
-    callback=_seconds,
+    callback=reading(_seconds),
     metavar="DURATION",
     help="Stop in time to have committed after that long, for example 5h; exit 75 likewise.",
 )
 @click.option("--wait", is_flag=True, help="Wait for a run that is at work on the job.")
 @click.option("--steal", is_flag=True, help="Take the job from a frozen run that holds it.")
-@TUNED
+@click.option(
+    "--no-tuned",
+    "tuned",
+    flag_value=False,
+    default=True,
+    help="Do not use what `batchgen tune` found for this job.",
+)
 @JSON
 def run(
     job: Path,
-    overrides: tuple[str, ...],
+    load: Load,
     *,
-    run_date: datetime | None,
     tuned: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401 - each is a field of RunOptions
@@ -114,29 +109,24 @@ def run(
     """
     this = None
     try:
-        from batchgen.api import job_run, load
+        from batchgen.api import job_run
         from batchgen.pipeline.context import StopSwitch
         from batchgen.pipeline.interface import RunOptions
 
         stop = StopSwitch()
-        _stop_on_signals(stop)
-        date = run_date.date() if run_date else None
-        config = load(job, overrides, date, tuned=tuned)
-        _stop_on_signals(stop, config.run.grace_s)
+        _stop_run_on_signals(stop)
+        config = load(tuned=tuned)
+        _stop_run_on_signals(stop, config.run.grace_s)
         this = job_run(config, stop, RunOptions(**options))
         summary = this.run()
     except BaseException as error:
         failed = this.summary if this is not None else None
         if as_json:
-            print_json(_ended(error, failed).as_dict())
+            click.echo(as_line(_ended(error, failed).as_dict()))
         elif isinstance(error, BatchgenError) and failed is not None and failed.num_left:
-            counts = f"{failed.num_durable:,} of {failed.num_planned:,}"
-            click.echo(f"batchgen: {counts} rows are durable", err=True)
+            say(f"{failed.num_durable:,} of {failed.num_planned:,} rows are durable")
         raise
-    if as_json:
-        print_json(summary.as_dict())
-    else:
-        click.echo(_told(summary, job))
+    click.echo(as_line(summary.as_dict()) if as_json else _as_text(summary, job))
     sys.exit(summary.exit_code)
 
 
@@ -160,10 +150,11 @@ def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None and context.command is run and "--json" in args:
         reason = error.format_message()
-        print_json(Summary("refused", int(ExitCode.REFUSED), reason=reason).as_dict())
+        ended = Summary("refused", int(ExitCode.REFUSED), reason=reason)
+        click.echo(as_line(ended.as_dict()))
 
 
-def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
+def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
     """Signals ask the run to drain, which is said at once; a second one to stop now.
 
     Args:
@@ -187,65 +178,47 @@ def _stop_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
     stop_on_signals(ask)
 
 
-def _told(summary: Summary, job: Path) -> str:
+def _as_text(summary: Summary, job: Path) -> str:
     """The summary that a person reads."""
-    from batchgen.pipeline.progress import duration
-
-    lines = [f"warning: {text}" for text in summary.warnings]
     head = summary.state.replace("_", " ")
-    lines.append(f"{head}: {summary.reason}" if summary.reason else head)
+    run = summary.run
+    limited = [entry for entry in summary.gate if entry["limit"] is not None]
+    lines = {
+        "rows": _counts(summary),
+        "of them": _origins(summary),
+        "errors": ", ".join(f"{kind} {n:,}" for kind, n in run.get("error_types", {}).items()),
+        "retries": _retries(run) if run.get("num_retries") else "",
+        **(_speed(summary) if summary.engine else {}),
+        "tuned": _tuned(summary.tuned) if summary.tuned else "",
+        "gate": ", ".join(map(_limit, limited)),
+        "output": _files(summary),
+        "log": _log(summary),
+        "see": f"batchgen show {job} --errors" if summary.num_errors else "",
+    }
+    warnings = [f"warning: {text}" for text in summary.warnings]
+    return "\n".join(
+        [*warnings, f"{head}: {summary.reason}" if summary.reason else head, *table(lines)]
+    )
+
+
+def _counts(summary: Summary) -> str:
     skipped = f", {summary.num_skipped:,} skipped" if summary.num_skipped else ""
     left = f", {summary.num_left:,} left" if summary.num_left else ""
-    lines.append(f"  rows     {summary.num_ok:,} ok, {summary.num_errors:,} errors{skipped}{left}")
-    if origins := _told_origins(summary):
-        lines.append(f"  of them  {origins}")
-    if totals := summary.run.get("error_types"):
-        lines.append("  errors   " + ", ".join(f"{kind} {n:,}" for kind, n in totals.items()))
-    if summary.run.get("num_retries"):
-        lines.append(f"  retries  {_told_retries(summary.run)}")
-    if summary.engine:
-        run = summary.run
-        start = f"engine start {duration(summary.engine['startup_s'])}"
-        lines += [
-            f"  time     {duration(summary.elapsed_s)}: {start}, work {duration(run['working_s'])}",
-            f"  speed    {run['requests_per_s']:,.0f} rows/s, "
-            f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
-            f"{run['output_tokens_per_s']:,.0f} out",
-        ]
-    if summary.tuned:
-        lines.append(f"  tuned    {_told_tuned(summary.tuned)}")
-    if limited := [entry for entry in summary.gate if entry["limit"] is not None]:
-        lines.append("  gate     " + ", ".join(map(_told_limit, limited)))
-    if summary.files:
-        lines.append(f"  output   {summary.output}/{summary.files[0]}{_more(summary.files, 1)}")
-    if summary.num_engine_warnings and summary.summary_path:
-        folder = Path(summary.summary_path).parent
-        log = folder / "vllm.log"
-        log = log if log.exists() else folder
-        lines.append(f"  log      {log} ({summary.num_engine_warnings} different warnings)")
-    if summary.num_errors:
-        lines.append(f"  see      batchgen show {job} --errors")
-    return "\n".join(lines)
+    return f"{summary.num_ok:,} ok, {summary.num_errors:,} errors{skipped}{left}"
 
 
-def _told_origins(summary: Summary) -> str:
+def _origins(summary: Summary) -> str:
     """Where a run's rows come from; empty if it computed them all."""
     if not summary.num_carried and not summary.num_copied:
         return ""
-    told = {
-        "taken over": summary.num_carried,
-        "copied from equal rows": summary.num_copied,
-        "computed in this run": summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0),
-    }
-    return ", ".join(f"{num_rows:,} {how}" for how, num_rows in told.items())
+    num_computed = summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0)
+    return (
+        f"{summary.num_carried:,} taken over, {summary.num_copied:,} copied from equal rows, "
+        f"{num_computed:,} computed in this run"
+    )
 
 
-def _told_tuned(tuned: Mapping[str, Any]) -> str:
-    used = ", ".join(f"{name} = {value}" for name, value in tuned["settings"].items())
-    return f"{used or 'nothing'} by {tuned['path']}"
-
-
-def _told_retries(run: Mapping[str, Any]) -> str:
+def _retries(run: Mapping[str, Any]) -> str:
     verdicts = run["verdicts"]
     num_asked = sum(verdicts.get("1", {}).values())
     num_at_first = verdicts.get("1", {}).get("ok", 0)
@@ -256,11 +229,129 @@ def _told_retries(run: Mapping[str, Any]) -> str:
     )
 
 
-def _told_limit(entry: Mapping[str, Any]) -> str:
+def _speed(summary: Summary) -> dict[str, str]:
+    from batchgen.pipeline.progress import duration
+
+    run = summary.run
+    start, work = duration(summary.engine["startup_s"]), duration(run["working_s"])
+    return {
+        "time": f"{duration(summary.elapsed_s)}: engine start {start}, work {work}",
+        "speed": (
+            f"{run['requests_per_s']:,.0f} rows/s, "
+            f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
+            f"{run['output_tokens_per_s']:,.0f} out"
+        ),
+    }
+
+
+def _tuned(tuned: Mapping[str, Any]) -> str:
+    used = ", ".join(f"{name} = {value}" for name, value in tuned["settings"].items())
+    return f"{used or 'nothing'} by {tuned['path']}"
+
+
+def _limit(entry: Mapping[str, Any]) -> str:
     name = entry["name"].removeprefix("max_").replace("_", " ")
     figure = "unknown" if entry["figure"] is None else f"{entry['figure']:.3g}"
     return f"{name} {figure} of at most {entry['limit']:g}"
 
 
-def _more(files: Sequence[str], num_shown: int) -> str:
-    return f" and {len(files) - num_shown} more" if len(files) > num_shown else ""
+def _files(summary: Summary) -> str:
+    more = f" and {len(summary.files) - 1} more" if len(summary.files) > 1 else ""
+    return f"{summary.output}/{summary.files[0]}{more}" if summary.files else ""
+
+
+def _log(summary: Summary) -> str:
+    if not summary.num_engine_warnings or not summary.summary_path:
+        return ""
+    folder = Path(summary.summary_path).parent
+    log = folder / "vllm.log"
+    place = log if log.exists() else folder
+    return f"{place} ({summary.num_engine_warnings} different warnings)"
+
+
+@job_command
+@click.option(
+    "--minutes",
+    default=20.0,
+    show_default=True,
+    type=Number(min=0, min_open=True),
+    help="Begin no trial that would end later.",
+)
+@click.option(
+    "--trial-s",
+    "most_s",
+    default=60.0,
+    show_default=True,
+    type=Number(min=1),
+    metavar="SECONDS",
+    help="Measure each setting for so long at most, once the engine is full.",
+)
+@click.option(
+    "--scratch",
+    is_flag=True,
+    help="Measure in a temporary output and keep no row: for a job that has none left.",
+)
+@click.option(
+    "--try-fp8-kv-cache",
+    "tries_fp8",
+    is_flag=True,
+    help="Look at a KV cache in FP8, too. It changes answers: measured in a temporary output, "
+    "and never used unless the job file says so.",
+)
+@JSON
+def tune(
+    job: Path,
+    load: Load,
+    *,
+    as_json: bool,
+    **asked: Any,  # noqa: ANN401 - see TuneOptions
+) -> None:
+    """Find the fastest engine settings for a job, with its own rows; their answers are kept.
+
+    Writes JOB.tuned.toml beside the job file, which `batchgen run` uses from then on. Publishes
+    nothing. Exits with 75 if it is stopped, or if a run is at work on the job.
+
+    Example: batchgen tune jobs/quickstart.toml --minutes 10
+    """
+    try:
+        from batchgen.tuning.gauge import Times
+        from batchgen.tuning.trial import Stops
+        from batchgen.tuning.tune import TuneOptions, Tuning
+
+        stops = Stops()
+        _stop_search_on_signals(stops)
+        options = TuneOptions(
+            budget_s=60 * asked["minutes"],
+            times=Times(least_s=min(Times().least_s, asked["most_s"]), most_s=asked["most_s"]),
+            keeps_rows=not asked["scratch"],
+            tries_fp8=asked["tries_fp8"],
+        )
+        config = load(tuned=False)
+        _stop_search_on_signals(stops, config.run.grace_s)
+        report = Tuning(config, job, options, stops=stops, tell=say).run()
+    except BaseException as error:
+        if as_json:
+            ended = _ended(error, None)
+            names = ("state", "exit_code", "reason")
+            click.echo(as_line({name: getattr(ended, name) for name in names}))
+        raise
+    click.echo(as_line(report.as_dict()) if as_json else report.as_text())
+    sys.exit(report.exit_code)
+
+
+def _stop_search_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
+    """Signals end the search once the trial at work has drained; a second one at once.
+
+    Args:
+        stops: The search's.
+        grace_s: How long the rows in flight have.
+    """
+
+    def ask(signum: int, _: object) -> None:
+        is_first = not stops.is_asked
+        if not stops.ask():
+            raise KeyboardInterrupt
+        if is_first:
+            say_stopping(f"stopping with this trial: {rows_in_flight(grace_s)}", signum)
+
+    stop_on_signals(ask)

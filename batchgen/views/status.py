@@ -1,32 +1,46 @@
-"""What can be told of a job from its folder, without touching it: status and rows."""
+"""What there is under an output folder: the state of its job, its rows and its snapshots."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import OutputError
+from batchgen.core.errors import BusyError, OutputError
+from batchgen.pipeline.progress import duration, num_inside
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshots
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import scan
-from batchgen.store.runs import RunLock, utc_now
+from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.visible import lost_or_cut
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import polars as pl
 
-    from batchgen.store.books import Plan
+    from batchgen.store.books import Manifest, Plan
 
 _KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"
+_SILENT_S = 15.0
+"""A live view that is older is worth telling: mostly it is rewritten every 2 s."""
+_WIDTH = 100
+_MOST_REPLICAS = 24
+_MOST_NOT_RUNNING = 16
+_SILENT_REPLICA_S = 30.0
+_COLUMNS = (
+    *("replica", "worker", "state", "rows/s", "tok/s in", "out", "in flight", "KV", "restarts"),
+    "host",
+)
+_LEFT = {"state", "host"}
 
 
-def status(root: Path) -> dict[str, Any]:
+def status_of(root: Path) -> dict[str, Any]:
     """The job's state as one flat mapping.
 
     Returns:
@@ -82,6 +96,64 @@ def status(root: Path) -> dict[str, Any]:
         facts["state"] = "held_back" if held_back else "interrupted"
         facts["last_run"] = _ended(live)
     return facts
+
+
+def as_text(root: Path, facts: Mapping[str, Any]) -> str:
+    """`status_of` for people: a line for each fact, and a table of replicas."""
+    run = dict(facts.get("run", {}))
+    replicas = run.pop("replicas", [])
+    told = {**facts, "run": run}
+    if facts["state"] == "new" and (why := not_begun(root)):
+        told["state"] = f"new: {why}"
+    lines = [f"{name:24} {value}" for name, value in _flat(_readable(told))]
+    return "\n".join([*lines, *replica_lines(replicas)])
+
+
+def _readable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person sees of `views.status`: sentences where values would have to be explained."""
+    told = dict(facts)
+    if "published" in told:
+        told["published"] = _published_line(told["published"])
+    if "damaged" in told:
+        told["damaged"] = "; ".join(told["damaged"])
+    if "run" in told:
+        run = dict(told["run"])
+        age_s = run.pop("sign_of_life_age_s", None)
+        if age_s is not None and age_s >= _SILENT_S:
+            run["last_sign_of_life"] = _silence(run, age_s)
+        told["run"] = run
+    return told
+
+
+def _published_line(seen: Mapping[str, Any] | None) -> str:
+    if seen is None:
+        return "nothing yet"
+    return (
+        f"snapshot {seen['snapshot']} of {seen['published_at']}: {seen['num_ok']:,} ok, "
+        f"{seen['num_errors']:,} errors"
+    )
+
+
+def _silence(run: Mapping[str, Any], age_s: float) -> str:
+    """How long a run has not been heard of, and what to make of it."""
+    if "elapsed_s" not in run:
+        means = f"{run.get('state')}, it gives none until that is done"
+    elif run.get("num_left") == 0:
+        means = "every row has ended, publishing gives none"
+    else:
+        means = "if it is frozen, take the job from it: batchgen run --steal"
+    return f"{duration(age_s)} ago ({means})"
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested facts as lines, `run.pid` for a fact in another; what is unknown left out."""
+    found: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found.append((f"{prefix}{name}", f"{value:.1f}" if isinstance(value, float) else value))
+    return found
 
 
 def not_begun(root: Path) -> str | None:
@@ -181,3 +253,165 @@ def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | Non
     else:
         names = [part.name for part in ledger.durable(plan).parts]
     return (plan, names) if names else None
+
+
+def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of a live view's replicas; of many, those that do not run and the slowest."""
+    if not rows:
+        return []
+    others = [row for row in rows if _state(row) != "running"]
+    # Those that have no rows come last: they are well.
+    others.sort(key=lambda row: _state(row) == "idle")
+    running = [row for row in rows if _state(row) == "running"]
+    running.sort(key=lambda row: row["requests_per_s"])
+    shown = list(rows)
+    if len(rows) > _MOST_REPLICAS:
+        num_others = max(_MOST_NOT_RUNNING, _MOST_REPLICAS - len(running))
+        shown = [*others[:num_others], *running][:_MOST_REPLICAS]
+        shown.sort(key=lambda row: row["replica"])
+    lines = _aligned([_COLUMNS, *map(_replica_cells, shown)])
+    numbers = {row["replica"] for row in shown}
+    if rest := [row for row in rows if row["replica"] not in numbers]:
+        states = Counter(map(_state, rest))
+        told = ", ".join(f"{num} {state}" for state, num in states.most_common())
+        lines.append(f"and {len(rest)} more: {told}; --json has all")
+    return lines
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    """What the replica does; one that is not heard of may do anything."""
+    is_silent = (row["look_age_s"] or 0.0) >= _SILENT_REPLICA_S
+    return "silent" if is_silent else str(row["state"])
+
+
+def _replica_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    state = _state(row)
+    if state == "silent":
+        state = f"silent for {duration(row['look_age_s'])}"
+    usage = row["kv_cache_usage"]
+    return (
+        str(row["replica"]),
+        str(row["worker"]),
+        state,
+        f"{row['requests_per_s']:,.0f}",
+        f"{row['prompt_tokens_per_s']:,.0f}",
+        f"{row['output_tokens_per_s']:,.0f}",
+        f"{num_inside(row):,}",
+        "" if usage is None else f"{usage:.0%}",
+        str(row["restarts"]),
+        row["host"] or "",
+    )
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; the last column takes what is left of the width."""
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:{'<' if name in _LEFT else '>'}{width}}"
+            for name, cell, width in zip(table[0], cells, widths, strict=True)
+        )
+        for cells in table
+    ]
+    return [line[:_WIDTH].rstrip() for line in lines]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A snapshot's line."""
+
+    number: int
+    """Of its plan, as `--snapshot` and `diff` take it."""
+    published_at: str
+    run_id: str
+    """Of the run that published it."""
+    num_ok: int
+    num_errors: int
+    num_files: int
+    size_bytes: int
+    """Of its files and its index; hard links in the output folder cost nothing more."""
+    recipe: str
+    """Fingerprint of the recipe, 32 hex digits."""
+    is_shown: bool
+    """Whether `part-*.parquet` in the output folder are its files."""
+    overridden: list[str]
+    """Limits of the gate that it exceeds and was published over."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def listed(root: Path) -> list[Listed]:
+    """Every snapshot under an output folder, newest last.
+
+    Raises:
+        OutputError: The folder was written by another version.
+    """
+    ledger = Ledger(LocalStorage(root))
+    return [_line(ledger, manifest) for manifest in snapshots.snapshots(ledger)]
+
+
+def _line(ledger: Ledger, manifest: Manifest) -> Listed:
+    entries = [*manifest.files, *([manifest.index] if manifest.index is not None else [])]
+    return Listed(
+        number=manifest.number,
+        published_at=manifest.created_at,
+        run_id=manifest.run_id,
+        num_ok=manifest.num_ok,
+        num_errors=manifest.num_errors,
+        num_files=len(manifest.files),
+        size_bytes=sum(entry.size_bytes for entry in entries),
+        recipe=ledger.plan(manifest.number).recipe_fingerprint,
+        is_shown=_is_shown(ledger.storage, manifest),
+        overridden=[entry["name"] for entry in manifest.gate if entry.get("overridden")],
+    )
+
+
+def _is_shown(storage: LocalStorage, manifest: Manifest) -> bool:
+    """The manifest is the commit point, but a run may have died before it exposed the files."""
+    paths = [storage.path(file.name) for file in manifest.files]
+    try:
+        return all(path.samefile(storage.root / path.name) for path in paths)
+    except OSError:
+        return False
+
+
+def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
+    """Remove all but the newest snapshots under an output folder.
+
+    Args:
+        root: The output folder.
+        keep: So many stay; at least 1.
+        dry_run: Only tell what would go.
+
+    Returns:
+        What was removed, oldest first.
+
+    Raises:
+        BusyError: A run is at work on the job.
+        OutputError: There is no job, or it is of another version.
+    """
+    storage = LocalStorage(root)
+    if not storage.path(STATE).is_dir():
+        msg = f"{root}: there is no job here to prune"
+        raise OutputError(msg)
+    ledger = Ledger(storage)
+    if dry_run:
+        return [_line(ledger, manifest) for manifest in snapshots.beyond(ledger, keep)]
+    lock = RunLock(storage, f"prune-{new_run_id(utc_now())}")
+    try:
+        lock.acquire()
+    except BusyError as error:
+        holder = lock.holder() or {}
+        msg = (
+            f"{root}: run {holder.get('run_id')} (process {holder.get('pid')} on "
+            f"{holder.get('host')}, since {holder.get('since')}) is at work on this job; prune "
+            "when it has ended"
+        )
+        raise BusyError(msg) from error
+    try:
+        lines = {found.number: _line(ledger, found) for found in snapshots.snapshots(ledger)}
+        return [lines[manifest.number] for manifest in snapshots.prune(ledger, keep)]
+    finally:
+        lock.release()

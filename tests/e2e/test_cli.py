@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import batchgen
 from batchgen import cli
-from batchgen.cli.run import _ended, _stop_on_signals, _told
+from batchgen.cli.run import _as_text, _ended, _stop_run_on_signals
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import Summary
 from batchgen.store.books import STATE
@@ -250,10 +250,10 @@ def test_a_signal_is_answered_at_once(
     capfd: pytest.CaptureFixture[str], asked: list[bool], lines: list[str | None]
 ) -> None:
     """`asked`: for each Ctrl-C, whether a runner's loop hears it; a line of None: interrupted."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     stop = StopSwitch()
     try:
-        _stop_on_signals(stop, 7.5)
+        _stop_run_on_signals(stop, 7.5)
         for is_heard, line in zip(asked, lines, strict=True):
             stop.is_heard = is_heard
             with pytest.raises(KeyboardInterrupt) if line is None else nullcontext():
@@ -262,6 +262,7 @@ def test_a_signal_is_answered_at_once(
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGHUP, before[2])
 
 
 @pytest.mark.parametrize("option", ["--minutes", "--trial-s"])
@@ -305,13 +306,13 @@ def test_a_run_with_time_enough_completes(job: Path) -> None:
 def test_the_summary_says_where_rows_come_from(tmp_path: Path) -> None:
     run = {"num_ok": 1200, "num_errors": 34}
     for taken in ({"num_carried": 7}, {"num_copied": 8}, {"num_carried": 7, "num_copied": 8}):
-        lines = _told(Summary("complete", 0, run=run, **taken), tmp_path).splitlines()
+        lines = _as_text(Summary("complete", 0, run=run, **taken), tmp_path).splitlines()
         carried, copied = taken.get("num_carried", 0), taken.get("num_copied", 0)
         assert lines[2] == (
             f"  of them  {carried} taken over, {copied} copied from equal rows, 1,234 computed in "
             "this run"
         )
-    assert "of them" not in _told(Summary("complete", 0, run=run), tmp_path)
+    assert "of them" not in _as_text(Summary("complete", 0, run=run), tmp_path)
 
 
 def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) 
 def test_the_summary_of_a_stopped_run_gives_its_reason(tmp_path: Path) -> None:
     reason = "deadline 2026-11-23T06:00+00:00, with work left; run again to go on"
     stopped = Summary("stopped", 75, reason=reason, num_ok=3, num_left=4)
-    assert _told(stopped, tmp_path).splitlines()[:2] == [
+    assert _as_text(stopped, tmp_path).splitlines()[:2] == [
         f"stopped: {reason}",
         "  rows     3 ok, 0 errors, 4 left",
     ]

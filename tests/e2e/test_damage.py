@@ -17,7 +17,7 @@ from batchgen.core.errors import DamagedSnapshotError
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.verify import verify
-from batchgen.views.status import status
+from batchgen.views.status import status_of
 from tests.e2e.support import published, run_cli, write_job, write_rows
 from tests.harm import overwrite
 
@@ -195,10 +195,10 @@ def test_a_file_brought_back_from_a_backup_is_well(job: Path) -> None:
 
 def test_status_tells_of_files_that_are_cut_or_gone(job: Path) -> None:
     out = job.parent / "out"
-    assert "damaged" not in status(out)
+    assert "damaged" not in status_of(out)
     cut(out)
     own_of(out, 1).unlink()
-    first, second = status(out)["damaged"]
+    first, second = status_of(out)["damaged"]
     assert "bytes, " in first
     assert second.endswith(f"{SECOND}: is missing")
     assert f"{SECOND}: is missing" in run_cli("status", job).stdout

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from batchgen.storage import Disk
-from batchgen.views.status import status as views
+from batchgen.views.status import status_of as views
 from tests.torture.harness import main
 from tests.torture.support import (
     Job,

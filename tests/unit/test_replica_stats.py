@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.cli.look import status
-from batchgen.cli.replicas import replica_lines
 from batchgen.cluster.messages import Committed, Look
 from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.core.records import EngineStats
 from batchgen.pipeline.run_stats import RunStats
 from batchgen.store.runs import RunLock, RunLog
+from batchgen.views.status import replica_lines
 from tests.fakes import FACTS, FakeClock
 
 BUSY = EngineStats(

@@ -14,8 +14,8 @@ from batchgen.store.books import STATE, Base, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock
 from batchgen.store.snapshots import beyond, prune
-from batchgen.views.listing import listed
-from batchgen.views.listing import prune as prune_output
+from batchgen.views.status import listed
+from batchgen.views.status import prune as prune_output
 from tests.fakes import plan
 
 if TYPE_CHECKING:

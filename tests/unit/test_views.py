@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from batchgen.cli.look import _readable
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog
-from batchgen.views.status import not_begun, status
+from batchgen.views.status import _readable, not_begun, status_of
 from tests.fakes import plan
 
 if TYPE_CHECKING:
@@ -44,13 +43,13 @@ def make_silent(storage: LocalStorage, seconds: float) -> None:
 
 
 def run_line(storage: LocalStorage) -> dict[str, Any]:
-    found: dict[str, Any] = _readable(status(storage.root))["run"]
+    found: dict[str, Any] = _readable(status_of(storage.root))["run"]
     return found
 
 
 def test_a_run_that_left_no_word_of_its_end_was_killed(storage, log):
     log.live({"state": "running", "num_left": 3})
-    facts = status(storage.root)
+    facts = status_of(storage.root)
     assert facts["state"] == "interrupted"
     assert facts["last_run"] == {
         "run_id": "run-a",
@@ -62,7 +61,7 @@ def test_a_run_that_left_no_word_of_its_end_was_killed(storage, log):
 
 def test_a_run_that_ended_by_itself_keeps_its_own_words(storage, log):
     log.live({"state": "stopped", "reason": None})
-    assert status(storage.root)["last_run"] == {
+    assert status_of(storage.root)["last_run"] == {
         "run_id": "run-a",
         "state": "stopped",
         "reason": None,
@@ -71,7 +70,7 @@ def test_a_run_that_ended_by_itself_keeps_its_own_words(storage, log):
 
 def test_before_any_live_view_nobody_is_said_to_be_killed(storage, log):
     assert log.run_id
-    assert status(storage.root)["last_run"] == {"run_id": None, "state": None, "reason": None}
+    assert status_of(storage.root)["last_run"] == {"run_id": None, "state": None, "reason": None}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_a_run_that_is_silent_is_told_with_how_long(storage, log, live, means):
     log.live(live)
     assert "last_sign_of_life" not in run_line(storage)
     make_silent(storage, 243)
-    assert status(storage.root)["run"]["sign_of_life_age_s"] == pytest.approx(243, abs=5)
+    assert status_of(storage.root)["run"]["sign_of_life_age_s"] == pytest.approx(243, abs=5)
     told = run_line(storage)["last_sign_of_life"]
     assert told.startswith("4 min 0")
     assert told.endswith(f" s ago ({means})")
@@ -103,7 +102,7 @@ def test_a_run_that_is_silent_is_told_with_how_long(storage, log, live, means):
 def test_a_live_view_from_the_future_is_of_now(storage, log):
     log.live({"state": "running"})
     make_silent(storage, -100)
-    facts = json.loads(json.dumps(status(storage.root)))
+    facts = json.loads(json.dumps(status_of(storage.root)))
     assert facts["run"]["sign_of_life_age_s"] == 0
 
 
@@ -126,7 +125,7 @@ def test_of_runs_of_one_second_the_last_that_wrote_is_the_newest(storage, log):
         RunLog(storage, run_id).live({"state": "stopped", "reason": None})
         path = storage.path(f"{STATE}/runs/{run_id}/live.json")
         os.utime(path, times=(time.time() - ago_s,) * 2)
-    assert status(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"
+    assert status_of(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"
     # A copy of the folder has other times, and ids that tell all the same.
     RunLog(storage, "20250101T000000-ccc").live({"state": "running"})
-    assert status(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"
+    assert status_of(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"
