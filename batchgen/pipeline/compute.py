@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import engine_gpus
-from batchgen.pipeline.advice import Way, advise
 from batchgen.pipeline.progress import RUNNING, watching
 from batchgen.pipeline.reuse import without
+from batchgen.pipeline.run_stats import Way, advise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
