@@ -19,7 +19,7 @@ from batchgen.answers.probabilities import label_probabilities, value_span
 from batchgen.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from batchgen.answers.output_format import OutputFormat, Reading
     from batchgen.core.records import Sample, TokenLogprobs
@@ -67,93 +67,63 @@ class AnswerColumns:
         return [column.make(samples, readings) for column in self.columns]
 
 
-def answer_columns(job: JobConfig, form: OutputFormat) -> AnswerColumns:
+def answer_columns(job: JobConfig, output: OutputFormat) -> AnswerColumns:
     """Lay out the answer's columns.
 
     Raises:
         ConfigError: The schema's fields cannot be columns of their own.
     """
-    is_many = job.sampling.n > 1
-    columns = [*_value_columns(job, form, is_many=is_many)]
-    columns.append(_each("text", pa.string(), lambda s, _: s.text, is_many=is_many))
+    is_many, has_logprobs = job.sampling.n > 1, job.sampling.logprobs is not None
+
+    def each(name: str, kind: pa.DataType, make: Callable[[Sample, Reading], Any]) -> Column:
+        """A column with one value a sample."""
+        if not is_many:
+            return Column(pa.field(name, kind), lambda s, r: make(s[0], r[0]))
+        return Column(
+            pa.field(name, pa.list_(kind)),
+            lambda samples, readings: [make(s, r) for s, r in zip(samples, readings, strict=True)],
+        )
+
+    columns = []
+    if output.choice is not None:
+        label, agreement = pa.field("label", pa.string()), pa.field("agreement", pa.float32())
+        columns.append(Column(label, lambda _, r: _majority(r)[0]))
+        columns += [Column(agreement, lambda _, r: _majority(r)[1])] * is_many
+    elif output.typed is not None and job.output.flatten:
+        columns += _flattened(output.typed.type, is_many=is_many)
+    elif output.typed is not None:
+        columns.append(each("output", output.typed.type, lambda _, r: r.value))
+    if output.enums and has_logprobs:
+        columns.append(_probabilities(output.enums, is_json=output.choice is None))
+    columns.append(each("text", pa.string(), lambda s, _: s.text))
     if job.model.reasoning_parser is not None:
-        columns.append(_each("reasoning", pa.string(), lambda s, _: s.reasoning, is_many=is_many))
+        columns.append(each("reasoning", pa.string(), lambda s, _: s.reasoning))
     if job.model.tool_call_parser is not None:
-        calls = pa.list_(_CALL)
-        columns.append(_each("tool_calls", calls, lambda s, _: _calls(s), is_many=is_many))
-    if job.sampling.logprobs is not None and not form.enums:
-        tokens = pa.list_(_TOKEN)
-        columns.append(_each("logprobs", tokens, lambda s, _: _logprobs(s), is_many=is_many))
-    return AnswerColumns(columns, _label_paths(job, form))
+        columns.append(each("tool_calls", pa.list_(_CALL), lambda s, _: _calls(s)))
+    if has_logprobs and not output.enums:
+        columns.append(each("logprobs", pa.list_(_TOKEN), lambda s, _: _logprobs(s)))
+    return AnswerColumns(columns, _label_paths(job, output))
 
 
-def _label_paths(job: JobConfig, form: OutputFormat) -> list[tuple[str, ...]]:
-    if form.choice is not None:
+def _label_paths(job: JobConfig, output: OutputFormat) -> list[tuple[str, ...]]:
+    if output.choice is not None:
         return [("label",)]
     if job.sampling.n > 1:
         return []
     start = () if job.output.flatten else ("output",)
-    return [(*start, name) if name else start for name in form.enums]
+    return [(*start, name) if name else start for name in output.enums]
 
 
-def _each(
-    name: str,
-    kind: pa.DataType,
-    make: Callable[[Sample, Reading], Any],
-    *,
-    is_many: bool,
-) -> Column:
-    """A column with one value a sample."""
-    if not is_many:
-        return Column(pa.field(name, kind), lambda s, r: make(s[0], r[0]))
-    return Column(
-        pa.field(name, pa.list_(kind)),
-        lambda samples, readings: [make(s, r) for s, r in zip(samples, readings, strict=True)],
-    )
+def _flattened(kind: pa.DataType, *, is_many: bool) -> list[Column]:
+    """A column for each field of an object."""
+    if not pa.types.is_struct(kind) or is_many:
+        problem = "flatten: expected a schema of an object with properties, and sampling.n = 1"
+        raise ConfigError(WHERE, [problem])
 
+    def member(name: str) -> Make:
+        return lambda _, readings: None if readings[0].value is None else readings[0].value[name]
 
-def _value_columns(job: JobConfig, form: OutputFormat, *, is_many: bool) -> list[Column]:
-    if form.choice is not None:
-        return _choice_columns(form.choice, is_many=is_many, has_logprobs=_has_logprobs(job))
-    if form.typed is None:
-        return []
-    kind = form.typed.type
-    if job.output.flatten:
-        if not pa.types.is_struct(kind) or is_many:
-            problem = "flatten: expected a schema of an object with properties, and sampling.n = 1"
-            raise ConfigError(WHERE, [problem])
-        columns = [Column(field.with_nullable(True), _member(field.name)) for field in kind]  # noqa: FBT003 - pyarrow's
-    else:
-        columns = [_each("output", kind, lambda _, r: r.value, is_many=is_many)]
-    if form.enums and _has_logprobs(job):
-        columns.append(_enum_probabilities(form))
-    return columns
-
-
-def _has_logprobs(job: JobConfig) -> bool:
-    return job.sampling.logprobs is not None
-
-
-def _member(name: str) -> Make:
-    return lambda _, readings: None if readings[0].value is None else readings[0].value[name]
-
-
-def _choice_columns(choice: Sequence[str], *, is_many: bool, has_logprobs: bool) -> list[Column]:
-    columns = [Column(pa.field("label", pa.string()), lambda _, r: _majority(r)[0])]
-    if is_many:
-        share = Column(pa.field("agreement", pa.float32()), lambda _, r: _majority(r)[1])
-        columns.append(share)
-    if has_logprobs:
-        kind = _probability_type(choice)
-        columns.append(
-            Column(
-                pa.field("probabilities", kind),
-                lambda samples, readings: _if_good(
-                    samples, readings, lambda sample: _choice_probabilities(sample, choice)
-                ),
-            )
-        )
-    return columns
+    return [Column(field.with_nullable(True), member(field.name)) for field in kind]  # noqa: FBT003 - pyarrow's
 
 
 def _majority(readings: Readings) -> tuple[str | None, float | None]:
@@ -165,61 +135,47 @@ def _majority(readings: Readings) -> tuple[str | None, float | None]:
     return label, num / len(readings)
 
 
-def _probability_type(labels: Sequence[str]) -> pa.DataType:
-    return pa.struct([pa.field(label, pa.float32()) for label in labels])
+def _probabilities(enums: Mapping[str, Sequence[str]], *, is_json: bool) -> Column:
+    """A probability for each label, of the first sample; null unless it is of its format.
+
+    Args:
+        enums: Field of the answer, "" for the answer as a whole -> its labels.
+        is_json: Whether labels are JSON strings, else the answer is one as it stands.
+    """
+    kinds = {
+        name: pa.struct([pa.field(label, pa.float32()) for label in labels])
+        for name, labels in enums.items()
+    }
+    is_whole = "" in enums
+    kind = kinds[""] if is_whole else pa.struct([pa.field(*item) for item in kinds.items()])
+
+    def make(samples: Samples, readings: Readings) -> Any:  # noqa: ANN401
+        if samples[0].logprobs is None or readings[0].value is None:
+            return None
+        found = {name: _of_labels(samples[0], name, enums[name], is_json) for name in enums}
+        return found[""] if is_whole else found
+
+    return Column(pa.field("probabilities", kind), make)
 
 
-def _choice_probabilities(sample: Sample, choice: Sequence[str]) -> dict[str, float | None] | None:
-    span = (0, len(sample.text))
-    found = label_probabilities(sample.text, _answer_tokens(sample), span, choice, "")
-    return None if found is None else dict(zip(choice, found, strict=True))
-
-
-def _enum_probabilities(form: OutputFormat) -> Column:
-    if "" in form.enums:  # The answer as a whole is a label.
-        labels = form.enums[""]
-        return Column(
-            pa.field("probabilities", _probability_type(labels)),
-            lambda samples, readings: _if_good(
-                samples, readings, lambda s: _probabilities(s, _inside_quotes(s.text), labels)
-            ),
-        )
-    enums = form.enums
-    kind = pa.struct([pa.field(name, _probability_type(enums[name])) for name in enums])
-
-    def of_fields(sample: Sample) -> dict[str, Any]:
-        return {
-            name: _probabilities(sample, value_span(sample.text, name), labels)
-            for name, labels in enums.items()
-        }
-
-    return Column(
-        pa.field("probabilities", kind),
-        lambda samples, readings: _if_good(samples, readings, of_fields),
-    )
-
-
-def _if_good(
-    samples: Samples, readings: Readings, make: Callable[[Sample], dict[str, Any] | None]
-) -> dict[str, Any] | None:
-    """Of the first sample, if it has log probabilities and is of its form."""
-    if samples[0].logprobs is None or readings[0].value is None:
-        return None
-    return make(samples[0])
-
-
-def _inside_quotes(text: str) -> tuple[int, int]:
-    return text.index('"') + 1, text.rindex('"')
-
-
-def _probabilities(
-    sample: Sample, span: tuple[int, int] | None, labels: Sequence[str]
+def _of_labels(
+    sample: Sample,
+    name: str,
+    labels: Sequence[str],
+    is_json: bool,  # noqa: FBT001
 ) -> dict[str, float | None] | None:
-    """Of labels in a JSON string; `span` is where it stands, inside its quotes."""
+    text = sample.text
+    if not is_json:
+        span: tuple[int, int] | None = (0, len(text))
+    elif name:
+        span = value_span(text, name)
+    else:
+        span = text.index('"') + 1, text.rindex('"')
     if span is None:
         return None
-    written = [orjson.dumps(label).decode()[1:-1] for label in labels]
-    found = label_probabilities(sample.text, _answer_tokens(sample), span, written, '"')
+    written = [orjson.dumps(label).decode()[1:-1] for label in labels] if is_json else labels
+    closing = '"' if is_json else ""
+    found = label_probabilities(text, _answer_tokens(sample), span, written, closing)
     return None if found is None else dict(zip(labels, found, strict=True))
 
 
