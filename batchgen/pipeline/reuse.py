@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -38,6 +39,7 @@ from batchgen.store.reuse import (
     key_prefixes,
     published_sources,
 )
+from batchgen.store.visible import damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,19 +172,35 @@ class Takeover:
         return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
 
     def wanted_rows(self) -> dict[int, Ranges]:
-        """Segment -> rows that `pieces` will yield, as far as the base is not damaged.
+        """Segment -> rows that `pieces` will yield, as far as damage shows without reading all.
 
-        Reads statuses only, and those only where errors are not wanted.
+        Reads statuses where errors are not wanted, and published files that are not what was
+        published.
 
         Raises:
             StorageError: Something cannot be read right now.
         """
         left = self.rows
-        if not self._plan.takes_errors and self.rows:
+        if self.rows:
             moves = Renumbering(self._spans, self.old, self._plan)
-            for errors in self._errors():
-                left = without(left, moves.ranges(errors))
+            errors = () if self._plan.takes_errors else self._errors()
+            for unwanted in chain(errors, self._damaged()):
+                left = without(left, moves.ranges(unwanted))
         return left
+
+    def _damaged(self) -> Iterator[dict[int, Ranges]]:
+        """Yield the rows of a snapshot's row groups that are not what was published."""
+        storage = self._ledger.storage
+        if self._manifest is None or not (names := damage(storage, self._manifest.files)):
+            return
+        index, first = Index(storage, self._manifest), 0
+        for entry, chunks in zip(self._manifest.files, index.chunks, strict=True):
+            with ResultFile(storage.path(entry.name), chunks) as file:
+                for group in range(len(chunks) - 1 if entry.name in names else 0):
+                    if file.group(group) is None:
+                        yield rows_of(index.ordinals(first + group))
+            first += len(chunks) - 1
+        index.close()
 
     def _errors(self) -> Iterator[dict[int, Ranges]]:
         """Yield the base's rows that are errors, piece by piece."""
@@ -195,8 +213,8 @@ class Takeover:
             return
         index, first = Index(storage, self._manifest), 0
         for entry, chunks in zip(self._manifest.files, index.chunks, strict=True):
-            with ResultFile(storage.path(entry.name)) as file:
-                for group, table in file.groups([status]):
+            with ResultFile(storage.path(entry.name), chunks) as file:
+                for group, table in file.groups([status], is_proven=False):
                     ordinals = index.ordinals(first + group)
                     yield rows_of(ordinals.filter(pc.equal(table.column(status), "error")))
             first += len(chunks) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -97,6 +98,16 @@ def test_a_damaged_snapshot_is_not_complete_and_retry_errors_repairs_it(
     assert verify(out).problems == []
     assert published(out) == whole
     assert batchgen.run(job).state == "nothing_to_do"
+
+
+@pytest.mark.parametrize("harm", SHARED_DAMAGE)
+def test_plan_says_what_the_run_then_does(job: Path, harm: Callable[[Path], None]) -> None:
+    harm(job.parent / "out")
+    plan = json.loads(run_cli("plan", job, "--json").stdout)
+    assert (plan["state"], plan["exit_code"]) == ("refused", 1)
+    plan = json.loads(run_cli("plan", job, "--json", "--retry-errors").stdout)
+    summary = batchgen.run(job, retry_errors=True)
+    assert plan["rows"]["num_reused"] == summary.num_carried < NUM_ROWS - 10
 
 
 @pytest.mark.parametrize("harm", SHARED_DAMAGE)
