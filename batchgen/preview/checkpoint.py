@@ -51,24 +51,14 @@ _NOT_LINEAR = ("embed", "lm_head", "wte", "norm", "router", "gate.weight")
 _OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
 
 
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """A model on the hub whose weights are not here."""
-
-    folder: Path
-    """With its config.json and tokenizer.json."""
-    weight_bytes: int
-    """Size of the weights that a run would fetch."""
-
-
 class Hub(Protocol):
     """What is asked of the Hugging Face hub."""
 
     def cached(self, name: str, revision: str | None) -> Path | None:
         """The folder in the cache, complete or not; None if there is none. Asks no network."""
 
-    def look(self, name: str, revision: str | None) -> Remote:
-        """Fetch the model's small files and the sizes of the others.
+    def look(self, name: str, revision: str | None) -> tuple[Path, int]:
+        """Fetch the model's small files; return their folder, and the size of its weights.
 
         Raises:
             OSError: It is not there, is closed to us, or the hub cannot be reached.
@@ -104,17 +94,17 @@ def find_model(model: ModelConfig, hub: Hub) -> Found:
         text = f"{name} is in the cache, commit {cached.name[:12]}"
         return Found(ok("model", text), cached, commit=cached.name)
     try:
-        remote = hub.look(name, model.revision)
+        there, num_bytes = hub.look(name, model.revision)
     except OSError as error:
         text = f"{name} is not in the cache, and the hub does not give it: {_first_line(error)}"
         return Found(problem("model", text, "check the name, the network and HF_TOKEN"))
-    size, free = gib(remote.weight_bytes), hub.free_bytes()
-    if free is not None and free < remote.weight_bytes:
+    size, free = gib(num_bytes), hub.free_bytes()
+    if free is not None and free < num_bytes:
         text = f"{name} is not in the cache: a run would fetch {size}, {gib(free)} are free there"
         finding = problem("model", text, "free space, or set HF_HOME to a larger disk")
     else:
         finding = ok("model", f"{name} is not in the cache: a run fetches {size} first")
-    return Found(finding, remote.folder, missing_bytes=remote.weight_bytes)
+    return Found(finding, there, missing_bytes=num_bytes)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -156,7 +146,7 @@ class HuggingFace:
                 return Path(snapshot_download(name, revision=revision, local_files_only=True))
         return None
 
-    def look(self, name: str, revision: str | None) -> Remote:
+    def look(self, name: str, revision: str | None) -> tuple[Path, int]:
         """See `Hub`."""
         try:
             from huggingface_hub import HfApi, hf_hub_download
@@ -177,7 +167,7 @@ class HuggingFace:
         if not here:
             msg = f"{name} has no config.json"
             raise OSError(msg)
-        return Remote(Path(here[0]).parent, weight_bytes(files))
+        return Path(here[0]).parent, weight_bytes(files)
 
     def free_bytes(self) -> int | None:
         """See `Hub`."""

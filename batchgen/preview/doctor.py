@@ -5,6 +5,7 @@ A check that fails hides none of the others, as far as they can be made without 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,6 @@ from batchgen.source.files import stat_input
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.preview.checkpoint import Found, Hub
@@ -70,18 +70,22 @@ def examine(
     findings = [ok("model", f"{job.model.backend} needs neither GPU nor vLLM")]
     findings += check_limits(machine, 0, job_file)
     findings += check_replicas(job, machine)
-    findings += _check_output(job, _prepared(job, findings), None)
+    prepared = None
+    with _errors_in(findings, "job", "batchgen check JOB shows more"):
+        prepared = prepare(job)
+    _check_output(job, prepared, None, findings)
     return Report(findings, machine)
 
 
 def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | None) -> Report:
-    found, findings = find_model(job.model, hub), list[Finding]()
+    found, findings, wrong = find_model(job.model, hub), list[Finding](), list[Finding]()
     local, is_cpu = _shared(_localized(job, found)), machine.build == "cpu"
     spec = engine_spec(local, str(found.folder or ""))
-    kwargs = _llm_kwargs(spec, findings, is_cpu=is_cpu)
+    kwargs = spec.model_kwargs
+    with _errors_in(wrong, "lora"):
+        kwargs = llm_kwargs(spec, is_cpu=is_cpu)
     num_gpus = gpus_of(kwargs, is_cpu=is_cpu)
-    limit = max_model_len(spec, None)[0] if found.folder is not None else None
-    findings = [
+    findings += [
         *check_versions(machine),
         *check_device(machine, num_gpus),
         *check_replicas(job, machine),
@@ -89,15 +93,28 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | Non
         *check_limits(machine, num_gpus, job_file),
         *check_keywords(job.model.engine),
         *check_settings(kwargs),
-        *findings,
+        *wrong,
     ]
-    if found.folder is None:
-        return Report([*findings, *_check_output(job, None, None)], machine)
-    prepared = _prepared(local, findings)
-    rows = _rows(prepared, limit, findings) if prepared is not None else None
-    report = check_model(found, kwargs, machine, limit, rows)
-    findings += [*report.findings, *_check_output(job, prepared, rows)]
+    prepared, rows, report = None, None, Report(findings, machine)
+    if found.folder is not None:
+        limit = max_model_len(spec, None)[0]
+        with _errors_in(findings, "job", "batchgen check JOB shows more"):
+            prepared = prepare(local)
+        if prepared is not None:
+            rows = _rows(prepared, limit, findings)
+        report = check_model(found, kwargs, machine, limit, rows)
+        findings += report.findings
+    _check_output(job, prepared, rows, findings)
     return replace(report, findings=findings)
+
+
+@contextmanager
+def _errors_in(findings: list[Finding], topic: str, advice: str = "") -> Iterator[None]:
+    """Make a problem of an error, so that it hides no other check."""
+    try:
+        yield
+    except (BatchgenError, OSError) as error:
+        findings.append(of_error(topic, error, advice))
 
 
 def _localized(job: JobConfig, found: Found) -> JobConfig:
@@ -118,31 +135,14 @@ def _shared(job: JobConfig) -> JobConfig:
         return job
 
 
-def _llm_kwargs(spec: EngineSpec, findings: list[Finding], *, is_cpu: bool) -> Mapping[str, Any]:
-    try:
-        return llm_kwargs(spec, is_cpu=is_cpu)
-    except BatchgenError as error:
-        findings.append(of_error("lora", error))
-        return spec.model_kwargs
-
-
-def _prepared(job: JobConfig, findings: list[Finding]) -> Prepared | None:
-    try:
-        return prepare(job)
-    except (BatchgenError, OSError) as error:  # A file of the model that may not be read.
-        findings.append(of_error("job", error, "batchgen check JOB shows more"))
-        return None
-
-
 def _rows(prepared: Prepared, limit: int | None, findings: list[Finding]) -> RowLengths | None:
-    try:
+    with _errors_in(findings, "input"):
         rows = row_lengths(prepared, limit)
-    except BatchgenError as error:
-        findings.append(of_error("input", error))
-        return None
-    if rows is None:
-        findings.append(warning("rows", "the input's first rows hold no prompt", "batchgen check"))
-    return rows
+        if rows is None:
+            text = "the input's first rows hold no prompt"
+            findings.append(warning("rows", text, "batchgen check"))
+        return rows
+    return None
 
 
 def check_keywords(
@@ -192,19 +192,15 @@ def check_settings(kwargs: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _check_output(
-    job: JobConfig, prepared: Prepared | None, rows: RowLengths | None
-) -> Iterator[Finding]:
-    root = Path(job.output.path)
-    try:
+    job: JobConfig, prepared: Prepared | None, rows: RowLengths | None, findings: list[Finding]
+) -> None:
+    root, needed = Path(job.output.path), None
+    with _errors_in(findings, "output"):
         refuse_foreign(root)
-    except BatchgenError as error:
-        yield of_error("output", error)
-        return
-    needed = None
-    if prepared is not None:
-        answer = rows.answer if rows is not None else float(job.sampling.max_tokens)
-        needed = _output_bytes(prepared, answer)
-    yield from check_output(root, needed)
+        if prepared is not None:
+            answer = rows.answer if rows is not None else float(job.sampling.max_tokens)
+            needed = _output_bytes(prepared, answer)
+        findings += check_output(root, needed)
 
 
 def _output_bytes(prepared: Prepared, answer_tokens: float) -> int | None:

@@ -14,7 +14,7 @@ import pytest
 from batchgen.api import load
 from batchgen.engine.devices import Devices, Gpu, GpuProcess
 from batchgen.engine.vllm import settings
-from batchgen.preview.checkpoint import Remote, weight_bytes
+from batchgen.preview.checkpoint import weight_bytes
 from batchgen.preview.doctor import check_keywords, examine
 from batchgen.preview.findings import Level, Report
 from batchgen.preview.machine import (
@@ -64,11 +64,11 @@ class FakeHub:
     def cached(self, name: str, revision: str | None) -> Path | None:
         return self.folder if self.is_cached else None
 
-    def look(self, name: str, revision: str | None) -> Remote:
+    def look(self, name: str, revision: str | None) -> tuple[Path, int]:
         if name != "org/model":
             msg = "404 Client Error\nRequest id: 7"
             raise OSError(msg)
-        return Remote(self.folder, 16 * GIB)
+        return self.folder, 16 * GIB
 
     def free_bytes(self) -> int | None:
         return self.free
