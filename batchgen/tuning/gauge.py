@@ -105,19 +105,6 @@ class Measure:
         return bool(self.num_waiting) and (is_at_limit or (has_memory and has_tokens))
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Counters at a moment."""
-
-    prompt: int
-    output: int
-
-    @property
-    def work(self) -> float:
-        """As `Measure.speed` weighs it."""
-        return self.output + PROMPT_WEIGHT * self.prompt
-
-
 def add_moment(moments: list[Moment], moment: Moment) -> None:
     """Keep a look if the engine is up and has said something new."""
     if moment.facts is None or not moment.num_in_flight:
@@ -130,19 +117,23 @@ def steady(moments: Sequence[Moment], times: Times) -> Sequence[Moment]:
     """The steady stretch; empty if there is none yet."""
     if not moments:
         return ()
-    peak = max(_running(moment) for moment in moments)
-    begun_s = moments[0].at_s
+    peak, begun_s = max(map(_running, moments)), moments[0].at_s
     full = next(
-        moment
-        for moment in moments
-        if _running(moment) >= _FULL * peak
-        or moment.at_s - begun_s >= times.warm_up_s
-        or moment is moments[-1]
+        (
+            moment
+            for moment in moments
+            if _running(moment) >= _FULL * peak or moment.at_s - begun_s >= times.warm_up_s
+        ),
+        moments[-1],
     )
-    stretch = [moment for moment in moments if _is_settled(moment, full, peak, times)]
-    if not stretch:
-        return ()
-    usual = statistics.median(_running(moment) for moment in stretch)
+
+    def is_settled(moment: Moment) -> bool:
+        has_turned = moment.num_ended - full.num_ended >= peak
+        wait_s = times.settle_s if has_turned else times.settle_most_s
+        return moment.at_s - full.at_s >= wait_s
+
+    stretch = [moment for moment in moments if is_settled(moment)]
+    usual = statistics.median(map(_running, stretch)) if stretch else 0
     while stretch and _running(stretch[-1]) < _STILL_FULL * usual:
         stretch.pop()
     return stretch if len(stretch) > 1 else ()
@@ -152,22 +143,19 @@ def _running(moment: Moment) -> int:
     return moment.engine.num_running or 0
 
 
-def _is_settled(moment: Moment, full: Moment, num_running: int, times: Times) -> bool:
-    since_s = moment.at_s - full.at_s
-    has_turned = moment.num_ended - full.num_ended >= num_running
-    return since_s >= (times.settle_s if has_turned else times.settle_most_s)
-
-
 def measure(stretch: Sequence[Moment]) -> Measure | None:
     """What a steady stretch says; None if it is none or nothing was done in it."""
     if len(stretch) < 2 or (facts := stretch[-1].facts) is None:
         return None
     first, last = stretch[0], stretch[-1]
     seconds = last.at_s - first.at_s
-    tokens = _counters(stretch)
-    prompt, output = tokens[-1].prompt - tokens[0].prompt, tokens[-1].output - tokens[0].output
-    if seconds <= 0 or tokens[-1].work <= tokens[0].work:
+    prompts, outputs = _counters(stretch)
+    work = [
+        output + PROMPT_WEIGHT * prompt for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    if seconds <= 0 or work[-1] <= work[0]:
         return None
+    prompt, output = prompts[-1] - prompts[0], outputs[-1] - outputs[0]
     preempted = (last.engine.num_preemptions or 0) - (first.engine.num_preemptions or 0)
     num_rows = last.num_ended - first.num_ended
     usages = [u for moment in stretch if (u := moment.engine.kv_cache_usage) is not None]
@@ -180,7 +168,7 @@ def measure(stretch: Sequence[Moment]) -> Measure | None:
         rows_per_s=num_rows / seconds,
         prompt_tokens_per_s=prompt / seconds,
         output_tokens_per_s=output / seconds,
-        error=_error([moment.at_s for moment in stretch], [t.work for t in tokens]),
+        error=_error([moment.at_s for moment in stretch], work),
         num_preemptions=preempted,
         preemptions_per_row=preempted / max(1, num_rows),
         kv_cache_usage=max(usages) if usages else None,
@@ -194,15 +182,13 @@ def measure(stretch: Sequence[Moment]) -> Measure | None:
     )
 
 
-def _counters(stretch: Sequence[Moment]) -> list[Tokens]:
-    """The engine's own; finished rows' where it has none."""
-    own = [
-        Tokens(moment.engine.num_prompt_tokens or 0, moment.engine.num_generated_tokens or 0)
-        for moment in stretch
-    ]
-    if own[-1].work > own[0].work:
-        return own
-    return [Tokens(moment.prompt_tokens, moment.output_tokens) for moment in stretch]
+def _counters(stretch: Sequence[Moment]) -> tuple[list[int], list[int]]:
+    """Tokens of prompts and of answers: the engine's own, or finished rows' where it has none."""
+    prompts = [moment.engine.num_prompt_tokens or 0 for moment in stretch]
+    outputs = [moment.engine.num_generated_tokens or 0 for moment in stretch]
+    if prompts[-1] > prompts[0] or outputs[-1] > outputs[0]:
+        return prompts, outputs
+    return [m.prompt_tokens for m in stretch], [m.output_tokens for m in stretch]
 
 
 def _median(values: Sequence[int | None]) -> int | None:
