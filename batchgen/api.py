@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from datetime import date, datetime
 from numbers import Real
 from pathlib import Path
@@ -70,21 +71,12 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     Raises:
         BatchgenError: Job trouble, see `batchgen.core.errors`; `exit_code` is what the shell gives.
     """
+    given = locals()  # The options of a run, by the names that they have in RunOptions.
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.interface import RunOptions
 
     _check_end(until, max_runtime_s)
-    options = RunOptions(
-        fresh=fresh,
-        steal=steal,
-        retry_errors=retry_errors,
-        publish_anyway=publish_anyway,
-        accept_recipe=accept_recipe,
-        only_errors=only_errors,
-        wait=wait,
-        until=until,
-        max_runtime_s=max_runtime_s,
-    )
+    options = RunOptions(**{field.name: given[field.name] for field in fields(RunOptions)})
     config = load(job, overrides, run_date, tuned=tuned)
     return job_run(config, StopSwitch(), options).run()
 

@@ -1,13 +1,19 @@
 """What changed between two snapshots: which rows, and how the labels moved.
 
-Rows are paired first, then compared by hashes of their columns, so that of each row only its key,
-two hashes and its labels are held in memory, however long its texts are. A hash has 64 bits and is
-compared within a pair only: one change in 2^64 goes unseen.
+Rows are paired first: by the columns of `--on`, or by where they stand in the input. Beside the
+equal rows that `matching` finds, rows between the same neighbours are paired if they are as many
+as before: they were edited in place. Of files without digests of rows (CSV, Parquet) that
+changed, the first row is paired with the first. What is left came or went.
+
+Pairs are compared by hashes of their columns, so that of each row only its key, two hashes and
+its labels are held in memory, however long its texts are. A hash has 64 bits and is compared
+within a pair only: one change in 2^64 goes unseen.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, OutputError
@@ -15,21 +21,29 @@ from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshots
 from batchgen.store.ledger import Ledger
-from batchgen.views.pairing import paired
-from batchgen.views.side import ANSWER, AT, INPUT, KEY, Side, key_name, label_name
+from batchgen.store.matching import Span, has_digests, match
+from batchgen.store.parts import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT
+from batchgen.store.result_files import scan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import polars as pl
 
-    from batchgen.store.matching import Span
+    from batchgen.store.books import Plan, Segment
 
 _SAME, _ANSWER_CHANGED, _INPUT_CHANGED, _ADDED, _REMOVED = range(5)
 _KINDS = {_ANSWER_CHANGED: "answer", _INPUT_CHANGED: "input"}
 _CLASS, _OLD = "class", "_old"
 _POSITION = "position"
+_AT, _KEY, _INPUT, _ANSWER = "at", "key", "input", "answer"
+"""Columns of `_Side.rows`: number of the row among the published ones, where it stands among the
+planned ones, and hashes of what is compared."""
+_COMPARED = {"status", "verdict", "error_type"}
+"""Compared of what batchgen says of a row; the rest differs from run to run."""
+_MEASURED = {"probabilities", "logprobs"}
+"""Not compared either: the last digits differ where the same answer is computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +70,7 @@ class Diff:
     new: int
     """Numbers of the snapshots."""
     matched_by: str
-    """The columns of `--on`, or `position`: see `pairing`."""
+    """The columns of `--on`, or `position`: see the module."""
     num_old: int
     num_new: int
     num_same: int
@@ -122,14 +136,9 @@ def diff(
     ledger = Ledger(LocalStorage(root))
     old, new = numbers or _two_newest(ledger)
     try:
-        both = _Both(Side(ledger, old), Side(ledger, new), tuple(on))
-        if on:
-            both.check_keys()
-            spans = None
-        else:
-            spans = paired(ledger.storage, both.old.plan, both.new.plan)
-        pairs = _pairs(both, spans)
-        return _told(root, both, pairs, _examples(both, pairs, num_examples))
+        both = _Both(_Side(ledger, old), _Side(ledger, new), on)
+        pairs = both.pairs()
+        return _compared(root, both, pairs, _examples(both, pairs, num_examples))
     except (pl.exceptions.PolarsError, OSError) as error:
         why = str(error).splitlines()[0]
         msg = f"{root}: a snapshot cannot be read ({why}); `batchgen verify` tells more"
@@ -145,62 +154,129 @@ def _two_newest(ledger: Ledger) -> tuple[int, int]:
     return numbers[-2], numbers[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Both:
-    """Two snapshots and what of them is compared."""
+class _Side:
+    """A snapshot, as it lies on the disk; nothing is held open."""
 
-    old: Side
-    new: Side
-    on: Sequence[str]
-
-    @property
-    def inputs(self) -> list[str]:
-        """Columns of the input that both have, of one type."""
-        shared = self.new.carried & self.old.carried
-        return [
-            name
-            for name in self.new.schema
-            if name in shared and self.old.schema[name] == self.new.schema[name]
-        ]
-
-    @property
-    def ours(self) -> list[tuple[str, str]]:
-        """Columns of answers that both have, of one type: old and new name."""
-        names = [
-            (self.old.ours[base], name)
-            for base, name in self.new.ours.items()
-            if base in self.old.ours
-        ]
-        return [(was, name) for was, name in names if self.old.schema[was] == self.new.schema[name]]
-
-    @property
-    def labels(self) -> list[str]:
-        """Columns of labels that both have, without the prefix."""
-        return [name for name in self.new.labels if name in self.old.labels]
-
-    def check_keys(self) -> None:
-        """Refuse columns that cannot name rows.
+    def __init__(self, ledger: Ledger, number: int) -> None:
+        """Look at its columns; no row is read.
 
         Raises:
-            ConfigError: One is absent, of unlike types or no plain value; or two rows of a
-                snapshot have one name.
+            OutputError: There is no such snapshot.
         """
-        for name in self.on:
-            for side in (self.old, self.new):
-                if name not in side.schema:
-                    known = ", ".join(side.plan.carried)
-                    number = side.manifest.number
-                    msg = f"snapshot {number} has no column {name!r}, expected one of: {known}"
-                    raise _bad_on(msg)
-            kinds = [side.schema[name] for side in (self.old, self.new)]
-            if kinds[0] != kinds[1] or kinds[0].is_nested():
-                msg = (
-                    f"{name} is {kinds[0]} and {kinds[1]}, expected one plain type in both "
-                    "snapshots"
-                )
-                raise _bad_on(msg)
-        for side in (self.old, self.new):
-            _check_unique(side, self.on)
+        self.storage = ledger.storage
+        self.manifest = snapshots.snapshot(ledger, number)
+        self.plan = ledger.plan(number)
+        self.frame = scan(self.storage, [file.name for file in self.manifest.files])
+        """The published rows."""
+        self.schema = self.frame.collect_schema()
+        self.starts = [0, *accumulate(segment.num_rows for segment in self.plan.segments)]
+        """Key of the first row of each file."""
+        self.columns = {(_INPUT, name): name for name in self.plan.carried}
+        """What is compared, whatever the prefix: (kind, name without prefix) -> name."""
+        skipped = {field.name for field in RESULT_FIELDS} - _COMPARED
+        for name in self.schema:
+            base = name.removeprefix(self.plan.prefix)
+            is_measured = base in _MEASURED and self.schema[name].is_nested()
+            if not ((_INPUT, name) in self.columns or base in skipped or is_measured):
+                self.columns[_ANSWER, base] = name
+        self.labels = {
+            name.removeprefix(self.plan.prefix): self._label(name)
+            for name in self.manifest.tally
+            if name not in {VERDICT, ATTEMPTS}
+        }
+        """Columns of labels, without the prefix, and how to read them."""
+
+    def _label(self, name: str) -> pl.Expr:
+        """A label as text, null unless the row is ok; several of a row as one text.
+
+        Raises:
+            OutputError: The snapshot has no such column.
+        """
+        import polars as pl
+
+        whole = f"{self.plan.prefix}output"  # Fields of it are labels, too; names may hold dots.
+        fields = self.schema.get(whole)
+        inner = name.removeprefix(f"{whole}.")
+        if name in self.schema:
+            value = pl.col(name)
+        elif isinstance(fields, pl.Struct) and inner in dict(fields):
+            value = pl.col(whole).struct.field(inner)
+        else:
+            number = self.manifest.number
+            msg = f"snapshot {number} lacks the column {name!r} that its manifest names"
+            raise OutputError(msg)
+        if isinstance(self.frame.select(value).collect_schema().dtypes()[0], pl.List):
+            value = value.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
+        is_ok = pl.col(f"{self.plan.prefix}status") == "ok"
+        return pl.when(is_ok).then(value.cast(pl.String))
+
+    def rows(self, both: _Both) -> pl.LazyFrame:
+        """What is compared of each row: `_AT`, its keys, hashes, labels.
+
+        Raises:
+            OutputError: It is not known which planned row each is, and no column names it.
+        """
+        import polars as pl
+
+        hashes = []
+        for kind in (_INPUT, _ANSWER):
+            names = [self.columns[key] for key in both.shared if key[0] == kind]
+            value = pl.struct(names).hash() if names else pl.lit(0, pl.UInt64)
+            hashes.append(value.alias(kind))
+        labels = [
+            self.labels[label].cast(pl.Categorical).alias(_label_name(number))
+            for number, label in enumerate(both.labels)
+        ]
+        keys = [pl.col(name).alias(key) for key, name in zip(both.keys, both.on, strict=False)]
+        rows = self.frame.select(*keys, *hashes, *labels)
+        if not both.on:
+            start = pl.col(SEGMENT).replace_strict(
+                list(range(len(self.plan.segments))),
+                self.starts[:-1],
+                default=0,
+                return_dtype=pl.Int64,
+            )
+            places = self._index().select((start + pl.col(ROW)).alias(_KEY))
+            rows = pl.concat([places, rows], how="horizontal")
+        return rows.with_row_index(_AT)
+
+    def _index(self) -> pl.LazyFrame:
+        if self.manifest.index is None:
+            msg = f"snapshot {self.manifest.number} has no index of rows; name them with --on"
+            raise OutputError(msg)
+        return scan(self.storage, [self.manifest.index.name])
+
+    def where(self, at: int) -> str:
+        """The file and the row of the input that a published row is."""
+        segment, row = self._index().slice(at, 1).collect().row(0)
+        return f"{self.plan.segments[segment].path} row {row}"
+
+    def row(self, at: int) -> dict[str, Any]:
+        """A published row in full."""
+        return self.frame.slice(at, 1).collect().row(0, named=True)
+
+    def check_names(self, on: Sequence[str]) -> None:
+        """Refuse columns that do not name its rows.
+
+        Raises:
+            ConfigError: One is absent or no plain value; or two rows have one name.
+        """
+        import polars as pl
+
+        number = self.manifest.number
+        counted = self.frame.select(on).drop_nulls().group_by(on).agg(pl.len().alias(_AT))
+        twice = counted.filter(pl.col(_AT) > 1).head(1).collect(engine="streaming")
+        for *values, num_rows in twice.iter_rows():
+            row = ", ".join(f"{name} = {value!r}" for name, value in zip(on, values, strict=True))
+            msg = (
+                f"{row} is in {num_rows} rows of snapshot {number}, expected in one; name more "
+                "columns"
+            )
+            raise _bad_on(msg)
+
+
+def _label_name(number: int) -> str:
+    return f"label_{number}"
 
 
 def _bad_on(problem: str) -> ConfigError:
@@ -208,83 +284,103 @@ def _bad_on(problem: str) -> ConfigError:
     return ConfigError(where, [problem])
 
 
-def _check_unique(side: Side, on: Sequence[str]) -> None:
-    import polars as pl
+class _Both:
+    """Two snapshots and what of them is compared."""
 
-    counted = side.frame.select(on).drop_nulls().group_by(on).agg(pl.len().alias(AT))
-    twice = counted.filter(pl.col(AT) > 1).head(1).collect(engine="streaming")
-    for *values, num_rows in twice.iter_rows():
-        told = ", ".join(f"{name} = {value!r}" for name, value in zip(on, values, strict=True))
-        msg = (
-            f"{told} is in {num_rows} rows of snapshot {side.manifest.number}, expected in one; "
-            "name more columns"
+    def __init__(self, old: _Side, new: _Side, on: Sequence[str]) -> None:
+        """Look at what both have.
+
+        Raises:
+            ConfigError: A column of `on` does not name rows.
+        """
+        self.old = old
+        self.new = new
+        self.on = on
+        self.keys = [f"on_{number}" for number in range(len(on))] or [_KEY]
+        self.shared = [key for key in new.columns if key in old.columns and self._is_alike(key)]
+        """Keys of columns that both have, of one type."""
+        self.labels = [name for name in new.labels if name in old.labels]
+        self._check_names()
+
+    def _is_alike(self, key: tuple[str, str]) -> bool:
+        old, new = self.old, self.new
+        return old.schema[old.columns[key]] == new.schema[new.columns[key]]
+
+    def _check_names(self) -> None:
+        for name in self.on:
+            for side in (self.old, self.new):
+                if name not in side.schema:
+                    known = ", ".join(side.plan.carried)
+                    number = side.manifest.number
+                    msg = f"snapshot {number} has no column {name!r}, expected one of: {known}"
+                    raise _bad_on(msg)
+            was, now = self.old.schema[name], self.new.schema[name]
+            if was != now or was.is_nested():
+                msg = f"{name} is {was} and {now}, expected one plain type in both snapshots"
+                raise _bad_on(msg)
+        for side in (self.old, self.new) if self.on else ():
+            side.check_names(self.on)
+
+    def pairs(self) -> pl.DataFrame:
+        """Every row of both once: its class, where it stands in each, its labels in each."""
+        import polars as pl
+
+        old, new = self.old.rows(self), self.new.rows(self)
+        if self.on:
+            old, new = old.drop_nulls(self.keys), new.drop_nulls(self.keys)
+        else:
+            new = self._rekeyed(new, paired(self.old.storage, self.old.plan, self.new.plan))
+        kind = (
+            pl.when(pl.col(_AT).is_null())
+            .then(_REMOVED)
+            .when(pl.col(_AT + _OLD).is_null())
+            .then(_ADDED)
+            .when(pl.col(_INPUT) != pl.col(_INPUT + _OLD))
+            .then(_INPUT_CHANGED)
+            .when(pl.col(_ANSWER) != pl.col(_ANSWER + _OLD))
+            .then(_ANSWER_CHANGED)
+            .otherwise(_SAME)
+            .cast(pl.UInt8)
+            .alias(_CLASS)
         )
-        raise _bad_on(msg)
+        names = [_AT, *(_label_name(number) for number in range(len(self.labels)))]
+        wanted = [column for name in names for column in (name, name + _OLD)]
+        joined = new.join(old, on=self.keys, how="full", suffix=_OLD)
+        return joined.select(kind, *wanted).collect(engine="streaming")
 
+    def _rekeyed(self, rows: pl.LazyFrame, spans: Sequence[Span]) -> pl.LazyFrame:
+        """Rows of the new snapshot under the keys that they had in the old; null: not there."""
+        import polars as pl
 
-def _pairs(both: _Both, spans: Sequence[Span] | None) -> pl.DataFrame:
-    """Every row of both snapshots once: its class, where it stands in each, its labels in each."""
-    import polars as pl
-
-    ours = both.ours
-    old = both.old.rows((both.inputs, [name for name, _ in ours]), both.labels, both.on)
-    new = both.new.rows((both.inputs, [name for _, name in ours]), both.labels, both.on)
-    if spans is not None:
-        keys = [KEY]
-        new = _rekeyed(new, both, spans)
-    else:
-        keys = [key_name(number) for number in range(len(both.on))]
-        old, new = old.drop_nulls(keys), new.drop_nulls(keys)
-    kind = (
-        pl.when(pl.col(AT).is_null())
-        .then(_REMOVED)
-        .when(pl.col(AT + _OLD).is_null())
-        .then(_ADDED)
-        .when(pl.col(INPUT) != pl.col(INPUT + _OLD))
-        .then(_INPUT_CHANGED)
-        .when(pl.col(ANSWER) != pl.col(ANSWER + _OLD))
-        .then(_ANSWER_CHANGED)
-        .otherwise(_SAME)
-        .cast(pl.UInt8)
-        .alias(_CLASS)
-    )
-    names = [AT, *(label_name(number) for number in range(len(both.labels)))]
-    wanted = [column for name in names for column in (name, name + _OLD)]
-    joined = new.join(old, on=keys, how="full", suffix=_OLD)
-    return joined.select(kind, *wanted).collect(engine="streaming")
-
-
-def _rekeyed(rows: pl.LazyFrame, both: _Both, spans: Sequence[Span]) -> pl.LazyFrame:
-    """Rows of the new snapshot under the keys that they had in the old one; null: not there."""
-    import polars as pl
-
-    names = ("first", "was", "length")
-    moved = [
-        (
-            both.new.starts[span.segment] + span.start,
-            both.old.starts[span.old_segment] + span.old_start,
-            span.length,
+        names = ("first", "was", "length")
+        moved = [
+            (
+                self.new.starts[span.segment] + span.start,
+                self.old.starts[span.old_segment] + span.old_start,
+                span.length,
+            )
+            for span in spans
+        ]
+        table = pl.LazyFrame(moved, schema=dict.fromkeys(names, pl.Int64), orient="row")
+        offset = pl.col(_KEY) - pl.col("first")
+        return (
+            rows.set_sorted(_KEY)
+            .join_asof(table.set_sorted("first"), left_on=_KEY, right_on="first", coalesce=False)
+            .with_columns(
+                pl.when(offset < pl.col("length")).then(pl.col("was") + offset).alias(_KEY)
+            )
+            .drop(names)
         )
-        for span in spans
-    ]
-    table = pl.LazyFrame(moved, schema=dict.fromkeys(names, pl.Int64), orient="row")
-    offset = pl.col(KEY) - pl.col("first")
-    return (
-        rows.set_sorted(KEY)
-        .join_asof(table.set_sorted("first"), left_on=KEY, right_on="first", coalesce=False)
-        .with_columns(pl.when(offset < pl.col("length")).then(pl.col("was") + offset).alias(KEY))
-        .drop(names)
-    )
 
 
-def _told(
+def _compared(
     root: Path, both: _Both, pairs: pl.DataFrame, examples: Sequence[Mapping[str, Any]]
 ) -> Diff:
     num = dict(pairs[_CLASS].value_counts().iter_rows())
-    was, now = both.old.compared, both.new.compared
+    was, now = both.old.columns, both.new.columns
     manifests = (both.old.manifest, both.new.manifest)
     num_rows = [manifest.num_ok + manifest.num_errors for manifest in manifests]
-    num_named = [len(pairs) - pairs[name].null_count() for name in (AT + _OLD, AT)]
+    num_named = [len(pairs) - pairs[name].null_count() for name in (_AT + _OLD, _AT)]
     return Diff(
         output=str(root),
         old=manifests[0].number,
@@ -301,19 +397,17 @@ def _told(
         columns_came=[name for key, name in now.items() if key not in was],
         columns_went=[name for key, name in was.items() if key not in now],
         columns_retyped=[
-            name
-            for key, name in now.items()
-            if key in was and both.old.schema[was[key]] != both.new.schema[name]
+            name for key, name in now.items() if key in was and key not in both.shared
         ],
-        labels=[_moves(both, pairs, label, number) for number, label in enumerate(both.labels)],
+        labels=[_moves(both, pairs, number) for number in range(len(both.labels))],
         examples=examples,
     )
 
 
-def _moves(both: _Both, pairs: pl.DataFrame, label: str, number: int) -> LabelMoves:
+def _moves(both: _Both, pairs: pl.DataFrame, number: int) -> LabelMoves:
     import polars as pl
 
-    name = label_name(number)
+    name, label = _label_name(number), both.labels[number]
     counted = (
         pairs.lazy()
         .filter(pl.col(_CLASS) <= _INPUT_CHANGED)
@@ -323,23 +417,93 @@ def _moves(both: _Both, pairs: pl.DataFrame, label: str, number: int) -> LabelMo
         .sort("num_rows", "old", "new", descending=[True, False, False])
         .collect(engine="streaming")
     )
-    column = both.new.prefix + label
-    now = both.new.manifest.tally[column]
-    last = both.old.manifest.tally[both.old.prefix + label]
-    drift = total_variation(now, last)
-    return LabelMoves(column, dict(last), dict(now), drift, counted.to_dicts())
+    last, now = (
+        dict(side.manifest.tally[side.plan.prefix + label]) for side in (both.old, both.new)
+    )
+    column = both.new.plan.prefix + label
+    return LabelMoves(column, last, now, total_variation(now, last), counted.to_dicts())
 
 
 def _examples(both: _Both, pairs: pl.DataFrame, num_rows: int) -> list[dict[str, Any]]:
     """The first changed rows, with what differs in them."""
     import polars as pl
 
-    changed = pairs.filter(pl.col(_CLASS).is_in(list(_KINDS))).bottom_k(num_rows, by=AT).sort(AT)
-    compared = [*((name, name) for name in both.inputs), *both.ours]
+    is_changed = pl.col(_CLASS).is_in(list(_KINDS))
+    changed = pairs.filter(is_changed).bottom_k(num_rows, by=_AT).sort(_AT)
+    names = [(both.old.columns[key], both.new.columns[key]) for key in both.shared]
     found = []
-    for kind, at, at_old in changed.select(_CLASS, AT, AT + _OLD).iter_rows():
+    for kind, at, at_old in changed.select(_CLASS, _AT, _AT + _OLD).iter_rows():
         new, old = both.new.row(at), both.old.row(at_old)
         where = ", ".join(f"{name} = {new[name]!r}" for name in both.on) or both.new.where(at)
-        columns = {name: [old[was], new[name]] for was, name in compared if old[was] != new[name]}
+        columns = {name: [old[was], new[name]] for was, name in names if old[was] != new[name]}
         found.append({"where": where, "changed": _KINDS[kind], "columns": columns})
+    return found
+
+
+def paired(storage: LocalStorage, old: Plan, new: Plan) -> list[Span]:
+    """Pair the rows of two plans, in the order of the new one's rows; each row at most once.
+
+    Args:
+        storage: With the digests of rows, as far as there are any.
+        old: One plan.
+        new: Another, of any recipe.
+    """
+    spans = match(storage, old, new)
+    return sorted([*spans, *edited(storage, spans, old.segments, new.segments)])
+
+
+def edited(
+    storage: LocalStorage, spans: Sequence[Span], old: Sequence[Segment], new: Sequence[Segment]
+) -> Iterator[Span]:
+    """Yield pairs of rows that are not equal but have taken each other's place.
+
+    Args:
+        storage: With the digests of rows.
+        spans: The equal rows.
+        old: Files of the old plan.
+        new: Files of the new plan.
+    """
+    gaps = _gaps(spans, old)
+    # A log that was rotated: its old rows have another name now.
+    used = {span.old_segment for span in spans}
+    by_path = {file.path: number for number, file in enumerate(old) if number not in used}
+    spans_of: dict[int, list[Span]] = {}
+    for span in sorted(spans):
+        spans_of.setdefault(span.segment, []).append(span)
+    for number, segment in enumerate(new):
+        if here := spans_of.get(number):
+            yield from _between(here, segment.num_rows, gaps)
+        elif (other := by_path.get(segment.path)) is not None:
+            num_rows = min(segment.num_rows, old[other].num_rows)
+            # Lines that were compared, none of them equal and not as many: they are others.
+            is_edited = segment.num_rows == old[other].num_rows
+            if num_rows and (is_edited or not has_digests(storage, segment, old[other])):
+                yield Span(number, 0, other, 0, num_rows)
+
+
+def _between(
+    spans: Sequence[Span], num_rows: int, gaps: Mapping[tuple[int, int], int]
+) -> Iterator[Span]:
+    """Pair the rows between spans of one new file, and before the first and after the last."""
+    segment = spans[0].segment
+    row, was = 0, (spans[0].old_segment, 0)
+    for span in (*spans, Span(segment, num_rows, 0, 0, 0)):
+        length = span.start - row
+        if length and gaps.get(was) == length:
+            yield Span(segment, row, *was, length)
+        row, was = span.start + span.length, (span.old_segment, span.old_start + span.length)
+
+
+def _gaps(spans: Sequence[Span], old: Sequence[Segment]) -> dict[tuple[int, int], int]:
+    """Where old rows stand that are in no span, and how many: (file, first row) -> number."""
+    found = {}
+    row_of = [0] * len(old)
+    for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):
+        row = row_of[span.old_segment]
+        if span.old_start > row:
+            found[span.old_segment, row] = span.old_start - row
+        row_of[span.old_segment] = span.old_start + span.length
+    for number, (segment, row) in enumerate(zip(old, row_of, strict=True)):
+        if segment.num_rows > row:
+            found[number, row] = segment.num_rows - row
     return found

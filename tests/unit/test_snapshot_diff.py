@@ -18,8 +18,7 @@ from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span
 from batchgen.store.row_digests import name_of
-from batchgen.views.diff import diff
-from batchgen.views.pairing import edited, paired
+from batchgen.views.diff import diff, edited, paired
 from tests.fakes import plan
 
 if TYPE_CHECKING:
