@@ -142,11 +142,11 @@ class FaultyEngine(EchoEngine):
         if self._death is not None:
             raise self._death
 
-    def _prepare(self, request: EngineRequest) -> tuple[str, bytes] | RowError:
+    def _prepare(self, request: EngineRequest) -> bytes | RowError:
         prepared = super()._prepare(request)
         if isinstance(prepared, RowError):
             return prepared
-        for fault in self._table.strikes(prepared[0]):
+        for fault in self._table.strikes(prepared.decode()):
             if fault.kind == "refuse":
                 return RowError("bad_request", f"refused: the prompt has {fault.text!r}")
             self._strike(fault, request.request_id)

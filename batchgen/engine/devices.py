@@ -1,7 +1,7 @@
 """This machine's NVIDIA GPUs: what there is, how busy they are, whose turn on them it is.
 
-Read without CUDA, torch or vLLM: through NVML, else nvidia-smi. A reading costs some milliseconds,
-leaves no context on the GPU and works while others use it.
+Read without CUDA, torch or vLLM, through NVML: its Python module comes with vLLM. A reading costs
+some milliseconds, leaves no context on the GPU and works while others use it.
 
 Engines that share a GPU come up one after the other. vLLM takes what all of a GPU's memory lost
 between its own start and its profiling run for its own: an engine that loads beside it makes its
@@ -12,7 +12,7 @@ of this machine, so that it holds between replicas and between jobs, and ends wi
 however that ends. It only helps: where it cannot be had, the engine comes up without.
 """
 
-# ruff: noqa: N802, D102, ANN401 - NVML's functions, and what they return
+# ruff: noqa: ANN401 - NVML's module, and what it returns
 
 from __future__ import annotations
 
@@ -23,38 +23,23 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from batchgen.core.words import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from typing import Any
 
-    Smi = Callable[[Sequence[str]], str]
-    """nvidia-smi: its arguments -> what it prints."""
 
 NVML_MEMORY_V2 = 0x2000028
 """nvmlMemory_v2: size of the struct, 40 bytes, and its version in the top byte."""
-_SMI_FIELDS = (
-    *("index", "uuid", "name", "memory.total", "memory.free", "memory.reserved"),
-    *("compute_cap", "driver_version"),
-)
-_SMI_TIMEOUT_S = 30.0
-_MIB = 2**20
-
-
-class DeviceError(Exception):
-    """The GPUs cannot be read; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,33 +80,8 @@ class Devices:
     driver: str | None = None
     cuda: tuple[int, int] | None = None
     """The newest CUDA version that the driver supports."""
-    source: str = "none"
-    """Who was asked: nvml or nvidia-smi."""
     problem: str | None = None
     """Why nothing could be read, where there is a driver."""
-
-
-class Nvml(Protocol):
-    """The functions of `pynvml` that are used, of the module nvidia-ml-py."""
-
-    NVMLError: type[Exception]
-
-    def nvmlInit(self) -> None: ...
-    def nvmlShutdown(self) -> None: ...
-    def nvmlSystemGetDriverVersion(self) -> str | bytes: ...
-    def nvmlSystemGetCudaDriverVersion_v2(self) -> int: ...
-    def nvmlDeviceGetCount(self) -> int: ...
-    def nvmlDeviceGetHandleByIndex(self, index: int, /) -> Any: ...
-    def nvmlDeviceGetName(self, handle: Any, /) -> str | bytes: ...
-    def nvmlDeviceGetUUID(self, handle: Any, /) -> str | bytes: ...
-    def nvmlDeviceGetMemoryInfo(self, handle: Any, version: int | None = None) -> Any: ...
-    def nvmlDeviceGetCudaComputeCapability(self, handle: Any, /) -> Sequence[int]: ...
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any, /) -> Sequence[Any]: ...
-    def nvmlSystemGetProcessName(self, pid: int, /) -> str | bytes: ...
-    def nvmlDeviceGetUtilizationRates(self, handle: Any, /) -> Any: ...
-    def nvmlDeviceGetMigMode(self, handle: Any, /) -> Sequence[int]: ...
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any, /) -> int: ...
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, index: int, /) -> Any: ...
 
 
 @functools.cache
@@ -159,25 +119,31 @@ def vllm_version() -> str | None:
     return None
 
 
-def read_devices(
-    nvml: Nvml | None = None, smi: Smi | None = None, environ: Mapping[str, str] | None = None
-) -> Devices:
+def read_devices(nvml: Any = None, environ: Mapping[str, str] | None = None) -> Devices:
     """Read what there is. Never raises: a broken driver is a `problem`, no driver is no GPU.
 
     Args:
-        nvml: The library; None: pynvml, if it can be had.
-        smi: Asked where there is no `nvml`; None: nvidia-smi, if it is there.
+        nvml: The library; None: pynvml, if it can be had; without it no GPU is seen.
         environ: Of which CUDA_VISIBLE_DEVICES counts; None: this process's.
     """
-    nvml = nvml or (load_nvml() if smi is None else None)
-    smi = smi or _run_smi
-    environ = os.environ if environ is None else environ
+    nvml = nvml or load_nvml()
+    if nvml is None:
+        return Devices()
     try:
-        found = _by_nvml(nvml) if nvml is not None else _by_smi(smi)
-    except DeviceError as error:
-        return Devices(problem=str(error) or None)
-    gpus = visible(found.gpus, environ.get("CUDA_VISIBLE_DEVICES"))
-    return replace(found, gpus=gpus, num_hidden=len(found.gpus) - len(gpus))
+        nvml.nvmlInit()
+        try:
+            found = [gpu for at in range(nvml.nvmlDeviceGetCount()) for gpu in _gpus_at(nvml, at)]
+            driver = _text(nvml.nvmlSystemGetDriverVersion())
+            cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        # No library: no driver, and so no GPU that could be used.
+        is_absent = "NotFound" in type(error).__name__ or "Not Found" in str(error)
+        return Devices(problem=None if is_absent else f"the NVIDIA driver says: {error}")
+    gpus = visible(found, (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES"))
+    num_hidden = len(found) - len(gpus)
+    return Devices(gpus, num_hidden, driver, cuda=(cuda // 1000, cuda % 1000 // 10))
 
 
 def visible(gpus: Sequence[Gpu], chosen: str | None) -> Sequence[Gpu]:
@@ -194,24 +160,20 @@ def visible(gpus: Sequence[Gpu], chosen: str | None) -> Sequence[Gpu]:
         return gpus[:1] if gpus and gpus[0].is_mig else gpus
     found: list[Gpu] = []
     for entry in filter(None, (word.strip() for word in chosen.split(","))):
-        fitting = [
+        # Of digits that `int` takes, unlike some of those of `isdigit`, and not of thousands.
+        number = int(entry) if re.fullmatch("[0-9]{1,18}", entry) else None
+        fitting = (
             gpu
             for gpu in gpus
-            if (_is_number(entry) and gpu.index == int(entry))
-            or (not _is_number(entry) and gpu.uuid.startswith(entry))
-        ]
-        if not fitting:
+            if (gpu.uuid.startswith(entry) if number is None else gpu.index == number)
+        )
+        if (gpu := next(fitting, None)) is None:
             break
-        found.append(fitting[0])
+        found.append(gpu)
     return found[:1] if found and found[0].is_mig else found
 
 
-def _is_number(word: str) -> bool:
-    """Of digits that `int` takes, unlike some of those of `isdigit`, and not of thousands."""
-    return re.fullmatch("[0-9]{1,18}", word) is not None
-
-
-def load_nvml() -> Nvml | None:
+def load_nvml() -> Any:
     """Load `pynvml`: nvidia-ml-py's, else the copy in vLLM's wheel, which can be loaded alone."""
     try:
         found: Any = importlib.import_module("pynvml")
@@ -234,38 +196,14 @@ def _bundled_nvml() -> Any:
     return None
 
 
-def _by_nvml(nvml: Nvml) -> Devices:
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        # No library: no driver, and so no GPU that could be used.
-        is_absent = "NotFound" in type(error).__name__ or "Not Found" in str(error)
-        raise DeviceError("" if is_absent else f"the NVIDIA driver says: {error}") from error
-    try:
-        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
-        return Devices(
-            gpus=[gpu for at in range(nvml.nvmlDeviceGetCount()) for gpu in _gpus_at(nvml, at)],
-            driver=_text(nvml.nvmlSystemGetDriverVersion()),
-            cuda=(cuda // 1000, cuda % 1000 // 10),
-            source="nvml",
-        )
-    except nvml.NVMLError as error:
-        msg = f"the NVIDIA driver says: {error}"
-        raise DeviceError(msg) from error
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _gpus_at(nvml: Nvml, index: int) -> Iterator[Gpu]:
+def _gpus_at(nvml: Any, index: int) -> Iterator[Gpu]:
     """The GPU, or its MIG slices."""
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    slices = []
-    try:
+    slices: list[Any] = []
+    with contextlib.suppress(nvml.NVMLError):  # Most kinds of GPU cannot be sliced.
         if nvml.nvmlDeviceGetMigMode(handle)[0]:
             slices = list(_slices(nvml, handle))
-    except nvml.NVMLError:  # This kind of GPU cannot be sliced.
-        slices = []
     for part in slices or [handle]:
         total, free = _memory(nvml, part)
         yield Gpu(
@@ -280,15 +218,13 @@ def _gpus_at(nvml: Nvml, index: int) -> Iterator[Gpu]:
         )
 
 
-def _slices(nvml: Nvml, handle: Any) -> Iterator[Any]:
+def _slices(nvml: Any, handle: Any) -> Iterator[Any]:
     for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-        try:
+        with contextlib.suppress(nvml.NVMLError):  # No slice at this place.
             yield nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
-        except nvml.NVMLError:  # No slice at this place.
-            continue
 
 
-def _memory(nvml: Nvml, handle: Any) -> tuple[int, int]:
+def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=NVML_MEMORY_V2)
         return memory.total - memory.reserved, memory.free
@@ -297,74 +233,20 @@ def _memory(nvml: Nvml, handle: Any) -> tuple[int, int]:
         return memory.total, memory.free
 
 
-def _processes(nvml: Nvml, handle: Any) -> Iterator[GpuProcess]:
+def _processes(nvml: Any, handle: Any) -> Iterator[GpuProcess]:
     try:
         running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except nvml.NVMLError:  # Not told to this user, or not for a MIG slice.
         return
     for process in running:
-        try:
+        name = ""
+        with contextlib.suppress(nvml.NVMLError):
             name = _text(nvml.nvmlSystemGetProcessName(process.pid))
-        except nvml.NVMLError:
-            name = ""
         yield GpuProcess(process.pid, name, process.usedGpuMemory)
 
 
 def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
-
-
-def _run_smi(arguments: Sequence[str]) -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        raise DeviceError
-    try:
-        done = subprocess.run(  # noqa: S603 - its own path, fixed arguments
-            [program, *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SMI_TIMEOUT_S,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        msg = f"nvidia-smi says: {(error.stderr or error.stdout).strip()}"
-        raise DeviceError(msg) from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        msg = f"nvidia-smi does not answer: {error}"
-        raise DeviceError(msg) from error
-    return done.stdout
-
-
-def _by_smi(smi: Smi) -> Devices:
-    lines = smi([f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"])
-    rows = [[word.strip() for word in line.split(",")] for line in lines.splitlines() if line]
-    if any(len(row) != len(_SMI_FIELDS) or not _is_number(row[0]) for row in rows):
-        expected = f"expected {len(_SMI_FIELDS)} columns, a number first"
-        msg = f"nvidia-smi printed {lines.strip()!r:.300}, {expected}"
-        raise DeviceError(msg)
-    head = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", smi([]))
-    return Devices(
-        gpus=[_smi_gpu(row) for row in rows],
-        driver=rows[0][-1] if rows else None,
-        cuda=(int(head[1]), int(head[2])) if head else None,
-        source="nvidia-smi",
-    )
-
-
-def _smi_gpu(row: Sequence[str]) -> Gpu:
-    index, uuid, name, total, free, reserved, capability, _ = row
-    numbers = [int(word) * _MIB if _is_number(word) else 0 for word in (total, free, reserved)]
-    major, _, minor = capability.partition(".")
-    known = _is_number(major) and _is_number(minor)
-    return Gpu(
-        index=int(index),
-        uuid=uuid,
-        name=name,
-        total_bytes=numbers[0] - numbers[2],
-        free_bytes=numbers[1],
-        capability=(int(major), int(minor)) if known else None,
-    )
 
 
 EVERY_S = 2.0
@@ -378,7 +260,7 @@ class GpuLoad:
         self,
         num_gpus: int,
         *,
-        nvml: Nvml | None = None,
+        nvml: Any = None,
         environ: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -394,17 +276,13 @@ class GpuLoad:
             nvml = load_nvml()
         self._nvml = nvml
         self._clock = clock
-        self._read_s: float | None = None
+        self._read_s = -EVERY_S
         self._busy: float | None = None
         self._handles: list[Any] = []
-        if nvml is None:
-            return
-        gpus = read_devices(nvml, environ=environ).gpus[:num_gpus]
-        try:
+        gpus = read_devices(nvml, environ).gpus[:num_gpus] if nvml is not None else ()
+        if gpus:
             nvml.nvmlInit()  # To stay: each reading needs it.
             self._handles = [nvml.nvmlDeviceGetHandleByIndex(gpu.index) for gpu in gpus]
-        except nvml.NVMLError:
-            self._handles = []
 
     @property
     def busy(self) -> float | None:
@@ -415,19 +293,14 @@ class GpuLoad:
             which one or more kernels ran.
         """
         now_s = self._clock()
-        if self._handles and (self._read_s is None or now_s - self._read_s >= EVERY_S):
+        if self._handles and now_s - self._read_s >= EVERY_S:
             self._read_s = now_s
-            self._busy = self._read()
+            try:
+                rates = [self._nvml.nvmlDeviceGetUtilizationRates(one).gpu for one in self._handles]
+                self._busy = statistics.fmean(rates) / 100
+            except self._nvml.NVMLError:  # A MIG slice does not tell; neither does a lost GPU.
+                self._handles, self._busy = [], None
         return self._busy
-
-    def _read(self) -> float | None:
-        assert self._nvml is not None  # noqa: S101 - there are handles
-        try:
-            rates = [self._nvml.nvmlDeviceGetUtilizationRates(one).gpu for one in self._handles]
-        except self._nvml.NVMLError:  # A MIG slice does not tell; neither does a lost GPU.
-            self._handles = []
-            return None
-        return statistics.fmean(rates) / 100
 
 
 WAIT_S = 1800.0

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from batchgen.core.records import Messages
+    from batchgen.core.records import Messages, Prompt
     from batchgen.engine.base import EngineRequest
 
 VERSION = "1"
@@ -123,7 +123,6 @@ def read_limits(params: Mapping[str, Any]) -> _Limits:
 
 class _Running(NamedTuple):
     request_id: int
-    text: str
     data: bytes
     admitted_at: float
     limits: _Limits
@@ -241,12 +240,12 @@ class EchoEngine:
                     refusals.append(failed(request.request_id, found))
                     continue
                 limits = found
-            text, data = prepared
+            data = prepared
             last = self._step
             if self._max_steps > 1:
                 # Not hash(): that differs between processes, and finish order should not.
                 last += zlib.crc32(data) % self._max_steps
-            running = _Running(request.request_id, text, data, now, limits)
+            running = _Running(request.request_id, data, now, limits)
             self._buckets.setdefault(last, []).append(running)
             self._num_running += 1
             self._tokens["num_prompt_tokens"] += len(data)
@@ -260,31 +259,26 @@ class EchoEngine:
         except ValueError as exc:
             return RowError("bad_request", str(exc))
 
-    def _prepare(self, request: EngineRequest) -> tuple[str, bytes] | RowError:
-        prompt = request.prompt
-        try:
-            text = prompt if isinstance(prompt, str) else chat_text(prompt)
-            data = text.encode()
-        except (TypeError, KeyError) as exc:
-            return RowError("chat_template_error", f"a message has no text content: {exc}")
-        except UnicodeEncodeError as exc:
-            return RowError("tokenizer_error", f"the prompt is not valid Unicode: {exc}")
-        if not data:
-            return RowError("empty_prompt", "the prompt has no tokens")
-        if self._max_model_len is not None and len(data) >= self._max_model_len:
-            return prompt_too_long(len(data), self._max_model_len)
-        return text, data
+    def _prepare(self, request: EngineRequest) -> bytes | RowError:
+        data = encode_prompt(request.prompt)
+        if isinstance(data, RowError) or self._max_model_len is None:
+            return data
+        return (
+            data
+            if len(data) < self._max_model_len
+            else prompt_too_long(len(data), self._max_model_len)
+        )
 
     def _answer(self, running: _Running) -> Completion:
         num_prompt_tokens = len(running.data)
         limit, n = running.limits
         if self._max_model_len is not None:
             limit = min(limit, self._max_model_len - num_prompt_tokens)
-        text, num_output_tokens, finish_reason = running.text, num_prompt_tokens, "stop"
-        if num_prompt_tokens > limit:
-            # "ignore" drops at most the one character that the limit cuts in two.
-            text = running.data[:limit].decode("utf-8", "ignore")
-            num_output_tokens, finish_reason = len(text.encode()), "length"
+        # "ignore" drops at most the one character that the limit cuts in two.
+        text = running.data[:limit].decode("utf-8", "ignore")
+        is_cut = num_prompt_tokens > limit
+        num_output_tokens = len(text.encode()) if is_cut else num_prompt_tokens
+        finish_reason = "length" if is_cut else "stop"
         self._tokens["num_generated_tokens"] += num_output_tokens * n
         latency_s = time.perf_counter() - running.admitted_at
         return Completion(
@@ -302,6 +296,17 @@ def _job_limits(params: Mapping[str, Any]) -> _Limits:
         return read_limits(params)
     except ValueError as exc:
         raise ConfigError(SAMPLING, [str(exc)]) from exc
+
+
+def encode_prompt(prompt: Prompt) -> bytes | RowError:
+    """The tokens of a prompt: its UTF-8 bytes; or why there are none."""
+    try:
+        data = (prompt if isinstance(prompt, str) else chat_text(prompt)).encode()
+    except (TypeError, KeyError) as exc:
+        return RowError("chat_template_error", f"a message has no text content: {exc}")
+    except UnicodeEncodeError as exc:
+        return RowError("tokenizer_error", f"the prompt is not valid Unicode: {exc}")
+    return data or RowError("empty_prompt", "the prompt has no tokens")
 
 
 def chat_text(messages: Messages) -> str:

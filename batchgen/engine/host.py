@@ -7,8 +7,8 @@ never contend with vLLM's front end for the GIL.
 
 Over the socket go pickled tuples, whose first item says what they are:
 
-    in   the EngineSpec, once; then ("add", [HostedRequest fields, ...]) and ("close",)
-    out  ("ready", EngineFacts, capacity), ("stats", EngineStats), ("done", [Completion fields]),
+    in   the EngineSpec, once; then ("add", [HostedRequest, ...]) and ("close",)
+    out  ("ready", EngineFacts, capacity), ("stats", EngineStats), ("done", [Completion, ...]),
          and as the last one ("config", (where, problems)), ("refused", text) or ("dead", text)
 
 When the parent is gone, however it went, so is this process group: the socket's end kills it.
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import NoReturn
 
-    from batchgen.core.records import Completion, EngineSpec, Prompt
+    from batchgen.core.records import EngineSpec, Prompt
     from batchgen.engine.base import Engine
 
 STATS_S = 0.5
 
 
 class HostedRequest(NamedTuple):
-    """An `EngineRequest` on this side of the process border."""
+    """An `EngineRequest` that crosses the process border: nothing of its row's columns."""
 
     request_id: int
     prompt: Prompt
@@ -81,7 +81,8 @@ class Host:
         while not self._closing:
             self._wake.clear()
             if engine.num_in_flight or not self._is_ready:
-                self._send_done(engine.step(STATS_S))
+                if completions := engine.step(STATS_S):
+                    self.send("done", completions)
             else:
                 self._wake.wait(STATS_S)
             self._report(engine)
@@ -99,14 +100,10 @@ class Host:
                 if kind == "close":
                     self._closing = True
                 else:
-                    engine.add([HostedRequest(*request) for request in rest[0]])
+                    engine.add(rest[0])
                 self._wake.set()
         except (EOFError, OSError):
             os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    def _send_done(self, completions: list[Completion]) -> None:
-        if completions:
-            self.send("done", [completion_fields(completion) for completion in completions])
 
     def _report(self, engine: Engine) -> None:
         now = time.monotonic()
@@ -118,19 +115,6 @@ class Host:
         elif now - self._stats_at >= STATS_S:
             self.send("stats", replace(engine.stats, gpu_busy=self._load.busy))
             self._stats_at = now
-
-
-def completion_fields(completion: Completion) -> tuple[object, ...]:
-    """Take a completion apart, in the order of `records.Completion`; tuples pickle fastest."""
-    return (
-        completion.request_id,
-        [tuple(sample) for sample in completion.samples],
-        completion.num_prompt_tokens,
-        completion.num_cached_tokens,
-        completion.num_output_tokens,
-        completion.latency_s,
-        completion.error,
-    )
 
 
 def last_words(exc: Exception) -> tuple[str, object]:

@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError
-from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, Sample
+from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats
 from batchgen.engine.base import engine_class
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
+from batchgen.engine.host import HostedRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +98,7 @@ class _Child:
 
     def _hear(self, kind: str, payload: Any, *rest: Any) -> None:  # noqa: ANN401
         if kind == "done":
-            self.inbox.put([_completion(*fields) for fields in payload])
+            self.inbox.put(payload)
         elif kind == "stats":
             self.stats = payload
         elif kind == "ready":
@@ -203,8 +204,8 @@ class EngineProcess:
         if self._death is not None:
             raise EngineDeadError(str(self._death))
         self._num_in_flight += len(requests)
-        fields = [(r.request_id, r.prompt, r.seed, r.params, r.lora) for r in requests]
-        self._child.post(("add", fields))
+        hosted = [HostedRequest(r.request_id, r.prompt, r.seed, r.params, r.lora) for r in requests]
+        self._child.post(("add", hosted))
 
     def step(self, timeout_s: float) -> list[Completion]:
         """Return what has arrived; wait up to `timeout_s` if that is nothing.
@@ -261,10 +262,6 @@ class EngineProcess:
         if kind == "refused" or child.facts is None:
             return EngineError(f"the engine did not start: {text}")
         return EngineDeadError(f"the engine died: {text}")
-
-
-def _completion(request_id: int, samples: Sequence[tuple[Any, ...]], *rest: Any) -> Completion:  # noqa: ANN401
-    return Completion(request_id, [Sample(*fields) for fields in samples], *rest)
 
 
 def is_group_alive(pgid: int) -> bool:

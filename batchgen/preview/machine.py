@@ -213,6 +213,8 @@ def check_device(machine: Machine, num_gpus: int) -> Iterator[Finding]:
             yield warning("gpu", f"not used ({names}): vLLM's build for CPUs is installed", advice)
     elif machine.build not in {"cuda", ""}:
         return  # Another vendor's, of which NVIDIA's library says nothing.
+    elif machine.vllm is None and not devices.gpus:
+        return  # What asks NVIDIA's library comes with vLLM.
     elif devices.problem:
         yield problem("gpu", devices.problem, "mend the driver: nvidia-smi must list the GPUs")
     elif devices.gpus:

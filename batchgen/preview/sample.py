@@ -29,7 +29,7 @@ from batchgen.core.errors import EngineError, one_line
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Request, RowError
 from batchgen.engine.base import engine_class
-from batchgen.engine.echo import chat_text
+from batchgen.engine.echo import encode_prompt
 from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode
 from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
@@ -133,15 +133,8 @@ def _checked(tokens: Tokens) -> Tokens:
 
 
 def _echo_tokens(request: EngineRequest) -> Tokens:
-    """As `EchoEngine` takes a prompt: UTF-8 bytes."""
-    prompt = request.prompt
-    try:
-        text = prompt if isinstance(prompt, str) else chat_text(prompt)
-        return _checked(array("B", text.encode()))
-    except (TypeError, KeyError) as error:
-        return RowError("chat_template_error", f"a message has no text content: {error}")
-    except UnicodeEncodeError as error:
-        return RowError("tokenizer_error", f"the prompt is not valid Unicode: {error}")
+    data = encode_prompt(request.prompt)
+    return data if isinstance(data, RowError) else array("B", data)
 
 
 def room_for(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> int:

@@ -52,7 +52,9 @@ def start(kind, log_path, **sampling_params):
     if kind.startswith("supervised"):
         if kind == "supervised-process":
             spec = replace(spec, model_kwargs={**spec.model_kwargs, "in_process": False})
-        return AsEngine(SupervisedEngine(build_engine, lambda: spec))
+        engine = AsEngine(SupervisedEngine(build_engine, lambda: spec))
+        engine.start()
+        return engine
     return EchoEngine(spec) if kind == "echo" else EngineProcess(spec)
 
 

@@ -1,4 +1,4 @@
-"""GPUs as NVML and nvidia-smi tell of them; both are fakes here."""
+"""GPUs as NVML tells of them; a fake here."""
 
 # ruff: noqa: N802 - NVML's functions
 
@@ -111,7 +111,7 @@ def test_an_h100_is_read_as_cuda_sees_it() -> None:
     nvml = FakeNvml([Card(processes=[(7, 900 * MIB), (404, None)])])
     found = read_devices(nvml, environ={})
     (gpu,) = found.gpus
-    assert (found.driver, found.cuda, found.source) == ("580.159.04", (13, 1), "nvml")
+    assert (found.driver, found.cuda) == ("580.159.04", (13, 1))
     assert (gpu.name, gpu.capability) == ("NVIDIA H100 80GB HBM3", (9, 0))
     assert gpu.total_bytes == 81008 * MIB  # 79.11 GiB, what CUDA says of this card.
     assert gpu.free_bytes == 81000 * MIB
@@ -162,28 +162,6 @@ def test_no_driver_is_no_gpu_and_a_broken_one_a_problem() -> None:
     broken = NvmlError("Driver/library version mismatch")
     found = read_devices(FakeNvml([], broken))
     assert found == Devices(problem="the NVIDIA driver says: Driver/library version mismatch")
-
-
-def smi(*rows: str) -> devices.Smi:
-    def run(arguments: Any) -> str:
-        return "".join(f"{row}\n" for row in rows) if arguments else "| CUDA Version: 12.4  |"
-
-    return run
-
-
-def test_nvidia_smi_will_do() -> None:
-    rows = [
-        "0, GPU-1, Tesla T4, 15360, 14000, 448, 7.5, 550.54",
-        "1, GPU-2, NVIDIA Old, 8192, [N/A], [N/A], [N/A], 550.54",
-    ]
-    found = read_devices(smi=smi(*rows), environ={})
-    assert (found.driver, found.cuda, found.source) == ("550.54", (12, 4), "nvidia-smi")
-    t4, old = found.gpus
-    assert (t4.name, t4.capability, t4.total_bytes) == ("Tesla T4", (7, 5), 14912 * MIB)
-    assert (old.free_bytes, old.capability) == (0, None)
-    assert "expected 8 columns" in (read_devices(smi=smi("No devices were found")).problem or "")
-    odd = smi("\u00b2, GPU-1, Tesla T4, 15360, 14000, 448, 7.\u00b2, 550.54")
-    assert "a number first" in (read_devices(smi=odd).problem or "")
 
 
 @pytest.mark.parametrize(

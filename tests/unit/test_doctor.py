@@ -48,7 +48,7 @@ V100 = gpu("Tesla V100-SXM2-16GB", 15.77, capability=(7, 0))
 
 
 def machine(*gpus: Gpu, **changes: Any) -> Machine:
-    devices = Devices(gpus, 0, "580.159.04", (13, 0), "nvml")
+    devices = Devices(gpus, 0, "580.159.04", (13, 0))
     fields = {"devices": devices, "packages": PACKAGES, "cuda_built": (13, 0), **changes}
     return Machine((3, 12), fields.pop("vllm", "0.26.0"), fields.pop("build", "cuda"), **fields)
 
@@ -198,7 +198,7 @@ def test_memory_that_others_hold_is_missed(job: dict[str, Any]) -> None:
         (machine(H100, vllm="0.25.1"), "too old"),
         (machine(H100, packages={"torch": "2.11"}), "transformers and tokenizers not installed"),
         (machine(V100), "needs 7.5 or newer"),
-        (machine(devices=Devices([H100], 0, "550.54", (12, 4), "nvml")), "built with 13.0"),
+        (machine(devices=Devices([H100], 0, "550.54", (12, 4))), "built with 13.0"),
     ],
 )
 def test_what_is_missing_is_named(job: dict[str, Any], here: Machine, reason: str) -> None:
@@ -243,7 +243,7 @@ def test_a_cpu_has_its_own_sum(job: dict[str, Any], monkeypatch) -> None:
     report = seen(job, replace(here, free_memory_bytes=16 * GIB, cpu_flags=("avx2",)))
     assert topics(report, Level.WARNING) == ["cpu", "memory"]
     # The wrong build for a machine with a GPU.
-    here = replace(here, devices=Devices([H100], 0, "580", (13, 0), "nvml"))
+    here = replace(here, devices=Devices([H100], 0, "580", (13, 0)))
     assert "not used (NVIDIA H100" in seen(job, here).as_text()
 
 

@@ -21,7 +21,6 @@ import os
 import re
 import traceback
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import Repr
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from batchgen.core.errors import ConfigError, EngineError, nearest, one_line
+from batchgen.engine.devices import vllm_build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -74,17 +74,8 @@ CPU_ENVIRONMENT = {
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is one for CPUs, found without importing it.
-
-    Source:
-        vllm/platforms/__init__.py, cpu_platform_plugin, 0.26 to 0.33.
-    """
-    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
-        return True
-    try:
-        return "cpu" in version("vllm")
-    except PackageNotFoundError:
-        return True
+    """Whether the installed vLLM is one for CPUs, or there is none; found without importing it."""
+    return vllm_build() in ("cpu", "")
 
 
 def gpus_of(engine: Mapping[str, Any], *, is_cpu: bool) -> int:
