@@ -8,7 +8,6 @@ Invariant: nothing is lost silently. What a schema leaves open becomes JSON text
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,7 +42,7 @@ class TypedSchema:
     _convert: Callable[[Any], Any] = field(repr=False, compare=False)
 
     def value(self, parsed: Any) -> Any:  # noqa: ANN401 - any JSON
-        """Turn parsed JSON into what `pa.array([...], self.type)` takes.
+        """Turn what `core.json_text.parse_json` returns into what `pa.array` takes.
 
         null fits everywhere: an absent key is null too.
 
@@ -116,15 +115,8 @@ def _refuse(expected: str, value: Any) -> NoReturn:  # noqa: ANN401
 
 
 def _string(value: Any) -> str:  # noqa: ANN401
-    """Take a string of whole characters."""
     if not isinstance(value, str):
         _refuse("a string", value)
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            msg = "expected a string, found one with half a character (a lone surrogate)"
-            raise _Unfit(msg) from None
     return value
 
 
@@ -163,29 +155,14 @@ def _boolean(value: Any) -> bool:  # noqa: ANN401
 def _json_text(value: Any) -> str:  # noqa: ANN401
     """Write any JSON as text."""
     try:
-        written = orjson.dumps(value)
-    except TypeError:  # An integer over 64 bits, half a character, more than 254 levels.
-        return _slow_json_text(value)
-    if b"null" in written and not _is_finite(value):  # orjson writes them as null.
-        msg = "expected JSON, found NaN or an infinite number"
-        raise _Unfit(msg)
-    return written.decode()
-
-
-def _slow_json_text(value: Any) -> str:  # noqa: ANN401
+        return orjson.dumps(value).decode()
+    except TypeError:  # An integer over 64 bits, more than 254 levels.
+        pass
     try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
-    except (ValueError, RecursionError) as error:
+        return json.dumps(value, separators=(",", ":"))
+    except RecursionError as error:
         msg = f"expected JSON that can be written, found otherwise: {error}"
         raise _Unfit(msg) from None
-
-
-def _is_finite(value: Any) -> bool:  # noqa: ANN401
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        value = list(value.values())
-    return not isinstance(value, list) or all(map(_is_finite, value))
 
 
 def _array_of(convert: Convert) -> Convert:

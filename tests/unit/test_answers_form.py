@@ -56,6 +56,8 @@ def read(text, reason="stop", *, params=None, **output):
         ({"schema": SCHEMA}, '{"label": "refund", "score": 11}', "stop", "schema_violation"),
         ({"schema": SCHEMA}, '{"label": "refund"}', "stop", "schema_violation"),
         ({"schema": SCHEMA}, '{"label": "refund", "score": NaN}', "stop", "invalid_json"),
+        ({"schema": {}}, '["\\ud800"]', "stop", "invalid_json"),
+        ({"schema": {}}, "1e999", "stop", "invalid_json"),
         ({"schema": {"type": "integer"}}, "12", "length", "truncated"),
         ({"schema": {"type": "integer"}}, "12", "stop", "ok"),
         # The schema allows it, the column cannot hold it.

@@ -294,7 +294,6 @@ def test_enums_are_the_choices_among_strings():
         (fields(a=STRING), {"a": None}, {"a": None}),
         ({"items": fields(a=STRING)}, [None, {}], [None, {"a": None}]),
         ({}, {"b": 2**64, "a": [1.0, None]}, '{"b":18446744073709551616,"a":[1.0,null]}'),
-        ({}, ["\ud800"], '["\\ud800"]'),
     ],
 )
 def test_value(schema, parsed, expected):
@@ -307,10 +306,8 @@ def test_value(schema, parsed, expected):
     ("schema", "parsed", "message"),
     [
         (STRING, 1, "$: expected a string, found an integer"),
-        (STRING, "\ud800", "$: expected a string, found one with half a character"),
         (INTEGER, True, "$: expected an integer, found a boolean"),
         (INTEGER, 1.5, "$: expected an integer, found a number"),
-        (INTEGER, float("inf"), "$: expected an integer, found a number"),
         (INTEGER, 2**63, "$: expected an integer of 64 bits, found a larger one"),
         (INTEGER, 1e300, "$: expected an integer of 64 bits, found a larger one"),
         (NUMBER, True, "$: expected a number, found a boolean"),
@@ -329,8 +326,6 @@ def test_value(schema, parsed, expected):
             {"a b": [{}, None, {"c": [1, 2, 3, "4"]}]},
             "$['a b'][2].c[3]: expected an integer, found a string",
         ),
-        ({}, [None, {"a": [float("nan")]}], "$: expected JSON, found NaN or an infinite number"),
-        ({}, [2**70, float("inf")], "$: expected JSON that can be written, found otherwise"),
     ],
 )
 def test_what_a_column_cannot_hold_is_refused(schema, parsed, message):
