@@ -34,7 +34,7 @@ def write_rows(folder: Path, num_rows: int) -> None:
 
 
 def write_slow_job(folder: Path, **tables) -> Path:
-    model = {"backend": BACKEND}
+    model = {"backend": BACKEND, **tables.pop("model", {})}
     path = write_job(folder, "in.jsonl", run={"grace_s": 0}, model=model, **tables)
     faults = f'faults = [{{kind = "out_of_memory", at = {MEMORY_ENDS_AT}}}]'
     engine = [
