@@ -125,7 +125,7 @@ def diff(
         numbers: Old and new; None: the two newest.
         on: Columns whose values name a row; none: equal rows are paired, and rows between them
             that are as many as before; of CSV and Parquet files that changed, by row number.
-        num_examples: At most so many changed rows are told in full.
+        num_examples: At most so many changed rows are shown in full.
 
     Raises:
         OutputError: There are no such snapshots, or they cannot be read.

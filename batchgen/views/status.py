@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"
 _SILENT_S = 15.0
-"""A live view that is older is worth telling: mostly it is rewritten every 2 s."""
+"""A live view that is older is worth a line: mostly it is rewritten every 2 s."""
 _WIDTH = 100
 _MOST_REPLICAS = 24
 _MOST_NOT_RUNNING = 16
@@ -99,30 +99,22 @@ def status_of(root: Path) -> dict[str, Any]:
 
 
 def as_text(root: Path, facts: Mapping[str, Any]) -> str:
-    """`status_of` for people: a line for each fact, and a table of replicas."""
-    run = dict(facts.get("run", {}))
+    """What `status_of` found as lines for people: sentences where a value needs explaining."""
+    shown = dict(facts)
+    run = dict(shown.get("run", {}))
     replicas = run.pop("replicas", [])
-    told = {**facts, "run": run}
-    if facts["state"] == "new" and (why := not_begun(root)):
-        told["state"] = f"new: {why}"
-    lines = [f"{name:24} {value}" for name, value in _flat(_readable(told))]
+    age_s = run.pop("sign_of_life_age_s", None)
+    if age_s is not None and age_s >= _SILENT_S:
+        run["last_sign_of_life"] = _silence(run, age_s)
+    shown["run"] = run
+    if shown["state"] == "new" and (why := not_begun(root)):
+        shown["state"] = f"new: {why}"
+    if "published" in shown:
+        shown["published"] = _published_line(shown["published"])
+    if "damaged" in shown:
+        shown["damaged"] = "; ".join(shown["damaged"])
+    lines = [f"{name:24} {value}" for name, value in _flat(shown)]
     return "\n".join([*lines, *replica_lines(replicas)])
-
-
-def _readable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person sees of `views.status`: sentences where values would have to be explained."""
-    told = dict(facts)
-    if "published" in told:
-        told["published"] = _published_line(told["published"])
-    if "damaged" in told:
-        told["damaged"] = "; ".join(told["damaged"])
-    if "run" in told:
-        run = dict(told["run"])
-        age_s = run.pop("sign_of_life_age_s", None)
-        if age_s is not None and age_s >= _SILENT_S:
-            run["last_sign_of_life"] = _silence(run, age_s)
-        told["run"] = run
-    return told
 
 
 def _published_line(seen: Mapping[str, Any] | None) -> str:
@@ -176,9 +168,9 @@ def _published(ledger: Ledger) -> dict[str, Any] | None:
 
 def _ended(live: Mapping[str, Any]) -> dict[str, Any]:
     """How a run that nobody is at any more says that it ended; one that says nothing was killed."""
-    told = {name: live.get(name) for name in ("run_id", "state", "reason")}
+    end = {name: live.get(name) for name in ("run_id", "state", "reason")}
     # A run that ends writes why, were it only null (`JobRun._finish`); one at work has no reason.
-    return told if not live or "reason" in live else {**told, "state": "killed", "reason": _KILLED}
+    return end if not live or "reason" in live else {**end, "state": "killed", "reason": _KILLED}
 
 
 def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
@@ -273,8 +265,8 @@ def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     numbers = {row["replica"] for row in shown}
     if rest := [row for row in rows if row["replica"] not in numbers]:
         states = Counter(map(_state, rest))
-        told = ", ".join(f"{num} {state}" for state, num in states.most_common())
-        lines.append(f"and {len(rest)} more: {told}; --json has all")
+        counts = ", ".join(f"{num} {state}" for state, num in states.most_common())
+        lines.append(f"and {len(rest)} more: {counts}; --json has all")
     return lines
 
 
