@@ -50,7 +50,7 @@ from batchgen.store.books import (
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from batchgen.storage import LocalStorage
 
@@ -133,6 +133,15 @@ class Ledger:
             )
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
+
+    def manifests(self) -> list[Manifest]:
+        """Every published snapshot that was not pruned since, oldest first.
+
+        Raises:
+            OutputError: One is not what this version understands.
+        """
+        numbers = [number_of(name) for name in self._numbered_files("manifests")]
+        return [found for number in numbers if (found := self.manifest(number)) is not None]
 
     def latest_manifest(self) -> Manifest | None:
         """The newest published snapshot, None if nothing was ever published."""
@@ -335,7 +344,7 @@ class Ledger:
         for temp in (temp for name in folders for temp in self.storage.temps(name)):
             if epoch_of(temp.name) <= manifest.epoch:
                 self.storage.remove_path(temp)
-        named = {folder_of(manifest) for manifest in self._manifests()}
+        named = {folder_of(manifest) for manifest in self.manifests()}
         for name in self.storage.list(f"{STATE}/snapshots"):
             if epoch_of(name) <= manifest.epoch and name not in named:
                 self.storage.remove_folder(name)
@@ -344,11 +353,6 @@ class Ledger:
         for name in names:
             if epoch_of(name) <= epoch:
                 self.storage.remove(name)
-
-    def _manifests(self) -> Iterator[Manifest]:
-        for name in self._numbered_files("manifests"):
-            if (manifest := self.manifest(number_of(name))) is not None:
-                yield manifest
 
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self.storage.read(name)

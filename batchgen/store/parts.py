@@ -28,10 +28,10 @@ import pyarrow.parquet as pq
 from batchgen.core import arrow
 from batchgen.core.errors import AccountingError, ConfigError
 from batchgen.core.ranges import Ranges
-from batchgen.store.books import Part, PartFooter
+from batchgen.store.books import NO_ROWS, Part, PartFooter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from batchgen.core.records import Result
     from batchgen.storage import LocalStorage
@@ -275,11 +275,41 @@ def rows_of(table: pa.Table) -> dict[int, Ranges]:
     return {segment: Ranges(found) for segment, found in spans.items()}
 
 
+def check_rows(
+    tables: Iterable[pa.Table], footer: PartFooter, *, is_all: bool = True
+) -> dict[int, Ranges]:
+    """Segment -> rows of a part's tables, which are results that its footer names, each once.
+
+    Args:
+        tables: Row groups of the part.
+        footer: Its own books.
+        is_all: Whether these are all of its row groups.
+
+    Raises:
+        ValueError: They are not.
+    """
+    seen: dict[int, Ranges] = {}
+    num_rows = 0
+    for table in tables:
+        num_rows += table.num_rows
+        for segment, rows in rows_of(table).items():
+            seen[segment] = seen.get(segment, NO_ROWS) | rows
+    if sum(len(rows) for rows in seen.values()) != num_rows:
+        msg = "holds a row twice"
+        raise ValueError(msg)
+    if any(rows - footer.done.get(segment, NO_ROWS) for segment, rows in seen.items()):
+        msg = "holds a row that its footer does not name"
+        raise ValueError(msg)
+    if is_all and num_rows != footer.num_results:
+        msg = f"holds {num_rows} rows, its footer says {footer.num_results}"
+        raise ValueError(msg)
+    return seen
+
+
 def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
     rows = rows_of(table)
-    none = Ranges()
     return {
-        segment: rows.get(segment, none) | skipped.get(segment, none)
+        segment: rows.get(segment, NO_ROWS) | skipped.get(segment, NO_ROWS)
         for segment in sorted(rows.keys() | skipped.keys())
     }
 

@@ -21,7 +21,7 @@ from batchgen.core.ranges import Ranges
 from batchgen.store.books import NO_ROWS
 from batchgen.store.dedupe import prefixes_of
 from batchgen.store.matching import Span
-from batchgen.store.parts import ROW, SEGMENT, rows_of
+from batchgen.store.parts import ROW, SEGMENT, check_rows, rows_of
 from batchgen.store.result_files import Index, ResultFile, is_intact
 
 if TYPE_CHECKING:
@@ -203,22 +203,13 @@ def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges
         if not file.num_groups and file.problem is not None:
             raise ValueError(file.problem)
         is_whole = file.problem is None
-    seen: dict[int, Ranges] = {}
-    for table in tables:
-        for segment, rows in rows_of(table).items():
-            seen[segment] = seen.get(segment, NO_ROWS) | rows
-    num_rows = sum(table.num_rows for table in tables)
-    done = part.footer.done
-    if (
-        sum(len(rows) for rows in seen.values()) != num_rows
-        or any(rows - done.get(segment, NO_ROWS) for segment, rows in seen.items())
-        or (is_whole and num_rows != part.footer.num_results)
-    ):
-        msg = "its rows are not those that its footer names"
-        raise ValueError(msg)
+    seen = check_rows(tables, part.footer, is_all=is_whole)
     if not is_whole:
         return tables, None
-    return tables, {segment: rows - seen.get(segment, NO_ROWS) for segment, rows in done.items()}
+    skipped = {
+        segment: rows - seen.get(segment, NO_ROWS) for segment, rows in part.footer.done.items()
+    }
+    return tables, skipped
 
 
 def gathered(pieces: Iterable[Piece], max_rows: int, max_bytes: int) -> Iterator[Piece]:

@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from batchgen.store.ledger import Ledger
 
 
-def snapshots(ledger: Ledger) -> list[Manifest]:
-    """All of them, oldest first.
-
-    Raises:
-        OutputError: A manifest is not one that this version understands.
-    """
-    found = []
-    manifest = ledger.latest_manifest()
-    while manifest is not None:
-        found.append(manifest)
-        manifest = ledger.manifest_before(manifest.number)
-    return found[::-1]
-
-
 def snapshot(ledger: Ledger, number: int | None) -> Manifest:
     """A snapshot by number; None: the newest.
 
@@ -43,7 +29,7 @@ def snapshot(ledger: Ledger, number: int | None) -> Manifest:
     manifest = ledger.latest_manifest() if number is None else ledger.manifest(number)
     if manifest is not None:
         return manifest
-    numbers = ", ".join(str(manifest.number) for manifest in snapshots(ledger))
+    numbers = ", ".join(str(manifest.number) for manifest in ledger.manifests())
     if numbers:
         msg = f"{ledger.storage.where}: there is no snapshot {number}, expected one of: {numbers}"
     else:
@@ -68,7 +54,7 @@ def beyond(ledger: Ledger, keep: int) -> list[Manifest]:
         msg = f"keep is {keep}, expected 1 or more"
         raise ValueError(msg)
     needed = {plan.number for plan in _in_work(ledger)}
-    return [found for found in snapshots(ledger)[:-keep] if found.number not in needed]
+    return [found for found in ledger.manifests()[:-keep] if found.number not in needed]
 
 
 def prune(ledger: Ledger, keep: int) -> list[Manifest]:
@@ -115,7 +101,7 @@ def _in_work(ledger: Ledger) -> Iterable[Plan]:
 
 def _remove_digests(ledger: Ledger) -> None:
     """Remove digests of rows of files that no snapshot and no plan in work is made of."""
-    plans = [*_in_work(ledger), *(ledger.plan(found.number) for found in snapshots(ledger))]
+    plans = [*_in_work(ledger), *(ledger.plan(found.number) for found in ledger.manifests())]
     named = {row_digests.name_of(segment.digest) for segment in _segments(plans)}
     for name in ledger.storage.list(row_digests.FOLDER):
         if name.endswith(".bin") and name not in named:

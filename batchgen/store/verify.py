@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import NO_ROWS
 from batchgen.store.ledger import Ledger
-from batchgen.store.parts import rows_of
+from batchgen.store.parts import check_rows
 from batchgen.store.result_files import ResultFile, is_as_published
 from batchgen.store.visible import is_whole, shown_problems
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.core.ranges import Ranges
     from batchgen.store.books import Manifest, Part, Plan, PublishedFile
 
 _LOOKS = 3
@@ -219,7 +217,7 @@ def _check_parts(ledger: Ledger, plan: Plan, verdict: Verdict) -> None:
         try:
             verdict.num_bytes += path.stat().st_size
             verdict.num_files += 1
-            _check_part(path, part)
+            check_rows((table for table, _ in _row_groups(path)), part.footer)
         except ValueError as error:
             if path.exists():  # Else it does not count anyway, and a run may have tidied it up.
                 ledger.reject(part.name, str(error))
@@ -234,26 +232,3 @@ def _check_parts(ledger: Ledger, plan: Plan, verdict: Verdict) -> None:
         sum(part.footer.num_errors for part in good),
         sum(part.footer.num_skipped for part in good),
     )
-
-
-def _check_part(path: Path, part: Part) -> None:
-    """The rows are exactly results that the footer names, each once.
-
-    Raises:
-        ValueError: They are not.
-    """
-    seen: dict[int, Ranges] = {}
-    num_rows = 0
-    for table, _ in _row_groups(path):
-        num_rows += table.num_rows
-        for segment, rows in rows_of(table).items():
-            seen[segment] = seen.get(segment, NO_ROWS) | rows
-    if sum(len(rows) for rows in seen.values()) != num_rows:
-        msg = "holds a row twice"
-        raise ValueError(msg)
-    if any(rows - part.footer.done.get(segment, NO_ROWS) for segment, rows in seen.items()):
-        msg = "holds a row that its footer does not name"
-        raise ValueError(msg)
-    if num_rows != part.footer.num_results:
-        msg = f"holds {num_rows} rows, its footer says {part.footer.num_results}"
-        raise ValueError(msg)

@@ -146,7 +146,7 @@ def diff(
 
 
 def _two_newest(ledger: Ledger) -> tuple[int, int]:
-    numbers = [manifest.number for manifest in snapshots.snapshots(ledger)]
+    numbers = [manifest.number for manifest in ledger.manifests()]
     if len(numbers) < 2:
         newest = snapshots.snapshot(ledger, None).number
         msg = f"{ledger.storage.where}: snapshot {newest} is the only one, expected two to compare"

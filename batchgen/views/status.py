@@ -341,7 +341,7 @@ def listed(root: Path) -> list[Listed]:
         OutputError: The folder was written by another version.
     """
     ledger = Ledger(LocalStorage(root))
-    return [_line(ledger, manifest) for manifest in snapshots.snapshots(ledger)]
+    return [_line(ledger, manifest) for manifest in ledger.manifests()]
 
 
 def _line(ledger: Ledger, manifest: Manifest) -> Listed:
@@ -403,7 +403,7 @@ def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
         )
         raise BusyError(msg) from error
     try:
-        lines = {found.number: _line(ledger, found) for found in snapshots.snapshots(ledger)}
+        lines = {found.number: _line(ledger, found) for found in ledger.manifests()}
         return [lines[manifest.number] for manifest in snapshots.prune(ledger, keep)]
     finally:
         lock.release()

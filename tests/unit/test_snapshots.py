@@ -81,7 +81,7 @@ def put_nights(ledger: Ledger, *numbers: int) -> None:
 
 
 def numbers_of(ledger: Ledger) -> list[int]:
-    return [manifest.number for manifest in snapshots.snapshots(ledger)]
+    return [manifest.number for manifest in ledger.manifests()]
 
 
 def names_in(ledger: Ledger, folder: str) -> list[str]:
@@ -189,7 +189,7 @@ def test_a_pruning_that_died_is_healed_by_the_next(storage, ledger, first):
         prune(Ledger(LocalStorage(storage.root, disk=Full(first))), 1)
     left = numbers_of(ledger)
     assert left == [number for number in (1, 2, 3) if number > first or number == 3]
-    for manifest in snapshots.snapshots(ledger):  # What is named is there.
+    for manifest in ledger.manifests():  # What is named is there.
         assert all(storage.path(file.name).exists() for file in manifest.files)
     prune(ledger, 1)
     assert names_in(ledger, "manifests") == ["000003.json"]
