@@ -146,7 +146,7 @@ STORM = {"kv_cache_usage": 0.99, "num_preemptions": lambda s: int(90 * s)}
     [
         (samples(num=16, **STORM), FACTS),  # 45 steady seconds.
         (samples(num=8, every_s=60, **STORM), FACTS),  # Too few looks.
-        (samples(**STORM), replace(FACTS, name="echo")),
+        (samples(**STORM), replace(FACTS, device="none")),
         (samples(**STORM), None),
         ([], FACTS),
         (samples(num_running=None, **STORM), FACTS),
