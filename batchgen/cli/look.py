@@ -112,11 +112,11 @@ def plan(
     """
     from batchgen.pipeline.interface import RunOptions
     from batchgen.preview.plan import PlanOptions, foresee
-    from batchgen.preview.report import told
+    from batchgen.preview.report import forecast_text
 
     asked = {name: options.pop(name) for name in ("is_exact", "rate", "price")}
     forecast = foresee(load, PlanOptions(RunOptions(**options), **asked))
-    click.echo(as_line(forecast.as_dict()) if as_json else told(forecast))
+    click.echo(as_line(forecast.as_dict()) if as_json else forecast_text(forecast))
     sys.exit(forecast.exit_code)
 
 

@@ -161,7 +161,7 @@ def parse_duration(text: str) -> float:
 
 
 def duration_text(seconds: float) -> str:
-    """As `parse_duration` reads it, in whole seconds: `1h30m`."""
+    """Write a duration as `parse_duration` reads it, in whole seconds: `1h30m`."""
     left, parts = round(seconds), []
     for unit, unit_s in _UNITS_S.items():
         number, left = divmod(left, unit_s)
@@ -171,7 +171,7 @@ def duration_text(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """When a run has to be through; the earlier of the two counts."""
+    """The time by which a run has to be through; the earlier of the two counts."""
 
     until: datetime | None = None
     """Aware."""
@@ -189,7 +189,7 @@ class End:
         return min(self._left_s(wall_s, monotonic_s))
 
     def reason(self, wall_s: float, monotonic_s: float) -> str:
-        """Which of the two it is, for people."""
+        """Say which of the two ends it is, for people."""
         by_until_s, by_runtime_s = self._left_s(wall_s, monotonic_s)
         if self.until is None or by_runtime_s < by_until_s:
             return f"max runtime {duration_text(self.max_runtime_s or 0)}"
@@ -205,7 +205,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """How long before its end a run has to stop."""
+    """The time before its end at which a run has to stop."""
 
     finish_s: float
     """For the rows in flight to finish."""

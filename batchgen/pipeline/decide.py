@@ -68,7 +68,7 @@ def refuse_foreign(root: Path) -> None:
 
 
 class Decision(NamedTuple):
-    """What a run is to do."""
+    """Says what a run is to do."""
 
     prepared: Prepared
     plan: Plan | None
@@ -107,7 +107,7 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
 
 
 def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
-    """Whether the newest plan may be put aside: no snapshot, and no answer or error row since.
+    """Tell whether the newest plan may be put aside: no snapshot, no answer or error row since.
 
     Every part since the last snapshot counts, accepted or not, of whatever plan; what cannot be
     read counts too. Rows that only were skipped are no loss.
@@ -129,7 +129,7 @@ def _may_hold_rows(ledger: Ledger, name: str) -> bool:
 
 
 def _instead_of(ledger: Ledger, checked: Checked, plan: Plan, options: RunOptions) -> Decision:
-    """As if a plan had never been: what is published before it still guards its own recipe."""
+    """Decide as if a plan had never been; what was published before it still guards its recipe."""
     manifest = ledger.latest_manifest()
     if manifest is None:
         decision = Decision(checked.with_input(plan), None, Before(seen=plan))
@@ -178,7 +178,7 @@ def _with_new_recipe(
 
 
 def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
-    """Files that changed and whose rows only their key could tell, which holds the recipe."""
+    """Warn of changed files whose rows only keys could tell apart, which hold the recipe."""
     files = set(prepared.files)
     wholes = [
         segment
@@ -199,7 +199,7 @@ def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
 
 
 def _other_columns(plan: Plan, prepared: Prepared) -> str | None:
-    """Why the plan's rows cannot stand beside those of a new recipe."""
+    """Return why the plan's rows cannot stand beside those of a new recipe; None if they can."""
     now = prepared.frozen_job
     if all(pick(plan.job) == pick(now) for pick in _DECIDE_COLUMNS):
         return None
@@ -217,7 +217,7 @@ _DECIDE_COLUMNS: Sequence[Callable[[Mapping[str, Any]], Any]] = (
 
 
 def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Base]:
-    """Where to take rows from: the newest plan first, and what an unfinished one would take."""
+    """List the plans to take rows from: the newest first, then the bases of an unfinished one."""
     if manifest is not None:
         return (Base(plan.number),)
     parts = tuple(part.name for part in ledger.durable(plan).parts)
@@ -229,7 +229,7 @@ NO_ERRORS = "there are no error rows to try again"
 
 
 def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | str:
-    """The plan that tries the error rows of `plan` again, not yet put; or why there is none.
+    """Make the plan that tries the error rows of `plan` again, not yet put; or say why not.
 
     Args:
         ledger: The job's books.
@@ -264,7 +264,7 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
 
 
 def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
-    """Whether a published file is not what was written. Reads them all.
+    """Tell whether a published file is not what was written. Reads them all.
 
     Raises:
         StorageError: One cannot be read right now.
@@ -348,7 +348,7 @@ def _gone_on_with(
     plan: Plan,
     tell: Callable[[str], None],
 ) -> tuple[Manifest | None, Plan | None]:
-    """The newest plan's manifest, and the plan that tries its errors again, if there are such."""
+    """Return the newest plan's manifest, and the plan that tries its errors again, if any."""
     retry_errors = options.retry_errors
     manifest = ledger.manifest(plan.number)
     ledger.settle()
@@ -370,7 +370,7 @@ def _gone_on_with(
 
 
 def _is_retried(ledger: Ledger, plan: Plan, prepared: Prepared) -> bool:
-    """Whether errors have just been tried again, with an end that only has to be published."""
+    """Tell whether errors were just tried again, with an end that only has to be published."""
     durable = ledger.durable(plan)
     if plan.takes_errors or durable.num_done != plan.num_rows:
         return False

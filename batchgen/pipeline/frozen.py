@@ -39,7 +39,7 @@ _SCAN_THREADS = 2
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """What a new plan goes back to."""
+    """Earlier plans that a new one goes back to."""
 
     seen: Plan | None = None
     """The newest plan: what it knows of files holds while they do not change."""
@@ -98,7 +98,7 @@ def freeze(
 
 
 def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
-    """Whether there are most likely rows that a plan has not seen, told without reading.
+    """Guess, without reading, whether there are rows that a plan has not seen.
 
     That is: a file that is longer than it was, or one that has neither the name of one that was
     seen nor the size and time of one.
@@ -118,7 +118,7 @@ def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
 
 
 class _Scanner:
-    """Files to segments."""
+    """Makes segments of input files."""
 
     def __init__(self, prepared: Prepared, seen: Plan | None, storage: LocalStorage | None) -> None:
         self._reader = prepared.reader
@@ -151,14 +151,14 @@ class _Scanner:
 
 
 def _counts_alike(seen: Plan, prepared: Prepared) -> bool:
-    """Whether a file has as many rows as it had: what a quote encloses hangs on the delimiter."""
+    """Tell whether an unchanged file has as many rows as it had: quotes hang on the delimiter."""
     delimiter, counts_lines = seen.job["input"].get("delimiter"), prepared.format == "csv"
     was = (seen.input_format, delimiter, seen.counts_lines)
     return was == (prepared.format, prepared.job.input.delimiter, counts_lines)
 
 
 def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Segment], int]:
-    """Segments cut after the row that fills the limit, and what is left of it.
+    """Return segments cut after the row that fills the limit, and what is left of the limit.
 
     Only rows that `where` keeps count.
     """
@@ -174,7 +174,7 @@ def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Se
 
 
 def _cut(prepared: Prepared, segment: Segment, left: int) -> tuple[int, int]:
-    """How many physical rows of the segment it takes, and what is left of the limit."""
+    """Count the physical rows of a segment that fill the limit, and what is left of it."""
     todo = Ranges.until(segment.num_rows)
     for batch in prepared.reader.read(segment.path, 0, todo, prepared.spec()):
         if len(batch.rows) >= left:
@@ -197,7 +197,7 @@ def input_changes(plan: Plan, reader: Reader) -> list[str]:
 
 
 def has_other_files(plan: Plan, job: JobConfig) -> bool:
-    """Whether the input's files are others than the plan's, or in another order.
+    """Tell whether the input's files are others than the plan's, or in another order.
 
     Raises:
         SourceError: There is none any more, or it is not what its name says.
@@ -210,7 +210,7 @@ def has_other_files(plan: Plan, job: JobConfig) -> bool:
 
 
 def difference(segment: Segment, reader: Reader) -> str | None:
-    """How a file differs from what was planned, None if it does not.
+    """Say how a file differs from what was planned; None if it does not.
 
     Size and version (mtime) decide without reading; a file that was only touched or copied back
     is told by its content.

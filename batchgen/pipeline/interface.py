@@ -163,14 +163,14 @@ class Summary:
 
 
 def state_of(error: BatchgenError) -> str:
-    """The state of a run that ended with this error."""
+    """Return the state of a run that ended with an error."""
     return _STATES[error.exit_code]
 
 
 def job_counts(
     manifest: Manifest | None, stats: RunStats, taken: Taken, resumed: tuple[int, int, int]
 ) -> dict[str, int]:
-    """The job's counts: the snapshot's if there is one, else what this and earlier runs did.
+    """Count the job's rows: as the snapshot has them, else as this and earlier runs did.
 
     Args:
         manifest: Of the job's plan.
@@ -196,12 +196,12 @@ def job_counts(
 
 
 def tuned_dict(tuned: Tuned | None) -> dict[str, Any]:
-    """The tuned file that was used, as plain values; empty if there is none, or it did not fit."""
+    """Return the tuned file that was used as plain values; empty if none was."""
     if tuned is None or (tuned.note is not None and not tuned.settings):
         return {}
     return {"path": tuned.path, "settings": dict(tuned.settings)}
 
 
 def engine_dict(facts: EngineFacts | None) -> dict[str, Any]:
-    """The engine's facts as plain values; empty if it never came up."""
+    """Return the engine's facts as plain values; empty if it never came up."""
     return {name: getattr(facts, name) for name in facts.__slots__} if facts else {}

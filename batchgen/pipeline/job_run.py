@@ -67,13 +67,13 @@ if TYPE_CHECKING:
 
 
 def tuned_notes(job: JobConfig) -> list[str]:
-    """Why the tuned file is not used, or what of it is not; empty if all is well."""
+    """Say why the tuned file is not used, or what of it is not; empty if all is well."""
     return [job.tuned.note] if job.tuned is not None and job.tuned.note is not None else []
 
 
 @contextmanager
 def naming_tuned(job: JobConfig, compute: Compute) -> Iterator[None]:
-    """Where the engine does not start, or runs out of memory, name the settings that were tuned.
+    """Name the tuned settings where the engine does not start, or runs out of memory.
 
     They need not be at fault, but whoever reads the job file would look for them there.
 
@@ -269,7 +269,7 @@ class JobRun:
         return epoch
 
     def moment(self) -> Moment:
-        """Where the run is; may be asked from another thread."""
+        """Return where the run is; may be asked from another thread."""
         return look_at_run(self._context, self._compute)
 
     def _stopped(self) -> Summary:

@@ -136,7 +136,7 @@ def _last_success(path: Path) -> float | None:
 
 
 def metrics_text(summary: Mapping[str, Any], last_success: float | None = None) -> str:
-    """The figures in Prometheus' text format; what the summary does not tell is left out.
+    """Write the figures in Prometheus' text format; what the summary does not tell is left out.
 
     Args:
         summary: See `Summary.as_dict`.

@@ -401,7 +401,7 @@ class Prepared(Checked):
 
 
 def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
-    """What must not change under a plan: recipe, choice of rows, checks, layout of the output."""
+    """Return what must not change under a plan: recipe, choice of rows, checks, output layout."""
     # Plans of before there was a delimiter have no such key.
     by_default = {"delimiter"} if job.input.delimiter is None else set()
     return {
@@ -531,7 +531,7 @@ def _as_text(outcome: Prompt | RowError) -> str:
 
 
 def planned_columns(plan: Plan) -> pa.Schema:
-    """The input's columns as the plan froze them."""
+    """Read the input's columns as the plan froze them."""
     return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
 
 

@@ -74,7 +74,7 @@ class Limit:
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether it holds the job back."""
+        """Whether the figure holds the job back."""
         return self.limit is not None and self.figure is not None and self.figure > self.limit
 
     def as_dict(self, *, is_overridden: bool = False) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _rate(name: str, limit: float | None, count: int, num_results: int, what: st
 
 
 def _shrink(limit: float | None, num_now: int, num_last: int | None) -> Limit:
-    """By how much fewer the rows are; files that went missing show here and nowhere else."""
+    """Judge by how much fewer the rows are, as where files went missing."""
     if num_last is None:
         return Limit("max_shrink", None, limit, "there is no last snapshot to compare with")
     hint = None
@@ -188,7 +188,7 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
 
 
 def _most_moved(now: Mapping[str, int], last: Mapping[str, int]) -> Sequence[str]:
-    """The labels whose shares differ most, as `refund 12.0 % -> 31.5 %`."""
+    """List the labels whose shares differ most, as `refund 12.0 % -> 31.5 %`."""
     p, q = _shares(now), _shares(last)
     moves = {name: abs(p.get(name, 0.0) - q.get(name, 0.0)) for name in p.keys() | q.keys()}
     ordered = sorted(
@@ -200,8 +200,8 @@ def _most_moved(now: Mapping[str, int], last: Mapping[str, int]) -> Sequence[str
     ]
 
 
-def told(limits: Sequence[Limit]) -> str:
-    """The exceeded ones in one sentence; empty if there are none."""
+def exceeded_text(limits: Sequence[Limit]) -> str:
+    """Name the exceeded limits in one sentence; empty if there are none."""
     return "; ".join(
         f"{limit.text}, over gate.{limit.name} = {limit.limit:g}"
         for limit in limits
@@ -250,7 +250,7 @@ def example_rows(
 def _row_groups(
     storage: LocalStorage, durable: Durable, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
-    """Of the parts with most errors first; damage is told where rows are published."""
+    """Yield row groups, of parts with most errors first; damage is told at publishing."""
     for part in sorted(durable.parts, key=lambda part: -part.footer.num_errors):
         with suppress(StorageError), ResultFile(storage.path(part.name)) as file:
             for _, table in file.groups(columns):
@@ -341,7 +341,7 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: b
 def gate_figures(
     ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable
 ) -> Sequence[Limit]:
-    """Every figure of the gate, for a plan whose rows have all ended."""
+    """Work out every figure of the gate, for a plan whose rows have all ended."""
     last = ledger.manifest_before(plan.number)
     counts = (durable.num_ok, durable.num_errors)
     tally = last.tally if last is not None else None
@@ -352,7 +352,7 @@ def gate_figures(
 def _pass_gate(
     ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable, *, anyway: bool
 ) -> Sequence[Limit]:
-    """The gate's figures.
+    """Return the gate's figures, or hold the job back.
 
     Raises:
         GateError: Over a limit; the parts stay, so that a higher limit publishes at once.
@@ -369,11 +369,11 @@ def _pass_gate(
         for text in example_rows(ledger.storage, plan, durable, prefix, limit.name)
     ]
     examples = list(dict.fromkeys(rows))[:NUM_EXAMPLES]
-    raise GateError(told(limits), [limit.as_dict() for limit in limits], examples)
+    raise GateError(exceeded_text(limits), [limit.as_dict() for limit in limits], examples)
 
 
 def overridden(manifest: Manifest) -> list[str]:
-    """What a snapshot's readers should know: limits that were exceeded and let through."""
+    """List the limits that a snapshot exceeded and was let through, for its readers."""
     return [
         f"published over a limit of the gate: {entry['text']}, over "
         f"gate.{entry['name']} = {entry['limit']:g}"

@@ -60,7 +60,7 @@ _PIECE_MIB = 8
 
 
 def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
-    """Segment -> rows that no accepted part accounts for; segments with none left out."""
+    """Map each segment to its rows that no accepted part accounts for, if there are any."""
     todo = {
         number: Ranges.until(segment.num_rows) - durable.done(number)
         for number, segment in enumerate(plan.segments)
@@ -77,13 +77,13 @@ def rejected_notes(durable: Durable) -> list[str]:
 
 
 def without(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    """Segment -> those of `rows` that are not in `others`; segments with none left out."""
+    """Map each segment to those of `rows` that are not in `others`, if there are any."""
     left = {segment: found - others.get(segment, NO_ROWS) for segment, found in rows.items()}
     return {segment: found for segment, found in left.items() if found}
 
 
 class Takeover:
-    """What a plan takes from one of its bases."""
+    """Rows that a plan takes from one of its bases."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Takeover:
         self._take(restricted(self._spans, todo))
 
     def _has_index(self) -> bool:
-        """Whether rows of the base can be told apart; if not, their requests still can."""
+        """Tell whether rows of the base can be told apart; if not, their requests still can."""
         assert self._manifest is not None  # noqa: S101 - asked only of published plans
         try:
             Index(self._ledger.storage, self._manifest).close()
@@ -172,7 +172,7 @@ class Takeover:
         return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
 
     def wanted_rows(self) -> dict[int, Ranges]:
-        """Segment -> rows that `pieces` will yield, as far as damage shows without reading all.
+        """Map each segment to the rows that `pieces` will yield, as far as damage shows.
 
         Reads statuses where errors are not wanted, and published files that are not what was
         published.
@@ -222,7 +222,7 @@ class Takeover:
 
 
 def new_rows(spans: Iterable[Span]) -> dict[int, Ranges]:
-    """Segment -> rows of the later plan that spans name."""
+    """Map each segment of the later plan to its rows that spans name."""
     found: dict[int, list[tuple[int, int]]] = {}
     for span in spans:
         found.setdefault(span.segment, []).append((span.start, span.start + span.length))
@@ -258,7 +258,7 @@ def takeovers(
 
 
 def base_sources(ledger: Ledger, plan: Plan) -> list[Source]:
-    """Files with answers for requests like theirs, of the plans that a plan is based on."""
+    """List the result files of a plan's bases, whose answers serve equal requests."""
     takes_errors = plan.takes_errors
     found: list[Source] = []
     for base in plan.bases:
@@ -378,7 +378,7 @@ def leaving_rows(ledger: Ledger, prepared: Prepared, plan: Plan) -> Leaving:
 
 
 def _selects_alike(old: Plan, new: Plan) -> bool:
-    """Whether a line that is a row of one plan is a row of the other."""
+    """Tell whether a line that is a row of one plan is a row of the other."""
     tables = [(plan.input_format, *map(plan.job["input"].get, _SELECTING)) for plan in (old, new)]
     return tables[0] == tables[1]
 
@@ -387,7 +387,7 @@ _SELECTING = ("where", "delimiter")
 
 
 def _may_leave(old: Plan, new: Plan, *, is_alike: bool) -> bool:
-    """Whether a file is gone or shrunk, or rows of it may be left out; told from the books."""
+    """Tell from the books whether a file is gone or shrunk, or rows of it may be left out."""
     found = dict(pairs(old.segments, new.segments))
     if len(found) < len(old.segments):
         return True
@@ -434,7 +434,7 @@ def _count_kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges)
 
 
 def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> dict[int, Ranges]:
-    """Segment -> rows of a plan that are in its snapshot: not blank, not left out by `where`."""
+    """Map each segment to its rows in the snapshot: not blank, not left out by `where`."""
     planned = {at: Ranges.until(segment.num_rows) for at, segment in enumerate(old.segments)}
     if not manifest.num_skipped:
         return planned

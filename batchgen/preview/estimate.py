@@ -52,7 +52,7 @@ class PastRun:
 
 
 def last_run(storage: LocalStorage, prepared: Prepared) -> PastRun | None:
-    """The newest run of an output with this recipe; failing that, with this model.
+    """Find the newest run of an output with this recipe; failing that, with this model.
 
     Trials of `batchgen tune` count where no other run is: most are of slower settings, and short.
     Figures are for people: a file that is gone or torn counts as no run.
@@ -132,7 +132,7 @@ _BAR_CHARS = 30
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long some prompts are, in tokens."""
+    """Figures of how long some prompts are, in tokens."""
 
     num: int
     total: int
@@ -182,7 +182,7 @@ def lengths_of(counts: Mapping[int, int]) -> Lengths | None:
 
 
 def _quantile(by_length: Iterable[tuple[int, int]], rank: int) -> int:
-    """The length at a rank, counted from 1: always one that is there."""
+    """Return the length at a rank, counted from 1: always one that is there."""
     for length, times in by_length:
         rank -= times
         if rank <= 0:
@@ -205,7 +205,7 @@ def bars(buckets: Sequence[tuple[int, int, int]]) -> list[str]:
 
 
 class PrefixCache:
-    """What a prefix cache that never forgets would save, prompt by prompt.
+    """Counts what a prefix cache that never forgets would save, prompt by prompt.
 
     As vLLM's: a block is shared if it and everything before it was seen, and the last token of
     a prompt is always computed (vllm/v1/core/kv_cache_manager.py, get_computed_blocks, 0.26 to
@@ -229,7 +229,7 @@ class PrefixCache:
 
     @property
     def share(self) -> float | None:
-        """Of all tokens, 0 to 1; None before the first."""
+        """Shared tokens as a share of all, 0 to 1; None before the first."""
         return self.num_shared / self.num_tokens if self.num_tokens else None
 
     def feed(self, token_ids: array[int]) -> None:
@@ -288,7 +288,7 @@ _PRICE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3}|[$\u20ac\u00a3])?")
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How fast rows come, or tokens (of prompts and answers together)."""
+    """A speed, in rows or in tokens (of prompts and answers together)."""
 
     per_s: float
     unit: Literal["rows", "tokens"]
@@ -298,7 +298,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run would have to compute."""
+    """The amount that a run would have to compute."""
 
     num_rows: int
     prompt_tokens: float | None
@@ -309,7 +309,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Of one GPU for an hour."""
+    """The price of one GPU for an hour."""
 
     per_hour: float
     currency: str = ""
@@ -317,7 +317,7 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What it would take."""
+    """Time, GPU-hours and money that a run would take."""
 
     rate: Rate
     output_tokens: float | None
@@ -387,7 +387,7 @@ def read_price(text: str) -> Price:
 
 
 def measured_rate(past: PastRun, work: Work) -> Rate:
-    """The last run's rate: rows where prompts are as long as its were, else tokens."""
+    """Return the last run's rate: rows where prompts are as long as its were, else tokens."""
     before = past.prompt_tokens / past.num_rows
     mean = work.prompt_tokens / work.num_rows if work.prompt_tokens and work.num_rows else before
     which = "" if past.is_same_recipe else ", of another recipe"

@@ -84,7 +84,7 @@ class Overlay(LocalStorage):
         return self._below.where
 
     def path(self, name: str) -> Path:
-        """Where a file can be read."""
+        """Return where a file can be read."""
         here = super().path(name)
         return here if here.exists() else self._below.path(name)
 
@@ -177,7 +177,7 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """The beginning of a run."""
+    """How a run would begin."""
 
     prepared: Prepared
     begun: Begun

@@ -94,8 +94,8 @@ def _survey_dict(survey: Survey) -> dict[str, Any]:
     return {**fields, "bad": dict(survey.bad), "lengths": lengths}
 
 
-def told(forecast: Forecast) -> str:
-    """The lines that a person reads."""
+def forecast_text(forecast: Forecast) -> str:
+    """Write a forecast as the lines that a person reads."""
     lines = [f"warning: {text}" for text in forecast.warnings]
     if forecast.state == "refused":
         return "\n".join([*lines, f"refused: {forecast.reason}"])

@@ -143,7 +143,7 @@ def room_for(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> int
 
 
 def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, str]:
-    """How many tokens a prompt and its answer may have together, and who says so.
+    """Find how many tokens a prompt and its answer may have together, and who says so.
 
     The job; else the engine of an earlier run; else the model's config.json, of which vLLM may
     make less (memory) or more (RoPE scaling).
@@ -160,7 +160,7 @@ def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, s
 
 
 def config_max_len(path: Path) -> int | None:
-    """The smallest limit in a model's config.json, or in its `text_config`; None without any.
+    """Read the smallest limit in a model's config.json, or in its `text_config`; None without.
 
     None also of a file that is damaged: what loads the model says what is wrong with it.
     """
@@ -201,7 +201,7 @@ class RowLengths:
 
     @property
     def total(self) -> float:
-        """Of prompt and answer."""
+        """Tokens of prompt and answer."""
         return self.prompt + self.answer
 
 
@@ -251,7 +251,7 @@ def row_lengths(
 
 
 def counter(folder: Path) -> tuple[Callable[[str], int], str]:
-    """What counts tokens, and how it does, for people.
+    """Return what counts tokens, and how it does, for people.
 
     The model's own tokenizer.json; where there is none, or the library is not installed, four
     characters make a token.
@@ -288,7 +288,7 @@ def _tokens(prompt: Prompt, count: Callable[[str], int]) -> int:
 
 
 def _text(content: object) -> str:
-    """Of a message; parts that are no text do not count."""
+    """Return a message's text; parts that are no text do not count."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -304,7 +304,7 @@ _UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How rows are looked at."""
+    """Says how rows are to be looked at."""
 
     max_tokens: int
     """The job's; a row may have its own."""
@@ -323,7 +323,7 @@ class How:
 
 @dataclass(slots=True)
 class Seen:
-    """What the rows looked at are."""
+    """Counts what the rows looked at are."""
 
     num_rows: int = 0
     num_skipped: int = 0
@@ -346,7 +346,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What became of the rows to do. Counts are those of all of them, estimated from a sample."""
+    """Says what would become of all rows to do, counted, or estimated from a sample."""
 
     num_rows: int
     """To do."""
@@ -383,7 +383,7 @@ class Survey:
 
     @property
     def prompt_tokens(self) -> int | None:
-        """Of the rows to compute; None if it cannot be told."""
+        """Prompt tokens of the rows to compute; None if it cannot be told."""
         if self.lengths is None:
             return None if self.num_to_compute else 0
         num = self.num_to_compute - self.num_unknown
@@ -438,7 +438,7 @@ def survey(
 def _requests(
     outcomes: Iterable[Request | Result], seen: Seen, known: KnownKeys | None
 ) -> list[Request]:
-    """The requests that need an answer; counts the other rows."""
+    """Return the requests that need an answer, and count the other rows."""
     requests = []
     for outcome in outcomes:
         if isinstance(outcome, Request):

@@ -13,7 +13,7 @@ import batchgen
 from batchgen.api import load
 from batchgen.pipeline.interface import RunOptions
 from batchgen.preview.plan import PlanOptions, foresee
-from batchgen.preview.report import told
+from batchgen.preview.report import forecast_text
 from tests.e2e.support import run_cli, write_job, write_rows
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def check(job: Path, num_leaving: int, *overrides: str, **options: Any) -> str:
     assert [text for text in forecast.warnings if "the snapshot" in text] == notes
     assert len(notes) == (num_leaving > 0)
     for note in notes:
-        assert f"warning: {note}" in told(forecast)
+        assert f"warning: {note}" in forecast_text(forecast)
     after = published_texts(job)
     assert len(before) - len(after) <= num_leaving
     return notes[0] if notes else ""

@@ -15,7 +15,7 @@ import pytest
 import batchgen
 from batchgen.api import load
 from batchgen.preview.plan import PlanOptions, foresee
-from batchgen.preview.report import told
+from batchgen.preview.report import forecast_text
 from batchgen.storage import LocalStorage
 from batchgen.store.runs import RunLock
 from tests.e2e.support import (
@@ -308,11 +308,11 @@ def test_a_sample_says_that_it_is_one(job):
     found = foresee(config, PlanOptions(sample_rows=100))
     assert found.survey is not None
     assert (found.survey.is_exact, found.survey.num_looked) == (False, 100)
-    text = told(found)
+    text = forecast_text(found)
     assert "of a sample of 100 of 300 rows" in text
     assert "  prompts  ~" in text
     assert "at least" in text
-    exact = told(foresee(config, DEFAULTS))
+    exact = forecast_text(foresee(config, DEFAULTS))
     assert "~" not in exact
     assert "300 rows, told of all" in exact
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import GateError
 from batchgen.job.model import GateConfig
-from batchgen.pipeline.publish import judge_gate, told, total_variation
+from batchgen.pipeline.publish import exceeded_text, judge_gate, total_variation
 
 TALLY = {
     "verdict": {"ok": 940, "truncated": 40, "error": 20},
@@ -43,8 +43,8 @@ def test_a_limit_is_exceeded_above_it_and_not_at_it(name, figure, text):
     at = judged({name: figure})[name]
     above = judged({name: figure - 0.001})[name]
     assert (at.is_exceeded, above.is_exceeded) == (False, True)
-    assert told([at]) == ""
-    assert told([above]) == f"{text}, over gate.{name} = {figure - 0.001:g}"
+    assert exceeded_text([at]) == ""
+    assert exceeded_text([above]) == f"{text}, over gate.{name} = {figure - 0.001:g}"
 
 
 def test_a_job_without_results_exceeds_nothing():
@@ -54,7 +54,7 @@ def test_a_job_without_results_exceeds_nothing():
 
 def test_exceeded_limits_are_told_together():
     limits = judge_gate(GateConfig(max_error_rate=0, max_retry_rate=0), (940, 60), TALLY, None)
-    assert told(limits) == (
+    assert exceeded_text(limits) == (
         "60 of 1,000 rows are errors, over gate.max_error_rate = 0; "
         "80 of 1,000 rows needed more than one attempt, over gate.max_retry_rate = 0"
     )
@@ -164,7 +164,7 @@ def test_rows_that_are_gone_since_the_last_snapshot_count(num_last, figure, is_e
     num_gone = max(num_last - 1000, 0)
     text = f"1,000 rows are {num_gone:,} fewer than the {num_last:,} of the last snapshot"
     assert shrink.text == text
-    assert told([shrink]) == (f"{text}, over gate.max_shrink = 0.2" if is_exceeded else "")
+    assert exceeded_text([shrink]) == (f"{text}, over gate.max_shrink = 0.2" if is_exceeded else "")
 
 
 def test_a_first_or_an_empty_snapshot_has_nothing_to_shrink_from():
@@ -187,7 +187,9 @@ PUBLISH = "to publish all the same, run again with --publish-anyway or with a hi
 
 
 def last_line(limits):
-    return str(GateError(told(limits), [limit.as_dict() for limit in limits])).splitlines()[-1]
+    return str(
+        GateError(exceeded_text(limits), [limit.as_dict() for limit in limits])
+    ).splitlines()[-1]
 
 
 def test_without_error_rows_none_are_named():
@@ -211,7 +213,7 @@ def test_error_rows_that_no_engine_has_seen_are_to_be_mended_and_not_tried_again
 
 def test_a_night_without_any_row_does_not_replace_one_with_rows_unasked():
     limits = judge_gate(GateConfig(), (0, 0), {}, {}, 5)
-    assert told(limits) == (
+    assert exceeded_text(limits) == (
         "0 rows are 5 fewer than the 5 of the last snapshot, over gate.max_shrink = 0.999"
     )
     assert last_line(limits) == (
@@ -226,5 +228,8 @@ def test_a_night_without_any_row_does_not_replace_one_with_rows_unasked():
         ({}, (0, 0), None),
     ]:
         assert (
-            told(judge_gate(GateConfig(max_error_rate=1, **gate), counts, {}, {}, num_last)) == ""
+            exceeded_text(
+                judge_gate(GateConfig(max_error_rate=1, **gate), counts, {}, {}, num_last)
+            )
+            == ""
         )
