@@ -111,8 +111,9 @@ def test_where_no_row_is_left_a_tune_says_so_and_may_measure_without_keeping(
 
 
 def test_a_tune_is_stopped_and_locked_out_as_a_run_is(tmp_path: Path) -> None:
-    write_rows(tmp_path, 8000)  # 25 s of work: more than a busy machine needs to start the other.
-    path = write_slow_job(tmp_path, model={"max_num_seqs": 16})
+    write_rows(tmp_path, 8000)
+    # 20 s until the fault: longer than a busy machine needs to start the other.
+    path = write_slow_job(tmp_path, model={"max_num_seqs": 4})
     runs = tmp_path / "out" / STATE / "runs"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command("tune", path, "--json"), **pipes) as process:
