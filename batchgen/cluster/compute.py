@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from batchgen.cluster.driver import Driver
+from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.cluster.replica_stats import ReplicaStats
-from batchgen.cluster.resources import resources_of, share_gpu
 from batchgen.cluster.workers import WorkerPool
 from batchgen.core.errors import ConfigError
 from batchgen.pipeline.progress import RUNNING, watching

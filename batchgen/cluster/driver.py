@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from batchgen.answers.validate import final
@@ -44,11 +43,11 @@ from batchgen.core.errors import (
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import Request, RowError
 from batchgen.engine.base import failed
-from batchgen.engine.order import carried_bytes, common_prefix, held_bytes, text_of
+from batchgen.engine.order import held_bytes
 from batchgen.pipeline.committer import OpenPart
 from batchgen.pipeline.context import Stop
-from batchgen.pipeline.feeder import FeedBatch
 from batchgen.pipeline.frozen import input_changes
+from batchgen.pipeline.run_stats import Counts
 from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
     from batchgen.cluster.workers import WorkerHandle, WorkerPool
     from batchgen.pipeline.compute import Rows, Work
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.feeder import Feeder
+    from batchgen.pipeline.feeder import FeedBatch, Feeder
     from batchgen.store.dedupe import Sieve
 
 NO_ROWS = Ranges()
@@ -259,9 +258,7 @@ class Driver:
     def _pack(self, rows: Rows) -> None:
         """Read these here."""
         if rows:
-            by_prefix = self._context.job.run.order == "prefix"
-            put = self._pool.cluster.put
-            self._packers.append(Packer(self._feed(rows), put, count(rows), by_prefix=by_prefix))
+            self._packers.append(Packer(self._feed(rows), self._pool.cluster.put, count(rows)))
             self._book.is_fed = False
 
     # What workers say.
@@ -371,8 +368,8 @@ class Driver:
             # Those that count and that it has not told of.
             for part in ledger.parts(epoch.plan, set(names) - worker.parts).parts:
                 footer = part.footer
-                counts = (footer.num_ok, footer.num_errors, footer.num_skipped)
-                self._settle(worker, Committed(part.name, footer.done, *counts, 0.0))
+                counts = Counts(footer.num_ok, footer.num_errors, footer.num_skipped)
+                self._settle(worker, Committed(part.name, footer.done, counts, 0.0))
         self._stats.note_gone(worker.number, reason)
         rows = self._book.take_back(worker.number, has_died=has_died)
         if self._sieve is not None:
@@ -449,12 +446,7 @@ class Packer:
     """
 
     def __init__(
-        self,
-        feeder: Feeder,
-        put: Callable[[Sequence[FeedBatch]], Any],
-        num_rows: int,
-        *,
-        by_prefix: bool = False,
+        self, feeder: Feeder, put: Callable[[Sequence[FeedBatch]], Any], num_rows: int
     ) -> None:
         """Bind.
 
@@ -462,14 +454,10 @@ class Packer:
             feeder: Belongs to the packer from now on.
             put: Stores packs where workers find them.
             num_rows: That it reads, those included that will not need an engine.
-            by_prefix: Rows come by their prompts' text: where one pack ends and the next begins,
-                these are to have little in common.
         """
         self._feeder = feeder
         self._put = put
         self._num_left = num_rows
-        self._by_prefix = by_prefix
-        self._held: list[Request] = []
         self._row_bytes = 1.0
         self.is_done = False
         """All rows are packed."""
@@ -486,28 +474,14 @@ class Packer:
             BatchgenError: What reading raised.
         """
         while not self.is_done and book.num_pending < self._limit(num_wanted):
-            batch = self._feeder.take(0)
-            if batch is None:
-                if self._feeder.is_done:
-                    self._pack(book, self._held)
-                    self.is_done = True
+            if (batch := self._feeder.take(0)) is None:
+                self.is_done = self._feeder.is_done
                 return
-            if not self._by_prefix:
-                self._add(book, batch)
-                continue
-            self._add(book, batch.only((), batch.results, batch.skipped))
-            self._held += batch.requests
-            if len(self._held) >= 2 * PACK_ROWS:
-                cut = best_cut(self._held)
-                self._pack(book, self._held[:cut])
-                del self._held[:cut]
+            self._add(book, batch)
 
     def _limit(self, num_wanted: int) -> int:
         """Rows that may wait: of large ones fewer."""
         return min(num_wanted, max(1, int(num_wanted / PACK_ROWS * _PACK_BYTES / self._row_bytes)))
-
-    def _pack(self, book: LeaseBook, requests: Sequence[Request]) -> None:
-        self._add(book, FeedBatch(list(requests), (), 0, Ranges(), carried_bytes(requests)))
 
     def _add(self, book: LeaseBook, batch: FeedBatch) -> None:
         """Put a pack, or several if it is large."""
@@ -528,20 +502,11 @@ class Packer:
         self._feeder.close()
 
 
-def best_cut(requests: Sequence[Request]) -> int:
-    """Where to cut sorted requests so that both sides have least in common; not near the ends."""
-    first = len(requests) // 4
-    texts = [text_of(request) for request in requests[first : 3 * first + 1]]
-    shared = [common_prefix(one, other) for one, other in pairwise(texts)]
-    return first + 1 + min(range(len(shared)), key=shared.__getitem__)
-
-
 def rows_of(batch: FeedBatch) -> dict[int, Ranges]:
     """Segment -> the rows that end by way of a `FeedBatch`."""
     found: dict[int, list[int]] = {}
-    for segment, row in [one.ordinal for one in batch.requests] + [
-        r.ordinal for r in batch.results
-    ]:
+    ordinals = [one.ordinal for one in batch.requests] + [one.ordinal for one in batch.results]
+    for segment, row in ordinals:
         found.setdefault(segment, []).append(row)
     rows = {segment: Ranges.of(numbers) for segment, numbers in found.items()}
     if batch.skipped:

@@ -82,7 +82,6 @@ class LeaseBook:
         self._num_guilty = 0
         self._num_deaths = 0
         self._held: dict[int, WorkerLeases] = {}
-        self._num_leases = 0
         self.num_pending = count(todo)
         """Rows that are free; suspects among them."""
         self.is_fed = False
@@ -134,8 +133,7 @@ class LeaseBook:
     def _lend(
         self, worker: int, spans: Sequence[RowSpan], suspects: _Suspects | None = None
     ) -> Lease:
-        self._num_leases += 1
-        lease = Lease(self._num_leases, by_segment(spans), spans[0].payload)
+        lease = Lease(by_segment(spans), spans[0].payload)
         held = self._held.setdefault(worker, WorkerLeases())
         held.suspects = suspects
         held.put(lease.rows, spans[0])

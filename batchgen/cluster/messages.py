@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import Stop
     from batchgen.pipeline.feeder import FeedBatch
+    from batchgen.pipeline.run_stats import Counts
     from batchgen.store.books import Plan
 
 
@@ -37,7 +38,6 @@ class WorkerInit(NamedTuple):
 class Lease(NamedTuple):
     """Rows that a worker is to end, until the driver says otherwise."""
 
-    number: int
     rows: Mapping[int, Ranges]
     """Segment -> rows of it."""
     payload: Any = None
@@ -110,9 +110,8 @@ class Committed(NamedTuple):
 
     name: str
     done: Mapping[int, Ranges]
-    num_ok: int
-    num_errors: int
-    num_skipped: int
+    counts: Counts
+    """Its rows."""
     seconds: float
     """That the commit took."""
     error_types: Mapping[str, int] = {}
@@ -160,13 +159,7 @@ class Look(NamedTuple):
     capacity: int
     num_in_flight: int
     engine: EngineStats
-    num_ok: int
-    num_errors: int
-    num_skipped: int
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    num_retries: int
+    counts: Counts
     error_types: Mapping[str, int]
     verdicts: Mapping[int, Mapping[str, int]]
     rates: Mapping[str, float]
@@ -178,7 +171,7 @@ class Look(NamedTuple):
     @property
     def num_ended(self) -> int:
         """Rows that need no more work, durable or not."""
-        return self.num_ok + self.num_errors + self.num_skipped
+        return self.counts.num_rows
 
 
 class Report(NamedTuple):

@@ -26,11 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from batchgen.cluster.messages import Capacity, Failed, Gone, Report
-from batchgen.cluster.ray_host import (
+from batchgen.cluster.machines import (
     counted,
     death_told,
     end_of_traceback,
+    fit,
     handlers_kept,
     head_refuses,
     make_folder,
@@ -42,7 +42,7 @@ from batchgen.cluster.ray_host import (
     start_guard,
     worker_environment,
 )
-from batchgen.cluster.resources import fit
+from batchgen.cluster.messages import Capacity, Failed, Gone, Report
 from batchgen.cluster.worker import Worker
 from batchgen.core.errors import BatchgenError, ConfigError, EngineError
 
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from batchgen.cluster.machines import Resources
     from batchgen.cluster.messages import Order, WorkerInit
-    from batchgen.cluster.resources import Resources
     from batchgen.pipeline.feeder import FeedBatch
 
 _WHERE = "[run]"

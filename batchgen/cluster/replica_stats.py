@@ -98,7 +98,7 @@ class ReplicaStats:
         num_ended = worker.look.num_ended if worker.look is not None else 0
         worker.look, worker.seen_s = look, now_s
         worker.host, worker.pid = look.host, look.pid
-        change = _counts(look).minus(worker.counts)
+        change = look.counts.minus(worker.counts)
         self._stats.count(change)
         self._add(worker, change)
         self._count_kinds(worker, look)
@@ -115,13 +115,12 @@ class ReplicaStats:
         Only for a part that counts.
         """
         worker = self._workers[number]
-        rows = Counts(committed.num_ok, committed.num_errors, committed.num_skipped)
+        rows = committed.counts
         worker.durable = worker.durable.plus(rows)
         worker.durable_errors.update(committed.error_types)
-        num_rows = sum(rows)
-        self._stats.num_committed += num_rows
+        self._stats.num_committed += rows.num_rows
         self._stats.num_parts += 1
-        self._places[worker.replica].num_committed += num_rows
+        self._places[worker.replica].num_committed += rows.num_rows
         if worker.is_gone:
             self._stats.correct(rows)
             self._add(worker, rows)
@@ -242,10 +241,6 @@ def _row(place: _Place, now_s: float) -> dict[str, Any]:
         "look_age_s": now_s - worker.seen_s if look is not None else None,
         "lost": place.lost,
     }
-
-
-def _counts(look: Look) -> Counts:
-    return Counts(*[getattr(look, name) for name in Counts._fields])
 
 
 def _new(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:

@@ -40,11 +40,11 @@ from batchgen.core.ranges import Ranges
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.pipeline.committer import footer_facts
+from batchgen.pipeline.compute import Stages
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.prepare import check
-from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.stages import Stages
+from batchgen.pipeline.run_stats import Counts, RunStats
 from batchgen.source.text import LineIndexes
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Durable, Epoch, numbered
@@ -351,10 +351,10 @@ class Worker:
         self._ledger.check_seal(epoch, number)
         facts = footer_facts(self._engine.facts)
         name, footer = stages.writer.commit(part.results, part.skipped, facts)
-        counts = (footer.num_ok, footer.num_errors, footer.num_skipped)
+        counts = Counts(footer.num_ok, footer.num_errors, footer.num_skipped)
         kinds = Counter([one.error.error_type for one in part.results if one.error is not None])
         seconds = time.monotonic() - began_s
-        self._inbox.say(Committed(name, footer.done, *counts, seconds, kinds))
+        self._inbox.say(Committed(name, footer.done, counts, seconds, kinds))
 
     def _tell_disk_trouble(self, error: StorageError) -> None:
         number = self._init.number
@@ -386,13 +386,7 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             **self._engine_now(),
-            num_ok=stats.num_ok,
-            num_errors=stats.num_errors,
-            num_skipped=stats.num_skipped,
-            prompt_tokens=stats.prompt_tokens,
-            cached_tokens=stats.cached_tokens,
-            output_tokens=stats.output_tokens,
-            num_retries=stats.num_retries,
+            counts=stats.counts,
             error_types=dict(stats.error_types),
             verdicts={
                 attempt: {verdict.value: num for verdict, num in found.items()}

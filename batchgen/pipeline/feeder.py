@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 # Batches rendered ahead of the engine's own read-ahead: enough to ride out a slow read.
 _FEED_BATCHES = 4
-_LOOK_AHEAD_BATCHES = 16
 _PUT_WAIT_S = 0.2
 
 
@@ -87,10 +85,11 @@ class Feeder:
                 better order, costs nothing.
         """
         self._queue: queue.Queue[FeedBatch | _End] = queue.Queue(_FEED_BATCHES)
-        self._held: deque[FeedBatch | _End] = deque()
         self._end: _End | None = None
         self._stopped = threading.Event()
         self.is_done = False
+        self.has_requests = False
+        """One was read, taken or not; may be asked by any thread."""
         self._order = order
         self._ordering = threading.Condition()  # Who touches the order holds it.
         self._is_loading = is_loading
@@ -98,16 +97,6 @@ class Feeder:
             target=self._work, args=(iter(batches),), name="feeder", daemon=True
         )
         self._thread.start()
-
-    def has_requests(self) -> bool:
-        """Whether a request is there, as far as can be told without holding many rows."""
-        if self._is_holding():
-            return True
-        while not any(isinstance(item, FeedBatch) and item.requests for item in self._held):
-            if len(self._held) >= _LOOK_AHEAD_BATCHES or self._queue.empty():
-                return False
-            self._held.append(self._queue.get_nowait())
-        return True
 
     def take(self, timeout_s: float) -> FeedBatch | None:
         """Return the next batch; None if none is ready in time or the input is at its end.
@@ -138,10 +127,7 @@ class Feeder:
         if self._end is not None:
             return None
         try:
-            if self._held:
-                item = self._held.popleft()
-            else:
-                item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+            item = self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
         except queue.Empty:
             return None
         if isinstance(item, _End):
@@ -180,6 +166,7 @@ class Feeder:
         error: BaseException | None = None
         try:
             for batch in batches:
+                self.has_requests = self.has_requests or bool(batch.requests)
                 if not self._pass_on(batch):
                     return
         except BaseException as raised:  # noqa: BLE001 - raised again in the runner's thread
@@ -188,6 +175,8 @@ class Feeder:
 
     def _pass_on(self, batch: FeedBatch) -> bool:
         """Hand a batch on, its requests by way of the order; False if the feeder was stopped."""
+        if not (batch.requests or batch.results or batch.skipped):
+            return not self._stopped.is_set()
         order = self._order
         if order is None:
             return self._put(batch)

@@ -37,6 +37,11 @@ class Counts(NamedTuple):
     cached_tokens: int = 0
     output_tokens: int = 0
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that have ended, with a result or without."""
+        return self.num_ok + self.num_errors + self.num_skipped
+
     def plus(self, other: Counts) -> Counts:
         """The sum, figure by figure."""
         return Counts(*map(operator.add, self, other))
@@ -82,6 +87,11 @@ class RunStats:
         return self.num_ok + self.num_errors
 
     @property
+    def counts(self) -> Counts:
+        """Rows and tokens of this run."""
+        return Counts(*[getattr(self, name) for name in Counts._fields])
+
+    @property
     def num_left(self) -> int:
         """Physical rows that nobody has accounted for yet."""
         return self.num_rows - self.num_resumed - self.num_results - self.num_skipped
@@ -107,13 +117,8 @@ class RunStats:
 
     def count(self, change: Counts) -> None:
         """Count what others have done."""
-        self.num_ok += change.num_ok
-        self.num_errors += change.num_errors
-        self.num_skipped += change.num_skipped
-        self.num_retries += change.num_retries
-        self.prompt_tokens += change.prompt_tokens
-        self.cached_tokens += change.cached_tokens
-        self.output_tokens += change.output_tokens
+        for name, num in change._asdict().items():
+            setattr(self, name, getattr(self, name) + num)
 
     def correct(self, change: Counts) -> None:
         """Change the counts of rows, in the past too: no work is done or undone by this.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.cluster.resources import resources_of, share_gpu
+from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError, nearest
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.job.model import ModelConfig

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen import __version__
-from batchgen.cluster.resources import fit, resources_of
+from batchgen.cluster.machines import fit, resources_of
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
 from batchgen.preview.findings import Finding, gib, of_error, ok, problem, warning

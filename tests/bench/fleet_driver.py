@@ -42,13 +42,12 @@ from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.cluster.workers import WorkerPool
 from batchgen.core.ranges import Ranges
 from batchgen.pipeline.committer import Commits
-from batchgen.pipeline.compute import Work
+from batchgen.pipeline.compute import Stages, Work
 from batchgen.pipeline.context import RunContext, StopSwitch
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
 from batchgen.pipeline.progress import Monitor, Progress
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.stages import Stages
 from batchgen.storage import LocalStorage
 from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.ledger import Ledger

@@ -26,9 +26,9 @@ import polars as pl
 
 from batchgen.api import load
 from batchgen.cluster.compute import ManyEngines
+from batchgen.cluster.machines import resources_of
 from batchgen.cluster.messages import Report, StartEngine
 from batchgen.cluster.ray import RayCluster
-from batchgen.cluster.resources import resources_of
 from batchgen.cluster.worker import Worker
 from batchgen.engine.devices import device_name
 from batchgen.engine.vllm.settings import is_cpu_build

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
 from batchgen.cluster.compute import ManyEngines
+from batchgen.cluster.machines import resources_of
 from batchgen.cluster.ray import RayCluster
-from batchgen.cluster.resources import resources_of
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from tests.bench.echo_rows import _write_rows

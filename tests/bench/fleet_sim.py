@@ -110,7 +110,7 @@ class Drive:
                 strays = self.book.settle(number, event.done)
                 self.book_s += time.perf_counter() - started
                 assert not strays
-                member.num_settled += event.num_ok
+                member.num_settled += event.counts.num_ok
 
     def orders(self, number: int) -> list[Order]:
         member, book = self.members[number], self.book

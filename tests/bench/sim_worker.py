@@ -24,6 +24,7 @@ from batchgen.cluster.messages import (
 )
 from batchgen.core.ranges import Ranges
 from batchgen.core.records import EngineFacts, EngineStats
+from batchgen.pipeline.run_stats import Counts
 from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class SimWorker:
             self.num_parts += 1
             name = f"{PARTS}/e000001-w{self.number:02d}-s{self.num_parts:06d}.parquet"
             self.keep(name)
-            self.events.append(Committed(name, done, len(self.ended), 0, 0, 0.0))
+            self.events.append(Committed(name, done, Counts(len(self.ended)), 0.0))
         self.ended, self.commit_s = [], math.inf
 
     def report(self) -> Report:
@@ -217,13 +218,7 @@ class SimWorker:
             capacity=self.kind.holds or self.kind.capacity,
             num_in_flight=len(self.slots),
             engine=EngineStats(len(self.slots), 0, 0.5, 0),
-            num_ok=self.num_ended,
-            num_errors=0,
-            num_skipped=0,
-            prompt_tokens=0,
-            cached_tokens=0,
-            output_tokens=0,
-            num_retries=0,
+            counts=Counts(num_ok=self.num_ended),
             error_types={},
             verdicts={1: {"ok": self.num_ended}} if self.num_ended else {},
             rates={

@@ -266,7 +266,7 @@ def test_stopping_keeps_what_is_finished_and_a_later_run_goes_on(
     stop = StopSwitch()
 
     def ask_to_stop(_: ThreadCluster, __: int, report: Report) -> bool:
-        if report.look is not None and report.look.num_ok > 200:
+        if report.look is not None and report.look.counts.num_ok > 200:
             stop.drain()
         return True
 
@@ -301,7 +301,7 @@ def kill_once(min_num_ok: int = 0) -> Callable[[ThreadCluster, int, Report], boo
 
     def on_report(cluster: ThreadCluster, number: int, report: Report) -> bool:
         look = report.look
-        if killed or look is None or look.num_in_flight < 8 or look.num_ok < min_num_ok:
+        if killed or look is None or look.num_in_flight < 8 or look.counts.num_ok < min_num_ok:
             return True
         killed.append(number)
         return False

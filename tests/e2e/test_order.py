@@ -14,7 +14,7 @@ import pytest
 import batchgen
 from batchgen import api
 from batchgen.engine.order import Lengths
-from batchgen.pipeline.stages import lengths_of
+from batchgen.pipeline.compute import lengths_of
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from tests.e2e.support import command, published, wait_until, write_job

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchgen.cluster.machines import Resources
 from batchgen.cluster.messages import Report, Take, WorkerInit
-from batchgen.cluster.resources import Resources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

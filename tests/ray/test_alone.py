@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from batchgen.cluster.machines import Resources, fit, make_folder
 from batchgen.cluster.ray import RayCluster
-from batchgen.cluster.ray_host import make_folder
-from batchgen.cluster.resources import Resources, fit
 from batchgen.core.errors import ConfigError
 from tests.ray.support import ONE_CPU, is_running, wait_until
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 DRIVER = """
 import os, signal, sys, tempfile, time
 from pathlib import Path
-from batchgen.cluster.resources import Resources
+from batchgen.cluster.machines import Resources
 from batchgen.cluster.ray import RayCluster
 from tests.ray.support import StandIn, badge, is_running
 

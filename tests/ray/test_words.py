@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from batchgen.cluster.ray_host import (
+from batchgen.cluster.machines import (
     counted,
     death_told,
     end_of_traceback,

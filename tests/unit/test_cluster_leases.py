@@ -39,7 +39,6 @@ class Books(RuleBasedStateMachine):
         self.book = LeaseBook(TODO)
         self.where = dict.fromkeys(rows_of(TODO), "free")
         self.payloads = {}
-        self.numbers = [0]
         self.dead_with = {}
         self.leased = {}
 
@@ -65,8 +64,6 @@ class Books(RuleBasedStateMachine):
         assert rows
         assert {self.where[row] for row in rows} == {"free"}
         assert {id(self.payloads.get(row)) for row in rows} == {id(lease.payload)}
-        assert lease.number > max(self.numbers)
-        self.numbers.append(lease.number)
         assert not had_suspects
         if self.book.has_suspects(worker):
             assert not before

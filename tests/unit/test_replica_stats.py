@@ -14,7 +14,7 @@ from batchgen.cli.look import status
 from batchgen.cluster.messages import Committed, Look
 from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.core.records import EngineStats
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.run_stats import Counts, RunStats
 from batchgen.store.runs import RunLock, RunLog
 from batchgen.views.status import replica_lines
 from tests.fakes import FACTS, FakeClock
@@ -24,7 +24,7 @@ BUSY = EngineStats(
 )
 
 
-def look(num_ok=0, num_errors=0, num_skipped=0, **changes) -> Look:
+def look(num_ok=0, num_errors=0, num_skipped=0, num_retries=0, **changes) -> Look:
     """Each row has had 10 tokens in, 4 of them cached, 3 out, and took so many seconds."""
     num = num_ok + num_errors
     values = {
@@ -34,13 +34,7 @@ def look(num_ok=0, num_errors=0, num_skipped=0, **changes) -> Look:
         "capacity": 8,
         "num_in_flight": 6,
         "engine": BUSY,
-        "num_ok": num_ok,
-        "num_errors": num_errors,
-        "num_skipped": num_skipped,
-        "prompt_tokens": 10 * num,
-        "cached_tokens": 4 * num,
-        "output_tokens": 3 * num,
-        "num_retries": 0,
+        "counts": Counts(num_ok, num_errors, num_skipped, num_retries, 10 * num, 4 * num, 3 * num),
         "error_types": {"prompt_too_long": num_errors} if num_errors else {},
         "verdicts": {1: {"ok": num_ok, "error": num_errors}},
         "rates": {
@@ -55,7 +49,7 @@ def look(num_ok=0, num_errors=0, num_skipped=0, **changes) -> Look:
 
 
 def part(num_ok=0, num_errors=0, num_skipped=0) -> Committed:
-    return Committed("part", {}, num_ok, num_errors, num_skipped, 0.1)
+    return Committed("part", {}, Counts(num_ok, num_errors, num_skipped), 0.1)
 
 
 @pytest.fixture
@@ -359,7 +353,7 @@ def test_errors_that_were_never_durable_are_not_told():
     stats = RunStats(0.0, 100)
     board = ReplicaStats(stats)
     board.note(1, 1, look(4, 3, error_types={"bad_json": 2, "odd": 1}))
-    board.note_committed(1, Committed("p", {}, 4, 1, 0, 0.1, {"bad_json": 1}))
+    board.note_committed(1, Committed("p", {}, Counts(4, 1), 0.1, {"bad_json": 1}))
     assert stats.error_types == {"bad_json": 2, "odd": 1}
     board.note_gone(1, "it died")
     assert stats.error_types == {"bad_json": 1}

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from batchgen.cluster.driver import PACK_ROWS, Packer, best_cut, rows_of
+from batchgen.cluster.driver import PACK_ROWS, Packer, rows_of
 from batchgen.cluster.leases import LeaseBook
-from batchgen.cluster.resources import Resources, resources_of, share_gpu
+from batchgen.cluster.machines import Resources, resources_of, share_gpu
 from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
 from batchgen.core.ranges import Ranges
@@ -129,14 +129,7 @@ def requests(texts: list[str]) -> list[Request]:
     return [one._replace(prompt=text) for one, text in zip(made, texts, strict=True)]
 
 
-def test_packs_end_where_prompts_have_least_in_common() -> None:
-    texts = [f"group {number // 30:03d} and then {number:04d}" for number in range(100)]
-    cut = best_cut(requests(texts))
-    assert cut in {30, 60}
-
-
-@pytest.mark.parametrize("by_prefix", [True, False])
-def test_a_packer_packs_every_row_once(by_prefix: bool) -> None:
+def test_a_packer_packs_every_row_once() -> None:
     many = requests([f"prompt {number:05d}" for number in range(3 * PACK_ROWS + 5)])
     last = len(many)
     ended = fakes.results(fakes.batch([last]), errors={last: RowError("bad_json", "not an object")})
@@ -146,7 +139,7 @@ def test_a_packer_packs_every_row_once(by_prefix: bool) -> None:
     ]
     put: list[FeedBatch] = []
     book = LeaseBook({})
-    packer = Packer(Feeder(feds), put.extend, last + 4, by_prefix=by_prefix)
+    packer = Packer(Feeder(feds), put.extend, last + 4)
     deadline = time.monotonic() + 40
     while not packer.is_done:
         packer.fill(book, 1 << 20)
