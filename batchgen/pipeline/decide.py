@@ -18,10 +18,7 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from batchgen.core.errors import FencedError, OutputError, RecipeChangedError
+from batchgen.core.errors import FencedError, OutputError, RecipeChangedError, StorageError
 from batchgen.pipeline.frozen import (
     Before,
     difference,
@@ -34,8 +31,8 @@ from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
 from batchgen.pipeline.reuse import NOTHING_LEAVES, Leaving, leaving_rows
 from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
-from batchgen.store.result_files import Index, is_intact
-from batchgen.store.row_digests import digest_reader
+from batchgen.store.matching import digest_reader
+from batchgen.store.result_files import Index, ResultFile, is_intact
 from batchgen.store.runs import utc_now
 from batchgen.store.visible import raise_if_damaged, show
 
@@ -121,11 +118,11 @@ def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
 
 
 def _may_hold_rows(ledger: Ledger, name: str) -> bool:
-    try:
-        metadata = pq.read_metadata(ledger.storage.path(name)).metadata
-        return PartFooter.from_metadata(metadata).num_results > 0
-    except (OSError, pa.ArrowException, ValueError):
-        return True
+    with ResultFile(ledger.storage.path(name)) as file:
+        try:
+            return PartFooter.from_metadata(file.metadata).num_results > 0
+        except (ValueError, StorageError):
+            return True
 
 
 def _instead_of(ledger: Ledger, checked: Checked, plan: Plan, options: RunOptions) -> Decision:

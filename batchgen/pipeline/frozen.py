@@ -19,7 +19,7 @@ from batchgen.job.paths import is_url
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
 from batchgen.store.books import Plan, Segment
-from batchgen.store.row_digests import DigestFile
+from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
 
 if TYPE_CHECKING:

@@ -80,7 +80,7 @@ class Reader(Protocol):
 
         Args:
             path: Of the file.
-            on_rows: Called with the digests of rows that follow each other, see `row_digests`;
+            on_rows: Called with the digests of rows that follow each other, see `store.matching`;
                 never by a format whose rows are not to be told apart without parsing them.
 
         Raises:

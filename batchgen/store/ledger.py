@@ -20,12 +20,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from batchgen.core.errors import AccountingError, FencedError, OutputError
-from batchgen.storage import raise_if_not_damage
-from batchgen.store import row_digests
 from batchgen.store.books import (
     STATE,
     Base,
@@ -47,6 +42,8 @@ from batchgen.store.books import (
     seal_of,
     worker_of,
 )
+from batchgen.store.matching import DIGESTS
+from batchgen.store.result_files import ResultFile
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
@@ -257,13 +254,11 @@ class Ledger:
             ValueError: The part does not count.
             StorageError: It cannot be read right now, which says nothing about it.
         """
-        try:
-            metadata = pq.read_metadata(self.storage.path(name))
-            names = metadata.schema.to_arrow_schema().names
-        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-            raise_if_not_damage(self.storage.path(name), error)
-            msg = f"unreadable: {str(error).splitlines()[0]}"
-            raise ValueError(msg) from error
+        with ResultFile(self.storage.path(name)) as file:
+            metadata, names = file.footer, file.column_names
+            if metadata is None or file.problem is not None:
+                msg = f"unreadable: {file.problem}"
+                raise ValueError(msg)
         footer = PartFooter.from_metadata(metadata.metadata)
         if footer.plan != plan.plan_id:
             msg = "belongs to another plan"
@@ -340,7 +335,7 @@ class Ledger:
         folder = f"{STATE}/parts"
         seals = f"{STATE}/seals"
         self._remove_old([*self.storage.list(folder), *self.storage.list(seals)], manifest.epoch)
-        folders = (folder, seals, row_digests.FOLDER, "")
+        folders = (folder, seals, DIGESTS, "")
         for temp in (temp for name in folders for temp in self.storage.temps(name)):
             if epoch_of(temp.name) <= manifest.epoch:
                 self.storage.remove_path(temp)

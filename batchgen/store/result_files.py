@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 GROUPS_KEY = "batchgen.groups"
 """In the index's footer: a `Chunk` for each row group and the footer of each file."""
 OTHER_BYTES = "its bytes are not those that were published"
-# A flipped bit in a footer that has no checksum may also be in a name.
-_READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+# A flipped bit in a footer that has no checksum may also be in a name, or in a type.
+_READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, KeyError, TypeError)
 
 
 class Chunk(NamedTuple):
@@ -88,6 +88,13 @@ class ResultFile:
         """Keys and values of the footer; empty if it is damaged."""
         footer = self.footer
         return (footer and footer.metadata) or {}
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        """Names of the columns; none if the footer is damaged."""
+        with self._noting_damage():
+            return list(self._opened().schema_arrow.names)
+        return ()
 
     @property
     def num_groups(self) -> int:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import OutputError
-from batchgen.store import row_digests
 from batchgen.store.books import STATE
+from batchgen.store.matching import DIGESTS, digests_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -102,8 +102,8 @@ def _in_work(ledger: Ledger) -> Iterable[Plan]:
 def _remove_digests(ledger: Ledger) -> None:
     """Remove digests of rows of files that no snapshot and no plan in work is made of."""
     plans = [*_in_work(ledger), *(ledger.plan(found.number) for found in ledger.manifests())]
-    named = {row_digests.name_of(segment.digest) for segment in _segments(plans)}
-    for name in ledger.storage.list(row_digests.FOLDER):
+    named = {digests_of(segment.digest) for segment in _segments(plans)}
+    for name in ledger.storage.list(DIGESTS):
         if name.endswith(".bin") and name not in named:
             ledger.storage.remove(name)
 

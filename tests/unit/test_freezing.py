@@ -17,8 +17,7 @@ from batchgen.pipeline.frozen import Before, freeze, has_new_rows, read_rows
 from batchgen.pipeline.prepare import prepare
 from batchgen.source.csv import CsvReader
 from batchgen.store.books import Base
-from batchgen.store.matching import is_same_reading, match
-from batchgen.store.row_digests import FOLDER, digest_reader, name_of
+from batchgen.store.matching import DIGESTS, digest_reader, digests_of, is_same_reading, match
 from tests.fakes import write_jsonl
 
 
@@ -126,7 +125,7 @@ def test_a_plan_is_cut_again_where_the_limit_is_filled_now(prepared, storage, fi
 
 def test_the_digests_of_each_file_that_was_read_are_kept(prepared, storage, files):
     seen = freeze(prepared(), 1, storage=storage)
-    assert sorted(storage.list(FOLDER)) == sorted(name_of(sha256(path)) for path in files)
+    assert sorted(storage.list(DIGESTS)) == sorted(digests_of(sha256(path)) for path in files)
     for path, segment in zip(files, seen.segments, strict=True):
         lines = path.read_bytes().splitlines()
         assert digest_reader(storage, segment.digest, 2)(0, 2) == b"".join(
@@ -134,21 +133,21 @@ def test_the_digests_of_each_file_that_was_read_are_kept(prepared, storage, file
         )
     append(files[0], 7)
     again = freeze(prepared(), 2, Before(seen=seen), storage)
-    assert len(storage.list(FOLDER)) == 4
+    assert len(storage.list(DIGESTS)) == 4
     assert [span.length for span in match(storage, seen, again)] == [2, 2, 2]
 
 
 def test_a_plan_without_an_output_leaves_no_digests(prepared, storage):
     freeze(prepared(), 1)
-    assert not storage.path(FOLDER).exists()
+    assert not storage.path(DIGESTS).exists()
 
 
 def test_rows_of_parquet_are_not_told_apart_by_digests(tmp_path, make_job, storage):
     pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "in.parquet")
     plan = freeze(prepare(make_job(None, input={"path": "in.parquet"})), 1, storage=storage)
     assert plan.num_rows == 2
-    assert storage.list(FOLDER) == []
-    assert storage.temps(FOLDER) == []
+    assert storage.list(DIGESTS) == []
+    assert storage.temps(DIGESTS) == []
 
 
 def test_a_file_that_ends_early_leaves_no_digests_behind(tmp_path, make_job, storage):
@@ -161,7 +160,7 @@ def test_a_file_that_ends_early_leaves_no_digests_behind(tmp_path, make_job, sto
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(SourceError):
         freeze(ready, 1, storage=storage)
-    assert list(storage.path(FOLDER).iterdir()) == []
+    assert list(storage.path(DIGESTS).iterdir()) == []
 
 
 class MovingReader:

@@ -17,8 +17,15 @@ from batchgen.source.text import DIGEST_BYTES, NO_DIGEST
 from batchgen.storage import LocalStorage
 from batchgen.store import matching
 from batchgen.store.books import Durable, Part, PartFooter, Segment
-from batchgen.store.matching import Span, answered_by, is_same_reading, match, restricted
-from batchgen.store.row_digests import DigestFile, name_of
+from batchgen.store.matching import (
+    DigestFile,
+    Span,
+    answered_by,
+    digests_of,
+    is_same_reading,
+    match,
+    restricted,
+)
 from tests.fakes import plan
 from tests.harm import overwrite
 
@@ -139,7 +146,7 @@ def test_whatever_moved_no_further_than_ahead_is_found(tmp_path_factory, size, b
 def test_an_unchanged_file_is_one_span_and_needs_no_digests(storage):
     lines = ["a", LONG, "a", "b"]
     olds, news = plans(storage, {"/in": lines}, {"/in": lines})
-    storage.remove(name_of(content_of(lines)))
+    storage.remove(digests_of(content_of(lines)))
     assert match(storage, olds, news) == [Span(0, 0, 0, 0, 4)]
 
 
@@ -246,7 +253,7 @@ def test_damaged_digests_only_lose_matches(tmp_path_factory, old, is_old, data):
     new = [*old[::2], "x", *old[1:]]
     whole = num_rows(found_in_one(storage, old, new))
     before, after = plans(storage, {"/in": old}, {"/in": new})
-    path = storage.path(name_of((before if is_old else after).segments[0].digest))
+    path = storage.path(digests_of((before if is_old else after).segments[0].digest))
     content = bytearray(path.read_bytes())
     harm = data.draw(st.sampled_from(["gone", "torn", "zeros", "flipped"]))
     at = data.draw(st.integers(0, len(content) - 1))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import StorageError
 from batchgen.source.text import DIGEST_BYTES, NO_DIGEST, scan_rows
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store.row_digests import FOLDER, DigestFile, blocks, digest_reader, name_of
+from batchgen.store.matching import DIGESTS, DigestFile, blocks, digest_reader, digests_of
 from tests.harm import overwrite
 
 ROWS = [hashlib.sha256(bytes([number])).digest()[:DIGEST_BYTES] for number in range(10)]
@@ -23,7 +23,7 @@ def put(storage, rows, digest="abc"):
     for row in rows:
         file.add(row)
     file.commit(digest)
-    return storage.path(name_of(digest))
+    return storage.path(digests_of(digest))
 
 
 def test_the_digests_of_a_scan_are_found_by_the_files_content(storage):
@@ -32,7 +32,7 @@ def test_the_digests_of_a_scan_are_found_by_the_files_content(storage):
     assert read(0, 10) == b"".join(ROWS)
     assert read(3, 5) == ROWS[3] + ROWS[4]
     assert read(4, 4) == b""
-    assert storage.list(FOLDER) == [f"{FOLDER}/abc.bin"]
+    assert storage.list(DIGESTS) == [f"{DIGESTS}/abc.bin"]
 
 
 def test_a_lines_digest_is_the_first_half_of_its_sha256(tmp_path):
@@ -51,7 +51,7 @@ def test_two_files_of_one_content_have_one_digest_file(storage):
         file.add(ROWS[0])
     first.commit("abc")
     second.commit("abc")
-    assert [path.name for path in storage.path(FOLDER).iterdir()] == ["abc.bin"]
+    assert [path.name for path in storage.path(DIGESTS).iterdir()] == ["abc.bin"]
 
 
 def test_nothing_is_left_of_what_told_no_row_or_was_dropped(storage):
@@ -59,7 +59,7 @@ def test_nothing_is_left_of_what_told_no_row_or_was_dropped(storage):
     dropped = DigestFile(storage)
     dropped.add(ROWS[0])
     dropped.discard()
-    assert list(storage.path(FOLDER).iterdir()) == []
+    assert list(storage.path(DIGESTS).iterdir()) == []
 
 
 class FullDisk(Disk):
@@ -82,9 +82,9 @@ def test_a_disk_that_is_full_is_told_at_the_end_and_nothing_is_left(tmp_path):
     for row in ROWS:
         file.add(row)
     assert disk.num_writes == 2  # It is not asked again.
-    with pytest.raises(StorageError, match=f"{FOLDER}: no space"):
+    with pytest.raises(StorageError, match=f"{DIGESTS}: no space"):
         file.commit("abc")
-    assert list(storage.path(FOLDER).iterdir()) == []
+    assert list(storage.path(DIGESTS).iterdir()) == []
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 15, 16, 9 * 16, 10 * 16 - 1])

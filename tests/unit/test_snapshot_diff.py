@@ -16,8 +16,7 @@ from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
-from batchgen.store.matching import Span
-from batchgen.store.row_digests import name_of
+from batchgen.store.matching import Span, digests_of
 from batchgen.views.diff import diff, edited, paired
 from tests.fakes import plan
 
@@ -35,7 +34,7 @@ def put_file(storage: LocalStorage, name: str, lines: str, *, has_digests: bool 
     digest = hashlib.sha256(lines.encode()).hexdigest()
     if has_digests:
         data = b"".join(line.encode().ljust(DIGEST_BYTES, b"-") for line in lines)
-        storage.put_if_absent(name_of(digest), data)
+        storage.put_if_absent(digests_of(digest), data)
     return Segment(f"/in/{name}.jsonl", len(lines), "1", digest, len(lines))
 
 
