@@ -40,7 +40,7 @@ from batchgen.core.errors import (
     OutputError,
     StorageError,
 )
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import Request, RowError
 from batchgen.engine.base import failed
 from batchgen.engine.order import held_bytes
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from batchgen.pipeline.feeder import FeedBatch, Feeder
     from batchgen.store.dedupe import Sieve
 
-NO_ROWS = Ranges()
 PACK_ROWS = 1024
 _PACK_BYTES = 8 << 20
 """Of a pack, and of each 1,024 rows that may wait."""
@@ -351,7 +350,7 @@ class Driver:
         left = self._book.rows_out(worker.number)
 
         def may_come_back(asked: Asked) -> bool:
-            rows = left.get(asked.segment, NO_ROWS)
+            rows = left[asked.segment]
             return any(rows.within(min(asked.rows), max(asked.rows) + 1))
 
         worker.passed = deque(one for one in worker.passed if may_come_back(one[0]))
@@ -374,7 +373,7 @@ class Driver:
         rows = self._book.take_back(worker.number, has_died=has_died)
         if self._sieve is not None:
             for asked, passes in worker.passed:
-                mine = rows.get(asked.segment, NO_ROWS)
+                mine = rows[asked.segment]
                 those = zip(asked.rows, asked.prefixes, asked.has_seed, passes, strict=True)
                 self._sieve.take_back(
                     (prefix, seeded)
@@ -502,13 +501,7 @@ class Packer:
         self._feeder.close()
 
 
-def rows_of(batch: FeedBatch) -> dict[int, Ranges]:
-    """Segment -> the rows that end by way of a `FeedBatch`."""
-    found: dict[int, list[int]] = {}
+def rows_of(batch: FeedBatch) -> RowSet:
+    """Gather the rows that end by way of a `FeedBatch`."""
     ordinals = [one.ordinal for one in batch.requests] + [one.ordinal for one in batch.results]
-    for segment, row in ordinals:
-        found.setdefault(segment, []).append(row)
-    rows = {segment: Ranges.of(numbers) for segment, numbers in found.items()}
-    if batch.skipped:
-        rows[batch.segment] = rows.get(batch.segment, Ranges()) | batch.skipped
-    return rows
+    return RowSet.of(ordinals) | RowSet({batch.segment: batch.skipped})

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.cluster.messages import Lease
 from batchgen.core.errors import AccountingError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -140,7 +140,7 @@ class LeaseBook:
         self.num_pending -= length(spans)
         return lease
 
-    def settle(self, worker: int, rows: Mapping[int, Ranges]) -> Mapping[int, Ranges]:
+    def settle(self, worker: int, rows: Mapping[int, Ranges]) -> RowSet:
         """Note that rows of a worker are durable, or need no work.
 
         Args:
@@ -153,13 +153,13 @@ class LeaseBook:
         """
         held = self._held.get(worker)
         if held is None:
-            return {segment: ranges for segment, ranges in rows.items() if ranges}
+            return RowSet(rows)
         strays = held.settle(rows)
         if not held.num_rows:
             del self._held[worker]
         return strays
 
-    def take_back(self, worker: int, *, has_died: bool) -> Mapping[int, Ranges]:
+    def take_back(self, worker: int, *, has_died: bool) -> RowSet:
         """Free what a worker has not settled; it is leased before everything else.
 
         Args:
@@ -171,7 +171,7 @@ class LeaseBook:
         """
         held = self._held.pop(worker, None)
         if held is None:
-            return {}
+            return RowSet()
         spans, suspects = held.unsettled(), held.suspects
         self._num_deaths += has_died
         num_solo_deaths = suspects.num_solo_deaths if suspects is not None else 0
@@ -180,7 +180,7 @@ class LeaseBook:
             if num_solo_deaths >= self._enough_deaths:
                 self._guilty += spans
                 self._num_guilty += 1
-                return {}
+                return RowSet()
         self.num_pending += length(spans)
         if suspects is not None:
             num_pieces = PIECES if has_died else 1
@@ -210,7 +210,7 @@ class LeaseBook:
         unexplained = self._num_deaths // (FEW_DEATHS * (1 + self._num_guilty))
         return SOLO_DEATHS + unexplained.bit_length()
 
-    def withdraw(self) -> dict[int, Ranges]:
+    def withdraw(self) -> RowSet:
         """Take out, for good, what is free and was to be read from files by workers.
 
         They may be added again, packed; what is doubted of them is forgotten.
@@ -225,7 +225,7 @@ class LeaseBook:
         self.num_pending -= length(out)
         return by_segment(out)
 
-    def guilty(self) -> Sequence[Mapping[int, Ranges]]:
+    def guilty(self) -> Sequence[RowSet]:
         """Hand out each row that was found to kill workers, once, for the caller to end it."""
         rows, self._guilty = self._guilty, []
         return [by_segment([span]) for span in rows]
@@ -235,10 +235,10 @@ class LeaseBook:
         held = self._held.get(worker)
         return held.num_rows if held is not None else 0
 
-    def rows_out(self, worker: int) -> Mapping[int, Ranges]:
+    def rows_out(self, worker: int) -> RowSet:
         """Which these are."""
         held = self._held.get(worker)
-        return by_segment(held.unsettled()) if held is not None else {}
+        return by_segment(held.unsettled() if held is not None else ())
 
     def has_suspects(self, worker: int) -> bool:
         """Whether a worker has suspects: nothing else until these are settled."""
@@ -320,22 +320,21 @@ class WorkerLeases:
                     left[block.lease].append(span)
         return [span for spans in left.values() for span in spans]
 
-    def settle(self, rows: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    def settle(self, rows: Mapping[int, Ranges]) -> RowSet:
         """Mark rows as settled; returns those that were not out.
 
         Takes time for the spans of `rows`, and for the blocks between them, not for the rows.
         """
-        strays: dict[int, Ranges] = {}
+        strays: list[tuple[int, int, int]] = []
         for segment, ranges in rows.items():
             found: list[tuple[int, int]] = []
             for block, start, stop in _meeting(self._blocks.get(segment, ()), ranges):
                 found += ((start, stop),) if block is None else block.settle(start, stop)
-            if found:
-                strays[segment] = Ranges(found)
+            strays += [(segment, start, stop) for start, stop in found]
         if not all(lease.num_left for lease in self._leases):
             self._drop_settled()
         self.num_rows = sum(lease.num_left for lease in self._leases)
-        return strays
+        return RowSet.of_spans(strays)
 
     def _drop_settled(self) -> None:
         self._leases = [lease for lease in self._leases if lease.num_left]
@@ -346,12 +345,9 @@ class WorkerLeases:
         self._blocks = {segment: blocks for segment, blocks in left.items() if blocks}
 
 
-def by_segment(spans: Iterable[RowSpan]) -> dict[int, Ranges]:
-    """Segment -> its rows, as leases have them."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for span in spans:
-        found.setdefault(span.segment, []).append((span.start, span.stop))
-    return {segment: Ranges(those) for segment, those in found.items()}
+def by_segment(spans: Iterable[RowSpan]) -> RowSet:
+    """Gather the rows of spans."""
+    return RowSet.of_spans((span.segment, span.start, span.stop) for span in spans)
 
 
 def count(rows: Mapping[int, Ranges]) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.core.errors import BatchgenError
-    from batchgen.core.ranges import Ranges
+    from batchgen.core.ranges import Ranges, RowSet
     from batchgen.core.records import EngineFacts, EngineStats
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import Stop
@@ -38,7 +38,7 @@ class WorkerInit(NamedTuple):
 class Lease(NamedTuple):
     """Rows that a worker is to end, until the driver says otherwise."""
 
-    rows: Mapping[int, Ranges]
+    rows: RowSet
     """Segment -> rows of it."""
     payload: Any = None
     """None: the worker reads the rows from the input's files. Else what its cluster's `fetch` turns

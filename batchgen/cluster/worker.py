@@ -36,7 +36,6 @@ from batchgen.cluster.messages import (
     Take,
 )
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
-from batchgen.core.ranges import Ranges
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.pipeline.committer import footer_facts
@@ -62,7 +61,6 @@ if TYPE_CHECKING:
     from batchgen.pipeline.committer import OpenPart
     from batchgen.pipeline.feeder import FeedBatch
 
-NO_ROWS = Ranges()
 _LOOK_S = 0.2
 _CLOSE_S = 10.0
 _LATENCIES = 50
@@ -327,18 +325,14 @@ class Worker:
 
     def _unpacked(self, lease: Lease, stages: Stages) -> Iterator[FeedBatch]:
         for batch in self._fetch(lease.payload):
-            mine = lease.rows.get
+            mine = lease.rows
             requests = [
                 stages.own(one)
                 for one in batch.requests
-                if one.ordinal.row in mine(one.ordinal.segment, NO_ROWS)
+                if one.ordinal.row in mine[one.ordinal.segment]
             ]
-            results = [
-                one
-                for one in batch.results
-                if one.ordinal.row in mine(one.ordinal.segment, NO_ROWS)
-            ]
-            skipped = batch.skipped & mine(batch.segment, NO_ROWS)
+            results = [one for one in batch.results if one.ordinal.row in mine[one.ordinal.segment]]
+            skipped = batch.skipped & mine[batch.segment]
             yield batch.only(requests, results, skipped)
 
     def _commit(self, part: OpenPart) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 class Ranges:
@@ -132,3 +132,60 @@ class Ranges:
             msg = f"not a list of ranges: {flat!r:.80}"
             raise ValueError(msg)
         return cls(zip(flat[::2], flat[1::2], strict=True))
+
+
+NO_ROWS = Ranges()
+
+
+class RowSet(dict[int, Ranges]):
+    """Rows of a plan: segment -> rows, those segments only that have some.
+
+    To look up another segment gives no rows. Treated as a value: never changed once it is made.
+    """
+
+    def __init__(self, rows: Mapping[int, Ranges] | Iterable[tuple[int, Ranges]] = ()) -> None:
+        """Take rows by segment; segments without rows are left out."""
+        super().__init__((segment, found) for segment, found in dict(rows).items() if found)
+
+    @classmethod
+    def of_spans(cls, spans: Iterable[tuple[int, int, int]]) -> RowSet:
+        """Gather spans in any order: segment, first row, row after the last."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for segment, start, stop in spans:
+            found.setdefault(segment, []).append((start, stop))
+        return cls((segment, Ranges(those)) for segment, those in sorted(found.items()))
+
+    @classmethod
+    def of(cls, ordinals: Iterable[tuple[int, int]]) -> RowSet:
+        """Gather rows in any order: segment, row."""
+        found: dict[int, list[int]] = {}
+        for segment, row in ordinals:
+            found.setdefault(segment, []).append(row)
+        return cls((segment, Ranges.of(rows)) for segment, rows in sorted(found.items()))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows in all segments."""
+        return sum(map(len, self.values()))
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Yield segment, first row, row after the last, segment by segment."""
+        for segment, rows in self.items():
+            for start, stop in rows.spans:
+                yield segment, start, stop
+
+    def __missing__(self, segment: int) -> Ranges:
+        return NO_ROWS
+
+    def __sub__(self, other: Mapping[int, Ranges]) -> RowSet:
+        return RowSet((at, rows - other.get(at, NO_ROWS)) for at, rows in self.items())
+
+    def __and__(self, other: Mapping[int, Ranges]) -> RowSet:
+        return RowSet((at, rows & other.get(at, NO_ROWS)) for at, rows in self.items())
+
+    def __or__(self, other: Mapping[int, Ranges]) -> RowSet:  # type: ignore[override]
+        """Return the rows in either; of sets, and not as dicts are joined."""
+        return RowSet.of_spans((*self.spans(), *RowSet(other).spans()))
+
+    def __ior__(self, other: Mapping[int, Ranges]) -> RowSet:  # type: ignore[override]
+        return self | other  # Not dict's, which would change it.

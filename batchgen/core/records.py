@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.ranges import Ranges
 
+
 Messages = Sequence[Mapping[str, Any]]
 """A chat: `{"role": ..., "content": ...}` in order, as chat templates take it."""
 

@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 
 from batchgen import __version__
 from batchgen.core.errors import StorageError
+from batchgen.core.ranges import RowSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, Result
     from batchgen.job.model import RunConfig
     from batchgen.pipeline.context import RunContext
@@ -42,7 +42,7 @@ class OpenPart:
     """Finished rows that are not durable yet."""
 
     results: list[Result] = field(default_factory=list)
-    skipped: dict[int, Ranges] = field(default_factory=dict)
+    skipped: RowSet = field(default_factory=RowSet)
     since_s: float | None = None
     num_bytes: float = 0.0
 
@@ -169,7 +169,7 @@ class Commits:
         self._check()
         self._writer.commit(part.results, part.skipped, footer_facts(facts))
         self._stats.num_committed += len(part.results)
-        self._stats.num_committed += sum(len(rows) for rows in part.skipped.values())
+        self._stats.num_committed += part.skipped.num_rows
         self._stats.num_parts += 1
         self._context.note_commit(time.monotonic() - began_s)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
+from batchgen.core.ranges import RowSet
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
@@ -31,7 +32,6 @@ from batchgen.pipeline.committer import Committer
 from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.progress import RUNNING, watching
-from batchgen.pipeline.reuse import without
 from batchgen.pipeline.run_stats import Way, advise
 from batchgen.pipeline.runner import Runner
 from batchgen.prompt.requests import RequestBuilder
@@ -40,9 +40,8 @@ from batchgen.store.parts import PartContext, PartWriter
 from batchgen.store.result_files import ResultFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
-    from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Request, RowBatch
     from batchgen.engine.supervised import Build
     from batchgen.job.model import JobConfig
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     from batchgen.store.dedupe import Sieve
     from batchgen.store.ledger import Ledger
 
-    Rows = Mapping[int, Ranges]
+    Rows = RowSet
     TakeOver = Callable[[Callable[[], None]], Rows]
 
 _MAX_LENGTHS = 20_000
@@ -118,9 +117,7 @@ class Stages:
         )
         self.writer = PartWriter(ledger.storage, PARTS, context)
 
-    def read(
-        self, rows: Mapping[int, Ranges], indexes: LineIndexes | None = None
-    ) -> Iterator[RowBatch]:
+    def read(self, rows: RowSet, indexes: LineIndexes | None = None) -> Iterator[RowBatch]:
         """Yield rows of the plan, as they were planned.
 
         Args:
@@ -252,7 +249,7 @@ class Compute(Protocol):
         """What a person should know at the end of the run, and was not noted before."""
 
     def start(self, prepared: Prepared) -> None:
-        """Begin to bring engines up, without waiting for them. Idempotent.
+        """Begin to bring engines up waiting for them. Idempotent.
 
         Raises:
             BatchgenError: There is no such engine, or nothing to run it on.
@@ -347,7 +344,7 @@ class OneEngine:
 
         def read() -> Iterator[RowBatch]:  # In the feeder's thread.
             yield from stages.read(rows)
-            yield from stages.read(without(left.result(), rows))
+            yield from stages.read(left.result() - rows)
 
         def start_if_needed() -> None:
             if feeder.has_requests:
@@ -363,7 +360,7 @@ class OneEngine:
             return not context.is_stopped() and self._loop(work, feeder)
         finally:
             if not left.done():
-                left.set_result({})  # Nobody must wait in there.
+                left.set_result(RowSet())  # Nobody must wait in there.
             feeder.close()
 
     def _loop(self, work: Work, feeder: Feeder) -> bool:

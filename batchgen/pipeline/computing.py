@@ -23,6 +23,7 @@ from batchgen.answers.validate import refusal
 from batchgen.core import arrow
 from batchgen.core.errors import AccountingError
 from batchgen.core.expressions import RowTest, parse_row_test
+from batchgen.core.ranges import RowSet
 from batchgen.core.records import Request
 from batchgen.pipeline.committer import Commits
 from batchgen.pipeline.compute import Stages, Work
@@ -33,7 +34,6 @@ from batchgen.pipeline.reuse import (
     commit_all,
     missing,
     takeovers,
-    without,
 )
 from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.parts import ATTEMPTS, ROW, SEGMENT
@@ -96,7 +96,7 @@ class Computation:
             todo, sources = self._take_over(sources), []
             durable = context.ledger.durable(plan)
         for source in sources:
-            todo = without(todo, source.rows)
+            todo -= source.rows
         sieve = self._sieve(durable)
         take_over = partial(self._take_over, sources) if sources else None
         if not self._compute.answer(self._work, todo, sieve, take_over):
@@ -274,7 +274,7 @@ def _copied(
     found = [asked[at] for at in places]
     schema = prepared.part_schema
     if not found:
-        return Piece(schema.empty_table(), {}, "")
+        return Piece(schema.empty_table(), RowSet(), "")
     rows = [(row.carried, row.at) for row in found]
     columns = [
         pa.array([row.ordinal.segment for row in found], schema.field(SEGMENT).type),
@@ -287,7 +287,7 @@ def _copied(
     if rules:
         table = table.filter(_stands(table, rules, prefix))
     engines = pc.unique(table.column(f"{prefix}engine")).drop_null().to_pylist()
-    return Piece(table, {}, ", ".join(sorted(engines)))
+    return Piece(table, RowSet(), ", ".join(sorted(engines)))
 
 
 def _rules_over_input(prepared: Prepared) -> list[RowTest]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import InputChangedError, SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.job.paths import is_url
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
@@ -23,7 +23,7 @@ from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from batchgen.core.records import RowBatch
     from batchgen.job.model import JobConfig
@@ -241,9 +241,7 @@ def check_unchanged(segment: Segment, reader: Reader) -> None:
         raise InputChangedError(segment.path, f"{why}; it must not change while a job runs")
 
 
-def read_rows(
-    plan: Plan, todo: Mapping[int, Ranges], reader: Reader, spec: ReadSpec
-) -> Iterator[RowBatch]:
+def read_rows(plan: Plan, todo: RowSet, reader: Reader, spec: ReadSpec) -> Iterator[RowBatch]:
     """Yield the rows of `todo`, segment by segment.
 
     Each batch was read before its file was seen to be the plan's, so that no row of a file that

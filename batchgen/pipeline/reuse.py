@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import BatchgenError, OutputError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import NO_ROWS, Ranges, RowSet
 from batchgen.pipeline.committer import Committer
-from batchgen.store.books import NO_ROWS, Durable
+from batchgen.store.books import Durable
 from batchgen.store.dedupe import KnownKeys
 from batchgen.store.matching import (
     answered_by,
@@ -42,7 +42,7 @@ from batchgen.store.reuse import (
 from batchgen.store.visible import damage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from batchgen.pipeline.committer import Commits
     from batchgen.pipeline.context import RunContext
@@ -59,13 +59,12 @@ _WAIT_S = 0.2
 _PIECE_MIB = 8
 
 
-def missing(plan: Plan, durable: Durable) -> dict[int, Ranges]:
+def missing(plan: Plan, durable: Durable) -> RowSet:
     """Map each segment to its rows that no accepted part accounts for, if there are any."""
-    todo = {
-        number: Ranges.until(segment.num_rows) - durable.done(number)
+    return RowSet(
+        (number, Ranges.until(segment.num_rows) - durable.done(number))
         for number, segment in enumerate(plan.segments)
-    }
-    return {number: rows for number, rows in todo.items() if rows}
+    )
 
 
 def rejected_notes(durable: Durable) -> list[str]:
@@ -74,12 +73,6 @@ def rejected_notes(durable: Durable) -> list[str]:
         f"{name} does not count ({why}); its rows are done again"
         for name, why in durable.rejected.items()
     ]
-
-
-def without(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    """Map each segment to those of `rows` that are not in `others`, if there are any."""
-    left = {segment: found - others.get(segment, NO_ROWS) for segment, found in rows.items()}
-    return {segment: found for segment, found in left.items() if found}
 
 
 class Takeover:
@@ -127,7 +120,7 @@ class Takeover:
         self.rows = new_rows(spans)
         """Segment -> rows that the base has ended. Errors among them may not be wanted."""
 
-    def restrict(self, todo: Mapping[int, Ranges]) -> None:
+    def restrict(self, todo: RowSet) -> None:
         """Take only rows of `todo`."""
         self._take(restricted(self._spans, todo))
 
@@ -171,7 +164,7 @@ class Takeover:
             pieces = from_parts(storage, self._durable.parts, wanted)
         return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
 
-    def wanted_rows(self) -> dict[int, Ranges]:
+    def wanted_rows(self) -> RowSet:
         """Map each segment to the rows that `pieces` will yield, as far as damage shows.
 
         Reads statuses where errors are not wanted, and published files that are not what was
@@ -185,10 +178,10 @@ class Takeover:
             moves = Renumbering(self._spans, self.old, self._plan)
             errors = () if self._plan.takes_errors else self._errors()
             for unwanted in chain(errors, self._damaged()):
-                left = without(left, moves.ranges(unwanted))
+                left -= moves.ranges(unwanted)
         return left
 
-    def _damaged(self) -> Iterator[dict[int, Ranges]]:
+    def _damaged(self) -> Iterator[RowSet]:
         """Yield the rows of a snapshot's row groups that are not what was published."""
         storage = self._ledger.storage
         if self._manifest is None or not (names := damage(storage, self._manifest.files)):
@@ -202,7 +195,7 @@ class Takeover:
             first += len(chunks) - 1
         index.close()
 
-    def _errors(self) -> Iterator[dict[int, Ranges]]:
+    def _errors(self) -> Iterator[RowSet]:
         """Yield the base's rows that are errors, piece by piece."""
         storage, status = self._ledger.storage, f"{self.old.prefix}status"
         for part in self._durable.parts:
@@ -221,19 +214,16 @@ class Takeover:
         index.close()
 
 
-def new_rows(spans: Iterable[Span]) -> dict[int, Ranges]:
+def new_rows(spans: Iterable[Span]) -> RowSet:
     """Map each segment of the later plan to its rows that spans name."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for span in spans:
-        found.setdefault(span.segment, []).append((span.start, span.start + span.length))
-    return {segment: Ranges(those) for segment, those in found.items()}
+    return RowSet.of_spans((span.segment, span.start, span.start + span.length) for span in spans)
 
 
 def takeovers(
     ledger: Ledger,
     prepared: Prepared,
     plan: Plan,
-    todo: Mapping[int, Ranges],
+    todo: RowSet,
     tell: Callable[[str], None],
 ) -> list[Takeover]:
     """Find what a plan takes from each of its bases: a row from the newest that has it.
@@ -252,7 +242,7 @@ def takeovers(
     for base in plan.bases:
         source = Takeover(ledger, prepared, plan, base, tell)
         source.restrict(todo)
-        todo = without(todo, source.rows)
+        todo -= source.rows
         found.append(source)
     return found
 
@@ -404,7 +394,7 @@ def _file_changes(
     storage: LocalStorage,
     prepared: Prepared,
     plans: tuple[Plan, Plan],
-    published: Mapping[int, Ranges],
+    published: RowSet,
     *,
     is_alike: bool,
 ) -> Iterator[_FileChange]:
@@ -413,14 +403,14 @@ def _file_changes(
     for number, after in enumerate(new.segments):
         fresh, lost, before = Ranges.until(after.num_rows), Ranges(), None
         if (other := found.get(number)) is not None:
-            before, lost = old.segments[other], published.get(other, NO_ROWS)
+            before, lost = old.segments[other], published[other]
             runs = list(match_files(storage, before, after)) if is_alike else []
             lost -= Ranges((was, was + num) for _, was, num in runs)
             fresh -= Ranges((at, at + num) for at, _, num in runs)
         num_more = _count_kept(prepared, number, after, fresh) - len(lost)
         yield _FileChange(before, after, lost, fresh, num_more)
     for other in set(range(len(old.segments))) - set(found.values()):
-        lost = published.get(other, NO_ROWS)
+        lost = published[other]
         yield _FileChange(old.segments[other], None, lost, NO_ROWS, -len(lost))
 
 
@@ -433,21 +423,21 @@ def _count_kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges)
     return sum(len(batch.rows) for batch in batches)
 
 
-def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> dict[int, Ranges]:
+def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> RowSet:
     """Map each segment to its rows in the snapshot: not blank, not left out by `where`."""
-    planned = {at: Ranges.until(segment.num_rows) for at, segment in enumerate(old.segments)}
+    planned = RowSet((at, Ranges.until(file.num_rows)) for at, file in enumerate(old.segments))
     if not manifest.num_skipped:
         return planned
     try:
         index = Index(storage, manifest)
     except OutputError:  # Told where rows are taken over.
         return planned
-    found: dict[int, list[tuple[int, int]]] = {}
-    for number in range(sum(len(chunks) - 1 for chunks in index.chunks)):
-        for segment, rows in rows_of(index.ordinals(number)).items():
-            found.setdefault(segment, []).extend(rows.spans)
+    numbers = range(sum(len(chunks) - 1 for chunks in index.chunks))
+    found = RowSet.of_spans(
+        span for number in numbers for span in rows_of(index.ordinals(number)).spans()
+    )
     index.close()
-    return {segment: Ranges(spans) for segment, spans in found.items()}
+    return found
 
 
 def _why_rows_leave(old: Plan, new: Plan, fewer: Sequence[_FileChange]) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from batchgen.answers.validate import final
 from batchgen.core.collector import rare_collection
 from batchgen.core.errors import BatchgenError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import RowSet
 from batchgen.pipeline.committer import OpenPart
 from batchgen.pipeline.context import Stop
 
@@ -175,8 +175,7 @@ class Runner:
         if batch.results:
             self._end(batch.results)
         if batch.skipped:
-            before = self._part.skipped.get(batch.segment, Ranges())
-            self._part.skipped[batch.segment] = before | batch.skipped
+            self._part.skipped |= RowSet({batch.segment: batch.skipped})
             self._part.since_s = self._part.since_s or self._clock()
             self.stats.num_skipped += len(batch.skipped)
 

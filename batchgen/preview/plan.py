@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
+from batchgen.core.ranges import RowSet
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
@@ -27,23 +28,20 @@ from batchgen.pipeline.reuse import (
     new_rows,
     rejected_notes,
     takeovers,
-    without,
 )
 from batchgen.preview.estimate import BLOCK_TOKENS, Estimate, Price, Rate, Work, estimate, last_run
 from batchgen.preview.report import Forecast, Rows
 from batchgen.preview.sample import SAMPLE_ROWS, How, load_tokenize, max_model_len, survey
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.storage import LocalStorage
-from batchgen.store.books import NO_ROWS
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import has_digests, is_same_reading
 from batchgen.store.reuse import Source
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from batchgen.core.ranges import Ranges
     from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
@@ -184,7 +182,7 @@ class _Ahead:
     is_continued: bool
     """Whether the run would go on with a plan that is there."""
     rows: Rows
-    todo: Mapping[int, Ranges]
+    todo: RowSet
     """Segment -> rows that the run would read."""
     known: KnownKeys | None
     """Requests whose answer the run would copy."""
@@ -210,15 +208,15 @@ def _look_ahead(job: JobConfig, ledger: Ledger, options: RunOptions, warnings: l
     is_continued = plan is decision.plan
     if begun.nothing_to_do is not None:
         rows = Rows(plan.num_rows, num_done=plan.num_rows)
-        return _Ahead(prepared, begun, is_continued, rows, {}, None)
+        return _Ahead(prepared, begun, is_continued, rows, RowSet(), None)
     durable = ledger.durable(plan)
     for note in rejected_notes(durable):
         tell(note)
     todo = missing(plan, durable)
     sources = takeovers(ledger, prepared, plan, todo, tell)
-    left: Mapping[int, Ranges] = todo
+    left = todo
     for source in sources:
-        left = without(left, source.wanted_rows())
+        left -= source.wanted_rows()
     rows = _count_rows(ledger, plan, sources, todo, left)
     if is_continued and not todo:
         tell(ONLY_PUBLISH)
@@ -241,8 +239,8 @@ def _count_rows(
     ledger: Ledger,
     plan: Plan,
     sources: list[Takeover],
-    todo: Mapping[int, Ranges],
-    left: Mapping[int, Ranges],
+    todo: RowSet,
+    left: RowSet,
 ) -> Rows:
     """Say of each physical row what a run would do with it, before it reads any.
 
@@ -253,26 +251,26 @@ def _count_rows(
         todo: Segment -> rows that are not done.
         left: Segment -> rows that are not taken over either.
     """
-    num_left, num_todo = _count(left), _count(todo)
+    num_left, num_todo = left.num_rows, todo.num_rows
     num_done = plan.num_rows - num_todo
     if not sources:
         return Rows(plan.num_rows, num_new=num_left, num_done=num_done)
     newest = sources[0]
-    fresh = without(left, new_rows(newest.matched))
+    fresh = left - new_rows(newest.matched)
     num_unread, num_edited = 0, 0
     numbers = {segment.path: number for number, segment in enumerate(plan.segments)}
     is_same = is_same_reading(newest.old, plan)
     for at, before in enumerate(newest.old.segments):
         if (number := numbers.get(before.path)) is None:
             continue
-        after, num_fresh = plan.segments[number], len(fresh.get(number, NO_ROWS))
+        after, num_fresh = plan.segments[number], len(fresh[number])
         is_told = before.digest == after.digest or has_digests(ledger.storage, before, after)
         if is_same and is_told:
             kept = (span.length for span in newest.matched if span.old_segment == at)
             num_edited += min(num_fresh, before.num_rows - sum(kept))
         else:
             num_unread += num_fresh
-    num_fresh = _count(fresh)
+    num_fresh = fresh.num_rows
     return Rows(
         num_rows=plan.num_rows,
         num_new=num_fresh - num_edited - num_unread,
@@ -282,10 +280,6 @@ def _count_rows(
         num_reused=num_todo - num_left,
         num_done=num_done,
     )
-
-
-def _count(rows: Mapping[int, Ranges]) -> int:
-    return sum(map(len, rows.values()))
 
 
 def _survey(ahead: _Ahead, spec: EngineSpec, options: PlanOptions, max_len: int | None) -> Survey:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import EngineError, one_line
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import RowSet
 from batchgen.core.records import Request, RowError
 from batchgen.engine.base import engine_class
 from batchgen.engine.echo import encode_prompt
@@ -42,7 +42,6 @@ from batchgen.preview.estimate import (
     lengths_of,
 )
 from batchgen.storage import LocalStorage
-from batchgen.store.books import NO_ROWS
 from batchgen.store.dedupe import prefix_of
 
 if TYPE_CHECKING:
@@ -392,7 +391,7 @@ class Survey:
 
 def survey(
     plan: Plan,
-    todo: Mapping[int, Ranges],
+    todo: RowSet,
     prepared: Prepared,
     builder: RequestBuilder,
     tokenize: Tokenize,
@@ -428,7 +427,7 @@ def survey(
             if tokens is None or not seen.rooms[-1]:
                 continue
             is_copy = seen.shares[-1] and request.request_key in fed
-            if not is_copy and request.ordinal.row in sample.get(batch.segment, NO_ROWS):
+            if not is_copy and request.ordinal.row in sample[batch.segment]:
                 fed.add(request.request_key)
                 cache.feed(tokens)
     num_rows = sum(len(rows) for rows in todo.values())
@@ -543,23 +542,20 @@ def _counts(values: pa.ChunkedArray) -> dict[int, int]:
     return dict(zip(values, counts, strict=True))
 
 
-def sampled(todo: Mapping[int, Ranges], num_rows: int, seed: int = _SEED) -> dict[int, Ranges]:
+def sampled(todo: RowSet, num_rows: int, seed: int = _SEED) -> RowSet:
     """Choose rows at random, each with the same chance; the same ones every time.
 
     Returns:
         Segment -> rows of `todo`, `num_rows` in all or as many as there are.
     """
-    total = sum(len(rows) for rows in todo.values())
+    total = todo.num_rows
     if num_rows >= total:
-        return dict(todo)
+        return todo
     # Not for secrets: a plan that is made twice should say the same.
     picked = sorted(random.Random(seed).sample(range(total), num_rows))  # noqa: S311
-    found: dict[int, list[int]] = {}
-    spans = ((number, span) for number, rows in todo.items() for span in rows.spans)
-    ends = itertools.accumulate(len(range(*span)) for rows in todo.values() for span in rows.spans)
-    at = 0
-    for (number, (_, stop)), end in zip(spans, ends, strict=True):
-        while at < num_rows and picked[at] < end:
-            found.setdefault(number, []).append(stop - (end - picked[at]))
-            at += 1
-    return {number: Ranges.of(rows) for number, rows in found.items()}
+    found: list[tuple[int, int]] = []
+    ends = itertools.accumulate(stop - start for _, start, stop in todo.spans())
+    for (segment, _, stop), end in zip(todo.spans(), ends, strict=True):
+        while len(found) < num_rows and picked[len(found)] < end:
+            found.append((segment, stop - (end - picked[len(found)])))
+    return RowSet.of(found)

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-NO_ROWS = Ranges()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +109,7 @@ class Durable:
 
     def done(self, segment: int) -> Ranges:
         """Rows of a segment that are answered or skipped."""
-        spans = [
-            span for part in self.parts for span in part.footer.done.get(segment, NO_ROWS).spans
-        ]
-        return Ranges(spans)
+        return Ranges(span for part in self.parts for span in part.footer.done[segment].spans)
 
     @property
     def num_ok(self) -> int:
@@ -239,18 +234,14 @@ def _are_disjoint(parts: Sequence[Part]) -> bool:
 def _first_of_each_row(parts: Sequence[Part], rejected: dict[str, str]) -> list[Part]:
     """The parts but those that hold a row of an earlier one; these are noted as rejected."""
     accepted: list[Part] = []
-    taken: dict[int, Ranges] = {}
+    taken = RowSet()
     for part in parts:
-        done = part.footer.done
-        twice = {segment: rows & taken.get(segment, NO_ROWS) for segment, rows in done.items()}
-        found = next(((seg, rows) for seg, rows in twice.items() if rows), None)
-        if found is not None:
-            row = found[1].spans[0][0]
-            rejected[part.name] = f"row {row} of segment {found[0]} is in another part already"
+        if twice := part.footer.done & taken:
+            segment, row, _ = next(twice.spans())
+            rejected[part.name] = f"row {row} of segment {segment} is in another part already"
             continue
         accepted.append(part)
-        for segment, rows in done.items():
-            taken[segment] = taken.get(segment, NO_ROWS) | rows
+        taken |= part.footer.done
     return accepted
 
 
@@ -269,7 +260,7 @@ class PartFooter:
     """Id of the plan that the ordinals belong to."""
     epoch: int
     run_id: str
-    done: Mapping[int, Ranges]
+    done: RowSet
     """Segment -> physical row numbers."""
     num_ok: int
     num_errors: int
@@ -301,11 +292,11 @@ class PartFooter:
         """
         try:
             fields = json.loads((metadata or {})[FOOTER_KEY])
-            fields["done"] = {
-                int(seg): Ranges.from_json(flat) for seg, flat in fields["done"].items()
-            }
+            fields["done"] = RowSet(
+                (int(seg), Ranges.from_json(flat)) for seg, flat in fields["done"].items()
+            )
             footer = cls(**fields)
-            num_done = sum(len(ranges) for ranges in footer.done.values())
+            num_done = footer.done.num_rows
             balance = footer.num_results + footer.num_skipped
             for counts in footer.tally.values():
                 sum(counts.values())

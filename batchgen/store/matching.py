@@ -20,11 +20,11 @@ from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import storage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import polars as pl
 
-    from batchgen.core.ranges import Ranges
+    from batchgen.core.ranges import Ranges, RowSet
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Durable, Plan, Segment
 
@@ -335,7 +335,7 @@ def _runs(pairs: pl.DataFrame) -> list[tuple[int, int, int]]:
     return list(starts.select("row", "old", "length").iter_rows())
 
 
-def restricted(spans: Iterable[Span], todo: Mapping[int, Ranges]) -> list[Span]:
+def restricted(spans: Iterable[Span], todo: RowSet) -> list[Span]:
     """The parts of spans whose new rows are in `todo`."""
     found = []
     for span in spans:

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 
 from batchgen.core import arrow
 from batchgen.core.errors import AccountingError, ConfigError
-from batchgen.core.ranges import Ranges
-from batchgen.store.books import NO_ROWS, Part, PartFooter
+from batchgen.core.ranges import Ranges, RowSet
+from batchgen.store.books import Part, PartFooter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -228,7 +228,7 @@ class PartWriter:
             StorageError: Not durable; the same call may be made again.
             AccountingError: The part's name holds something else.
         """
-        context = self._context
+        context, skipped = self._context, RowSet(skipped)
         name = (
             f"{self._folder}/e{context.epoch:06d}-w{context.worker:02d}-s{self._serial:06d}.parquet"
         )
@@ -238,10 +238,10 @@ class PartWriter:
             plan=context.plan_id,
             epoch=context.epoch,
             run_id=context.run_id,
-            done=_done(table, skipped),
+            done=rows_of(table) | skipped,
             num_ok=num_ok,
             num_errors=table.num_rows - num_ok,
-            num_skipped=sum(len(rows) for rows in skipped.values()),
+            num_skipped=skipped.num_rows,
             engine=engine,
             tally=tally(table, context.prefix, context.labels),
         )
@@ -254,12 +254,12 @@ class PartWriter:
         return Part(name, footer)
 
 
-def rows_of(table: pa.Table) -> dict[int, Ranges]:
+def rows_of(table: pa.Table) -> RowSet:
     """Segment -> row numbers of a table with ordinals."""
     import polars as pl
 
     if not table.num_rows:
-        return {}
+        return RowSet()
     ordinals = pl.DataFrame(
         {"segment": pl.Series(table.column(SEGMENT)), "row": pl.Series(table.column(ROW))}
     ).sort("segment", "row")
@@ -267,17 +267,11 @@ def rows_of(table: pa.Table) -> dict[int, Ranges]:
         ((pl.col("row").diff() != 1) | (pl.col("segment").diff() != 0)).fill_null(value=True)
     )
     stops = [*starts["at"][1:], len(ordinals)]
-    spans: dict[int, list[tuple[int, int]]] = {}
-    for at, stop, segment, row in zip(
-        starts["at"], stops, starts["segment"], starts["row"], strict=True
-    ):
-        spans.setdefault(segment, []).append((row, row + stop - at))
-    return {segment: Ranges(found) for segment, found in spans.items()}
+    places = zip(starts["at"], stops, starts["segment"], starts["row"], strict=True)
+    return RowSet.of_spans((segment, row, row + stop - at) for at, stop, segment, row in places)
 
 
-def check_rows(
-    tables: Iterable[pa.Table], footer: PartFooter, *, is_all: bool = True
-) -> dict[int, Ranges]:
+def check_rows(tables: Iterable[pa.Table], footer: PartFooter, *, is_all: bool = True) -> RowSet:
     """Segment -> rows of a part's tables, which are results that its footer names, each once.
 
     Args:
@@ -288,30 +282,20 @@ def check_rows(
     Raises:
         ValueError: They are not.
     """
-    seen: dict[int, Ranges] = {}
-    num_rows = 0
+    seen, num_rows = RowSet(), 0
     for table in tables:
         num_rows += table.num_rows
-        for segment, rows in rows_of(table).items():
-            seen[segment] = seen.get(segment, NO_ROWS) | rows
-    if sum(len(rows) for rows in seen.values()) != num_rows:
+        seen |= rows_of(table)
+    if seen.num_rows != num_rows:
         msg = "holds a row twice"
         raise ValueError(msg)
-    if any(rows - footer.done.get(segment, NO_ROWS) for segment, rows in seen.items()):
+    if seen - footer.done:
         msg = "holds a row that its footer does not name"
         raise ValueError(msg)
     if is_all and num_rows != footer.num_results:
         msg = f"holds {num_rows} rows, its footer says {footer.num_results}"
         raise ValueError(msg)
     return seen
-
-
-def _done(table: pa.Table, skipped: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    rows = rows_of(table)
-    return {
-        segment: rows.get(segment, NO_ROWS) | skipped.get(segment, NO_ROWS)
-        for segment in sorted(rows.keys() | skipped.keys())
-    }
 
 
 def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]) -> pa.Table:

@@ -17,15 +17,14 @@ import pyarrow.compute as pc
 
 from batchgen.core import arrow
 from batchgen.core.errors import OutputError
-from batchgen.core.ranges import Ranges
-from batchgen.store.books import NO_ROWS
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.store.dedupe import prefixes_of
 from batchgen.store.matching import Span
 from batchgen.store.parts import ROW, SEGMENT, check_rows, rows_of
 from batchgen.store.result_files import Index, ResultFile, is_intact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import polars as pl
@@ -52,10 +51,9 @@ class Renumbering:
         for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):
             by_old.setdefault(span.old_segment, []).append(span)
         self._by_old = by_old
-        self.old_rows = {
-            segment: Ranges((span.old_start, span.old_start + span.length) for span in found)
-            for segment, found in by_old.items()
-        }
+        self.old_rows = RowSet.of_spans(
+            (span.old_segment, span.old_start, span.old_start + span.length) for span in spans
+        )
         """Old segment -> the rows that are in the later plan."""
         names = Span._fields
         ordered = [span for found in by_old.values() for span in found]
@@ -114,9 +112,9 @@ class Renumbering:
             rows = rows.set_column(at, field, values)
         return rows
 
-    def ranges(self, rows: Mapping[int, Ranges]) -> dict[int, Ranges]:
+    def ranges(self, rows: RowSet) -> RowSet:
         """Segment -> rows in the later plan of rows of the earlier one."""
-        spans: dict[int, list[tuple[int, int]]] = {}
+        spans: list[tuple[int, int, int]] = []
         for segment, found in rows.items():
             moves = self._by_old.get(segment, [])
             starts = [span.old_start for span in moves]
@@ -128,15 +126,9 @@ class Renumbering:
                     end = min(stop, span.old_start + span.length)
                     if here < end:
                         shift = span.start - span.old_start
-                        spans.setdefault(span.segment, []).append((here + shift, end + shift))
+                        spans.append((span.segment, here + shift, end + shift))
                     at += 1
-        return {segment: Ranges(found) for segment, found in spans.items()}
-
-
-def common_rows(rows: Mapping[int, Ranges], others: Mapping[int, Ranges]) -> dict[int, Ranges]:
-    """Segment -> rows in both; segments with none left out."""
-    both = {segment: found & others.get(segment, NO_ROWS) for segment, found in rows.items()}
-    return {segment: found for segment, found in both.items() if found}
+        return RowSet.of_spans(spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +155,7 @@ class Piece(NamedTuple):
 
     table: pa.Table
     """Results in the part schema."""
-    skipped: Mapping[int, Ranges]
+    skipped: RowSet
     """Rows that end without a result."""
     engine: str
     """Who answered."""
@@ -176,7 +168,7 @@ def from_parts(storage: LocalStorage, parts: Sequence[Part], wanted: Wanted) -> 
         StorageError: Something cannot be read right now.
     """
     for part in parts:
-        if not common_rows(part.footer.done, wanted.moves.old_rows):
+        if not part.footer.done & wanted.moves.old_rows:
             continue
         facts = part.footer.engine
         engine = f"{facts.get('engine', '')} {facts.get('version', '')}".strip()
@@ -189,10 +181,10 @@ def from_parts(storage: LocalStorage, parts: Sequence[Part], wanted: Wanted) -> 
             wanted.tell(f"{part.name}: damaged; rows that cannot be read are done again")
         found = [wanted.of(rows.cast(wanted.schema)) for rows in tables]
         table = pa.concat_tables([wanted.schema.empty_table(), *found])
-        yield Piece(table, wanted.moves.ranges(skipped or {}), engine)
+        yield Piece(table, wanted.moves.ranges(RowSet() if skipped is None else skipped), engine)
 
 
-def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges] | None]:
+def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], RowSet | None]:
     """The row groups that can be read, and the skipped rows, None if they cannot be told.
 
     Raises:
@@ -204,12 +196,7 @@ def _read_part(path: Path, part: Part) -> tuple[list[pa.Table], dict[int, Ranges
             raise ValueError(file.problem)
         is_whole = file.problem is None
     seen = check_rows(tables, part.footer, is_all=is_whole)
-    if not is_whole:
-        return tables, None
-    skipped = {
-        segment: rows - seen.get(segment, NO_ROWS) for segment, rows in part.footer.done.items()
-    }
-    return tables, skipped
+    return tables, part.footer.done - seen if is_whole else None
 
 
 def gathered(pieces: Iterable[Piece], max_rows: int, max_bytes: int) -> Iterator[Piece]:
@@ -236,10 +223,7 @@ def gathered(pieces: Iterable[Piece], max_rows: int, max_bytes: int) -> Iterator
 def _joined(pieces: Sequence[Piece]) -> Piece:
     table = pa.concat_tables([piece.table for piece in pieces])
     order = pc.sort_indices(table, sort_keys=[(SEGMENT, "ascending"), (ROW, "ascending")])
-    skipped: dict[int, Ranges] = {}
-    for piece in pieces:
-        for segment, rows in piece.skipped.items():
-            skipped[segment] = skipped.get(segment, NO_ROWS) | rows
+    skipped = RowSet.of_spans(span for piece in pieces for span in piece.skipped.spans())
     engines = sorted({name for piece in pieces for name in piece.engine.split(", ")} - {""})
     return Piece(arrow.take(table, order), skipped, ", ".join(engines))
 
@@ -277,11 +261,11 @@ def from_snapshot(
                 skipped = moves.ranges(_gaps(cursor, last, here, num_rows))
                 cursor = last
                 table = wanted.schema.empty_table()
-                if rows := common_rows(here, moves.old_rows):
+                if rows := here & moves.old_rows:
                     found = file.group(group)
                     engine = file.metadata.get(_ENGINE_KEY, b"").decode()
                     if found is None:
-                        num_damaged += sum(len(those) for those in rows.values())
+                        num_damaged += rows.num_rows
                     else:
                         table = wanted.of(_in_part_schema(file, found, ordinals, wanted.schema))
                 if table.num_rows or skipped:
@@ -291,7 +275,7 @@ def from_snapshot(
                 name = entry.name
                 wanted.tell(f"{name}: damaged ({file.problem}); {num_damaged:,} rows done again")
         end = (len(num_rows) - 1, num_rows[-1]) if num_rows else cursor
-        if skipped := moves.ranges(_gaps(cursor, end, {}, num_rows)):
+        if skipped := moves.ranges(_gaps(cursor, end, RowSet(), num_rows)):
             yield Piece(wanted.schema.empty_table(), skipped, "")
     finally:
         index.close()
@@ -300,16 +284,16 @@ def from_snapshot(
 def _gaps(
     start: tuple[int, int],
     stop: tuple[int, int],
-    rows: Mapping[int, Ranges],
+    rows: RowSet,
     num_rows: Sequence[int],
-) -> dict[int, Ranges]:
+) -> RowSet:
     """Rows from ordinal `start` up to, not including, `stop` that are not in `rows`."""
-    found = {}
+    found = []
     for segment in range(start[0], stop[0] + 1):
         first = start[1] if segment == start[0] else 0
         end = stop[1] if segment == stop[0] else num_rows[segment]
-        found[segment] = Ranges([(first, end)]) - rows.get(segment, NO_ROWS)
-    return found
+        found.append((segment, Ranges([(first, end)]) - rows[segment]))
+    return RowSet(found)
 
 
 def _in_part_schema(

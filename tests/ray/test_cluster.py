@@ -16,6 +16,7 @@ from batchgen.cluster.machines import Resources
 from batchgen.cluster.messages import Failed, Gone, Lease, Report, Take
 from batchgen.cluster.ray import RayCluster, _Actor
 from batchgen.core.errors import ConfigError
+from batchgen.core.ranges import RowSet
 from tests.ray.support import ONE_CPU, StandIn, Unable, badge, is_running, nodes, wait_until
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def test_silence_counts_from_when_a_worker_was_first_heard(cluster: RayCluster) 
 
 def test_rows_travel_as_references(standing: RayCluster) -> None:
     payload = standing.put([{"row": 1}])
-    kind, rows = ask(standing, 1, Take(Lease({}, payload)))
+    kind, rows = ask(standing, 1, Take(Lease(RowSet(), payload)))
     assert (kind, rows) == ("ObjectRef", [{"row": 1}])
 
 

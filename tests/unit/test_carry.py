@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import OutputError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import NO_ROWS, Ranges, RowSet
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
-from batchgen.store.books import NO_ROWS, Manifest, Part, PartFooter
+from batchgen.store.books import Manifest, Part, PartFooter
 from batchgen.store.matching import Span
 from batchgen.store.parts import PartContext, PartWriter, part_schema, tally
 from batchgen.store.result_files import Index
@@ -37,7 +37,7 @@ SCHEMA = part_schema(pa.schema([("id", pa.string())]), ANSWER, "gen_")
 BAD = RowError("bad", "it is bad")
 BY = {"engine": "fake", "version": "7"}
 NUM_ROWS = [40, 0, 30]
-BLANK = {0: Ranges.of([0, 7, 39]), 2: Ranges.of([29])}
+BLANK = RowSet({0: Ranges.of([0, 7, 39]), 2: Ranges.of([29])})
 FAILED = {0: {3, 20}, 2: {0, 11}}
 
 
@@ -91,7 +91,7 @@ def staying(rows: dict[int, Ranges]) -> Renumbering:
 def wanted(
     told: list[str], rows: dict[int, Ranges] | None = None, *, takes_errors: bool = False
 ) -> Wanted:
-    every = {segment: Ranges.until(num_rows) for segment, num_rows in enumerate(NUM_ROWS)}
+    every = RowSet({segment: Ranges.until(num_rows) for segment, num_rows in enumerate(NUM_ROWS)})
     moves = staying(every if rows is None else rows)
     return Wanted(SCHEMA, "gen_", moves, takes_errors, told.append)
 
@@ -149,7 +149,7 @@ def test_the_ok_rows_of_parts_are_the_same_rows(storage, parts):
 @pytest.mark.parametrize("kind", ["snapshot", "parts"])
 @pytest.mark.parametrize("others", [0, 10_000])
 def test_only_wanted_rows_come_back(storage, parts, kind, others):
-    some = {0: Ranges([(2, 9)]), 1: Ranges.until(others), 2: Ranges([(28, 30)])}
+    some = RowSet({0: Ranges([(2, 9)]), 1: Ranges.until(others), 2: Ranges([(28, 30)])})
     want = wanted([], some)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
@@ -204,7 +204,7 @@ def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
     rows, skipped = collect(from_snapshot(storage, manifest, [4, 2], wanted([], {
         0: Ranges.until(4), 1: Ranges.until(2)
     })))  # fmt: skip
-    assert (rows, skipped) == ([], {0: Ranges.until(4), 1: Ranges.until(2)})
+    assert (rows, skipped) == ([], RowSet({0: Ranges.until(4), 1: Ranges.until(2)}))
 
 
 @pytest.fixture
@@ -278,7 +278,9 @@ def test_a_snapshot_from_before_there_was_an_index_is_refused(storage, parts):
 def test_a_snapshot_with_other_columns_is_refused(storage, parts):
     manifest = put_snapshot(storage, parts)
     other = part_schema(pa.schema([("name", pa.string())]), ANSWER, "gen_")
-    want = Wanted(other, "gen_", staying({0: Ranges.until(40)}), takes_errors=False, tell=print)
+    want = Wanted(
+        other, "gen_", staying(RowSet({0: Ranges.until(40)})), takes_errors=False, tell=print
+    )
     with pytest.raises(OutputError, match="has other columns than this job's parts"):
         collect(from_snapshot(storage, manifest, NUM_ROWS, want))
 
@@ -286,7 +288,7 @@ def test_a_snapshot_with_other_columns_is_refused(storage, parts):
 def test_of_a_part_with_a_flipped_page_the_other_row_groups_come_back(storage):
     writer = PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-1", SCHEMA, "gen_"))
     rows = list(range(9000))  # Three row groups.
-    name = writer.commit(results(batch(rows)), {0: Ranges.of([9000])}, BY).name
+    name = writer.commit(results(batch(rows)), RowSet({0: Ranges.of([9000])}), BY).name
     part = footed(storage, name)
     path = storage.path(name)
     data = bytearray(path.read_bytes())
@@ -294,7 +296,9 @@ def test_of_a_part_with_a_flipped_page_the_other_row_groups_come_back(storage):
     data[column.data_page_offset + column.total_compressed_size - 9] ^= 1
     overwrite(path, data)
     told: list[str] = []
-    found, skipped = collect(from_parts(storage, [part], wanted(told, {0: Ranges.until(9001)})))
+    found, skipped = collect(
+        from_parts(storage, [part], wanted(told, RowSet({0: Ranges.until(9001)})))
+    )
     assert [row["_batchgen_row"] for row in found] == [*range(4096), *range(8192, 9000)]
     assert skipped == {}  # Which rows were blank cannot be told any more.
     assert told == [f"{name}: damaged; rows that cannot be read are done again"]
@@ -326,9 +330,9 @@ def test_pieces_are_gathered_by_rows_and_bytes_and_sorted(storage, parts):
 
 def test_rows_that_were_only_skipped_make_a_piece_and_nothing_makes_none(storage):
     empty = SCHEMA.empty_table()
-    (piece,) = gathered([Piece(empty, {0: Ranges.until(3)}, "")], 10, 10)
-    assert piece == (empty, {0: Ranges.until(3)}, "")
-    assert list(gathered([Piece(empty, {}, "")], 10, 10)) == []
+    (piece,) = gathered([Piece(empty, RowSet({0: Ranges.until(3)}), "")], 10, 10)
+    assert piece == (empty, RowSet({0: Ranges.until(3)}), "")
+    assert list(gathered([Piece(empty, RowSet(), "")], 10, 10)) == []
 
 
 def test_what_was_taken_over_is_committed_as_it_was(storage, parts):
@@ -368,7 +372,7 @@ def test_whatever_is_ok_failed_or_blank_each_row_comes_back_once(tmp_path_factor
         blank += list(skipped)
     rest = Ranges.until(31) - Ranges.of(taken)  # So that the snapshot is one of a whole plan.
     parts.append(footed(storage, writer.commit([], {0: rest}, BY).name))
-    want = wanted([], {0: Ranges.until(31)})
+    want = wanted([], RowSet({0: Ranges.until(31)}))
     manifest = put_snapshot(storage, parts, rows_per_file=data.draw(st.integers(1, 9)))
     for pieces in (from_parts(storage, parts, want), from_snapshot(storage, manifest, [31], want)):
         rows, left_out = collect(pieces)

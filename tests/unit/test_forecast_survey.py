@@ -11,7 +11,7 @@ import pytest
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import ConfigError, EngineError, InputChangedError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import EngineSpec, Request
 from batchgen.engine.process import build_engine
 from batchgen.job.recipe import Seeds
@@ -52,7 +52,7 @@ def look(make_job):
         spec = prepared.engine_spec(None)
         fields = {"max_tokens": sampling.max_tokens, "n": sampling.n, "is_exact": True}
         if todo is None:
-            todo = {0: Ranges.until(plan.num_rows)}
+            todo = RowSet({0: Ranges.until(plan.num_rows)})
         asked = How(**{**fields, **(how or {})})
         return survey(plan, todo, prepared, builder, tokenize or load_tokenize(spec), asked)
 
@@ -125,7 +125,7 @@ def test_a_request_with_an_answer_is_not_computed(look, make_job):
 
 
 def test_only_rows_to_do_are_read(look):
-    found = look(rows_of("a", "bb", "ccc"), todo={0: Ranges([(1, 2)])})
+    found = look(rows_of("a", "bb", "ccc"), todo=RowSet({0: Ranges([(1, 2)])}))
     assert (found.num_rows, found.num_to_compute, found.prompt_tokens) == (1, 1, 2)
 
 
@@ -180,12 +180,12 @@ def test_a_sample_thins_rows_that_are_equal(look):
 
 
 def test_nothing_to_do_is_no_trouble(look):
-    found = look(rows_of("a"), todo={})
+    found = look(rows_of("a"), todo=RowSet())
     assert (found.num_to_compute, found.prompt_tokens, found.lengths) == (0, 0, None)
 
 
 def test_a_sample_is_a_part_of_what_is_to_do():
-    todo = {0: Ranges([(0, 10), (100, 200)]), 3: Ranges([(5, 95)])}
+    todo = RowSet({0: Ranges([(0, 10), (100, 200)]), 3: Ranges([(5, 95)])})
     found = sampled(todo, 50)
     assert sum(len(rows) for rows in found.values()) == 50
     assert all(not rows - todo[number] for number, rows in found.items())
@@ -195,7 +195,7 @@ def test_a_sample_is_a_part_of_what_is_to_do():
 
 
 def test_each_row_has_the_same_chance():
-    todo = {0: Ranges([(0, 3), (7, 9)]), 2: Ranges([(1, 6)])}
+    todo = RowSet({0: Ranges([(0, 3), (7, 9)]), 2: Ranges([(1, 6)])})
     times = dict.fromkeys(
         [(0, 0), (0, 1), (0, 2), (0, 7), (0, 8), *((2, n) for n in range(1, 6))], 0
     )

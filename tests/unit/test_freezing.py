@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import InputChangedError, SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.pipeline.frozen import Before, freeze, has_new_rows, read_rows
 from batchgen.pipeline.prepare import prepare
 from batchgen.source.csv import CsvReader
@@ -273,7 +273,7 @@ def test_an_older_plan_is_gone_on_with_as_it_was_counted(make_job, tmp_path, sto
     old = replace(new, counts_lines=False, segments=[replace(new.segments[0], num_rows=2)])
     for plan, num_rows in ((new, 4), (old, 2)):
         prepared = prepare(job, plan)
-        todo = {0: Ranges.until(plan.num_rows)}
+        todo = RowSet({0: Ranges.until(plan.num_rows)})
         batches = list(read_rows(plan, todo, prepared.reader, prepared.spec()))
         assert [row for batch in batches for row in batch.rows] == list(range(num_rows))
         assert batches[-1].carried.column("id")[-1].as_py() == "4"

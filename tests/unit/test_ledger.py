@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
@@ -74,7 +74,7 @@ def put_part(ledger: Ledger, name: str, footer: PartFooter, num_rows: int) -> st
 
 
 def footer(**changes: object) -> PartFooter:
-    whole = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(2)}, 2, 0, 0, {})
+    whole = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(2)}), 2, 0, 0, {})
     return replace(whole, **changes)
 
 
@@ -120,7 +120,7 @@ def test_the_next_claim_accepts_what_the_last_epoch_committed(ledger):
     commit(out, 0, 3, 0, 7)
     out.commit(
         results(batch([1, 4], segment=1), errors={4: RowError("bad", "it is bad")}),
-        {1: Ranges.of([0]), 0: Ranges.of([9])},
+        RowSet({1: Ranges.of([0]), 0: Ranges.of([9])}),
         {},
     )
     durable = claim(ledger, "run-2").durable
@@ -176,12 +176,12 @@ REJECTED = {
     "too short": (footer(), 1, "holds 1 rows, its footer says 2"),
     "too long": (footer(), 3, "holds 3 rows, its footer says 2"),
     "past its segment": (
-        footer(done={1: Ranges([(4, 6)])}),
+        footer(done=RowSet({1: Ranges([(4, 6)])})),
         2,
         "names row 5 of segment 1, which has 5",
     ),
     "no such segment": (
-        footer(done={2: Ranges.until(2)}),
+        footer(done=RowSet({2: Ranges.until(2)})),
         2,
         "names row 1 of segment 2, which has 0",
     ),

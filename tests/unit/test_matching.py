@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.source.text import DIGEST_BYTES, NO_DIGEST
 from batchgen.storage import LocalStorage
 from batchgen.store import matching
@@ -354,7 +354,7 @@ def test_spans_are_restricted_to_the_rows_that_are_to_do(spans, todo):
 def test_spans_are_cut_to_what_an_unfinished_plan_has_ended(spans, done, also_done):
     also_done = {segment: rows - done.get(segment, Ranges()) for segment, rows in also_done.items()}
     parts = [
-        Part(f"part-{at}", PartFooter("plan-a", 1, "run-1", rows, 0, 0, 0, {}))
+        Part(f"part-{at}", PartFooter("plan-a", 1, "run-1", RowSet(rows), 0, 0, 0, {}))
         for at, rows in enumerate((done, also_done))
     ]
     pairs = [pair for span in answered_by(spans, Durable(parts)) for pair in pairs_of(span)]

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.pipeline.interface import RunOptions
@@ -393,7 +393,7 @@ def refused(lab, *args, **tables):
 
 
 def skip_two(lab, plan):
-    lab.commit(plan, skipped={0: Ranges.until(2)})
+    lab.commit(plan, skipped=RowSet({0: Ranges.until(2)}))
 
 
 @pytest.mark.parametrize("options", [PLAIN, RETRY, ACCEPT, ONLY_ERRORS])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import BatchgenError, ConfigError, StorageError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import Ordinal, Result, RowError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import PartFooter
@@ -138,14 +138,14 @@ def test_names_count_up_within_epoch_and_worker(storage):
 
 def test_the_footer_books_are_the_content(storage):
     given_batch = [*results(batch([9, 2, 3], segment=1), errors={3: BAD}), *results(batch([0]))]
-    skipped = {1: Ranges.of([1, 4]), 5: Ranges.of([7])}
+    skipped = RowSet({1: Ranges.of([1, 4]), 5: Ranges.of([7])})
     engine = {"engine": "fake", "version": "7", "device": "none"}
     table, footer = read(storage, writer(storage).commit(given_batch, skipped, engine))
     assert footer == PartFooter(
         plan="plan-a",
         epoch=3,
         run_id="run-9",
-        done={0: Ranges.of([0]), 1: Ranges.of([1, 2, 3, 4, 9]), 5: Ranges.of([7])},
+        done=RowSet({0: Ranges.of([0]), 1: Ranges.of([1, 2, 3, 4, 9]), 5: Ranges.of([7])}),
         num_ok=3,
         num_errors=1,
         num_skipped=3,
@@ -171,11 +171,11 @@ def test_rows_are_in_ordinal_order_whatever_order_they_finished_in(storage):
 
 
 def test_only_skipped_rows_make_a_part_without_rows_but_with_the_schema(storage):
-    part = writer(storage).commit([], {0: Ranges.until(5)}, {})
+    part = writer(storage).commit([], RowSet({0: Ranges.until(5)}), {})
     table, footer = read(storage, part)
     assert table.num_rows == 0
     assert table.schema.remove_metadata() == part_schema(ID, ANSWER, "gen_")
-    assert (footer.num_skipped, footer.done) == (5, {0: Ranges.until(5)})
+    assert (footer.num_skipped, footer.done) == (5, RowSet({0: Ranges.until(5)}))
 
 
 def test_a_job_may_carry_no_column_at_all(storage):

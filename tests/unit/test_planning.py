@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import ConfigError, InputChangedError, SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.pipeline.frozen import (
     Before,
     check_unchanged,
@@ -309,7 +309,9 @@ def read(job, plan, todo):
 def test_only_the_rows_that_are_missing_are_read(tmp_path, prepared):
     job = prepared(None, input={**many_files(tmp_path, 4, 3, 2), "where": "n <> 5"})
     plan = freeze(job, 1)
-    footer = PartFooter(plan.plan_id, 1, "r", {0: Ranges.until(4), 1: Ranges.of([0])}, 5, 0, 0, {})
+    footer = PartFooter(
+        plan.plan_id, 1, "r", RowSet({0: Ranges.until(4), 1: Ranges.of([0])}), 5, 0, 0, {}
+    )
     todo = missing(plan, Durable([Part("p", footer)]))
     assert todo == {1: Ranges.of([1, 2]), 2: Ranges.until(2)}
     assert read(job, plan, todo) == [(1, [2], [1]), (2, [0, 1], [])]
@@ -325,7 +327,7 @@ def test_nothing_missing_reads_nothing(tmp_path, prepared):
 def test_reading_stops_at_a_file_that_changed_before_its_first_row(tmp_path, prepared):
     job = prepared(None, input=many_files(tmp_path, 2, 2))
     plan = freeze(job, 1)
-    rows = read_rows(plan, {0: Ranges.until(2), 1: Ranges.until(2)}, job.reader, job.spec())
+    rows = read_rows(plan, RowSet({0: Ranges.until(2), 1: Ranges.until(2)}), job.reader, job.spec())
     assert list(next(rows).rows) == [0, 1]
     write_jsonl(tmp_path / "in-1.jsonl", numbered(7, 10))
     with pytest.raises(InputChangedError, match=r"in-1\.jsonl: has "):
@@ -335,7 +337,7 @@ def test_reading_stops_at_a_file_that_changed_before_its_first_row(tmp_path, pre
 def test_reading_notices_a_file_that_changed_under_it(tmp_path, prepared):
     job = prepared()
     plan = freeze(job, 1)
-    rows = read_rows(plan, {0: Ranges.until(10)}, job.reader, job.spec())
+    rows = read_rows(plan, RowSet({0: Ranges.until(10)}), job.reader, job.spec())
     next(rows)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write("{}\n")
@@ -349,7 +351,7 @@ def test_columns_are_read_as_the_plan_froze_them(tmp_path, prepared):
     plan = freeze(job, 1)
     as_float = pa.schema([("text", pa.string()), ("n", pa.float64())])
     again = prepare(job.job, replace(plan, schema=freeze(replace(job, columns=as_float), 1).schema))
-    (found,) = read_rows(plan, {0: Ranges.until(2)}, again.reader, again.spec())
+    (found,) = read_rows(plan, RowSet({0: Ranges.until(2)}), again.reader, again.spec())
     assert found.carried.schema.field("n").type == pa.float64()
 
 
@@ -366,7 +368,7 @@ def test_a_plan_of_parquet_keeps_the_files_types(tmp_path, make_job):
     kept = json.loads(json.dumps(asdict(plan)))
     assert Plan(**kept | {"segments": plan.segments, "bases": plan.bases}) == plan
     assert planned_columns(plan).field("chat").type == data_type
-    (found,) = read_rows(plan, {0: Ranges.of([1])}, job.reader, job.spec())
+    (found,) = read_rows(plan, RowSet({0: Ranges.of([1])}), job.reader, job.spec())
     assert found.values == [{"chat": [{"role": "user", "content": "hi"}]}]
 
 

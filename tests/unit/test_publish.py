@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import AccountingError, DamagedPartError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
@@ -131,12 +131,12 @@ def test_a_job_without_a_row_has_one_file_with_the_schema(storage):
 
 
 def test_skipped_rows_leave_no_trace(storage):
-    parts = put(storage, [(0, 1)], skipped={0: Ranges.of([0, 2]), 3: Ranges.until(4)})
+    parts = put(storage, [(0, 1)], skipped=RowSet({0: Ranges.of([0, 2]), 3: Ranges.until(4)}))
     assert ids(storage, written(storage, "snap", parts, form())) == ["0/1"]
 
 
 def test_a_job_of_skipped_rows_alone_has_one_empty_file(storage):
-    parts = put(storage, skipped={0: Ranges.until(3)})
+    parts = put(storage, skipped=RowSet({0: Ranges.until(3)}))
     (file,) = written(storage, "snap", parts, form())
     assert file.num_rows == 0
 
@@ -161,14 +161,14 @@ def test_two_parts_with_the_same_row_are_never_published(storage):
 def test_one_part_with_the_same_row_twice_is_never_published(storage):
     done = results(batch([1, 1, 2]))
     name = writer(storage).commit(done, {}, {}).name
-    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
     with pytest.raises(AccountingError, match="hold the same row; not published"):
         written(storage, "snap", [(name, claimed)], form())
 
 
 def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 2)])
-    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
     with pytest.raises(
         DamagedPartError, match=r"s000000\.parquet: damaged \(gave 2 rows, its footer says 3\)"
     ):
@@ -178,14 +178,14 @@ def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
 
 def test_a_part_with_a_row_of_a_segment_its_footer_does_not_name_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 1), (1, 0)])
-    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
     with pytest.raises(DamagedPartError, match="gave 2 rows, its footer says 3"):
         written(storage, "snap", [(name, claimed)], form())
 
 
 def test_a_part_with_another_row_than_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 1), (0, 9)])
-    claimed = PartFooter("plan-a", 1, "run-1", {0: Ranges.until(3)}, 3, 0, 0, {})
+    claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
     with pytest.raises(DamagedPartError, match="holds a row that its footer does not name"):
         written(storage, "snap", [(name, claimed)], form())
 

@@ -1,12 +1,13 @@
 """`Ranges` against Python sets."""
 
+import pickle
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 
 numbers = st.sets(st.integers(0, 60))
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)))
@@ -100,3 +101,33 @@ def test_until_and_repr():
 def test_what_is_not_ranges_is_refused(flat):
     with pytest.raises(ValueError, match="not a list of ranges"):
         Ranges.from_json(flat)
+
+
+# --- rows of several segments --------------------------------------------------------------------
+
+row_sets = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 9)))
+
+
+@given(row_sets, row_sets)
+def test_row_sets_are_sets_of_ordinals(one, other):
+    a, b = RowSet.of(one), RowSet.of(other)
+
+    def ordinals(rows):
+        assert all(rows.values())  # No segment without rows.
+        assert list(rows) == sorted(rows)
+        return {(segment, row) for segment, found in rows.items() for row in found}
+
+    assert (ordinals(a - b), ordinals(a & b), ordinals(a | b)) == (
+        one - other,
+        one & other,
+        one | other,
+    )
+    assert (a.num_rows, bool(a)) == (len(one), bool(one))
+    assert RowSet.of_spans(reversed(list(a.spans()))) == a == pickle.loads(pickle.dumps(a))
+    before = dict(a)
+    grown = a
+    grown |= b
+    grown -= b
+    assert (ordinals(grown), dict(a)) == (one - other, before)
+    assert a[7] == Ranges()
+    assert 7 not in a

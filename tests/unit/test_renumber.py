@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.store.matching import Span
 from batchgen.store.parts import rows_of
-from batchgen.store.reuse import Renumbering, common_rows
+from batchgen.store.reuse import Renumbering
 from tests.fakes import plan
 
 OK, KEYED, KEYLESS = "ok", "an error with a key", "an error without"
@@ -141,7 +141,7 @@ def test_an_error_that_names_file_and_line_is_taken_only_where_both_hold(span, p
 def test_without_spans_nothing_moves():
     moves = Renumbering([], *plans(1))
     assert moved(moves, [(0, 0, OK)]) == {}
-    assert moves.ranges({0: Ranges.until(5)}) == {}
+    assert moves.ranges(RowSet({0: Ranges.until(5)})) == {}
     assert moves.old_rows == {}
 
 
@@ -161,14 +161,4 @@ def test_the_rows_of_a_table_are_told_in_any_order(chosen, random):
     random.shuffle(rows)
     found = rows_of(table(rows))
     assert {(segment, row) for segment, numbers in found.items() for row in numbers} == chosen
-    assert all(found.values())
-
-
-@given(st.sets(st.sampled_from(every_row)), st.sets(st.sampled_from(every_row)))
-def test_common_rows_are_those_in_both(some, others):
-    one, other = (rows_of(table([(*row, OK) for row in rows])) for rows in (some, others))
-    found = common_rows(one, other)
-    assert {(segment, row) for segment, numbers in found.items() for row in numbers} == (
-        some & others
-    )
     assert all(found.values())

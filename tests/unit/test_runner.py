@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import EngineDeadError, EngineError, SourceError, StorageError
-from batchgen.core.ranges import Ranges
+from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import EngineSpec, RowError
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.job.model import RunConfig
@@ -242,7 +242,7 @@ def test_skipped_rows_are_in_the_part_and_counted():
 def test_an_input_of_skipped_rows_alone_is_committed():
     outcome = Run(FakeEngine(), [batch([], skipped=range(5))]).go()
     (part,) = outcome.parts
-    assert (part.results, part.skipped) == ([], {0: Ranges.until(5)})
+    assert (part.results, part.skipped) == ([], RowSet({0: Ranges.until(5)}))
 
 
 def test_parts_are_flushed_by_rows():
