@@ -9,9 +9,7 @@ from tests.house import Figure, code_lines, figures, table, traced
 OPEN = {
     "lines of code": 22_143,
     "modules": 217,
-    "modules of a room": 27,
     "modules of engine, of pipeline": 33,
-    "modules that an echo job imports": 158,
     "modules that a row passes": 66,
     "frames from the command line to step": 15,
 }

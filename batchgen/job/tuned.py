@@ -122,7 +122,7 @@ def value_of(job: JobConfig, name: str) -> Any:  # noqa: ANN401 - as the job fil
 
 
 def with_settings(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
-    """The same job with other settings of `PLACES`, or of `[model.engine]`; its own lose."""
+    """Return the job with other settings of `PLACES`, or of `[model.engine]`; its own lose."""
     engine, model, run = dict(job.model.engine), {}, {}
     for name, value in settings.items():
         place = PLACES.get(name, "model.engine")

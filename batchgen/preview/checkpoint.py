@@ -74,7 +74,7 @@ class Found:
 
     finding: Finding
     folder: Path | None = None
-    """With at least its config.json; None where there is none."""
+    """Folder with at least its config.json; None where there is none."""
     commit: str | None = None
     """Commit of a hub model that is in the cache."""
     missing_bytes: int = 0
@@ -334,7 +334,7 @@ def read_weights(folder: Path, shape: Shape, dtype: str, bits: float | None) -> 
         folder: With the model's files.
         shape: From its config.json.
         dtype: Format that the model runs in.
-        bits: Of a linear layer's weight, where vLLM quantizes; None: as the files have it.
+        bits: Size of a linear layer's weight, where vLLM quantizes; None: as the files have it.
 
     Raises:
         ConfigError: A file is damaged, or not there.

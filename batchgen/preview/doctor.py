@@ -118,7 +118,7 @@ def _errors_in(findings: list[Finding], topic: str, advice: str = "") -> Iterato
 
 
 def _localized(job: JobConfig, found: Found) -> JobConfig:
-    """The same job, with nothing left to fetch when it is prepared."""
+    """Return the job with nothing left to fetch when it is prepared."""
     changes: dict[str, Any] = {}
     if found.commit is not None:
         changes = {"revision": found.commit}

@@ -41,7 +41,9 @@ LEAST_CUDA_13 = (7, 5)
 """CUDA 13, which vLLM's wheels are built with, has no code for older GPUs."""
 LEAST_OPEN_FILES = 1024
 LEAST_SHM_BYTES = 1 << 30
-"""With several GPUs: NCCL's and vLLM's buffers in /dev/shm; containers have 64 MiB by default."""
+"""Least shared memory with several GPUs, for NCCL's and vLLM's buffers in /dev/shm.
+
+Containers have 64 MiB by default."""
 CLOCK_SLACK_S = 120.0
 LEAST_FREE_BYTES = 256 << 20
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "afs", "glusterfs")
@@ -61,7 +63,7 @@ class Machine:
     vllm: str | None
     """Its version; None if it is not installed."""
     build: str
-    """Of vLLM: cuda, cpu, rocm, xpu; empty without it."""
+    """Which vLLM is installed: cuda, cpu, rocm, xpu; empty without it."""
     devices: Devices = field(default_factory=Devices)
     batchgen: str = __version__
     packages: Mapping[str, str] = field(default_factory=dict)
@@ -69,13 +71,13 @@ class Machine:
     cuda_built: tuple[int, int] | None = None
     """The CUDA version that torch is built with."""
     cores: int = 1
-    """That this process may use."""
+    """CPU cores that this process may use."""
     memory_bytes: int | None = None
-    """Of the machine, or of the container."""
+    """Memory of the machine, or of the container."""
     free_memory_bytes: int | None = None
     cpu: str = ""
     cpu_flags: tuple[str, ...] = ()
-    """Of `CPU_FLAGS`."""
+    """Instruction sets that the CPU has, of `CPU_FLAGS`."""
     shm_free_bytes: int | None = None
     open_files: int | None = None
     """How many this process may have open."""
@@ -115,7 +117,7 @@ def _version(package: str) -> str:
 
 
 def _cuda_built(torch: str) -> tuple[int, int] | None:
-    """Of torch's wheel: `+cu130` in its version, else that of NVIDIA's runtime beside it."""
+    """CUDA version of torch's wheel: `+cu130` in its name, else of NVIDIA's runtime beside it."""
     if found := re.search(r"\+cu(\d+)(\d)$", torch):
         return int(found[1]), int(found[2])
     for package in CUDA_RUNTIMES:

@@ -202,7 +202,7 @@ def estimate(
     Args:
         shape: Sizes of the model.
         weights_bytes: Weights of the whole model; GPUs share them evenly, nearly.
-        settings: Of the engine.
+        settings: The engine's.
         total: Memory of the GPU, as CUDA sees it.
         release: vLLM's.
     """

@@ -112,7 +112,11 @@ def check_model(
         weights = _weights(found, shape, settings, kwargs, method)
     except ConfigError as error:
         return Report([of_error("model", error)], machine, rows=rows)
-    findings = [*_check_heads(shape, settings, kwargs), *findings, _told(weights, settings)]
+    findings = [
+        *_check_heads(shape, settings, kwargs),
+        *findings,
+        _weights_finding(weights, settings),
+    ]
     findings += check_kv_dtype(settings.kv_dtype, gpu.capability)
     memory = tokens = fit = None
     if machine.build == "cpu" and weights is not None:
@@ -289,7 +293,7 @@ def _check_dtype(
         yield problem("dtype", text, "leave model.dtype out, or set it to 'float32'")
 
 
-def _told(weights: Weights | None, settings: Settings) -> Finding:
+def _weights_finding(weights: Weights | None, settings: Settings) -> Finding:
     if weights is None:
         return warning("weights", "their size is not known: the model is not of a plain kind")
     num, gpus = weights.num_parameters, settings.num_gpus

@@ -60,7 +60,7 @@ class Measure:
     seconds: float
     rows_per_s: float
     prompt_tokens_per_s: float
-    """Those of the prefix cache included."""
+    """Prompt tokens, those of the prefix cache included."""
     output_tokens_per_s: float
     error: float
     """Standard error of the speed, as a share of it."""
@@ -73,9 +73,9 @@ class Measure:
     max_num_seqs: int
     max_num_batched_tokens: int | None
     tokens_per_step: float | None
-    """That had to be computed."""
+    """Tokens that a step had to compute."""
     cached_share: float
-    """Of the prompt tokens."""
+    """Share of the prompt tokens that the prefix cache had."""
     max_model_len: int | None = None
 
     @property
@@ -217,7 +217,7 @@ def is_enough(found: Measure | None, times: Times, best_speed: float = 0.0) -> b
     Args:
         found: So far.
         times: How long to look.
-        best_speed: Of the best settings so far: what is clearly slower need not be known exactly.
+        best_speed: Of the best settings so far: what is clearly slower is not measured exactly.
     """
     if found is None or found.seconds < times.least_s:
         return False

@@ -39,7 +39,7 @@ class Report:
     """tuned, unconfirmed, too_few_rows, nothing_to_do, stopped."""
     exit_code: int
     reason: str | None
-    """For every state but tuned."""
+    """Why the state is not `tuned`; None if it is."""
     job: str
     settings: Mapping[str, Any]
     """The best, as changes of the job's own; empty where these are."""
@@ -51,7 +51,7 @@ class Report:
     own: Measure | None
     best: Measure | None
     fp8: Trial | None
-    """With a KV cache in FP8, whose answers are not kept."""
+    """The trial with a KV cache in FP8, whose answers are not kept."""
     num_answered: int
     """Rows that were answered on the way, and are kept."""
     is_answered: bool

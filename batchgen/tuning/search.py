@@ -29,7 +29,7 @@ STORM = 0.02
 MOST_MEMORY = 0.95
 """The rest is for what vLLM does not plan: the CUDA context, fragments, longer batches."""
 MEMORY_REACH = 0.03
-"""So far must a share of memory stay from one that ran out."""
+"""Distance that a share of memory must keep from one that ran out."""
 MOST_SEQS, LEAST_SEQS = 4096, 16
 MOST_BATCHED, LEAST_BATCHED = 65536, 2048
 
@@ -167,7 +167,7 @@ class Search:
         return {"gpu_memory_utilization": round(self._most_memory, 3)}
 
     def _prefix_caching(self, found: Measure) -> Settings | None:
-        """Without it, where it serves nothing."""
+        """No prefix caching, where it serves nothing."""
         is_on = self._value("enable_prefix_caching") is not False
         return {"enable_prefix_caching": False} if is_on and found.cached_share < 0.02 else None
 

@@ -137,8 +137,8 @@ def run_trial(
         best_speed: See `is_enough`.
 
     Raises:
-        BatchgenError: Job trouble. Not where only these settings are at fault: that is a trial
-            with `failure`. Of the job's own settings it is the job's trouble.
+        BatchgenError: The job fails. Not where only these settings are at fault: that is a trial
+            with `failure`. With its own settings the job fails.
     """
     began_s, failure, is_over = time.monotonic(), None, threading.Event()
     with stops.trial() as switch, ThreadPoolExecutor(1, "trial") as pool:

@@ -1,7 +1,7 @@
 """`tune`: trials within a time budget, the best of them confirmed, and the file beside the job.
 
 Best is what was fastest in the search *and* again at the end, beside the job's own settings: rows
-differ along an input and machines have moods, so that a gain is only told of two pairs.
+differ along an input and machines have moods, so that a gain counts only if two pairs show it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Tuning:
         Args:
             job: As loaded, with its own settings: without a tuned file's.
             job_path: The job file; what is found is written beside it.
-            options: Of `batchgen tune`.
+            options: What `batchgen tune` was asked for.
             stops: Asked by signal handlers.
             tell: Gets a line before and after each trial.
         """
@@ -86,7 +86,7 @@ class Tuning:
         """Search, confirm, write.
 
         Raises:
-            BatchgenError: Job trouble. What was answered stays.
+            BatchgenError: The job fails. What was answered stays.
         """
         check_writable(tuned_path(self._path))
         for settings in self._search.candidates():
@@ -126,7 +126,7 @@ class Tuning:
 
     @property
     def _trials(self) -> list[Trial]:
-        """Those of the search, and those that confirmed."""
+        """All trials: those of the search, and those that confirmed."""
         return [*self._search.trials, *self._repeats]
 
     def _may_try(self, *, num_after: int, keeps_rows: bool = True) -> bool:
@@ -168,8 +168,8 @@ class Tuning:
         if trial.measure is None:
             return "ended before anything was measured"
         own = self._search.own.measure if self._search.trials else None
-        told = f"{trial.measure.output_tokens_per_s:,.0f} tokens/s out"
-        return f"{told}, {trial.measure.speed / own.speed:.2f} x" if own else told
+        speed = f"{trial.measure.output_tokens_per_s:,.0f} tokens/s out"
+        return f"{speed}, {trial.measure.speed / own.speed:.2f} x" if own else speed
 
     def _report(self) -> Report:
         own, best = self._search.own.measure, self._search.best.measure
