@@ -11,7 +11,6 @@ OPEN = {
     "modules": 217,
     "modules of engine, of pipeline": 33,
     "modules that a row passes": 66,
-    "frames from the command line to step": 15,
 }
 """Goals that are not reached yet -> a bound, about the figure before the re-cut."""
 

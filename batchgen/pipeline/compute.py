@@ -357,24 +357,21 @@ class OneEngine:
         )
         try:
             left.set_result(take_over(start_if_needed) if take_over else rows)
-            return not context.is_stopped() and self._loop(work, feeder)
+            if context.is_stopped():
+                return False
+            runner = stages.runner(
+                engine,
+                feeder,
+                context.stats,
+                commit=lambda part: work.commits.computed(part, engine.facts),
+                on_retry=context.tell_disk_trouble,
+            )
+            with watching(context, self._look) as monitor:
+                return runner.run(context.stop, monitor.tick)
         finally:
             if not left.done():
                 left.set_result(RowSet())  # Nobody must wait in there.
             feeder.close()
-
-    def _loop(self, work: Work, feeder: Feeder) -> bool:
-        """Let the engine answer what the feeder brings."""
-        context, engine = self._context, self._engine
-        runner = work.stages.runner(
-            engine,
-            feeder,
-            context.stats,
-            commit=lambda part: work.commits.computed(part, engine.facts),
-            on_retry=context.tell_disk_trouble,
-        )
-        with watching(context, self._look) as monitor:
-            return runner.run(context.stop, monitor.tick)
 
     def _look(self, now_s: float) -> Look:
         engine = self._engine

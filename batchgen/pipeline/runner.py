@@ -15,7 +15,7 @@ exactly once is `SupervisedEngine`'s promise; nobody counts again here.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from batchgen.answers.validate import final
@@ -26,7 +26,7 @@ from batchgen.pipeline.committer import OpenPart
 from batchgen.pipeline.context import Stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from batchgen.answers.validate import Judge, Retries
     from batchgen.core.records import Completion, Request, Result
@@ -68,7 +68,7 @@ class Runner:
         self._waiting: deque[Request] = deque()
         self._part = OpenPart()
         self._row_bytes = 0.0
-        self._trouble: BatchgenError | None = None
+        self._error: BatchgenError | None = None
         self._has_dropped = False  # Rows were read that nobody will ask about.
         self._is_held_up = False  # The disk does not take what is finished: admit no more.
 
@@ -88,12 +88,38 @@ class Runner:
             Whether every row of the feed has ended.
 
         Raises:
-            BatchgenError: Job trouble. What finished before it is committed, if it can be.
+            BatchgenError: Job error. What finished before it is committed, if it can be.
         """
+        give_up_s: float | None = None
+        with rare_collection(), self._committing(stop):
+            while not self._is_through():
+                now_s = self._clock()
+                if stop.state is Stop.NO and self._error is None:
+                    if not self._is_held_up:
+                        self._admit()
+                else:
+                    give_up_s = give_up_s or now_s + self._config.grace_s
+                    is_over = now_s >= give_up_s and not stop.is_patient
+                    if stop.state is Stop.NOW or is_over or not self._may_still_finish():
+                        break
+                if self.num_in_flight:
+                    self._settle(self._engine.step(self._patience_s()), now_s)
+                if self._part.is_due(self._clock(), self._config):
+                    self._is_held_up = not self._flush(_STEP_WAIT_S)
+                self._committer.check()
+                on_tick()
+            if not self.num_in_flight and not self._waiting and self._error is None:
+                self._hear_the_end()
+            if self._error is not None:
+                raise self._error
+        return self._is_through()
+
+    @contextmanager
+    def _committing(self, stop: StopSwitch) -> Iterator[None]:
+        """Commit all that finished, however the loop ends."""
         stop.is_heard = True
         try:
-            with rare_collection():
-                complete = self._loop(stop, on_tick)
+            yield
         except BaseException:
             self._salvage()
             raise
@@ -103,30 +129,6 @@ class Runner:
             self._committer.hurry()
         self._flush()
         self._committer.close()
-        return complete
-
-    def _loop(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
-        give_up_s: float | None = None
-        while not self._is_through():
-            now_s = self._clock()
-            if stop.state is Stop.NO and self._trouble is None:
-                if not self._is_held_up:
-                    self._admit()
-            else:
-                give_up_s = give_up_s or now_s + self._config.grace_s
-                is_over = now_s >= give_up_s and not stop.is_patient
-                if stop.state is Stop.NOW or is_over or not self._may_still_finish():
-                    break
-            self._step(now_s)
-            if self._part.is_due(self._clock(), self._config):
-                self._is_held_up = not self._flush(_STEP_WAIT_S)
-            self._committer.check()
-            on_tick()
-        if not self.num_in_flight and not self._waiting and self._trouble is None:
-            self._hear_the_end()
-        if self._trouble is not None:
-            raise self._trouble
-        return self._is_through()
 
     def _is_through(self) -> bool:
         is_at_end = self._feeder.is_done and not self._has_dropped
@@ -139,7 +141,7 @@ class Runner:
 
     def _may_still_finish(self) -> bool:
         """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
-        if not self.num_in_flight and not self._waiting and self._trouble is None:
+        if not self.num_in_flight and not self._waiting and self._error is None:
             self._hear_the_end()
         return bool(self.num_in_flight) and self._engine.facts is not None
 
@@ -160,11 +162,11 @@ class Runner:
             room -= len(chunk)
 
     def _take(self) -> FeedBatch | None:
-        """What the feeder has ready; its trouble waits until what is in flight has finished."""
+        """What the feeder has ready; its error waits until what is in flight has finished."""
         try:
             return self._feeder.take(0 if self.num_in_flight else _IDLE_WAIT_S)
         except BatchgenError as error:
-            self._trouble = error
+            self._error = error
             return None
 
     def _take_in(self, batch: FeedBatch) -> None:
@@ -179,19 +181,17 @@ class Runner:
             self._part.since_s = self._part.since_s or self._clock()
             self.stats.num_skipped += len(batch.skipped)
 
-    def _step(self, now_s: float) -> None:
-        if not self.num_in_flight:
-            return
+    def _patience_s(self) -> float:
+        """How long to wait for the engine: not for long while it has room for more."""
         is_full = self.num_in_flight >= self._engine.capacity or self._feeder.is_done
-        answered = self._engine.step(_STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5)
+        return _STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5
+
+    def _settle(self, answered: Sequence[tuple[Request, Completion]], now_s: float) -> None:
+        """Judge what came back: it ends its row, or the row goes to the end of the queue."""
         if self.stats.engine_ready_s is None and self._engine.facts is not None:
             self.stats.engine_ready_s = now_s
-        if answered:
-            self._settle(answered)
-            self.stats.note_progress(now_s)
-
-    def _settle(self, answered: Sequence[tuple[Request, Completion]]) -> None:
-        """Judge what came back: it ends its row, or the row goes to the end of the queue."""
+        if not answered:
+            return
         results = self._judge.judge(answered)
         self.stats.note_attempts(results)
         ended = []
@@ -202,6 +202,7 @@ class Runner:
             else:
                 ended.append(final(request, result))
         self._end(ended)
+        self.stats.note_progress(now_s)
 
     def _end(self, results: Sequence[Result]) -> None:
         if not results:
@@ -223,9 +224,9 @@ class Runner:
         return True
 
     def _salvage(self) -> None:
-        """On job trouble: commit what finished, unless committing is the trouble."""
+        """On an error: commit what finished, unless committing is what failed."""
         self._committer.hurry()
-        with suppress(BatchgenError):  # The first trouble is the one to tell.
+        with suppress(BatchgenError):  # The first error is the one to tell.
             self._flush()
         with suppress(BatchgenError):
             self._committer.close()
