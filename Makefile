@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := batchgen tests sample_data jobs
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test proof proof-long lint fmt docs site check clean
+.PHONY: quickstart test proof proof-long lint fmt golden docs site check clean
 
 quickstart: .venv/ready
 	$(BIN)/batchgen run jobs/quickstart.toml --fresh
@@ -36,6 +36,10 @@ lint: .venv/ready
 fmt: .venv/ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# Rewrites what users see, for a change that is meant: help, --json keys, exit codes, outputs.
+golden: .venv/ready
+	$(BIN)/python -m tests.golden.make
 
 # Rewrites what is generated from the code: the editor schema and docs/reference.
 docs: .venv/ready

@@ -32,7 +32,6 @@ _SET = click.option(
     metavar="TABLE.KEY=VALUE",
     help="Override a key of the job file; may be given often.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _DATE = click.option(
     "--date",
     "run_date",
@@ -91,6 +90,10 @@ def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:
             raise click.BadParameter(str(error)) from error
 
     return callback
+
+
+flag = functools.partial(click.option, is_flag=True)
+JSON = flag("--json", "as_json", help="Print one JSON object on stdout.")
 
 
 class Number(click.FloatRange):

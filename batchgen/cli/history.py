@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, output_command
+from batchgen.cli.common import JSON, as_line, flag, output_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def snapshots(root: Path, *, as_json: bool) -> None:
 @click.option(
     "--keep", type=click.IntRange(min=1), required=True, metavar="N", help="So many newest stay."
 )
-@click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+@flag("--dry-run", help="Only tell what would go.")
 @JSON
 def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
     """Remove all but the newest snapshots of a job. JOB may be an output folder.

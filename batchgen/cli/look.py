@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, job_command, output_command, reading
+from batchgen.cli.common import JSON, as_line, flag, job_command, output_command, reading
 from batchgen.core.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def _price(text: str) -> Price:
 
 
 @job_command
-@click.option(
-    "--exact", "is_exact", is_flag=True, help="Look at every row that is to do, not at a sample."
-)
+@flag("--exact", "is_exact", help="Look at every row that is to do, not at a sample.")
 @click.option(
     "--rate",
     callback=reading(_rate),
@@ -92,10 +90,10 @@ def _price(text: str) -> Price:
     metavar="PRICE",
     help="Price of a GPU for an hour, for example 2.5EUR.",
 )
-@click.option("--fresh", is_flag=True, help="Of a run with --fresh.")
-@click.option("--retry-errors", is_flag=True, help="Of a run with --retry-errors.")
-@click.option("--accept-recipe", is_flag=True, help="Of a run with --accept-recipe.")
-@click.option("--only-errors", is_flag=True, help="Of a run with --accept-recipe --only-errors.")
+@flag("--fresh", help="Of a run with --fresh.")
+@flag("--retry-errors", help="Of a run with --retry-errors.")
+@flag("--accept-recipe", help="Of a run with --accept-recipe.")
+@flag("--only-errors", help="Of a run with --accept-recipe --only-errors.")
 @JSON
 def plan(
     _: Path,
@@ -135,7 +133,7 @@ def status(root: Path, *, as_json: bool) -> None:
 
 @output_command
 @click.option("-n", "num_rows", default=5, show_default=True, help="Rows to show.")
-@click.option("--errors", is_flag=True, help="Only rows that are errors.")
+@flag("--errors", help="Only rows that are errors.")
 @click.option("--snapshot", type=int, metavar="N", help="Of an old snapshot, by its number.")
 def show(root: Path, *, num_rows: int, errors: bool, snapshot: int | None) -> None:
     """Print rows readably: of the newest plan, published or durable so far.

@@ -13,6 +13,7 @@ from batchgen.cli.common import (
     JSON,
     Number,
     as_line,
+    flag,
     job_command,
     reading,
     rows_in_flight,
@@ -49,29 +50,20 @@ def _seconds(text: str) -> float:
 
 
 @job_command
-@click.option(
-    "--fresh",
-    is_flag=True,
-    help="Begin anew; the published snapshot stays until the new one is complete.",
-)
-@click.option(
+@flag("--fresh", help="Begin anew; the published snapshot stays until the new one is complete.")
+@flag(
     "--accept-recipe",
-    is_flag=True,
     help="Relabel every row if the recipe has changed; the published snapshot stays until then.",
 )
-@click.option(
+@flag(
     "--only-errors",
-    is_flag=True,
     help="With --accept-recipe: run only error, edited and new rows by the new recipe.",
 )
-@click.option(
+@flag(
     "--retry-errors",
-    is_flag=True,
     help="Run only the error rows of a finished job again, and what is damaged in its output.",
 )
-@click.option(
-    "--publish-anyway", is_flag=True, help="Publish although a limit of [gate] is exceeded."
-)
+@flag("--publish-anyway", help="Publish although a limit of [gate] is exceeded.")
 @click.option(
     "--until",
     callback=reading(_until),
@@ -85,8 +77,8 @@ def _seconds(text: str) -> float:
     metavar="DURATION",
     help="Stop in time to have committed after that long, for example 5h; exit 75 likewise.",
 )
-@click.option("--wait", is_flag=True, help="Wait for a run that is at work on the job.")
-@click.option("--steal", is_flag=True, help="Take the job from a frozen run that holds it.")
+@flag("--wait", help="Wait for a run that is at work on the job.")
+@flag("--steal", help="Take the job from a frozen run that holds it.")
 @click.option(
     "--no-tuned",
     "tuned",
@@ -286,15 +278,12 @@ def _log(summary: Summary) -> str:
     metavar="SECONDS",
     help="Measure each setting for so long at most, once the engine is full.",
 )
-@click.option(
-    "--scratch",
-    is_flag=True,
-    help="Measure in a temporary output and keep no row: for a job that has none left.",
+@flag(
+    "--scratch", help="Measure in a temporary output and keep no row: for a job that has none left."
 )
-@click.option(
+@flag(
     "--try-fp8-kv-cache",
     "tries_fp8",
-    is_flag=True,
     help="Look at a KV cache in FP8, too. It changes answers: measured in a temporary output, "
     "and never used unless the job file says so.",
 )
