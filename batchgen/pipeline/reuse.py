@@ -5,9 +5,10 @@ Both are told from the books and from digests of rows; no input is parsed, but f
 
 from __future__ import annotations
 
+import itertools
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -177,23 +178,19 @@ class Takeover:
         if self.rows:
             moves = Renumbering(self._spans, self.old, self._plan)
             errors = () if self._plan.takes_errors else self._errors()
-            for unwanted in chain(errors, self._damaged()):
+            for unwanted in itertools.chain(errors, self._damaged()):
                 left -= moves.ranges(unwanted)
         return left
 
     def _damaged(self) -> Iterator[RowSet]:
         """Yield the rows of a snapshot's row groups that are not what was published."""
-        storage = self._ledger.storage
-        if self._manifest is None or not (names := damage(storage, self._manifest.files)):
+        storage, manifest = self._ledger.storage, self._manifest
+        if manifest is None or not (names := damage(storage, manifest.files)):
             return
-        index, first = Index(storage, self._manifest), 0
-        for entry, chunks in zip(self._manifest.files, index.chunks, strict=True):
-            with ResultFile(storage.path(entry.name), chunks) as file:
-                for group in range(len(chunks) - 1 if entry.name in names else 0):
-                    if file.group(group) is None:
-                        yield rows_of(index.ordinals(first + group))
-            first += len(chunks) - 1
-        index.close()
+        paths = {storage.path(name) for name in names}
+        for file, group, ordinals in _row_groups(storage, manifest):
+            if file.path in paths and file.group(group) is None:
+                yield rows_of(ordinals())
 
     def _errors(self) -> Iterator[RowSet]:
         """Yield the base's rows that are errors, piece by piece."""
@@ -202,16 +199,28 @@ class Takeover:
             with ResultFile(storage.path(part.name)) as file:
                 for _, table in file.groups([SEGMENT, ROW, status]):
                     yield rows_of(table.filter(pc.equal(table.column(status), "error")))
-        if self._manifest is None:
-            return
-        index, first = Index(storage, self._manifest), 0
-        for entry, chunks in zip(self._manifest.files, index.chunks, strict=True):
-            with ResultFile(storage.path(entry.name), chunks) as file:
-                for group, table in file.groups([status], is_proven=False):
-                    ordinals = index.ordinals(first + group)
-                    yield rows_of(ordinals.filter(pc.equal(table.column(status), "error")))
-            first += len(chunks) - 1
-        index.close()
+        for file, group, ordinals in _row_groups(storage, self._manifest):
+            if (statuses := file.group(group, [status], is_proven=False)) is not None:
+                yield rows_of(ordinals().filter(pc.equal(statuses.column(status), "error")))
+
+
+def _row_groups(
+    storage: LocalStorage, manifest: Manifest | None
+) -> Iterator[tuple[ResultFile, int, Callable[[], pa.Table]]]:
+    """Yield each row group of a snapshot: its file, its number in it, and what reads its ordinals.
+
+    Raises:
+        OutputError: There is no index of rows, or it is damaged.
+        StorageError: The index cannot be read right now.
+    """
+    if manifest is None:
+        return
+    index, number = Index(storage, manifest), itertools.count()
+    for entry, chunks in zip(manifest.files, index.chunks, strict=True):
+        with ResultFile(storage.path(entry.name), chunks) as file:
+            for group in range(len(chunks) - 1):
+                yield file, group, partial(index.ordinals, next(number))
+    index.close()
 
 
 def new_rows(spans: Iterable[Span]) -> RowSet:
@@ -429,15 +438,10 @@ def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> Row
     if not manifest.num_skipped:
         return planned
     try:
-        index = Index(storage, manifest)
+        tables = (ordinals() for _, _, ordinals in _row_groups(storage, manifest))
+        return RowSet.of_spans(span for table in tables for span in rows_of(table).spans())
     except OutputError:  # Told where rows are taken over.
         return planned
-    numbers = range(sum(len(chunks) - 1 for chunks in index.chunks))
-    found = RowSet.of_spans(
-        span for number in numbers for span in rows_of(index.ordinals(number)).spans()
-    )
-    index.close()
-    return found
 
 
 def _why_rows_leave(old: Plan, new: Plan, fewer: Sequence[_FileChange]) -> str:
