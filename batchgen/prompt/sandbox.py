@@ -2,7 +2,7 @@
 
 The job's author is trusted, what rows hold is not (docs/threat-model.md): `{{ a * n }}` and
 `{{ text|center(n) }}` are honest, and a row may say n = 10**9. So what a value can make large pays
-from `Limits` before it is computed, for `'a' * 10**9` cannot be taken back. Against the author
+before it is computed, for `'a' * 10**9` cannot be taken back. Against the author
 there is only what Jinja brings: its immutable sandbox.
 
 Rendering stays in process, because a child per row would cost more than the engine.
@@ -11,6 +11,7 @@ Rendering stays in process, because a child per row would cost more than the eng
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from collections.abc import ItemsView, Iterator, KeysView, Sized, ValuesView
@@ -38,9 +39,14 @@ MAX_S = 1.5
 MAX_INT_BITS = 1 << 16
 
 _TOO_MANY_CHARS = f"makes more than {MAX_CHARS:,} characters"
+_TOO_MANY_STEPS = f"takes more than {MAX_STEPS:,} steps"
+_TOO_LONG = f"takes longer than {MAX_S:g} s"
+_TOO_MANY_BITS = f"makes a number of more than {MAX_INT_BITS:,} bits"
+_WIDTH_OF_VALUE = "takes the width of a format from a value"
 _ITEM_CHARS = 8  # An item of a list counts, beside itself, the bytes of its reference.
 _MAX_WORK = 2 << 30  # Characters moved by what is quadratic: about a second.
 _STEPS_BETWEEN_LOOKS = 16  # At the clock, which costs as much as ten steps.
+_FEW_PARTS = 64
 _CONTAINERS = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
 _SPACES = [chr(code) for code in range(0x3001) if chr(code).isspace()]
 _NUMBER = re.compile(r"\d+")
@@ -69,52 +75,9 @@ class NullPrintedError(Exception):
     """A template prints a null."""
 
 
-class Limits:
-    """What is left of one render's means. Used by one thread at a time."""
-
-    __slots__ = ("_chars", "_steps", "_until_s")
-
-    def __init__(self) -> None:
-        self.refill()
-
-    def refill(self) -> None:
-        """Begin a render."""
-        self._chars = MAX_CHARS
-        self._steps = MAX_STEPS
-        # The thread's own: a machine that slept or was busy is not the row's fault.
-        self._until_s = time.thread_time() + MAX_S
-
-    def spend(self, chars: int) -> None:
-        """Pay for text or items about to be made; raises BudgetError if they are too many."""
-        self._chars -= chars
-        if self._chars < 0:
-            raise BudgetError(_TOO_MANY_CHARS)
-
-    def step(self) -> None:
-        """Pay for one operation; raises BudgetError for too many, or if they take too long."""
-        self._steps -= 1
-        if self._steps < 0:
-            why = f"takes more than {MAX_STEPS:,} steps"
-            raise BudgetError(why)
-        if self._steps % _STEPS_BETWEEN_LOOKS == 0 and time.thread_time() > self._until_s:
-            why = f"takes longer than {MAX_S:g} s"
-            raise BudgetError(why)
-
-    def charge(self, made: Any) -> Any:  # noqa: ANN401
-        """Pay for what an operation made, and return it."""
-        if isinstance(made, int):
-            _check_int(made.bit_length())
-        elif isinstance(made, str | bytes):
-            self.spend(len(made))
-        elif isinstance(made, _CONTAINERS):
-            self.spend(_ITEM_CHARS * len(made))
-        return made
-
-
 def _check_int(num_bits: int) -> None:
     if num_bits > MAX_INT_BITS:
-        why = f"makes a number of more than {MAX_INT_BITS:,} bits"
-        raise BudgetError(why)
+        raise BudgetError(_TOO_MANY_BITS)
 
 
 def _weigh(value: object) -> int:
@@ -158,8 +121,7 @@ def _percent_cost(template: str | bytes, values: object) -> int:
     text = template.decode("latin-1") if isinstance(template, bytes) else template
     found = _PERCENT.findall(text)
     if any("*" in spec for spec in found):
-        why = "takes the width of a format from a value"
-        raise BudgetError(why)
+        raise BudgetError(_WIDTH_OF_VALUE)
     widths = sum(_sum_of_numbers(" ".join(spec)) for spec in found)
     # Of a mapping, each value may be printed by every spec.
     if isinstance(values, dict):
@@ -264,7 +226,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(undefined=_Undefined, optimized=False, keep_trailing_newline=False)
-        self.limits = Limits()
+        self._refill()
         self.finalize = self._printed
         self.concat = _put_together  # type: ignore[method-assign]
         for name in _BANNED_FILTERS:
@@ -272,7 +234,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name, function in list(self.filters.items()):
             if name not in _FREE_FILTERS:
                 self.filters[name] = self._paying(name, function)
-        self.filters |= {_TURN: self._turn, _CONCAT: self._concat}
+        self.filters |= {_TURN: lambda _: self._step(), _CONCAT: self._concat}
         self.tests["none"] = lambda value: value is None or value is NULL
         self.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null_to_json}
         self.names = {k: v for k, v in self.globals.items() if k not in _BANNED_GLOBALS}
@@ -288,15 +250,49 @@ class Sandbox(ImmutableSandboxedEnvironment):
         names = frozenset(meta.find_undeclared_variables(self.parse(source)))
         template = self.from_string(source, globals=self.names)
         known = {name: self.names[name] for name in names & self.names.keys()}
-        limits, root = self.limits, template.root_render_func
+        root = template.root_render_func
 
         def render(values: dict[str, Any]) -> str:
-            limits.refill()
+            self._refill()
             # As `template.render(values)` does, but that copies every global three times a row.
             scope = {**known, **values} if known else values
             return _put_together(root(self.context_class(self, scope, None, template.blocks)))
 
         return render, names
+
+    def _refill(self) -> None:
+        """Begin a render."""
+        self._chars = MAX_CHARS
+        self._steps = MAX_STEPS
+        self._until_s = math.inf
+
+    def spend(self, chars: int) -> None:
+        """Pay for text or items about to be made; raises BudgetError if they are too many."""
+        self._chars -= chars
+        if self._chars < 0:
+            raise BudgetError(_TOO_MANY_CHARS)
+
+    def _step(self) -> None:
+        """Pay for one operation; raises BudgetError for too many, or if they take too long."""
+        self._steps -= 1
+        if self._steps < 0:
+            raise BudgetError(_TOO_MANY_STEPS)
+        if self._steps % _STEPS_BETWEEN_LOOKS == 0:
+            # The thread's own: a machine that slept or was busy is not the row's fault.
+            now_s = time.thread_time()
+            if now_s > self._until_s:
+                raise BudgetError(_TOO_LONG)
+            self._until_s = min(self._until_s, now_s + MAX_S)
+
+    def _charge(self, made: Any) -> Any:  # noqa: ANN401
+        """Pay for what an operation made, and return it."""
+        if isinstance(made, int):
+            _check_int(made.bit_length())
+        elif isinstance(made, str | bytes):
+            self.spend(len(made))
+        elif isinstance(made, _CONTAINERS):
+            self.spend(_ITEM_CHARS * len(made))
+        return made
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -309,7 +305,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     @pass_context
     def _printed(self, _: Context, value: object) -> object:
         if type(value) is str:
-            self.limits.spend(len(value))
+            self.spend(len(value))
             return value
         if value is None or value is NULL:
             raise NullPrintedError
@@ -318,37 +314,34 @@ class Sandbox(ImmutableSandboxedEnvironment):
             # As text they would be an address, another one in every run.
             msg = f"the template prints a {type(value).__name__}, expected text"
             raise TypeError(msg)
-        self.limits.spend(_weigh(value))
+        self.spend(_weigh(value))
         return value
-
-    def _turn(self, _: object) -> None:
-        self.limits.step()
 
     def _concat(self, *parts: object) -> str:
         if None in parts:
             raise NullPrintedError
-        self.limits.spend(sum(map(_weigh, parts)))
+        self.spend(sum(map(_weigh, parts)))
         return "".join(map(str, parts))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401, D102
-        self.limits.step()
-        self.limits.spend(_operator_cost(operator, left, right))
+        self._step()
+        self.spend(_operator_cost(operator, left, right))
         if operator == "%" and isinstance(right, tuple) and None in right:
             raise NullPrintedError
         made = super().call_binop(context, operator, left, right)
-        return made if isinstance(made, str | bytes) else self.limits.charge(made)
+        return made if isinstance(made, str | bytes) else self._charge(made)
 
     # Positional, and named so that no keyword of a template's call can clash.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, D102, N805
-        limits, name = __self.limits, getattr(__obj, "__name__", "")
-        limits.step()
+        name = getattr(__obj, "__name__", "")
+        __self._step()
         owner = getattr(__obj, "__self__", None)
         if owner is not None and name in _CLOCK:
             msg = f"{name}() reads the clock: the prompt would differ in every run"
             raise TypeError(msg)
         if isinstance(owner, str | bytes | int) and name != "format":  # `_PayingFormatter` pays.
             _, *args = __self._paid(name, (owner, *args), kwargs)  # type: ignore[assignment]
-        return limits.charge(super().call(__context, __obj, *args, **kwargs))
+        return __self._charge(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:  # noqa: ANN401
         """Wrap `str.format` and `format_map` as Jinja does, with a formatter that pays."""
@@ -370,9 +363,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)
         def paying(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            self.limits.step()
+            self._step()
             paid = self._paid(name, args[skip:], kwargs)
-            return self.limits.charge(function(*args[:skip], *paid, **kwargs))
+            return self._charge(function(*args[:skip], *paid, **kwargs))
 
         return paying
 
@@ -381,7 +374,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         cost = _COSTS.get(name)
         if cost is not None:
             args = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
-            self.limits.spend(cost(args[0], (*args[1:], *kwargs.values())))
+            self.spend(cost(args[0], (*args[1:], *kwargs.values())))
         return args
 
 
@@ -390,12 +383,12 @@ class _PayingFormatter(SandboxedFormatter):
 
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(sandbox)
-        self._limits = sandbox.limits
+        self._spend = sandbox.spend
 
     def format_field(self, value: Any, format_spec: str) -> str:  # noqa: ANN401
         if value is None:
             raise NullPrintedError
-        self._limits.spend(_sum_of_numbers(format_spec) + _weigh(value))
+        self._spend(_sum_of_numbers(format_spec) + _weigh(value))
         text: str = super().format_field(value, format_spec)
         return text
 
@@ -433,7 +426,8 @@ class _Guards(NodeTransformer):
 def _put_together(parts: Iterable[str]) -> str:
     """Join what a template prints; its own text, many times in a loop, counts here."""
     parts = list(parts)
-    if sum(map(len, parts)) > MAX_CHARS:
+    # Few are the template's own, once each, and values that are paid.
+    if len(parts) > _FEW_PARTS and sum(map(len, parts)) > MAX_CHARS:
         raise BudgetError(_TOO_MANY_CHARS)
     return "".join(parts)
 

@@ -1,4 +1,4 @@
-"""Proof 9, the short version; `make torture` kills 500 times."""
+"""Proof 9, the short version; `make proof-long` kills 500 times."""
 
 from tests.torture.fleet import torture
 

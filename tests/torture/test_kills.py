@@ -1,4 +1,4 @@
-"""Proof 1, the short version; `make torture` kills 10,000 times."""
+"""Proof 1, the short version; `make proof-long` kills 10,000 times."""
 
 from tests.torture.harness import prove
 

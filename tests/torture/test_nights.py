@@ -1,4 +1,4 @@
-"""Proof 8, the short version; `make torture` has 3,000 worlds."""
+"""Proof 8, the short version; `make proof-long` has 3,000 worlds."""
 
 from tests.torture.harness import prove
 

@@ -1,4 +1,4 @@
-"""Proof 3: 600 power losses; `make torture` has 10,000."""
+"""Proof 3: 600 power losses; `make proof-long` has 10,000."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Proof 4: 70 rounds; `make torture` has 1,000."""
+"""Proof 4: 70 rounds; `make proof-long` has 1,000."""
 
 from tests.torture.harness import prove
 
