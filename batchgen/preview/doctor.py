@@ -18,7 +18,7 @@ from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.prepare import LARGE_BYTES, engine_spec, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model
-from batchgen.preview.findings import Finding, Report, of_error, ok, problem, warning
+from batchgen.preview.findings import Finding, of_error, ok, problem, warning
 from batchgen.preview.machine import (
     check_device,
     check_limits,
@@ -27,7 +27,7 @@ from batchgen.preview.machine import (
     check_versions,
     read_machine,
 )
-from batchgen.preview.model_check import check_model
+from batchgen.preview.model_check import Report, check_model
 from batchgen.preview.sample import max_model_len, row_lengths
 from batchgen.source.files import stat_input
 

@@ -1,21 +1,9 @@
-"""What `batchgen doctor` says: findings, one line a fact, and the report of all of them."""
+"""What `batchgen doctor` says: findings, one line a fact, with what to do."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
-
-from batchgen.core.errors import ExitCode
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from batchgen.preview.checkpoint import Weights
-    from batchgen.preview.machine import Machine
-    from batchgen.preview.memory import Fit, Memory, Settings
-    from batchgen.preview.sample import RowLengths
 
 GIB = 2**30
 MAX_CHARS = 2000
@@ -77,59 +65,3 @@ def gib(num_bytes: float) -> str:
     if size < GIB:
         return f"{num_bytes / 2**20:,.0f} MiB"
     return f"{num_bytes / GIB:,.2f} GiB" if size < 100 * GIB else f"{num_bytes / GIB:,.0f} GiB"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All findings, and the figures behind them; None where a problem hides a figure."""
-
-    findings: Sequence[Finding]
-    machine: Machine
-    can_run: Mapping[str, str] = field(default_factory=dict)
-    """Formats -> yes, weights only, no; of the first GPU."""
-    weights: Weights | None = None
-    settings: Settings | None = None
-    memory: Memory | None = None
-    fit: Fit | None = None
-    rows: RowLengths | None = None
-
-    @property
-    def level(self) -> Level:
-        """The worst level of all findings."""
-        levels = {finding.level for finding in self.findings}
-        return next((one for one in (Level.PROBLEM, Level.WARNING) if one in levels), Level.OK)
-
-    @property
-    def reason(self) -> str | None:
-        """Text of the first problem."""
-        return next((f.text for f in self.findings if f.level == Level.PROBLEM), None)
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """0 if the job can run here, else 2."""
-        return ExitCode.REFUSED if self.level == Level.PROBLEM else ExitCode.COMPLETE
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "state": str(self.level),
-            "exit_code": int(self.exit_code),
-            "reason": self.reason,
-            "kv_cache_tokens": self.fit.kv_cache_tokens if self.fit else None,
-            "concurrency": self.fit.concurrency if self.fit else None,
-            **dataclasses.asdict(self),
-        }
-
-    def as_text(self) -> str:
-        """The lines that a person reads: findings, and the verdict."""
-        lines = []
-        for finding in self.findings:
-            lines.append(f"{finding.level:8} {finding.topic:13} {finding.text}")
-            if finding.advice:
-                lines.append(f"{'':22} -> {finding.advice}")
-        verdict = {
-            Level.OK: "this machine can run the job",
-            Level.WARNING: "this machine can run the job; see the warnings",
-            Level.PROBLEM: f"this machine cannot run the job: {self.reason}",
-        }
-        return "\n".join([*lines, verdict[self.level]])

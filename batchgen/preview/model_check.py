@@ -1,4 +1,4 @@
-"""A model on a machine: formats that the GPU runs, weights, and the rows that memory holds.
+"""A model on a machine: formats that the GPU runs, weights, the rows that memory holds; the report.
 
 Capabilities of GPUs are from `get_min_capability` of each config and scheme in
 vllm/model_executor/layers/quantization, 0.26, 0.32 and 0.33; where native kernels begin from
@@ -8,17 +8,18 @@ says at its start whether they run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import ConfigError
+from batchgen.core.errors import ConfigError, ExitCode
 from batchgen.engine.devices import Gpu
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.preview.checkpoint import Weights, read_config, read_weights, shape_of
-from batchgen.preview.findings import Finding, Report, gib, of_error, ok, problem, warning
+from batchgen.preview.findings import Finding, Level, gib, of_error, ok, problem, warning
 from batchgen.preview.machine import LEAST_CUDA_13, point, release_of
 from batchgen.preview.memory import (
     CONTEXT_BYTES,
@@ -30,7 +31,7 @@ from batchgen.preview.memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.preview.checkpoint import Found, Shape
     from batchgen.preview.machine import Machine
@@ -52,6 +53,62 @@ _BESIDES = {
 }
 _FEW_SHARE = 0.25
 """Share of max_num_seqs: with fewer rows at once the GPU has much less to do than it could."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All findings, and the figures behind them; None where a problem hides a figure."""
+
+    findings: Sequence[Finding]
+    machine: Machine
+    can_run: Mapping[str, str] = field(default_factory=dict)
+    """Formats -> yes, weights only, no; of the first GPU."""
+    weights: Weights | None = None
+    settings: Settings | None = None
+    memory: Memory | None = None
+    fit: Fit | None = None
+    rows: RowLengths | None = None
+
+    @property
+    def level(self) -> Level:
+        """The worst level of all findings."""
+        levels = {finding.level for finding in self.findings}
+        return next((one for one in (Level.PROBLEM, Level.WARNING) if one in levels), Level.OK)
+
+    @property
+    def reason(self) -> str | None:
+        """Text of the first problem."""
+        return next((f.text for f in self.findings if f.level == Level.PROBLEM), None)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0 if the job can run here, else 2."""
+        return ExitCode.REFUSED if self.level == Level.PROBLEM else ExitCode.COMPLETE
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "state": str(self.level),
+            "exit_code": int(self.exit_code),
+            "reason": self.reason,
+            "kv_cache_tokens": self.fit.kv_cache_tokens if self.fit else None,
+            "concurrency": self.fit.concurrency if self.fit else None,
+            **dataclasses.asdict(self),
+        }
+
+    def as_text(self) -> str:
+        """The lines that a person reads: findings, and the verdict."""
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.level:8} {finding.topic:13} {finding.text}")
+            if finding.advice:
+                lines.append(f"{'':22} -> {finding.advice}")
+        verdict = {
+            Level.OK: "this machine can run the job",
+            Level.WARNING: "this machine can run the job; see the warnings",
+            Level.PROBLEM: f"this machine cannot run the job: {self.reason}",
+        }
+        return "\n".join([*lines, verdict[self.level]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from batchgen.engine.devices import Devices, Gpu, GpuProcess
 from batchgen.engine.vllm import settings
 from batchgen.preview.checkpoint import weight_bytes
 from batchgen.preview.doctor import check_keywords, examine
-from batchgen.preview.findings import Level, Report
+from batchgen.preview.findings import Level
 from batchgen.preview.machine import (
     Machine,
     check_limits,
@@ -26,7 +26,7 @@ from batchgen.preview.machine import (
     probe_links,
     read_machine,
 )
-from batchgen.preview.model_check import can_run, check_kv_dtype, judge_method, method_of
+from batchgen.preview.model_check import Report, can_run, check_kv_dtype, judge_method, method_of
 from batchgen.preview.sample import counter
 from tests import fakes
 from tests.bench.random_model import make_model
