@@ -239,7 +239,8 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
     """
     parts: tuple[str, ...] = ()
     if manifest is not None:
-        Index(ledger.storage, manifest).close()
+        with Index(ledger.storage, manifest):
+            pass  # Without it, rows cannot be told apart.
         if not manifest.num_errors and not has_damage(ledger, manifest):
             return NO_ERRORS
     else:

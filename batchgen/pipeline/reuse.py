@@ -129,11 +129,11 @@ class Takeover:
         """Tell whether rows of the base can be told apart; if not, their requests still can."""
         assert self._manifest is not None  # noqa: S101 - asked only of published plans
         try:
-            Index(self._ledger.storage, self._manifest).close()
+            with Index(self._ledger.storage, self._manifest):
+                return True
         except OutputError as error:
             self._tell(f"{error}; every row is read again, answers are found by key")
             return False
-        return True
 
     def _parts(self) -> Durable:
         durable = self._ledger.parts(self.old, self._base.parts)
@@ -215,12 +215,10 @@ def _row_groups(
     """
     if manifest is None:
         return
-    index, number = Index(storage, manifest), itertools.count()
-    for entry, chunks in zip(manifest.files, index.chunks, strict=True):
-        with ResultFile(storage.path(entry.name), chunks) as file:
-            for group in range(len(chunks) - 1):
-                yield file, group, partial(index.ordinals, next(number))
-    index.close()
+    with Index(storage, manifest) as index:
+        for _, file, numbers in index.files():
+            for group, number in enumerate(numbers):
+                yield file, group, partial(index.ordinals, number)
 
 
 def new_rows(spans: Iterable[Span]) -> RowSet:

@@ -156,7 +156,7 @@ class ResultFile:
 
 
 class Index:
-    """Which row of the input each published row is, by row group."""
+    """Which row of the input each published row is, by row group; a context manager."""
 
     def __init__(self, storage: LocalStorage, manifest: Manifest) -> None:
         """Open and check it.
@@ -169,6 +169,8 @@ class Index:
             msg = f"{storage.where}: its snapshot has no index of rows; use --fresh"
             raise OutputError(msg)
         path = storage.path(manifest.index.name)
+        self._storage = storage
+        self._files = manifest.files
         self._file = ResultFile(path)
         if not is_intact(path, manifest.index):
             why = "sha256 differs"
@@ -176,6 +178,20 @@ class Index:
         groups = json.loads(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
         self.chunks = [[Chunk(*chunk) for chunk in chunks] for chunks in groups]
         """Of each file: its row groups, and last its footer."""
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def files(self) -> Iterator[tuple[PublishedFile, ResultFile, range]]:
+        """Yield each published file, and the numbers of its row groups, counted over all files."""
+        first = 0
+        for entry, chunks in zip(self._files, self.chunks, strict=True):
+            with ResultFile(self._storage.path(entry.name), chunks) as file:
+                yield entry, file, range(first, first + len(chunks) - 1)
+            first += len(chunks) - 1
 
     def ordinals(self, group: int) -> pa.Table:
         """Of one published row group, counted over all files."""
@@ -189,10 +205,6 @@ class Index:
             f"{self._file.path}: damaged ({why}), and without it rows cannot be told apart; bring "
             "it back from a backup, or begin anew with --fresh"
         )
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
 
 
 def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:

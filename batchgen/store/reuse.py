@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -246,23 +247,19 @@ def from_snapshot(
         OutputError: Its index is damaged, or it has other columns.
         StorageError: Something cannot be read right now.
     """
-    index = Index(storage, manifest)
-    moves = wanted.moves
-    try:
-        cursor, number = (0, 0), 0
-        for entry, chunks in zip(manifest.files, index.chunks, strict=True):
-            file = ResultFile(storage.path(entry.name), chunks)
+    moves, cursor = wanted.moves, (0, 0)
+    with Index(storage, manifest) as index:
+        for entry, file, groups in index.files():
             num_damaged, engine = 0, ""
-            for group in range(len(chunks) - 1):
+            for at, number in enumerate(groups):
                 ordinals = index.ordinals(number)
-                number += 1
                 here = rows_of(ordinals)
                 last = (ordinals[SEGMENT][-1].as_py(), ordinals[ROW][-1].as_py() + 1)
                 skipped = moves.ranges(_gaps(cursor, last, here, num_rows))
                 cursor = last
                 table = wanted.schema.empty_table()
                 if rows := here & moves.old_rows:
-                    found = file.group(group)
+                    found = file.group(at)
                     engine = file.metadata.get(_ENGINE_KEY, b"").decode()
                     if found is None:
                         num_damaged += rows.num_rows
@@ -270,15 +267,12 @@ def from_snapshot(
                         table = wanted.of(_in_part_schema(file, found, ordinals, wanted.schema))
                 if table.num_rows or skipped:
                     yield Piece(table, skipped, engine)
-            file.close()
             if num_damaged:
-                name = entry.name
-                wanted.tell(f"{name}: damaged ({file.problem}); {num_damaged:,} rows done again")
+                why = f"damaged ({file.problem}); {num_damaged:,} rows done again"
+                wanted.tell(f"{entry.name}: {why}")
         end = (len(num_rows) - 1, num_rows[-1]) if num_rows else cursor
         if skipped := moves.ranges(_gaps(cursor, end, RowSet(), num_rows)):
             yield Piece(wanted.schema.empty_table(), skipped, "")
-    finally:
-        index.close()
 
 
 def _gaps(
@@ -336,11 +330,11 @@ def published_sources(
             for file in manifest.files
             if is_intact(storage.path(file.name), file)
         ]
-    index.close()
-    return [
-        Source(file.name, takes_errors, chunks)
-        for file, chunks in zip(manifest.files, index.chunks, strict=True)
-    ]
+    with index:
+        return [
+            Source(file.name, takes_errors, chunks)
+            for file, chunks in zip(manifest.files, index.chunks, strict=True)
+        ]
 
 
 def key_prefixes(
@@ -455,30 +449,23 @@ class AnsweredKeys:
         hits = wanted.join(here, on="prefix").sort("group", "at")
         places: list[int] = []
         tables = [self._columns.empty_table()]
-        file: ResultFile | None = None
-        for rows in hits.partition_by("group", maintain_order=True):
-            source, group = self._groups[rows["group"][0]]
-            file = self._opened(source, file)
-            answers = self._answers(file, group)
-            if answers is None:
-                continue
-            table = arrow.take(answers, rows["row"].cast(pl.Int64).to_arrow())
-            found = pl.Series(table.column(f"{self._prefix}request_key"), dtype=pl.String)
-            is_same = found == rows["key"]
-            tables.append(table.filter(is_same.to_arrow()))
-            places += rows["at"].filter(is_same).to_list()
-        self._let_go(file)
+        # Mostly many row groups of one file are asked for in a row.
+        by_group = hits.partition_by("group", maintain_order=True)
+        for source, those in groupby(by_group, lambda rows: self._groups[rows["group"][0]][0]):
+            with ResultFile(self._storage.path(source.name), source.chunks) as file:
+                for rows in those:
+                    answers = self._answers(file, self._groups[rows["group"][0]][1])
+                    if answers is None:
+                        continue
+                    table = arrow.take(answers, rows["row"].cast(pl.Int64).to_arrow())
+                    found = pl.Series(table.column(f"{self._prefix}request_key"), dtype=pl.String)
+                    is_same = found == rows["key"]
+                    tables.append(table.filter(is_same.to_arrow()))
+                    places += rows["at"].filter(is_same).to_list()
+                _tell_of(file, self._tell)
         order = sorted(range(len(places)), key=places.__getitem__)
         answers = arrow.take(pa.concat_tables(tables), pa.array(order, pa.int64()))
         return [places[at] for at in order], answers
-
-    def _opened(self, source: Source, file: ResultFile | None) -> ResultFile:
-        """The file of a source; mostly many row groups of one file are asked for in a row."""
-        path = self._storage.path(source.name)
-        if file is not None and file.path == path:
-            return file
-        self._let_go(file)
-        return ResultFile(path, source.chunks)
 
     def _answers(self, file: ResultFile, group: int) -> pa.Table | None:
         table = file.group(group, self._columns.names)
@@ -487,8 +474,3 @@ class AnsweredKeys:
         except pa.ArrowException:  # The footer of a part has no checksum: its types may lie.
             self._tell(f"{file.path.name}: damaged; answers in it are not used again")
             return None
-
-    def _let_go(self, file: ResultFile | None) -> None:
-        if file is not None:
-            file.close()
-            _tell_of(file, self._tell)

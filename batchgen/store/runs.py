@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from batchgen.storage import LocalStorage
 
+_ADVICE = "wait for it, or take the job from a frozen one with --steal"
 _TRIES, _TRY_S = 4, 0.02
 _WAIT_S = 0.5
 
@@ -50,10 +51,11 @@ class RunLock:
         self._run_id = run_id
         self._descriptor: int | None = None
 
-    def acquire(self, *, steal: bool = False) -> None:
+    def acquire(self, *, steal: bool = False, advice: str = _ADVICE) -> None:
         """Take the lock.
 
         Args:
+            advice: What to do where another run holds it, for the error's text.
             steal: Go on without it if another run holds it. Safe, since the claim fences that
                 run; it only wastes what both compute.
 
@@ -79,7 +81,7 @@ class RunLock:
             msg = (
                 f"{self._path.parent.parent}: run {holder.get('run_id')} (process "
                 f"{holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}) is at "
-                "work on this job; wait for it, or take the job from a frozen one with --steal"
+                f"work on this job; {advice}"
             )
             raise BusyError(msg)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import BusyError, OutputError
+from batchgen.core.errors import OutputError
 from batchgen.pipeline.progress import duration, num_inside
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshots
@@ -392,16 +392,7 @@ def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
     if dry_run:
         return [_line(ledger, manifest) for manifest in snapshots.beyond(ledger, keep)]
     lock = RunLock(storage, f"prune-{new_run_id(utc_now())}")
-    try:
-        lock.acquire()
-    except BusyError as error:
-        holder = lock.holder() or {}
-        msg = (
-            f"{root}: run {holder.get('run_id')} (process {holder.get('pid')} on "
-            f"{holder.get('host')}, since {holder.get('since')}) is at work on this job; prune "
-            "when it has ended"
-        )
-        raise BusyError(msg) from error
+    lock.acquire(advice="prune when it has ended")
     try:
         lines = {found.number: _line(ledger, found) for found in ledger.manifests()}
         return [lines[manifest.number] for manifest in snapshots.prune(ledger, keep)]

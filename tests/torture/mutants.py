@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant(
         "resume by count",
         "batchgen/pipeline/reuse.py",
-        (("- durable.done(number)\n", "- Ranges.until(len(durable.done(number)))\n"),),
+        (("- durable.done(number))\n", "- Ranges.until(len(durable.done(number))))\n"),),
         SWEEP,
         "new/kill before",
     ),
@@ -209,7 +209,7 @@ MUTANTS = (
     ),
     Mutant(
         "a copied answer stands beside another row's columns",
-        "batchgen/pipeline/copies.py",
+        "batchgen/pipeline/computing.py",
         (
             (
                 "request.ordinal, batch.carried, request.index)",

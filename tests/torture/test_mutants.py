@@ -10,6 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.torture.harness import REPO
 from tests.torture.mutants import MUTANTS, Mutant
 
@@ -59,6 +61,12 @@ def prove(root: Path, proof: tuple[str, ...], only: str) -> tuple[int, str, floa
         check=False,
     )
     return done.returncode, done.stdout, time.monotonic() - began_s
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_bug_can_be_planted(mutant: Mutant) -> None:
+    text = (REPO / mutant.file).read_text(encoding="utf-8")
+    assert [text.count(old) for old, _ in mutant.changes] == [1] * len(mutant.changes)
 
 
 def test_every_planted_bug_is_caught_and_the_code_without_them_is_green(tmp_path: Path) -> None:
