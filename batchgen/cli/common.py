@@ -112,36 +112,31 @@ class Number(click.FloatRange):
         return number
 
 
-def stop_on_signals(ask: Callable[[int, Any], None]) -> None:
-    """Have SIGTERM, Ctrl-C and the end of the terminal ask for a stop.
+def stop_on_signals(ask: Callable[[], str | None]) -> None:
+    """Have SIGTERM, Ctrl-C and the end of the terminal ask for a stop, and answer at once.
 
     Args:
-        ask: Gets the signal and its frame.
+        ask: Asks for it. Returns what is said of it, if anything; `{again}` in it is what the
+            person does once more.
     """
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
+
+    def handle(signum: int, _: object) -> None:
+        if text := ask():
+            again = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+            line = f"batchgen: {text.format(again=f'{again} again')}\n"
+            # To the descriptor: sys.stderr may be in the middle of a line of the progress, and
+            # refuses to be entered again.
+            with contextlib.suppress(OSError):
+                os.write(2, ("\n" if os.isatty(2) else "").encode() + line.encode())
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # As under nohup.
-        signal.signal(signal.SIGHUP, ask)
-
-
-def say_stopping(text: str, signum: int) -> None:
-    """Answer a signal at once: what the run does about it, and what a second one would do.
-
-    Writes to the descriptor: sys.stderr may be in the middle of a line of the progress, and
-    refuses to be entered again.
-
-    Args:
-        text: `{again}` in it is what the person does once more.
-        signum: The signal.
-    """
-    again = "Ctrl-C again" if signum == signal.SIGINT else f"{signal.Signals(signum).name} again"
-    line = f"batchgen: {text.format(again=again)}\n"
-    with contextlib.suppress(OSError):  # Nobody reads it, and the run is to drain all the same.
-        os.write(2, ("\n" if os.isatty(2) else "").encode() + line.encode())
+        signal.signal(signal.SIGHUP, handle)
 
 
 def rows_in_flight(grace_s: float) -> str:
-    """What a stopping run does about them, for `say_stopping`."""
+    """What a stopping run does about them, for `stop_on_signals`."""
     if not grace_s:
         return "rows in flight are left to the next run"
     return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"

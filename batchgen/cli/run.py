@@ -18,7 +18,6 @@ from batchgen.cli.common import (
     reading,
     rows_in_flight,
     say,
-    say_stopping,
     stop_on_signals,
     table,
 )
@@ -155,17 +154,16 @@ def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
     """
     from batchgen.pipeline.context import Stop
 
-    def ask(signum: int, _: object) -> None:
+    def ask() -> str:
         is_first = stop.state is Stop.NO
         stop.ask()
         if not is_first and not stop.is_heard:
             raise KeyboardInterrupt  # Planning or publishing: nothing that could be drained.
         if not is_first:
-            say_stopping("stopping now; rows in flight are left to the next run", signum)
-        elif stop.is_heard:
-            say_stopping(f"stopping: {rows_in_flight(grace_s)}", signum)
-        else:
-            say_stopping("stopping after this step; {again} to stop at once", signum)
+            return "stopping now; rows in flight are left to the next run"
+        if stop.is_heard:
+            return f"stopping: {rows_in_flight(grace_s)}"
+        return "stopping after this step; {again} to stop at once"
 
     stop_on_signals(ask)
 
@@ -336,11 +334,10 @@ def _stop_search_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
         grace_s: How long the rows in flight have.
     """
 
-    def ask(signum: int, _: object) -> None:
+    def ask() -> str | None:
         is_first = not stops.is_asked
         if not stops.ask():
             raise KeyboardInterrupt
-        if is_first:
-            say_stopping(f"stopping with this trial: {rows_in_flight(grace_s)}", signum)
+        return f"stopping with this trial: {rows_in_flight(grace_s)}" if is_first else None
 
     stop_on_signals(ask)
