@@ -34,7 +34,6 @@ from batchgen.core.records import RowError
 from batchgen.source.columns import fits, is_json, override, parse_field
 from batchgen.source.reading import (
     Rows,
-    Scan,
     make_batch,
     mismatch,
     shape_of,
@@ -43,6 +42,7 @@ from batchgen.source.reading import (
 )
 from batchgen.source.text import (
     MAX_LINE_BYTES,
+    Scan,
     digest_prefix,
     in_batches,
     iter_lines,

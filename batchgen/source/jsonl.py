@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from batchgen.core.ranges import Ranges
     from batchgen.core.records import RowBatch
-    from batchgen.source.reading import ReadSpec, Scan, Shape
+    from batchgen.source.reading import ReadSpec, Shape
+    from batchgen.source.text import Scan
 
 SAMPLE_FILES = 20
 SAMPLE_ROWS = 1000

@@ -19,8 +19,8 @@ from batchgen.core.records import RowError
 from batchgen.source import text as lines
 from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.files import open_input, stat_input
-from batchgen.source.reading import Rows, Scan, make_batch, shape_of, taken, to_values
-from batchgen.source.text import PARQUET_MAGIC, binary_looks_like
+from batchgen.source.reading import Rows, make_batch, shape_of, taken, to_values
+from batchgen.source.text import PARQUET_MAGIC, Scan, binary_looks_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

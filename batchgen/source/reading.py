@@ -22,17 +22,7 @@ from batchgen.source.columns import to_array, type_word
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.source.text import LineIndexes
-
-
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """What one pass over a file finds; the plan freezes it."""
-
-    num_rows: int
-    """Physical rows: lines of JSONL with blank and bad ones, records of CSV, rows of Parquet."""
-    digest: str
-    """sha256 of all raw bytes, compressed ones as they are."""
+    from batchgen.source.text import LineIndexes, Scan
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from batchgen.core.errors import SourceError
 from batchgen.job.paths import is_url
 from batchgen.source.files import open_input, stat_input
-from batchgen.source.reading import Scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -227,6 +227,16 @@ NO_DIGEST = bytes(DIGEST_BYTES)
 """The digest of a row that nothing is known of: equal to no row, itself included."""
 MAX_BATCH_BYTES = 32 << 20
 """A batch is handed out once it holds this much, however few its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What one pass over a file finds; the plan freezes it."""
+
+    num_rows: int
+    """Physical rows: lines of JSONL with blank and bad ones, records of CSV, rows of Parquet."""
+    digest: str
+    """sha256 of all raw bytes, compressed ones as they are."""
 
 
 def scan_lines(path: str, on_text: Callable[[bytes], object] = len) -> Scan:
