@@ -68,6 +68,14 @@ def test_what_is_linked_or_named_in_the_repository_exists(path: Path) -> None:
     assert [name for name in named if not any(docs.ROOT.glob(name))] == []
 
 
+def test_the_rows_way_in_the_internals_goes_through_modules_that_exist() -> None:
+    text = (docs.ROOT / "docs" / "internals.md").read_text()
+    figure = text.partition("## The way of a row")[2].partition("Read `")[0]
+    named = re.findall(r"\b(\w+/[\w/]+\.py)", figure)
+    assert len(named) > 15
+    assert [name for name in named if not (docs.ROOT / "batchgen" / name).exists()] == []
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_page_is_in_the_navigation(path: Path) -> None:
     assert path.relative_to(docs.ROOT / "docs").as_posix() in NAVIGATION
