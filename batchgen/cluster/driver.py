@@ -44,10 +44,10 @@ from batchgen.core.ranges import Ranges, RowSet
 from batchgen.core.records import Request, RowError
 from batchgen.engine.base import failed
 from batchgen.engine.order import held_bytes
-from batchgen.pipeline.committer import OpenPart
 from batchgen.pipeline.context import Stop
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.run_stats import Counts
+from batchgen.pipeline.runner import OpenPart
 from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:

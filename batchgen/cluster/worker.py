@@ -38,8 +38,7 @@ from batchgen.cluster.messages import (
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.pipeline.committer import footer_facts
-from batchgen.pipeline.compute import Stages
+from batchgen.pipeline.compute import Stages, footer_facts
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.prepare import check
@@ -58,8 +57,8 @@ if TYPE_CHECKING:
     from batchgen.core.errors import StorageError
     from batchgen.core.records import EngineSpec, Request
     from batchgen.engine.supervised import Build
-    from batchgen.pipeline.committer import OpenPart
     from batchgen.pipeline.feeder import FeedBatch
+    from batchgen.pipeline.runner import OpenPart
 
 _LOOK_S = 0.2
 _CLOSE_S = 10.0

@@ -2,7 +2,7 @@
 
     Feeder thread      read -> build requests -> queue or order        feeder
     Runner (caller)    engine <-> loop, judge, retry                   runner
-    Committer thread   open part -> Parquet part                       committer
+    Committer thread   open part -> Parquet part                       runner
 
 `Stages` makes these three for a loop, wherever its engine is. The other implementation of
 `Compute` is `cluster.compute`. Nothing here or below knows of it: whoever makes a `JobRun` names
@@ -19,6 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+import pyarrow.compute as pc
+
+from batchgen import __version__
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
@@ -28,12 +31,11 @@ from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import engine_gpus
 from batchgen.job.recipe import Seeds
-from batchgen.pipeline.committer import Committer
 from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.progress import RUNNING, watching
 from batchgen.pipeline.run_stats import Way, advise
-from batchgen.pipeline.runner import Runner
+from batchgen.pipeline.runner import Committer, Runner
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.books import PARTS
 from batchgen.store.parts import PartContext, PartWriter
@@ -45,16 +47,17 @@ if TYPE_CHECKING:
     from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Request, RowBatch
     from batchgen.engine.supervised import Build
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.committer import Commits, OpenPart
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.feeder import FeedBatch, Passing
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.progress import Look
     from batchgen.pipeline.run_stats import RunStats
+    from batchgen.pipeline.runner import OpenPart
     from batchgen.source.text import LineIndexes
     from batchgen.store.books import Epoch, Plan
     from batchgen.store.dedupe import Sieve
     from batchgen.store.ledger import Ledger
+    from batchgen.store.reuse import Piece
 
     Rows = RowSet
     TakeOver = Callable[[Callable[[], None]], Rows]
@@ -212,6 +215,74 @@ def _past_lengths(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int
         with suppress(StorageError), ResultFile(ledger.storage.path(file.name)) as rows:
             for _, table in rows.groups(names):
                 yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
+
+
+class Commits:
+    """Makes rows of this process durable, in the committer's thread."""
+
+    def __init__(self, context: RunContext, epoch: Epoch, writer: PartWriter) -> None:
+        """Bind to the run's claim; `writer` numbers the parts."""
+        self._context = context
+        self._epoch = epoch
+        self._writer = writer
+        self._stats = context.stats
+
+    def _check(self) -> None:
+        self._context.lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
+        self._context.ledger.check_fence(self._epoch)
+
+    def computed(self, part: OpenPart, facts: EngineFacts | None) -> None:
+        """Commit results of the engine.
+
+        Raises:
+            FencedError: Another run has taken over.
+            StorageError: Not durable; may be tried again.
+        """
+        began_s = time.monotonic()
+        self._check()
+        self._writer.commit(part.results, part.skipped, footer_facts(facts))
+        self._stats.num_committed += len(part.results)
+        self._stats.num_committed += part.skipped.num_rows
+        self._stats.num_parts += 1
+        self._context.note_commit(time.monotonic() - began_s)
+
+    def taken(self, piece: Piece) -> None:
+        """Commit rows that another row or plan has had answered.
+
+        Raises:
+            FencedError: Another run has taken over.
+            StorageError: Not durable; may be tried again.
+        """
+        if not piece.table.num_rows and not piece.skipped:
+            return
+        self._check()
+        facts = {"batchgen": __version__, **({"engine": piece.engine} if piece.engine else {})}
+        self._writer.commit_table(piece.table, piece.skipped, facts)
+        self._stats.num_parts += 1
+        self._count(piece)
+
+    def _count(self, piece: Piece) -> None:
+        taken = self._context.taken
+        status = piece.table.column(f"{self._context.job.output.prefix}status")
+        num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
+        num_skipped = sum(len(rows) for rows in piece.skipped.values())
+        taken.num_ok += num_ok
+        taken.num_errors += piece.table.num_rows - num_ok
+        taken.num_skipped += num_skipped
+        taken.num_rows += piece.table.num_rows + num_skipped
+        self._stats.num_resumed += piece.table.num_rows + num_skipped
+
+
+def footer_facts(facts: EngineFacts | None) -> dict[str, str]:
+    """Who answered, for the footer of a part; `facts` is None where no engine was ever up."""
+    if facts is None:
+        return {"batchgen": __version__}
+    return {
+        "batchgen": __version__,
+        "engine": facts.name,
+        "version": facts.version,
+        "device": facts.device,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,7 @@ from batchgen.core.errors import AccountingError
 from batchgen.core.expressions import RowTest, parse_row_test
 from batchgen.core.ranges import RowSet
 from batchgen.core.records import Request
-from batchgen.pipeline.committer import Commits
-from batchgen.pipeline.compute import Stages, Work
+from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.reuse import (
     Takeover,
     answered_keys,

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.ranges import NO_ROWS, Ranges, RowSet
-from batchgen.pipeline.committer import Committer
+from batchgen.pipeline.runner import Committer
 from batchgen.store.books import Durable
 from batchgen.store.dedupe import KnownKeys
 from batchgen.store.matching import (
@@ -45,7 +45,7 @@ from batchgen.store.visible import damage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from batchgen.pipeline.committer import Commits
+    from batchgen.pipeline.compute import Commits
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import LocalStorage

@@ -14,15 +14,18 @@ exactly once is `SupervisedEngine`'s promise; nobody counts again here.
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 from collections import deque
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from batchgen.answers.validate import final
 from batchgen.core.collector import rare_collection
-from batchgen.core.errors import BatchgenError
+from batchgen.core.errors import BatchgenError, StorageError
 from batchgen.core.ranges import RowSet
-from batchgen.pipeline.committer import OpenPart
 from batchgen.pipeline.context import Stop
 
 if TYPE_CHECKING:
@@ -32,13 +35,39 @@ if TYPE_CHECKING:
     from batchgen.core.records import Completion, Request, Result
     from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import RunConfig
-    from batchgen.pipeline.committer import Committer
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.feeder import FeedBatch, Feeder
     from batchgen.pipeline.run_stats import RunStats
 
 _IDLE_WAIT_S = 0.05
 _STEP_WAIT_S = 0.2
+# Begin a commit a little early: a row is to be durable, not merely sent, within flush_s.
+_FLUSH_EARLY = 0.8
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.1, 10.0
+
+Pending = TypeVar("Pending")
+"""What one commit makes durable."""
+
+
+@dataclass(slots=True)
+class OpenPart:
+    """Finished rows that are not durable yet."""
+
+    results: list[Result] = field(default_factory=list)
+    skipped: RowSet = field(default_factory=RowSet)
+    since_s: float | None = None
+    num_bytes: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.since_s is not None
+
+    def is_due(self, now_s: float, run: RunConfig) -> bool:
+        """Whether it is time to commit."""
+        return self.since_s is not None and (
+            len(self.results) >= run.flush_rows
+            or self.num_bytes >= run.flush_mib * 2**20
+            or now_s - self.since_s >= run.flush_s * _FLUSH_EARLY
+        )
 
 
 class Runner:
@@ -230,3 +259,89 @@ class Runner:
             self._flush()
         with suppress(BatchgenError):
             self._committer.close()
+
+
+class Committer(Generic[Pending]):
+    """Makes parts durable in a thread, so that no disk ever makes the engine wait.
+
+    A disk in trouble (full, over quota, I/O error) gets time to recover: the part stays in
+    memory and its commit is tried again, which is safe because a put is idempotent.
+    """
+
+    def __init__(
+        self,
+        commit: Callable[[Pending], None],
+        grace_s: float,
+        on_retry: Callable[[StorageError], None],
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            commit: Runs in the thread, one part at a time; may be repeated for the same part.
+            grace_s: How long to go on trying a commit that the disk refuses.
+            on_retry: Told of each refusal, in the thread.
+        """
+        self._commit = commit
+        self._grace_s = grace_s
+        self._on_retry = on_retry
+        # One part waiting while one is written: more would only be memory.
+        self._queue: queue.Queue[Pending | None] = queue.Queue(1)
+        self._error: BaseException | None = None
+        self._give_up = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
+        self._thread.start()
+
+    def put(self, part: Pending, timeout_s: float | None) -> bool:
+        """Hand a part over; False if another one was still waiting when the time was up.
+
+        Raises:
+            BatchgenError: What an earlier commit raised.
+        """
+        self.check()
+        try:
+            self._queue.put(part, timeout=timeout_s)
+        except queue.Full:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raise what a commit raised, if any did."""
+        if self._error is not None:
+            raise self._error
+
+    def hurry(self) -> None:
+        """Grant a refusing disk no more time: what it does not take now is done again."""
+        self._give_up.set()
+
+    def close(self) -> None:
+        """Wait until everything handed over is durable, or has failed.
+
+        Raises:
+            BatchgenError: What a commit raised.
+        """
+        self._queue.put(None)
+        self._thread.join()
+        self.check()
+
+    def _work(self) -> None:
+        while (part := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # Keep taking, so that nobody blocks on a committer that gave up.
+            try:
+                self._commit_patiently(part)
+            except BaseException as error:  # noqa: BLE001 - raised again in the runner's thread
+                self._error = error
+
+    def _commit_patiently(self, part: Pending) -> None:
+        give_up_s = time.monotonic() + self._grace_s
+        wait_s = _RETRY_FIRST_S
+        while True:
+            try:
+                self._commit(part)
+            except StorageError as error:
+                if time.monotonic() + wait_s > give_up_s or self._give_up.wait(wait_s):
+                    raise
+                self._on_retry(error)
+                wait_s = min(2 * wait_s, _RETRY_MOST_S)
+            else:
+                return

@@ -20,11 +20,10 @@ from batchgen.core.records import EngineSpec, RowError
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.job.model import RunConfig
 from batchgen.job.recipe import Seeds
-from batchgen.pipeline.committer import Committer, OpenPart
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.runner import Runner
+from batchgen.pipeline.runner import Committer, OpenPart, Runner
 from tests import fakes
 from tests.fakes import (
     FACTS,
