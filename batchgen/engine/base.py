@@ -9,7 +9,7 @@ slow row: there is no batch and no barrier at this seam.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from batchgen.core.errors import ConfigError, one_line
 from batchgen.core.records import Completion, RowError
@@ -48,6 +48,16 @@ class EngineRequest(Protocol):
     @property
     def lora(self) -> str | None:
         """Name of an adapter of the spec's, or None."""
+
+
+class HostedRequest(NamedTuple):
+    """An `EngineRequest` that crosses the process border: nothing of its row's columns."""
+
+    request_id: int
+    prompt: Prompt
+    seed: int | None
+    params: Mapping[str, Any] | None = None
+    lora: str | None = None
 
 
 class Engine(Protocol):

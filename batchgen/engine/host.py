@@ -26,7 +26,7 @@ import time
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from batchgen.core.collector import collect_rarely
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, one_line
@@ -36,23 +36,12 @@ from batchgen.engine.devices import GpuLoad
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import NoReturn
 
-    from batchgen.core.records import EngineSpec, Prompt
+    from batchgen.core.records import EngineSpec
     from batchgen.engine.base import Engine
 
 STATS_S = 0.5
-
-
-class HostedRequest(NamedTuple):
-    """An `EngineRequest` that crosses the process border: nothing of its row's columns."""
-
-    request_id: int
-    prompt: Prompt
-    seed: int | None
-    params: Mapping[str, Any] | None = None
-    lora: str | None = None
 
 
 class Host:

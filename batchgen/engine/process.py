@@ -33,9 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats
-from batchgen.engine.base import engine_class
+from batchgen.engine.base import HostedRequest, engine_class
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
-from batchgen.engine.host import HostedRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

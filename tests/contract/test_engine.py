@@ -16,8 +16,8 @@ import pytest
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineSpec, EngineStats
+from batchgen.engine.base import HostedRequest
 from batchgen.engine.echo import EchoEngine
-from batchgen.engine.host import HostedRequest
 from batchgen.engine.process import EngineProcess, build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from tests import fakes
@@ -496,7 +496,7 @@ SAME_AS_VLLM = """
 import json, random, sys
 from types import SimpleNamespace
 from batchgen.engine.vllm.encoder import ChatStyle, encode
-from batchgen.engine.host import HostedRequest
+from batchgen.engine.base import HostedRequest
 from batchgen.engine.vllm.engine import load_tokenizer
 from batchgen.core.records import EngineSpec
 from vllm import LLM

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from batchgen.core.errors import ConfigError, EngineError
-from batchgen.engine.host import HostedRequest
+from batchgen.engine.base import HostedRequest
 from batchgen.engine.process import EngineProcess
 from tests.contract.test_engine import (
     MODEL,

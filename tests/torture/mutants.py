@@ -133,15 +133,13 @@ MUTANTS = (
                 "        self._is_admitting = False\n",
             ),
         ),
-        (
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "tests/unit/test_engine_supervised.py",
-        ),
+        (*PYTEST, "tests/unit/test_engine_supervised.py"),
+    ),
+    Mutant(
+        "an answer that comes twice is handed out twice",
+        "batchgen/engine/supervised.py",
+        (("        pop = life.held.pop\n", "        pop = life.held.get\n"),),
+        (*PYTEST, "tests/unit/test_engine_supervised.py"),
     ),
     Mutant(
         "published without balanced books",

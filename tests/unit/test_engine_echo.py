@@ -8,8 +8,8 @@ import pytest
 
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import EngineSpec
+from batchgen.engine.base import HostedRequest
 from batchgen.engine.echo import EchoEngine, read_options
-from batchgen.engine.host import HostedRequest
 
 
 def make_engine(max_tokens=16, max_in_flight=None, **options):

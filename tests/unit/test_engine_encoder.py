@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from batchgen.core.errors import EngineError, one_line
-from batchgen.engine.base import flatten_parts
-from batchgen.engine.host import HostedRequest
+from batchgen.engine.base import HostedRequest, flatten_parts
 from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, Encoder, encode
 
 PLAIN = ChatStyle(None, {})

@@ -4,7 +4,7 @@ import pytest
 
 from batchgen.core.errors import EngineDeadError
 from batchgen.core.records import EngineSpec
-from batchgen.engine.host import HostedRequest
+from batchgen.engine.base import HostedRequest
 from tests.faulty import BACKEND, FaultyEngine
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchgen.engine.base import HostedRequest
 from batchgen.engine.death import MAX_PIECES, SOLO_DEATHS, SuspectSearch, split
-from batchgen.engine.host import HostedRequest
 
 MANY = st.integers(1, 400)
 
