@@ -266,7 +266,6 @@ def test_without_its_index_a_snapshot_still_answers_by_key_and_a_plan_says_so(
     (index,) = (tmp_path / "out" / "_batchgen" / "snapshots").glob("*/index.parquet")
     damaged = bytearray(index.read_bytes())
     damaged[10] ^= 1
-    index.unlink()
     overwrite(index, damaged)
     write_lines(tmp_path / "in.jsonl", numbered(0, 21))
     plan = run_cli("plan", job, "--exact", "--json")
@@ -289,8 +288,8 @@ class NoEngine(FakeEngine):
 
 def fail_to_start(job: Path, **options: bool) -> None:
     """A run whose engine does not start, as vLLM's tells: some time after the plan is put."""
-    start: Any = lambda *_, **__: NoEngine()  # noqa: E731
-    compute = partial(OneEngine, start=start)
+    build: Any = lambda *_, **__: NoEngine()  # noqa: E731
+    compute = partial(OneEngine, build=build)
     made = load_job(job)
     with pytest.raises(EngineError, match="enforce_egar"):
         JobRun(made, stop=StopSwitch(), options=RunOptions(**options), compute=compute).run()
