@@ -76,7 +76,6 @@ class Measure:
     """Tokens that a step had to compute."""
     cached_share: float
     """Share of the prompt tokens that the prefix cache had."""
-    max_model_len: int | None = None
 
     @property
     def speed(self) -> float:
@@ -178,7 +177,6 @@ def measure(stretch: Sequence[Moment]) -> Measure | None:
         max_num_batched_tokens=last.engine.max_num_batched_tokens,
         tokens_per_step=computed / num_steps if num_steps > 0 else None,
         cached_share=cached,
-        max_model_len=facts.max_model_len,
     )
 
 

@@ -31,7 +31,7 @@ MOST_MEMORY = 0.95
 MEMORY_REACH = 0.03
 """Distance that a share of memory must keep from one that ran out."""
 MOST_SEQS, LEAST_SEQS = 4096, 16
-MOST_BATCHED, LEAST_BATCHED = 65536, 2048
+MOST_BATCHED = 65536
 
 
 class Search:
@@ -83,8 +83,8 @@ class Search:
         yield {}
         ways = [self._window, self._seqs, self._memory, self._seqs]
         if self._job.model.is_vllm:
-            ways += [self._more_batched, self._less_batched, self._prefix_caching]
-        for way in (*ways, self._fewer_seqs):
+            ways += [self._more_batched, self._prefix_caching]
+        for way in ways:
             while self._best is not None and (change := way(self._measure)):
                 settings = {**self.best.settings, **change}
                 is_known = any(trial.settings == settings for trial in self.trials)
@@ -139,24 +139,10 @@ class Search:
 
     def _more_batched(self, found: Measure) -> Settings | None:
         """A larger budget of tokens, where steps are nearly full on average."""
-        budget = self._budget(found)
+        name = "max_num_batched_tokens"
+        budget = self._value(name) or found.max_num_batched_tokens or MOST_BATCHED
         is_used = (found.tokens_per_step or 0.0) >= 0.4 * budget
-        more = 2 * budget
-        return {"max_num_batched_tokens": more} if is_used and more <= MOST_BATCHED else None
-
-    def _less_batched(self, found: Measure) -> Settings | None:
-        """A smaller budget, which leaves more memory, where a larger one did not help."""
-        budget, least = self._budget(found), max(LEAST_BATCHED, found.max_num_seqs)
-        if not self._is_gpu:  # On a CPU prompts are not cut in pieces: one must fit.
-            least = max(least, found.max_model_len or MOST_BATCHED)
-        is_used = (found.tokens_per_step or 0.0) >= 0.2 * budget
-        is_moved = "max_num_batched_tokens" in self.best.settings
-        if not is_used or is_moved or budget // 2 < least:
-            return None
-        return {"max_num_batched_tokens": budget // 2}
-
-    def _budget(self, found: Measure) -> int:
-        return self._value("max_num_batched_tokens") or found.max_num_batched_tokens or MOST_BATCHED
+        return {name: 2 * budget} if is_used and 2 * budget <= MOST_BATCHED else None
 
     def _memory(self, found: Measure) -> Settings | None:
         """More KV cache, where it is what binds."""
@@ -170,12 +156,6 @@ class Search:
         """No prefix caching, where it serves nothing."""
         is_on = self._value("enable_prefix_caching") is not False
         return {"enable_prefix_caching": False} if is_on and found.cached_share < 0.02 else None
-
-    def _fewer_seqs(self, found: Measure) -> Settings | None:
-        """The other way, where more did not help and no way has been found."""
-        fewer, is_moved = _even(found.max_num_seqs / 2), "max_num_seqs" in self.best.settings
-        is_wanted = found.is_full and not is_moved and fewer >= LEAST_SEQS
-        return {"max_num_seqs": fewer} if is_wanted else None
 
 
 def _is_better(found: Measure, best: Trial | None) -> bool:
