@@ -1,5 +1,7 @@
 """Measures the package's own build, figure by figure, against the goals: `python -m tests.house`.
 
+`--way` prints the modules that a row passes, and the frames from the command line to `step`.
+
 Sizes are read from the source. What a small job imports, and which modules its rows pass, is taken
 from a trace of a real run: three rows on the echo engine, through the command line.
 """
@@ -223,8 +225,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def way() -> str:
+    """A row's way for people: modules by room, and the stack."""
+    rooms: dict[str, list[str]] = {}
+    for name in traced()["passed"]:
+        _, room, *rest = name.split(".")
+        rooms.setdefault(room, []).append(".".join(rest))
+    lines = [f"{room:10} {', '.join(filter(None, names))}" for room, names in rooms.items()]
+    frames = (f"  {name}.{function}" for name, function in reversed(traced()["stack"]))
+    return "\n".join([*lines, "", *frames])
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--trace"]:
         _trace(Path(sys.argv[2]))
+    elif sys.argv[1:] == ["--way"]:
+        print(way())
     else:
         print(table())
