@@ -286,7 +286,7 @@ class LocalStorage:
         self.remove_path(self.path(name))
 
     def remove_path(self, path: Path) -> None:
-        """The same for a path, such as a temp file's."""
+        """Remove a file by its path, such as a temp file; absent is fine."""
         with saying_where(path):
             self._disk.unlink(path)
 

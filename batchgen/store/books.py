@@ -61,13 +61,13 @@ class Plan:
     columns: Sequence[str]
     """Every input column, `name: type`, for people."""
     schema: str
-    """The same as base64 of Arrow's IPC schema, for `source`."""
+    """The input's schema as base64 of Arrow's IPC format, for `source`."""
     carried: Sequence[str]
     segments: Sequence[Segment]
     is_cut: bool = False
     """`input.limit` was filled: files after the last segment are not wanted."""
     bases: Sequence[Base] = ()
-    """Where rows that are answered already are taken from, the newest plan first."""
+    """Plans that answered rows are taken over from, the newest first."""
     takes_errors: bool = True
     """Whether the bases' error rows are taken over like the others, or run again."""
     generation: int = 0
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def prefix(self) -> str:
-        """Goes before the names of batchgen's columns; the job file may have another by now."""
+        """What the names of batchgen's columns begin with; the job file may have another by now."""
         return str(self.job["output"]["prefix"])
 
     @property
@@ -166,7 +166,7 @@ class PublishedFile:
     num_rows: int
     size_bytes: int
     sha256: str
-    """Of all its bytes, in hex."""
+    """Hash of all its bytes, in hex."""
 
     @property
     def alias(self) -> str:
@@ -181,7 +181,7 @@ class Manifest:
     number: int
     plan_id: str
     epoch: int
-    """Of the claim that published it: no claim up to it names a part any more."""
+    """Number of the claim that published it: no claim up to it names a part any more."""
     run_id: str
     created_at: str
     files: Sequence[PublishedFile]
@@ -193,9 +193,9 @@ class Manifest:
     index: PublishedFile | None = None
     """The file that says which row of the input each published row is."""
     tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of the published rows, see `sink.tally`; the next snapshot is compared with it."""
+    """Counts of the published rows, see `parts.tally`; the next snapshot is compared with them."""
     gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    """The gate's figures, see `gate.Limit.as_dict`; `overridden` where one was let through."""
+    """The gate's figures, see `Limit.as_dict`; `overridden` where one was let through."""
 
     def imbalance(self) -> str | None:
         """What does not add up, None if all does."""
@@ -268,7 +268,7 @@ class PartFooter:
     engine: Mapping[str, Any]
     """Who answered: engine name and version, device, batchgen version."""
     tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """What the gate needs of the rows: see `sink.tally`."""
+    """Counts that the gate needs, see `parts.tally`."""
 
     @property
     def num_results(self) -> int:
@@ -316,7 +316,7 @@ _WORKER = re.compile(r"e\d+-w(\d+)")
 
 
 def folder_of(manifest: Manifest) -> str:
-    """Where the snapshot's files are."""
+    """Folder of a snapshot's files."""
     return f"{STATE}/snapshots/e{manifest.epoch:06d}"
 
 
@@ -348,7 +348,7 @@ def epoch_of(name: str) -> int:
 
 
 def number_of(name: str) -> int:
-    """Of a numbered file."""
+    """Number of a plan, a claim or a manifest."""
     return int(name.rpartition("/")[2].partition(".")[0])
 
 

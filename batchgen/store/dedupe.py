@@ -120,13 +120,13 @@ class Sieve:
         """Requests that were let pass and have not been computed."""
 
     def passing(self, requests: Sequence[Request]) -> list[Request]:
-        """Those that have to be computed."""
+        """The requests that have to be computed."""
         prefixes = [prefix_of(request.request_key) for request in requests]
         passes = self.let_pass(prefixes, [request.seed is not None for request in requests])
         return [request for request, passed in zip(requests, passes, strict=True) if passed]
 
     def let_pass(self, prefixes: Sequence[int], has_seed: Sequence[bool]) -> list[bool]:
-        """The same for requests that are told by the first 64 bits of their keys."""
+        """Whether each request, by the first 64 bits of its key, has to be computed."""
         with self._lock:
             in_base, in_own = self._base.know(prefixes), self._own.know(prefixes)
             passes = [

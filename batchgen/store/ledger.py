@@ -187,7 +187,7 @@ class Ledger:
         return self.parts(plan, names)
 
     def parts(self, plan: Plan, names: Collection[str]) -> Durable:
-        """Those of the named parts that are whole and fit the plan."""
+        """Accept those of the named parts that are whole and fit the plan."""
         rejected = self._rejected(names)
         parts: list[Part] = []
         for name in sorted(set(names) - rejected.keys()):

@@ -34,7 +34,7 @@ _BLOCK_ROWS = 2**17
 _AHEAD_ROWS = 2**17
 """How far a row may have moved to be found: at least this, at most three times as far."""
 MAX_SPANS = 500_000
-"""Of one pair of plans: beyond, rows are in such disorder that reading them costs less memory."""
+"""Most spans of a pair of plans: beyond, reading rows costs less memory than telling them apart."""
 DIGESTS = "_batchgen/rows"
 
 

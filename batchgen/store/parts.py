@@ -112,7 +112,7 @@ def _check_answer(answer: Sequence[pa.Field], fields: Sequence[pa.Field]) -> Non
 
 
 def published_schema(parts: pa.Schema) -> pa.Schema:
-    """The same without the ordinal."""
+    """Schema of published files: that of parts without the ordinal."""
     return pa.schema([field for field in parts if field.name not in {SEGMENT, ROW}])
 
 
@@ -222,7 +222,7 @@ class PartWriter:
     def commit_table(
         self, table: pa.Table, skipped: Mapping[int, Ranges], engine: Mapping[str, str]
     ) -> Part:
-        """The same for results that are a table in the part schema, in ordinal order.
+        """Make results durable that are a table in the part schema, in ordinal order.
 
         Raises:
             StorageError: Not durable; the same call may be made again.

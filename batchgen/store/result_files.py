@@ -177,7 +177,7 @@ class Index:
             raise self._damaged(why)
         groups = json.loads(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
         self.chunks = [[Chunk(*chunk) for chunk in chunks] for chunks in groups]
-        """Of each file: its row groups, and last its footer."""
+        """For each published file, its row groups and last its footer."""
 
     def __enter__(self) -> Index:
         return self
@@ -194,7 +194,7 @@ class Index:
             first += len(chunks) - 1
 
     def ordinals(self, group: int) -> pa.Table:
-        """Of one published row group, counted over all files."""
+        """Segments and rows of one published row group, counted over all files."""
         table = self._file.group(group)
         if table is None:
             raise self._damaged(str(self._file.problem))

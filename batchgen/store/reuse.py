@@ -137,7 +137,7 @@ class Wanted:
     """What to take over."""
 
     schema: pa.Schema
-    """Of parts."""
+    """Schema of parts."""
     prefix: str
     moves: Renumbering
     """Which rows, and where they go."""
@@ -311,7 +311,7 @@ class Source(NamedTuple):
     takes_errors: bool
     """Whether a row that is an error answers for rows like it."""
     chunks: Sequence[Chunk] = ()
-    """Of a published file: an answer is believed if its row group is what was written."""
+    """Hashes of a published file: an answer is believed if its row group is what was written."""
 
 
 def published_sources(
@@ -380,7 +380,7 @@ def _tell_of(file: ResultFile, tell: Callable[[str], None]) -> None:
 
 
 class AnsweredKeys:
-    """Where the answer of each request key is. Files may come, none may go."""
+    """Finds the answer of each request key. Its files must stay while it is in use."""
 
     def __init__(
         self,
@@ -410,7 +410,7 @@ class AnsweredKeys:
         self._index = self._read(sources)
 
     def _read(self, sources: Sequence[Source]) -> pl.DataFrame:
-        """Where the answers are, those that are ok first.
+        """Read where the answers are, those that are ok first.
 
         Neither sorted nor without repeats: at ten million rows, either would cost more memory than
         the places themselves.

@@ -238,16 +238,16 @@ class RunLog:
 
     @property
     def engine_log(self) -> str:
-        """Where the lines of a run's only engine go; the folder is made."""
+        """Path for the lines of a run's only engine; the folder is made."""
         return self._log_path("vllm.log")
 
     def engine_log_of(self, number: int) -> str:
-        """The same for one worker of a fleet; its engines write there one after another."""
+        """Path for the lines of one worker's engines, one after another; the folder is made."""
         return self._log_path(f"vllm-{number:02}.log")
 
     @property
     def summary_path(self) -> str:
-        """Where `finish` writes."""
+        """Path of the file that `finish` writes."""
         return str(self._storage.path(f"{self._folder}/summary.json"))
 
     @property
@@ -338,7 +338,7 @@ def new_run_id(now: datetime) -> str:
 
 
 def utc_now() -> datetime:
-    """For records only; no decision is ever made from wall time."""
+    """The time, for records only; no decision is ever made from wall time."""
     return datetime.now(tz=UTC)
 
 

@@ -154,12 +154,12 @@ class SnapshotFormat:
     """How the published files are written."""
 
     schema: pa.Schema
-    """Of the parts, ordinal included."""
+    """Schema of the parts, ordinal included."""
     prefix: str
     compression: str
     rows_per_file: int
     metadata: Mapping[bytes, bytes]
-    """Goes into every footer: job, recipe, versions."""
+    """Entries of every footer: job, recipe, versions."""
     labels: Sequence[str] = ()
     """Columns with few distinct values, without the prefix."""
 
@@ -273,7 +273,7 @@ def _in_turn(
 
 
 def _chunk_rows(readers: Sequence[_PartReader]) -> int:
-    """As many rows as have `_CHUNK_BYTES`, on average of the parts with the widest rows."""
+    """How many rows have `_CHUNK_BYTES`, on average of the parts with the widest rows."""
     widest = max((reader.row_bytes for reader in readers), default=1.0)
     return int(min(max(_CHUNK_BYTES / max(widest, 1.0), 1), _CHUNK_ROWS))
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LOOKS = 3
 _PATIENCE_S = 5.0
-"""So long without a change, and a run that is at work is not putting its files there right now."""
+"""A run at work that changed nothing for so long is not putting its files there right now."""
 _OTHER_BYTES = "its bytes are not those that were published (sha256 differs)"
 
 
