@@ -97,7 +97,7 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:
-    """A published snapshot, in input order.
+    """Read a published snapshot, in input order.
 
     Reads exactly the files that its manifest names, so that a snapshot being published right now
     is never seen half.
@@ -123,7 +123,7 @@ def load(
     *,
     tuned: bool = True,
 ) -> JobConfig:
-    """A job file, or the same tables as a mapping, checked.
+    """Load and check a job file, or the same tables as a mapping.
 
     Args:
         job: Path of a job file, or the same tables as a mapping.
@@ -142,7 +142,7 @@ def load(
 
 
 def _texts(overrides: Sequence[str]) -> Sequence[str]:
-    """The overrides; a single text, which Python takes for a sequence of letters, is one."""
+    """List the overrides; a single text, which Python takes for letters, is one of them."""
     texts = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     for text in texts:
         if not isinstance(text, str):
@@ -180,7 +180,7 @@ def _refuse(name: str, given: object, expected: str) -> NoReturn:
 
 
 def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
-    """The output folder that a job file, a mapping or a folder stands for.
+    """Find the output folder that a job file, a mapping or a folder stands for.
 
     Raises:
         ConfigError: It is no folder of batchgen's and no job either.

@@ -136,22 +136,22 @@ def stop_on_signals(ask: Callable[[], str | None]) -> None:
 
 
 def rows_in_flight(grace_s: float) -> str:
-    """What a stopping run does about them, for `stop_on_signals`."""
+    """Say what a stopping run does about them, for `stop_on_signals`."""
     if not grace_s:
         return "rows in flight are left to the next run"
     return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"
 
 
 def say(text: str) -> None:
-    """A line for people, on stderr."""
+    """Write a line for people to stderr."""
     click.echo(f"batchgen: {text}", err=True)
 
 
 def as_line(facts: Mapping[str, Any]) -> str:
-    """One JSON object on one line, as `--json` prints it."""
+    """Write one JSON object on one line, as `--json` prints it."""
     return json.dumps(facts, default=str)
 
 
 def table(rows: Mapping[str, str]) -> list[str]:
-    """Lines of a name and a text each; those without a text left out."""
+    """Write lines of a name and a text each; those without a text are left out."""
     return [f"  {name:8} {text}" for name, text in rows.items() if text]

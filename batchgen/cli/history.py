@@ -104,7 +104,7 @@ def diff(
 
 
 def _snapshot_line(line: Listed) -> str:
-    """One snapshot on one line."""
+    """Write a snapshot as one line."""
     marks = ["shown"] if line.is_shown else []
     marks += [f"over gate.{name}" for name in line.overridden]
     return (

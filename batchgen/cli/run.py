@@ -122,7 +122,7 @@ def run(
 
 
 def _ended(error: BaseException, known: Summary | None) -> Summary:
-    """The summary of a run that ended with an error; `known` is what it says of itself, if any."""
+    """Sum up a run that ended with an error; `known` is what it says of itself, if anything."""
     from batchgen.pipeline.interface import Summary, state_of
 
     if isinstance(error, BatchgenError):
@@ -135,7 +135,7 @@ def _ended(error: BaseException, known: Summary | None) -> Summary:
 
 
 def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
-    """The JSON of a run whose command line is wrong: cron reads it all the same."""
+    """Print the JSON of a run whose command line is wrong: cron reads it all the same."""
     from batchgen.pipeline.interface import Summary
 
     context = error.ctx if isinstance(error, click.UsageError) else None
@@ -169,7 +169,7 @@ def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
 
 
 def _as_text(summary: Summary, job: Path) -> str:
-    """The summary that a person reads."""
+    """Write the summary that a person reads."""
     head = summary.state.replace("_", " ")
     run = summary.run
     limited = [entry for entry in summary.gate if entry["limit"] is not None]
@@ -198,7 +198,7 @@ def _counts(summary: Summary) -> str:
 
 
 def _origins(summary: Summary) -> str:
-    """Where a run's rows come from; empty if it computed them all."""
+    """Say where a run's rows come from; empty if it computed them all."""
     if not summary.num_carried and not summary.num_copied:
         return ""
     num_computed = summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0)

@@ -187,7 +187,7 @@ class _Side:
         """Columns of labels, without the prefix, and how to read them."""
 
     def _label(self, name: str) -> pl.Expr:
-        """A label as text, null unless the row is ok; several of a row as one text.
+        """Read a label as text, null unless the row is ok; several of a row as one text.
 
         Raises:
             OutputError: The snapshot has no such column.
@@ -211,7 +211,7 @@ class _Side:
         return pl.when(is_ok).then(value.cast(pl.String))
 
     def rows(self, both: _Both) -> pl.LazyFrame:
-        """What is compared of each row: `_AT`, its keys, hashes, labels.
+        """Read what is compared of each row: `_AT`, its keys, hashes, labels.
 
         Raises:
             OutputError: It is not known which planned row each is, and no column names it.
@@ -247,12 +247,12 @@ class _Side:
         return scan(self.storage, [self.manifest.index.name])
 
     def where(self, at: int) -> str:
-        """The file and the row of the input that a published row is."""
+        """Name the file and the row of the input that a published row is."""
         segment, row = self._index().slice(at, 1).collect().row(0)
         return f"{self.plan.segments[segment].path} row {row}"
 
     def row(self, at: int) -> dict[str, Any]:
-        """A published row in full."""
+        """Read a published row in full."""
         return self.frame.slice(at, 1).collect().row(0, named=True)
 
     def check_names(self, on: Sequence[str]) -> None:
@@ -322,7 +322,7 @@ class _Both:
             side.check_names(self.on)
 
     def pairs(self) -> pl.DataFrame:
-        """Every row of both once: its class, where it stands in each, its labels in each."""
+        """Pair the rows: each of both once, its class, where it stands in each, its labels."""
         import polars as pl
 
         old, new = self.old.rows(self), self.new.rows(self)
@@ -349,7 +349,7 @@ class _Both:
         return joined.select(kind, *wanted).collect(engine="streaming")
 
     def _rekeyed(self, rows: pl.LazyFrame, spans: Sequence[Span]) -> pl.LazyFrame:
-        """Rows of the new snapshot under the keys that they had in the old; null: not there."""
+        """Give rows of the new snapshot the keys that they had in the old; null: not there."""
         import polars as pl
 
         names = ("first", "was", "length")
@@ -425,7 +425,7 @@ def _moves(both: _Both, pairs: pl.DataFrame, number: int) -> LabelMoves:
 
 
 def _examples(both: _Both, pairs: pl.DataFrame, num_rows: int) -> list[dict[str, Any]]:
-    """The first changed rows, with what differs in them."""
+    """Read the first changed rows, and what differs in them."""
     import polars as pl
 
     is_changed = pl.col(_CLASS).is_in(list(_KINDS))
@@ -495,7 +495,7 @@ def _between(
 
 
 def _gaps(spans: Sequence[Span], old: Sequence[Segment]) -> dict[tuple[int, int], int]:
-    """Where old rows stand that are in no span, and how many: (file, first row) -> number."""
+    """Find old rows that are in no span: (file, first row) -> how many."""
     found = {}
     row_of = [0] * len(old)
     for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):

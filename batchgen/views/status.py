@@ -41,7 +41,7 @@ _LEFT = {"state", "host"}
 
 
 def status_of(root: Path) -> dict[str, Any]:
-    """The job's state as one flat mapping.
+    """Look up the job's state, as one flat mapping.
 
     Returns:
         `state` is one of `new`, `running`, `interrupted`, `held_back` (by the gate), `complete`;
@@ -99,7 +99,7 @@ def status_of(root: Path) -> dict[str, Any]:
 
 
 def as_text(root: Path, facts: Mapping[str, Any]) -> str:
-    """What `status_of` found as lines for people: sentences where a value needs explaining."""
+    """Write what `status_of` found for people: sentences where a value needs explaining."""
     shown = dict(facts)
     run = dict(shown.get("run", {}))
     replicas = run.pop("replicas", [])
@@ -127,7 +127,7 @@ def _published_line(seen: Mapping[str, Any] | None) -> str:
 
 
 def _silence(run: Mapping[str, Any], age_s: float) -> str:
-    """How long a run has not been heard of, and what to make of it."""
+    """Say for how long a run has not been heard of, and what to make of it."""
     if "elapsed_s" not in run:
         means = f"{run.get('state')}, it gives none until that is done"
     elif run.get("num_left") == 0:
@@ -138,7 +138,7 @@ def _silence(run: Mapping[str, Any], age_s: float) -> str:
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested facts as lines, `run.pid` for a fact in another; what is unknown left out."""
+    """Name nested facts as `run.pid`; what is unknown is left out."""
     found: list[tuple[str, Any]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -149,12 +149,12 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def not_begun(root: Path) -> str | None:
-    """Why there is nothing to be seen of a job: it has no plan yet; None if it has one."""
+    """Say why there is nothing to be seen of a job, which has no plan yet; None if it has one."""
     return Ledger(LocalStorage(root)).why_no_plan()
 
 
 def _published(ledger: Ledger) -> dict[str, Any] | None:
-    """What readers see while the newest plan has no snapshot."""
+    """Look up what readers see while the newest plan has no snapshot."""
     manifest = ledger.latest_manifest()
     if manifest is None:
         return None
@@ -167,14 +167,14 @@ def _published(ledger: Ledger) -> dict[str, Any] | None:
 
 
 def _ended(live: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run that nobody is at any more says that it ended; one that says nothing was killed."""
+    """Say how a run ended that nobody is at any more; one that has not said it was killed."""
     end = {name: live.get(name) for name in ("run_id", "state", "reason")}
     # A run that ends writes why, were it only null (`JobRun._finish`); one at work has no reason.
     return end if not live or "reason" in live else {**end, "state": "killed", "reason": _KILLED}
 
 
 def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
-    """The live view of a run, or of the newest run that has one; and how old it is."""
+    """Read the live view of a run, or of the newest run that has one, and how old it is."""
     folders = storage.list(f"{STATE}/runs")
     if run_id is not None:
         folders = [folder for folder in folders if folder.endswith(f"/{run_id}")]
@@ -200,7 +200,7 @@ def _written_s(path: Path) -> float:
 
 
 def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None) -> pl.DataFrame:
-    """The first rows of the snapshot, or of what is durable while nothing is published.
+    """Read the first rows of the snapshot, or of what is durable while nothing is published.
 
     Args:
         root: The output folder.
@@ -233,7 +233,7 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
 
 
 def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:
-    """The plan whose rows are to be seen, and where they are; None if there are none yet."""
+    """Find the plan whose rows are to be seen, and their files; None if there are none yet."""
     if snapshot is not None:
         manifest = snapshots.snapshot(ledger, snapshot)
         return ledger.plan(snapshot), [file.name for file in manifest.files]
@@ -248,7 +248,7 @@ def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | Non
 
 
 def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of a live view's replicas; of many, those that do not run and the slowest."""
+    """Make a table of a live view's replicas; of many, those that do not run and the slowest."""
     if not rows:
         return []
     others = [row for row in rows if _state(row) != "running"]
@@ -271,7 +271,7 @@ def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    """What the replica does; one that is not heard of may do anything."""
+    """Name what the replica does; one that is not heard of may do anything."""
     is_silent = (row["look_age_s"] or 0.0) >= _SILENT_REPLICA_S
     return "silent" if is_silent else str(row["state"])
 
@@ -296,7 +296,7 @@ def _replica_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; the last column takes what is left of the width."""
+    """Align the lines of a table; the last column takes what is left of the width."""
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
     lines = [
         "  ".join(
@@ -310,18 +310,18 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A snapshot's line."""
+    """What is listed of a snapshot."""
 
     number: int
-    """Of its plan, as `--snapshot` and `diff` take it."""
+    """Number of its plan, which `--snapshot` and `diff` take."""
     published_at: str
     run_id: str
-    """Of the run that published it."""
+    """The run that published it."""
     num_ok: int
     num_errors: int
     num_files: int
     size_bytes: int
-    """Of its files and its index; hard links in the output folder cost nothing more."""
+    """Size of its files and its index; hard links in the output folder cost nothing more."""
     recipe: str
     """Fingerprint of the recipe, 32 hex digits."""
     is_shown: bool
@@ -335,7 +335,7 @@ class Listed:
 
 
 def listed(root: Path) -> list[Listed]:
-    """Every snapshot under an output folder, newest last.
+    """List the snapshots under an output folder, newest last.
 
     Raises:
         OutputError: The folder was written by another version.
