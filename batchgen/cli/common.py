@@ -142,11 +142,6 @@ def rows_in_flight(grace_s: float) -> str:
     return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"
 
 
-def say(text: str) -> None:
-    """Write a line for people to stderr."""
-    click.echo(f"batchgen: {text}", err=True)
-
-
 def as_line(facts: Mapping[str, Any]) -> str:
     """Write one JSON object on one line, as `--json` prints it."""
     return json.dumps(facts, default=str)

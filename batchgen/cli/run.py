@@ -17,11 +17,11 @@ from batchgen.cli.common import (
     job_command,
     reading,
     rows_in_flight,
-    say,
     stop_on_signals,
     table,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
+from batchgen.core.words import say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
