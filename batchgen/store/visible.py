@@ -152,7 +152,8 @@ def note_as_published(storage: LocalStorage, files: Sequence[PublishedFile]) -> 
 
 
 def _noted(storage: LocalStorage) -> Mapping[str, Sequence[int]]:
-    with suppress(ValueError):  # Never synced: a power loss may have torn it.
+    # Never synced: a power loss may have torn it. What cannot be read, the files tell as well.
+    with suppress(ValueError, StorageError):
         found = json.loads(storage.read(_NOTES) or b"{}")
         return found if isinstance(found, dict) else {}
     return {}

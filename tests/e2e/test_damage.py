@@ -266,6 +266,12 @@ def noted_torn(out: Path, new: Path) -> None:
     out.rename(new)
 
 
+def noted_unreadably(out: Path, new: Path) -> None:
+    (out / "_batchgen/seen.json").unlink()
+    (out / "_batchgen/seen.json").write_bytes(b"\xff[1, 2]")
+    out.rename(new)
+
+
 def written_by_0_1_0(out: Path, new: Path) -> None:
     (out / "_batchgen/seen.json").unlink()
     for path in out.rglob("*.parquet"):
@@ -277,7 +283,7 @@ def written_by_0_1_0(out: Path, new: Path) -> None:
     "moves",
     [
         *(copied, copied_without_times, copied_by_cp, through_tar, moved, touched),
-        *(noted_by_nobody, noted_torn, written_by_0_1_0),
+        *(noted_by_nobody, noted_torn, noted_unreadably, written_by_0_1_0),
     ],
 )
 def test_a_folder_that_was_moved_goes_on_and_is_read_once(
