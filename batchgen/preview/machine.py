@@ -126,28 +126,28 @@ def _cuda_built(torch: str) -> tuple[int, int] | None:
     return None
 
 
-def _cpu() -> tuple[str, tuple[str, ...]]:
-    name, flags = platform.processor() or platform.machine(), set()
+def _fields(path: str) -> dict[str, str]:
+    """Read a file of `key: value` lines from /proc; of equal keys the last."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n"):
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() in {"flags", "Features"}:
-                flags = set(value.split())
-                break
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        pairs = (line.partition(":") for line in lines)
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    return {}
+
+
+def _cpu() -> tuple[str, tuple[str, ...]]:
+    found = _fields("/proc/cpuinfo")
+    name = found.get("model name") or platform.processor() or platform.machine()
+    flags = set((found.get("flags") or found.get("Features", "")).split())
     return name, tuple(flag for flag in CPU_FLAGS if flag in flags)
 
 
 def _memory() -> tuple[int | None, int | None]:
     """In all and available, in bytes; of the container where it has a limit."""
-    found: dict[str, int] = {}
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            key, _, value = line.partition(":")
-            if key in {"MemTotal", "MemAvailable"}:
-                found[key] = int(value.split()[0]) * 1024
-    total, free = found.get("MemTotal"), found.get("MemAvailable")
+    total = free = None
+    with suppress(KeyError, ValueError):
+        found = _fields("/proc/meminfo")
+        total, free = (int(found[n].split()[0]) * 1024 for n in ("MemTotal", "MemAvailable"))
     with suppress(OSError, ValueError):
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
@@ -157,11 +157,9 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def _shm() -> int | None:
-    try:
-        stat = os.statvfs("/dev/shm")  # noqa: S108 - where NCCL and vLLM put what they share
-    except OSError:
-        return None
-    return stat.f_bavail * stat.f_frsize
+    with suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free  # noqa: S108 - where NCCL and vLLM share
+    return None
 
 
 def release_of(version: str | None) -> tuple[int, int]:
