@@ -277,18 +277,19 @@ class LocalStorage:
             found = [entry.name for entry in os.scandir(self.path(folder))]
         return sorted(f"{prefix}{name}" for name in found if not name.endswith(".tmp"))
 
-    def temps(self, folder: str) -> Sequence[Path]:
-        """Temp files directly under `folder`, whoever left them."""
-        return sorted(self.path(folder).glob(".*.tmp"))
+    def temps(self, folder: str) -> Sequence[str]:
+        """Full names of temp files directly under `folder`, whoever left them."""
+        prefix = f"{folder}/" if folder else ""
+        return sorted(f"{prefix}{path.name}" for path in self.path(folder).glob(".*.tmp"))
 
     def remove(self, name: str) -> None:
-        """Remove a file; absent is fine. Only for what no claim and no manifest needs."""
-        self.remove_path(self.path(name))
+        """Remove a file; absent is fine. Only for what no claim and no manifest needs.
 
-    def remove_path(self, path: Path) -> None:
-        """Remove a file by its path, such as a temp file; absent is fine."""
-        with saying_where(path):
-            self._disk.unlink(path)
+        Raises:
+            StorageError: It cannot be removed.
+        """
+        with saying_where(self.path(name)):
+            self._disk.unlink(self.path(name))
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and the files in it; absent is fine, and so is one still written to."""

@@ -110,7 +110,7 @@ class Overlay(LocalStorage):
     def settle(self, folder: str) -> None:
         """Do nothing."""
 
-    def remove_path(self, path: Path) -> None:
+    def remove(self, name: str) -> None:
         """Do nothing."""
 
     def remove_folder(self, name: str) -> None:

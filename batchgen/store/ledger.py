@@ -337,8 +337,8 @@ class Ledger:
         self._remove_old([*self.storage.list(folder), *self.storage.list(seals)], manifest.epoch)
         folders = (folder, seals, DIGESTS, "")
         for temp in (temp for name in folders for temp in self.storage.temps(name)):
-            if epoch_of(temp.name) <= manifest.epoch:
-                self.storage.remove_path(temp)
+            if epoch_of(temp) <= manifest.epoch:
+                self.storage.remove(temp)
         named = {folder_of(manifest) for manifest in self.manifests()}
         for name in self.storage.list(f"{STATE}/snapshots"):
             if epoch_of(name) <= manifest.epoch and name not in named:

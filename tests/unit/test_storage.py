@@ -114,7 +114,7 @@ def test_a_pending_file_gets_its_name_once(storage):
 def test_a_pending_file_whose_temp_is_gone_is_a_storage_error(storage):
     pending = storage.begin(NAME)
     for temp in storage.temps("_batchgen/epochs"):
-        temp.unlink()
+        storage.remove(temp)
     with pytest.raises(StorageError, match=r"000001\.json: No such file or directory; what was"):
         pending.commit()
     assert storage.read(NAME) is None
@@ -127,7 +127,7 @@ def test_list_gives_full_names_sorted_without_temps(storage):
     storage.put_if_absent("y", b"")
     assert storage.list("x") == ["x/a", "x/b", "x/c"]
     assert storage.list("") == ["x", "y"]
-    assert [path.name for path in storage.temps("x")] == [".e.run-a-4.tmp"]
+    assert storage.temps("x") == ["x/.e.run-a-4.tmp"]
 
 
 def test_remove_is_fine_with_what_is_absent(storage):
