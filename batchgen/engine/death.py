@@ -38,6 +38,22 @@ MAX_PIECES = 8
 SOLO_DEATHS = 2
 """One could be chance: a node that fails, an operator's kill."""
 
+MAX_ROWS = 1000
+MAX_LOG_LINES = 60
+MAX_IN_A_ROW = 10
+MAX_BLAMED_IN_A_ROW = 3
+MAX_AT_FIRST = 10
+COMPLETIONS_PER_DEATH = 100
+DEATHS_PER_CULPRIT = 10
+"""A search takes 7 or 8; see `SuspectSearch`."""
+OUT_OF_MEMORY = ("out of memory", "bad_alloc", "MemoryError", "OutOfMemoryError", "SIGKILL")
+"""CUDA's and the host's; the kernel's OOM killer leaves no other word than its signal."""
+TAIL_BYTES = 256 << 10
+_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [^\]]*\] )?")
+_CAUSE = re.compile(r"^(?!batchgen\.)[A-Za-z_][\w.]*(Error|Exception|Interrupt): .+")
+VAGUE = ("Engine core initialization failed", "EngineCore encountered an issue")
+"""vLLM's own summaries, which only say to look further up: v1/engine/utils.py, 0.26 to 0.33."""
+
 
 class _Group(NamedTuple):
     requests: Sequence[Request]
@@ -112,18 +128,6 @@ def split(requests: Sequence[Request]) -> list[Sequence[Request]]:
     num_pieces = min(MAX_PIECES, len(requests))
     cuts = [len(requests) * number // num_pieces for number in range(num_pieces + 1)]
     return [requests[start:end] for start, end in pairwise(cuts)]
-
-
-MAX_ROWS = 1000
-MAX_LOG_LINES = 60
-MAX_IN_A_ROW = 10
-MAX_BLAMED_IN_A_ROW = 3
-MAX_AT_FIRST = 10
-COMPLETIONS_PER_DEATH = 100
-DEATHS_PER_CULPRIT = 10
-"""A search takes 7 or 8; see `SuspectSearch`."""
-OUT_OF_MEMORY = ("out of memory", "bad_alloc", "MemoryError", "OutOfMemoryError", "SIGKILL")
-"""CUDA's and the host's; the kernel's OOM killer leaves no other word than its signal."""
 
 
 class RowInFlight(NamedTuple):
@@ -233,13 +237,6 @@ def ask_less(spec: EngineSpec, facts: EngineFacts | None) -> EngineSpec:
         kwargs["max_num_seqs"] = max(1, int(before) // 2)
     held = spec.max_in_flight
     return replace(spec, model_kwargs=kwargs, max_in_flight=max(1, held // 2) if held else None)
-
-
-TAIL_BYTES = 256 << 10
-_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [^\]]*\] )?")
-_CAUSE = re.compile(r"^(?!batchgen\.)[A-Za-z_][\w.]*(Error|Exception|Interrupt): .+")
-VAGUE = ("Engine core initialization failed", "EngineCore encountered an issue")
-"""vLLM's own summaries, which only say to look further up: v1/engine/utils.py, 0.26 to 0.33."""
 
 
 def is_vague(text: str) -> bool:

@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 NVML_MEMORY_V2 = 0x2000028
 """nvmlMemory_v2: size of the struct, 40 bytes, and its version in the top byte."""
 
+EVERY_S = 2.0
+"""Between two readings of `GpuLoad`: each takes up to some milliseconds of the engine's thread."""
+WAIT_S = 1800.0
+"""How long `turn_to_start` waits for all that are before us, minutes each; then we start all the
+same, lest one that hangs stops everybody."""
+_TRY_S = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
@@ -249,10 +256,6 @@ def _text(value: str | bytes) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-EVERY_S = 2.0
-"""A reading takes up to some milliseconds of the thread that feeds the engine."""
-
-
 class GpuLoad:
     """Reads now and then, and keeps what it read."""
 
@@ -301,12 +304,6 @@ class GpuLoad:
             except self._nvml.NVMLError:  # A MIG slice does not tell; neither does a lost GPU.
                 self._handles, self._busy = [], None
         return self._busy
-
-
-WAIT_S = 1800.0
-"""For all that are before us, minutes each; then we start all the same, lest one that hangs stops
-everybody."""
-_TRY_S = 0.1
 
 
 def turn_file(environment: Mapping[str, str], folder: Path | None = None) -> Path:

@@ -32,6 +32,19 @@ MIN_SEEN = 8
 BYTES_A_TOKEN = 4
 """Of English text, roughly; a wrong guess shifts all sizes alike."""
 
+SAMPLE_ROWS = 2048
+MIN_SHARED = 128
+"""Bytes that a prompt must share, on average, with its neighbour in sorted order, beyond what all
+share: about two blocks of the prefix cache, 16 tokens each."""
+MIN_OCTAVES = 2
+"""Answers whose expected lengths differ by less are all alike."""
+KEY_BYTES = 4096
+SAMPLE_BYTES = 16 << 10
+"""Of each text of the sample."""
+TAKE_ROWS = 1024
+TAKE_BYTES = 16 << 20
+"""What is taken lies in memory a second time until the engine has it."""
+
 
 class Lengths(NamedTuple):
     """What is known of the lengths of a job's answers."""
@@ -98,20 +111,6 @@ def mean_lengths(seen: Iterable[tuple[int | None, int | None]]) -> dict[int, flo
             entry[0] += 1
             entry[1] += num_output
     return {key: total / num for key, (num, total) in sums.items() if num >= MIN_SEEN}
-
-
-SAMPLE_ROWS = 2048
-MIN_SHARED = 128
-"""Bytes that a prompt must share, on average, with its neighbour in sorted order, beyond what all
-share: about two blocks of the prefix cache, 16 tokens each."""
-MIN_OCTAVES = 2
-"""Answers whose expected lengths differ by less are all alike."""
-KEY_BYTES = 4096
-SAMPLE_BYTES = 16 << 10
-"""Of each text of the sample."""
-TAKE_ROWS = 1024
-TAKE_BYTES = 16 << 20
-"""What is taken lies in memory a second time until the engine has it."""
 
 
 class Reach(NamedTuple):

@@ -72,6 +72,8 @@ RENDERING_S = 0.1
 CORE_DIED = "vLLM's engine core died"
 NOT_ANSWERS = frozenset({"abort", "error", None})
 
+WATCH_S = 0.2
+
 
 class _Admitted(NamedTuple):
     encoded: Encoded
@@ -346,9 +348,6 @@ def _dead_error_type() -> type[Exception]:
     except ImportError:
         return EngineDeadError
     return VllmEngineDeadError  # type: ignore[no-any-return]
-
-
-WATCH_S = 0.2
 
 
 class SchedulerWatch:

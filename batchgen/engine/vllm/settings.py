@@ -72,6 +72,20 @@ CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
+ARGS, LLM = Path("engine", "arg_utils.py"), Path("entrypoints", "llm.py")
+SETTINGS = "[model]"
+SAMPLING = "[sampling]"
+MAX_CHARS = 500
+_INIT, _START = "LLM.__init__", "LLMEngine.from_engine_args"
+_CONFIG = "EngineArgs.create_engine_config"
+_PARAMS = "SamplingParams.__post_init__"
+_UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
+_PREFIX = re.compile(r"^(Value error|Assertion failed), ")
+_MACHINES = re.compile(r"available GPUs|device count", re.IGNORECASE)
+"""Of a GPU that is gone, not of the job: vllm/config/parallel.py, _verify_args, 0.26 to 0.33."""
+_short = Repr()
+_short.maxstring = 60
+
 
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is one for CPUs, or there is none; found without importing it."""
@@ -221,9 +235,6 @@ def read_lora_rank(name: str, folder: Path) -> int:
         raise EngineError(problem) from exc
 
 
-ARGS, LLM = Path("engine", "arg_utils.py"), Path("entrypoints", "llm.py")
-
-
 def known_keywords() -> frozenset[str] | None:
     """Every keyword of the installed vLLM's `LLM(...)`; None if they cannot be told."""
     try:
@@ -272,20 +283,6 @@ def _parameters(body: Iterable[ast.stmt]) -> Iterator[str]:
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             yield from (arg.arg for arg in (*node.args.args[1:], *node.args.kwonlyargs))
-
-
-SETTINGS = "[model]"
-SAMPLING = "[sampling]"
-MAX_CHARS = 500
-_INIT, _START = "LLM.__init__", "LLMEngine.from_engine_args"
-_CONFIG = "EngineArgs.create_engine_config"
-_PARAMS = "SamplingParams.__post_init__"
-_UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
-_PREFIX = re.compile(r"^(Value error|Assertion failed), ")
-_MACHINES = re.compile(r"available GPUs|device count", re.IGNORECASE)
-"""Of a GPU that is gone, not of the job: vllm/config/parallel.py, _verify_args, 0.26 to 0.33."""
-_short = Repr()
-_short.maxstring = 60
 
 
 def start_error(exc: Exception) -> ConfigError | EngineError:
