@@ -124,6 +124,7 @@ def test_a_quote_that_is_not_closed_costs_every_line_that_hangs_on_it(
         "1\n2, 3\n4, 5",
         "{\n 'a': 1,\n 'b': 2\n}",
         "7,8\n9,10",
+        "seven\n8,nine",
         "\n\n\n",
         'say "hi",\nsay "ho",\nsay ""',
     ],
