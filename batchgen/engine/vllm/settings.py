@@ -32,7 +32,7 @@ from batchgen.core.errors import ConfigError, EngineError, nearest, one_line
 from batchgen.engine.devices import vllm_build
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from types import FrameType
 
     from batchgen.core.records import EngineSpec
@@ -260,29 +260,24 @@ def read_keywords(package: Path) -> frozenset[str] | None:
         trees = [ast.parse((package / path).read_bytes()) for path in (ARGS, LLM)]
     except (OSError, ValueError, SyntaxError, RecursionError):
         return None
-    args, llm = _class(trees[0], "EngineArgs"), _class(trees[1], "LLM")
+    nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    classes = {node.name: node for node in nodes}
+    args, llm = classes.get("EngineArgs"), classes.get("LLM")
     if args is None or llm is None or args.bases:
         return None
-    own = set(_parameters(llm.body))
-    fields = {name for name, kind in _fields(args.body) if "ClassVar" not in kind}
+    own = {
+        parameter.arg
+        for node in llm.body
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+        for parameter in (*node.args.args[1:], *node.args.kwonlyargs)
+    }
+    fields = {
+        node.target.id
+        for node in args.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if "ClassVar" not in ast.unparse(node.annotation)
+    }
     return frozenset(own | fields) if own and fields else None
-
-
-def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
-    found = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
-    return next(found, None)
-
-
-def _fields(body: Iterable[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, ast.unparse(node.annotation)
-
-
-def _parameters(body: Iterable[ast.stmt]) -> Iterator[str]:
-    for node in body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            yield from (arg.arg for arg in (*node.args.args[1:], *node.args.kwonlyargs))
 
 
 def start_error(exc: Exception) -> ConfigError | EngineError:
@@ -346,9 +341,6 @@ def _problems(exc: Exception) -> list[str]:
         name = str(error["loc"][0]) if error["loc"] else ""
         what = f"{name} = {_short.repr(error['input'])}" if name else "the settings"
         # Of a field with several types there is an error for each: the first names the values.
-        told.setdefault(name or error["msg"], f"vLLM refuses {what}: {_text(error['msg'])}")
+        why = _PREFIX.sub("", error["msg"])
+        told.setdefault(name or error["msg"], f"vLLM refuses {what}: {why}")
     return list(told.values())
-
-
-def _text(message: str) -> str:
-    return _PREFIX.sub("", message)
