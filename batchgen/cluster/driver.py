@@ -241,15 +241,16 @@ class Driver:
 
     def _lease_to(self, worker: WorkerHandle, num_rows: int) -> None:
         book, number = self._book, worker.number
+        is_up = worker.look is not None and worker.look.facts is not None
         left = num_rows
-        while left > 0 and (lease := book.take(number, left)) is not None:
+        while left > 0 and (lease := book.take(number, left, is_up=is_up)) is not None:
             num = count(lease.rows)
             worker.orders.append(Take(lease))
             worker.num_leased += num
             worker.is_busy = True
             left -= num
         has_none = book.is_fed and (not book.num_pending or left == num_rows > 0)
-        if worker.is_busy and (has_none or book.has_suspects(number)):
+        if worker.is_busy and (has_none or book.is_alone(number)):
             worker.orders.append(Finish())
             worker.is_busy = False
             worker.num_finishing += 1

@@ -6,8 +6,9 @@ settled, or guilty. A row gets into a second worker's hands only by way of `take
 How a row that kills whole workers is found (an engine that dies is its worker's own affair, see
 `engine.suspects`): rows of a worker that died are leased again, before all others. Nodes are taken
 away, people kill processes; that costs no more. Those that a second worker dies with are suspects.
-A 16th of them goes into a worker that holds nothing else; dies that one too, a 16th of these, and
-so on, down to a single row. What ends well is innocent. Only a row that was alone in a worker that
+A worker gets a 16th of them at a time, among other rows, so that no engine is empty for it; if it
+dies, the next gets a 16th of these, down to single rows. What ends well is innocent. A single
+suspect waits for a worker that holds nothing else, and only one that was alone in a worker that
 died, and then in another, is guilty: a killer among 100,000 rows takes 8 deaths, among 1,000 it
 takes 6. A cluster that loses workers all the time needs more deaths alone, one more for each
 doubling of the deaths that no guilty row explains.
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 PIECES = 16
 """More find a killer in fewer deaths, but keep the engines emptier on the way."""
+FEW_SUSPECTS = 8
+"""So many are not cut before a worker has died with them and no other suspects."""
+SUSPECT = 2
+"""Rows of so many deaths are suspects."""
 SOLO_DEATHS = 2
 """One could be chance."""
 FEW_DEATHS = 16
@@ -48,20 +53,25 @@ class RowSpan(NamedTuple):
     start: int
     stop: int
     payload: Any = None
-    is_doubtful: bool = False
-    """A worker has died with them."""
+    num_deaths: int = 0
+    """Of workers that held them, as far as `SUSPECT`."""
 
     def goes_with(self, other: RowSpan) -> bool:
         """Whether one lease may hold both. Payloads are compared by identity."""
-        return self.payload is other.payload and self.is_doubtful == other.is_doubtful
+        return self.payload is other.payload and self.num_deaths == other.num_deaths
 
 
 class _Suspects(NamedTuple):
-    """Rows that go into a worker by themselves."""
+    """Rows that one lease holds, and no other with them."""
 
     spans: Sequence[RowSpan]
     num_solo_deaths: int = 0
     """Of workers that held a single row, this one."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one row, which goes alone."""
+        return length(self.spans) == 1
 
 
 class LeaseBook:
@@ -105,26 +115,30 @@ class LeaseBook:
                 self._packed.append(RowSpan(segment, start, stop, payload))
         self.num_pending += count(rows)
 
-    def take(self, worker: int, num_rows: int) -> Lease | None:
+    def take(self, worker: int, num_rows: int, *, is_up: bool = True) -> Lease | None:
         """Lease the next rows: those taken back, then packed ones, then those of files.
 
-        A worker that holds nothing gets suspects before all else.
+        A worker that has no suspects gets some before all else; a single one only if it holds
+        nothing and its engine is up: a death before that says nothing of a row.
 
         Args:
             worker: Its number.
             num_rows: At most so many, fewer where a payload ends; ask again for more. Of
                 suspects it may be more.
+            is_up: Whether its engine is.
 
         Returns:
             None if nothing is free for this worker as long as it holds what it holds. If it is
             to get on, ask it to make durable what it has (`Finish`).
         """
         held = self._held.get(worker)
-        if num_rows < 1 or (held is not None and held.suspects is not None):
+        if num_rows < 1 or self.is_alone(worker):
             return None
-        if held is None and self._suspects:
-            suspects = self._suspects.popleft()
-            return self._lend(worker, suspects.spans, suspects)
+        if self._suspects and (held is None or held.suspects is None):
+            may_be_alone = held is None and is_up
+            if may_be_alone or not self._suspects[0].is_single:
+                suspects = self._suspects.popleft()
+                return self._lend(worker, suspects.spans, suspects)
         if not self._files:
             self._files.extend(islice(self._unread, _READ_AHEAD))
         free = self._returned or self._packed or self._files
@@ -135,7 +149,7 @@ class LeaseBook:
     ) -> Lease:
         lease = Lease(by_segment(spans), spans[0].payload)
         held = self._held.setdefault(worker, WorkerLeases())
-        held.suspects = suspects
+        held.suspects = suspects or held.suspects
         held.put(lease.rows, spans[0])
         self.num_pending -= length(spans)
         return lease
@@ -175,34 +189,28 @@ class LeaseBook:
         spans, suspects = held.unsettled(), held.suspects
         self._num_deaths += has_died
         num_solo_deaths = suspects.num_solo_deaths if suspects is not None else 0
-        if has_died and suspects is not None and length(suspects.spans) == 1:
+        if has_died and suspects is not None and suspects.is_single:
             num_solo_deaths += 1
             if num_solo_deaths >= self._enough_deaths:
                 self._guilty += spans
                 self._num_guilty += 1
                 return RowSet()
         self.num_pending += length(spans)
-        if suspects is not None:
-            num_pieces = PIECES if has_died else 1
-            self._suspect(spans, num_solo_deaths, num_pieces)
-        elif has_died:
-            self._suspect([span for span in spans if span.is_doubtful])
-            fresh = [span._replace(is_doubtful=True) for span in spans if not span.is_doubtful]
-            self._returned.extendleft(reversed(fresh))
-        else:
-            self._returned.extendleft(reversed(spans))
+        after = [
+            span._replace(num_deaths=min(SUSPECT, span.num_deaths + has_died)) for span in spans
+        ]
+        self._returned.extendleft(reversed([one for one in after if one.num_deaths < SUSPECT]))
+        # So that one search ends before the next begins, those that were suspects go first.
+        before = [span for span in spans if span.num_deaths == SUSPECT]
+        size = _part(before) if has_died and length(before) > FEW_SUSPECTS else 1
+        pieces = _pieces(before, size if has_died else length(before))
+        self._suspects.extendleft(_Suspects(one, num_solo_deaths) for one in reversed(pieces))
+        new = [
+            one for one, was in zip(after, spans, strict=True) if one.num_deaths > was.num_deaths
+        ]
+        new = [span for span in new if span.num_deaths == SUSPECT]
+        self._suspects.extend(_Suspects(one) for one in _pieces(new, _part(new)))
         return by_segment(spans)
-
-    def _suspect(
-        self, spans: Iterable[RowSpan], num_solo_deaths: int = 0, num_pieces: int = PIECES
-    ) -> None:
-        """Put rows first among the suspects, so that one search ends before the next."""
-        left = deque(spans)
-        size = math.ceil(length(left) / num_pieces)
-        pieces = []
-        while left:
-            pieces.append(_Suspects(cut(left, size), num_solo_deaths))
-        self._suspects.extendleft(reversed(pieces))
 
     @property
     def _enough_deaths(self) -> int:
@@ -240,10 +248,10 @@ class LeaseBook:
         held = self._held.get(worker)
         return by_segment(held.unsettled() if held is not None else ())
 
-    def has_suspects(self, worker: int) -> bool:
-        """Whether a worker has suspects: nothing else until these are settled."""
+    def is_alone(self, worker: int) -> bool:
+        """Whether a worker has a single suspect: nothing else until that is settled."""
         held = self._held.get(worker)
-        return held is not None and held.suspects is not None
+        return held is not None and held.suspects is not None and held.suspects.is_single
 
     @property
     def is_through(self) -> bool:
@@ -294,7 +302,7 @@ class WorkerLeases:
 
     def __init__(self) -> None:
         self.suspects: _Suspects | None = None
-        """What was leased, if it is suspects: then it is all that the worker has."""
+        """Those of one lease, if it has any that are not settled."""
         self.num_rows = 0
         self._leases: list[_Lease] = []
         self._blocks: dict[int, list[_Block]] = {}
@@ -338,6 +346,8 @@ class WorkerLeases:
 
     def _drop_settled(self) -> None:
         self._leases = [lease for lease in self._leases if lease.num_left]
+        if not any(lease.sample.num_deaths == SUSPECT for lease in self._leases):
+            self.suspects = None
         left = {
             segment: [block for block in blocks if block.lease.num_left]
             for segment, blocks in self._blocks.items()
@@ -371,6 +381,20 @@ def cut(spans: deque[RowSpan], num_rows: int) -> list[RowSpan]:
         num_rows -= span.stop - span.start
         taken.append(span)
     return taken
+
+
+def _part(suspects: Sequence[RowSpan]) -> int:
+    """How many of these go into one lease."""
+    return max(FEW_SUSPECTS, math.ceil(length(suspects) / PIECES))
+
+
+def _pieces(spans: Iterable[RowSpan], size: int) -> list[list[RowSpan]]:
+    """Cut rows into leases of this size, or less where a payload ends."""
+    left = deque(spans)
+    pieces = []
+    while left:
+        pieces.append(cut(left, size))
+    return pieces
 
 
 def _runs(flags: bytearray, wanted: int, shift: int) -> Iterator[tuple[int, int]]:

@@ -115,10 +115,11 @@ class Drive:
     def orders(self, number: int) -> list[Order]:
         member, book = self.members[number], self.book
         started = time.perf_counter()
+        is_up = member.look is not None and member.look.facts is not None
         want = rows_for(member.pace(), self.outlook())
         asked = time.perf_counter()
         orders: list[Order] = []
-        while want > 0 and (lease := book.take(number, want)) is not None:
+        while want > 0 and (lease := book.take(number, want, is_up=is_up)) is not None:
             num_rows = sum(map(len, lease.rows.values()))
             want -= num_rows
             member.num_leased += num_rows
@@ -126,7 +127,7 @@ class Drive:
         self.num_leases += len(orders)
         self.pace_s += asked - started
         self.book_s += time.perf_counter() - asked
-        if want > 0 or (book.has_suspects(number) and orders) or not book.num_pending:
+        if want > 0 or (book.is_alone(number) and orders) or not book.num_pending:
             orders.append(Finish())  # Nothing more for now: what there is can become durable.
         return orders
 

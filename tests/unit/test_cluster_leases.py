@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from batchgen.cluster.leases import FEW_DEATHS, PIECES, SOLO_DEATHS, LeaseBook
+from batchgen.cluster.leases import FEW_DEATHS, FEW_SUSPECTS, PIECES, SOLO_DEATHS, LeaseBook
 from batchgen.core.errors import AccountingError
 from batchgen.core.ranges import Ranges
 
@@ -55,7 +55,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(worker=WORKERS, num=st.integers(0, 12))
     def take(self, worker, num):
-        had_suspects, before = self.book.has_suspects(worker), self.held(worker)
+        was_alone, before = self.book.is_alone(worker), self.held(worker)
         lease = self.book.take(worker, num)
         if lease is None:
             assert num == 0 or before or not self.book.num_pending
@@ -64,15 +64,11 @@ class Books(RuleBasedStateMachine):
         assert rows
         assert {self.where[row] for row in rows} == {"free"}
         assert {id(self.payloads.get(row)) for row in rows} == {id(lease.payload)}
-        assert not had_suspects
-        if self.book.has_suspects(worker):
+        assert not was_alone
+        if self.book.is_alone(worker):
             assert not before
-        else:
-            assert len(rows) <= num
-        if not before:
-            self.leased[worker] = len(rows)
-        else:
-            self.leased[worker] += len(rows)
+            assert len(rows) == 1
+        self.leased[worker] = len(rows) + (self.leased[worker] if before else 0)
         self.where.update(dict.fromkeys(rows, worker))
 
     @rule(worker=WORKERS, data=st.data())
@@ -212,7 +208,6 @@ def test_after_one_death_rows_go_out_again_as_any_rows():
     assert book.take_back(1, has_died=True) == {0: Ranges.until(80)}
     assert len(taken(book, 2, 50)) == 50
     assert len(taken(book, 2, 50)) == 30
-    assert not book.has_suspects(2)
     assert len(taken(book, 2, 50)) == 20
 
 
@@ -220,7 +215,7 @@ def test_rows_taken_back_from_the_living_are_never_suspects():
     book = LeaseBook({0: Ranges.until(10)})
     for worker in range(5):
         assert len(taken(book, worker, 10)) == 10
-        assert not book.has_suspects(worker)
+        assert not book.is_alone(worker)
         book.take_back(worker, has_died=False)
 
 
@@ -233,45 +228,48 @@ def dead(num, times=2):
     return book
 
 
-def test_a_part_of_the_suspects_goes_into_a_worker_that_holds_nothing_else():
+def test_of_the_suspects_a_worker_gets_a_part_at_a_time_among_other_rows():
     book = dead(1600)
-    assert taken(book, 1, 7) == [(0, row) for row in range(1600 // PIECES)]
-    assert book.has_suspects(1)
-    assert taken(book, 1, 999) is None
+    assert taken(book, 1, 999) == [(0, row) for row in range(1600 // PIECES)]
+    assert not book.is_alone(1)
+    assert taken(book, 1, 7) == [(0, row) for row in range(1600, 1607)]
+    assert taken(book, 2, 999) == [(0, row) for row in range(100, 200)]
     book.settle(1, {0: Ranges.until(99)})
-    assert taken(book, 1, 999) is None
+    assert taken(book, 1, 1) == [(0, 1607)]
     book.settle(1, {0: Ranges([(99, 100)])})
-    assert taken(book, 1, 7) == [(0, row) for row in range(100, 200)]
+    assert taken(book, 1, 1)[0] == (0, 200)
 
 
-def test_who_has_other_rows_gets_more_of_them_and_no_suspects():
-    book = LeaseBook({0: Ranges.until(200)})
-    book.take(1, 10)
-    for worker in (2, 3):
-        book.take(worker, 10)
-        book.take_back(worker, has_died=True)
-    assert taken(book, 1, 5) == [(0, row) for row in range(20, 25)]
-    assert not book.has_suspects(1)
-    assert len(taken(book, 4, 5)) == 1
-    assert book.has_suspects(4)
-
-
-def test_with_nothing_but_suspects_left_each_worker_gets_a_part():
-    book = LeaseBook({0: Ranges.until(32)})
-    for worker in (1, 2):
-        book.take(worker, 32)
-        book.take_back(worker, has_died=True)
-    assert [len(taken(book, worker, 1)) for worker in range(10, 10 + PIECES)] == [2] * PIECES
-    assert book.num_pending == 0
+def test_of_few_suspects_a_worker_gets_more_than_one():
+    book = dead(20)
+    sizes = [len(taken(book, worker, 1)) for worker in range(4)]
+    assert sizes == [FEW_SUSPECTS, FEW_SUSPECTS, 4, 1]
 
 
 def test_a_part_that_a_worker_dies_with_is_cut_again_and_goes_first():
     book = dead(1600)
     book.take(1, 1)
     book.take_back(1, has_died=True)
-    assert taken(book, 2, 1) == [(0, row) for row in range(7)]  # A 16th of 100, rounded up.
+    assert taken(book, 2, 1) == [(0, row) for row in range(FEW_SUSPECTS)]
     book.take_back(2, has_died=False)  # It was sent away: no more is known.
-    assert taken(book, 3, 1) == [(0, row) for row in range(7)]
+    assert taken(book, 3, 1) == [(0, row) for row in range(FEW_SUSPECTS)]
+    book.take_back(3, has_died=True)
+    assert taken(book, 4, 1) == [(0, 0)]
+    assert book.is_alone(4)
+
+
+def test_a_single_suspect_waits_for_a_worker_that_is_up_and_holds_nothing():
+    book = dead(2)
+    book.take(1, 1)
+    book.take(2, 5)
+    book.take_back(1, has_died=True)
+    assert len(taken(book, 2, 5)) == 5  # Who has other rows gets more of them.
+    lease = book.take(3, 5, is_up=False)
+    assert not book.is_alone(3)
+    assert len(lease.rows[0]) == 5
+    assert taken(book, 4, 5) == [(0, 0)]
+    assert book.is_alone(4)
+    assert book.take(4, 5) is None
 
 
 def test_a_row_is_guilty_after_two_deaths_alone_and_told_once():
@@ -300,7 +298,7 @@ def test_a_death_alone_counts_only_if_the_worker_died():
 
 
 def test_the_last_of_a_lease_did_not_die_alone():
-    book = dead(2 * PIECES)
+    book = dead(2)
     book.take(2, 1)
     book.settle(2, {0: Ranges([(0, 1)])})
     book.take_back(2, has_died=True)
