@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec, Shape
 
-Record = tuple[int, list[str], RowError | None]
-"""Physical line, from 1; fields, none for a blank line; why it cannot be read."""
+Record = tuple[int, list[str], RowError | None, int]
+"""Physical line, from 1; fields, none for a blank line; why it cannot be read; number of lines."""
 
 # RFC 8259, section 6: a JSON number, so that the same texts are numbers in both formats.
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
@@ -149,10 +149,8 @@ def delimiter_hint(names: Sequence[str]) -> str | None:
     )
 
 
-def _raw_records(
-    path: str, delimiter: str
-) -> Iterator[tuple[int, int, list[str], RowError | None]]:
-    """Yield the first line of every record, the number of its lines, its fields, what is wrong."""
+def _raw_records(path: str, delimiter: str) -> Iterator[Record]:
+    """Yield the records as their quotes make them, the header first."""
     # The limit is the csv module's only, and global; its default of 128 KiB is below one prompt.
     csv.field_size_limit(MAX_LINE_BYTES)
     troubles: list[RowError] = []
@@ -161,33 +159,36 @@ def _raw_records(
         line = reader.line_num + 1
         try:
             fields = next(reader, None)
-        except csv.Error as error:
+        except csv.Error as bad:
             fields = []
-            troubles.append(RowError("bad_csv", f"bad CSV: {error}"))
+            troubles.append(RowError("bad_csv", f"bad CSV: {bad}"))
         if fields is None:
             return
-        yield line, reader.line_num - line + 1, fields, troubles[0] if troubles else None
-        troubles.clear()
+        error = troubles[0] if troubles else None
+        yield line, fields, error, reader.line_num - line + 1
+        if error is not None:
+            troubles.clear()
 
 
 def _records(
-    raw: Iterator[tuple[int, int, list[str], RowError | None]],
+    raw: Iterator[Record],
     header: Sequence[str],
     delimiter: str,
     *,
     counts_lines: bool,
 ) -> Iterator[Record]:
     """Yield the records after the header, and each line of what cannot be told apart."""
-    for line, num_lines, fields, error in raw:
+    for record in raw:
+        line, fields, error, num_lines = record
         if num_lines > 1 and counts_lines:
             why = _why_glued(fields, error, len(header), delimiter)
             if why is not None:
                 last = line + num_lines - 1
                 text = f"bad CSV: lines {line} to {last} are one record by their quotes: {why}"
                 gone = RowError("bad_csv", f"{text}; is a quote in line {line} not closed?")
-                yield from ((at, [], gone) for at in range(line, last + 1))
+                yield from ((at, [], gone, 1) for at in range(line, last + 1))
                 continue
-        yield line, fields, error
+        yield record
 
 
 def _why_glued(
@@ -221,6 +222,10 @@ def _is_glued(fields: Sequence[str], delimiter: str, *, is_header: bool = False)
     """
     broken = [at for at, field in enumerate(fields) if "\n" in field]
     if len(broken) != 1 or len(fields) == 1:
+        return False
+    # First what is quickly told of nearly every text: its first line alone.
+    text, num_after = fields[broken[0]], len(fields) - 1 - broken[0]
+    if text.count(delimiter, 0, text.index("\n")) != num_after:
         return False
     alike: dict[int, tuple[bool, bool]] = {}
     num_lines = 0
@@ -275,7 +280,7 @@ def _header(path: str, delimiter: str, *, counts_lines: bool) -> tuple[list[str]
         SourceError: The header cannot be read or repeats a name.
     """
     raw = _raw_records(path, delimiter)
-    _, num_lines, names, error = next(raw, (1, 1, [], None))
+    _, names, error, num_lines = next(raw, (1, [], None, 1))
     if error is not None:
         raise SourceError(path, f"the header cannot be read: {error.error}")
     if num_lines > 1 and counts_lines and _is_glued(names, delimiter, is_header=True):
@@ -340,7 +345,7 @@ def _bad_records(
     header: Sequence[str], records: Sequence[Record], where_is: Callable[[int], str]
 ) -> dict[int, RowError]:
     errors = {}
-    for at, (_, fields, trouble) in enumerate(records):
+    for at, (_, fields, trouble, _) in enumerate(records):
         if trouble is not None:
             errors[at] = RowError(trouble.error_type, f"{where_is(at)}: {trouble.error}")
         elif len(fields) != len(header):
