@@ -22,7 +22,6 @@ every bad record as one row; they are read as they were counted, see `Plan.count
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.core.errors import SourceError
+from batchgen.core.json_text import parse_json
 from batchgen.core.records import RowError
 from batchgen.source.columns import fits, is_json, override, parse_field
 from batchgen.source.reading import (
@@ -363,7 +363,7 @@ def _from_texts(field: pa.Field, texts: Sequence[str | None]) -> tuple[list[Any]
     for at, text in enumerate(texts):
         try:
             values.append(parse_text(field, text) if text else None)
-        except (ValueError, RecursionError):
+        except ValueError:
             values.append(None)
             misfits[at] = "a text that is not exactly one"
     return values, misfits
@@ -377,7 +377,7 @@ def parse_text(field: pa.Field, text: str) -> Any:  # noqa: ANN401 - of the fiel
     """
     value: Any = None
     if is_json(field):
-        return json.loads(text, parse_constant=_refuse)
+        return parse_json(text)
     if field.type == pa.bool_():
         value = {"true": True, "false": False}.get(text)
     elif text.lstrip("-").isdigit():
@@ -388,8 +388,3 @@ def parse_text(field: pa.Field, text: str) -> Any:  # noqa: ANN401 - of the fiel
         msg = f"not a {field.type}"
         raise ValueError(msg)
     return float(value) if field.type == pa.float64() else value
-
-
-def _refuse(word: str) -> None:
-    msg = f"{word} is not JSON"
-    raise ValueError(msg)

@@ -284,6 +284,7 @@ def test_texts_that_are_exactly_a_value(tmp_path, word, text, value):
         ("bool", "1"),
         ("json", "{"),
         ("json", "NaN"),
+        ("json", "1e999"),
         ("json", "x"),
         ("json", "[" * 100_000),
     ],
