@@ -88,6 +88,8 @@ class LeaseBook:
         self._packed: deque[RowSpan] = deque()
         self._files: deque[RowSpan] = deque()
         self._suspects: deque[_Suspects] = deque()
+        """Cut, since a worker died with them."""
+        self._new_suspects: deque[RowSpan] = deque()
         self._guilty: list[RowSpan] = []
         self._num_guilty = 0
         self._num_deaths = 0
@@ -134,15 +136,25 @@ class LeaseBook:
         held = self._held.get(worker)
         if num_rows < 1 or self.is_alone(worker):
             return None
-        if self._suspects and (held is None or held.suspects is None):
-            may_be_alone = held is None and is_up
-            if may_be_alone or not self._suspects[0].is_single:
-                suspects = self._suspects.popleft()
-                return self._lend(worker, suspects.spans, suspects)
+        if (held is None or held.suspects is None) and (
+            suspects := self._next_suspects(may_be_alone=held is None and is_up)
+        ):
+            return self._lend(worker, suspects.spans, suspects)
         if not self._files:
             self._files.extend(islice(self._unread, _READ_AHEAD))
         free = self._returned or self._packed or self._files
         return self._lend(worker, cut(free, num_rows)) if free else None
+
+    def _next_suspects(self, *, may_be_alone: bool) -> _Suspects | None:
+        if self._suspects and (may_be_alone or not self._suspects[0].is_single):
+            return self._suspects.popleft()
+        if not self._new_suspects:
+            return None
+        suspects = _Suspects(cut(self._new_suspects, _part(self._new_suspects)))
+        if suspects.is_single and not may_be_alone:
+            self._new_suspects.extendleft(suspects.spans)
+            return None
+        return suspects
 
     def _lend(
         self, worker: int, spans: Sequence[RowSpan], suspects: _Suspects | None = None
@@ -209,7 +221,7 @@ class LeaseBook:
             one for one, was in zip(after, spans, strict=True) if one.num_deaths > was.num_deaths
         ]
         new = [span for span in new if span.num_deaths == SUSPECT]
-        self._suspects.extend(_Suspects(one) for one in _pieces(new, _part(new)))
+        self._new_suspects.extend(new)
         return by_segment(spans)
 
     @property
@@ -226,8 +238,11 @@ class LeaseBook:
         out = [*self._files, *self._unread]
         self._files.clear()
         suspected = [span for suspects in self._suspects for span in suspects.spans]
+        suspected += self._new_suspects
         out += [span for span in (*self._returned, *suspected) if span.payload is None]
         self._returned = deque(span for span in self._returned if span.payload is not None)
+        new = self._new_suspects
+        self._new_suspects = deque(span for span in new if span.payload is not None)
         packed = (one for one in self._suspects if one.spans[0].payload is not None)
         self._suspects = deque(packed)
         self.num_pending -= length(out)
@@ -383,7 +398,7 @@ def cut(spans: deque[RowSpan], num_rows: int) -> list[RowSpan]:
     return taken
 
 
-def _part(suspects: Sequence[RowSpan]) -> int:
+def _part(suspects: Iterable[RowSpan]) -> int:
     """How many of these go into one lease."""
     return max(FEW_SUSPECTS, math.ceil(length(suspects) / PIECES))
 
