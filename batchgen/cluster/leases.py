@@ -253,13 +253,8 @@ class LeaseBook:
         rows, self._guilty = self._guilty, []
         return [by_segment([span]) for span in rows]
 
-    def num_out(self, worker: int) -> int:
-        """Rows leased to a worker and not settled."""
-        held = self._held.get(worker)
-        return held.num_rows if held is not None else 0
-
     def rows_out(self, worker: int) -> RowSet:
-        """Which these are."""
+        """Return the rows that a worker has and that are not settled."""
         held = self._held.get(worker)
         return by_segment(held.unsettled() if held is not None else ())
 

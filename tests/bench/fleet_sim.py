@@ -54,7 +54,6 @@ class Member:
 
     meter: Meter = field(default_factory=Meter)
     look: Look | None = None
-    seen_s: float = 0.0
     num_leased: int = 0
     num_settled: int = 0
 
@@ -101,7 +100,7 @@ class Drive:
 
     def hear(self, number: int, report: Report) -> None:
         member = self.members[number]
-        member.look, member.seen_s = report.look, self.cluster.now_s
+        member.look = report.look
         assert report.look is not None
         member.meter.note(self.cluster.now_s, report.look.num_ended)
         for event in report.events:

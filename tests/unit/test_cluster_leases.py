@@ -109,7 +109,9 @@ class Books(RuleBasedStateMachine):
     def figures_agree(self):
         places = list(self.where.values())
         assert self.book.num_pending == places.count("free")
-        assert [self.book.num_out(n) for n in range(4)] == [places.count(n) for n in range(4)]
+        assert [self.book.rows_out(n).num_rows for n in range(4)] == [
+            places.count(n) for n in range(4)
+        ]
         assert not self.book.is_through
 
     def teardown(self):
@@ -156,9 +158,9 @@ def test_rows_settle_in_any_order_across_leases_and_strays_are_told():
     for _ in range(5):
         book.take(1, 5)
     assert book.settle(1, {0: Ranges([(3, 7), (28, 40)])}) == {0: Ranges([(30, 40)])}
-    assert book.num_out(1) == 19
+    assert book.rows_out(1).num_rows == 19
     assert book.settle(1, {0: Ranges([(2, 5), (9, 22)])}) == {0: Ranges([(3, 5), (10, 20)])}
-    assert book.num_out(1) == 15
+    assert book.rows_out(1).num_rows == 15
     assert book.settle(2, {1: Ranges.until(2)}) == {1: Ranges.until(2)}
     assert book.settle(1, {1: Ranges.until(5), 7: Ranges.until(1)}) == {7: Ranges.until(1)}
     assert book.take_back(1, has_died=False) == {
@@ -374,7 +376,7 @@ def test_scattered_commits_are_cheap():
     for commit in commits:
         assert not book.settle(1, commit)
     assert time.process_time() - started < 2  # 0.1 s here; with a set of rows a block, minutes.
-    assert book.num_out(1) == 0
+    assert book.rows_out(1).num_rows == 0
 
 
 def test_what_is_withdrawn_is_free_no_more_and_may_come_again_packed():
