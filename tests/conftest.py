@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from batchgen.job.load import parse_job
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.job.model import JobConfig
+
+hypothesis.settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy")  # A machine that is busy with other things is no fault.
 
 MARKERS = {"e2e": "proof", "ray": "proof", "torture": "proof", "gpu": "gpu"}
 """Folder of tests -> the marker that all in it get; what is in no such folder is fast."""

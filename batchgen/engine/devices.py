@@ -1,7 +1,8 @@
 """This machine's NVIDIA GPUs: what there is, how busy they are, whose turn on them it is.
 
-Read without CUDA, torch or vLLM, through NVML: its Python module comes with vLLM. A reading costs
-some milliseconds, leaves no context on the GPU and works while others use it.
+Read without CUDA, torch or vLLM, through NVML: its Python module is a dependency of batchgen, so
+that a box whose vLLM is missing or for CPUs shows its GPUs, too. A reading costs some milliseconds,
+leaves no context on the GPU and works while others use it.
 
 Engines that share a GPU come up one after the other. vLLM takes what all of a GPU's memory lost
 between its own start and its profiling run for its own: an engine that loads beside it makes its
@@ -87,6 +88,8 @@ class Devices:
     driver: str | None = None
     cuda: tuple[int, int] | None = None
     """The newest CUDA version that the driver supports."""
+    source: str = "none"
+    """Who was asked: nvml, or none where its Python module or the driver is missing."""
     problem: str | None = None
     """Why nothing could be read, where there is a driver."""
 
@@ -150,7 +153,7 @@ def read_devices(nvml: Any = None, environ: Mapping[str, str] | None = None) -> 
         return Devices(problem=None if is_absent else f"the NVIDIA driver says: {error}")
     gpus = visible(found, (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES"))
     num_hidden = len(found) - len(gpus)
-    return Devices(gpus, num_hidden, driver, cuda=(cuda // 1000, cuda % 1000 // 10))
+    return Devices(gpus, num_hidden, driver, (cuda // 1000, cuda % 1000 // 10), "nvml")
 
 
 def visible(gpus: Sequence[Gpu], chosen: str | None) -> Sequence[Gpu]:

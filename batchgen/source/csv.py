@@ -216,9 +216,10 @@ def _is_glued(fields: Sequence[str], delimiter: str, *, is_header: bool = False)
     RFC 4180 cannot tell a long text from records between two stray quotes. The evidence: exactly
     one field holds the line breaks; every line has as many fields as the record if its quotes are
     taken for text; and some other column holds the same kind of thing in all of them, one with a
-    digit if they are few: a number, say, or a name with one. Lines of a text seldom have just that
-    many delimiters, without the spaces that people write behind a comma, and more seldom begin
-    with a number where the record does. A header's own line is unlike the others.
+    digit if they are few: a number, say, or a name with one. Two lines need more, see
+    `_is_next`. Lines of a text seldom have just that many delimiters, without the spaces that
+    people write behind a comma, and more seldom begin with a number where the record does. A
+    header's own line is unlike the others.
     """
     broken = [at for at, field in enumerate(fields) if "\n" in field]
     if len(broken) != 1 or len(fields) == 1:
@@ -228,6 +229,7 @@ def _is_glued(fields: Sequence[str], delimiter: str, *, is_header: bool = False)
     if text.count(delimiter, 0, text.index("\n")) != num_after:
         return False
     alike: dict[int, tuple[bool, bool]] = {}
+    first: list[str] = []
     num_lines = 0
     for line in _lines_of(fields, broken[0], delimiter):
         if len(line) != len(fields) or all(field.startswith(" ") for field in line[1:]):
@@ -235,8 +237,11 @@ def _is_glued(fields: Sequence[str], delimiter: str, *, is_header: bool = False)
         num_lines += 1
         if num_lines == 1 or (is_header and num_lines == 2):
             alike = {at: _kind(field) for at, field in enumerate(line) if at != broken[0]}
+            first = line
         else:
             alike = {at: kind for at, kind in alike.items() if _kind(line[at]) == kind}
+    if num_lines == 2 and not is_header:
+        return any(_is_next(first[at], line[at]) for at in alike)
     has_digit = any(has_digit for has_digit, _ in alike.values())
     return bool(alike) and num_lines >= (_FEW_LINES if has_digit else _SURE_LINES)
 
@@ -249,6 +254,27 @@ def _lines_of(fields: Sequence[str], at: int, delimiter: str) -> Iterator[list[s
         yield line + text[start:end].removesuffix("\r").split(delimiter)
         line, start = [], end + 1
     yield [*text[start:].split(delimiter), *fields[at + 1 :]]
+
+
+_NUMBERED = re.compile(r"(.*?)(\d{1,18})", re.DOTALL)
+_SURE_CHARS = 8
+
+
+def _is_next(field: str, other: str) -> bool:
+    """Whether a column's value looks like that of the record before: enough for two lines.
+
+    Its number is one more (7 and 8, row-9 and row-10), or both have the form of a key or a date:
+    equally many characters, at least `_SURE_CHARS`, letters or digits at the same places.
+    """
+    one, two = _NUMBERED.fullmatch(field), _NUMBERED.fullmatch(other)
+    if one and two and one[1] == two[1] and int(two[2]) == int(one[2]) + 1:
+        return True
+    has_digits = any(map(str.isdigit, field)) and any(map(str.isdigit, other))
+    return has_digits and len(field) >= _SURE_CHARS and _form(field) == _form(other)
+
+
+def _form(field: str) -> str:
+    return "".join("x" if char.isalnum() else char for char in field)
 
 
 def _kind(field: str) -> tuple[bool, bool]:
