@@ -16,9 +16,13 @@ Source:
 from __future__ import annotations
 
 import ast
+import atexit
+import glob
 import json
 import os
 import re
+import shutil
+import tempfile
 import traceback
 from functools import cache
 from importlib.util import find_spec
@@ -157,7 +161,7 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         **_max_logprobs(spec),
         **lora_kwargs(spec.loras),
         **spec.model_kwargs,
-        "model": spec.model,
+        "model": _without_pattern(spec.model),
     }
     if spec.reasoning_parser is not None:
         # So that a grammar binds the answer only (vllm/engine/arg_utils.py, 0.26 to 0.33).
@@ -172,6 +176,21 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     if is_cpu and not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(Path(spec.model))
     return kwargs
+
+
+def _without_pattern(model: str) -> str:
+    """Give a folder whose path has `*`, `?` or `[` another name, by a link.
+
+    vLLM takes the path and what it looks for in it for one pattern, and would find no weights
+    (vllm/model_executor/model_loader/default_loader.py, `_prepare_weights`, 0.26 to 0.33).
+    """
+    if not glob.has_magic(model) or not Path(model).is_dir():
+        return model
+    folder = tempfile.mkdtemp(prefix="batchgen-model-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = Path(folder) / "model"
+    link.symlink_to(model)
+    return str(link)
 
 
 def _max_logprobs(spec: EngineSpec) -> dict[str, Any]:
