@@ -162,8 +162,8 @@ def the_sixth_overlaps(world: World, known: Origins) -> Origins:
             second = run_cli("run", world.job)
             assert first.poll() is None
             assert waiting.poll() is None
-            told, _ = first.communicate(timeout=60)
-            told_last, _ = waiting.communicate(timeout=60)
+            told, _ = first.communicate(timeout=180)
+            told_last, _ = waiting.communicate(timeout=180)
     assert second.returncode == 75
     assert f"process {first.pid} on" in second.stderr
     last = json.loads(told_last)
@@ -177,8 +177,8 @@ def the_sixth_has_a_deadline(world: World, known: Origins) -> Origins:
     world.files["b"] += make_rows(1000, 1600)
     world.write()
     began_s = time.monotonic()
-    first = summary_of(world.job, *SLOW, "--max-runtime", "4s")
-    assert time.monotonic() - began_s < 20
+    first = summary_of(world.job, *SLOW, "--max-runtime", "12s")
+    assert time.monotonic() - began_s < 60
     assert (first["exit_code"], first["state"]) == (75, "stopped")
     num_ok = first["run"]["num_ok"]
     assert 20 <= num_ok < 600
