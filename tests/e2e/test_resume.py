@@ -146,15 +146,18 @@ def test_sigterm_commits_what_finished_and_exits_75(
 
 
 def test_a_second_run_at_once_exits_75_and_says_who(
-    slow_job: Path, expected: list[dict[str, object]]
+    tmp_path: Path, expected: list[dict[str, object]]
 ) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    slower = {**SLOW["engine"], "step_s": 0.1}  # It lasts until a busy machine has begun the next.
+    slow_job = write_job(tmp_path, "in.jsonl", model={**SLOW, "engine": slower})
     with subprocess.Popen(
         command("run", slow_job), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
         lock = slow_job.parent / "out" / STATE / "lock"
         wait_until(lambda: lock.exists() and bool(lock.read_text()))
         second = run_cli("run", slow_job)
-        first.wait(timeout=60)
+        first.wait(timeout=240)
     assert second.returncode == 75
     assert f"process {first.pid} on" in second.stderr
     assert first.returncode == 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROCESSES = 2
-TIMEOUT_S = 200
+TIMEOUT_S = 600
 
 
 def plant(mutant: Mutant, root: Path) -> None:
