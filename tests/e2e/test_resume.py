@@ -149,7 +149,7 @@ def test_a_second_run_at_once_exits_75_and_says_who(
     tmp_path: Path, expected: list[dict[str, object]]
 ) -> None:
     write_rows(tmp_path / "in.jsonl", ROWS)
-    slower = {**SLOW["engine"], "step_s": 0.1}  # It lasts until a busy machine has begun the next.
+    slower = {**SLOW["engine"], "max_num_seqs": 2}  # Until a busy machine has begun the next.
     slow_job = write_job(tmp_path, "in.jsonl", model={**SLOW, "engine": slower})
     with subprocess.Popen(
         command("run", slow_job), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
