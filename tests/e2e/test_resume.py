@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # Some 0.6 s of work: long enough for kills to land in reading, running, committing, publishing.
 SLOW = {"backend": "echo", "engine": {"max_num_seqs": 16, "step_s": 0.008, "max_steps": 6}}
 ROWS = 1000
+SLOWER = ("--set", "model.engine.max_num_seqs=2")
+"""Some ten seconds: until a busy machine has done what is to be done meanwhile."""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_sigterm_commits_what_finished_and_exits_75(
 ) -> None:
     ledger = Ledger(LocalStorage(slow_job.parent / "out"))
     with subprocess.Popen(
-        command("run", slow_job, "--set", "run.flush_rows=20"),
+        command("run", slow_job, "--set", "run.flush_rows=20", *SLOWER),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -146,13 +148,10 @@ def test_sigterm_commits_what_finished_and_exits_75(
 
 
 def test_a_second_run_at_once_exits_75_and_says_who(
-    tmp_path: Path, expected: list[dict[str, object]]
+    slow_job: Path, expected: list[dict[str, object]]
 ) -> None:
-    write_rows(tmp_path / "in.jsonl", ROWS)
-    slower = {**SLOW["engine"], "max_num_seqs": 2}  # Until a busy machine has begun the next.
-    slow_job = write_job(tmp_path, "in.jsonl", model={**SLOW, "engine": slower})
     with subprocess.Popen(
-        command("run", slow_job), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("run", slow_job, *SLOWER), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as first:
         lock = slow_job.parent / "out" / STATE / "lock"
         wait_until(lambda: lock.exists() and bool(lock.read_text()))

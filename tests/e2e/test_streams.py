@@ -153,7 +153,7 @@ def at_a_terminal(
         process.wait()
 
 
-SLOW = {"model": {"engine": {"max_num_seqs": 1, "step_s": 0.02}}, "run": {"flush_rows": 5}}
+SLOW = {"model": {"engine": {"max_num_seqs": 1, "step_s": 0.1}}, "run": {"flush_rows": 5}}
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["asks for a stop", "nohup"])
