@@ -7,12 +7,12 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN = {
-    "lines of code": 22_143,
-    "modules": 217,
-    "modules of engine, of pipeline": 33,
-    "modules that a row passes": 66,
+    "lines of code": 20_400,
+    "modules": 123,
+    "modules of engine, of pipeline": 17,
+    "modules that a row passes": 47,
 }
-"""Goals that are not reached yet -> a bound, about the figure before the re-cut."""
+"""Goals that are not reached yet -> today's figure: it may only become smaller."""
 
 NAMES = (
     *("lines of code", "modules", "layers", "modules of a room"),
