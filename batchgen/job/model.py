@@ -162,7 +162,8 @@ class InputConfig(Table):
     it are left out, unless named; links to files are files. `{date}`, `{yesterday}`,
     `{run_date-3d}` are days, `{date:%Y/%m/%d}` says how to write them."""
     format: Literal["jsonl", "csv", "parquet"] | None = None
-    """Only needed when file names do not end in .jsonl, .csv, .tsv or .parquet (+ .gz, .zst)."""
+    """Only needed when file names do not end in .jsonl, .ndjson, .json, .csv, .tsv (these also
+    with .gz, .zst), .parquet or .pq."""
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
     types: dict[str, str] = Field(default={})

@@ -75,7 +75,7 @@ class Progress:
         """Show where the run is; draws no oftener than is useful.
 
         Args:
-            sample: As `RunStats.sample`, or `Board.whole`.
+            sample: As `RunStats.sample`, or `ReplicaStats.whole`.
             num_done: Rows accounted for by all runs.
             eta_s: Seconds left, None if unknown.
             starting: What is shown in place of the figures while no engine is up to have any.

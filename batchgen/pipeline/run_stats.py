@@ -250,7 +250,8 @@ def advise(samples: Sequence[Mapping[str, Any]], facts: EngineFacts | None, way:
     """What to change, a line each; most runs get none.
 
     Args:
-        samples: Of `RunStats.sample`, in order, from one engine; of `Board.whole`, from several.
+        samples: Of `RunStats.sample`, in order, from one engine; of `ReplicaStats.whole`, from
+            several.
         facts: An engine's.
         way: Of the job.
     """

@@ -2,9 +2,9 @@
 
     python -m tests.bench.fleet_driver --replicas 1 8 64 256 --rows 1000000 --pace 20
 
-Real are `Fleet` and all below it, the lease book, the sieve, what a run tells of itself
+Real are `Driver` and all below it, the lease book, the sieve, what a run tells of itself
 (`live.json`, `stats.parquet`), and where rows come packed the reading and rendering. On paper are
-the workers (`sim_crew`) and what carries messages: each exchange takes `--exchange-ms` of the
+the workers (`sim_worker`) and what carries messages: each exchange takes `--exchange-ms` of the
 driver's time. Its own CPU time is added to the virtual time, as if it had a core of its own. A
 line for each fleet, which has less rows if they took it more than half an hour:
 

@@ -1,4 +1,4 @@
-"""A worker on paper, see `sim_crew`."""
+"""A worker on paper, see `sim_cluster`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The catalogue of bad inputs (`reliability.md` section 4), by its numbers, on whole jobs.
+"""Bad inputs, by the numbers that the names of the tests have, on whole jobs.
 
 Proven elsewhere:
     26 in part: token counts, tests/unit/test_engine_encoder.py; 27, 28: test_runner.py, and here
     33, 34: tests/unit/test_planning.py (changed and vanished files, files that come later)
     39, 40: the sweep of failed system calls and tests/unit/test_storage.py
     44, 45, 46: tests/e2e/test_resume.py and the kill loop; 47 to 51: the engine's fault tests
-    56: tests/unit/test_sandbox.py (91 attacks); here one of them through a whole job
+    56: tests/unit/test_sandbox.py (75 attacks); here one of them through a whole job
     59, 60: tests/unit/test_config.py names every kind of credential; here the canary
     63, 64: tests/e2e/test_resume.py, tests/unit/test_ledger.py; 65: tests/e2e/test_resume.py
 Not built yet, so that there is nothing to prove: 41, 42, 43 (object stores as output).
