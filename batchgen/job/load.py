@@ -290,7 +290,7 @@ def _unpinned_code(job: JobConfig, name: str) -> str | None:
 def _model_name(base: Path, name: str) -> str:
     """A folder beside the job file wins over a hub id of the same spelling."""
     looks_local = name.startswith((".", "/", "~"))
-    local = base / Path(name).expanduser()
+    local = Path(absolute(base, name))
     return str(local.resolve()) if name and (looks_local or local.is_dir()) else name
 
 

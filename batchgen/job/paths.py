@@ -121,6 +121,9 @@ def absolute(base: Path, path: str) -> str:
     """
     if is_url(path):
         return path
-    is_there = path.startswith("~") and (base / path).exists()
+    first = path.partition("/")[0]
+    is_there = first.startswith("~") and (
+        os.path.lexists(base / first) or any(char in first for char in "*?[")
+    )
     # normpath, not resolve: a symlinked input keeps the name that the user gave it.
     return os.path.normpath(base / (path if is_there else Path(path).expanduser()))

@@ -411,6 +411,12 @@ def _file_changes(
         fresh, lost, before = Ranges.until(after.num_rows), Ranges(), None
         if (other := found.get(number)) is not None:
             before, lost = old.segments[other], published[other]
+            if not is_alike and before.digest == after.digest:  # Another filter of the same lines.
+                kept = Ranges.of(_kept(prepared, number, after, fresh))
+                lost -= kept
+                num_more = -len(lost) or len(kept - published[other])
+                yield _FileChange(before, after, lost, kept - published[other], num_more)
+                continue
             runs = list(match_files(storage, before, after)) if is_alike else []
             lost -= Ranges((was, was + num) for _, was, num in runs)
             fresh -= Ranges((at, at + num) for at, _, num in runs)
@@ -425,9 +431,14 @@ def _count_kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges)
     """Count rows of a file that `input.where` keeps; reads them where there is such a filter."""
     if prepared.job.input.where is None or not rows:
         return len(rows)
+    return sum(1 for _ in _kept(prepared, number, segment, rows))
+
+
+def _kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> Iterator[int]:
+    """Read rows of a file and yield the numbers of those that are not blank nor left out."""
     spec = replace(prepared.spec(), carried=(), needed=frozenset())
-    batches = prepared.reader.read(segment.path, number, rows, spec)
-    return sum(len(batch.rows) for batch in batches)
+    for batch in prepared.reader.read(segment.path, number, rows, spec):
+        yield from batch.rows
 
 
 def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> RowSet:

@@ -12,8 +12,9 @@ is with a record over several lines where
 - the file ends within its quotes, or a field goes beyond `MAX_LINE_BYTES`,
 - a closing quote is followed by anything but a delimiter, a line end or the end of the file,
 - it has another number of fields than the header,
-- or it is sound by itself, and each of its lines is what a record of this file looks like: a quote
-  that was left open in one record and closed by a stray one in a later record, see `_is_glued`.
+- or it is sound by itself, and each of its lines, blank ones aside, is what a record of this file
+  looks like: a quote that was left open in one record and closed by a stray one in a later record,
+  see `_is_glued`.
 
 A quote within a field that does not begin with one is text. Plans of earlier versions counted
 every bad record as one row; they are read as they were counted, see `Plan.counts_lines`.
@@ -22,6 +23,7 @@ every bad record as one row; they are read as they were counted, see `Plan.count
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -164,7 +166,9 @@ def _raw_records(path: str, delimiter: str) -> Iterator[Record]:
             troubles.append(RowError("bad_csv", f"bad CSV: {bad}"))
         if fields is None:
             return
-        error = troubles[0] if troubles else None
+        # What is wrong with quotes costs many lines: it comes before a byte that costs one.
+        error = next((it for it in troubles if it.error_type == "bad_csv"), None)
+        error = error or (troubles[0] if troubles else None)
         yield line, fields, error, reader.line_num - line + 1
         if error is not None:
             troubles.clear()
@@ -178,72 +182,118 @@ def _records(
     counts_lines: bool,
 ) -> Iterator[Record]:
     """Yield the records after the header, and each line of what cannot be told apart."""
+    before: Sequence[str] = ()
     for record in raw:
         line, fields, error, num_lines = record
         if num_lines > 1 and counts_lines:
-            why = _why_glued(fields, error, len(header), delimiter)
+            why = _why_glued(fields, error, len(header), delimiter, before)
             if why is not None:
                 last = line + num_lines - 1
                 text = f"bad CSV: lines {line} to {last} are one record by their quotes: {why}"
                 gone = RowError("bad_csv", f"{text}; is a quote in line {line} not closed?")
                 yield from ((at, [], gone, 1) for at in range(line, last + 1))
                 continue
+        if error is None and len(fields) == len(header):
+            before = fields
         yield record
 
 
 def _why_glued(
-    fields: list[str], error: RowError | None, num_columns: int, delimiter: str
+    fields: list[str],
+    error: RowError | None,
+    num_columns: int,
+    delimiter: str,
+    before: Sequence[str],
 ) -> str | None:
     """Why the lines of a record are taken for lost; None if they are one record."""
-    if error is not None:
-        # Bytes that are not UTF-8 say nothing about quotes: that is one bad record.
-        return error.error.removeprefix("bad CSV: ") if error.error_type == "bad_csv" else None
+    if error is not None and error.error_type == "bad_csv":
+        return error.error.removeprefix("bad CSV: ")
     if len(fields) != num_columns:
         return f"expected {num_columns} fields, found {len(fields)}"
-    if _is_glued(fields, delimiter):
+    if _is_glued(fields, delimiter, before):
         return f"but each line by itself is one, of {num_columns} fields"
     return None
 
 
 _FEW_LINES = 3
 _SURE_LINES = 20
-"""From so many lines on, a column of words is evidence enough."""
+"""From so many lines on, a column of words is evidence enough, and one line in ten may be unlike
+the others: a record with a delimiter too many is among them."""
 
 
-def _is_glued(fields: Sequence[str], delimiter: str, *, is_header: bool = False) -> bool:
+def _is_glued(fields: Sequence[str], delimiter: str, before: Sequence[str]) -> bool:
     """Whether a sound record over several lines is rather one record a line.
 
     RFC 4180 cannot tell a long text from records between two stray quotes. The evidence: exactly
     one field holds the line breaks; every line has as many fields as the record if its quotes are
-    taken for text; and some other column holds the same kind of thing in all of them, one with a
-    digit if they are few: a number, say, or a name with one. Two lines need more, see
-    `_is_next`. Lines of a text seldom have just that many delimiters, without the spaces that
-    people write behind a comma, and more seldom begin with a number where the record does. A
-    header's own line is unlike the others.
+    taken for text; and some column holds the same kind of thing in all of them, one with a digit
+    if they are few: a number, say, or a name with one. Two lines need more, see `_is_next`. Lines
+    of a text seldom have just that many delimiters, without the spaces that people write behind a
+    comma, and more seldom begin with a number where the record does. Where numbers rise from the
+    record before to this one they must go on rising: a list within a text begins anew.
+
+    What it cannot tell: fewer than twenty lines without a digit in common, two lines whose numbers
+    do not count on, a file of one column. These stay one record.
+
+    Args:
+        fields: Of the record.
+        delimiter: The file's.
+        before: Fields of the record before, if there is one.
     """
+    if (found := _as_records(fields, delimiter)) is None:
+        return False
+    lines, broken, has_blank = found
+    alike = [at for at in range(len(fields)) if _is_alike(at, lines, before, broken)]
+    if len(lines) == 2:
+        return not has_blank and any(_is_next(at, lines, before) for at in alike)
+    has_digit = any(_kind(lines[0][at])[0] for at in alike)
+    return bool(alike) and len(lines) >= (_FEW_LINES if has_digit else _SURE_LINES)
+
+
+def _as_records(fields: Sequence[str], delimiter: str) -> tuple[list[list[str]], int, bool] | None:
+    """The lines of a record as records, None if they are none; its broken field; blank lines."""
     broken = [at for at, field in enumerate(fields) if "\n" in field]
     if len(broken) != 1 or len(fields) == 1:
-        return False
+        return None
     # First what is quickly told of nearly every text: its first line alone.
-    text, num_after = fields[broken[0]], len(fields) - 1 - broken[0]
-    if text.count(delimiter, 0, text.index("\n")) != num_after:
-        return False
-    alike: dict[int, tuple[bool, bool]] = {}
-    first: list[str] = []
-    num_lines = 0
-    for line in _lines_of(fields, broken[0], delimiter):
-        if len(line) != len(fields) or all(field.startswith(" ") for field in line[1:]):
-            return False
-        num_lines += 1
-        if num_lines == 1 or (is_header and num_lines == 2):
-            alike = {at: _kind(field) for at, field in enumerate(line) if at != broken[0]}
-            first = line
+    at, text = broken[0], fields[broken[0]]
+    if text.count(delimiter, 0, text.index("\n")) != len(fields) - 1 - at:
+        return None
+    others = [field for column, field in enumerate(fields) if column not in (0, at)]
+    is_spaced = bool(others) and all(field.startswith(" ") for field in others)
+    lines: list[list[str]] = []
+    num_blank = num_unlike = 0
+    for line in _lines_of(fields, at, delimiter):
+        if len(line) == 1 and not line[0].strip():
+            num_blank += 1
+        elif len(line) != len(fields):
+            num_unlike += 1
+            if num_unlike * 10 > len(lines) + _SURE_LINES:
+                return None
+        elif not is_spaced and all(field.startswith(" ") for field in line[1:]):
+            return None
         else:
-            alike = {at: kind for at, kind in alike.items() if _kind(line[at]) == kind}
-    if num_lines == 2 and not is_header:
-        return any(_is_next(first[at], line[at]) for at in alike)
-    has_digit = any(has_digit for has_digit, _ in alike.values())
-    return bool(alike) and num_lines >= (_FEW_LINES if has_digit else _SURE_LINES)
+            lines.append(line)
+    is_enough = len(lines) >= (_SURE_LINES if num_unlike else 2)
+    return (lines, at, num_blank > 0) if is_enough and num_unlike * 10 <= len(lines) else None
+
+
+def _is_alike(at: int, lines: Sequence[Sequence[str]], before: Sequence[str], broken: int) -> bool:
+    """Whether a column holds the same kind of thing in all lines, and rises as it did before."""
+    kinds = {_kind(line[at]) for line in lines}
+    # The broken column tells only where it holds numbers.
+    if len(kinds) > 1 or (at == broken and kinds != {(True, False)}):
+        return False
+    numbers = [_number(line[at]) for line in lines]
+    rising = [number for number in numbers if number is not None]
+    last = _number(before[at]) if before else None
+    if last is None or len(rising) < len(numbers) or rising[0] <= last:
+        return True
+    return all(a < b for a, b in itertools.pairwise(rising))
+
+
+def _number(field: str) -> int | None:
+    return int(field) if field.isdecimal() and len(field) <= _MOST_DIGITS else None
 
 
 def _lines_of(fields: Sequence[str], at: int, delimiter: str) -> Iterator[list[str]]:
@@ -256,21 +306,30 @@ def _lines_of(fields: Sequence[str], at: int, delimiter: str) -> Iterator[list[s
     yield [*text[start:].split(delimiter), *fields[at + 1 :]]
 
 
-_NUMBERED = re.compile(r"(.*?)(\d{1,18})", re.DOTALL)
+_MOST_DIGITS = 18
+_NUMBERED = re.compile(rf"(.*?)(\d{{1,{_MOST_DIGITS}}})", re.DOTALL)
 _SURE_CHARS = 8
 
 
-def _is_next(field: str, other: str) -> bool:
-    """Whether a column's value looks like that of the record before: enough for two lines.
+def _is_next(at: int, lines: Sequence[Sequence[str]], before: Sequence[str]) -> bool:
+    """Whether a column of two lines goes on as records do: enough for two.
 
-    Its number is one more (7 and 8, row-9 and row-10), or both have the form of a key or a date:
-    equally many characters, at least `_SURE_CHARS`, letters or digits at the same places.
+    Its number is one more (7 and 8, row-9 and row-10) or goes on in the step from the record
+    before, or both have the form of a key or a date: equally many characters, at least
+    `_SURE_CHARS`, letters or digits at the same places.
     """
-    one, two = _NUMBERED.fullmatch(field), _NUMBERED.fullmatch(other)
-    if one and two and one[1] == two[1] and int(two[2]) == int(one[2]) + 1:
+    first, second = lines[0][at], lines[1][at]
+    step = _step(first, second)
+    if step is not None and (step == 1 or (before and step and step == _step(before[at], first))):
         return True
-    has_digits = any(map(str.isdigit, field)) and any(map(str.isdigit, other))
-    return has_digits and len(field) >= _SURE_CHARS and _form(field) == _form(other)
+    has_digits = any(map(str.isdigit, first)) and any(map(str.isdigit, second))
+    return has_digits and len(first) >= _SURE_CHARS and _form(first) == _form(second)
+
+
+def _step(field: str, other: str) -> int | None:
+    """What the number at the end of one value is more than that of another like it."""
+    one, two = _NUMBERED.fullmatch(field), _NUMBERED.fullmatch(other)
+    return int(two[2]) - int(one[2]) if one and two and one[1] == two[1] else None
 
 
 def _form(field: str) -> str:
@@ -309,7 +368,7 @@ def _header(path: str, delimiter: str, *, counts_lines: bool) -> tuple[list[str]
     _, names, error, num_lines = next(raw, (1, [], None, 1))
     if error is not None:
         raise SourceError(path, f"the header cannot be read: {error.error}")
-    if num_lines > 1 and counts_lines and _is_glued(names, delimiter, is_header=True):
+    if num_lines > 1 and counts_lines and _as_records(names, delimiter) is not None:
         text = f"the header goes on to line {num_lines}; is a quote in line 1 not closed?"
         raise SourceError(path, text)
     repeated = sorted({name for name in names if names.count(name) > 1})

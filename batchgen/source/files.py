@@ -173,7 +173,7 @@ def literal_part(path: str, exists: Callable[[str], bool]) -> tuple[str, str]:
 def _local(path: str, found: Found) -> Iterator[str]:
     root, pattern = literal_part(path, os.path.lexists)
     if pattern:
-        if pattern.endswith("**"):
+        if pattern.rpartition("/")[2] == "**":
             pattern += "/*"
         yield from dict.fromkeys(_matches(root, pattern.split("/"), found))
     elif Path(path).is_dir():

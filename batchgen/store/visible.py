@@ -133,7 +133,10 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
         path = storage.path(name)
         try:
             mark = _mark(path)
-            if mark != noted.get(name) and (wrong := _other_bytes(path, file)):
+            wrong = _other_kind(path)
+            if wrong is None and mark != noted.get(name):
+                wrong = _other_bytes(path, file)
+            if wrong is not None:
                 found[name] = wrong
             else:
                 seen[name] = mark
@@ -153,7 +156,7 @@ def note_as_published(storage: LocalStorage, files: Sequence[PublishedFile]) -> 
 
 def _noted(storage: LocalStorage) -> Mapping[str, Sequence[int]]:
     # Never synced: a power loss may have torn it. What cannot be read, the files tell as well.
-    with suppress(ValueError, StorageError):
+    with suppress(ValueError, RecursionError, StorageError):
         found = json.loads(storage.read(_NOTES) or b"{}")
         return found if isinstance(found, dict) else {}
     return {}
@@ -165,8 +168,14 @@ def _note(storage: LocalStorage, seen: Mapping[str, Sequence[int]]) -> None:
 
 
 def _mark(path: Path) -> Sequence[int]:
-    facts = path.stat()
+    facts = path.lstat()
     return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
+def _other_kind(path: Path) -> str | None:
+    """How a snapshot's own name is no file: whoever has made a link of it can change what it is."""
+    mode = path.lstat().st_mode
+    return None if stat.S_ISREG(mode) else "is a link or a folder, a file was published"
 
 
 def difference(path: Path, file: PublishedFile) -> str | None:
@@ -192,7 +201,8 @@ def lost_or_cut(storage: LocalStorage, files: Sequence[PublishedFile]) -> list[s
     found = []
     for file in files:
         try:
-            wrong = _other_size(storage.path(file.name), file)
+            path = storage.path(file.name)
+            wrong = _other_kind(path) or _other_size(path, file)
         except FileNotFoundError:
             wrong = "is missing"
         if wrong:
@@ -348,7 +358,13 @@ def expose(storage: LocalStorage, manifest: Manifest, damaged: Collection[str] =
     for file, alias in zip(manifest.files, aliases, strict=True):
         if file.name not in damaged:
             storage.protect(file.name)
-            storage.expose(file.name, alias)
+            try:
+                storage.expose(file.name, alias)
+            except StorageError as error:
+                # Another user's file, which the kernel lets nobody else link, is shown already.
+                is_refused = isinstance(error.__cause__, PermissionError)
+                if not is_refused or _fault(storage, alias, file.name) is not None:
+                    raise
     for name in storage.list(""):
         if is_alias(name) and name not in aliases:
             storage.remove(name)

@@ -193,6 +193,24 @@ def test_a_link_that_is_shown_does_not_become_the_snapshots_file(job: Path) -> N
     assert (out / FIRST).is_symlink()
 
 
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_a_link_in_place_of_the_snapshots_file_is_damage(job: Path, *, is_relative: bool) -> None:
+    out = job.parent / "out"
+    own, before = own_of(out), published(out)
+    elsewhere = job.parent / "elsewhere.parquet"
+    elsewhere.write_bytes(own.read_bytes())
+    own.unlink()
+    own.symlink_to(os.path.relpath(elsewhere, own.parent) if is_relative else elsewhere)
+    done = run_cli("run", job)
+    assert done.returncode == 0, done.stderr
+    assert "is a link or a folder, a file was published; brought back from" in done.stdout
+    elsewhere.unlink()
+    assert not own.is_symlink()
+    assert not (out / FIRST).is_symlink()
+    assert published(out) == before
+    assert run_cli("verify", job).returncode == 0
+
+
 def test_a_file_brought_back_from_a_backup_is_well(job: Path) -> None:
     out = job.parent / "out"
     data = (out / FIRST).read_bytes()
@@ -272,6 +290,12 @@ def noted_unreadably(out: Path, new: Path) -> None:
     out.rename(new)
 
 
+def noted_too_deep(out: Path, new: Path) -> None:
+    (out / "_batchgen/seen.json").unlink()
+    (out / "_batchgen/seen.json").write_bytes(b"[" * 100_000)
+    out.rename(new)
+
+
 def written_by_0_1_0(out: Path, new: Path) -> None:
     (out / "_batchgen/seen.json").unlink()
     for path in out.rglob("*.parquet"):
@@ -283,7 +307,7 @@ def written_by_0_1_0(out: Path, new: Path) -> None:
     "moves",
     [
         *(copied, copied_without_times, copied_by_cp, through_tar, moved, touched),
-        *(noted_by_nobody, noted_torn, noted_unreadably, written_by_0_1_0),
+        *(noted_by_nobody, noted_torn, noted_unreadably, noted_too_deep, written_by_0_1_0),
     ],
 )
 def test_a_folder_that_was_moved_goes_on_and_is_read_once(

@@ -97,6 +97,16 @@ def test_a_filter_that_is_narrowed(job: Path) -> None:
     assert check(job, 0) == ""
 
 
+def test_a_filter_that_lets_other_rows_through(job: Path) -> None:
+    """As many as before, and others: those that are left out leave."""
+    numbers = [int(text) for text in published_texts(job) if text is not None]
+    num_odd = sum(number % 2 for number in numbers)
+    check(job, num_odd, "input.where=id IS NULL OR id % 2 = 0")
+    num_even = len(numbers) - num_odd
+    note = check(job, num_even, "input.where=id IS NULL OR id % 2 = 1")
+    assert note == f"input.where has changed: {num_even} rows leave the snapshot"
+
+
 def test_rows_that_a_filter_now_leaves_out_since_they_were_edited(job: Path) -> None:
     keep = "input.where=id IS NULL OR id <> 7"
     check(job, 1, keep)

@@ -145,6 +145,54 @@ def test_a_text_of_many_lines_stays_one_record(tmp_path, text):
     assert list(read_all(path).values()) == rows[1:]
 
 
+GLUED = {
+    "blank lines": [
+        "id,text",
+        *(f"{n},t {n}\n" for n in range(1, 4)),
+        '4,"t 4\n',
+        "5,t 5\n",
+        '6,t"',
+    ],
+    "spaced": ["text, id", '"t 3, 3', "t 4, 4", 't 5", 5'],
+    "in the number": ["c0,c1", '"7,w x', "8,w yy", "9,w z", '11",w v'],
+    "a delimiter too many": [
+        "id,text",
+        '3,"t 3',
+        *(f"{n},t" for n in range(4, 50)),
+        "50,c,f",
+        *(f"{n},t" for n in range(51, 70)),
+        '70,x"',
+    ],
+    "counting down": ["id,text", "1001,t", '1000,"t', '999,t"'],
+    "in steps": ["id,text", "0,t", '10,"t', '20,t"'],
+    "bytes that are not UTF-8": ["id,text", '3,"t 3', "4,t", "5,caf\udce9", '6,t"'],
+}
+
+
+@pytest.mark.parametrize("lines", GLUED.values(), ids=GLUED)
+def test_records_that_two_stray_quotes_glue_are_told_apart(tmp_path, lines):
+    content = "\n".join([*lines, ""])
+    name = "in.csv"
+    path = write(tmp_path, content.encode(errors="surrogateescape"), name)
+    found = read_all(path)
+    texts = [line for value in found.values() if isinstance(value, list) for line in value]
+    assert all("\n" not in text for text in texts)
+    at = next(n for n, line in enumerate(content.splitlines()) if '"' in line)
+    assert sum(isinstance(value, str) for value in found.values()) >= len(content.splitlines()) - at
+
+
+@pytest.mark.parametrize("text", ["Kaffee und Kuchen\n3,50 Euro\n4,20 Euro", "Steps:\n1,a\n2,b"])
+def test_a_list_within_a_text_begins_anew_and_stays_text(tmp_path, text):
+    path = write(tmp_path, f'id,text\n11,x\n12,"{text}"\n13,y\n'.encode())
+    assert list(read_all(path).values()) == [["11", "x"], ["12", text], ["13", "y"]]
+
+
+def test_a_header_that_swallows_one_record_is_refused(tmp_path):
+    path = write(tmp_path, b'text,"label\nabc,pos"\ndef,neg\n')
+    with pytest.raises(SourceError, match="the header goes on to line 2"):
+        read_all(path)
+
+
 def test_a_header_that_swallows_records_is_refused(tmp_path):
     path = write(tmp_path, b'id,"text\n1,a\n2,b"\n3,c\n')
     message = "the header goes on to line 3; is a quote in line 1 not closed?"

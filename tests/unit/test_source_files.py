@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import ConfigError, SourceError
-from batchgen.job.paths import is_url
+from batchgen.job.paths import absolute, is_url
 from batchgen.source.columns import is_json, kind_word, parse_field, type_word
 from batchgen.source.csv import CsvReader
 from batchgen.source.files import find_inputs, open_input, stat_input
@@ -63,6 +63,18 @@ def test_what_is_no_input_is_refused(tmp_path, names, pattern, format_name, text
     touch(tmp_path, *names)
     with pytest.raises(SourceError, match=text):
         find_files([f"{tmp_path}/{pattern}"], format_name)
+
+
+def test_two_stars_in_a_name_are_one(tmp_path):
+    touch(tmp_path, "in1.jsonl", "in2.jsonl", "in_d/x.jsonl")
+    found = find_files([f"{tmp_path}/in**"])
+    assert found.paths == [f"{tmp_path}/in1.jsonl", f"{tmp_path}/in2.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["~/*.jsonl", "~x*.jsonl", "~/a.jsonl"])
+def test_a_tilde_that_begins_a_name_here_is_no_home(tmp_path, path):
+    touch(tmp_path, "~/a.jsonl", "~x1.jsonl")
+    assert absolute(tmp_path, path) == f"{tmp_path}/{path}"
 
 
 def test_no_paths_are_refused():
