@@ -174,7 +174,7 @@ MUTANTS = (
     Mutant(
         "a published file that was written over is believed without a look",
         SHOWN,
-        (("if mark != noted.get(name) and (", "if not mark and ("),),
+        (("if wrong is None and mark != noted.get(name):", "if wrong is None and not mark:"),),
         (*PYTEST, "tests/e2e/test_damage.py"),
     ),
     Mutant(
