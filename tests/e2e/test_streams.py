@@ -170,7 +170,13 @@ def test_a_terminal_that_is_gone(tmp_path: Path, *, ignores: bool) -> None:
 
 def test_sighup_is_answered_as_sigterm_is(tmp_path: Path) -> None:
     job = job_of(tmp_path, **SLOW)
-    process = subprocess.Popen(command("run", job), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("run", job),
+        stderr=subprocess.PIPE,
+        text=True,
+        # These tests may run under nohup, and what is ignored is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
+    )
     wait_until(lambda: any((tmp_path / "out").rglob("e*-s000001.parquet")))
     process.send_signal(signal.SIGHUP)
     assert "SIGHUP again to drop them" in process.communicate(timeout=60)[1]
