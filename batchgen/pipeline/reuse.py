@@ -412,33 +412,27 @@ def _file_changes(
         if (other := found.get(number)) is not None:
             before, lost = old.segments[other], published[other]
             if not is_alike and before.digest == after.digest:  # Another filter of the same lines.
-                kept = Ranges.of(_kept(prepared, number, after, fresh))
-                lost -= kept
-                num_more = -len(lost) or len(kept - published[other])
-                yield _FileChange(before, after, lost, kept - published[other], num_more)
+                kept = _kept(prepared, number, after, fresh)
+                lost, fresh = lost - kept, kept - lost
+                yield _FileChange(before, after, lost, fresh, -len(lost) or len(fresh))
                 continue
             runs = list(match_files(storage, before, after)) if is_alike else []
             lost -= Ranges((was, was + num) for _, was, num in runs)
             fresh -= Ranges((at, at + num) for at, _, num in runs)
-        num_more = _count_kept(prepared, number, after, fresh) - len(lost)
+        num_more = len(_kept(prepared, number, after, fresh)) - len(lost)
         yield _FileChange(before, after, lost, fresh, num_more)
     for other in set(range(len(old.segments))) - set(found.values()):
         lost = published[other]
         yield _FileChange(old.segments[other], None, lost, NO_ROWS, -len(lost))
 
 
-def _count_kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> int:
-    """Count rows of a file that `input.where` keeps; reads them where there is such a filter."""
+def _kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> Ranges:
+    """Find rows of a file that `input.where` keeps; reads them where there is such a filter."""
     if prepared.job.input.where is None or not rows:
-        return len(rows)
-    return sum(1 for _ in _kept(prepared, number, segment, rows))
-
-
-def _kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> Iterator[int]:
-    """Read rows of a file and yield the numbers of those that are not blank nor left out."""
+        return rows
     spec = replace(prepared.spec(), carried=(), needed=frozenset())
-    for batch in prepared.reader.read(segment.path, number, rows, spec):
-        yield from batch.rows
+    batches = prepared.reader.read(segment.path, number, rows, spec)
+    return Ranges(span for batch in batches for span in Ranges.of(batch.rows).spans)
 
 
 def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> RowSet:

@@ -219,6 +219,8 @@ _FEW_LINES = 3
 _SURE_LINES = 20
 """From so many lines on, a column of words is evidence enough, and one line in ten may be unlike
 the others: a record with a delimiter too many is among them."""
+_MOST_LINES = 1_000
+"""The first so many are looked at, since a field may have millions of them."""
 
 
 def _is_glued(fields: Sequence[str], delimiter: str, before: Sequence[str]) -> bool:
@@ -263,7 +265,7 @@ def _as_records(fields: Sequence[str], delimiter: str) -> tuple[list[list[str]],
     is_spaced = bool(others) and all(field.startswith(" ") for field in others)
     lines: list[list[str]] = []
     num_blank = num_unlike = 0
-    for line in _lines_of(fields, at, delimiter):
+    for line in itertools.islice(_lines_of(fields, at, delimiter), _MOST_LINES):
         if len(line) == 1 and not line[0].strip():
             num_blank += 1
         elif len(line) != len(fields):

@@ -281,6 +281,19 @@ def test_a_quote_that_is_open_over_a_large_file_takes_little_memory(tmp_path):
     assert peak < 8 * MAX_LINE_BYTES
 
 
+def test_a_field_of_very_many_lines_is_told_by_its_first(tmp_path):
+    """Two stray quotes, a million records apart: two lists a line would take some 200 MB."""
+    path = write(tmp_path, b'a,b\n1,"2\n' + b"1,2\n" * 1_000_000 + b'1,2"\n')
+    tracemalloc.start()
+    try:
+        num_rows = READER.scan(path).num_rows
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert num_rows == 1_000_002
+    assert peak < 64 * 2**20
+
+
 def test_nul_bytes_long_fields_and_blank_lines(tmp_path):
     long = b"x" * 200_000
     batch = read(write(tmp_path, b"a,b\r\n\0,1\r\n\r\n" + long + b",2\r\n"))
