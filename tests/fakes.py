@@ -17,12 +17,12 @@ from batchgen.answers.columns import answer_columns
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.output_format import make_format
 from batchgen.answers.validate import Judge
-from batchgen.core.ranges import Ranges
 from batchgen.core.records import (
     Completion,
     EngineFacts,
     EngineStats,
     Ordinal,
+    Ranges,
     Request,
     Result,
     RowBatch,

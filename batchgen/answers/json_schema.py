@@ -33,7 +33,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, specification_with
 
 from batchgen.answers.schema_shape import step
-from batchgen.core.json_text import check_levels, parse_json
+from batchgen.core.data import check_levels, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

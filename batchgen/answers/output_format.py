@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.answers.json_schema import checked_schema, row_validator, why_invalid
 from batchgen.answers.typed import typed_schema
+from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError
-from batchgen.core.json_text import parse_json
 from batchgen.core.records import RowError, Sample, Verdict
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ class TypedSchema:
     _convert: Callable[[Any], Any] = field(repr=False, compare=False)
 
     def value(self, parsed: Any) -> Any:  # noqa: ANN401 - any JSON
-        """Turn what `core.json_text.parse_json` returns into what `pa.array` takes.
+        """Turn what `core.data.parse_json` returns into what `pa.array` takes.
 
         null fits everywhere: an absent key is null too.
 

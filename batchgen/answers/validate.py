@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.answers.output_format import Reading
-from batchgen.core import arrow
+from batchgen.core.data import gather_rows
 from batchgen.core.errors import ConfigError
 from batchgen.core.expressions import check_row_test, parse_row_test
 from batchgen.core.records import Result, Retry, RowError, Verdict
@@ -142,7 +142,7 @@ class Judge:
             kind, fact = _FACTS[ours]
             return pa.array([fact(r.completion) for r in results if r.completion], kind)
         places = [(result.batch.carried, result.index) for result in results]
-        return arrow.gather(places, [name])[0].combine_chunks()
+        return gather_rows(places, [name])[0].combine_chunks()
 
 
 def refusal(rule: RowTest) -> str:

@@ -15,7 +15,7 @@ from batchgen.cli.history import diff, prune, snapshots
 from batchgen.cli.look import check, doctor, plan, schema, show, status, verify
 from batchgen.cli.run import refused_usage, run, tune
 from batchgen.core.errors import BatchgenError, ExitCode
-from batchgen.core.words import lost_output, own_streams
+from batchgen.core.runtime import lost_output, own_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

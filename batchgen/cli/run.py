@@ -21,7 +21,7 @@ from batchgen.cli.common import (
     table,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
-from batchgen.core.words import say
+from batchgen.core.runtime import say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

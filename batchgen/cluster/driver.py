@@ -40,8 +40,7 @@ from batchgen.core.errors import (
     OutputError,
     StorageError,
 )
-from batchgen.core.ranges import Ranges, RowSet
-from batchgen.core.records import Request, RowError
+from batchgen.core.records import Ranges, Request, RowError, RowSet
 from batchgen.engine.base import failed
 from batchgen.engine.order import held_bytes
 from batchgen.pipeline.context import Stop

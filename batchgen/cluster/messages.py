@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.core.errors import BatchgenError
-    from batchgen.core.ranges import Ranges, RowSet
-    from batchgen.core.records import EngineFacts, EngineStats
+    from batchgen.core.records import EngineFacts, EngineStats, Ranges, RowSet
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import Stop
     from batchgen.pipeline.feeder import FeedBatch

@@ -28,9 +28,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from batchgen.core.collector import collect_rarely
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, one_line
-from batchgen.core.words import own_streams
+from batchgen.core.runtime import collect_rarely, own_streams
 from batchgen.engine.base import engine_class
 from batchgen.engine.devices import GpuLoad
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build

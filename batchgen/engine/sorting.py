@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from batchgen.core import arrow
+from batchgen.core.data import gather_rows
 from batchgen.core.errors import StorageError
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import Request, RowBatch
+from batchgen.core.records import Ranges, Request, RowBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -239,7 +238,7 @@ def loose(requests: Sequence[Request]) -> list[Request]:
     carried = requests[0].batch.carried
     if carried.num_columns:
         places = [(request.batch.carried, request.index) for request in requests]
-        columns = arrow.gather(places, carried.schema.names)
+        columns = gather_rows(places, carried.schema.names)
         table = pa.Table.from_arrays(columns, schema=carried.schema)
         (carried,) = table.combine_chunks().to_batches()
     batch = RowBatch(0, (), (), carried, {}, Ranges())

@@ -25,7 +25,7 @@ from batchgen import __version__
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
-from batchgen.core.ranges import RowSet
+from batchgen.core.records import RowSet
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine

@@ -20,11 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.answers.validate import refusal
-from batchgen.core import arrow
+from batchgen.core.data import gather_rows
 from batchgen.core.errors import AccountingError
 from batchgen.core.expressions import RowTest, parse_row_test
-from batchgen.core.ranges import RowSet
-from batchgen.core.records import Request
+from batchgen.core.records import Request, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.reuse import (
     Takeover,
@@ -278,7 +277,7 @@ def _copied(
     columns = [
         pa.array([row.ordinal.segment for row in found], schema.field(SEGMENT).type),
         pa.array([row.ordinal.row for row in found], schema.field(ROW).type),
-        *(arrow.gather(rows, prepared.carried) if prepared.carried else ()),
+        *(gather_rows(rows, prepared.carried) if prepared.carried else ()),
         *answers.columns,
     ]
     table = pa.Table.from_arrays(columns, schema=schema)

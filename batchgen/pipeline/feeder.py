@@ -12,8 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import Request, Result
+from batchgen.core.records import Ranges, Request, Result
 from batchgen.engine.order import carried_bytes
 
 if TYPE_CHECKING:

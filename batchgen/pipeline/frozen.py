@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import InputChangedError, SourceError
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.job.paths import is_url
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files

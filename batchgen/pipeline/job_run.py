@@ -28,7 +28,7 @@ from batchgen.core.errors import (
     GateError,
     StorageError,
 )
-from batchgen.core.words import say
+from batchgen.core.runtime import say
 from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.vllm.settings import SETTINGS
 from batchgen.pipeline.compute import OneEngine

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.words import STDERR
+from batchgen.core.runtime import STDERR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

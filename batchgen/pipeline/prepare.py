@@ -21,8 +21,7 @@ from batchgen.answers.output_format import OutputFormat, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, suggestion
 from batchgen.core.expressions import check_row_test
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import EngineSpec, Prompt, RowError
+from batchgen.core.records import EngineSpec, Prompt, Ranges, RowError
 from batchgen.engine.base import BACKENDS, engine_class
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import PromptBuilder, turns

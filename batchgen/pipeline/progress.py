@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 from tqdm import tqdm
 
-from batchgen.core.words import STDERR
+from batchgen.core.runtime import STDERR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

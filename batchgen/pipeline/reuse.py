@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import BatchgenError, OutputError
-from batchgen.core.ranges import NO_ROWS, Ranges, RowSet
+from batchgen.core.records import NO_ROWS, Ranges, RowSet
 from batchgen.pipeline.runner import Committer
 from batchgen.store.books import Durable
 from batchgen.store.dedupe import KnownKeys

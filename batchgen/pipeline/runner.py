@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from batchgen.answers.validate import final
-from batchgen.core.collector import rare_collection
 from batchgen.core.errors import BatchgenError, StorageError
-from batchgen.core.ranges import RowSet
+from batchgen.core.records import RowSet
+from batchgen.core.runtime import rare_collection
 from batchgen.pipeline.context import Stop
 
 if TYPE_CHECKING:

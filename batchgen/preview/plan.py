@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
-from batchgen.core.ranges import RowSet
+from batchgen.core.records import RowSet
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign

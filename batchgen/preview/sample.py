@@ -26,8 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import EngineError, one_line
-from batchgen.core.ranges import RowSet
-from batchgen.core.records import Request, RowError
+from batchgen.core.records import Request, RowError, RowSet
 from batchgen.engine.base import engine_class
 from batchgen.engine.echo import encode_prompt
 from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode

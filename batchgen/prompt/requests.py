@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from pydantic import ValidationError
 
+from batchgen.core.data import check_levels, parse_json
 from batchgen.core.errors import suggestion
-from batchgen.core.json_text import check_levels, parse_json
 from batchgen.core.records import Ordinal, Request, Result, RowError
 from batchgen.job.model import SamplingFields
 

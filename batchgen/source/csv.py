@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batchgen.core.data import parse_json
 from batchgen.core.errors import SourceError
-from batchgen.core.json_text import parse_json
 from batchgen.core.records import RowError
 from batchgen.source.columns import fits, is_json, override, parse_field
 from batchgen.source.reading import (
@@ -56,8 +56,7 @@ from batchgen.source.text import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.core.ranges import Ranges
-    from batchgen.core.records import RowBatch
+    from batchgen.core.records import Ranges, RowBatch
     from batchgen.source.reading import ReadSpec, Shape
 
 Record = tuple[int, list[str], RowError | None, int]

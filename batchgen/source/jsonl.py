@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.core.ranges import Ranges
-    from batchgen.core.records import RowBatch
+    from batchgen.core.records import Ranges, RowBatch
     from batchgen.source.reading import ReadSpec, Shape
     from batchgen.source.text import Scan
 

@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.core.errors import SourceError
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import RowError
+from batchgen.core.records import Ranges, RowError
 from batchgen.source import text as lines
 from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.files import open_input, stat_input

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from batchgen.core.expressions import RowTest, parse_row_test
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import RowBatch, RowError
+from batchgen.core.records import Ranges, RowBatch, RowError
 from batchgen.source.columns import to_array, type_word
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from batchgen.source.files import open_input, stat_input
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from batchgen.core.ranges import Ranges
+    from batchgen.core.records import Ranges
     from batchgen.source.files import InputStat
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from batchgen.core.ranges import Ranges, RowSet
+    from batchgen.core.records import Ranges, RowSet
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Durable, Plan, Segment
 

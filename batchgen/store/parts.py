@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core import arrow
+from batchgen.core.data import gather_rows
 from batchgen.core.errors import AccountingError, ConfigError
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.store.books import Part, PartFooter
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def _carried_columns(
     if not ordered or not names:
         return [pa.chunked_array([], schema.field(name).type) for name in names]
     places = [(result.batch.carried, result.index) for result in ordered]
-    return arrow.gather(places, names, copy=False)
+    return gather_rows(places, names, copy=False)
 
 
 def _encode(table: pa.Table, footer: PartFooter, context: PartContext) -> bytes:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.core import arrow
+from batchgen.core.data import take_rows
 from batchgen.core.errors import OutputError
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.store.dedupe import prefixes_of
 from batchgen.store.matching import Span
 from batchgen.store.parts import ROW, SEGMENT, check_rows, rows_of
@@ -105,7 +105,7 @@ class Renumbering:
         found = found.filter((offset < pl.col("length")) & is_wanted).select(
             "at", "segment", row=pl.col("start") + offset
         )
-        rows = arrow.take(table, found["at"].cast(pl.Int64).to_arrow())
+        rows = take_rows(table, found["at"].cast(pl.Int64).to_arrow())
         for name in (SEGMENT, ROW):
             at = rows.schema.get_field_index(name)
             field = rows.schema.field(at)
@@ -226,7 +226,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     order = pc.sort_indices(table, sort_keys=[(SEGMENT, "ascending"), (ROW, "ascending")])
     skipped = RowSet.of_spans(span for piece in pieces for span in piece.skipped.spans())
     engines = sorted({name for piece in pieces for name in piece.engine.split(", ")} - {""})
-    return Piece(arrow.take(table, order), skipped, ", ".join(engines))
+    return Piece(take_rows(table, order), skipped, ", ".join(engines))
 
 
 _ENGINE_KEY = b"batchgen.engine"
@@ -457,14 +457,14 @@ class AnsweredKeys:
                     answers = self._answers(file, self._groups[rows["group"][0]][1])
                     if answers is None:
                         continue
-                    table = arrow.take(answers, rows["row"].cast(pl.Int64).to_arrow())
+                    table = take_rows(answers, rows["row"].cast(pl.Int64).to_arrow())
                     found = pl.Series(table.column(f"{self._prefix}request_key"), dtype=pl.String)
                     is_same = found == rows["key"]
                     tables.append(table.filter(is_same.to_arrow()))
                     places += rows["at"].filter(is_same).to_list()
                 _tell_of(file, self._tell)
         order = sorted(range(len(places)), key=places.__getitem__)
-        answers = arrow.take(pa.concat_tables(tables), pa.array(order, pa.int64()))
+        answers = take_rows(pa.concat_tables(tables), pa.array(order, pa.int64()))
         return [places[at] for at in order], answers
 
     def _answers(self, file: ResultFile, group: int) -> pa.Table | None:

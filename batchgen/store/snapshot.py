@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core import arrow
+from batchgen.core.data import keep_rows, take_rows
 from batchgen.core.errors import AccountingError, DamagedPartError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.storage import saying_where
 from batchgen.store.books import PublishedFile
 from batchgen.store.parts import ROW, SEGMENT, dictionary_columns, published_schema
@@ -280,7 +280,7 @@ def _chunk_rows(readers: Sequence[_PartReader]) -> int:
 
 def _in_order(chunk: pa.Table) -> pa.Table:
     if not _is_ascending(chunk):
-        chunk = arrow.take(chunk, pc.sort_indices(chunk.column(ROW)))
+        chunk = take_rows(chunk, pc.sort_indices(chunk.column(ROW)))
         if not _is_ascending(chunk):
             msg = "two accepted parts hold the same row; not published"
             raise AccountingError(msg)
@@ -341,7 +341,7 @@ class _PartReader:
         row = table.column(ROW)
         here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
         here = pc.and_(pc.equal(table.column(SEGMENT), segment), here)
-        table = arrow.keep(table, here)
+        table = keep_rows(table, here)
         if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
             raise DamagedPartError(self._name, "holds a row that its footer does not name")
         self._num_read += table.num_rows

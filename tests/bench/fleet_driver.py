@@ -40,7 +40,7 @@ from batchgen.cluster.driver import Driver
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.cluster.workers import WorkerPool
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.context import RunContext, StopSwitch
 from batchgen.pipeline.frozen import freeze

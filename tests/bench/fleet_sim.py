@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.messages import Committed, Finish, Gone, Look, Take
 from batchgen.cluster.pacing import Meter, Pace, outlook, rows_for
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from tests.bench.sim_cluster import SimCluster
 from tests.bench.sim_worker import EngineKind
 

@@ -22,8 +22,7 @@ from batchgen.cluster.messages import (
     Report,
     Take,
 )
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import EngineFacts, EngineStats
+from batchgen.core.records import EngineFacts, EngineStats, Ranges
 from batchgen.pipeline.run_stats import Counts
 from batchgen.store.books import PARTS
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.source.columns import parse_field
 from batchgen.source.formats import find_files, reader_for
 from batchgen.source.reading import ReadSpec

@@ -16,7 +16,7 @@ from batchgen.cluster.machines import Resources
 from batchgen.cluster.messages import Failed, Gone, Lease, Report, Take
 from batchgen.cluster.ray import RayCluster, _Actor
 from batchgen.core.errors import ConfigError
-from batchgen.core.ranges import RowSet
+from batchgen.core.records import RowSet
 from tests.ray.support import ONE_CPU, StandIn, Unable, badge, is_running, nodes, wait_until
 
 if TYPE_CHECKING:

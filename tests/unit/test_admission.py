@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from batchgen.core.errors import StorageError
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import Ordinal, Request, RowBatch
+from batchgen.core.records import Ordinal, Ranges, Request, RowBatch
 from batchgen.engine import order as orders
 from batchgen.engine.order import (
     AdmissionOrder,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.core import arrow
+from batchgen.core.data import gather_rows, keep_rows
 
 KINDS = [pa.string(), pa.string_view()]
 
@@ -24,7 +24,7 @@ def addresses(column: pa.ChunkedArray) -> set[int]:
 @given(st.lists(st.booleans(), min_size=0, max_size=12), st.sampled_from(KINDS))
 def test_kept_rows_are_those_of_the_mask(mask, kind):
     table = pa.Table.from_batches([batch_of(0, 5, kind), batch_of(5, 7, kind)])[: len(mask)]
-    kept = arrow.keep(table, pa.chunked_array([mask], pa.bool_()))
+    kept = keep_rows(table, pa.chunked_array([mask], pa.bool_()))
     rows = zip(table.to_pylist(), mask, strict=True)
     assert kept.to_pylist() == [row for row, is_kept in rows if is_kept]
 
@@ -33,7 +33,7 @@ def test_kept_rows_are_those_of_the_mask(mask, kind):
 def test_few_kept_rows_do_not_hold_the_memory_of_all(num_kept, is_shared):
     table = pa.Table.from_batches([batch_of(0, 10, pa.string())])
     mask = [at < num_kept for at in range(10)]
-    kept = arrow.keep(table, pa.chunked_array([mask], pa.bool_()))
+    kept = keep_rows(table, pa.chunked_array([mask], pa.bool_()))
     assert bool(addresses(kept["x"]) & addresses(table["x"])) is is_shared
 
 
@@ -51,7 +51,7 @@ def test_gathered_rows_are_the_same_whether_copied_or_not(starts, length, kind):
     ]
     wanted = [batch.column("n")[row].as_py() for batch, row in places]
     for copy in (True, False):
-        x, n = arrow.gather(places, ["x", "n"], copy=copy)
+        x, n = gather_rows(places, ["x", "n"], copy=copy)
         assert n.to_pylist() == wanted
         assert x.to_pylist() == [None if value is None else str(value) for value in wanted]
 
@@ -61,7 +61,7 @@ def test_rows_that_lie_together_stay_where_they_are_if_they_may(num_rows, is_sha
     batch = batch_of(0, 300, pa.string())
     places = [(batch, row) for row in range(num_rows)]
     mine = addresses(pa.chunked_array([batch.column("x")]))
-    (copied,) = arrow.gather(places, ["x"])
-    (shared,) = arrow.gather(places, ["x"], copy=False)
+    (copied,) = gather_rows(places, ["x"])
+    (shared,) = gather_rows(places, ["x"], copy=False)
     assert not addresses(copied) & mine
     assert bool(addresses(shared) & mine) is is_shared

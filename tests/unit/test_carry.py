@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import OutputError
-from batchgen.core.ranges import NO_ROWS, Ranges, RowSet
-from batchgen.core.records import RowError
+from batchgen.core.records import NO_ROWS, Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
 from batchgen.store.books import Manifest, Part, PartFooter

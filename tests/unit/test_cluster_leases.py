@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from batchgen.cluster.leases import FEW_DEATHS, FEW_SUSPECTS, PIECES, SOLO_DEATHS, LeaseBook
 from batchgen.core.errors import AccountingError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 
 TODO = {0: Ranges([(0, 7), (9, 30)]), 2: Ranges([(5, 6), (8, 12)])}
 WORKERS = st.integers(0, 3)

@@ -15,8 +15,7 @@ from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.machines import Resources, resources_of, share_gpu
 from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import Request, RowError
+from batchgen.core.records import Ranges, Request, RowError
 from batchgen.pipeline.feeder import FeedBatch, Feeder
 from tests import fakes
 

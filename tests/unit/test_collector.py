@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from batchgen.core.collector import collect_rarely, rare_collection
+from batchgen.core.runtime import collect_rarely, rare_collection
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.store.books import FOOTER_KEY, PartFooter
 
 FOOTER = PartFooter(

@@ -11,8 +11,7 @@ import pytest
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import ConfigError, EngineError, InputChangedError
-from batchgen.core.ranges import Ranges, RowSet
-from batchgen.core.records import EngineSpec, Request
+from batchgen.core.records import EngineSpec, Ranges, Request, RowSet
 from batchgen.engine.process import build_engine
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import freeze

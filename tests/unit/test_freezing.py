@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import InputChangedError, SourceError
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.pipeline.frozen import Before, freeze, has_new_rows, read_rows
 from batchgen.pipeline.prepare import prepare
 from batchgen.source.csv import CsvReader

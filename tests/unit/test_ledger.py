@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
-from batchgen.core.ranges import Ranges, RowSet
-from batchgen.core.records import RowError
+from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
 from batchgen.store.ledger import Ledger

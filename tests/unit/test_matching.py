@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.source.text import DIGEST_BYTES, NO_DIGEST
 from batchgen.storage import LocalStorage
 from batchgen.store import matching

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.pipeline.interface import RunOptions

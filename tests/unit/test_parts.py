@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import BatchgenError, ConfigError, StorageError
-from batchgen.core.ranges import Ranges, RowSet
-from batchgen.core.records import Ordinal, Result, RowError
+from batchgen.core.records import Ordinal, Ranges, Result, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store.books import PartFooter
 from batchgen.store.parts import (

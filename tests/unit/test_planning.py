@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import ConfigError, InputChangedError, SourceError
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.pipeline.frozen import (
     Before,
     check_unchanged,

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.errors import AccountingError, DamagedPartError
-from batchgen.core.ranges import Ranges, RowSet
-from batchgen.core.records import RowError
+from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
 from batchgen.store.books import PartFooter, PublishedFile

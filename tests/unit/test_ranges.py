@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 
 numbers = st.sets(st.integers(0, 60))
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)))

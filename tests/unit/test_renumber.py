@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.core.ranges import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet
 from batchgen.store.matching import Span
 from batchgen.store.parts import rows_of
 from batchgen.store.reuse import Renumbering

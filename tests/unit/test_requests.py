@@ -8,8 +8,7 @@ import socket
 import pyarrow as pa
 import pytest
 
-from batchgen.core.ranges import Ranges
-from batchgen.core.records import Request, RowBatch
+from batchgen.core.records import Ranges, Request, RowBatch
 from batchgen.prompt.requests import wrong_option_columns
 from tests.fakes import job, request_builder
 

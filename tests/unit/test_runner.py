@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import EngineDeadError, EngineError, SourceError, StorageError
-from batchgen.core.ranges import Ranges, RowSet
-from batchgen.core.records import EngineSpec, RowError
+from batchgen.core.records import EngineSpec, Ranges, RowError, RowSet
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.job.model import RunConfig
 from batchgen.job.recipe import Seeds

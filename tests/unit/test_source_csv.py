@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.source.csv import CsvReader, delimiter_hint
 from batchgen.source.reading import ReadSpec
 from batchgen.source.text import MAX_LINE_BYTES

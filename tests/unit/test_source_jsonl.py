@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from batchgen.core.errors import SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.source.columns import parse_field, type_word
 from batchgen.source.jsonl import JsonlReader
 from batchgen.source.reading import ReadSpec

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.source import text as blocks
 from batchgen.source.text import BOM, LineIndex, LineIndexes, read_lines, scan_lines
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.errors import SourceError
-from batchgen.core.ranges import Ranges
+from batchgen.core.records import Ranges
 from batchgen.source import parquet
 from batchgen.source.columns import JSON_METADATA
 from batchgen.source.parquet import ParquetReader
