@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen.answers.columns import answer_columns
 from batchgen.answers.json_schema import row_validator
-from batchgen.answers.output_format import make_format
+from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Judge
 from batchgen.core.records import (
     Completion,

@@ -32,7 +32,7 @@ from jsonschema.validators import extend, validator_for
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, specification_with
 
-from batchgen.answers.schema_shape import step
+from batchgen.answers.typed import step
 from batchgen.core.data import check_levels, parse_json
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from batchgen.core.records import Result, Retry, RowError, Verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from batchgen.answers.columns import AnswerColumns
-    from batchgen.answers.output_format import OutputFormat
+    from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.core.expressions import RowTest
     from batchgen.core.records import Completion, Prompt, Request, Sample
     from batchgen.job.model import RetryConfig, SamplingConfig

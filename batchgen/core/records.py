@@ -178,7 +178,7 @@ class Result(NamedTuple):
     error: RowError | None
     verdict: Verdict = Verdict.ERROR
     values: Sequence[Any] | None = None
-    """One value for each of `answers.columns.AnswerColumns.fields`; None: all null."""
+    """One value for each of `answers.output_format.AnswerColumns.fields`; None: all null."""
     attempts: int = 0
     """How often the engine was asked."""
     seed: int | None = None

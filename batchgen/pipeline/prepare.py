@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from batchgen.answers.columns import AnswerColumns, answer_columns
-from batchgen.answers.output_format import OutputFormat, make_format
+from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, suggestion
 from batchgen.core.expressions import check_row_test
@@ -35,8 +34,7 @@ from batchgen.store.parts import part_schema
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.answers.columns import AnswerColumns
-    from batchgen.answers.output_format import OutputFormat
+    from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.job.model import Example, JobConfig, ModelConfig
     from batchgen.source.formats import InputFiles
     from batchgen.source.reading import Reader

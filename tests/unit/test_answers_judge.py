@@ -8,8 +8,7 @@ import math
 import pyarrow as pa
 import pytest
 
-from batchgen.answers.columns import answer_columns
-from batchgen.answers.output_format import make_format
+from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Retries, check_retries, check_rules, final, rule_schema
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Completion, RowError, Sample, TokenLogprobs, Verdict

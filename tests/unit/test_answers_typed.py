@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.answers.schema_shape import MAX_SCHEMAS
-from batchgen.answers.typed import MAX_LEVELS, typed_schema
+from batchgen.answers.typed import MAX_LEVELS, MAX_SCHEMAS, typed_schema
 
 DATA = Path(__file__).parents[1] / "data" / "schemas"
 S, I, F, B = pa.string(), pa.int64(), pa.float64(), pa.bool_()  # noqa: E741
