@@ -301,8 +301,7 @@ def tune(
     Example: batchgen tune jobs/quickstart.toml --minutes 10
     """
     try:
-        from batchgen.tuning.gauge import Times
-        from batchgen.tuning.trial import Stops
+        from batchgen.tuning.trial import Stops, Times
         from batchgen.tuning.tune import TuneOptions, Tuning
 
         stops = Stops()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batchgen.core.errors import ConfigError
-from batchgen.preview.findings import Finding, gib, ok, problem
+from batchgen.preview.machine import Finding, gib, ok, problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -18,14 +18,18 @@ from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.prepare import LARGE_BYTES, engine_spec, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model
-from batchgen.preview.findings import Finding, of_error, ok, problem, warning
 from batchgen.preview.machine import (
+    Finding,
     check_device,
     check_limits,
     check_output,
     check_replicas,
     check_versions,
+    of_error,
+    ok,
+    problem,
     read_machine,
+    warning,
 )
 from batchgen.preview.model_check import Report, check_model
 from batchgen.preview.sample import max_model_len, row_lengths

@@ -1,6 +1,7 @@
 """What this machine and this Python environment are, and whether they are what a job needs.
 
-Everything is read once, by `read_machine`; the checks judge what was read.
+Everything is read once, by `read_machine`; the checks judge what was read. What all checks of
+`batchgen doctor` say are findings: one line a fact, with what to do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +26,75 @@ from batchgen import __version__
 from batchgen.cluster.machines import fit, resources_of
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
-from batchgen.preview.findings import Finding, gib, of_error, ok, problem, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.engine.devices import Gpu
     from batchgen.job.model import JobConfig
+
+
+GIB = 2**30
+MAX_CHARS = 2000
+"""Longest text of a finding: what a model's file says can be of any length."""
+
+
+class Level(StrEnum):
+    """How a fact bears on the job."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """The job runs, but slower or otherwise than one may expect."""
+    PROBLEM = "problem"
+    """The job does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact about the job on this machine."""
+
+    level: Level
+    topic: str
+    """One word: gpu, vllm, memory, ..."""
+    text: str
+    advice: str = ""
+    """What to do; empty where nothing is to be done."""
+
+
+def ok(topic: str, text: str) -> Finding:
+    """A fact that needs nothing to be done."""
+    return Finding(Level.OK, topic, _line(text))
+
+
+def warning(topic: str, text: str, advice: str = "") -> Finding:
+    """A fact with which the job runs all the same."""
+    return Finding(Level.WARNING, topic, _line(text), advice)
+
+
+def problem(topic: str, text: str, advice: str = "") -> Finding:
+    """A fact with which the job does not run."""
+    return Finding(Level.PROBLEM, topic, _line(text), advice)
+
+
+def of_error(topic: str, error: Exception, advice: str = "") -> Finding:
+    """A problem with an error's text, in one line."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return problem(topic, "; ".join(lines) or type(error).__name__, advice)
+
+
+def _line(text: str) -> str:
+    """One line that every terminal takes: a model's file can hold escape sequences."""
+    text = text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people: `15.26 GiB`, or MiB below one."""
+    size = abs(num_bytes)
+    if size < GIB:
+        return f"{num_bytes / 2**20:,.0f} MiB"
+    return f"{num_bytes / GIB:,.2f} GiB" if size < 100 * GIB else f"{num_bytes / GIB:,.0f} GiB"
+
 
 PACKAGES = ("torch", "transformers", "tokenizers", "huggingface-hub", "nvidia-ml-py")
 """Packages whose versions are reported, beside vLLM's."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
 from batchgen.preview.checkpoint import DTYPE_BYTES
-from batchgen.preview.findings import GIB
+from batchgen.preview.machine import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

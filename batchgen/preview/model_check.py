@@ -19,8 +19,18 @@ from batchgen.core.errors import ConfigError, ExitCode
 from batchgen.engine.devices import Gpu
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.preview.checkpoint import Weights, read_config, read_weights, shape_of
-from batchgen.preview.findings import Finding, Level, gib, of_error, ok, problem, warning
-from batchgen.preview.machine import LEAST_CUDA_13, point, release_of
+from batchgen.preview.machine import (
+    LEAST_CUDA_13,
+    Finding,
+    Level,
+    gib,
+    of_error,
+    ok,
+    point,
+    problem,
+    release_of,
+    warning,
+)
 from batchgen.preview.memory import (
     CONTEXT_BYTES,
     NO_FLOAT16,

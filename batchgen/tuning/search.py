@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from batchgen.job.model import JobConfig
-    from batchgen.tuning.gauge import Measure
-    from batchgen.tuning.trial import Trial
+    from batchgen.tuning.trial import Measure, Trial
 
 NOISE = 0.02
 """Gains below are none: two trials of the same settings differ by about as much."""

@@ -2,10 +2,31 @@
 
 There is no special path for its rows: they are committed as in every run, and the next trial, or
 `batchgen run`, goes on from there.
+
+What would the whole job's time be with these settings? A trial is a minute of it, so it must be
+read with care:
+
+- Rows that finish in a minute tell too little: at first the short ones do, and the more rows run
+  at once, the later each finishes. So the engine's own counters are used, which know the tokens
+  of unfinished rows; finished rows' only where an engine has no such counters.
+- Only a steady stretch counts: from when the engine is full, and as many rows as it runs at once
+  have ended since (so that rows of every age run side by side), to the last moment that it is
+  full. Neither its start nor what drains at the end says anything of a night. (Where rows take
+  longer than `Times.settle_most_s`, it begins then: prompts are fewer than their share for a
+  while, at all settings alike.)
+- Tokens are not all alike: of prompts a stretch may by chance hold more or less than its share,
+  and they cost less. Were their price r of a generated token's, `generated + r * prompt` would
+  not care. r = 0.2 is about right for GPUs (0.1 for small models, whose steps wait for the
+  host, to 0.5 for large ones at large batches), and since a steady stretch has nearly its share,
+  an error of r is one of second order. Prompt tokens from the prefix cache count like others:
+  the job needs them either way, and a setting that gets them for nothing is a fast one.
+- Work that is done twice, after a preemption, counts once.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +38,204 @@ from batchgen.core.errors import ConfigError, EngineError
 from batchgen.job.tuned import with_settings
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.tuning.gauge import Measure, Times, add_moment, is_enough, measure, steady
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.interface import Moment
+
+
+PROMPT_WEIGHT = 0.2
+_FULL, _STILL_FULL = 0.95, 0.8
+_BLOCKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long a trial looks, in seconds."""
+
+    warm_up_s: float = 20.0
+    """An engine that is not full by then will never be: its rows come too slowly."""
+    settle_s: float = 5.0
+    """At least so long after it is full; kernels may still be compiled."""
+    settle_most_s: float = 20.0
+    """And no longer, where rows take that long."""
+    least_s: float = 15.0
+    most_s: float = 60.0
+    error: float = 0.01
+    """Enough is measured, after `least_s`, once the standard error is that small a share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A steady stretch of a run. Medians and maxima are over it."""
+
+    seconds: float
+    rows_per_s: float
+    prompt_tokens_per_s: float
+    """Prompt tokens, those of the prefix cache included."""
+    output_tokens_per_s: float
+    error: float
+    """Standard error of the speed, as a share of it."""
+    num_preemptions: int
+    preemptions_per_row: float
+    kv_cache_usage: float | None
+    """The most."""
+    num_running: int | None
+    num_waiting: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    tokens_per_step: float | None
+    """Tokens that a step had to compute."""
+    cached_share: float
+    """Share of the prompt tokens that the prefix cache had."""
+
+    @property
+    def speed(self) -> float:
+        """What settings are compared by, see the module."""
+        return self.output_tokens_per_s + PROMPT_WEIGHT * self.prompt_tokens_per_s
+
+    @property
+    def score(self) -> float:
+        """The speed, less where rows are preempted: with longer answers it would be more of them.
+
+        At most a tenth: what is lost by those that were seen is in the speed already.
+        """
+        return self.speed * (1 - min(0.1, self.preemptions_per_row))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rows waited because it ran as many at once as it may.
+
+        Its count is taken after a step, when those that it finished are gone: where answers are
+        short that is far below. So what else could hold rows back is looked at, too.
+        """
+        has_memory = (self.kv_cache_usage or 0.0) < 0.9
+        num_tokens = self.tokens_per_step or 0.0
+        has_tokens = num_tokens < 0.7 * (self.max_num_batched_tokens or math.inf)
+        is_at_limit = (self.num_running or 0) >= 0.9 * self.max_num_seqs
+        return bool(self.num_waiting) and (is_at_limit or (has_memory and has_tokens))
+
+
+def add_moment(moments: list[Moment], moment: Moment) -> None:
+    """Keep a look if the engine is up and has said something new."""
+    if moment.facts is None or not moment.num_in_flight:
+        return
+    if not moments or moments[-1].engine != moment.engine:
+        moments.append(moment)
+
+
+def steady(moments: Sequence[Moment], times: Times) -> Sequence[Moment]:
+    """The steady stretch; empty if there is none yet."""
+    if not moments:
+        return ()
+    peak, begun_s = max(map(_running, moments)), moments[0].at_s
+    full = next(
+        (
+            moment
+            for moment in moments
+            if _running(moment) >= _FULL * peak or moment.at_s - begun_s >= times.warm_up_s
+        ),
+        moments[-1],
+    )
+
+    def is_settled(moment: Moment) -> bool:
+        has_turned = moment.num_ended - full.num_ended >= peak
+        wait_s = times.settle_s if has_turned else times.settle_most_s
+        return moment.at_s - full.at_s >= wait_s
+
+    stretch = [moment for moment in moments if is_settled(moment)]
+    usual = statistics.median(map(_running, stretch)) if stretch else 0
+    while stretch and _running(stretch[-1]) < _STILL_FULL * usual:
+        stretch.pop()
+    return stretch if len(stretch) > 1 else ()
+
+
+def _running(moment: Moment) -> int:
+    return moment.engine.num_running or 0
+
+
+def measure(stretch: Sequence[Moment]) -> Measure | None:
+    """What a steady stretch says; None if it is none or nothing was done in it."""
+    if len(stretch) < 2 or (facts := stretch[-1].facts) is None:
+        return None
+    first, last = stretch[0], stretch[-1]
+    seconds = last.at_s - first.at_s
+    prompts, outputs = _counters(stretch)
+    work = [
+        output + PROMPT_WEIGHT * prompt for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    if seconds <= 0 or work[-1] <= work[0]:
+        return None
+    prompt, output = prompts[-1] - prompts[0], outputs[-1] - outputs[0]
+    preempted = (last.engine.num_preemptions or 0) - (first.engine.num_preemptions or 0)
+    num_rows = last.num_ended - first.num_ended
+    usages = [u for moment in stretch if (u := moment.engine.kv_cache_usage) is not None]
+    back = last.prompt_tokens - first.prompt_tokens
+    cached = (last.cached_tokens - first.cached_tokens) / back if back > 0 else 0.0
+    num_steps = (last.engine.num_steps or 0) - (first.engine.num_steps or 0)
+    computed = output + prompt * (1 - cached)
+    return Measure(
+        seconds=seconds,
+        rows_per_s=num_rows / seconds,
+        prompt_tokens_per_s=prompt / seconds,
+        output_tokens_per_s=output / seconds,
+        error=_error([moment.at_s for moment in stretch], work),
+        num_preemptions=preempted,
+        preemptions_per_row=preempted / max(1, num_rows),
+        kv_cache_usage=max(usages) if usages else None,
+        num_running=_median([moment.engine.num_running for moment in stretch]),
+        num_waiting=_median([moment.engine.num_waiting for moment in stretch]),
+        max_num_seqs=facts.max_num_seqs,
+        max_num_batched_tokens=last.engine.max_num_batched_tokens,
+        tokens_per_step=computed / num_steps if num_steps > 0 else None,
+        cached_share=cached,
+    )
+
+
+def _counters(stretch: Sequence[Moment]) -> tuple[list[int], list[int]]:
+    """Tokens of prompts and of answers: the engine's own, or finished rows' where it has none."""
+    prompts = [moment.engine.num_prompt_tokens or 0 for moment in stretch]
+    outputs = [moment.engine.num_generated_tokens or 0 for moment in stretch]
+    if prompts[-1] > prompts[0] or outputs[-1] > outputs[0]:
+        return prompts, outputs
+    return [m.prompt_tokens for m in stretch], [m.output_tokens for m in stretch]
+
+
+def _median(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known)) if known else None
+
+
+def _error(times_s: Sequence[float], work: Sequence[float]) -> float:
+    """Standard error of the mean rate as a share of it, by the spread of up to eight blocks."""
+    span_s = times_s[-1] - times_s[0]
+    edges: list[int] = [0]
+    rates: list[float] = []
+    for at in range(1, len(times_s)):
+        if times_s[at] - times_s[edges[-1]] >= 0.99 * span_s / _BLOCKS:
+            start = edges[-1]
+            rates.append((work[at] - work[start]) / (times_s[at] - times_s[start]))
+            edges.append(at)
+    if len(rates) < 3 or not (mean := statistics.fmean(rates)):
+        return 1.0
+    return statistics.stdev(rates) / mean / math.sqrt(len(rates))
+
+
+def is_enough(found: Measure | None, times: Times, best_speed: float = 0.0) -> bool:
+    """Whether looking on would change nothing that matters.
+
+    Args:
+        found: So far.
+        times: How long to look.
+        best_speed: Of the best settings so far: what is clearly slower is not measured exactly.
+    """
+    if found is None or found.seconds < times.least_s:
+        return False
+    is_slow = found.speed * (1 + 3 * found.error) < 0.9 * best_speed
+    return is_slow or found.error <= times.error or found.seconds >= times.most_s
+
 
 _LOOK_EVERY_S = 0.1
 

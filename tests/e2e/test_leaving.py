@@ -12,8 +12,7 @@ import pytest
 import batchgen
 from batchgen.api import load
 from batchgen.pipeline.interface import RunOptions
-from batchgen.preview.plan import PlanOptions, foresee
-from batchgen.preview.report import forecast_text
+from batchgen.preview.plan import PlanOptions, forecast_text, foresee
 from tests.e2e.support import run_cli, write_job, write_rows
 
 if TYPE_CHECKING:

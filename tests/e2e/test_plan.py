@@ -14,8 +14,7 @@ import pytest
 
 import batchgen
 from batchgen.api import load
-from batchgen.preview.plan import PlanOptions, foresee
-from batchgen.preview.report import forecast_text
+from batchgen.preview.plan import PlanOptions, forecast_text, foresee
 from batchgen.storage import LocalStorage
 from batchgen.store.runs import RunLock
 from tests.e2e.support import (

@@ -12,8 +12,7 @@ import pytest
 
 from batchgen.api import load
 from batchgen.store.books import STATE
-from batchgen.tuning.gauge import Times
-from batchgen.tuning.trial import Stops
+from batchgen.tuning.trial import Stops, Times
 from batchgen.tuning.tune import TuneOptions, Tuning
 from tests.e2e.support import command, published, run_cli, summary_of, wait_until, write_job
 from tests.faulty import BACKEND

@@ -16,8 +16,8 @@ from batchgen.engine.devices import Devices, Gpu, GpuProcess
 from batchgen.engine.vllm import settings
 from batchgen.preview.checkpoint import weight_bytes
 from batchgen.preview.doctor import check_keywords, examine
-from batchgen.preview.findings import Level
 from batchgen.preview.machine import (
+    Level,
     Machine,
     check_limits,
     check_output,

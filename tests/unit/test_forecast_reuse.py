@@ -9,7 +9,7 @@ import pytest
 
 from batchgen.pipeline.prepare import prepare
 from batchgen.preview.estimate import last_run
-from batchgen.preview.report import Forecast, Rows, forecast_text
+from batchgen.preview.plan import Forecast, Rows, forecast_text
 from batchgen.store.books import STATE
 from tests.fakes import plan
 

@@ -22,7 +22,7 @@ from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import JobRun
 from batchgen.preview.plan import PlanOptions, foresee
-from batchgen.tuning.report import check_writable, tuned_text, write_tuned
+from batchgen.tuning.tune import check_writable, tuned_text, write_tuned
 from tests.faulty import BACKEND
 
 JOB = """

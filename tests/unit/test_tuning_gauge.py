@@ -8,7 +8,7 @@ import pytest
 
 from batchgen.core.records import EngineFacts, EngineStats
 from batchgen.pipeline.interface import Moment
-from batchgen.tuning.gauge import PROMPT_WEIGHT, Times, add_moment, is_enough, measure, steady
+from batchgen.tuning.trial import PROMPT_WEIGHT, Times, add_moment, is_enough, measure, steady
 
 FACTS = EngineFacts("vllm", "0.26.0", "H100", 8192, 100, 60.0)
 TIMES = Times()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from batchgen.job.tuned import with_settings
-from batchgen.tuning.gauge import Measure
 from batchgen.tuning.search import Search
-from batchgen.tuning.trial import Trial
+from batchgen.tuning.trial import Measure, Trial
 
 
 class Machine:

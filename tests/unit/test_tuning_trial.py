@@ -11,8 +11,7 @@ from batchgen.engine.process import build_engine
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.tuning.gauge import Times
-from batchgen.tuning.trial import Stops, _for_trial, run_trial
+from batchgen.tuning.trial import Stops, Times, _for_trial, run_trial
 from tests.faulty import BACKEND
 
 TIMES = Times(settle_s=0.05, settle_most_s=0.1, least_s=0.2, most_s=0.2)
