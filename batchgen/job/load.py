@@ -1,35 +1,31 @@
-"""TOML text to `JobConfig`: overrides, paths, the files that it names, every mistake in one error.
+"""TOML text to `JobConfig`: overrides, refused credentials, every mistake in one error.
 
-Relative paths become absolute here, so that nothing later depends on the working directory.
+A job's tables go into plans, manifests and error texts, and its file into version control: what
+looks like a credential is named by its key, never repeated, and refused before anything is kept.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.job.credentials import find_credentials, redacted
-from batchgen.job.model import Example, JobConfig
-from batchgen.job.paths import absolute, bad_path, is_url, today, with_dates
+from batchgen.job.files import unusable, with_files
+from batchgen.job.model import JobConfig, today
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from datetime import date
+    from pathlib import Path
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
-    from batchgen.job.model import RunConfig
 
-
-_COMMIT = re.compile("[0-9a-f]{40}")
 # Union members show up in pydantic's paths, where they are no keys of the file; each member tells
 # of the same mistake. A number's and a literal's have names that no key of the models has.
 _MEMBERS = frozenset({"str", "list[str]", "dict[str,any]"})
@@ -47,6 +43,34 @@ _NOT_EMPTY = {
     "on": "at least one verdict",
     "path": "at least one path",
 }
+
+_SECRET_KEY = re.compile(
+    r"(?:.*[_-])?(?:api_?key|secret|password|passwd|credentials?|private_key|authorization"
+    r"|access_key|access_key_id|secret_key|account_key|connection_string)"
+    r"|(?:hf|use_auth|auth|access|api|bearer|session|security|refresh|sas)?_?token",
+    re.IGNORECASE,
+)
+_USER_INFO = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@?#]*:[^/\s@?#]+@", re.IGNORECASE)
+_SIGNED = re.compile(
+    r"://\S*[?&](?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|sig|signature|token"
+    r"|(?:access|auth|api|sas|session)[_-]?token|access_?key(?:_?id)?|AWSAccessKeyId|api_?key|key"
+    r"|secret\w*|password|auth)=[^&\s]",
+    re.IGNORECASE,
+)
+_KNOWN_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AIza[\w-]{35}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}\b|xox[abpr]-[\w-]{20,})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_INSTEAD = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "hf": "the environment variable HF_TOKEN, or `hf auth login`",
+}
+_ELSEWHERE = "an environment variable of the service, or fsspec's own files in ~/.config/fsspec"
+_SCHEMES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az"}
+_COLUMN_NAMES = "input.types"
+"""Its keys are names of columns, and `password` is a fine one."""
 
 
 def load_job(path: Path, overrides: Sequence[str] = (), run_date: date | None = None) -> JobConfig:
@@ -110,7 +134,7 @@ def parse_job(
         raise ConfigError(where, problems) from None
     if problems:
         raise ConfigError(where, problems)
-    return _with_files(job.dated(run_date or today()), base, where)
+    return with_files(job.dated(run_date or today()), base, where)
 
 
 def _apply(tables: dict[str, Any], override: str) -> str | None:
@@ -223,238 +247,57 @@ def _meaning(location: Sequence[str]) -> str:
     return f"; it is: {field.description.splitlines()[0]}"
 
 
-def _with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
-    """Make paths absolute and read the files that the job names."""
-    problems: list[str] = []
-    prompt = job.prompt.model_dump()
-    for name in ("user", "system", "chat_template"):
-        key = f"{name}_file"
-        file = getattr(job.prompt, key)
-        if file is None:
-            continue
-        path = base / file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
-            continue
-        problems += unusable(text, f"prompt.{key}")
-        if name != "chat_template":
-            prompt[name], prompt[key] = text, None
-        else:
-            prompt[key] = str(path)
-    output = _read_into(job, prompt, base, problems)
-    if job.prompt.images is not None:
-        prompt["images_folder"] = absolute(base, job.prompt.images_folder or ".")
-    places = _places_of(job, problems)
-    for key, paths in places.items():
-        problems += [f"{key}: {why}" for path in paths if (why := bad_path(base, path))]
-    if problems:
-        raise ConfigError(where, problems)
-    name = _model_name(base, job.model.name)
-    if job.model.is_vllm and (why := _unpinned_code(job, name)):
-        raise ConfigError(where, [why])
-    return job.model_copy(
-        update={
-            "prompt": job.prompt.model_copy(update=prompt),
-            "input": job.input.model_copy(
-                update={"path": [absolute(base, path) for path in places["input.path"]]}
-            ),
-            "output": job.output.model_copy(
-                update={**output, "path": absolute(base, places["output.path"][0])}
-            ),
-            "run": job.run.model_copy(update=_run_paths(job.run, base)),
-            "model": job.model.model_copy(
-                update={
-                    "name": name,
-                    "lora": {key: absolute(base, path) for key, path in job.model.lora.items()},
-                }
-            ),
-        }
-    )
-
-
-def _unpinned_code(job: JobConfig, name: str) -> str | None:
-    """A branch or tag can move to code that nobody has read."""
-    is_folder = Path(name).is_absolute()
-    if not job.model.trust_remote_code or is_folder:
-        return None
-    if _COMMIT.fullmatch(job.model.revision or ""):
-        return None
-    return (
-        "model.trust_remote_code: runs code from the hub, so model.revision has to be the commit "
-        f"that you have read (40 hex digits), found {job.model.revision!r}"
-    )
-
-
-def _model_name(base: Path, name: str) -> str:
-    """A folder beside the job file wins over a hub id of the same spelling."""
-    looks_local = name.startswith((".", "/", "~"))
-    local = Path(absolute(base, name))
-    return str(local.resolve()) if name and (looks_local or local.is_dir()) else name
-
-
 def json_schema() -> dict[str, Any]:
     """JSON Schema of job files, for editors."""
     schema = JobConfig.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
-    """The paths that `bad_path` is to see, by key; those of input and output with their dates.
-
-    Args:
-        job: Before its paths are made absolute.
-        problems: Gets what is wrong with dates and with URLs where a file is expected.
-    """
-    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    places = {
-        "output.path": _with_dates("output.path", [job.output.path], job.run_date, problems),
-        "input.path": _with_dates("input.path", inputs, job.run_date, problems),
-    }
-    problems += [
-        f"output.path: {_no_folder(path)}" for path in places["output.path"] if is_url(path)
+def find_credentials(tables: dict[str, Any]) -> list[str]:
+    """Return a line for every credential in the tables of a job, without the credential."""
+    return [
+        f"{key}: {what}, which job files must not hold; take it out (and revoke it if the file "
+        f"was shared) and use {instead}"
+        for key, what, instead in _found(tables, "")
     ]
-    if job.model.name:
-        places["model.name"] = [job.model.name]
-    if job.run.on_finish:
-        places["run.on_finish"] = job.run.on_finish[:1]
-    if job.run.metrics_file is not None:
-        places["run.metrics_file"] = [job.run.metrics_file]
-        if is_url(job.run.metrics_file):
-            found = f"{job.run.metrics_file!r} is a URL, expected a file on this machine"
-            problems.append(f"run.metrics_file: {found}")
-    return places
 
 
-def _no_folder(url: str) -> str:
-    """What is wrong with an output at a URL: nothing there could be published yet."""
-    scheme, _, path = url.partition("://")
-    instead = f" such as {path!r}" if scheme == "file" and path else ", local or mounted"
-    return f"{url!r:.300} is a URL, expected a folder{instead}; object stores are not supported yet"
+def redacted(override: str) -> str:
+    """A `--set` for an error, or a stand-in if it may hold a credential."""
+    name = override.partition("=")[0].rpartition(".")[2].strip()
+    is_secret = any(_in_text(override)) or _SECRET_KEY.fullmatch(name)
+    return "(not shown)" if is_secret else repr(override)
 
 
-def _with_dates(key: str, paths: Sequence[str], run_date: date, problems: list[str]) -> list[str]:
-    dated = []
-    for path in paths:
-        try:
-            dated.append(with_dates(path, run_date))
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-    return dated
-
-
-def _run_paths(run: RunConfig, base: Path) -> dict[str, Any]:
-    """What changes in `[run]`. A command without a slash is looked for in PATH, as a shell does."""
-    changes: dict[str, Any] = {}
-    if run.on_finish and "/" in run.on_finish[0]:
-        changes["on_finish"] = [absolute(base, run.on_finish[0]), *run.on_finish[1:]]
-    if run.metrics_file is not None:
-        changes["metrics_file"] = absolute(base, run.metrics_file)
-    return changes
-
-
-def _read_into(
-    job: JobConfig, prompt: dict[str, Any], base: Path, problems: list[str]
-) -> dict[str, Any]:
-    """Read schema, examples and tools from their files.
-
-    Args:
-        job: As the job file has it.
-        prompt: The `[prompt]` table, changed in place.
-        base: Where relative paths start.
-        problems: Gets what is wrong with the files.
-
-    Returns:
-        What changes in `[output]`.
-    """
-    output: dict[str, Any] = {}
-    if isinstance(job.output.json_schema, str):
-        found = _read_json(base / job.output.json_schema, "output.schema", problems)
-        if found is not None and not isinstance(found, dict):
-            problems.append("output.schema: expected a JSON object that is a JSON Schema")
-        output["json_schema"] = found
-    if job.prompt.tools_file is not None:
-        found = _read_json(base / job.prompt.tools_file, "prompt.tools_file", problems)
-        if found is not None and not (
-            isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
-        ):
-            problems.append("prompt.tools_file: expected a JSON list of tools")
-        prompt["tools"], prompt["tools_file"] = found, None
-    # Nested tables stay what they are; `model_dump` took them apart.
-    prompt["examples"] = job.prompt.examples
-    if job.prompt.examples_file is not None:
-        examples = _read_examples(base / job.prompt.examples_file, problems)
-        prompt["examples"], prompt["examples_file"] = examples, None
-    return output
-
-
-def _read_json(path: Path, key: str, problems: list[str]) -> Any:  # noqa: ANN401 - any JSON
-    try:
-        found = json.loads(path.read_bytes())
-        refused = list(unusable(found, key))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{key}: {str(path)!r:.300} cannot be read as JSON: {_reason(error)}")
-        return None
-    problems += refused
-    return None if refused else found
-
-
-def _read_examples(path: Path, problems: list[str]) -> list[Example]:
-    key = "prompt.examples_file"
-    try:
-        # Not splitlines: JSON texts may hold other line ends than this one.
-        lines = path.read_bytes().decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
-        return []
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = Example.model_validate_json(line)
-        except ValidationError as error:
-            why = error.errors(include_url=False)[0]["msg"]
-            expected = 'expected {"user": ..., "assistant": ...}'
-            problems.append(f"{key}: {path}:{number}: {why}; {expected}")
-            continue
-        refused = unusable(example.model_dump(), "")
-        problems += [f"{key}: {path}:{number}: {problem}" for problem in refused]
-        examples.append(example)
-    return examples
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without its name."""
-    return str(getattr(error, "strerror", None) or error)
-
-
-def unusable(value: object, key: str) -> Iterator[str]:
-    """Tell texts that no file system, database or model takes, and numbers that JSON has not.
-
-    Args:
-        value: Parsed TOML or JSON.
-        key: Where it stands, for the message.
-    """
+def _found(value: object, key: str) -> Iterator[tuple[str, str, str]]:
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from unusable(name, f"{key}.{name!r}" if key else repr(name))
-            yield from unusable(item, f"{key}.{name}" if key else str(name))
+            inner = f"{key}.{name}" if key else str(name)
+            is_named = key != _COLUMN_NAMES and _SECRET_KEY.fullmatch(str(name))
+            if is_named and item and isinstance(item, str | list | dict):
+                yield inner, "is a credential by its name", _instead_of_key(inner)
+            else:
+                yield from _found(item, inner)
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            yield from unusable(item, f"{key}[{at}]")
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{_escaped(key)}: holds {value}, expected a finite number"
+            yield from _found(item, f"{key}[{at}]")
     elif isinstance(value, str):
-        if "\0" in value:
-            yield f"{_escaped(key)}: holds a NUL character, expected text"
-        if _SURROGATE.search(value):
-            yield f"{_escaped(key)}: holds a lone surrogate, expected text"
+        for what, instead in _in_text(value):
+            yield key, what, instead
 
 
-def _escaped(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+def _in_text(text: str) -> Iterator[tuple[str, str]]:
+    scheme = text.partition("://")[0].rpartition(" ")[2].lower()
+    instead = _INSTEAD.get(_SCHEMES.get(scheme, scheme), _ELSEWHERE)
+    if _USER_INFO.search(text):
+        yield "has a password in a URL", instead
+    if _SIGNED.search(text):
+        yield "has a signature or a token in a URL", instead
+    if shape := _KNOWN_SHAPES.search(text):
+        is_hub = shape[0].startswith("hf_")
+        yield "looks like a secret key", _INSTEAD["hf"] if is_hub else instead
+
+
+def _instead_of_key(key: str) -> str:
+    is_hub = key.startswith("model.") and "token" in key
+    return _INSTEAD["hf"] if is_hub else _ELSEWHERE

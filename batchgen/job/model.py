@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from batchgen.job.paths import today
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from datetime import date
 
 
 PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def today() -> date:
+    """The day in this machine's zone."""
+    return datetime.now(tz=UTC).astimezone().date()
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec has to open it; an absolute path never is one, whatever folders are called."""
+    return "://" in path and not path.startswith("/")
 
 
 class Table(BaseModel):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.records import Ranges, RowSet
-from batchgen.job.paths import is_url
+from batchgen.job.model import is_url
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
 from batchgen.store.books import Plan, Segment

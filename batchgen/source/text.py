@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from batchgen.core.errors import SourceError
-from batchgen.job.paths import is_url
+from batchgen.job.model import is_url
 from batchgen.source.files import open_input, stat_input
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from datetime import UTC, date, datetime
 import pytest
 
 from batchgen.core.errors import ConfigError
+from batchgen.job.files import with_dates
 from batchgen.job.load import load_job, parse_job
-from batchgen.job.model import JobConfig
-from batchgen.job.paths import today, with_dates
+from batchgen.job.model import JobConfig, today
 from batchgen.job.recipe import make_recipe
 from batchgen.pipeline.prepare import frozen_job
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import ConfigError, SourceError
-from batchgen.job.paths import absolute, is_url
+from batchgen.job.files import absolute
+from batchgen.job.model import is_url
 from batchgen.source.columns import is_json, kind_word, parse_field, type_word
 from batchgen.source.csv import CsvReader
 from batchgen.source.files import find_inputs, open_input, stat_input
