@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.context import StopSwitch
-    from batchgen.pipeline.interface import RunOptions, Summary
+    from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
 
 
@@ -72,8 +71,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         BatchgenError: Job trouble, see `batchgen.core.errors`; `exit_code` is what the shell gives.
     """
     given = locals()  # The options of a run, by the names that they have in RunOptions.
-    from batchgen.pipeline.context import StopSwitch
-    from batchgen.pipeline.interface import RunOptions
+    from batchgen.pipeline.context import RunOptions, StopSwitch
 
     _check_end(until, max_runtime_s)
     options = RunOptions(**{field.name: given[field.name] for field in fields(RunOptions)})

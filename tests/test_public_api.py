@@ -15,7 +15,7 @@ import pytest
 
 import batchgen
 from batchgen import api, cli
-from batchgen.pipeline.interface import RunOptions
+from batchgen.pipeline.context import RunOptions
 from tests import fakes
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.messages import Lease, Order, WorkerInit
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.feeder import FeedBatch
+    from batchgen.pipeline.runner import FeedBatch
 
 
 class _Hired:

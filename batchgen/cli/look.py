@@ -108,7 +108,7 @@ def plan(
 
     Example: batchgen plan jobs/quickstart.toml --rate 250rows/s --gpu-cost 2.5EUR
     """
-    from batchgen.pipeline.interface import RunOptions
+    from batchgen.pipeline.context import RunOptions
     from batchgen.preview.plan import PlanOptions, forecast_text, foresee
 
     asked = {name: options.pop(name) for name in ("is_exact", "rate", "price")}

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from batchgen.cli.common import Load
-    from batchgen.pipeline.context import StopSwitch
-    from batchgen.pipeline.interface import Summary
+    from batchgen.pipeline.context import StopSwitch, Summary
     from batchgen.tuning.trial import Stops
 
 _INTERRUPTED = "interrupted; run again to go on"
@@ -101,8 +100,7 @@ def run(
     this = None
     try:
         from batchgen.api import job_run
-        from batchgen.pipeline.context import StopSwitch
-        from batchgen.pipeline.interface import RunOptions
+        from batchgen.pipeline.context import RunOptions, StopSwitch
 
         stop = StopSwitch()
         _stop_run_on_signals(stop)
@@ -123,7 +121,7 @@ def run(
 
 def _ended(error: BaseException, known: Summary | None) -> Summary:
     """Sum up a run that ended with an error; `known` is what it says of itself, if anything."""
-    from batchgen.pipeline.interface import Summary, state_of
+    from batchgen.pipeline.context import Summary, state_of
 
     if isinstance(error, BatchgenError):
         return known or Summary(state_of(error), int(error.exit_code), reason=str(error))
@@ -136,7 +134,7 @@ def _ended(error: BaseException, known: Summary | None) -> Summary:
 
 def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
     """Print the JSON of a run whose command line is wrong: cron reads it all the same."""
-    from batchgen.pipeline.interface import Summary
+    from batchgen.pipeline.context import Summary
 
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None and context.command is run and "--json" in args:
@@ -220,7 +218,7 @@ def _retries(run: Mapping[str, Any]) -> str:
 
 
 def _speed(summary: Summary) -> dict[str, str]:
-    from batchgen.pipeline.progress import duration
+    from batchgen.pipeline.stats import duration
 
     run = summary.run
     start, work = duration(summary.engine["startup_s"]), duration(run["working_s"])

@@ -12,7 +12,8 @@ from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.cluster.workers import WorkerPool
 from batchgen.core.errors import ConfigError
-from batchgen.pipeline.progress import RUNNING, watching
+from batchgen.pipeline.compute import watching
+from batchgen.pipeline.stats import RUNNING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.compute import Rows, TakeOver, Work
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.feeder import Feeder
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.progress import Look
+    from batchgen.pipeline.runner import Feeder
+    from batchgen.pipeline.stats import Look
     from batchgen.store.dedupe import Sieve
 
 

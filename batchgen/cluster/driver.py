@@ -45,8 +45,8 @@ from batchgen.engine.base import failed
 from batchgen.engine.order import held_bytes
 from batchgen.pipeline.context import Stop
 from batchgen.pipeline.frozen import input_changes
-from batchgen.pipeline.run_stats import Counts
 from batchgen.pipeline.runner import OpenPart
+from batchgen.pipeline.stats import Counts
 from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from batchgen.cluster.workers import WorkerHandle, WorkerPool
     from batchgen.pipeline.compute import Rows, Work
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.feeder import FeedBatch, Feeder
+    from batchgen.pipeline.runner import FeedBatch, Feeder
     from batchgen.store.dedupe import Sieve
 
 PACK_ROWS = 1024

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from batchgen.core.records import EngineFacts, EngineStats, Ranges, RowSet
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import Stop
-    from batchgen.pipeline.feeder import FeedBatch
-    from batchgen.pipeline.run_stats import Counts
+    from batchgen.pipeline.runner import FeedBatch
+    from batchgen.pipeline.stats import Counts
     from batchgen.store.books import Plan
 
 

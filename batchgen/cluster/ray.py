@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.machines import Resources
     from batchgen.cluster.messages import Order, WorkerInit
-    from batchgen.pipeline.feeder import FeedBatch
+    from batchgen.pipeline.runner import FeedBatch
 
 _WHERE = "[run]"
 LEAVE_S = 5.0

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.records import EngineStats, Verdict
-from batchgen.pipeline.run_stats import Counts
+from batchgen.pipeline.stats import Counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from batchgen.cluster.messages import Committed, Look
-    from batchgen.pipeline.run_stats import RunStats
+    from batchgen.pipeline.stats import RunStats
 
 _NOTHING = Counts()
 _NO_RATES = {"requests_per_s": 0.0, "prompt_tokens_per_s": 0.0, "output_tokens_per_s": 0.0}

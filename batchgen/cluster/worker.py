@@ -42,7 +42,7 @@ from batchgen.pipeline.compute import Stages, footer_facts
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.prepare import check
-from batchgen.pipeline.run_stats import Counts, RunStats
+from batchgen.pipeline.stats import Counts, RunStats
 from batchgen.source.text import LineIndexes
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Durable, Epoch, numbered
@@ -57,8 +57,7 @@ if TYPE_CHECKING:
     from batchgen.core.errors import StorageError
     from batchgen.core.records import EngineSpec, Request
     from batchgen.engine.supervised import Build
-    from batchgen.pipeline.feeder import FeedBatch
-    from batchgen.pipeline.runner import OpenPart
+    from batchgen.pipeline.runner import FeedBatch, OpenPart
 
 _LOOK_S = 0.2
 _CLOSE_S = 10.0

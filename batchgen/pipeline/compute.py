@@ -15,7 +15,7 @@ import itertools
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,11 +31,9 @@ from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import engine_gpus
 from batchgen.job.recipe import Seeds
-from batchgen.pipeline.feeder import Feeder, feed_batches
 from batchgen.pipeline.frozen import read_rows
-from batchgen.pipeline.progress import RUNNING, watching
-from batchgen.pipeline.run_stats import Way, advise
-from batchgen.pipeline.runner import Committer, Runner
+from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
+from batchgen.pipeline.stats import RUNNING, Monitor, Progress, Way, advise
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.books import PARTS
 from batchgen.store.parts import PartContext, PartWriter
@@ -48,11 +46,9 @@ if TYPE_CHECKING:
     from batchgen.engine.supervised import Build
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.feeder import FeedBatch, Passing
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.progress import Look
-    from batchgen.pipeline.run_stats import RunStats
-    from batchgen.pipeline.runner import OpenPart
+    from batchgen.pipeline.runner import FeedBatch, OpenPart, Passing
+    from batchgen.pipeline.stats import Look, RunStats
     from batchgen.source.text import LineIndexes
     from batchgen.store.books import Epoch, Plan
     from batchgen.store.dedupe import Sieve
@@ -61,6 +57,7 @@ if TYPE_CHECKING:
 
     Rows = RowSet
     TakeOver = Callable[[Callable[[], None]], Rows]
+
 
 _MAX_LENGTHS = 20_000
 
@@ -354,6 +351,20 @@ class Compute(Protocol):
 
     def close(self) -> None:
         """Close all engines, and wait for it. Idempotent."""
+
+
+@contextmanager
+def watching(context: RunContext, look: Callable[[float], Look]) -> Iterator[Monitor]:
+    """Show a run and its notes to a person while it computes."""
+    stats = context.stats
+    with Progress(stats.num_rows, stats.num_resumed) as progress:
+        context.notes.show_by(progress.note)
+        monitor = Monitor(look, stats, context.log, progress, context.job.run.stats_s)
+        try:
+            yield monitor
+        finally:
+            monitor.show(time.monotonic(), is_last=True)
+            context.notes.show = None
 
 
 class OneEngine:

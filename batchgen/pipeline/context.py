@@ -1,4 +1,4 @@
-"""What the phases of one run share."""
+"""What callers and phases of a run share: what it is asked for, where it is, how it ended."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from datetime import datetime
 
     from batchgen.core.errors import StorageError
-    from batchgen.job.model import JobConfig
-    from batchgen.pipeline.run_stats import RunStats
+    from batchgen.core.records import EngineFacts, EngineStats
+    from batchgen.job.model import JobConfig, Tuned
+    from batchgen.pipeline.stats import RunStats
     from batchgen.storage import LocalStorage
+    from batchgen.store.books import Manifest
     from batchgen.store.ledger import Ledger
     from batchgen.store.runs import RunLock, RunLog
+
 
 _NUM_TIMES = 20
 
@@ -137,3 +143,176 @@ class RunContext:
         """A commit was refused."""
         grace = f"{self.job.run.disk_grace_s:.0f} s"
         self.notes.add(f"a commit was refused and is tried again for {grace}: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The options of `batchgen run`."""
+
+    fresh: bool = False
+    """Begin a new plan even if the old one is unfinished or another recipe's."""
+    steal: bool = False
+    """Take the job from a run that holds it and cannot be stopped, a frozen one."""
+    retry_errors: bool = False
+    """Run the error rows of a finished job again, and take its other rows over."""
+    publish_anyway: bool = False
+    """Publish although a limit of `[gate]` is exceeded."""
+
+    accept_recipe: bool = False
+    """Where the recipe has changed: begin a plan by the new one, and relabel every row."""
+    only_errors: bool = False
+    """With accept_recipe: take over what is ok; run error, edited and new rows."""
+    wait: bool = False
+    """Wait for a run that holds the job, and begin when it has ended."""
+    until: datetime | None = None
+    """Stop in time to have committed by then; aware."""
+    max_runtime_s: float | None = None
+    """The same as seconds from the start of the run."""
+
+    def check(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            ConfigError: With all of it.
+        """
+        wrong = {
+            "fresh runs every row again and retry_errors only some, expected one of them": (
+                self.fresh and self.retry_errors
+            ),
+            "fresh begins anew by any recipe, expected it without accept_recipe": (
+                self.fresh and self.accept_recipe
+            ),
+            "wait waits for a run that holds the job and steal takes it, expected one of them": (
+                self.wait and self.steal
+            ),
+            "only_errors says which rows a new recipe is for, expected accept_recipe with it": (
+                self.only_errors and not self.accept_recipe
+            ),
+        }
+        if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+            where = "run"
+            raise ConfigError(where, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One look. Each figure is right by itself; together they are of nearly one moment."""
+
+    at_s: float
+    """On the monotonic clock."""
+    facts: EngineFacts | None
+    """None until the engine is up."""
+    engine: EngineStats
+    num_in_flight: int
+    """Requests that the engine holds, those that it prepares included."""
+    num_ended: int
+    """Rows that the engine has answered in this run, or failed to."""
+    prompt_tokens: int
+    """Of answers that are back."""
+    cached_tokens: int
+    output_tokens: int
+
+
+_STATES = {
+    ExitCode.FAULT: "fault",
+    ExitCode.REFUSED: "refused",
+    ExitCode.OVER_LIMIT: "over_limit",
+    ExitCode.STOPPED: "stopped",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run. Counts are the job's; `run` has this run's own."""
+
+    state: str
+    """complete, nothing_to_do, stopped, over_limit, refused, fault."""
+    exit_code: int
+    run_id: str = ""
+    output: str = ""
+    reason: str | None = None
+    """For every state but complete."""
+    num_planned: int = 0
+    num_ok: int = 0
+    num_errors: int = 0
+    num_skipped: int = 0
+    num_left: int = 0
+    num_durable: int = 0
+    """Rows that no later run does again, while nothing is published."""
+    num_carried: int = 0
+    """Rows that this run took over from earlier plans, unread."""
+    num_copied: int = 0
+    """Rows that this run gave the answer of a row with an equal request."""
+    num_leaving: int = 0
+    """Rows of the last snapshot that this run's plan has no row for, counted before it began."""
+    files: list[str] = field(default_factory=list)
+    """Published files, relative to `output`."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """See `RunStats.totals`."""
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    """Every figure of the gate, see `gate.Limit.as_dict`, once the job is complete."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    started_at: str = ""
+    run_date: str = ""
+    """What `{date}` stands for in the job's paths."""
+    planned_s: float = 0.0
+    """Until it was known which rows there are and which of them can be taken over."""
+    published_s: float | None = None
+    """From the start until the snapshot was there to be read; None if this run published none."""
+    elapsed_s: float = 0.0
+    num_engine_warnings: int = 0
+    """Different warnings and errors in the engine's own log, `vllm.log` beside the summary."""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    """`path` of the tuned file and the `settings` that were used of it; empty without one."""
+    warnings: list[str] = field(default_factory=list)
+    summary_path: str | None = None
+    """None where nothing was done: nothing is written then."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def state_of(error: BatchgenError) -> str:
+    """Return the state of a run that ended with an error."""
+    return _STATES[error.exit_code]
+
+
+def job_counts(
+    manifest: Manifest | None, stats: RunStats, taken: Taken, resumed: tuple[int, int, int]
+) -> dict[str, int]:
+    """Count the job's rows: as the snapshot has them, else as this and earlier runs did.
+
+    Args:
+        manifest: Of the job's plan.
+        stats: Of this run.
+        taken: Of this run.
+        resumed: ok, errors and skipped rows of earlier runs.
+    """
+    if manifest is not None:
+        return {
+            "num_planned": manifest.num_planned,
+            "num_ok": manifest.num_ok,
+            "num_errors": manifest.num_errors,
+            "num_skipped": manifest.num_skipped,
+            "num_left": 0,
+        }
+    return {
+        "num_planned": stats.num_rows,
+        "num_ok": stats.num_ok + taken.num_ok + resumed[0],
+        "num_errors": stats.num_errors + taken.num_errors + resumed[1],
+        "num_skipped": stats.num_skipped + taken.num_skipped + resumed[2],
+        "num_left": stats.num_left,
+    }
+
+
+def tuned_dict(tuned: Tuned | None) -> dict[str, Any]:
+    """Return the tuned file that was used as plain values; empty if none was."""
+    if tuned is None or (tuned.note is not None and not tuned.settings):
+        return {}
+    return {"path": tuned.path, "settings": dict(tuned.settings)}
+
+
+def engine_dict(facts: EngineFacts | None) -> dict[str, Any]:
+    """Return the engine's facts as plain values; empty if it never came up."""
+    return {name: getattr(facts, name) for name in facts.__slots__} if facts else {}

@@ -32,24 +32,22 @@ from batchgen.core.runtime import say
 from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.vllm.settings import SETTINGS
 from batchgen.pipeline.compute import OneEngine
-from batchgen.pipeline.computing import Computation
-from batchgen.pipeline.context import RunContext
-from batchgen.pipeline.deadline import Deadline, End, estimate_lead
-from batchgen.pipeline.decide import Hooks, begin, decide, refuse_foreign
-from batchgen.pipeline.interface import (
+from batchgen.pipeline.context import (
     Moment,
+    RunContext,
     RunOptions,
     Summary,
     engine_dict,
     job_counts,
-    look_at_run,
     state_of,
     tuned_dict,
 )
+from batchgen.pipeline.deadline import Deadline, End, estimate_lead
+from batchgen.pipeline.decide import Hooks, begin, decide, refuse_foreign
 from batchgen.pipeline.notify import run_hook, write_metrics
 from batchgen.pipeline.publish import overridden, publish
-from batchgen.pipeline.reuse import rejected_notes
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.rows import Computation, rejected_notes
+from batchgen.pipeline.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
@@ -269,8 +267,18 @@ class JobRun:
         return epoch
 
     def moment(self) -> Moment:
-        """Return where the run is; may be asked from another thread."""
-        return look_at_run(self._context, self._compute)
+        """Return where the run is; waits for nobody, may be asked from another thread."""
+        stats, compute = self._context.stats, self._compute
+        return Moment(
+            at_s=time.monotonic(),
+            facts=compute.facts,
+            engine=compute.stats,
+            num_in_flight=compute.num_in_flight,
+            num_ended=stats.num_results,
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            output_tokens=stats.output_tokens,
+        )
 
     def _stopped(self) -> Summary:
         reason = f"{self._deadline.reason or 'on purpose'}, with work left; run again to go on"

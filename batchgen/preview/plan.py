@@ -19,11 +19,10 @@ from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import RowSet
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.job.recipe import Seeds
+from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
-from batchgen.pipeline.interface import RunOptions
 from batchgen.pipeline.job_run import tuned_notes
-from batchgen.pipeline.progress import duration
-from batchgen.pipeline.reuse import (
+from batchgen.pipeline.rows import (
     answered_keys,
     base_sources,
     missing,
@@ -31,6 +30,7 @@ from batchgen.pipeline.reuse import (
     rejected_notes,
     takeovers,
 )
+from batchgen.pipeline.stats import duration
 from batchgen.preview.estimate import (
     BLOCK_TOKENS,
     Estimate,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.reuse import Takeover
+    from batchgen.pipeline.rows import Takeover
     from batchgen.preview.estimate import Estimate, PastRun
     from batchgen.preview.sample import Survey
     from batchgen.store.books import Durable, Plan

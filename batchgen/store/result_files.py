@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from batchgen.core.errors import OutputError
 from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import polars as pl
@@ -205,6 +206,23 @@ class Index:
             f"{self._file.path}: damaged ({why}), and without it rows cannot be told apart; bring "
             "it back from a backup, or begin anew with --fresh"
         )
+
+
+def row_groups(
+    storage: LocalStorage, manifest: Manifest | None
+) -> Iterator[tuple[ResultFile, int, Callable[[], pa.Table]]]:
+    """Yield each row group of a snapshot: its file, its number in it, and what reads its ordinals.
+
+    Raises:
+        OutputError: There is no index of rows, or it is damaged.
+        StorageError: The index cannot be read right now.
+    """
+    if manifest is None:
+        return
+    with Index(storage, manifest) as index:
+        for _, file, numbers in index.files():
+            for group, number in enumerate(numbers):
+                yield file, group, partial(index.ordinals, number)
 
 
 def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:

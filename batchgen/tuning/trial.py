@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.interface import Moment
+    from batchgen.pipeline.context import Moment
 
 
 PROMPT_WEIGHT = 0.2

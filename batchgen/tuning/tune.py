@@ -20,7 +20,7 @@ from batchgen import __version__
 from batchgen.core.errors import BatchgenError, EngineError, ExitCode, OutputError
 from batchgen.engine.devices import device_name, read_devices, vllm_version
 from batchgen.job.tuned import PLACES, key_of, tuned_path, value_of
-from batchgen.pipeline.progress import duration
+from batchgen.pipeline.stats import duration
 from batchgen.storage import LocalStorage
 from batchgen.tuning.search import MOST_MEMORY, Search
 from batchgen.tuning.trial import Stops, Times, Trial, run_trial

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
-from batchgen.pipeline.progress import duration, num_inside
+from batchgen.pipeline.stats import duration, num_inside
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshots
 from batchgen.store.books import STATE

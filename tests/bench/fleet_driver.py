@@ -45,8 +45,7 @@ from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.context import RunContext, StopSwitch
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
-from batchgen.pipeline.progress import Monitor, Progress
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.stats import Monitor, Progress, RunStats
 from batchgen.storage import LocalStorage
 from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.ledger import Ledger

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from batchgen.cluster.messages import Gone, Order, WorkerInit
     from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.feeder import FeedBatch
+    from batchgen.pipeline.runner import FeedBatch
     from tests.bench.works import Work
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from batchgen.pipeline.feeder import FeedBatch
+from batchgen.pipeline.runner import FeedBatch
 from batchgen.store.books import PARTS
 from tests.bench.sim_cluster import SimCluster
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.leases import LeaseBook
     from batchgen.cluster.messages import Gone, Order, Report, WorkerInit
-    from batchgen.pipeline.feeder import Feeder
+    from batchgen.pipeline.runner import Feeder
     from batchgen.storage import LocalStorage
     from tests.bench.sim_worker import EngineKind
 

@@ -23,7 +23,7 @@ from batchgen.cluster.messages import (
     Take,
 )
 from batchgen.core.records import EngineFacts, EngineStats, Ranges
-from batchgen.pipeline.run_stats import Counts
+from batchgen.pipeline.stats import Counts
 from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:

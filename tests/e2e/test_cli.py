@@ -15,8 +15,7 @@ from click.testing import CliRunner
 import batchgen
 from batchgen import cli
 from batchgen.cli.run import _as_text, _ended, _stop_run_on_signals
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.interface import Summary
+from batchgen.pipeline.context import StopSwitch, Summary
 from batchgen.store.books import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 

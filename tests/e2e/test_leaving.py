@@ -11,7 +11,7 @@ import pytest
 
 import batchgen
 from batchgen.api import load
-from batchgen.pipeline.interface import RunOptions
+from batchgen.pipeline.context import RunOptions
 from batchgen.preview.plan import PlanOptions, forecast_text, foresee
 from tests.e2e.support import run_cli, write_job, write_rows
 

@@ -22,8 +22,7 @@ from batchgen.core.errors import (
 )
 from batchgen.job.load import load_job
 from batchgen.pipeline.compute import OneEngine
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.interface import RunOptions
+from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.source.files import InputStat
 from tests.e2e.support import published, run_cli, write_job

@@ -24,7 +24,7 @@ from batchgen.cli import cli
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from batchgen.pipeline.interface import Summary
+    from batchgen.pipeline.context import Summary
 
 OUTPUTS = Path(__file__).parents[1] / "data" / "outputs-0.1.0"
 PUBLISHED = {

@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume by count",
-        "batchgen/pipeline/reuse.py",
+        "batchgen/pipeline/rows.py",
         (("- durable.done(number))\n", "- Ranges.until(len(durable.done(number))))\n"),),
         SWEEP,
         "new/kill before",
@@ -207,7 +207,7 @@ MUTANTS = (
     ),
     Mutant(
         "a copied answer stands beside another row's columns",
-        "batchgen/pipeline/computing.py",
+        "batchgen/pipeline/rows.py",
         (
             (
                 "request.ordinal, batch.carried, request.index)",

@@ -24,8 +24,7 @@ import batchgen.source.jsonl  # noqa: F401
 from batchgen import cli
 from batchgen.api import load
 from batchgen.core.errors import BatchgenError
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.interface import RunOptions
+from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.store.books import STATE
 

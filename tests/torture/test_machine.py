@@ -19,8 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import batchgen
 from batchgen.job.load import parse_job
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.interface import RunOptions
+from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger

@@ -11,7 +11,7 @@ from batchgen.core.records import EngineFacts
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.run_stats import Way, advise
+from batchgen.pipeline.stats import Way, advise
 from tests.fakes import FakeEngine
 
 FACTS = EngineFacts("vllm", "0.26.0", "NVIDIA H100 80GB HBM3", 8192, 256, 60.0)

@@ -16,7 +16,7 @@ from batchgen.cluster.machines import Resources, resources_of, share_gpu
 from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
 from batchgen.core.records import Ranges, Request, RowError
-from batchgen.pipeline.feeder import FeedBatch, Feeder
+from batchgen.pipeline.runner import FeedBatch, Feeder
 from tests import fakes
 
 

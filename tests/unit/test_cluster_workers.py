@@ -11,7 +11,7 @@ from batchgen.cluster.pacing import Pace
 from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.cluster.workers import REST_S, RETRY_WAITS_S, WorkerHandle, WorkerPool
 from batchgen.core.errors import ConfigError, EngineDeadError
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.stats import RunStats
 from tests import fakes
 from tests.fakes import FACTS, FakeClock
 from tests.unit.test_replica_stats import look

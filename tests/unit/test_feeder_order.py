@@ -11,7 +11,7 @@ import pytest
 from batchgen.core.errors import SourceError, StorageError
 from batchgen.core.records import RowError
 from batchgen.engine.order import AdmissionOrder, Lengths, Reach
-from batchgen.pipeline.feeder import Feeder, feed_batches
+from batchgen.pipeline.runner import Feeder, feed_batches
 from tests.fakes import batch, request_builder
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
 from batchgen.core.records import Ranges, RowSet
+from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
-from batchgen.pipeline.interface import RunOptions
 from batchgen.store.books import STATE, Base, Manifest, PublishedFile
 from batchgen.store.ledger import Ledger
 from batchgen.store.parts import PartContext, PartWriter

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.pipeline.interface import Summary
+from batchgen.pipeline.context import Summary
 from batchgen.pipeline.notify import metrics_text, run_hook, write_metrics
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.stats import RunStats
 
 RUN = RunStats(100.0, 10, num_ok=7, num_errors=2, prompt_tokens=900, output_tokens=90)
 RUN.error_types.update({"timeout": 2})

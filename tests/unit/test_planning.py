@@ -22,7 +22,7 @@ from batchgen.pipeline.frozen import (
     read_rows,
 )
 from batchgen.pipeline.prepare import check, first_prompts, job_changes, planned_columns, prepare
-from batchgen.pipeline.reuse import missing
+from batchgen.pipeline.rows import missing
 from batchgen.store.books import Durable, Part, PartFooter, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import is_same_reading

@@ -7,8 +7,7 @@ import io
 import pytest
 
 from batchgen.core.records import EngineStats, RowError
-from batchgen.pipeline.progress import Monitor, Progress, duration
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.stats import Monitor, Progress, RunStats, duration
 from batchgen.store.runs import RunLog
 from tests.fakes import batch, results
 

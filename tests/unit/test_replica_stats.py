@@ -14,7 +14,7 @@ from batchgen.cli.look import status
 from batchgen.cluster.messages import Committed, Look
 from batchgen.cluster.replica_stats import ReplicaStats
 from batchgen.core.records import EngineStats
-from batchgen.pipeline.run_stats import Counts, RunStats
+from batchgen.pipeline.stats import Counts, RunStats
 from batchgen.store.runs import RunLock, RunLog
 from batchgen.views.status import replica_lines
 from tests.fakes import FACTS, FakeClock

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.core.records import EngineStats
-from batchgen.pipeline.run_stats import RunStats
+from batchgen.pipeline.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.runs import RunLog, memory_mib, new_run_id, utc_now
 

@@ -20,9 +20,8 @@ from batchgen.engine.supervised import SupervisedEngine
 from batchgen.job.model import RunConfig
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.context import Stop, StopSwitch
-from batchgen.pipeline.feeder import Feeder, feed_batches
-from batchgen.pipeline.run_stats import RunStats
-from batchgen.pipeline.runner import Committer, OpenPart, Runner
+from batchgen.pipeline.runner import Committer, Feeder, OpenPart, Runner, feed_batches
+from batchgen.pipeline.stats import RunStats
 from tests import fakes
 from tests.fakes import (
     FACTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from batchgen.core.records import EngineStats, RowError, Verdict
-from batchgen.pipeline.run_stats import Counts, RunStats
+from batchgen.pipeline.stats import Counts, RunStats
 from tests.fakes import batch, results
 
 BAD = RowError("prompt_too_long", "too long")

@@ -18,8 +18,7 @@ from batchgen.job.model import Tuned
 from batchgen.job.recipe import fingerprint, make_recipe
 from batchgen.job.tuned import PLACES, key_of, tuned_path, use_tuned, value_of, with_settings
 from batchgen.pipeline.compute import OneEngine
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.interface import RunOptions
+from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.preview.plan import PlanOptions, foresee
 from batchgen.tuning.tune import check_writable, tuned_text, write_tuned

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from batchgen.core.records import EngineFacts, EngineStats
-from batchgen.pipeline.interface import Moment
+from batchgen.pipeline.context import Moment
 from batchgen.tuning.trial import PROMPT_WEIGHT, Times, add_moment, is_enough, measure, steady
 
 FACTS = EngineFacts("vllm", "0.26.0", "H100", 8192, 100, 60.0)

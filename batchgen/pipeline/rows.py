@@ -2,9 +2,9 @@
 
 A row that no earlier run of the plan has ended ends in one of three ways, tried in this order:
 
-    taken over   it stands in an earlier plan, unchanged       reuse:      is not even read
-    copied       its request has an answer in another row      copies: reads and renders
-    computed     its request is new                            compute: reads, renders, asks
+    taken over   it stands in an earlier plan, unchanged       Takeover: is not even read
+    copied       its request has an answer in another row      copies:   reads and renders
+    computed     its request is new                            Compute:  reads, renders, asks
 
 What cannot be taken over or copied after all (damage, a rule that reads the row's own columns) is
 computed in the end. The engine starts as soon as one row is known to need it, and not before.
@@ -12,7 +12,9 @@ computed in the end. The engine starts as soon as one row is known to need it, a
 
 from __future__ import annotations
 
+import itertools
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,21 +23,34 @@ import pyarrow.compute as pc
 
 from batchgen.answers.validate import refusal
 from batchgen.core.data import gather_rows
-from batchgen.core.errors import AccountingError
+from batchgen.core.errors import AccountingError, BatchgenError, OutputError
 from batchgen.core.expressions import RowTest, parse_row_test
-from batchgen.core.records import Request, RowSet
+from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
-from batchgen.pipeline.reuse import (
-    Takeover,
-    answered_keys,
-    base_sources,
-    commit_all,
-    missing,
-    takeovers,
-)
+from batchgen.pipeline.runner import Committer
+from batchgen.store.books import Durable
 from batchgen.store.dedupe import KnownKeys, Sieve
-from batchgen.store.parts import ATTEMPTS, ROW, SEGMENT
-from batchgen.store.reuse import AnsweredKeys, Piece, Source
+from batchgen.store.matching import (
+    answered_by,
+    is_same_reading,
+    match,
+    restricted,
+)
+from batchgen.store.parts import ATTEMPTS, ROW, SEGMENT, rows_of
+from batchgen.store.result_files import Index, ResultFile, row_groups
+from batchgen.store.reuse import (
+    AnsweredKeys,
+    Piece,
+    Renumbering,
+    Source,
+    Wanted,
+    from_parts,
+    from_snapshot,
+    gathered,
+    key_prefixes,
+    published_sources,
+)
+from batchgen.store.visible import damage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,10 +59,245 @@ if TYPE_CHECKING:
     from batchgen.pipeline.compute import Compute, Rows
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.reuse import Takeover
     from batchgen.prompt.requests import RequestBuilder
-    from batchgen.store.books import Base, Durable, Epoch, Manifest
-    from batchgen.store.dedupe import KnownKeys
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Base, Epoch, Manifest, Plan
+    from batchgen.store.ledger import Ledger
+    from batchgen.store.matching import Span
+
+
+_WAIT_S = 0.2
+# Several pieces are in memory at once, and as tables they are larger than as files.
+_PIECE_MIB = 8
+
+
+def missing(plan: Plan, durable: Durable) -> RowSet:
+    """Map each segment to its rows that no accepted part accounts for, if there are any."""
+    return RowSet(
+        (number, Ranges.until(segment.num_rows) - durable.done(number))
+        for number, segment in enumerate(plan.segments)
+    )
+
+
+def rejected_notes(durable: Durable) -> list[str]:
+    """Say which parts of the plan do not count, a line each."""
+    return [
+        f"{name} does not count ({why}); its rows are done again"
+        for name, why in durable.rejected.items()
+    ]
+
+
+class Takeover:
+    """Rows that a plan takes from one of its bases."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        prepared: Prepared,
+        plan: Plan,
+        base: Base,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Find the rows that the base has ended, without reading the input.
+
+        Args:
+            ledger: The job's books.
+            prepared: The job.
+            plan: The plan that takes, which need not be put yet.
+            base: The plan that it takes from.
+            tell: Hears of damage.
+        """
+        self._ledger = ledger
+        self._prepared = prepared
+        self._plan = plan
+        self._base = base
+        self._tell = tell
+        self.old = ledger.plan(base.plan)
+        """The base's plan."""
+        self._manifest = ledger.manifest(base.plan)
+        self._durable = Durable()
+        is_same = is_same_reading(self.old, plan)
+        self.matched: Sequence[Span] = match(ledger.storage, self.old, plan) if is_same else []
+        """Rows that both plans have, answered or not."""
+        spans = self.matched
+        if is_same and self._manifest is None:
+            self._durable = self._parts()
+            spans = answered_by(spans, self._durable)
+        elif is_same and not self._has_index():
+            spans = []
+        self._take(spans)
+
+    def _take(self, spans: Sequence[Span]) -> None:
+        self._spans = spans
+        self.rows = new_rows(spans)
+        """Segment -> rows that the base has ended. Errors among them may not be wanted."""
+
+    def restrict(self, todo: RowSet) -> None:
+        """Take only rows of `todo`."""
+        self._take(restricted(self._spans, todo))
+
+    def _has_index(self) -> bool:
+        """Tell whether rows of the base can be told apart; if not, their requests still can."""
+        assert self._manifest is not None  # noqa: S101 - asked only of published plans
+        try:
+            with Index(self._ledger.storage, self._manifest):
+                return True
+        except OutputError as error:
+            self._tell(f"{error}; every row is read again, answers are found by key")
+            return False
+
+    def _parts(self) -> Durable:
+        durable = self._ledger.parts(self.old, self._base.parts)
+        for name, why in durable.rejected.items():
+            self._tell(f"{name} cannot be taken over ({why}); its rows are done again")
+        return durable
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the rows, each piece as large as a part may be.
+
+        Raises:
+            OutputError: The base is damaged beyond telling rows apart.
+            StorageError: It cannot be read right now.
+        """
+        if not self.rows:
+            return iter(())
+        storage, run = self._ledger.storage, self._prepared.job.run
+        wanted = Wanted(
+            self._prepared.part_schema,
+            self._prepared.job.output.prefix,
+            Renumbering(self._spans, self.old, self._plan),
+            self._plan.takes_errors,
+            self._tell,
+        )
+        if self._manifest is not None:
+            num_rows = [segment.num_rows for segment in self.old.segments]
+            pieces = from_snapshot(storage, self._manifest, num_rows, wanted)
+        else:
+            pieces = from_parts(storage, self._durable.parts, wanted)
+        return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
+
+    def wanted_rows(self) -> RowSet:
+        """Map each segment to the rows that `pieces` will yield, as far as damage shows.
+
+        Reads statuses where errors are not wanted, and published files that are not what was
+        published.
+
+        Raises:
+            StorageError: Something cannot be read right now.
+        """
+        left = self.rows
+        if self.rows:
+            moves = Renumbering(self._spans, self.old, self._plan)
+            errors = () if self._plan.takes_errors else self._errors()
+            for unwanted in itertools.chain(errors, self._damaged()):
+                left -= moves.ranges(unwanted)
+        return left
+
+    def _damaged(self) -> Iterator[RowSet]:
+        """Yield the rows of a snapshot's row groups that are not what was published."""
+        storage, manifest = self._ledger.storage, self._manifest
+        if manifest is None or not (names := damage(storage, manifest.files)):
+            return
+        paths = {storage.path(name) for name in names}
+        for file, group, ordinals in row_groups(storage, manifest):
+            if file.path in paths and file.group(group) is None:
+                yield rows_of(ordinals())
+
+    def _errors(self) -> Iterator[RowSet]:
+        """Yield the base's rows that are errors, piece by piece."""
+        storage, status = self._ledger.storage, f"{self.old.prefix}status"
+        for part in self._durable.parts:
+            with ResultFile(storage.path(part.name)) as file:
+                for _, table in file.groups([SEGMENT, ROW, status]):
+                    yield rows_of(table.filter(pc.equal(table.column(status), "error")))
+        for file, group, ordinals in row_groups(storage, self._manifest):
+            if (statuses := file.group(group, [status], is_proven=False)) is not None:
+                yield rows_of(ordinals().filter(pc.equal(statuses.column(status), "error")))
+
+
+def new_rows(spans: Iterable[Span]) -> RowSet:
+    """Map each segment of the later plan to its rows that spans name."""
+    return RowSet.of_spans((span.segment, span.start, span.start + span.length) for span in spans)
+
+
+def takeovers(
+    ledger: Ledger,
+    prepared: Prepared,
+    plan: Plan,
+    todo: RowSet,
+    tell: Callable[[str], None],
+) -> list[Takeover]:
+    """Find what a plan takes from each of its bases: a row from the newest that has it.
+
+    Args:
+        ledger: The job's books.
+        prepared: The job.
+        plan: The plan that takes, which need not be put yet.
+        todo: Its rows that are not done.
+        tell: Hears of damage.
+
+    Returns:
+        One for each base, in the plan's order; those without rows are among them.
+    """
+    found: list[Takeover] = []
+    for base in plan.bases:
+        source = Takeover(ledger, prepared, plan, base, tell)
+        source.restrict(todo)
+        todo -= source.rows
+        found.append(source)
+    return found
+
+
+def base_sources(ledger: Ledger, plan: Plan) -> list[Source]:
+    """List the result files of a plan's bases, whose answers serve equal requests."""
+    takes_errors = plan.takes_errors
+    found: list[Source] = []
+    for base in plan.bases:
+        manifest = ledger.manifest(base.plan)
+        if manifest is None:
+            found += [Source(name, takes_errors) for name in base.parts]
+        else:
+            found += published_sources(ledger.storage, manifest, takes_errors=takes_errors)
+    return found
+
+
+def answered_keys(
+    storage: LocalStorage, sources: Sequence[Source], prefix: str, tell: Callable[[str], None]
+) -> KnownKeys:
+    """Read which requests have an answer in result files, see `key_prefixes`."""
+    known = KnownKeys()
+    for prefixes in key_prefixes(storage, sources, prefix, tell):
+        known.load(prefixes)
+    return known
+
+
+def commit_all(
+    context: RunContext, commits: Commits, pieces: Iterable[Piece], on_piece: Callable[[], None]
+) -> None:
+    """Make pieces durable, one after the other, until the end or until stopped.
+
+    Raises:
+        BatchgenError: A commit failed, or the pieces cannot be read.
+    """
+    committer: Committer[Piece] = Committer(
+        commits.taken, context.job.run.disk_grace_s, context.tell_disk_trouble
+    )
+    try:
+        for piece in pieces:
+            while not committer.put(piece, _WAIT_S):
+                if context.is_stopped():
+                    committer.hurry()
+            on_piece()
+            pa.default_memory_pool().release_unused()
+            if context.is_stopped():
+                committer.hurry()
+                break
+    except BaseException:
+        committer.hurry()
+        with suppress(BatchgenError):  # The first trouble is the one to tell.
+            committer.close()
+        raise
+    committer.close()
 
 
 class Computation:
