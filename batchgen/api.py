@@ -14,9 +14,9 @@ from batchgen.engine.devices import device_name
 from batchgen.job.load import load_job, parse_job
 from batchgen.job.tuned import use_tuned
 from batchgen.storage import LocalStorage
-from batchgen.store import snapshots
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
+from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +110,7 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
     from batchgen.store.result_files import scan
 
     storage = LocalStorage(output_of(source))
-    manifest = snapshots.snapshot(Ledger(storage), snapshot)
+    manifest = find_snapshot(Ledger(storage), snapshot)
     return scan(storage, [file.name for file in manifest.files])
 
 

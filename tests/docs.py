@@ -12,7 +12,7 @@ import click
 from batchgen.cli import cli
 from batchgen.job.load import json_schema
 from batchgen.job.model import JobConfig, Table
-from batchgen.store.parts import RESULT_FIELDS
+from batchgen.store.result_files import RESULT_FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.runner import Feeder
     from batchgen.pipeline.stats import Look
-    from batchgen.store.dedupe import Sieve
+    from batchgen.store.reuse import Deduper
 
 
 def ray_cluster(job: JobConfig) -> Cluster:
@@ -123,7 +123,7 @@ class ManyEngines:
         return self._pool
 
     def answer(
-        self, work: Work, rows: Rows, sieve: Sieve | None, take_over: TakeOver | None = None
+        self, work: Work, rows: Rows, deduper: Deduper | None, take_over: TakeOver | None = None
     ) -> bool:
         """Lease the rows to workers. See `Compute`; rows are taken over first."""
         context = self._context
@@ -135,8 +135,8 @@ class ManyEngines:
             context,
             work,
             self._workers(),
-            sieve=sieve,
-            feed=partial(self._feed, work, sieve),
+            deduper=deduper,
+            feed=partial(self._feed, work, deduper),
             is_packed=self._is_packed(work, rows),
         )
         with watching(context, self._look) as monitor:
@@ -157,9 +157,9 @@ class ManyEngines:
         reader, segments = work.prepared.reader, work.epoch.plan.segments
         return not all(reader.is_seekable(segments[number].path) for number in rows)
 
-    def _feed(self, work: Work, sieve: Sieve | None, rows: Rows) -> Feeder:
+    def _feed(self, work: Work, deduper: Deduper | None, rows: Rows) -> Feeder:
         stages = work.stages
-        passing = sieve.passing if sieve is not None else None
+        passing = deduper.passing if deduper is not None else None
         return stages.feeder(stages.feed(stages.read(rows), passing), self)
 
     def advice(self) -> list[str]:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.compute import Rows, Work
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.runner import FeedBatch, Feeder
-    from batchgen.store.dedupe import Sieve
+    from batchgen.store.reuse import Deduper
 
 PACK_ROWS = 1024
 _PACK_BYTES = 8 << 20
@@ -79,7 +79,7 @@ class Driver:
         work: Work,
         pool: WorkerPool,
         *,
-        sieve: Sieve | None,
+        deduper: Deduper | None,
         feed: Callable[[Rows], Feeder],
         is_packed: bool,
     ) -> None:
@@ -89,14 +89,14 @@ class Driver:
             context: The run.
             work: Whose rows they are.
             pool: The workers.
-            sieve: Which requests are to be computed; None: all.
+            deduper: Which requests are to be computed; None: all.
             feed: Reads rows here.
             is_packed: Whether rows travel by way of the driver.
         """
         self._context = context
         self._work = work
         self._pool = pool
-        self._sieve = sieve
+        self._deduper = deduper
         self._feed = feed
         self._is_packed = is_packed
         self._clock = pool.clock
@@ -206,7 +206,7 @@ class Driver:
                 packer.close()
                 self._packers.remove(packer)
         self._book.is_fed = not self._packers
-        asks, epoch = self._sieve is not None and not self._is_packed, self._work.epoch
+        asks, epoch = self._deduper is not None and not self._is_packed, self._work.epoch
         for worker in up:
             if not worker.is_begun:
                 worker.is_begun = True
@@ -324,8 +324,8 @@ class Driver:
 
     def _set_aside(self, worker: WorkerHandle, asked: Asked) -> Answer:
         """Say which requests are to be computed; the rows of the others wait for their answers."""
-        assert self._sieve is not None  # noqa: S101 - else nobody asks
-        passes = self._sieve.let_pass(asked.prefixes, asked.has_seed)
+        assert self._deduper is not None  # noqa: S101 - else nobody asks
+        passes = self._deduper.let_pass(asked.prefixes, asked.has_seed)
         worker.passed.append((asked, passes))
         aside = [row for row, passed in zip(asked.rows, passes, strict=True) if not passed]
         if aside:
@@ -345,7 +345,7 @@ class Driver:
         if self._book.settle(worker.number, committed.done):
             msg = f"{committed.name}: holds rows that worker {worker.number} was not given"
             raise AccountingError(msg)
-        if self._sieve is None:
+        if self._deduper is None:
             return
         left = self._book.rows_out(worker.number)
 
@@ -371,11 +371,11 @@ class Driver:
                 self._settle(worker, Committed(part.name, footer.done, counts, 0.0))
         self._stats.note_gone(worker.number, reason)
         rows = self._book.take_back(worker.number, has_died=has_died)
-        if self._sieve is not None:
+        if self._deduper is not None:
             for asked, passes in worker.passed:
                 mine = rows[asked.segment]
                 those = zip(asked.rows, asked.prefixes, asked.has_seed, passes, strict=True)
-                self._sieve.take_back(
+                self._deduper.take_back(
                     (prefix, seeded)
                     for row, prefix, seeded, passed in those
                     if passed and row in mine

@@ -36,8 +36,7 @@ from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
 from batchgen.pipeline.stats import RUNNING, Monitor, Progress, Way, advise
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.books import PARTS
-from batchgen.store.parts import PartContext, PartWriter
-from batchgen.store.result_files import ResultFile
+from batchgen.store.result_files import PartContext, PartWriter, ResultFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -51,9 +50,8 @@ if TYPE_CHECKING:
     from batchgen.pipeline.stats import Look, RunStats
     from batchgen.source.text import LineIndexes
     from batchgen.store.books import Epoch, Plan
-    from batchgen.store.dedupe import Sieve
     from batchgen.store.ledger import Ledger
-    from batchgen.store.reuse import Piece
+    from batchgen.store.reuse import Deduper, Piece
 
     Rows = RowSet
     TakeOver = Callable[[Callable[[], None]], Rows]
@@ -142,9 +140,9 @@ class Stages:
             check_schema=row_validator,
         )
 
-    def feed(self, rows: Iterable[RowBatch], sieve: Passing | None) -> Iterator[FeedBatch]:
-        """Make requests of rows; `sieve` says which are to be computed."""
-        return feed_batches(rows, self.builder(), sieve)
+    def feed(self, rows: Iterable[RowBatch], deduper: Passing | None) -> Iterator[FeedBatch]:
+        """Make requests of rows; `deduper` says which are to be computed."""
+        return feed_batches(rows, self.builder(), deduper)
 
     def own(self, request: Request) -> Request:
         """Give a request that another process has made an id of this one's."""
@@ -324,14 +322,14 @@ class Compute(Protocol):
         """
 
     def answer(
-        self, work: Work, rows: Rows, sieve: Sieve | None, take_over: TakeOver | None = None
+        self, work: Work, rows: Rows, deduper: Deduper | None, take_over: TakeOver | None = None
     ) -> bool:
         """Compute rows and make them durable, until all have ended or the run is stopped.
 
         Args:
             work: Whose rows they are.
             rows: Segment -> rows that surely have to be computed.
-            sieve: Which of their requests are to be computed; None: all.
+            deduper: Which of their requests are to be computed; None: all.
             take_over: Makes other rows durable by itself, and returns all that are left then,
                 those of `rows` included. May be called while `rows` are being read; calls its
                 argument now and then.
@@ -413,7 +411,7 @@ class OneEngine:
         self._engine.start()
 
     def answer(
-        self, work: Work, rows: Rows, sieve: Sieve | None, take_over: TakeOver | None = None
+        self, work: Work, rows: Rows, deduper: Deduper | None, take_over: TakeOver | None = None
     ) -> bool:
         """Feed, loop and commit, each in a thread of its own. See `Compute`.
 
@@ -433,7 +431,7 @@ class OneEngine:
                 engine.start()
 
         feeder = stages.feeder(
-            stages.feed(read(), sieve.passing if sieve else None),
+            stages.feed(read(), deduper.passing if deduper else None),
             engine,
             long_first=not context.is_trial,
         )

@@ -42,9 +42,9 @@ from batchgen.store.matching import (
     match_files,
     pairs,
 )
-from batchgen.store.parts import rows_of
-from batchgen.store.result_files import Index, ResultFile, is_intact, row_groups
+from batchgen.store.result_files import ResultFile, is_intact, rows_of
 from batchgen.store.runs import utc_now
+from batchgen.store.snapshot import Index, row_groups
 from batchgen.store.visible import raise_if_damaged, show
 
 if TYPE_CHECKING:

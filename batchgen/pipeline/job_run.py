@@ -51,7 +51,7 @@ from batchgen.pipeline.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
-from batchgen.store.snapshots import prune
+from batchgen.store.snapshot import prune_snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -293,7 +293,7 @@ class JobRun:
             self._context.notes.add(text)
         if (keep := self._job.output.keep_snapshots) is not None:
             try:
-                prune(self._ledger, keep)
+                prune_snapshots(self._ledger, keep)
             except StorageError as error:  # The night is published; the next one prunes.
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)

@@ -29,7 +29,7 @@ from batchgen.source.csv import delimiter_hint
 from batchgen.source.files import stat_input
 from batchgen.source.formats import find_files, reader_for
 from batchgen.source.reading import ReadSpec
-from batchgen.store.parts import part_schema
+from batchgen.store.result_files import part_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -26,8 +26,7 @@ from batchgen.core.errors import (
 )
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.store.books import STATE, Durable, Epoch, Manifest
-from batchgen.store.parts import ATTEMPTS, ROW, SEGMENT, VERDICT
-from batchgen.store.result_files import ResultFile
+from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, ResultFile
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from batchgen.store.visible import note_as_published, show
@@ -103,7 +102,7 @@ def judge_gate(
     Args:
         gate: The limits.
         counts: Results that are ok, and that are errors.
-        tally: Of all results, see `sink.tally`.
+        tally: Of all results, see `result_files.tally`.
         last: The same of the last published snapshot of an earlier plan, None if there is none.
         num_last: How many results that snapshot has, ok and errors.
     """

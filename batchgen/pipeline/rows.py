@@ -29,19 +29,19 @@ from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.runner import Committer
 from batchgen.store.books import Durable
-from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.matching import (
+    Renumbering,
     answered_by,
     is_same_reading,
     match,
     restricted,
 )
-from batchgen.store.parts import ATTEMPTS, ROW, SEGMENT, rows_of
-from batchgen.store.result_files import Index, ResultFile, row_groups
+from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, ResultFile, rows_of
 from batchgen.store.reuse import (
     AnsweredKeys,
+    Deduper,
+    KeySet,
     Piece,
-    Renumbering,
     Source,
     Wanted,
     from_parts,
@@ -50,6 +50,7 @@ from batchgen.store.reuse import (
     key_prefixes,
     published_sources,
 )
+from batchgen.store.snapshot import Index, row_groups
 from batchgen.store.visible import damage
 
 if TYPE_CHECKING:
@@ -263,9 +264,9 @@ def base_sources(ledger: Ledger, plan: Plan) -> list[Source]:
 
 def answered_keys(
     storage: LocalStorage, sources: Sequence[Source], prefix: str, tell: Callable[[str], None]
-) -> KnownKeys:
+) -> KeySet:
     """Read which requests have an answer in result files, see `key_prefixes`."""
-    known = KnownKeys()
+    known = KeySet()
     for prefixes in key_prefixes(storage, sources, prefix, tell):
         known.load(prefixes)
     return known
@@ -345,13 +346,13 @@ class Computation:
             durable = context.ledger.durable(plan)
         for source in sources:
             todo -= source.rows
-        sieve = self._sieve(durable)
+        deduper = self._deduper(durable)
         take_over = partial(self._take_over, sources) if sources else None
-        if not self._compute.answer(self._work, todo, sieve, take_over):
+        if not self._compute.answer(self._work, todo, deduper, take_over):
             return False
-        num_set_aside = sieve.num_set_aside if sieve is not None else 0
-        num_taken_back = sieve.num_taken_back if sieve is not None else 0
-        del sieve  # And the keys that it knows, 8 bytes a row.
+        num_set_aside = deduper.num_set_aside if deduper is not None else 0
+        num_taken_back = deduper.num_taken_back if deduper is not None else 0
+        del deduper  # And the keys that it knows, 8 bytes a row.
         return self._finish(num_set_aside, num_taken_back)
 
     def _has_errors_to_try(self) -> bool:
@@ -387,7 +388,7 @@ class Computation:
             todo = self._copy(todo)
         if todo and num_taken_back:
             # Of each kind one is to be computed still.
-            again = self._sieve(self._context.ledger.durable(self._plan))
+            again = self._deduper(self._context.ledger.durable(self._plan))
             if self._context.is_stopped() or not self._compute.answer(self._work, todo, again):
                 return False
             todo = self._copy(self._missing())
@@ -416,19 +417,19 @@ class Computation:
                 break
         return self._missing()
 
-    def _sieve(self, durable: Durable) -> Sieve | None:
+    def _deduper(self, durable: Durable) -> Deduper | None:
         """What tells the rows that need no engine; None if there can be none."""
         base, own = base_sources(self._context.ledger, self._plan), self._own_sources(durable)
         if not base and not self._may_share():
             return None
-        return Sieve(self._keys(base), self._keys(own), self._context.job.run.dedupe)
+        return Deduper(self._keys(base), self._keys(own), self._context.job.run.dedupe)
 
     def _may_share(self) -> bool:
         return self._all_share() or (
             self._context.job.run.dedupe == "auto" and self._context.job.sampling.column is not None
         )
 
-    def _keys(self, sources: Sequence[Source]) -> KnownKeys:
+    def _keys(self, sources: Sequence[Source]) -> KeySet:
         context = self._context
         prefix, tell = context.job.output.prefix, context.notes.add
         return answered_keys(context.storage, sources, prefix, tell)

@@ -226,21 +226,21 @@ class Feeder:
 
 
 def feed_batches(
-    batches: Iterable[RowBatch], builder: RequestBuilder, sieve: Passing | None = None
+    batches: Iterable[RowBatch], builder: RequestBuilder, deduper: Passing | None = None
 ) -> Iterator[FeedBatch]:
     """Make requests of rows.
 
     Args:
         batches: The rows.
         builder: Makes requests of them.
-        sieve: Which of them are to be computed; None: all.
+        deduper: Which of them are to be computed; None: all.
     """
     for batch in batches:
         made = list(builder.of(batch))
         requests = [outcome for outcome in made if isinstance(outcome, Request)]
         results = [outcome for outcome in made if not isinstance(outcome, Request)]
-        if sieve is not None:
-            requests = sieve(requests)
+        if deduper is not None:
+            requests = deduper(requests)
         yield FeedBatch(requests, results, batch.segment, batch.skipped, batch.carried.nbytes)
 
 

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from batchgen.preview.estimate import Estimate, PastRun
     from batchgen.preview.sample import Survey
     from batchgen.store.books import Durable, Plan
-    from batchgen.store.dedupe import KnownKeys
+    from batchgen.store.reuse import KeySet
 
 
 NO_RATE = (
@@ -403,7 +403,7 @@ class _Ahead:
     rows: Rows
     todo: RowSet
     """Segment -> rows that the run would read."""
-    known: KnownKeys | None
+    known: KeySet | None
     """Requests whose answer the run would copy."""
 
 
@@ -445,7 +445,7 @@ def _look_ahead(job: JobConfig, ledger: Ledger, options: RunOptions, warnings: l
 
 def _known(
     ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable, tell: Callable[[str], None]
-) -> KnownKeys | None:
+) -> KeySet | None:
     sources = base_sources(ledger, plan)
     if prepared.job.run.dedupe != "never":
         sources += [Source(part.name, takes_errors=True) for part in durable.parts]

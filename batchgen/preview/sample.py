@@ -41,7 +41,7 @@ from batchgen.preview.estimate import (
     lengths_of,
 )
 from batchgen.storage import LocalStorage
-from batchgen.store.dedupe import prefix_of
+from batchgen.store.reuse import prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from batchgen.preview.estimate import Lengths
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.books import Plan
-    from batchgen.store.dedupe import Dedupe, KnownKeys
+    from batchgen.store.reuse import Dedupe, KeySet
 
 
 _MAX_LENGTH = 2**40
@@ -308,10 +308,10 @@ class How:
     """The job's; a row may have its own."""
     n: int = 1
     max_model_len: int | None = None
-    known: KnownKeys | None = None
+    known: KeySet | None = None
     """Requests that have an answer already."""
     dedupe: Dedupe = "auto"
-    """Whether rows of one job may share an answer, see `known.Sieve`."""
+    """Whether rows of one job may share an answer, see `known.Deduper`."""
     is_exact: bool = False
     """Look at every row."""
     sample_rows: int = SAMPLE_ROWS
@@ -434,7 +434,7 @@ def survey(
 
 
 def _requests(
-    outcomes: Iterable[Request | Result], seen: Seen, known: KnownKeys | None
+    outcomes: Iterable[Request | Result], seen: Seen, known: KeySet | None
 ) -> list[Request]:
     """Return the requests that need an answer, and count the other rows."""
     requests = []

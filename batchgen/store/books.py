@@ -193,7 +193,8 @@ class Manifest:
     index: PublishedFile | None = None
     """The file that says which row of the input each published row is."""
     tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Counts of the published rows, see `parts.tally`; the next snapshot is compared with them."""
+    """Counts of the published rows, see `result_files.tally`; the next snapshot is compared
+    with them."""
     gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """The gate's figures, see `Limit.as_dict`; `overridden` where one was let through."""
 
@@ -268,7 +269,7 @@ class PartFooter:
     engine: Mapping[str, Any]
     """Who answered: engine name and version, device, batchgen version."""
     tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Counts that the gate needs, see `parts.tally`."""
+    """Counts that the gate needs, see `result_files.tally`."""
 
     @property
     def num_results(self) -> int:

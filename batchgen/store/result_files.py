@@ -1,35 +1,400 @@
-"""Files of results, read back: parts and published files, under one policy for damage.
+"""Files of results: their one Arrow schema, parts and their commit, and files read back.
 
-Nothing is believed that cannot be shown to be what was written. Page checksums are verified with
-every read; of published files, whose index keeps hashes, so are the footer and each row group:
-page headers and the footer have no checksum. What is damaged is left out, a row group at a time,
-and `problem` says why. What follows from that (rows are computed again, a run ends, a hint is
-missing) is its reader's to decide. An error that says nothing about a file's content, such as too
-many open files, is a StorageError for every reader.
+A part is whatever finished since the last flush, in ordinal order. The part file is the commit
+record: once `commit` returns, its rows are durable and will not be done again. It is built in
+memory and put under its name in one piece; nothing is ever streamed to a final name, because a
+writer that is closed by an exception leaves a valid, short file.
+
+The schema is fixed at plan time and written with explicit types, so that a part without a single
+error and a part with nothing else have the same. The counts are kept in the footer, so that the
+gate never has to read the rows:
+
+    {"verdict":   {"ok": 95, "truncated": 5},       over all results
+     "attempts":  {"1": 97, "2": 3},                over all results
+     "gen_label": {"refund": 60, "invoice": 35}}    over ok rows, for each column of labels
+
+Parts and published files are read back under one policy for damage: nothing is believed that cannot
+be shown to be what was written. Page checksums are verified with every read; of published files,
+whose index keeps hashes, so are the footer and each row group: page headers and the footer have no
+checksum. What is damaged is left out, a row group at a time, and `problem` says why. What follows
+from that (rows are computed again, a run ends, a hint is missing) is its reader's to decide. An
+error that says nothing about a file's content, such as too many open files, is a StorageError for
+every reader.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.errors import OutputError
+from batchgen.core.data import gather_rows
+from batchgen.core.errors import AccountingError, ConfigError
+from batchgen.core.records import Ranges, RowSet
 from batchgen.storage import raise_if_not_damage
+from batchgen.store.books import Part, PartFooter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import polars as pl
 
+    from batchgen.core.records import Result
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, PublishedFile
+    from batchgen.store.books import PublishedFile
+
+
+SEGMENT = "_batchgen_segment"
+ROW = "_batchgen_row"
+"""The ordinal. In parts only; the published order stands for it."""
+
+RESULT_FIELDS = (
+    pa.field("status", pa.string(), nullable=False),
+    pa.field("verdict", pa.string(), nullable=False),
+    pa.field("finish_reason", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("attempts", pa.int16(), nullable=False),
+    pa.field("seed", pa.int64()),
+    pa.field("num_prompt_tokens", pa.int32()),
+    pa.field("num_cached_tokens", pa.int32()),
+    pa.field("num_output_tokens", pa.int32()),
+    pa.field("latency_s", pa.float32()),
+    pa.field("request_key", pa.string()),
+    pa.field("run_id", pa.string(), nullable=False),
+    pa.field("model", pa.string()),
+    pa.field("recipe", pa.string(), nullable=False),
+    pa.field("engine", pa.string()),
+)
+"""What batchgen tells of a row beside its answer; the job's prefix goes before each name."""
+OPTIONAL = "seed"
+"""Only with `output.with_seed`: a column of noise does not compress."""
+
+# Few distinct values: worth a dictionary. Texts and keys are not, and building one costs time.
+DICTIONARY_FIELDS = (
+    *("status", "verdict", "finish_reason", "error_type", "error", "attempts"),
+    *("run_id", "model", "recipe", "engine"),
+)
+
+
+def part_schema(
+    carried: pa.Schema, answer: Sequence[pa.Field], prefix: str, *, with_seed: bool = False
+) -> pa.Schema:
+    """Schema of a part: ordinal, carried columns, answer, result columns.
+
+    Args:
+        carried: Columns of the input.
+        answer: Columns that answers become, without the prefix.
+        prefix: Goes before the name of each column of ours.
+        with_seed: Whether seeds are kept.
+
+    Raises:
+        ConfigError: Two columns have one name.
+    """
+    fields = [field for field in RESULT_FIELDS if with_seed or field.name != OPTIONAL]
+    _check_answer(answer, fields)
+    ours = [field.with_name(prefix + field.name) for field in (*answer, *fields)]
+    clash = sorted({SEGMENT, ROW, *(field.name for field in ours)} & set(carried.names))
+    if clash:
+        where = "output.prefix"
+        problem = (
+            f"{prefix!r} makes the column {clash[0]!r}, which the input has too; choose another "
+            "prefix, or leave the column out of input.columns"
+        )
+        raise ConfigError(where, [problem])
+    # Error rows carry nulls in every carried column, whatever the input's schema allows.
+    carried_fields = [field.with_nullable(True) for field in carried]  # noqa: FBT003 - pyarrow's
+    ordinal = [
+        pa.field(SEGMENT, pa.int32(), nullable=False),
+        pa.field(ROW, pa.int64(), nullable=False),
+    ]
+    return pa.schema([*ordinal, *carried_fields, *ours])
+
+
+def _check_answer(answer: Sequence[pa.Field], fields: Sequence[pa.Field]) -> None:
+    names = [field.name for field in (*answer, *fields)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        where = "output.flatten"
+        problem = f"the schema's field {twice[0]!r} is a column of batchgen's too; rename it"
+        raise ConfigError(where, [problem])
+
+
+def published_schema(parts: pa.Schema) -> pa.Schema:
+    """Schema of published files: that of parts without the ordinal."""
+    return pa.schema([field for field in parts if field.name not in {SEGMENT, ROW}])
+
+
+def dictionary_columns(prefix: str, labels: Sequence[str] = ()) -> Sequence[str]:
+    """Columns for Parquet's dictionary encoding."""
+    return [prefix + name for name in (*DICTIONARY_FIELDS, *labels)]
+
+
+VERDICT, ATTEMPTS = "verdict", "attempts"
+
+
+def tally(
+    table: pa.Table, prefix: str, labels: Sequence[Sequence[str]] = ()
+) -> dict[str, dict[str, int]]:
+    """Count what is written.
+
+    Args:
+        table: Rows in the part schema.
+        prefix: Of batchgen's columns.
+        labels: Paths to labels: a column without the prefix, and the fields of structs in it.
+            A list of labels counts each.
+
+    Returns:
+        As above. A label column that has no label in any row has no counts.
+    """
+    found = {
+        name: _counts(table.column(prefix + name))
+        for name in (VERDICT, ATTEMPTS)
+        if prefix + name in table.column_names
+    }
+    if labels:
+        is_ok = pc.equal(table.column(f"{prefix}status"), "ok")
+        for path in labels:
+            values = _column(table, prefix + path[0], path[1:]).filter(is_ok)
+            found[prefix + ".".join(path)] = _counts(values)
+    return found
+
+
+def _column(table: pa.Table, name: str, path: Sequence[str]) -> pa.ChunkedArray:
+    """A column, or a field of a struct. By index: names may hold dots, or be empty."""
+    column = table.column(name)
+    for at in path:
+        column = pc.struct_field(column, column.type.get_field_index(at))
+    return column
+
+
+def _counts(values: pa.ChunkedArray) -> dict[str, int]:
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = pc.list_flatten(values)
+    counted = pc.value_counts(values.drop_null()).to_pylist()
+    return {str(entry["values"]): entry["counts"] for entry in counted}
+
+
+# Publishing reads parts by row group: small enough that a straggler does not drag a whole part.
+_ROW_GROUP_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PartContext:
+    """What all parts of one run share."""
+
+    plan_id: str
+    epoch: int
+    worker: int
+    run_id: str
+    schema: pa.Schema
+    prefix: str
+    num_answer_columns: int = 1
+    origin: Mapping[str, str] = field(default_factory=dict)
+    """`model` and `recipe`, for the columns of these names."""
+    labels: Sequence[Sequence[str]] = ()
+    """Paths to labels: an answer column without the prefix, and the fields of structs in it."""
+    with_seed: bool = False
+    """Whether the schema has the seeds' column."""
+
+
+class PartWriter:
+    """Commits parts of one worker in one epoch, numbered from 0."""
+
+    def __init__(self, storage: LocalStorage, folder: str, context: PartContext) -> None:
+        """Bind; nothing is written yet."""
+        self._storage = storage
+        self._folder = folder
+        self._context = context
+        self._serial = 0
+
+    def commit(
+        self,
+        results: Sequence[Result],
+        skipped: Mapping[int, Ranges],
+        engine: Mapping[str, str],
+    ) -> Part:
+        """Make a part durable.
+
+        Args:
+            results: At least one, or none if `skipped` has rows; any order.
+            skipped: Segment -> rows that end without a result.
+            engine: Who answered, for the footer.
+
+        Raises:
+            StorageError: Not durable; the same call may be made again.
+            AccountingError: The part's name holds something else.
+        """
+        ordered = sorted(results, key=attrgetter("ordinal"))
+        return self.commit_table(_table(ordered, self._context, engine), skipped, engine)
+
+    def commit_table(
+        self, table: pa.Table, skipped: Mapping[int, Ranges], engine: Mapping[str, str]
+    ) -> Part:
+        """Make results durable that are a table in the part schema, in ordinal order.
+
+        Raises:
+            StorageError: Not durable; the same call may be made again.
+            AccountingError: The part's name holds something else.
+        """
+        context, skipped = self._context, RowSet(skipped)
+        name = (
+            f"{self._folder}/e{context.epoch:06d}-w{context.worker:02d}-s{self._serial:06d}.parquet"
+        )
+        status = table.column(f"{context.prefix}status")
+        num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
+        footer = PartFooter(
+            plan=context.plan_id,
+            epoch=context.epoch,
+            run_id=context.run_id,
+            done=rows_of(table) | skipped,
+            num_ok=num_ok,
+            num_errors=table.num_rows - num_ok,
+            num_skipped=skipped.num_rows,
+            engine=engine,
+            tally=tally(table, context.prefix, context.labels),
+        )
+        data = _encode(table, footer, context)
+        if not self._storage.put_if_absent(name, data):
+            # Epochs are exclusive, so nobody else writes this name; silence would lose rows.
+            msg = f"{self._storage.where}/{name}: holds other rows than this run's; run again"
+            raise AccountingError(msg)
+        self._serial += 1
+        return Part(name, footer)
+
+
+def rows_of(table: pa.Table) -> RowSet:
+    """Segment -> row numbers of a table with ordinals."""
+    import polars as pl
+
+    if not table.num_rows:
+        return RowSet()
+    ordinals = pl.DataFrame(
+        {"segment": pl.Series(table.column(SEGMENT)), "row": pl.Series(table.column(ROW))}
+    ).sort("segment", "row")
+    starts = ordinals.with_row_index("at").filter(
+        ((pl.col("row").diff() != 1) | (pl.col("segment").diff() != 0)).fill_null(value=True)
+    )
+    stops = [*starts["at"][1:], len(ordinals)]
+    places = zip(starts["at"], stops, starts["segment"], starts["row"], strict=True)
+    return RowSet.of_spans((segment, row, row + stop - at) for at, stop, segment, row in places)
+
+
+def check_rows(tables: Iterable[pa.Table], footer: PartFooter, *, is_all: bool = True) -> RowSet:
+    """Segment -> rows of a part's tables, which are results that its footer names, each once.
+
+    Args:
+        tables: Row groups of the part.
+        footer: Its own books.
+        is_all: Whether these are all of its row groups.
+
+    Raises:
+        ValueError: They are not.
+    """
+    seen, num_rows = RowSet(), 0
+    for table in tables:
+        num_rows += table.num_rows
+        seen |= rows_of(table)
+    if seen.num_rows != num_rows:
+        msg = "holds a row twice"
+        raise ValueError(msg)
+    if seen - footer.done:
+        msg = "holds a row that its footer does not name"
+        raise ValueError(msg)
+    if is_all and num_rows != footer.num_results:
+        msg = f"holds {num_rows} rows, its footer says {footer.num_results}"
+        raise ValueError(msg)
+    return seen
+
+
+def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]) -> pa.Table:
+    """One row a result: ordinal, carried columns, answer, result columns, in the part schema."""
+    schema = context.schema
+    facts = _fact_columns(ordered, context, engine)
+    if not context.with_seed:
+        del facts[OPTIONAL]
+    num_carried = len(schema) - 2 - context.num_answer_columns - len(facts)
+    carried = [field.name for field in list(schema)[2 : 2 + num_carried]]
+    columns: list[Any] = [
+        [result.ordinal.segment for result in ordered],
+        [result.ordinal.row for result in ordered],
+        *_carried_columns(ordered, carried, schema),
+        *(
+            [None if r.values is None else r.values[at] for r in ordered]
+            for at in range(context.num_answer_columns)
+        ),
+        *facts.values(),
+    ]
+    arrays = [
+        column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, kind.type)
+        for column, kind in zip(columns, schema, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _fact_columns(
+    ordered: Sequence[Result], context: PartContext, engine: Mapping[str, str]
+) -> dict[str, Any]:
+    """The columns of `RESULT_FIELDS`, in that order."""
+    completions = [result.completion for result in ordered]
+    errors = [result.error for result in ordered]
+
+    def repeated(value: str | None) -> pa.Array:
+        return pa.repeat(pa.scalar(value, pa.string()), len(ordered))
+
+    by = f"{engine['engine']} {engine['version']}" if "engine" in engine else None
+    return {
+        "status": ["ok" if e is None else "error" for e in errors],
+        "verdict": [result.verdict for result in ordered],
+        "finish_reason": [c and c.finish_reason for c in completions],
+        "error_type": [e and e.error_type for e in errors],
+        "error": [e and e.error for e in errors],
+        "attempts": [result.attempts for result in ordered],
+        "seed": [result.seed for result in ordered],
+        "num_prompt_tokens": [c and c.num_prompt_tokens for c in completions],
+        "num_cached_tokens": [c and c.num_cached_tokens for c in completions],
+        "num_output_tokens": [c and c.num_output_tokens for c in completions],
+        "latency_s": [c and c.latency_s for c in completions],
+        "request_key": [result.request_key for result in ordered],
+        "run_id": repeated(context.run_id),
+        "model": repeated(context.origin.get("model")),
+        "recipe": repeated(context.origin.get("recipe", "")),
+        # Who was never asked has not answered, whatever happened to run at that time.
+        "engine": [by if result.attempts else None for result in ordered],
+    }
+
+
+def _carried_columns(
+    ordered: Sequence[Result], names: Sequence[str], schema: pa.Schema
+) -> list[pa.ChunkedArray]:
+    if not ordered or not names:
+        return [pa.chunked_array([], schema.field(name).type) for name in names]
+    places = [(result.batch.carried, result.index) for result in ordered]
+    return gather_rows(places, names, copy=False)
+
+
+def _encode(table: pa.Table, footer: PartFooter, context: PartContext) -> bytes:
+    sink = io.BytesIO()
+    metadata = {**(table.schema.metadata or {}), **footer.to_metadata()}
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression="lz4",
+        row_group_size=_ROW_GROUP_ROWS,
+        use_dictionary=dictionary_columns(
+            context.prefix, [".".join(path) for path in context.labels]
+        ),
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
 
 GROUPS_KEY = "batchgen.groups"
 """In the index's footer: a `Chunk` for each row group and the footer of each file."""
@@ -154,75 +519,6 @@ class ResultFile:
         except _READ_ERRORS as error:
             raise_if_not_damage(self.path, error)
             self.problem = self.problem or str(error).splitlines()[0]
-
-
-class Index:
-    """Which row of the input each published row is, by row group; a context manager."""
-
-    def __init__(self, storage: LocalStorage, manifest: Manifest) -> None:
-        """Open and check it.
-
-        Raises:
-            OutputError: There is none, or it is not what was written.
-            StorageError: It cannot be read right now.
-        """
-        if manifest.index is None:
-            msg = f"{storage.where}: its snapshot has no index of rows; use --fresh"
-            raise OutputError(msg)
-        path = storage.path(manifest.index.name)
-        self._storage = storage
-        self._files = manifest.files
-        self._file = ResultFile(path)
-        if not is_intact(path, manifest.index):
-            why = "sha256 differs"
-            raise self._damaged(why)
-        groups = json.loads(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
-        self.chunks = [[Chunk(*chunk) for chunk in chunks] for chunks in groups]
-        """For each published file, its row groups and last its footer."""
-
-    def __enter__(self) -> Index:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def files(self) -> Iterator[tuple[PublishedFile, ResultFile, range]]:
-        """Yield each published file, and the numbers of its row groups, counted over all files."""
-        first = 0
-        for entry, chunks in zip(self._files, self.chunks, strict=True):
-            with ResultFile(self._storage.path(entry.name), chunks) as file:
-                yield entry, file, range(first, first + len(chunks) - 1)
-            first += len(chunks) - 1
-
-    def ordinals(self, group: int) -> pa.Table:
-        """Segments and rows of one published row group, counted over all files."""
-        table = self._file.group(group)
-        if table is None:
-            raise self._damaged(str(self._file.problem))
-        return table
-
-    def _damaged(self, why: str) -> OutputError:
-        return OutputError(
-            f"{self._file.path}: damaged ({why}), and without it rows cannot be told apart; bring "
-            "it back from a backup, or begin anew with --fresh"
-        )
-
-
-def row_groups(
-    storage: LocalStorage, manifest: Manifest | None
-) -> Iterator[tuple[ResultFile, int, Callable[[], pa.Table]]]:
-    """Yield each row group of a snapshot: its file, its number in it, and what reads its ordinals.
-
-    Raises:
-        OutputError: There is no index of rows, or it is damaged.
-        StorageError: The index cannot be read right now.
-    """
-    if manifest is None:
-        return
-    with Index(storage, manifest) as index:
-        for _, file, numbers in index.files():
-            for group, number in enumerate(numbers):
-                yield file, group, partial(index.ordinals, number)
 
 
 def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:

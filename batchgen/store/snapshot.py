@@ -1,4 +1,4 @@
-"""Parts to snapshot: every result once, in input order, in few Parquet files, and their index.
+"""Snapshots: written of parts, every result once, in input order, with their index; and pruned.
 
 Memory is bounded by one chunk of rows and by what overlaps it: parts are sorted by ordinal and
 their footers name the rows that they hold, so each chunk reads the row groups that it needs.
@@ -9,6 +9,11 @@ checksums alone do not: they leave page headers and the footer out.
 
 The index says what the published files do not: which row of the input each row is, and the hash
 of each row group. It has the row groups of all files, one by one, in order.
+
+There is one snapshot for each plan that was published and not pruned since. Pruning removes the
+oldest first: the manifest, and then the files that nobody names any more. A crash in between leaves
+files without a manifest. Nothing reads them, and the next pruning, like the end of the next run,
+removes them.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -24,18 +30,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.core.data import keep_rows, take_rows
-from batchgen.core.errors import AccountingError, DamagedPartError
+from batchgen.core.errors import AccountingError, DamagedPartError, OutputError
 from batchgen.core.records import Ranges
 from batchgen.storage import saying_where
-from batchgen.store.books import PublishedFile
-from batchgen.store.parts import ROW, SEGMENT, dictionary_columns, published_schema
-from batchgen.store.result_files import GROUPS_KEY, Chunk, ResultFile
+from batchgen.store.books import STATE, PublishedFile
+from batchgen.store.matching import DIGESTS, digests_of
+from batchgen.store.result_files import (
+    GROUPS_KEY,
+    ROW,
+    SEGMENT,
+    Chunk,
+    ResultFile,
+    dictionary_columns,
+    is_intact,
+    published_schema,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from batchgen.storage import LocalStorage, PendingFile
-    from batchgen.store.books import PartFooter
+    from batchgen.store.books import Manifest, PartFooter, Plan, Segment
+    from batchgen.store.ledger import Ledger
 
 
 class HashedParquet:
@@ -395,3 +411,164 @@ def _extent(group: pq.RowGroupMetaData) -> _Group:
         # Two segments in one group: their row numbers are not ordered together.
         return _Group((segments.min, 0), (segments.max, 2**62))
     return _Group((segments.min, rows.min), (segments.max, rows.max))
+
+
+class Index:
+    """Which row of the input each published row is, by row group; a context manager."""
+
+    def __init__(self, storage: LocalStorage, manifest: Manifest) -> None:
+        """Open and check it.
+
+        Raises:
+            OutputError: There is none, or it is not what was written.
+            StorageError: It cannot be read right now.
+        """
+        if manifest.index is None:
+            msg = f"{storage.where}: its snapshot has no index of rows; use --fresh"
+            raise OutputError(msg)
+        path = storage.path(manifest.index.name)
+        self._storage = storage
+        self._files = manifest.files
+        self._file = ResultFile(path)
+        if not is_intact(path, manifest.index):
+            why = "sha256 differs"
+            raise self._damaged(why)
+        groups = json.loads(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
+        self.chunks = [[Chunk(*chunk) for chunk in chunks] for chunks in groups]
+        """For each published file, its row groups and last its footer."""
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def files(self) -> Iterator[tuple[PublishedFile, ResultFile, range]]:
+        """Yield each published file, and the numbers of its row groups, counted over all files."""
+        first = 0
+        for entry, chunks in zip(self._files, self.chunks, strict=True):
+            with ResultFile(self._storage.path(entry.name), chunks) as file:
+                yield entry, file, range(first, first + len(chunks) - 1)
+            first += len(chunks) - 1
+
+    def ordinals(self, group: int) -> pa.Table:
+        """Segments and rows of one published row group, counted over all files."""
+        table = self._file.group(group)
+        if table is None:
+            raise self._damaged(str(self._file.problem))
+        return table
+
+    def _damaged(self, why: str) -> OutputError:
+        return OutputError(
+            f"{self._file.path}: damaged ({why}), and without it rows cannot be told apart; bring "
+            "it back from a backup, or begin anew with --fresh"
+        )
+
+
+def row_groups(
+    storage: LocalStorage, manifest: Manifest | None
+) -> Iterator[tuple[ResultFile, int, Callable[[], pa.Table]]]:
+    """Yield each row group of a snapshot: its file, its number in it, and what reads its ordinals.
+
+    Raises:
+        OutputError: There is no index of rows, or it is damaged.
+        StorageError: The index cannot be read right now.
+    """
+    if manifest is None:
+        return
+    with Index(storage, manifest) as index:
+        for _, file, numbers in index.files():
+            for group, number in enumerate(numbers):
+                yield file, group, partial(index.ordinals, number)
+
+
+def find_snapshot(ledger: Ledger, number: int | None) -> Manifest:
+    """A snapshot by number; None: the newest.
+
+    Raises:
+        OutputError: There is none, or not that one; the text says which there are.
+    """
+    manifest = ledger.latest_manifest() if number is None else ledger.manifest(number)
+    if manifest is not None:
+        return manifest
+    numbers = ", ".join(str(manifest.number) for manifest in ledger.manifests())
+    if numbers:
+        msg = f"{ledger.storage.where}: there is no snapshot {number}, expected one of: {numbers}"
+    else:
+        msg = (
+            f"{ledger.storage.where}: nothing is published here; `batchgen status` tells how far "
+            "the job is"
+        )
+    raise OutputError(msg)
+
+
+def beyond(ledger: Ledger, keep: int) -> list[Manifest]:
+    """The snapshots that pruning would remove, oldest first.
+
+    Never the newest, and never one that the newest plan takes rows over from while it is
+    unpublished.
+
+    Args:
+        ledger: The job's books.
+        keep: So many of the newest stay; at least 1.
+    """
+    if keep < 1:
+        msg = f"keep is {keep}, expected 1 or more"
+        raise ValueError(msg)
+    needed = {plan.number for plan in _in_work(ledger)}
+    return [found for found in ledger.manifests()[:-keep] if found.number not in needed]
+
+
+def prune_snapshots(ledger: Ledger, keep: int) -> list[Manifest]:
+    """Remove old snapshots and what only they needed. Idempotent; finishes what a crash left.
+
+    Only for who holds the job's lock: a run that has just planned must not lose what its plan is
+    about to be compared with. It would cost that run work, not rows.
+
+    Args:
+        ledger: The job's books.
+        keep: So many of the newest stay; at least 1.
+
+    Returns:
+        What was removed, oldest first.
+
+    Raises:
+        StorageError: Something cannot be removed; what is left goes next time.
+    """
+    removed = beyond(ledger, keep)
+    for manifest in removed:
+        ledger.storage.remove(f"{STATE}/manifests/{manifest.number:06d}.json")
+    ledger.storage.settle(f"{STATE}/manifests")  # Or a power loss brings back names without files.
+    newest = ledger.latest_manifest()
+    if newest is not None:
+        ledger.tidy(newest)
+        _remove_digests(ledger)
+    return removed
+
+
+def _in_work(ledger: Ledger) -> Iterable[Plan]:
+    """The newest plan and, while it is unpublished, the plans that it takes rows over from."""
+    numbers = [ledger.latest_plan_number()]
+    seen: set[int] = {0}
+    while numbers:
+        number = numbers.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        plan = ledger.plan(number)
+        yield plan
+        if ledger.manifest(number) is None:  # A published plan has taken over what it needed.
+            numbers += [base.plan for base in plan.bases]
+
+
+def _remove_digests(ledger: Ledger) -> None:
+    """Remove digests of rows of files that no snapshot and no plan in work is made of."""
+    plans = [*_in_work(ledger), *(ledger.plan(found.number) for found in ledger.manifests())]
+    named = {digests_of(segment.digest) for segment in _segments(plans)}
+    for name in ledger.storage.list(DIGESTS):
+        if name.endswith(".bin") and name not in named:
+            ledger.storage.remove(name)
+
+
+def _segments(plans: Sequence[Plan]) -> Iterable[Segment]:
+    return (segment for plan in plans for segment in plan.segments)

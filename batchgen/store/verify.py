@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.parts import check_rows
-from batchgen.store.result_files import ResultFile, is_as_published
+from batchgen.store.result_files import ResultFile, check_rows, is_as_published
 from batchgen.store.visible import is_whole, shown_problems
 
 if TYPE_CHECKING:

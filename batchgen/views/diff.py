@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 from batchgen.core.errors import ConfigError, OutputError
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
-from batchgen.store import snapshots
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, has_digests, match
-from batchgen.store.parts import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT
-from batchgen.store.result_files import scan
+from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, scan
+from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +147,7 @@ def diff(
 def _two_newest(ledger: Ledger) -> tuple[int, int]:
     numbers = [manifest.number for manifest in ledger.manifests()]
     if len(numbers) < 2:
-        newest = snapshots.snapshot(ledger, None).number
+        newest = find_snapshot(ledger, None).number
         msg = f"{ledger.storage.where}: snapshot {newest} is the only one, expected two to compare"
         raise OutputError(msg)
     return numbers[-2], numbers[-1]
@@ -164,7 +163,7 @@ class _Side:
             OutputError: There is no such snapshot.
         """
         self.storage = ledger.storage
-        self.manifest = snapshots.snapshot(ledger, number)
+        self.manifest = find_snapshot(ledger, number)
         self.plan = ledger.plan(number)
         self.frame = scan(self.storage, [file.name for file in self.manifest.files])
         """The published rows."""

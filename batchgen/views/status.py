@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from batchgen.core.errors import OutputError
 from batchgen.pipeline.stats import duration, num_inside
 from batchgen.storage import LocalStorage
-from batchgen.store import snapshots
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import scan
 from batchgen.store.runs import RunLock, new_run_id, utc_now
+from batchgen.store.snapshot import beyond, find_snapshot, prune_snapshots
 from batchgen.store.visible import lost_or_cut
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
 def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:
     """Find the plan whose rows are to be seen, and their files; None if there are none yet."""
     if snapshot is not None:
-        manifest = snapshots.snapshot(ledger, snapshot)
+        manifest = find_snapshot(ledger, snapshot)
         return ledger.plan(snapshot), [file.name for file in manifest.files]
     plan, newest = ledger.latest_plan(), ledger.latest_manifest()
     if plan is None:
@@ -390,11 +390,11 @@ def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
         raise OutputError(msg)
     ledger = Ledger(storage)
     if dry_run:
-        return [_line(ledger, manifest) for manifest in snapshots.beyond(ledger, keep)]
+        return [_line(ledger, manifest) for manifest in beyond(ledger, keep)]
     lock = RunLock(storage, f"prune-{new_run_id(utc_now())}")
     lock.acquire(advice="prune when it has ended")
     try:
         lines = {found.number: _line(ledger, found) for found in ledger.manifests()}
-        return [lines[manifest.number] for manifest in snapshots.prune(ledger, keep)]
+        return [lines[manifest.number] for manifest in prune_snapshots(ledger, keep)]
     finally:
         lock.release()

@@ -2,7 +2,7 @@
 
     python -m tests.bench.fleet_driver --replicas 1 8 64 256 --rows 1000000 --pace 20
 
-Real are `Driver` and all below it, the lease book, the sieve, what a run tells of itself
+Real are `Driver` and all below it, the lease book, the deduper, what a run tells of itself
 (`live.json`, `stats.parquet`), and where rows come packed the reading and rendering. On paper are
 the workers (`sim_worker`) and what carries messages: each exchange takes `--exchange-ms` of the
 driver's time. Its own CPU time is added to the virtual time, as if it had a core of its own. A
@@ -47,8 +47,8 @@ from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
 from batchgen.pipeline.stats import Monitor, Progress, RunStats
 from batchgen.storage import LocalStorage
-from batchgen.store.dedupe import KnownKeys, Sieve
 from batchgen.store.ledger import Ledger
+from batchgen.store.reuse import Deduper, KeySet
 from batchgen.store.runs import RunLock, RunLog
 from tests.bench.echo_rows import _write_rows
 from tests.bench.fleet_sim import bound_s
@@ -182,7 +182,7 @@ class Drive:
             context,
             Work(self._prepared, self._epoch, stages, commits),
             self._pool,
-            sieve=Sieve(KnownKeys(), KnownKeys(), "always") if self._mode == "dedupe" else None,
+            deduper=Deduper(KeySet(), KeySet(), "always") if self._mode == "dedupe" else None,
             feed=partial(self._feed, stages),
             is_packed=self._mode == "packed",
         )

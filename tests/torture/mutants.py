@@ -218,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "an error that names a line is taken over although the line has moved",
-        "batchgen/store/reuse.py",
+        "batchgen/store/matching.py",
         (('is_wanted = is_wanted | pl.col("has_key") | stays', "is_wanted = is_wanted | True"),),
         NIGHTS,
     ),

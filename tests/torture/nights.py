@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from batchgen.store import dedupe, matching
+from batchgen.store import matching, reuse
 from batchgen.store.books import STATE
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
@@ -96,7 +96,7 @@ def _set_sizes(number: int) -> None:
     """In some worlds, blocks so small that a dozen lines are several, and keys that collide."""
     matching._BLOCK_ROWS = matching._AHEAD_ROWS = 3 if number % 2 else 2**18
     matching.MAX_SPANS = 4 if number % 6 == 1 else 500_000
-    dedupe._HEX = 1 if number % 4 == 3 else 16
+    reuse._HEX = 1 if number % 4 == 3 else 16
 
 
 class World:
@@ -242,7 +242,7 @@ class World:
             # What an unfinished run left answers for equal rows only in another plan.
             least = len(new) if is_whole else least
             most = sum(text not in shown for text in texts)
-        if dedupe._HEX < 16:
+        if reuse._HEX < 16:
             most = len(texts)  # Whose key meets another's may be computed once more.
         if self.rules != "[]":
             least, most = 0, len(texts)  # The same text may stand in an error row.

@@ -15,9 +15,15 @@ from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
 from batchgen.store.books import PartFooter
-from batchgen.store.dedupe import KnownKeys, Sieve
-from batchgen.store.parts import PartContext, PartWriter, part_schema
-from batchgen.store.reuse import AnsweredKeys, Source, key_prefixes, published_sources
+from batchgen.store.result_files import PartContext, PartWriter, part_schema
+from batchgen.store.reuse import (
+    AnsweredKeys,
+    Deduper,
+    KeySet,
+    Source,
+    key_prefixes,
+    published_sources,
+)
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, manifest_of, results
 from tests.harm import overwrite
@@ -144,8 +150,8 @@ def test_rows_without_a_key_answer_nothing(storage, parts):
 
 def test_a_key_that_shares_64_bits_with_another_gets_no_answer_of_it(storage, parts):
     name = parts.put(key(1, 1))
-    sieve = Sieve(known(1), KnownKeys(), "auto")
-    assert sieve.passing(requests(key(1, 2))) == []  # It waits, in vain.
+    deduper = Deduper(known(1), KeySet(), "auto")
+    assert deduper.passing(requests(key(1, 2))) == []  # It waits, in vain.
     assert texts(answered(storage, every(name)), key(1, 2), key(1, 1)) == [None, "0:0"]
 
 
@@ -164,7 +170,7 @@ def test_without_sources_nothing_is_answered(storage):
 def test_the_known_keys_are_those_that_have_an_answer(storage, parts):
     first = parts.put(key(1), key(2), key(1), errors=[1])
     second = parts.put(key(3), key(2**64 - 1), errors=[1])
-    keys = KnownKeys()
+    keys = KeySet()
     for loaded in key_prefixes(storage, [ok_only(first), every(second)], "gen_", print):
         keys.load(loaded)
     asked = [1, 2, 3, 4, 2**64 - 1]

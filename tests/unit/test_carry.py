@@ -16,19 +16,10 @@ from batchgen.core.records import NO_ROWS, Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
 from batchgen.store.books import Manifest, Part, PartFooter
-from batchgen.store.matching import Span
-from batchgen.store.parts import PartContext, PartWriter, part_schema, tally
-from batchgen.store.result_files import Index
-from batchgen.store.reuse import (
-    Piece,
-    Renumbering,
-    Wanted,
-    from_parts,
-    from_snapshot,
-    gathered,
-    rows_of,
-)
-from batchgen.store.snapshot import SnapshotFormat, write_snapshot
+from batchgen.store.matching import Renumbering, Span
+from batchgen.store.result_files import PartContext, PartWriter, part_schema, tally
+from batchgen.store.reuse import Piece, Wanted, from_parts, from_snapshot, gathered, rows_of
+from batchgen.store.snapshot import Index, SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, plan, results
 from tests.harm import overwrite
 

@@ -25,7 +25,7 @@ from batchgen.preview.sample import (
     survey,
 )
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.store.dedupe import KnownKeys, prefix_of
+from batchgen.store.reuse import KeySet, prefix_of
 from tests.unit.test_forecast_cost import past_run
 
 SPEC = EngineSpec("echo", "", {}, {"max_tokens": 8})
@@ -117,7 +117,7 @@ def test_a_request_with_an_answer_is_not_computed(look, make_job):
     todo = Ranges.until(3)
     (batch,) = prepared.reader.read(prepared.files[0], 0, todo, prepared.spec())
     keys = [request.request_key for request in builder.of(batch) if isinstance(request, Request)]
-    known = KnownKeys()
+    known = KeySet()
     known.load(pl.Series([prefix_of(keys[1])], dtype=pl.UInt64))
     found = look(rows, how={"known": known})
     assert (found.num_known, found.num_to_compute, found.prompt_tokens) == (1, 2, 2)

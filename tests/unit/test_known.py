@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.records import Ordinal, Request
-from batchgen.store.dedupe import KnownKeys, Sieve, prefix_of, prefixes_of
+from batchgen.store.reuse import Deduper, KeySet, prefix_of, prefixes_of
 from tests.fakes import batch
 
 MERGE_KEYS = 2**18
@@ -27,13 +27,13 @@ def requests(*keys, seed=None):
 
 
 def known(*prefixes):
-    keys = KnownKeys()
+    keys = KeySet()
     keys.load(pl.Series(prefixes, dtype=pl.UInt64))
     return keys
 
 
-def passing(sieve, given_requests):
-    return [request.request_id for request in sieve.passing(given_requests)]
+def passing(deduper, given_requests):
+    return [request.request_id for request in deduper.passing(given_requests)]
 
 
 @pytest.mark.parametrize("first", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
@@ -48,7 +48,7 @@ def test_a_prefix_is_the_first_64_bits_of_a_key(first):
     st.data(),
 )
 def test_known_keys_are_a_set(loads, data):
-    keys, true = KnownKeys(), set()
+    keys, true = KeySet(), set()
     everything = [*range(10), *range(2**64 - 6, 2**64)]
     for numbers in loads:
         if data.draw(st.booleans()):
@@ -62,9 +62,9 @@ def test_known_keys_are_a_set(loads, data):
 
 
 def test_nothing_is_known_at_first_and_nothing_may_be_asked():
-    assert KnownKeys().know([0, 1]) == [False, False]
-    assert KnownKeys().know([]) == known(1).know([]) == []
-    assert len(KnownKeys()) == 0
+    assert KeySet().know([0, 1]) == [False, False]
+    assert KeySet().know([]) == known(1).know([]) == []
+    assert len(KeySet()) == 0
 
 
 def test_a_key_that_was_added_since_it_was_asked_for_is_not_added_again():
@@ -86,7 +86,7 @@ def test_many_keys_are_merged_and_stay_known():
 
 def test_millions_of_keys_are_loaded_piece_by_piece():
     """More than one sorted run, and runs that are not full."""
-    keys = KnownKeys()
+    keys = KeySet()
     numbers = pl.int_range(0, 3 * 2**20, 3, dtype=pl.UInt64, eager=True).reverse()
     for piece in (numbers[:10], numbers[10:10], numbers[10 : 2**19], numbers[2**19 :]):
         keys.load(piece)
@@ -102,13 +102,13 @@ def test_millions_of_keys_are_loaded_piece_by_piece():
 
 
 def test_a_merge_in_the_middle_of_a_batch_forgets_nothing():
-    keys = KnownKeys()
+    keys = KeySet()
     for number in range(MERGE_KEYS - 1):
         keys.add(number)
-    sieve = Sieve(KnownKeys(), keys, "auto")
+    deduper = Deduper(KeySet(), keys, "auto")
     last = key(2**50)  # The one at which they are merged.
-    assert passing(sieve, requests(last, last, last)) == [0]
-    assert sieve.num_set_aside == 2
+    assert passing(deduper, requests(last, last, last)) == [0]
+    assert deduper.num_set_aside == 2
 
 
 @pytest.mark.parametrize(
@@ -123,26 +123,26 @@ def test_a_merge_in_the_middle_of_a_batch_forgets_nothing():
     ],
 )
 def test_the_first_of_equal_requests_passes_where_they_may_share_an_answer(dedupe, seed, passed):
-    sieve = Sieve(KnownKeys(), KnownKeys(), dedupe)
+    deduper = Deduper(KeySet(), KeySet(), dedupe)
     given_requests = requests(key(1), key(2), key(1), key(3), key(2), seed=seed)
-    assert passing(sieve, given_requests) == passed
-    assert sieve.num_set_aside == 5 - len(passed)
+    assert passing(deduper, given_requests) == passed
+    assert deduper.num_set_aside == 5 - len(passed)
 
 
 def test_equal_requests_of_later_batches_wait_too():
-    sieve = Sieve(KnownKeys(), KnownKeys(), "auto")
-    assert passing(sieve, requests(key(1), key(2))) == [0, 1]
-    assert passing(sieve, requests(key(2), key(3), key(1))) == [1]
-    assert sieve.num_set_aside == 2
+    deduper = Deduper(KeySet(), KeySet(), "auto")
+    assert passing(deduper, requests(key(1), key(2))) == [0, 1]
+    assert passing(deduper, requests(key(2), key(3), key(1))) == [1]
+    assert deduper.num_set_aside == 2
 
 
 @pytest.mark.parametrize("dedupe", ["auto", "always", "never"])
 @pytest.mark.parametrize("seed", [None, 7])
 def test_what_an_earlier_plan_has_answered_waits_however_rows_of_the_job_are_treated(dedupe, seed):
     """Its answer to the very same request is the row's own."""
-    sieve = Sieve(known(1, 3), KnownKeys(), dedupe)
-    assert passing(sieve, requests(key(1), key(2), key(3), seed=seed)) == [1]
-    assert sieve.num_set_aside == 2
+    deduper = Deduper(known(1, 3), KeySet(), dedupe)
+    assert passing(deduper, requests(key(1), key(2), key(3), seed=seed)) == [1]
+    assert deduper.num_set_aside == 2
 
 
 RANDOM = [("auto", 7), ("never", 7)]
@@ -151,48 +151,48 @@ SHARED = [("auto", None), ("always", None), ("always", 7)]
 
 @pytest.mark.parametrize(("dedupe", "seed"), RANDOM)
 def test_where_each_row_has_its_own_draw_an_earlier_answer_is_for_one_row(dedupe, seed):
-    sieve = Sieve(known(1), KnownKeys(), dedupe)
-    assert passing(sieve, requests(key(1), key(1), key(2), key(1), seed=seed)) == [1, 2, 3]
-    assert passing(sieve, requests(key(1), seed=seed)) == [0]
-    assert sieve.num_set_aside == 1
+    deduper = Deduper(known(1), KeySet(), dedupe)
+    assert passing(deduper, requests(key(1), key(1), key(2), key(1), seed=seed)) == [1, 2, 3]
+    assert passing(deduper, requests(key(1), seed=seed)) == [0]
+    assert deduper.num_set_aside == 1
 
 
 @pytest.mark.parametrize(("dedupe", "seed"), RANDOM)
 def test_where_each_row_has_its_own_draw_an_answer_that_was_used_is_not_used_again(dedupe, seed):
     """A run that goes on does not give a second row what its plan has given the first."""
-    sieve = Sieve(known(1, 2), known(1), dedupe)
-    assert passing(sieve, requests(key(1), key(2), seed=seed)) == [0]
+    deduper = Deduper(known(1, 2), known(1), dedupe)
+    assert passing(deduper, requests(key(1), key(2), seed=seed)) == [0]
 
 
 def test_a_greedy_row_that_shares_with_no_row_of_the_job_still_has_an_earlier_plans_answer():
     """It would be the same again."""
-    sieve = Sieve(known(1), known(2), "never")
-    assert passing(sieve, requests(key(1), key(2), key(1), key(3), key(3))) == [1, 3, 4]
+    deduper = Deduper(known(1), known(2), "never")
+    assert passing(deduper, requests(key(1), key(2), key(1), key(3), key(3))) == [1, 3, 4]
 
 
 @pytest.mark.parametrize(("dedupe", "seed"), SHARED)
 def test_where_rows_share_answers_every_one_that_is_known_is_used(dedupe, seed):
-    sieve = Sieve(known(1), known(2), dedupe)
+    deduper = Deduper(known(1), known(2), dedupe)
     given_requests = requests(key(1), key(2), key(1), key(2), key(3), key(3), seed=seed)
-    assert passing(sieve, given_requests) == [4]
-    assert sieve.num_set_aside == 5
+    assert passing(deduper, given_requests) == [4]
+    assert deduper.num_set_aside == 5
 
 
 def test_requests_with_and_without_a_seed_are_told_apart_row_by_row():
     """A row may bring its own temperature."""
-    sieve = Sieve(KnownKeys(), KnownKeys(), "auto")
+    deduper = Deduper(KeySet(), KeySet(), "auto")
     random = requests(key(1), key(1), seed=7)
     greedy = requests(key(2), key(2))
-    assert len(sieve.passing([*random, *greedy])) == 3
+    assert len(deduper.passing([*random, *greedy])) == 3
 
 
 def test_two_requests_that_share_64_bits_are_told_apart_later():
     """Until then the second waits; see test_answered."""
-    sieve = Sieve(KnownKeys(), KnownKeys(), "auto")
-    assert passing(sieve, requests(key(1, 1), key(1, 2))) == [0]
-    assert sieve.num_set_aside == 1
+    deduper = Deduper(KeySet(), KeySet(), "auto")
+    assert passing(deduper, requests(key(1, 1), key(1, 2))) == [0]
+    assert deduper.num_set_aside == 1
 
 
 def test_no_requests_pass_as_none():
-    for keys in (KnownKeys(), known(1)):
-        assert Sieve(keys, keys, "auto").passing([]) == []
+    for keys in (KeySet(), known(1)):
+        assert Deduper(keys, keys, "auto").passing([]) == []

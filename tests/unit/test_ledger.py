@@ -18,7 +18,7 @@ from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
 from batchgen.store.ledger import Ledger
-from batchgen.store.parts import PartContext, PartWriter, part_schema
+from batchgen.store.result_files import PartContext, PartWriter, part_schema
 from tests.fakes import batch, plan, results
 from tests.harm import overwrite
 

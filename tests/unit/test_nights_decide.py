@@ -14,7 +14,7 @@ from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
 from batchgen.store.books import STATE, Base, Manifest, PublishedFile
 from batchgen.store.ledger import Ledger
-from batchgen.store.parts import PartContext, PartWriter
+from batchgen.store.result_files import PartContext, PartWriter
 from tests.fakes import batch, results, write_jsonl
 from tests.harm import overwrite
 

@@ -17,7 +17,7 @@ from batchgen.core.errors import BatchgenError, ConfigError, StorageError
 from batchgen.core.records import Ordinal, Ranges, Result, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store.books import PartFooter
-from batchgen.store.parts import (
+from batchgen.store.result_files import (
     PartContext,
     PartWriter,
     dictionary_columns,

@@ -15,7 +15,7 @@ from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
 from batchgen.store.books import PartFooter, PublishedFile
-from batchgen.store.parts import PartContext, PartWriter, part_schema, published_schema
+from batchgen.store.result_files import PartContext, PartWriter, part_schema, published_schema
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, results
 from tests.harm import overwrite

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.records import Ranges, RowSet
-from batchgen.store.matching import Span
-from batchgen.store.parts import rows_of
-from batchgen.store.reuse import Renumbering
+from batchgen.store.matching import Renumbering, Span
+from batchgen.store.result_files import rows_of
 from tests.fakes import plan
 
 OK, KEYED, KEYLESS = "ok", "an error with a key", "an error without"

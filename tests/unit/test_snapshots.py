@@ -9,11 +9,10 @@ import pytest
 
 from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store import snapshots
 from batchgen.store.books import STATE, Base, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock
-from batchgen.store.snapshots import beyond, prune
+from batchgen.store.snapshot import beyond, find_snapshot, prune_snapshots
 from batchgen.views.status import listed
 from batchgen.views.status import prune as prune_output
 from tests.fakes import plan
@@ -96,16 +95,16 @@ def test_snapshots_come_oldest_first_and_plans_without_one_are_left_out(ledger):
 
 def test_a_snapshot_is_found_by_number_and_none_means_the_newest(ledger):
     put_nights(ledger, 1, 2)
-    assert snapshots.snapshot(ledger, 1).number == 1
-    assert snapshots.snapshot(ledger, None).number == 2
+    assert find_snapshot(ledger, 1).number == 1
+    assert find_snapshot(ledger, None).number == 2
 
 
 def test_an_unknown_number_lists_those_that_exist(ledger):
     with pytest.raises(OutputError, match="nothing is published here"):
-        snapshots.snapshot(ledger, 1)
+        find_snapshot(ledger, 1)
     put_nights(ledger, 1, 3)
     with pytest.raises(OutputError, match=r"there is no snapshot 2, expected one of: 1, 3$"):
-        snapshots.snapshot(ledger, 2)
+        find_snapshot(ledger, 2)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_an_unknown_number_lists_those_that_exist(ledger):
 )
 def test_the_newest_are_kept_and_the_rest_goes_with_its_files(ledger, keep, left):
     put_nights(ledger, 1, 2, 3, 4)
-    removed = prune(ledger, keep)
+    removed = prune_snapshots(ledger, keep)
     assert [manifest.number for manifest in removed] == sorted({1, 2, 3, 4} - set(left))
     assert numbers_of(ledger) == left
     assert names_in(ledger, "snapshots") == [f"e{10 * number:06d}" for number in left]
@@ -128,26 +127,26 @@ def test_to_keep_none_is_refused(ledger):
 
 def test_pruning_again_removes_nothing_more(ledger):
     put_nights(ledger, 1, 2, 3)
-    assert len(prune(ledger, 2)) == 1
-    assert prune(ledger, 2) == []
+    assert len(prune_snapshots(ledger, 2)) == 1
+    assert prune_snapshots(ledger, 2) == []
     assert numbers_of(ledger) == [2, 3]
 
 
 def test_nothing_published_is_nothing_to_prune(ledger):
     put_plan(ledger, 1)
-    assert prune(ledger, 1) == []
+    assert prune_snapshots(ledger, 1) == []
     assert names_in(ledger, "rows") == ["content-1.bin"]
 
 
 def test_what_an_unfinished_plan_takes_rows_from_stays(ledger):
     put_nights(ledger, 1, 2, 3)
     put_plan(ledger, 4, bases=(1,))
-    assert [manifest.number for manifest in prune(ledger, 1)] == [2]
+    assert [manifest.number for manifest in prune_snapshots(ledger, 1)] == [2]
     assert numbers_of(ledger) == [1, 3]
     assert names_in(ledger, "rows") == [f"content-{number}.bin" for number in (1, 3, 4)]
     # Once it is published, it has what it needed.
     publish(ledger, 4)
-    assert [manifest.number for manifest in prune(ledger, 1)] == [1, 3]
+    assert [manifest.number for manifest in prune_snapshots(ledger, 1)] == [1, 3]
     assert names_in(ledger, "rows") == ["content-4.bin"]
 
 
@@ -155,7 +154,7 @@ def test_what_the_unfinished_base_of_an_unfinished_plan_is_based_on_stays(ledger
     put_nights(ledger, 1, 2)
     put_plan(ledger, 3, bases=(1,))
     put_plan(ledger, 4, bases=(3,))
-    assert prune(ledger, 1) == []
+    assert prune_snapshots(ledger, 1) == []
     assert names_in(ledger, "rows") == [f"content-{number}.bin" for number in (1, 2, 3, 4)]
 
 
@@ -164,7 +163,7 @@ def test_digests_of_a_file_that_a_kept_snapshot_shares_stay(ledger):
     publish(ledger, 1)
     put_plan(ledger, 2, inputs="bc")
     publish(ledger, 2)
-    prune(ledger, 1)
+    prune_snapshots(ledger, 1)
     assert names_in(ledger, "rows") == ["content-b.bin", "content-c.bin"]
 
 
@@ -186,12 +185,12 @@ def test_a_pruning_that_died_is_healed_by_the_next(storage, ledger, first):
     put_nights(ledger, 1, 2, 3)
     # Two manifests, two snapshots of two files, two digest files.
     with pytest.raises(StorageError):
-        prune(Ledger(LocalStorage(storage.root, disk=Full(first))), 1)
+        prune_snapshots(Ledger(LocalStorage(storage.root, disk=Full(first))), 1)
     left = numbers_of(ledger)
     assert left == [number for number in (1, 2, 3) if number > first or number == 3]
     for manifest in ledger.manifests():  # What is named is there.
         assert all(storage.path(file.name).exists() for file in manifest.files)
-    prune(ledger, 1)
+    prune_snapshots(ledger, 1)
     assert names_in(ledger, "manifests") == ["000003.json"]
     assert names_in(ledger, "snapshots") == ["e000030"]
     assert names_in(ledger, "rows") == ["content-3.bin"]
@@ -210,7 +209,7 @@ def test_no_name_goes_before_the_manifests_removal_is_durable(storage, ledger):
             calls.append(("sync", path.name))
             super().sync_folder(path)
 
-    prune(Ledger(LocalStorage(storage.root, disk=Recorded())), 1)
+    prune_snapshots(Ledger(LocalStorage(storage.root, disk=Recorded())), 1)
     first_file = calls.index(("unlink", "part-00000.parquet"))
     assert ("sync", "manifests") in calls[calls.index(("unlink", "000001.json")) : first_file]
 
