@@ -1,18 +1,22 @@
-"""The whole product against `LLM.chat`: same rows, same engine options, one machine.
+"""The whole product against vLLM itself: same rows, one machine, each as its user would start it.
 
-    python -m tests.bench.feeding --shape 0.6b --work label --work label+schema \
-        --tokenizer DIR --prompts FILE --repeats 3
+    python -m tests.bench.feeding --shape 0.6b --tokenizer DIR --prompts FILE \
+        --work equal=7000 --work label=6000 --by 256 --best '{"max_num_seqs": 1024}' --engines 2
 
-`batchgen` is timed from the start of a run to the moment when its snapshot can be read: loading
-the job, planning, reading, rendering, tokenizing, generating, committing, publishing; only the
-engine's start is left out, for both. `LLM.chat` gets rows that are in memory already, and keeps
-its answers there. Each repetition has a system prompt of its own, so that none finds the prefix
-cache of another. Repetition 0 is there to warm up: a few rows, shown, not counted.
+batchgen: `batchgen run` on a job that says of the engine only which model it is (and, with
+`--model-option`, what is asked for). LLM.chat: `LLM(model)` at vLLM's own settings, all rows at
+once, and by 256 where `--by` asks for it. `--best`: engines with these options, started together
+and fed by windows (`--windows`), each with its share of the rows: what a person could get by hand.
 
-Works: see `works`. `prefix/N` and `tail` compare batchgen with itself, in the input's order. With
-`--fresh` each of batchgen's runs starts its own engine, as it does at night, and is timed from the
-moment when that is up: what is read and sorted meanwhile is not counted.
-Prints one JSON line a repetition, then a table of ratios.
+Two clocks. `whole`: from the start of the process to the moment when the answers can be read; a
+process of vLLM's that does several works is started once, so its whole time is its start and that
+work. `work`: nothing is admitted before it starts. batchgen's runs to its published snapshot, with
+the last rows committed and everything merged; vLLM's to its last answer in memory.
+
+Works: see `works`; `prefix/N` and `tail` compare batchgen with itself, in the input's order.
+`--against vllm` or `--against batchgen` measures one side only; `--log FILE` keeps what was
+measured, and a later call with the same file goes on with it. Prints a JSON line for each
+measurement, then a table, with the least time that the GPU's memory and arithmetic allow.
 """
 
 from __future__ import annotations
@@ -21,240 +25,63 @@ import argparse
 import json
 import platform
 import random
-import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.api import load
 from batchgen.engine.devices import device_name
-from batchgen.engine.process import EngineProcess
-from batchgen.engine.vllm.settings import is_cpu_build, prepare_environment
-from batchgen.pipeline.compute import OneEngine
-from batchgen.pipeline.context import StopSwitch
-from batchgen.pipeline.job_run import JobRun
 from tests.bench import works
+from tests.bench.limits import least_s
 from tests.bench.random_model import make_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from batchgen.core.records import EngineSpec
     from tests.bench.works import Work
 
 LOADING = {"load_format": "dummy"}
 KEYS = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
 """Of `[model]`; the others are of `[model.engine]`."""
-TEMPERATURE = 0.7
-WARM_UP_ROWS = 300
 ITSELF = ("prefix", "tail")
 """Works for which batchgen is compared with itself."""
 
 WORKS: dict[str, tuple[Any, int]] = {
     "decode": (works.decode_heavy, 2000),
+    "equal": (works.decode_equal, 7000),
+    "night": (works.small_night, 200),
     "label": (works.labeling, 6000),
     "label+schema": (works.labeling_by_schema, 6000),
     "tail": (works.long_tail, 3000),
 }
 
 
-class KeptEngine(EngineProcess):
-    """One engine for many runs."""
-
-    def close(self) -> None:
-        """Not yet."""
-
-    def end(self) -> None:
-        """Now."""
-        super().close()
-
-
-class Product:
-    """batchgen, with one engine for all its runs."""
-
-    def __init__(
-        self, model: Path, options: dict[str, Any], folder: Path, *, is_fresh: bool = False
-    ) -> None:
-        own = {key: value for key, value in options.items() if key in KEYS}
-        rest = {key: value for key, value in options.items() if key not in KEYS}
-        self._model = {"name": str(model), **own, "engine": {**rest, **LOADING}}
-        self._folder = folder
-        self.is_fresh = is_fresh
-        self._kept: KeptEngine | None = None
-
-    def run(self, work: Work, system: str, order: str) -> dict[str, Any]:
-        """Run one job; its figures."""
-        folder = self._folder / "run"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        schema = {"schema_column": "schema"} if work.with_schema else {}
-        path = work.write(folder / "in.jsonl")
-        started = time.monotonic()
-        job = load(
-            {
-                "input": {"path": str(path)},
-                "prompt": {"system": system, "user": "{{ user }}"},
-                "model": self._model,
-                "sampling": {
-                    "max_tokens": works.MAX_TOKENS,
-                    "temperature": TEMPERATURE,
-                    "ignore_eos": True,
-                    "column": "sampling",
-                },
-                "output": {"path": str(folder / "out"), **schema},
-                "checks": {"allow_truncated": True},
-                "gate": {"max_error_rate": 1.0},
-                "run": {"order": order},
-            }
-        )
-        summary = JobRun(
-            job, stop=StopSwitch(), compute=partial(OneEngine, build=self._build)
-        ).run()
-        assert summary.published_s is not None
-        published_s = time.monotonic() - started - (summary.elapsed_s - summary.published_s)
-        run = summary.run
-        if self.is_fresh:
-            self.end()
-        return {
-            "seconds": published_s - (run["ready_after_s"] if self.is_fresh else 0.0),
-            "ok": summary.num_ok,
-            "errors": summary.num_errors,
-            "output_tokens": run["num_output_tokens"],
-            "prompt_tokens": run["num_prompt_tokens"],
-            "cached_tokens": run.get("num_cached_tokens"),
-            "planned_s": summary.planned_s,
-            "working_s": run["working_s"],
-            "startup_s": summary.engine["startup_s"],
-            "warnings": summary.warnings,
-        }
-
-    def _build(self, spec: EngineSpec) -> KeptEngine:
-        if self._kept is None:
-            self._kept = KeptEngine(spec)
-        return self._kept
-
-    def end(self) -> None:
-        """Free the GPU."""
-        if self._kept is not None:
-            self._kept.end()
-            self._kept = None
-
-
-class Rival:
-    """`LLM.chat`, all rows at once or by so many."""
-
-    def __init__(self, model: Path, options: dict[str, Any]) -> None:
-        from vllm import LLM
-
-        started = time.monotonic()
-        self.llm = LLM(model=str(model), **options, **LOADING)
-        self.startup_s = time.monotonic() - started
-
-    def run(self, work: Work, system: str, chunk: int | None) -> dict[str, Any]:
-        """Answer all rows; the figures."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        grammar = StructuredOutputsParams(json=works.SCHEMA) if work.with_schema else None
-        params = [
-            SamplingParams(temperature=TEMPERATURE, structured_outputs=grammar, **fields)
-            for fields in work.params()
-        ]
-        chats: list[Any] = [
-            [{"role": "system", "content": system}, {"role": "user", "content": user}]
-            for user in work.users
-        ]
-        started = time.monotonic()
-        size = chunk or len(chats)
-        outputs = [
-            output
-            for at in range(0, len(chats), size)
-            for output in self.llm.chat(
-                chats[at : at + size], params[at : at + size], use_tqdm=False
-            )
-        ]
-        return {
-            "seconds": time.monotonic() - started,
-            "output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
-            "prompt_tokens": sum(len(output.prompt_token_ids or ()) for output in outputs),
-        }
-
-
-class Figures:
-    """What was measured, by work and way, in the order in which it was."""
-
-    def __init__(self, log: Path | None) -> None:
-        """Begin with what the log holds, if there is one."""
-        self.seconds: dict[tuple[str, str], list[float]] = {}
-        self._log = log
-        if log is not None and log.exists():
-            for line in log.read_text(encoding="utf-8").splitlines():
-                self._keep(json.loads(line))
-
-    def note(self, work: Work, how: str, number: int, figures: dict[str, Any]) -> None:
-        """Print one repetition and keep it."""
-        entry = {"work": work.name, "how": how, "repeat": number, **figures}
-        line = json.dumps(entry)
-        print(line, flush=True)
-        if self._log is not None:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        self._keep(entry)
-
-    def _keep(self, entry: dict[str, Any]) -> None:
-        if entry["repeat"]:
-            self.seconds.setdefault((entry["work"], entry["how"]), []).append(entry["seconds"])
-
-
 def main() -> None:
     """Time everything asked for."""
     args = _arguments()
     questions = works.read_questions(args.prompts)
-    jobs = [_work(name, questions, args.rows) for name in args.work]
+    jobs = [make_work(name, questions) for name in args.work]
     figures = Figures(args.log)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = _options(args)
         model = args.model or make_model(folder / "model", args.shape, args.tokenizer)
-        if args.only != "chat":
-            product = Product(model, options, folder, is_fresh=args.fresh)
-            _time_product(product, jobs, args.repeats, figures)
-        against = [work for work in jobs if not work.name.startswith(ITSELF)]
-        if against and args.only != "batchgen":
-            _time_rival(Rival(model, options), against, args, figures)
-    _print_table(args, jobs, figures.seconds)
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"max_model_len": args.max_model_len}
-    if args.max_num_seqs is not None:
-        options["max_num_seqs"] = args.max_num_seqs
-    if is_cpu_build():
-        prepare_environment(is_cpu=True)
-        return {**options, "kv_cache_memory_bytes": 1 << 30}
-    return {**options, "gpu_memory_utilization": 0.9}
-
-
-def _time_product(product: Product, jobs: list[Work], repeats: int, figures: Figures) -> None:
-    for work, number, system in _repeated(jobs, repeats):
-        if product.is_fresh and not number:
-            continue  # There is nothing that would stay warm.
-        figures.note(work, "batchgen", number, product.run(work, system, "auto"))
-        if work.name.startswith(ITSELF):
-            plain = product.run(work, f"Again. {system}", "input")
-            figures.note(work, "batchgen, input order", number, plain)
-    product.end()
-
-
-def _time_rival(rival: Rival, jobs: list[Work], args: argparse.Namespace, figures: Figures) -> None:
-    for work, number, system in _repeated(jobs, args.repeats):
-        figures.note(work, "LLM.chat", number, rival.run(work, system, None))
-        if work.name == "decode" and args.chunk and number == 1:
-            by_chunks = rival.run(work, f"Again. {system}", args.chunk)
-            figures.note(work, f"LLM.chat by {args.chunk}", number, by_chunks)
+        if args.against != "vllm":
+            for repeat in range(args.repeats):
+                for work in jobs:
+                    own = folder / f"{work.file_name}-{repeat}"
+                    _time_batchgen(model, work, args, own, figures)
+        rivals = [work for work in jobs if not work.name.startswith(ITSELF)]
+        if rivals and args.against != "batchgen":
+            ways: list[dict[str, int]] = [{}, *({"by": size} for size in args.by)]
+            _time_vllm(model, _options(args), rivals, ways * args.repeats, folder, figures)
+            if args.best is not None:
+                windows = [{"window": size} for size in args.windows]
+                _time_best(model, args, rivals, windows, folder, figures)
+    _print_table(args, jobs, figures.seen)
 
 
 def _arguments() -> argparse.Namespace:
@@ -262,58 +89,304 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=["8b", "0.6b"], default="8b")
     parser.add_argument("--model", type=Path, help="a model's folder, instead of a random one")
     parser.add_argument("--work", action="append", required=True, help="NAME or NAME=ROWS")
-    parser.add_argument("--rows", type=int, help="instead of the work's own number")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL with `question`")
     parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--max-num-seqs", type=int, help="instead of vLLM's own")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["batchgen", "chat"], help="one of the two")
-    parser.add_argument("--fresh", action="store_true", help="an engine for each run of batchgen")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--against", choices=["batchgen", "vllm"], help="one of the two only")
+    parser.add_argument("--by", type=int, action="append", default=[], help="LLM.chat by so many")
+    parser.add_argument("--model-option", action="append", default=[], help="batchgen's, KEY=JSON")
+    parser.add_argument("--vllm-option", action="append", default=[], help="vLLM's, KEY=JSON")
+    parser.add_argument("--run-option", action="append", default=[], help="[run] KEY=JSON")
+    parser.add_argument("--best", type=json.loads, help="engine options in JSON, for windows")
+    parser.add_argument("--engines", type=int, default=1, help="of --best, started together")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1024])
     parser.add_argument("--log", type=Path, help="JSONL to keep the figures in, and to go on with")
-    parser.add_argument("--chunk", type=int, default=256, help="0: no chunks")
     return parser.parse_args()
 
 
-def _work(name: str, questions: list[str], num_rows: int | None) -> Work:
+def make_work(name: str, questions: list[str]) -> Work:
+    """The work of `NAME` or `NAME=ROWS`."""
     rng = random.Random(works.SEED)
     name, _, own_num = name.partition("=")
-    num_rows = int(own_num) if own_num else num_rows
     if name.startswith("prefix/"):
         make, default = works.shared_prefixes(int(name.partition("/")[2])), 6000
     else:
         make, default = WORKS[name]
-    work: Work = make(questions, num_rows or default, rng)
+    work: Work = make(questions, int(own_num or default), rng)
     return work
 
 
-def _repeated(jobs: list[Work], repeats: int) -> Iterator[tuple[Work, int, str]]:
-    """A little of each work to warm up, then all of them so many times."""
-    for number in range(repeats + 1):
+class Figures:
+    """What was measured, by work and way, in the order in which it was."""
+
+    def __init__(self, log: Path | None) -> None:
+        """Begin with what the log holds, if there is one."""
+        self.seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._log = log
+        if log is not None and log.exists():
+            for line in log.read_text(encoding="utf-8").splitlines():
+                self._keep(json.loads(line))
+
+    def note(self, work: Work, how: str, figures: dict[str, Any]) -> None:
+        """Print one measurement and keep it."""
+        entry = {"work": work.name, "rows": len(work.users), "how": how, **figures}
+        print(line := json.dumps(entry), flush=True)
+        if self._log is not None:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        self._keep(entry)
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        self.seen.setdefault((entry["work"], entry["how"]), []).append(entry)
+
+
+def _time_batchgen(
+    model: Path, work: Work, args: argparse.Namespace, folder: Path, figures: Figures
+) -> None:
+    figures.note(work, "batchgen", _run_batchgen(model, work, args, folder / "auto", {}))
+    if work.name.startswith(ITSELF):
+        plain = _run_batchgen(model, work, args, folder / "input", {"order": "input"})
+        figures.note(work, "batchgen, input order", plain)
+
+
+def _run_batchgen(
+    model: Path, work: Work, args: argparse.Namespace, folder: Path, run: dict[str, Any]
+) -> dict[str, Any]:
+    """One `batchgen run`, from the start of its process to its end."""
+    folder.mkdir(parents=True)
+    job = folder / "job.toml"
+    given = {"max_model_len": args.max_model_len, **_pairs(args.model_option)}
+    tables = {
+        "input": {"path": str(work.write(folder / "in.jsonl"))},
+        "prompt": {"system": work.system, "user": "{{ user }}"},
+        "model": {
+            "name": str(model),
+            **{key: value for key, value in given.items() if key in KEYS},
+        },
+        "model.engine": {
+            **{key: value for key, value in given.items() if key not in KEYS},
+            **({} if args.model else LOADING),
+        },
+        "sampling": {
+            "max_tokens": works.MAX_TOKENS,
+            "temperature": works.TEMPERATURE,
+            "ignore_eos": True,
+            "column": "sampling",
+        },
+        "output": {
+            "path": str(folder / "out"),
+            **({"schema_column": "schema"} if work.with_schema else {}),
+        },
+        "checks": {"allow_truncated": True},
+        "gate": {"max_error_rate": 1.0},
+        "run": {**_pairs(args.run_option), **run},
+    }
+    job.write_text(toml(tables), encoding="utf-8")
+    command = [sys.executable, "-m", "batchgen", "run", str(job), "--json"]
+    started_s = time.monotonic()
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    process_s = time.monotonic() - started_s
+    if ran.returncode:
+        msg = f"{work.name}: batchgen ended with {ran.returncode}: {ran.stdout[-2000:]}"
+        raise SystemExit(msg)
+    summary = json.loads(ran.stdout)
+    totals = summary["run"]
+    # What the process did before the run began to count (imports) and after it had published.
+    before_s = process_s - summary["elapsed_s"]
+    return {
+        "whole_s": before_s + summary["published_s"],
+        "work_s": summary["published_s"] - totals["ready_after_s"],
+        "process_s": process_s,
+        "ok": summary["num_ok"],
+        "errors": summary["num_errors"],
+        "output_tokens": totals["num_output_tokens"],
+        "prompt_tokens": totals["num_prompt_tokens"],
+        "cached_tokens": totals.get("num_cached_tokens"),
+        "working_s": totals["working_s"],
+        "engine": summary["engine"],
+        "warnings": summary["warnings"],
+    }
+
+
+def _pairs(given: list[str]) -> dict[str, Any]:
+    return {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in given)}
+
+
+def toml(tables: dict[str, dict[str, Any]]) -> str:
+    """A job file; JSON's strings, numbers, booleans and lists are TOML's as well."""
+    lines = [
+        line
+        for table, keys in tables.items()
+        for line in (f"[{table}]", *(f"{key} = {json.dumps(keys[key])}" for key in keys))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    own = {"max_model_len": args.max_model_len, **_pairs(args.vllm_option)}
+    return own if args.model else {**own, **LOADING}
+
+
+def _time_vllm(
+    model: Path,
+    options: dict[str, Any],
+    jobs: Sequence[Work],
+    ways: Sequence[dict[str, int]],
+    folder: Path,
+    figures: Figures,
+) -> None:
+    """`LLM.chat` in one process; its whole time of a work is its start and that work."""
+    spec = _spec(folder, model, options, jobs, ways)
+    by_name = {work.name: work for work in jobs}
+    started_s = time.monotonic()
+    with _vllm(spec) as process:
+        startup = _line(process)
+        ready_s = time.monotonic() - started_s
+        _go(process)
+        for _ in range(len(jobs) * len(ways)):
+            told = _line(process)
+            how = f"LLM.chat by {told['way']['by']}" if told["way"] else "LLM.chat(all)"
+            whole_s = ready_s + told["work_s"]
+            figures.note(by_name[told["work"]], how, {**told, **startup, "whole_s": whole_s})
+
+
+def _time_best(
+    model: Path,
+    args: argparse.Namespace,
+    jobs: Sequence[Work],
+    ways: Sequence[dict[str, int]],
+    folder: Path,
+    figures: Figures,
+) -> None:
+    """Engines that start together and share the rows: until the slowest has answered."""
+    options = {**_options(args), **args.best}
+    with ExitStack() as stack:
+        processes = []
+        started_s = time.monotonic()
+        for number in range(args.engines):
+            share = [work.share(number, args.engines) for work in jobs]
+            own = folder / f"engine-{number}"
+            own.mkdir()
+            processes.append(stack.enter_context(_vllm(_spec(own, model, options, share, ways))))
+        for process in processes:
+            _line(process)
+        ready_s = time.monotonic() - started_s
+        for process in processes:
+            _go(process)
         for work in jobs:
-            rows = work if number else work.warm_up(WARM_UP_ROWS)
-            yield rows, number, f"Part {number} of {work.name}. {work.system}"
+            for way in ways:
+                told = [_line(process) for process in processes]
+                # They do the same kind of work side by side: the slowest ends it.
+                work_s = max(one["work_s"] for one in told)
+                num_tokens = sum(one["output_tokens"] for one in told)
+                how = f"{args.engines} engine(s), window {way['window']}"
+                figures.note(
+                    work,
+                    how,
+                    {"work_s": work_s, "whole_s": ready_s + work_s, "output_tokens": num_tokens},
+                )
+
+
+def _spec(
+    folder: Path,
+    model: Path,
+    options: dict[str, Any],
+    jobs: Sequence[Work],
+    ways: Sequence[dict[str, int]],
+) -> Path:
+    entries = [
+        {
+            "name": work.name,
+            "system": work.system,
+            "path": str(work.write(folder / f"{work.file_name}.jsonl")),
+        }
+        for work in jobs
+    ]
+    path = folder / "spec.json"
+    spec = {"model": str(model), "options": options, "works": entries, "ways": list(ways)}
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    return path
+
+
+class _vllm:  # noqa: N801 - a context manager that reads as a function.
+    """A process of `vllm_program`; nothing of it is left afterwards."""
+
+    def __init__(self, spec: Path) -> None:
+        command = [sys.executable, "-m", "tests.bench.vllm_program", str(spec)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self.process
+
+    def __exit__(self, *_error: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(30.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def _line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next JSON object that it prints; vLLM may print lines of its own."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            told: dict[str, Any] = json.loads(line)
+            return told
+    msg = f"vLLM's process ended with {process.wait()} before it had answered"
+    raise SystemExit(msg)
+
+
+def _go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
 
 
 def _print_table(
-    args: argparse.Namespace, jobs: list[Work], seen: dict[tuple[str, str], list[float]]
+    args: argparse.Namespace,
+    jobs: list[Work],
+    seen: dict[tuple[str, str], list[dict[str, Any]]],
 ) -> None:
     import vllm
 
-    python = platform.python_version()
-    print(f"{device_name()}, vllm {vllm.__version__}, Python {python}; {args.shape}")
+    shape = args.model or args.shape
+    print(f"{device_name()}, vllm {vllm.__version__}, Python {platform.python_version()}; {shape}")
+    for line in _table(args, jobs, seen):
+        print(line)
+
+
+def _table(
+    args: argparse.Namespace, jobs: list[Work], seen: dict[tuple[str, str], list[dict[str, Any]]]
+) -> Iterator[str]:
     for work in jobs:
-        ours = seen.get((work.name, "batchgen"))
         mean_out = statistics.mean(work.max_tokens)
-        print(f"{work.name}: {len(work.users)} rows, {mean_out:.0f} tokens out at most on average")
-        for (name, how), times in seen.items():
-            if name == work.name:
-                median = statistics.median(times)
-                told = " ".join(f"{seconds:.1f}" for seconds in times)
-                ratio = ""
-                if ours and how != "batchgen":
-                    ratio = f"batchgen {statistics.median(ours) / median:.2f}x"
-                print(f"  {how:24} median {median:7.1f} s  ({told})  {ratio}")
+        yield f"{work.name}: {len(work.users)} rows, at most {mean_out:.0f} tokens out on average"
+        ours = seen.get((work.name, "batchgen"))
+        for (name, how), entries in seen.items():
+            if name != work.name:
+                continue
+            work_s = statistics.median(entry["work_s"] for entry in entries)
+            whole_s = statistics.median(entry["whole_s"] for entry in entries)
+            rate = statistics.median(entry["output_tokens"] / entry["work_s"] for entry in entries)
+            limit = ""
+            if not args.model and "prompt_tokens" in entries[0]:
+                least = least_s(args.shape, entries[0]["prompt_tokens"], work)
+                limit = f", {least / work_s:4.0%} of the GPU's limit"
+            ratio = ""
+            if ours and how != "batchgen":
+                own_work = statistics.median(entry["work_s"] for entry in ours)
+                own_whole = statistics.median(entry["whole_s"] for entry in ours)
+                ratio = f"; batchgen {own_work / work_s:.2f}x, whole {own_whole / whole_s:.2f}x"
+            times = " ".join(f"{entry['work_s']:.1f}" for entry in entries)
+            yield (
+                f"  {how:26} work {work_s:7.1f} s ({times}), whole {whole_s:7.1f} s, "
+                f"{rate:8,.0f} tokens/s out{limit}{ratio}"
+            )
 
 
 if __name__ == "__main__":

@@ -31,22 +31,37 @@ from batchgen.cluster.messages import Report, StartEngine
 from batchgen.cluster.ray import RayCluster
 from batchgen.cluster.worker import Worker
 from batchgen.engine.devices import device_name
+from batchgen.engine.process import EngineProcess
 from batchgen.engine.vllm.settings import is_cpu_build
 from batchgen.pipeline.context import StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.store.books import STATE
 from tests.bench import works
-from tests.bench.feeding import KEYS, LOADING, TEMPERATURE, KeptEngine, _repeated, _work
+from tests.bench.feeding import KEYS, LOADING, make_work
 from tests.bench.random_model import make_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from batchgen.cluster.messages import Gone, Order, WorkerInit
     from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.runner import FeedBatch
     from tests.bench.works import Work
+
+
+WARM_UP_ROWS = 300
+
+
+class KeptEngine(EngineProcess):
+    """One engine for many runs."""
+
+    def close(self) -> None:
+        """Not yet."""
+
+    def end(self) -> None:
+        """Now."""
+        super().close()
 
 
 class Rebadge(NamedTuple):
@@ -148,7 +163,7 @@ def main() -> None:
     """Time every number of replicas."""
     args = _arguments()
     questions = works.read_questions(args.prompts)
-    jobs = [_work(name, questions, None) for name in args.work]
+    jobs = [make_work(name, questions) for name in args.work]
     seen: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -182,6 +197,14 @@ def main() -> None:
         print(f"{work_name}: {num_replicas} replicas  median {median:.1f} s  ({told})  {ratio}")
 
 
+def _repeated(jobs: list[Work], repeats: int) -> Iterator[tuple[Work, int, str]]:
+    """A little of each work to warm up, then all of them so many times."""
+    for number in range(repeats + 1):
+        for work in jobs:
+            rows = work if number else work.warm_up(WARM_UP_ROWS)
+            yield rows, number, f"Part {number} of {work.name}. {work.system}"
+
+
 def _run(  # noqa: PLR0917 - a bench
     args: argparse.Namespace,
     model: Path,
@@ -210,7 +233,7 @@ def _run(  # noqa: PLR0917 - a bench
             "model": {"name": str(model), **own, "engine": {**rest, **LOADING}},
             "sampling": {
                 "max_tokens": works.MAX_TOKENS,
-                "temperature": TEMPERATURE,
+                "temperature": works.TEMPERATURE,
                 "ignore_eos": True,
                 "column": "sampling",
             },

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -72,8 +73,10 @@ class Stage:
 
     def environment(self, marks: Path) -> dict[str, str]:
         """The same for all peers, and for their servers."""
+        # Packages that lie on this process's own path are there for its own interpreter only.
+        inherited = os.environ.get("PYTHONPATH", "") if self.python == sys.executable else ""
         own = {
-            "PYTHONPATH": str(self.plugin),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.plugin), inherited])),
             peer_marks.VARIABLE: str(marks),
             "VLLM_NO_USAGE_STATS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",

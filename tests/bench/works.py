@@ -20,6 +20,7 @@ SCHEMA = {"enum": LABELS}
 """No room for whitespace, which random weights would fill."""
 MAX_TOKENS = 4096
 SEED = 0
+TEMPERATURE = 0.7
 WARM_UP_TOKENS = 64
 
 
@@ -38,10 +39,21 @@ class Work:
         ignore_eos = not self.with_schema
         return [{"max_tokens": num, "ignore_eos": ignore_eos} for num in self.max_tokens]
 
+    @property
+    def file_name(self) -> str:
+        """Its name as a file may have it."""
+        return self.name.replace("/", "-")
+
     def warm_up(self, num_rows: int) -> Work:
         """The same with its first rows only, and no long answers."""
         lengths = [min(num, WARM_UP_TOKENS) for num in self.max_tokens[:num_rows]]
         return replace(self, users=self.users[:num_rows], max_tokens=lengths)
+
+    def share(self, number: int, count: int) -> Work:
+        """The rows of one of `count` engines: every count-th, so that lengths are mixed alike."""
+        return replace(
+            self, users=self.users[number::count], max_tokens=self.max_tokens[number::count]
+        )
 
     def write(self, path: Path) -> Path:
         """The rows as JSONL: user, sampling and, if there is one, schema."""
@@ -59,6 +71,18 @@ def decode_heavy(questions: Sequence[str], num_rows: int, rng: random.Random) ->
     lengths = [min(2048, max(8, int(rng.lognormvariate(4.6, 1.0)))) for _ in range(num_rows)]
     system = "Label the problem by topic and difficulty, then solve it step by step."
     return Work("decode", system, cycle(questions, num_rows), lengths)
+
+
+def decode_equal(questions: Sequence[str], num_rows: int, _rng: random.Random) -> Work:
+    """Short prompts, 256 tokens out each: no row waits for another one."""
+    system = "Solve the problem step by step."
+    return Work("equal", system, cycle(questions, num_rows), [256] * num_rows)
+
+
+def small_night(questions: Sequence[str], num_rows: int, _rng: random.Random) -> Work:
+    """Short prompts, 64 tokens out each: with few rows, a night that is all start."""
+    system = "Solve the problem in a sentence."
+    return Work("night", system, cycle(questions, num_rows), [64] * num_rows)
 
 
 def labeling(questions: Sequence[str], num_rows: int, rng: random.Random) -> Work:
