@@ -218,9 +218,11 @@ def _retries(run: Mapping[str, Any]) -> str:
 
 
 def _speed(summary: Summary) -> dict[str, str]:
+    from batchgen.engine.vllm.settings import settings_text
     from batchgen.pipeline.stats import duration
 
     run = summary.run
+    chosen = settings_text(summary.engine["settings"])
     start, work = duration(summary.engine["startup_s"]), duration(run["working_s"])
     return {
         "time": f"{duration(summary.elapsed_s)}: engine start {start}, work {work}",
@@ -229,6 +231,7 @@ def _speed(summary: Summary) -> dict[str, str]:
             f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
             f"{run['output_tokens_per_s']:,.0f} out"
         ),
+        "engine": chosen,
     }
 
 

@@ -198,6 +198,19 @@ class EngineFacts:
     max_num_seqs: int
     """Requests that it runs at once."""
     startup_s: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords that batchgen chose for it, since the job says nothing of them."""
+
+
+class WorkLeft(NamedTuple):
+    """What an engine is started for: it should not start heavier than that."""
+
+    num_rows: int
+    """At most so many have to be computed."""
+    output_tokens: int
+    """An answer's, at most."""
+    prompt_tokens: int | None = None
+    """A row's, at most; None: nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +263,10 @@ class EngineSpec:
     """Where the engine's own log lines go."""
     max_in_flight: int | None = None
     """Requests inside the engine at once; None means twice its `max_num_seqs`."""
+    defaults: str = "vllm"
+    """Who chooses what the job leaves open: vllm, or batchgen, see `run.engine_defaults`."""
+    work: WorkLeft | None = None
+    """What is left to do; None: much, or nobody knows."""
 
     @property
     def is_vllm(self) -> bool:

@@ -17,7 +17,14 @@ from batchgen.core.records import Completion, RowError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Messages, Prompt
+    from batchgen.core.records import (
+        EngineFacts,
+        EngineSpec,
+        EngineStats,
+        Messages,
+        Prompt,
+        WorkLeft,
+    )
 
 BACKENDS = {
     "vllm": "batchgen.engine.vllm.engine:VllmEngine",
@@ -66,6 +73,9 @@ class Engine(Protocol):
     `model.backend = "package.module:Class"` names a class of one's own (experimental: this seam
     may change). It lives in a process of its own, where it may crash and hang as it likes, unless
     its `spec.model_kwargs`, which are `[model.engine]` as written, hold `in_process = true`.
+
+    One with a method `expect(work: WorkLeft)` is told what is left to do once that is known, which
+    may be while it starts, and from another thread than steps it.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -132,6 +142,12 @@ def engine_class(backend: str) -> type[Engine]:
         expected = "expected package.module:Class, installed here or in a folder of PYTHONPATH"
         raise ConfigError(WHERE, [f"{problem}; {expected}"]) from error
     return found
+
+
+def expect(engine: object, work: WorkLeft) -> None:
+    """Tell an engine what is left to do, if it cares."""
+    if (hear := getattr(engine, "expect", None)) is not None:
+        hear(work)
 
 
 def failed(request_id: int, error: RowError) -> Completion:

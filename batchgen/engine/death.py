@@ -48,6 +48,12 @@ DEATHS_PER_CULPRIT = 10
 """A search takes 7 or 8; see `SuspectSearch`."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "MemoryError", "OutOfMemoryError", "SIGKILL")
 """CUDA's and the host's; the kernel's OOM killer leaves no other word than its signal."""
+START_OUT_OF_MEMORY = (
+    *("out of memory", "OutOfMemoryError", "CUDA graph", "cudagraph"),
+    *("No available memory for the cache blocks", "available KV cache memory"),
+)
+"""CUDA's words, those of its graphs, and vLLM's of a KV cache without room: v1/core/
+kv_cache_utils.py, 0.26 to 0.33."""
 TAIL_BYTES = 256 << 10
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [^\]]*\] )?")
 _CAUSE = re.compile(r"^(?!batchgen\.)[A-Za-z_][\w.]*(Error|Exception|Interrupt): .+")
@@ -222,6 +228,11 @@ class Tally:
 def is_out_of_memory(reason: str) -> bool:
     """Whether the text of a death says that memory ran out, or may have."""
     return any(word in reason for word in OUT_OF_MEMORY)
+
+
+def is_start_out_of_memory(reason: str) -> bool:
+    """Whether the text of a failed start says that there was too little memory on the device."""
+    return any(word in reason for word in START_OUT_OF_MEMORY)
 
 
 def ask_less(spec: EngineSpec, facts: EngineFacts | None) -> EngineSpec:

@@ -7,7 +7,7 @@ never contend with vLLM's front end for the GIL.
 
 Over the socket go pickled tuples, whose first item says what they are:
 
-    in   the EngineSpec, once; then ("add", [HostedRequest, ...]) and ("close",)
+    in   the EngineSpec, once; then ("add", [HostedRequest, ...]), ("expect", WorkLeft), ("close",)
     out  ("ready", EngineFacts, capacity), ("stats", EngineStats), ("done", [Completion, ...]),
          and as the last one ("config", (where, problems)), ("refused", text) or ("dead", text)
 
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, one_line
 from batchgen.core.runtime import collect_rarely, own_streams
-from batchgen.engine.base import engine_class
+from batchgen.engine.base import engine_class, expect
 from batchgen.engine.devices import GpuLoad
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
 
@@ -87,6 +87,8 @@ class Host:
                 kind, *rest = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - our parent
                 if kind == "close":
                     self._closing = True
+                elif kind == "expect":
+                    expect(engine, rest[0])
                 else:
                     engine.add(rest[0])
                 self._wake.set()

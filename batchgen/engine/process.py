@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import IO
 
+    from batchgen.core.records import WorkLeft
     from batchgen.engine.base import Engine, EngineRequest
 
 CLOSE_S = 2.0
@@ -205,6 +206,10 @@ class EngineProcess:
         self._num_in_flight += len(requests)
         hosted = [HostedRequest(r.request_id, r.prompt, r.seed, r.params, r.lora) for r in requests]
         self._child.post(("add", hosted))
+
+    def expect(self, work: WorkLeft) -> None:
+        """Tell the engine what is left to do; one that is up does not hear of it."""
+        self._child.post(("expect", work))
 
     def step(self, timeout_s: float) -> list[Completion]:
         """Return what has arrived; wait up to `timeout_s` if that is nothing.

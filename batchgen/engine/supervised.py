@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import EngineStats, RowError
-from batchgen.engine.base import failed
+from batchgen.engine.base import expect, failed
 from batchgen.engine.death import (
     MAX_LOG_LINES,
     SOLO_DEATHS,
@@ -36,6 +36,7 @@ from batchgen.engine.death import (
     Tally,
     ask_less,
     is_out_of_memory,
+    is_start_out_of_memory,
     log_size,
     log_tail,
     row_in_flight,
@@ -46,7 +47,7 @@ from batchgen.engine.death import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.core.records import Completion, EngineFacts, EngineSpec, Request
+    from batchgen.core.records import Completion, EngineFacts, EngineSpec, Request, WorkLeft
     from batchgen.engine.base import Engine
 
     Answered = tuple[Request, Completion]
@@ -125,6 +126,7 @@ class SupervisedEngine:
         self._build_engine = build
         self._make_spec = spec
         self._spec: EngineSpec | None = None
+        self._work: WorkLeft | None = None
         self._log_path: str | None = None
         self._on_death = on_death
         self._stall_s = stall_s
@@ -194,9 +196,15 @@ class SupervisedEngine:
         """
         self._check_over()
         if self._spec is None:
-            spec = self._make_spec()
+            spec = replace(self._make_spec(), work=self._work)
             self._build(spec)
             self._spec = spec
+
+    def expect(self, work: WorkLeft) -> None:
+        """Hear what is left to do, for the engine to start no heavier than that."""
+        self._work = work
+        if self._life is not None:
+            expect(self._life.engine, work)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Hand requests over, to the engine or, while it is replaced or searched, to wait.
@@ -416,7 +424,9 @@ class SupervisedEngine:
     def _postpone(self, error: EngineError | ConfigError) -> None:
         """An engine did not start: final the first time, later perhaps for want of memory."""
         if not self.num_deaths:
-            raise error
+            if self._life is None or not self._leave_to_vllm(self._life, str(error)):
+                raise error
+            return
         self._let_go()
         self._num_failed_builds += 1
         if self._num_failed_builds > len(REBUILD_WAITS_S):
@@ -424,3 +434,14 @@ class SupervisedEngine:
             problem = f"and {num} attempts to start another one failed"
             raise self._end(problem, str(error)) from error
         self._build_s = self._clock() + REBUILD_WAITS_S[self._num_failed_builds - 1]
+
+    def _leave_to_vllm(self, life: _Life, reason: str) -> bool:
+        """Try once more by vLLM's own settings, if memory was short for those chosen here."""
+        if life.spec.defaults == "vllm" or not is_start_out_of_memory(reason):
+            return False
+        self._let_go()
+        self._queue.extendleft(reversed(life.held.values()))
+        self._is_admitting = False
+        self._spec = replace(life.spec, defaults="vllm")
+        self._notes.append(f"started again with vLLM's own settings: {reason}")
+        return True

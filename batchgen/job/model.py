@@ -429,6 +429,9 @@ class RunConfig(Table):
     """In which order rows reach the engine; the output's is always the input's. auto: where it
     pays, long answers first and like prompts together, within some 30,000 rows; prefix: like
     prompts together over the whole job, sorted in TMPDIR; input: as they come."""
+    engine_defaults: Literal["batchgen", "vllm"] = "batchgen"
+    """Who chooses settings of the engine that the job leaves open and that only change its speed:
+    CUDA graphs for as many rows as run at once, a quick start without compiling for little work."""
     on_finish: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Command to run at the end, [program, arguments...]; it gets the run's summary as JSON on
     stdin. A program with a slash is relative to the job file. Its failure is only a warning."""

@@ -29,6 +29,7 @@ SPEED_OPTIONS = frozenset(
         "block_size",
         "compilation_config",
         "cpu_offload_gb",
+        "cudagraph_capture_sizes",
         "data_parallel_size",
         "disable_custom_all_reduce",
         "disable_log_stats",
@@ -39,6 +40,7 @@ SPEED_OPTIONS = frozenset(
         "enforce_eager",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
+        "max_cudagraph_capture_size",
         "max_num_batched_tokens",
         "max_num_partial_prefills",
         "max_num_seqs",
@@ -122,6 +124,13 @@ def _ordered(value: object) -> str:
     That of a schema's properties is the order in which the model answers, and of the columns.
     """
     return json.dumps(value, ensure_ascii=False)
+
+
+def without_speed(recipe: Recipe) -> Recipe:
+    """A recipe of any version of batchgen, without what now is known to move time about only."""
+    model = dict(recipe["model"])
+    engine = {k: v for k, v in model.pop("engine", {}).items() if k not in SPEED_OPTIONS}
+    return {**recipe, "model": {**model, **({"engine": engine} if engine else {})}}
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ the one to use.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -25,11 +26,12 @@ from batchgen import __version__
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
-from batchgen.core.records import RowSet
+from batchgen.core.records import RowSet, WorkLeft
+from batchgen.core.runtime import say
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.engine.process import build_engine
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.engine.vllm.settings import engine_gpus
+from batchgen.engine.vllm.settings import engine_gpus, settings_text
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
@@ -144,6 +146,10 @@ class Stages:
         """Make requests of rows; `deduper` says which are to be computed."""
         return feed_batches(rows, self.builder(), deduper)
 
+    def work_of(self, rows: RowSet) -> WorkLeft:
+        """Say how much some rows are."""
+        return work_of(rows, self._prepared.job, self._lengths)
+
     def own(self, request: Request) -> Request:
         """Give a request that another process has made an id of this one's."""
         return request._replace(request_id=next(self._ids))
@@ -200,6 +206,13 @@ def lengths_of(job: JobConfig, ledger: Ledger) -> Lengths:
     """
     means = mean_lengths(itertools.islice(_past_lengths(ledger, job.output.prefix), _MAX_LENGTHS))
     return Lengths(job.sampling.max_tokens, bool(job.sampling.ignore_eos), means)
+
+
+def work_of(rows: RowSet, job: JobConfig, lengths: Lengths) -> WorkLeft:
+    """Say how much some rows are, with room to spare: earlier answers' means are no bounds."""
+    means, most = lengths.means, job.sampling.max_tokens
+    output_tokens = min(most, math.ceil(2 * max(means.values(), default=most)))
+    return WorkLeft(rows.num_rows, output_tokens, 2 ** max(means) if means else None)
 
 
 def _past_lengths(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int | None]]:
@@ -384,6 +397,7 @@ class OneEngine:
             stall_s=context.job.run.stall_s,
         )
         self._closing: threading.Thread | None = None
+        self._is_told = False
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -420,6 +434,8 @@ class OneEngine:
         """
         self._prepared = work.prepared
         engine, stages, context = self._engine, work.stages, self._context
+        if not context.is_trial:  # Its figures are to hold for much more work than it has.
+            engine.expect(stages.work_of(rows))
         left: Future[Rows] = Future()
 
         def read() -> Iterator[RowBatch]:  # In the feeder's thread.
@@ -457,8 +473,14 @@ class OneEngine:
         engine = self._engine
         sample = self._context.stats.sample(now_s, engine.num_in_flight, engine.stats)
         if engine.facts is not None:
+            self._tell(settings_text(engine.facts.settings))
             return sample, RUNNING, None
         return sample, "starting the engine" if engine.is_started else "reading rows", None
+
+    def _tell(self, text: str) -> None:
+        if text and not self._is_told:
+            say(f"engine: {text}")
+        self._is_told = True
 
     def advice(self) -> list[str]:
         """Return what the samples say of the engine's settings, unless it has died."""

@@ -103,6 +103,7 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
     plan = ledger.latest_plan()
     if plan is None or options.fresh:
         return Decision(checked.with_input(plan), None, Before(seen=plan))
+    checked = checked.by_recipe_of(plan)
     changes = checked.changes(plan)
     if not changes and not has_other_files(plan, job):
         prepared = checked.with_plan(plan)

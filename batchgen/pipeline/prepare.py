@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 
@@ -22,6 +22,7 @@ from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, s
 from batchgen.core.expressions import check_row_test
 from batchgen.core.records import EngineSpec, Prompt, Ranges, RowError
 from batchgen.engine.base import BACKENDS, engine_class
+from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
@@ -286,6 +287,16 @@ class Checked:
         """Return what differs from a plan's job, one line a key, each beginning with its table."""
         return job_changes(plan, self.frozen_job)
 
+    def by_recipe_of(self, plan: Plan) -> Self:
+        """Return the job by the very recipe of a plan that it does not change.
+
+        An older batchgen may have counted something to the recipe that only changes the speed; the
+        keys of its rows are made of that.
+        """
+        recipe = plan.job["recipe"]
+        is_same = recipes.without_speed(recipe) == recipes.without_speed(self.recipe)
+        return replace(self, recipe=recipe) if is_same else self
+
     def engine_spec(self, log_path: str | None) -> EngineSpec:
         """Return what the engine needs to know of the job."""
         return engine_spec(self.job, self.model.path, self.form.structured_outputs, log_path)
@@ -411,7 +422,8 @@ def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
 
 def job_changes(plan: Plan, frozen_job: Mapping[str, Any]) -> list[str]:
     """Return what differs between a plan's job and the job as it is now; empty if nothing."""
-    found = recipes.diff(plan.job["recipe"], frozen_job["recipe"])
+    before, now = map(recipes.without_speed, (plan.job["recipe"], frozen_job["recipe"]))
+    found = recipes.diff(before, now)
     for table in ("input", "output", "checks"):
         lines = recipes.diff(plan.job[table], frozen_job[table])
         found += [f"{table}.{line}" for line in lines]
@@ -468,7 +480,7 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
         return checked.with_input()
     if changes := checked.changes(plan):
         raise RecipeChangedError(job.output.path, changes)
-    return checked.with_plan(plan)
+    return checked.by_recipe_of(plan).with_plan(plan)
 
 
 LARGE_BYTES = 256 << 20
@@ -554,6 +566,7 @@ def engine_spec(
     if structured_outputs is not None:
         params["structured_outputs"] = dict(structured_outputs)
     template = prompt.chat_template_file
+    is_open = model.is_vllm and leaves_open(model.engine)
     return EngineSpec(
         backend=model.backend,
         model=model_path or model.name,
@@ -567,4 +580,5 @@ def engine_spec(
         tool_call_parser=model.tool_call_parser,
         log_path=log_path,
         max_in_flight=job.run.max_in_flight,
+        defaults=job.run.engine_defaults if is_open else "vllm",
     )

@@ -37,6 +37,7 @@ class PastRun:
     device: str
     host: str
     max_model_len: int | None
+    max_num_seqs: int | None
     num_rows: int
     """That reached the engine; at least 1."""
     prompt_tokens: int
@@ -106,6 +107,7 @@ def _past_run(
         device=str(engine["device"]),
         host=str(claim.get("host", "?")),
         max_model_len=engine["max_model_len"],
+        max_num_seqs=engine.get("max_num_seqs"),
         num_rows=int(num_rows),
         prompt_tokens=int(run["num_prompt_tokens"]),
         output_tokens=int(run["num_output_tokens"]),

@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import RowSet
-from batchgen.engine.vllm.settings import gpus_of
+from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.job.recipe import Seeds
+from batchgen.pipeline.compute import lengths_of, work_of
 from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
 from batchgen.pipeline.job_run import tuned_notes
@@ -50,9 +51,10 @@ from batchgen.store.reuse import Source
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.core.records import EngineSpec
+    from batchgen.engine.order import Lengths
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.rows import Takeover
@@ -108,6 +110,8 @@ class Forecast:
     block_tokens: int = 0
     max_model_len: int | None = None
     max_model_len_source: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """That a run would choose for its engine, as far as that is known without it."""
     past: PastRun | None = None
     estimate: Estimate | None = None
     warnings: Sequence[str] = field(default_factory=list)
@@ -124,6 +128,7 @@ class Forecast:
             **fields,
             "rows": rows,
             "todo": _survey_dict(self.survey) if self.survey else None,
+            "engine_settings": dict(self.settings),
             "last_run": self.past.as_dict() if self.past else None,
             "estimate": self.estimate.as_dict() if self.estimate else None,
             "warnings": list(self.warnings),
@@ -155,6 +160,8 @@ def forecast_text(forecast: Forecast) -> str:
         lines += _todo(survey)
         lines += _tokens(forecast, survey)
         lines += _answers(forecast, survey)
+        if chosen := settings_text(forecast.settings):
+            lines.append(f"  engine   {chosen}")
         lines += _cost(forecast.estimate)
     return "\n".join(lines)
 
@@ -386,6 +393,7 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
         block_tokens=_block_tokens(spec),
         max_model_len=max_len,
         max_model_len_source=source,
+        settings=_settings(ahead, spec, past, lengths_of(job, ledger)),
         past=past,
         estimate=_estimate(found, spec, past, options) if found is not None else None,
         warnings=warnings,
@@ -531,6 +539,14 @@ def _estimate(
     is_cpu = not spec.is_vllm or (past is not None and past.device == "cpu")
     num_gpus = gpus_of(spec.model_kwargs, is_cpu=is_cpu)
     return estimate(work, options.rate, past, num_gpus, options.price)
+
+
+def _settings(
+    ahead: _Ahead, spec: EngineSpec, past: PastRun | None, lengths: Lengths
+) -> Mapping[str, Any]:
+    """What a run would choose for its engine, as far as that is known without vLLM."""
+    work = work_of(ahead.todo, ahead.prepared.job, lengths)
+    return choose_settings(replace(spec, work=work), past.max_num_seqs if past else None)
 
 
 def _block_tokens(spec: EngineSpec) -> int:

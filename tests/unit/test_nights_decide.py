@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
 from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
 from batchgen.core.records import Ranges, RowSet
+from batchgen.job.recipe import fingerprint
 from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
@@ -509,3 +511,29 @@ def test_only_errors_tells_which_files_run_whole(lab, num_edited):
         "which rows of a csv file were edited cannot be told across recipes"
     ] * bool(num_edited)
     assert not lab.decide(ACCEPT, **source, **OTHER_RECIPE).notes
+
+
+@pytest.mark.parametrize("engine", [{}, {"max_cudagraph_capture_size": 512}])
+@pytest.mark.parametrize("is_published", [False, True])
+def test_a_plan_of_a_batchgen_that_took_speed_for_recipe_is_gone_on_with(lab, engine, is_published):
+    new = lab.plan()
+    recipe = dict(new.job["recipe"])
+    recipe["model"] = {**recipe["model"], "engine": {"cudagraph_capture_sizes": [1, 2]}}
+    old = replace(
+        new,
+        number=new.number + 1,
+        job={**new.job, "recipe": recipe},
+        recipe_fingerprint=fingerprint(recipe),
+    )
+    lab.ledger.put_plan(old)
+    lab.commit(old, 0, 1)
+    tables = {"model": {"engine": engine}}
+    begun, notes = lab.begin(**tables)
+    assert (begun.plan, notes) == (old, [])
+    lab.write(2, 7)  # And the next night's keys are made as this plan's are.
+    begun, _ = lab.begin(**tables)
+    assert begun.plan.number == old.number + 1
+    assert begun.plan.bases
+    assert begun.plan.recipe_fingerprint == old.recipe_fingerprint
+    with pytest.raises(RecipeChangedError, match="seed"):
+        lab.decide(model={"engine": {**engine, "seed": 1}})

@@ -48,12 +48,19 @@ from batchgen.engine.vllm.params import (
     lora_requests,
     structured_outputs_config,
 )
-from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment, start_error
+from batchgen.engine.vllm.settings import (
+    choose_settings,
+    gpus_of,
+    is_cpu_build,
+    llm_kwargs,
+    prepare_environment,
+    start_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from batchgen.core.records import Sample
+    from batchgen.core.records import Sample, WorkLeft
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.vllm.encoder import Encoded
 
@@ -92,6 +99,7 @@ class VllmEngine:
         self._spec = spec
         self._started = time.perf_counter()
         self._is_cpu = is_cpu_build()
+        self._settings: Mapping[str, Any] = {}
         prepare_environment(is_cpu=self._is_cpu)
         self._imported = threading.Event()
         self._style = ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools)
@@ -133,6 +141,10 @@ class VllmEngine:
         """Hand requests to the encoder."""
         self._num_added += len(requests)
         self._encoder.submit(requests)
+
+    def expect(self, work: WorkLeft) -> None:
+        """Hear what is left to do, in time for a start that is no heavier."""
+        self._spec = replace(self._spec, work=work)
 
     def step(self, timeout_s: float) -> list[Completion]:
         """Run one engine iteration; wait up to `timeout_s` only if nothing is ready to run.
@@ -180,14 +192,22 @@ class VllmEngine:
 
     def _build(self) -> None:
         llm_type = self._import()
-        spec = self._spec
+        spec = self._spec  # With what was heard of the work while vLLM was imported.
         # What only the job can be at fault for comes before the minutes that a model takes.
         config = structured_outputs_config(spec)
         splitter = Splitter(spec, load_tokenizer(spec)) if has_parser(spec) else None
         self._loras = lora_requests(spec.loras)
         self._imported.set()
         prime_with_prompt_ends()
-        kwargs = {**llm_kwargs(spec, is_cpu=self._is_cpu), "structured_outputs_config": config}
+        self._settings = choose_settings(spec, usual_max_num_seqs(spec.model_kwargs))
+        kwargs = {
+            **llm_kwargs(spec, is_cpu=self._is_cpu),
+            **self._settings,
+            "structured_outputs_config": config,
+        }
+        if "optimization_level" in self._settings and gpus_of(kwargs, is_cpu=False) == 1:
+            # A core in a process of its own would import all of vLLM a second time.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             with turn_to_start(None if self._is_cpu else turn_file(os.environ)):
                 llm = llm_type(**kwargs)
@@ -222,6 +242,7 @@ class VllmEngine:
             max_model_len=self._max_model_len,
             max_num_seqs=int(config.scheduler_config.max_num_seqs),
             startup_s=time.perf_counter() - self._started,
+            settings=self._settings,
         )
 
     def _admit(self, timeout_s: float) -> None:
@@ -348,6 +369,23 @@ def _dead_error_type() -> type[Exception]:
     except ImportError:
         return EngineDeadError
     return VllmEngineDeadError  # type: ignore[no-any-return]
+
+
+def usual_max_num_seqs(kwargs: Mapping[str, Any]) -> int | None:
+    """VLLM's own `max_num_seqs` for this device; None if it cannot be asked.
+
+    Source:
+        EngineArgs.get_batch_defaults: vllm/engine/arg_utils.py, 0.26 to 0.33.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    ask = getattr(EngineArgs, "get_batch_defaults", None)
+    if ask is None:
+        return None
+    _, seqs = ask(gpus_of(kwargs, is_cpu=False))
+    found: int | None = seqs.get(UsageContext.LLM_CLASS)
+    return found
 
 
 class SchedulerWatch:

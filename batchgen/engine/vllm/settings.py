@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType
 
-    from batchgen.core.records import EngineSpec
+    from batchgen.core.records import EngineSpec, WorkLeft
     from batchgen.job.model import JobConfig
 
 TINY_WEIGHTS_BYTES = 64 << 20
@@ -54,6 +54,28 @@ MAX_LORAS = 8
 """Adapters on the device at once; each takes room for `max_lora_rank` in every layer."""
 MAX_CPU_LORAS = 64
 """Adapters kept in the host's memory; any beyond are read from disk again."""
+
+OWN_CHOICE = frozenset(
+    {
+        *("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size"),
+        *("enforce_eager", "optimization_level", "performance_mode"),
+        # Steps of several tokens a row, and engines of which no answers are asked for.
+        *("speculative_config", "runner"),
+    }
+)
+"""Keywords by which a job decides itself what `choose_settings` would choose."""
+CAPTURED = 512
+"""So many rows vLLM has CUDA graphs for by itself, at most: config/vllm.py, _set_cudagraph_sizes,
+0.26 to 0.33 (data-center Blackwell: 1,024)."""
+LIGHT_STEPS = 600
+"""Steps of little work. A step without compiling and without graphs takes some 20 ms longer
+whatever is in it, a start with both 14 s (all compiled the night before) to 45 s longer: 8B shape,
+H200, vLLM 0.26."""
+FEW_SEQS = 256
+"""Rows that run at once, where nobody knows: vLLM's least default on a GPU."""
+USUAL_PROMPT_TOKENS = 1000
+USUAL_BATCHED_TOKENS = 8192
+"""Prompt tokens of a step: vLLM's least default on a GPU."""
 
 ENVIRONMENT = {
     # It phones home otherwise.
@@ -176,6 +198,61 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
     if is_cpu and not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(Path(spec.model))
     return kwargs
+
+
+def leaves_open(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the job has nothing to say of what `choose_settings` chooses, for a GPU."""
+    return vllm_build() == "cuda" and not kwargs.keys() & OWN_CHOICE
+
+
+def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
+    """Choose what the job leaves open; nothing of it changes an answer but by rounding.
+
+    Two ways only, since vLLM's compile cache is keyed by these settings, too: with other graphs
+    every night it would compile every night (CompilationConfig.compute_hash, 0.26 to 0.33).
+
+    Args:
+        spec: Of the engine; its `defaults` say whether to choose at all.
+        usual_seqs: vLLM's own `max_num_seqs` for the device; None: unknown.
+
+    Returns:
+        Keywords of `LLM(...)`; none where vLLM's own defaults do.
+    """
+    if spec.defaults != "batchgen" or spec.model_kwargs.keys() & OWN_CHOICE:
+        return {}
+    seqs = spec.model_kwargs.get("max_num_seqs") or usual_seqs
+    if spec.work is not None and count_steps(spec, spec.work, seqs or FEW_SEQS) < LIGHT_STEPS:
+        return {"optimization_level": 0}
+    if not isinstance(seqs, int) or seqs <= CAPTURED:
+        return {}
+    return {"cudagraph_capture_sizes": capture_sizes(seqs)}
+
+
+def count_steps(spec: EngineSpec, work: WorkLeft, seqs: int) -> float:
+    """How many steps an engine needs at most, if answers and prompts are as long as they may be."""
+    num: int = work.num_rows * spec.sampling_params.get("n", 1)
+    batched: int = spec.model_kwargs.get("max_num_batched_tokens") or USUAL_BATCHED_TOKENS
+    prompt = USUAL_PROMPT_TOKENS if work.prompt_tokens is None else work.prompt_tokens
+    return work.output_tokens * (1 + num / seqs) + work.num_rows * prompt / batched
+
+
+def capture_sizes(seqs: int) -> list[int]:
+    """Numbers of rows that get CUDA graphs, up to all that run at once.
+
+    Fewer than vLLM's own, which begin with a graph each 8 rows: each takes 0.1 s of the start, and
+    the few rows by which a step is padded cost less than a step without one.
+    """
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 1024, 32)]
+    sizes += range(1024, max(seqs, 1024), 128)
+    return [size for size in sizes if size < seqs] + [seqs]
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Say what was chosen, in a line; empty if nothing."""
+    if "optimization_level" in settings:
+        return "little to do: no compiling, no CUDA graphs (optimization_level = 0)"
+    sizes = settings.get("cudagraph_capture_sizes")
+    return f"CUDA graphs for up to {max(sizes):,} rows at once, {len(sizes)} sizes" if sizes else ""
 
 
 def _without_pattern(model: str) -> str:

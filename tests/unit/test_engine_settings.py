@@ -1,0 +1,194 @@
+"""What batchgen chooses for an engine: for much work, for little, and never against the job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.core.errors import EngineError
+from batchgen.core.records import EngineSpec, WorkLeft
+from batchgen.engine.death import is_start_out_of_memory
+from batchgen.engine.supervised import SupervisedEngine
+from batchgen.engine.vllm.settings import (
+    CAPTURED,
+    OWN_CHOICE,
+    capture_sizes,
+    choose_settings,
+    known_keywords,
+    settings_text,
+)
+from batchgen.job.recipe import SPEED_OPTIONS, diff, fingerprint, without_speed
+from tests.fakes import FakeEngine, ask
+
+MUCH = WorkLeft(100_000, 256)
+LITTLE = WorkLeft(200, 64)
+
+
+def spec_of(work=None, defaults="batchgen", **kwargs):
+    return EngineSpec("vllm", "model", kwargs, {}, defaults=defaults, work=work)
+
+
+@given(st.integers(CAPTURED + 1, 5000))
+def test_graphs_reach_all_rows_that_run_at_once(seqs):
+    sizes = capture_sizes(seqs)
+    assert sizes[-1] == seqs
+    assert sizes == sorted(set(sizes))
+    # A step of any size finds a graph that is not much larger.
+    for low, high in pairwise(sizes):
+        assert high - low <= max(16, low / 4, 1)
+    assert len(sizes) <= 51 + (seqs - 512) / 64  # No more than vLLM's own, of which there are 51.
+
+
+@pytest.mark.parametrize("work", [None, MUCH, WorkLeft(30_000, 8, 4000)])
+def test_much_work_gets_graphs_for_what_vllm_runs_at_once(work):
+    chosen = choose_settings(spec_of(work), 1024)
+    assert chosen == {"cudagraph_capture_sizes": capture_sizes(1024)}
+    assert "1,024 rows" in settings_text(chosen)
+    assert choose_settings(spec_of(work, max_num_seqs=768), 1024) == {
+        "cudagraph_capture_sizes": capture_sizes(768)
+    }
+
+
+@pytest.mark.parametrize("usual", [None, 64, 256, 512])
+def test_vllms_own_settings_stay_where_they_reach_far_enough_or_nothing_is_known(usual):
+    assert choose_settings(spec_of(MUCH), usual) == {}
+    assert settings_text({}) == ""
+
+
+@pytest.mark.parametrize("usual", [None, 256, 1024])
+def test_little_work_is_not_compiled_for(usual):
+    chosen = choose_settings(spec_of(LITTLE), usual)
+    assert chosen == {"optimization_level": 0}
+    assert settings_text(chosen).startswith("little to do")
+
+
+@given(st.integers(1, 10**6), st.integers(1, 4096), st.one_of(st.none(), st.integers(1, 10**5)))
+def test_more_work_never_makes_the_start_lighter(num_rows, output_tokens, prompt_tokens):
+    def is_light(work):
+        return "optimization_level" in choose_settings(spec_of(work), 1024)
+
+    work = WorkLeft(num_rows, output_tokens, prompt_tokens)
+    for more in (work._replace(num_rows=2 * num_rows), work._replace(output_tokens=9999)):
+        assert is_light(work) or not is_light(more)
+
+
+@pytest.mark.parametrize("name", sorted(OWN_CHOICE))
+def test_a_job_that_says_something_itself_is_left_alone(name):
+    for work in (MUCH, LITTLE):
+        assert choose_settings(spec_of(work, **{name: None}), 1024) == {}
+
+
+@pytest.mark.parametrize("work", [None, MUCH, LITTLE])
+def test_one_option_leaves_all_to_vllm(work):
+    assert choose_settings(spec_of(work, defaults="vllm"), 1024) == {}
+
+
+def test_what_is_chosen_is_no_part_of_the_recipe_and_known_to_vllm():
+    chosen = {
+        *choose_settings(spec_of(MUCH), 1024),
+        *choose_settings(spec_of(LITTLE), 1024),
+    }
+    assert chosen <= SPEED_OPTIONS
+    assert OWN_CHOICE - {"speculative_config", "runner"} <= SPEED_OPTIONS
+    known = known_keywords()
+    assert known is None or known >= chosen
+
+
+def test_a_recipe_that_holds_what_is_now_known_as_speed_is_the_same():
+    new = {"prompt": {}, "model": {"backend": "vllm", "files": {}}}
+    old = {**new, "model": {**new["model"], "engine": {"max_cudagraph_capture_size": 1024}}}
+    both = {**new, "model": {**new["model"], "engine": {"seed": 1, "cudagraph_capture_sizes": [1]}}}
+    assert without_speed(old) == without_speed(new) == new
+    assert without_speed(both)["model"]["engine"] == {"seed": 1}
+    assert diff(without_speed(old), new) == []
+    assert fingerprint(old) != fingerprint(new)  # Which is why a plan keeps its own.
+
+
+class Starting(FakeEngine):
+    """Fails to start, as `EngineProcess` tells it."""
+
+    def __init__(self, reason):
+        super().__init__(facts=None)
+        self.then(EngineError(reason))
+
+
+SHORT = "the engine did not start: its log says: torch.OutOfMemoryError: CUDA out of memory."
+
+
+def run_all(engine, num):
+    engine.add([ask(number) for number in range(num)])
+    done = []
+    while engine.num_in_flight:
+        done += [request.request_id for request, _ in engine.step(0.1)]
+    return sorted(done)
+
+
+def test_a_start_without_memory_is_tried_again_by_vllms_own_settings():
+    built = []
+
+    def build(spec):
+        built.append(spec)
+        return Starting(SHORT) if spec.defaults == "batchgen" else FakeEngine(capacity=8)
+
+    engine = SupervisedEngine(build, spec_of)
+    engine.expect(LITTLE)
+    assert run_all(engine, 5) == [0, 1, 2, 3, 4]
+    assert [spec.defaults for spec in built] == ["batchgen", "vllm"]
+    assert built[0].work == LITTLE
+    assert engine.num_deaths == 0
+    assert "vLLM's own settings" in engine.warnings[0]
+    assert "out of memory" in engine.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (spec_of(defaults="vllm"), SHORT),
+        (spec_of(), "the engine did not start: no such model"),
+        (spec_of(), "the engine did not start: its process was killed by SIGKILL"),
+    ],
+)
+def test_any_other_failed_start_ends_the_run(spec, reason):
+    engine = SupervisedEngine(lambda _: Starting(reason), lambda: spec)
+    engine.add([ask(0)])
+    with pytest.raises(EngineError, match=reason[:40]):
+        engine.step(0.1)
+
+
+def test_two_starts_without_memory_end_the_run():
+    engine = SupervisedEngine(lambda _: Starting(SHORT), spec_of)
+    engine.add([ask(0)])
+    engine.step(0.1)
+    with pytest.raises(EngineError, match="out of memory"):
+        engine.step(0.1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: CUDA error: out of memory",
+        "ValueError: No available memory for the cache blocks. Try increasing ...",
+        "ValueError: To serve at least one request with the models's max seq len (40960), (5.62 "
+        "GiB KV cache is needed, which is larger than the available KV cache memory (1.0 GiB).",
+    ],
+)
+def test_words_for_too_little_memory(line):
+    assert is_start_out_of_memory(line)
+
+
+def test_an_engine_that_is_up_or_does_not_care_is_told_too():
+    class Hearing(FakeEngine):
+        heard = None
+
+        def expect(self, work):
+            self.heard = work
+
+    for made in (Hearing(), FakeEngine()):
+        engine = SupervisedEngine(lambda _, made=made: made, lambda: replace(spec_of(), work=None))
+        engine.start()
+        engine.expect(MUCH)
+        assert getattr(made, "heard", MUCH) == MUCH
