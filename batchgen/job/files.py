@@ -69,8 +69,9 @@ def with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         else:
             prompt[key] = str(path)
     output = _read_into(job, prompt, base, problems)
-    if job.prompt.images is not None:
-        prompt["images_folder"] = absolute(base, job.prompt.images_folder or ".")
+    folders = job.prompt.images_folder or ("." if job.prompt.images is not None else [])
+    folders = [folders] if isinstance(folders, str) else folders
+    prompt["images_folder"] = [absolute(base, folder) for folder in folders]
     places = _places_of(job, problems)
     for key, paths in places.items():
         problems += [f"{key}: {why}" for path in paths if (why := bad_path(base, path))]

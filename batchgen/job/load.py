@@ -33,6 +33,7 @@ _MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")
 _UNIONS = {
     "replicas": "at least 1, or 'auto'",
     "path": "a path or a list of paths",
+    "images_folder": "a path or a list of paths",
     "schema": "a path or a table",
     "stop": "a text or a list of texts",
     "assistant": "a text or a table",

@@ -223,8 +223,12 @@ class PromptConfig(Table):
     images: str | None = None
     """Column with a row's images (path, URL or bytes, or a list), for vision models. A path counts
     by its name: another image under the same name is no other request."""
-    images_folder: str | None = None
-    """Where relative paths of images start. Default: the job file's folder."""
+    images_folder: str | list[str] | None = None
+    """The folders that images of rows may be read from: what `images` and `messages` name has to
+    lie below one of them. Relative paths start at the first. Default: the job file's folder for
+    `images`, none for `messages`."""
+    image_domains: list[str] = Field(default=[], examples=[["images.example.org"]])
+    """The hosts that images of rows may be fetched from, or "*" for any. Default: none."""
     tools: list[dict[str, Any]] = Field(default=[])
     """Tools that the model may call, as OpenAI's API describes them."""
     tools_file: str | None = None

@@ -76,7 +76,9 @@ def make_recipe(
         lora_identity: The same of each LoRA adapter, by its name.
     """
     files = {f"{name}_file" for name in ("user", "system", "chat_template", "examples", "tools")}
-    prompt = job.prompt.model_dump(exclude=files | {"images_folder"}, exclude_none=True)
+    prompt = job.prompt.model_dump(
+        exclude=files | {"images_folder", "image_domains"}, exclude_none=True
+    )
     for name in ("examples", "tools"):
         if prompt[name]:
             prompt[name] = [_ordered(item) for item in prompt[name]]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import orjson
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
@@ -34,6 +36,11 @@ _TABLE = "[prompt]"
 _GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
 _MAX_ERROR_CHARS = 300
+_HOST = re.compile(r"https?://([A-Za-z0-9.-]+)(?::[0-9]+)?(?:[/?#]|$)")
+"""No user, no backslash, no brackets: what all parsers of URLs take for the same host."""
+_MEDIA = re.compile("image|audio|video|embeds")
+"""In the types of parts and in their keys, where vLLM looks for what it loads:
+vllm/renderers/chat_utils.py, MM_PARSER_MAP and _parse_chat_message_content_mm_part, 0.32."""
 
 
 class PromptBuilder:
@@ -57,6 +64,7 @@ class PromptBuilder:
             names |= system_names
         if config.images is not None:
             names.add(config.images)
+        self._images = ImageRules(config)
         self._examples = [message for example in config.examples for message in turns(example)]
         self._names = frozenset(names)
         self._globals = _GLOBALS if self._user is not None else frozenset()
@@ -81,21 +89,26 @@ class PromptBuilder:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
         try:
             prompt = self._from_column(values) if self._user is None else self._rendered(values)
-        except NullPrintedError:
-            nulls = sorted(name for name in self._names if values.get(name, "") is None)
-            here = f"; null here: {', '.join(nulls)}" if nulls else ""
-            return RowError("null_value", f"the prompt needs a value that is null{here}")
-        except UndefinedError as error:
-            what = _shortened(f"the prompt needs a value that is absent: {error}")
-            return RowError("missing_value", what)
-        except BudgetError as error:
-            return RowError("template_error", str(error))
+            if self._config.images is not None and isinstance(prompt, list):
+                return with_images(prompt, values.get(self._config.images), self._images)
         except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
-            return RowError("template_error", _told(error))
-        if self._config.images is None or isinstance(prompt, RowError | str):
-            return prompt
-        folder = Path(self._config.images_folder or ".")
-        return with_images(prompt, values.get(self._config.images), folder)
+            return self._error(error, values)
+        return prompt
+
+    def _error(self, error: Exception, values: Values) -> RowError:
+        match error:
+            case NullPrintedError():
+                nulls = sorted(name for name in self._names if values.get(name, "") is None)
+                here = f"; null here: {', '.join(nulls)}" if nulls else ""
+                return RowError("null_value", f"the prompt needs a value that is null{here}")
+            case UndefinedError():
+                what = _shortened(f"the prompt needs a value that is absent: {error}")
+                return RowError("missing_value", what)
+            case ImageRefusedError():
+                return RowError("bad_image", _shortened(str(error)))
+            case BudgetError():
+                return RowError("template_error", str(error))
+        return RowError("template_error", _told(error))
 
     def _rendered(self, values: Values) -> Prompt | RowError:
         assert self._user is not None  # noqa: S101 - else the prompt is a column
@@ -119,7 +132,7 @@ class PromptBuilder:
         if value is None:
             return RowError("null_value", f"column {name!r} is null, expected a prompt")
         if self._config.messages is not None:
-            return _checked_messages(name, value)
+            return _checked_messages(name, value, self._images)
         if not isinstance(value, str):
             found = type(value).__name__
             return RowError("bad_prompt", f"column {name!r} is {found}, expected a string")
@@ -187,7 +200,7 @@ def _shortened(text: str) -> str:
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
-def _checked_messages(name: str, value: object) -> Prompt | RowError:
+def _checked_messages(name: str, value: object, images: ImageRules) -> Prompt | RowError:
     if not isinstance(value, list) or not value:
         found = type(value).__name__ if value != [] else "an empty list"
         return RowError(
@@ -203,7 +216,10 @@ def _checked_messages(name: str, value: object) -> Prompt | RowError:
             problem = f"column {name!r}[{at}].content is neither text nor parts, {expected}"
             return RowError("bad_messages", problem)
         # Parquet structs carry every field of every message: null means absent.
-        messages.append({key: item for key, item in message.items() if item is not None})
+        kept = {key: item for key, item in message.items() if item is not None}
+        if isinstance(content := kept.get("content"), list):
+            kept["content"] = [_checked_part(part, images) for part in content]
+        messages.append(kept)
     return messages
 
 
@@ -228,13 +244,93 @@ def turns(example: Example) -> list[dict[str, Any]]:
     ]
 
 
-def with_images(messages: Messages, images: object, folder: Path) -> Prompt | RowError:
+class ImageRefusedError(Exception):
+    """A row names an image that the job does not let it have."""
+
+
+class ImageRules:
+    """Tells which images the job lets its rows name. Reads none of them."""
+
+    def __init__(self, config: PromptConfig) -> None:
+        folders = config.images_folder or ([] if config.images is None else ["."])
+        folders = [folders] if isinstance(folders, str) else folders
+        self._folders = [Path(folder).absolute() for folder in folders]
+        self._resolved = [folder.resolve() for folder in self._folders]
+        self._domains = frozenset(map(str.lower, config.image_domains))
+
+    def url_of(self, image: str) -> str:
+        """Return the image as a URL; `http`, `https` and `data` as they are, a path as `file`.
+
+        Raises:
+            ImageRefusedError: It is neither below one of the job's folders, links resolved, nor at
+                one of its hosts.
+        """
+        if image.startswith("data:"):
+            return image
+        if image.startswith(("http://", "https://")):
+            return self._allowed_address(image)
+        if "://" in image and not image.startswith("file://"):
+            msg = f"image {image!r:.120}: expected a path, or a URL of http, https, file or data"
+            raise ImageRefusedError(msg)
+        is_url = image.startswith("file://")
+        path = Path(unquote(urlsplit(image).path) if is_url else image)
+        path = self._folders[0] / path if self._folders else path
+        self._refuse_outside(image, path)
+        return image if is_url else path.as_uri()
+
+    def _allowed_address(self, image: str) -> str:
+        host = _HOST.match(image)
+        if "*" in self._domains or (host is not None and host[1].lower() in self._domains):
+            return image
+        msg = f"image {image!r:.120}: its host is none of prompt.image_domains"
+        raise ImageRefusedError(msg)
+
+    def _refuse_outside(self, image: str, path: Path) -> None:
+        try:
+            resolved = path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # A link to itself, a NUL.
+            msg = f"image {image!r:.120} is no path: {error}"
+            raise ImageRefusedError(msg) from error
+        if any(resolved.is_relative_to(folder) for folder in self._resolved):
+            return
+        folders = f"({', '.join(map(str, self._folders)):.120})" if self._folders else "(not set)"
+        msg = f"image {image!r:.120} is not below prompt.images_folder {folders}"
+        raise ImageRefusedError(msg)
+
+
+def _checked_part(part: dict[str, Any], images: ImageRules) -> dict[str, Any]:
+    """Return a part of a row's own message, its image with a URL that the job allows."""
+    kind = part["type"]
+    media = {key for key, item in part.items() if item is not None and _MEDIA.search(key)}
+    if kind != "image_url":
+        if media or _MEDIA.search(kind):
+            found = f"a part of type {kind!r:.60}" + (f" with {min(media)!r:.60}" if media else "")
+            msg = f"{found}, expected text or image_url"
+            raise ImageRefusedError(msg)
+        return part
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    # vLLM keeps images by `uuid` (part of the request): one row's would be another's.
+    if not isinstance(url, str) or media != {"image_url"} or part.get("uuid") is not None:
+        msg = "a part of type 'image_url' is no {type, image_url: {url}}"
+        raise ImageRefusedError(msg)
+    is_absolute = url.startswith("/")
+    checked = images.url_of(url)
+    if checked == url or is_absolute:  # As it stands in the row: it is part of the request's key.
+        return part
+    return {**part, "image_url": {**image, "url": checked} if isinstance(image, dict) else checked}
+
+
+def with_images(messages: Messages, images: object, rules: ImageRules) -> Prompt | RowError:
     """Put a row's images before the text of its last user message, as content parts.
 
     Args:
         messages: The chat.
         images: A path, a URL or bytes, or a list of these; null is no image.
-        folder: Where relative paths start.
+        rules: What the row may name.
+
+    Raises:
+        ImageRefusedError: It may not name one of them.
     """
     given = images if isinstance(images, list) else [images]
     parts = []
@@ -244,7 +340,8 @@ def with_images(messages: Messages, images: object, folder: Path) -> Prompt | Ro
         if not isinstance(image, str | bytes):
             found = type(image).__name__
             return RowError("bad_image", f"an image is {found}, expected a path, URL or bytes")
-        parts.append({"type": "image_url", "image_url": {"url": _image_url(image, folder)}})
+        url = _data_url(image) if isinstance(image, bytes) else rules.url_of(image)
+        parts.append({"type": "image_url", "image_url": {"url": url}})
     last = max((at for at, m in enumerate(messages) if m["role"] == "user"), default=None)
     if not parts or last is None:
         return messages
@@ -254,11 +351,8 @@ def with_images(messages: Messages, images: object, folder: Path) -> Prompt | Ro
     return [*messages[:last], changed, *messages[last + 1 :]]
 
 
-def _image_url(image: str | bytes, folder: Path) -> str:
-    if isinstance(image, bytes):
-        return f"data:application/octet-stream;base64,{base64.b64encode(image).decode()}"
-    is_url = "://" in image or image.startswith("data:")
-    return image if is_url else (folder / image).absolute().as_uri()
+def _data_url(image: bytes) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(image).decode()}"
 
 
 def _near(name: str, available: Sequence[str]) -> str:

@@ -501,35 +501,6 @@ def test_examples_stand_between_what_all_rows_share_and_the_row():
     ]
 
 
-def images_of(value, **prompt):
-    prompt = prompt or {"user": "What is it?"}
-    built = PromptBuilder(PromptConfig(images="pics", **prompt)).build({"pics": value})
-    return built if isinstance(built, RowError) else built[-1]["content"]
-
-
-def test_images_stand_before_the_text_of_the_last_user_message():
-    parts = images_of(["https://example.org/a.png", b"\x89PNG", None])
-    assert parts == [
-        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
-        {
-            "type": "image_url",
-            "image_url": {"url": "data:application/octet-stream;base64,iVBORw=="},
-        },
-        {"type": "text", "text": "What is it?"},
-    ]
-    assert images_of("/a b.png")[0]["image_url"]["url"] == "file:///a%20b.png"
-    relative = images_of("b.png", user="What is it?", images_folder="/pics")
-    assert relative[0]["image_url"]["url"] == "file:///pics/b.png"
-
-
-def test_a_row_without_an_image_is_a_plain_chat():
-    assert images_of(None) == images_of([]) == "What is it?"
-
-
-def test_what_is_no_image_is_the_rows_error():
-    assert images_of(7) == RowError("bad_image", "an image is int, expected a path, URL or bytes")
-
-
 def test_an_example_answer_is_written_as_json_whatever_integers_it_has():
     small, large = ({"n": n, "t": "\u00e9", "x": [1e16, 0.5]} for n in (2**64 - 1, 2**70))
     texts = [turns(Example(user="q", assistant=answer))[1]["content"] for answer in (small, large)]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import mimetypes
 import queue
+import stat
 import threading
 from array import array
 from pathlib import Path
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from batchgen.engine.base import EngineRequest
 
 MAX_BATCH = 256
+MAX_IMAGE_BYTES = 32 << 20
+"""Of a local file."""
+MAX_IMAGE_PIXELS = 64 << 20
+"""8192 x 8192; three bytes each once it is decoded. A file of some KiB can hold far more."""
 _CLOSE = None
 
 
@@ -220,6 +225,7 @@ def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:
         except TypeError as exc:
             return RowError("chat_template_error", f"{exc} by this model")
     try:
+        limit_pixels()
         messages = with_local_images(chat)
         return llm._preprocess_chat_one(  # `LLM.chat` would wait for the answer.
             messages,
@@ -233,11 +239,25 @@ def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:
         return RowError("image_error", one_line(exc))
 
 
+def limit_pixels() -> None:
+    """Make Pillow refuse images of more than `MAX_IMAGE_PIXELS`, before it decodes them.
+
+    For this whole process: vLLM opens them, however they came (vllm/multimodal/media/image.py).
+
+    Source:
+        PIL/Image.py, _decompression_bomb_check, 13.0: an error from twice this number on.
+    """
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2
+
+
 def with_local_images(chat: Messages) -> list[dict[str, Any]]:
     """Put the images that are local files into the chat: vLLM reads none without a setting.
 
     Raises:
         OSError: A file cannot be read.
+        ValueError: It is no plain file, or larger than `MAX_IMAGE_BYTES`.
         TypeError, KeyError: A part is not what OpenAI's API describes.
     """
     return [
@@ -258,5 +278,16 @@ def _with_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**part, "image_url": given}
     path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
     kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    data = base64.b64encode(_read_image(path)).decode("ascii")
     return {**part, "image_url": {**given, "url": f"data:{kind};base64,{data}"}}
+
+
+def _read_image(path: Path) -> bytes:
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):  # A pipe would be waited for, for ever.
+        msg = f"{path} is no plain file"
+        raise ValueError(msg)
+    if facts.st_size > MAX_IMAGE_BYTES:
+        msg = f"{path} is larger than {MAX_IMAGE_BYTES >> 20} MiB"
+        raise ValueError(msg)
+    return path.read_bytes()

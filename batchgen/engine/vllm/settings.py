@@ -87,6 +87,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_OFFLINE": "1",
     # Five seconds by default; workers that need longer are killed with the process group.
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
+    # As local images may have, see `encoder.MAX_IMAGE_BYTES`; 256 by default (0.32).
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "32",
     # Colour codes in a log file help no one.
     "NO_COLOR": "1",
 }
