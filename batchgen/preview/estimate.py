@@ -37,7 +37,6 @@ class PastRun:
     device: str
     host: str
     max_model_len: int | None
-    max_num_seqs: int | None
     num_rows: int
     """That reached the engine; at least 1."""
     prompt_tokens: int
@@ -46,6 +45,7 @@ class PastRun:
     working_s: float
     """Above 0; without the engine's start."""
     startup_s: float
+    max_num_seqs: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -107,12 +107,12 @@ def _past_run(
         device=str(engine["device"]),
         host=str(claim.get("host", "?")),
         max_model_len=engine["max_model_len"],
-        max_num_seqs=engine.get("max_num_seqs"),
         num_rows=int(num_rows),
         prompt_tokens=int(run["num_prompt_tokens"]),
         output_tokens=int(run["num_output_tokens"]),
         working_s=float(run["working_s"]),
         startup_s=float(engine["startup_s"]),
+        max_num_seqs=engine.get("max_num_seqs"),
     )
 
 
