@@ -40,6 +40,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     publish_anyway: bool = False,
     accept_recipe: bool = False,
     only_errors: bool = False,
+    rerender: bool = False,
     wait: bool = False,
     until: datetime | None = None,
     max_runtime_s: float | None = None,
@@ -60,6 +61,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         accept_recipe: Relabel every row if the recipe has changed; what is published stays until
             then.
         only_errors: With accept_recipe: only error, edited and new rows.
+        rerender: Run rows again whose prompt an earlier version made otherwise than this one.
         wait: Wait for a run that is at work on the job.
         until: Stop in time to have committed by then; with a time zone.
         max_runtime_s: Stop in time to have committed after that many seconds.

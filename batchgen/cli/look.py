@@ -94,6 +94,7 @@ def _price(text: str) -> Price:
 @flag("--retry-errors", help="Of a run with --retry-errors.")
 @flag("--accept-recipe", help="Of a run with --accept-recipe.")
 @flag("--only-errors", help="Of a run with --accept-recipe --only-errors.")
+@flag("--rerender", help="Of a run with --rerender.")
 @JSON
 def plan(
     _: Path,

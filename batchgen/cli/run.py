@@ -61,6 +61,10 @@ def _seconds(text: str) -> float:
     "--retry-errors",
     help="Run only the error rows of a finished job again, and what is damaged in its output.",
 )
+@flag(
+    "--rerender",
+    help="Run rows again whose prompt an earlier version made otherwise; `plan` says how many.",
+)
 @flag("--publish-anyway", help="Publish although a limit of [gate] is exceeded.")
 @click.option(
     "--until",

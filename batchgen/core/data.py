@@ -18,6 +18,25 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+
+class NotTextError(ValueError):
+    """Bytes that are not UTF-8 were to become text."""
+
+
+class NotText(bytes):
+    """A value of the input that is not UTF-8: may be passed on and tested, not printed."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        raise NotTextError
+
+    __repr__ = __str__
+
+    def __format__(self, _: str) -> str:
+        return str(self)
+
+
 _LONG_RUN = 64
 """From so many rows on, cutting them out costs less than copying them."""
 MAX_LEVELS = 64

@@ -162,6 +162,8 @@ class RunOptions:
     """Where the recipe has changed: begin a plan by the new one, and relabel every row."""
     only_errors: bool = False
     """With accept_recipe: take over what is ok; run error, edited and new rows."""
+    rerender: bool = False
+    """Run rows again that were made with an old rendering, see `rendering`."""
     wait: bool = False
     """Wait for a run that holds the job, and begin when it has ended."""
     until: datetime | None = None
@@ -178,6 +180,9 @@ class RunOptions:
         wrong = {
             "fresh runs every row again and retry_errors only some, expected one of them": (
                 self.fresh and self.retry_errors
+            ),
+            "fresh runs every row again and rerender only some, expected one of them": (
+                self.fresh and self.rerender
             ),
             "fresh begins anew by any recipe, expected it without accept_recipe": (
                 self.fresh and self.accept_recipe
@@ -243,6 +248,8 @@ class Summary:
     """Rows that this run took over from earlier plans, unread."""
     num_copied: int = 0
     """Rows that this run gave the answer of a row with an equal request."""
+    num_old_rendering: int = 0
+    """Rows that were made with an old rendering, kept or, if asked for, run again."""
     num_leaving: int = 0
     """Rows of the last snapshot that this run's plan has no row for, counted before it began."""
     files: list[str] = field(default_factory=list)

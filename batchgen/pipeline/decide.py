@@ -6,6 +6,7 @@
     the recipe has changed                       refused, unless --accept-recipe
     ... and the newest plan has come to nothing  as if that plan had never been
     --retry-errors                               a plan for the same rows, based on the finished one
+    --rerender                                   likewise, if some were made with an old rendering
 
 A plan that takes rows over is an ordinary plan: it only has bases, earlier plans whose answers it
 may use. So a night that is killed goes on like every run, and an unfinished plan whose input
@@ -35,6 +36,8 @@ from batchgen.pipeline.frozen import (
 )
 from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
+from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since
+from batchgen.pipeline.rows import Takeover, missing, takeovers
 from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
     count_common,
@@ -262,15 +265,37 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
         if not durable.num_errors:
             return NO_ERRORS
         parts = tuple(part.name for part in durable.parts)
+    return _plan_after(plan, [Base(plan.number, parts)], retries=True)
+
+
+def _plan_after(plan: Plan, bases: Sequence[Base], *, retries: bool) -> Plan:
+    """Make a plan for the same rows, which takes over what it can; `retries`: but no errors."""
     return replace(
         plan,
         number=plan.number + 1,
         plan_id=secrets.token_hex(8),
         created_at=utc_now().isoformat(timespec="seconds"),
-        bases=(Base(plan.number, parts),),
-        takes_errors=False,
-        generation=plan.generation + 1,
+        bases=tuple(bases),
+        takes_errors=not retries,
+        generation=plan.generation + retries,
     )
+
+
+def _old_rows(
+    ledger: Ledger, prepared: Prepared, plan: Plan, tell: Callable[[str], None]
+) -> OldRows:
+    """Count them among the rows that a plan has ended or is to take over."""
+    of = changes_since(plan.rendering, prepared)
+    if not of:
+        return OldRows()
+    durable, manifest = ledger.durable(plan), ledger.manifest(plan.number)
+    sources = []
+    if manifest is not None or durable.parts:
+        own = Base(plan.number, tuple(part.name for part in durable.parts))
+        sources = [Takeover(ledger, prepared, plan, own, tell)]
+    if manifest is None:
+        sources += takeovers(ledger, prepared, plan, missing(plan, durable), tell)
+    return OldRows(sum(source.old_rows().num_rows for source in sources), of)
 
 
 def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
@@ -458,6 +483,8 @@ class Begun(NamedTuple):
     """Why there is nothing to do, for people."""
     leaving: Leaving = NOTHING_LEAVES
     """Published rows that the plan has no row for."""
+    old: OldRows = OldRows()
+    """Rows of an old rendering, kept or run again."""
 
 
 def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks) -> Begun:
@@ -471,22 +498,34 @@ def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks)
         FencedError: Another run has just planned this job.
         OutputError: The books are damaged, or cannot be written.
     """
-    plan = decision.plan
+    plan, manifest = decision.plan, None
     if plan is None:
-        plan = _new_plan(ledger, options, decision, hooks)
+        plan, old = _new_plan(ledger, options, decision, hooks)
     else:
-        manifest, again = _gone_on_with(ledger, options, decision, plan, hooks.tell)
-        if again is None and manifest is not None:
-            done = f"already complete, published by run {manifest.run_id}"
-            return Begun(plan, manifest, f"{NO_ERRORS}; {done}" if options.retry_errors else done)
-        plan = again or plan
+        old = _old_rows(ledger, decision.prepared, plan, hooks.tell)
+        old = old._replace(is_again=options.rerender)
+        manifest, again = _gone_on_with(ledger, options, decision, plan, old, hooks.tell)
+        if again is not None:
+            plan, manifest = again, None
+    if old.num:
+        hooks.tell(old.text)
+    if manifest is not None:
+        return Begun(plan, manifest, _nothing_to_do(manifest, options), old=old)
     leaving = leaving_rows(ledger, decision.prepared, plan)
     if leaving.num_rows:
         hooks.tell(leaving.text)
-    return Begun(plan, leaving=leaving)
+    return Begun(plan, leaving=leaving, old=old)
 
 
-def _new_plan(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks) -> Plan:
+def _nothing_to_do(manifest: Manifest, options: RunOptions) -> str:
+    reasons = [NO_ERRORS] if options.retry_errors else []
+    reasons += ["no row was made with an old rendering"] if options.rerender else []
+    return "; ".join([*reasons, f"already complete, published by run {manifest.run_id}"])
+
+
+def _new_plan(
+    ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks
+) -> tuple[Plan, OldRows]:
     before, prepared = decision.before, decision.prepared
     if decision.replaces is not None and not has_come_to_nothing(ledger, decision.replaces):
         msg = f"{ledger.storage.where}: another run has just worked on this job; run again"
@@ -502,8 +541,12 @@ def _new_plan(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Ho
         # Before the input is scanned: both take long, and neither needs the other.
         hooks.start_engine()
     plan = freeze(prepared, ledger.latest_plan_number() + 1, before, hooks.digests)
+    least = min((ledger.plan(base.plan).rendering for base in plan.bases), default=RENDERING)
+    old = _old_rows(ledger, prepared, replace(plan, rendering=least), hooks.tell)
+    keeps = old.num > 0 and not options.rerender
+    plan = replace(plan, rendering=least if keeps else RENDERING)
     ledger.put_plan(plan)
-    return plan
+    return plan, old._replace(is_again=options.rerender)
 
 
 def _gone_on_with(
@@ -511,9 +554,10 @@ def _gone_on_with(
     options: RunOptions,
     decision: Decision,
     plan: Plan,
+    old: OldRows,
     tell: Callable[[str], None],
 ) -> tuple[Manifest | None, Plan | None]:
-    """Return the newest plan's manifest, and the plan that tries its errors again, if any."""
+    """Return the newest plan's manifest, and the plan that runs rows of it again, if any."""
     retry_errors = options.retry_errors
     manifest = ledger.manifest(plan.number)
     ledger.settle()
@@ -523,9 +567,14 @@ def _gone_on_with(
             tell(note)
         if not retry_errors:
             raise_if_damaged(shown, ledger.storage)
-    if not retry_errors or (manifest is None and _is_retried(ledger, plan, decision.prepared)):
+    again: Plan | str
+    if old.num and options.rerender:
+        bases = _bases(ledger, plan, manifest)
+        again = replace(_plan_after(plan, bases, retries=retry_errors), rendering=RENDERING)
+    elif not retry_errors or (manifest is None and _is_retried(ledger, plan, decision.prepared)):
         return manifest, None
-    again = retry_plan(ledger, plan, manifest)
+    else:
+        again = retry_plan(ledger, plan, manifest)
     if isinstance(again, str):
         if manifest is None:
             tell(again)

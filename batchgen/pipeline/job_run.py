@@ -134,6 +134,7 @@ class JobRun:
         self._ledger = self._context.ledger
         self._before = (0, 0, 0)
         self._num_leaving = 0
+        self._num_old = 0
         self._planned_at_s = self._started_s
         self._published_at_s: float | None = None
         self._is_busy = False
@@ -252,7 +253,7 @@ class JobRun:
         start = partial(self._compute.start, decision.prepared)
         hooks = Hooks(context.notes.add, start, context.storage)
         begun = begin(self._ledger, self._options, decision, hooks)
-        self._num_leaving = begun.leaving.num_rows
+        self._num_leaving, self._num_old = begun.leaving.num_rows, begun.old.num
         self._planned_at_s = time.monotonic()
         if (why := begun.nothing_to_do) is not None:
             self.summary = self._summary("nothing_to_do", ExitCode.COMPLETE, why, begun.manifest)
@@ -352,6 +353,7 @@ class JobRun:
             num_durable=stats.num_resumed + stats.num_committed,
             num_carried=taken.num_rows - taken.num_copied,
             num_copied=taken.num_copied,
+            num_old_rendering=self._num_old,
             num_leaving=self._num_leaving,
             gate=[dict(entry) for entry in (manifest.gate if manifest else gate)],
             run=stats.totals(now_s),

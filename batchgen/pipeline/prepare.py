@@ -394,6 +394,7 @@ class Prepared(Checked):
             carried=self.carried,
             needed=self.builder.columns(self.columns.names)
             | set(RowOptions(self.job).columns().values()),
+            as_bytes=frozenset({self.job.prompt.images or ""}),
             where=self.job.input.where,
         )
 

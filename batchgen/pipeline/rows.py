@@ -27,6 +27,7 @@ from batchgen.core.errors import AccountingError, BatchgenError, OutputError
 from batchgen.core.expressions import RowTest, parse_row_test
 from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
+from batchgen.pipeline.rendering import changes_since, old_rows
 from batchgen.pipeline.runner import Committer
 from batchgen.store.books import Durable
 from batchgen.store.matching import (
@@ -206,14 +207,43 @@ class Takeover:
 
     def _errors(self) -> Iterator[RowSet]:
         """Yield the base's rows that are errors, piece by piece."""
-        storage, status = self._ledger.storage, f"{self.old.prefix}status"
+        for table in self._answers("status"):
+            yield rows_of(table.filter(pc.equal(table.column(2), "error")))
+
+    def _answers(self, *names: str) -> Iterator[pa.Table]:
+        """Yield the base's rows: ordinals, and columns of batchgen's, piece by piece."""
+        storage, columns = self._ledger.storage, [f"{self.old.prefix}{name}" for name in names]
         for part in self._durable.parts:
             with ResultFile(storage.path(part.name)) as file:
-                for _, table in file.groups([SEGMENT, ROW, status]):
-                    yield rows_of(table.filter(pc.equal(table.column(status), "error")))
+                for _, table in file.groups([SEGMENT, ROW, *columns]):
+                    yield table
         for file, group, ordinals in row_groups(storage, self._manifest):
-            if (statuses := file.group(group, [status], is_proven=False)) is not None:
-                yield rows_of(ordinals().filter(pc.equal(statuses.column(status), "error")))
+            if (found := file.group(group, columns, is_proven=False)) is not None:
+                place = ordinals().select([SEGMENT, ROW])
+                yield pa.table([*place, *found], names=[SEGMENT, ROW, *columns])
+
+    def old_rows(self) -> RowSet:
+        """Map each segment to those of `rows` that were made by another rendering than today's.
+
+        Reads and renders them, where the job's prompts may differ at all.
+
+        Raises:
+            SourceError: They cannot be read.
+            StorageError: Their keys cannot be read right now.
+        """
+        if not self.rows or not changes_since(self.old.rendering, self._prepared):
+            return RowSet()
+        moves, prefix = Renumbering(self._spans, self.old, self._plan), self.old.prefix
+        tables = (
+            moves.table(table, prefix, takes_errors=True).drop([f"{prefix}status"])
+            for table in self._answers("status", "request_key", "recipe")
+        )
+        return old_rows(self._prepared, self._plan, self.rows, tables)
+
+    def leave_old_rows(self) -> None:
+        """Take none of a rendering that is older than the plan's, unless the prompt is the same."""
+        if self.old.rendering < self._plan.rendering:
+            self.restrict(self.rows - self.old_rows())
 
 
 def new_rows(spans: Iterable[Span]) -> RowSet:
@@ -244,6 +274,7 @@ def takeovers(
     for base in plan.bases:
         source = Takeover(ledger, prepared, plan, base, tell)
         source.restrict(todo)
+        source.leave_old_rows()
         todo -= source.rows
         found.append(source)
     return found

@@ -104,6 +104,8 @@ class Forecast:
     is_continued: bool = False
     """A run goes on with a plan that is there."""
     rows: Rows | None = None
+    num_old_rendering: int = 0
+    """Rows that were made with an old rendering, kept or, if asked for, run again."""
     num_leaving: int = 0
     """Rows of the last snapshot that the plan has no row for; the warnings say why."""
     survey: Survey | None = None
@@ -120,7 +122,7 @@ class Forecast:
         """Plain values, for JSON."""
         names = (
             *("state", "exit_code", "reason", "output", "plan_number", "is_continued"),
-            *("num_leaving", "max_model_len", "max_model_len_source"),
+            *("num_old_rendering", "num_leaving", "max_model_len", "max_model_len_source"),
         )
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         rows = {name: getattr(self.rows, name) for name in Rows.__slots__} if self.rows else None
@@ -388,6 +390,7 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
         plan_number=plan.number,
         is_continued=ahead.is_continued,
         rows=ahead.rows,
+        num_old_rendering=ahead.begun.old.num,
         num_leaving=ahead.begun.leaving.num_rows,
         survey=found,
         block_tokens=_block_tokens(spec),

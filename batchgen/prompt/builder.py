@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import orjson
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
+from batchgen.core.data import NotText, NotTextError
 from batchgen.core.errors import ConfigError, nearest
 from batchgen.core.records import Messages, Prompt, RowError
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
@@ -101,6 +102,10 @@ class PromptBuilder:
                 nulls = sorted(name for name in self._names if values.get(name, "") is None)
                 here = f"; null here: {', '.join(nulls)}" if nulls else ""
                 return RowError("null_value", f"the prompt needs a value that is null{here}")
+            case NotTextError():
+                bad = sorted(name for name in self._names if isinstance(values.get(name), NotText))
+                here = f": {', '.join(bad)}" if bad else ""
+                return RowError("invalid_utf8", f"the prompt needs text, found no UTF-8{here}")
             case UndefinedError():
                 what = _shortened(f"the prompt needs a value that is absent: {error}")
                 return RowError("missing_value", what)
@@ -131,6 +136,8 @@ class PromptBuilder:
         value = values.get(name)
         if value is None:
             return RowError("null_value", f"column {name!r} is null, expected a prompt")
+        if isinstance(value, NotText):
+            raise NotTextError
         if self._config.messages is not None:
             return _checked_messages(name, value, self._images)
         if not isinstance(value, str):

@@ -260,6 +260,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return render, names
 
+    def getattr(self, obj: Any, attribute: str) -> Any:  # noqa: ANN401, D102
+        if attribute == "decode" and isinstance(obj, str):
+            # Text of binary columns came as bytes up to batchgen 0.1.0: templates may decode it.
+            return lambda *_: obj
+        return super().getattr(obj, attribute)
+
     def _refill(self) -> None:
         """Begin a render."""
         self._chars = MAX_CHARS

@@ -7,10 +7,9 @@ that are not UTF-8, which Parquet does not forbid, are errors of their rows.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.core.errors import SourceError
@@ -20,9 +19,10 @@ from batchgen.source.columns import JSON_METADATA, is_json, override
 from batchgen.source.files import open_input, stat_input
 from batchgen.source.reading import Rows, make_batch, shape_of, taken, to_values
 from batchgen.source.text import PARQUET_MAGIC, Scan, binary_looks_like
+from batchgen.source.values import to_python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec
@@ -75,7 +75,7 @@ class ParquetReader:
         shape = shape_of(segment, spec)
         names = list(dict.fromkeys([*shape.table_columns, *shape.needed]))
         for rows, batch in _wanted(path, todo, names, spec.batch_rows):
-            yield make_batch(shape, _convert(path, rows, batch, shape.needed))
+            yield make_batch(shape, _convert(path, rows, batch, shape.needed, spec.as_bytes))
 
     def is_seekable(self, path: str) -> bool:
         """See `Reader`. Rows before the wanted ones are decoded from their row group's start on."""
@@ -161,7 +161,13 @@ def _in_group(
             return
 
 
-def _convert(path: str, rows: list[int], batch: pa.RecordBatch, needed: Sequence[str]) -> Rows:
+def _convert(
+    path: str,
+    rows: list[int],
+    batch: pa.RecordBatch,
+    needed: Sequence[str],
+    as_bytes: Collection[str],
+) -> Rows:
     arrays: dict[str, pa.Array] = {}
     errors: dict[int, RowError] = {}
     for name in batch.schema.names:
@@ -169,7 +175,10 @@ def _convert(path: str, rows: list[int], batch: pa.RecordBatch, needed: Sequence
         for at in bad:
             text = f"{path}: row {rows[at]}: column {name!r} is not UTF-8"
             errors.setdefault(at, RowError("invalid_utf8", text))
-    columns = {name: _to_python(arrays[name]) for name in needed}
+    columns = {
+        name: arrays[name].to_pylist() if name in as_bytes else to_python(arrays[name])
+        for name in needed
+    }
     return Rows(rows, to_values(columns, needed, len(rows)), arrays, errors)
 
 
@@ -193,10 +202,3 @@ def _decoded(value: bytes | None) -> str | UnicodeDecodeError | None:
         return None if value is None else value.decode()
     except UnicodeDecodeError as error:
         return error
-
-
-def _to_python(column: pa.Array) -> list[Any]:
-    """As templates see it; what has nanoseconds comes as text, since Python's types have none."""
-    unit = getattr(column.type, "unit", None)
-    values: list[Any] = (pc.cast(column, pa.string()) if unit == "ns" else column).to_pylist()
-    return values

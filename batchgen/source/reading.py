@@ -37,6 +37,8 @@ class ReadSpec:
     where: str | None = None
     """SQL expression over the columns; rows for which it is not true are skipped."""
     batch_rows: int = 1024
+    as_bytes: frozenset[str] = frozenset()
+    """Those of `needed` whose binary values are no text: images."""
     line_indexes: LineIndexes | None = None
     """What earlier reads learnt, for a process that reads a file in many pieces; the rows that
     come are the same with it and without."""

@@ -72,6 +72,9 @@ class Plan:
     """Whether the bases' error rows are taken over like the others, or run again."""
     generation: int = 0
     """How many plans up to this one have tried errors again."""
+    rendering: int = 0
+    """What prompts are made by, at least, see `pipeline.rendering`: rows of a base that was made by
+    less are taken over only if their prompt is still the same."""
     counts_lines: bool = False
     """Of CSV: a bad record over several lines counts as that many rows. Plans of before 0.2
     counted it as one, which hid how much a quote that is not closed had swallowed."""

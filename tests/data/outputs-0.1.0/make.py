@@ -10,6 +10,7 @@ is in them:
 - nights: two files of JSONL, two snapshots; the second night edited one row and added three.
 - interrupted: a run that was killed with parts written and nothing published.
 - csv, parquet: one night each.
+- binary: text in a binary column, which 0.1.0 printed as Python does: b'Caf\\xc3...'.
 """
 
 from __future__ import annotations
@@ -121,6 +122,24 @@ rows_per_file = 12
 [checks]
 allow_truncated = true
 """
+BINARY = f"""\
+[input]
+path = "in.parquet"
+
+[prompt]
+user = "{{{{ text }}}}"
+
+{ECHO}
+[sampling]
+max_tokens = 100
+temperature = 0
+
+[output]
+path = "out"
+
+[gate]
+max_error_rate = 0.5
+"""
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -209,6 +228,15 @@ def make_csv() -> None:
     subprocess.run(batchgen("run", "job.toml"), cwd=WORK, check=True)
 
 
+def make_binary() -> None:
+    """UTF-8 but for one row; a null."""
+    (WORK / "job.toml").write_text(BINARY)
+    texts = [b"Caf\xc3\xa9", b"plain", None, b"Gr\xc3\xb6\xc3\x9fe", b"\xff\xfe", b"plain", b"end"]
+    table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.binary())})
+    pq.write_table(table, WORK / "in.parquet")
+    subprocess.run(batchgen("run", "job.toml"), cwd=WORK, check=True)
+
+
 def make_parquet() -> None:
     """Nested and temporal types; two answers a row; several published files."""
     (WORK / "data").mkdir()
@@ -249,7 +277,7 @@ def make_parquet() -> None:
 
 def main() -> None:
     """Make every folder that is not there."""
-    made = (make_nights, make_interrupted, make_csv, make_parquet)
+    made = (make_nights, make_interrupted, make_csv, make_parquet, make_binary)
     for make in made:
         target = HERE / make.__name__.removeprefix("make_")
         if target.exists():

@@ -1,0 +1,162 @@
+"""What a prompt is made of a row by, and which rows were made otherwise by an earlier batchgen.
+
+Where a fix changes what a prompt is, answers to the old prompts stay: they are valid, and only
+the user knows whether they are worth computing again. So a fix is a `Change` here:
+
+1. Raise `RENDERING` by one (once a release is enough) and add a `Change` with that number: its
+   words for people, and a test that tells from the job and the columns that prompts read, without
+   a row, whether it can touch the job at all. Too broad a test costs time, too narrow a one hides
+   rows.
+2. That is all. Whether a row's prompt differs is told by its `request_key`, which is a hash of the
+   prompt: where a change may touch a job, its answered rows are read and rendered, and those whose
+   key is another one now count. Rows whose prompt is the same never count.
+
+`Plan.rendering` says by what a plan's rows are made at least, absent in plans of 0.1.0. `plan` and
+`run` tell the number of old rows; `--rerender` makes a plan that takes over only the others. New
+and edited rows, and what is left of an unfinished plan, are always rendered as they are today.
+The recipe and its fingerprint know nothing of it, so no output is refused. Once a night has found
+no old row, its plan is as new as the program and nobody looks again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+
+from batchgen.answers.json_schema import row_validator
+from batchgen.core.records import Ranges, Request, RowSet
+from batchgen.job.recipe import Seeds
+from batchgen.pipeline.frozen import read_rows
+from batchgen.prompt.requests import RequestBuilder
+from batchgen.source.values import holds_bytes
+from batchgen.store.reuse import prefix_of, prefixes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import polars as pl
+
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.prepare import Prepared
+    from batchgen.store.books import Plan
+
+RENDERING = 1
+"""Today's; 0 is that of batchgen 0.1.0."""
+
+
+class Change(NamedTuple):
+    """A change of what some prompts are."""
+
+    since: int
+    """The first `RENDERING` that has it."""
+    of: str
+    """For people, after "the old rendering of"."""
+    may_touch: Callable[[JobConfig, pa.Schema], bool]
+    """Whether prompts of this job can differ by it; gets the columns that prompts read."""
+
+
+def _reads_bytes(job: JobConfig, read: pa.Schema) -> bool:
+    return any(holds_bytes(field.type) for field in read if field.name != job.prompt.images)
+
+
+CHANGES = (Change(1, "binary columns", _reads_bytes),)
+
+
+def changes_since(rendering: int, prepared: Prepared) -> str:
+    """Name the changes that may touch a job's prompts, for people; empty if there are none."""
+    columns = prepared.columns
+    read = pa.schema([columns.field(name) for name in sorted(prepared.spec().needed)])
+    found = [one for one in CHANGES if one.since > rendering]
+    return " and of ".join(one.of for one in found if one.may_touch(prepared.job, read))
+
+
+class OldRows(NamedTuple):
+    """Rows whose prompt today's rendering makes another, told to people."""
+
+    num: int = 0
+    of: str = ""
+    """What is rendered otherwise."""
+    is_again: bool = False
+    """Whether they run again."""
+
+    @property
+    def text(self) -> str:
+        """A sentence for people."""
+        rows, were = ("row", "was") if self.num == 1 else ("rows", "were")
+        text = f"{self.num:,} {rows} {were} made with the old rendering of {self.of}"
+        return f"{text}: run again" if self.is_again else f"{text}; --rerender runs them again"
+
+
+def old_rows(prepared: Prepared, plan: Plan, rows: RowSet, answers: Iterable[pa.Table]) -> RowSet:
+    """Find the rows whose request is another one than their answer was made for.
+
+    Reads and renders all of them.
+
+    Args:
+        prepared: The job.
+        plan: Whose ordinals these are.
+        rows: Segment -> rows that are answered.
+        answers: Their ordinals, `request_key` and `recipe`, in that order. A row of an older
+            recipe does not count: nobody can tell what its prompt would be now.
+    """
+    known = _Keys(plan.recipe_fingerprint, answers)
+    builder = RequestBuilder(
+        prepared.builder,
+        prepared.job,
+        plan.recipe_fingerprint,
+        seeds=Seeds(prepared.job.sampling, plan.seed_generation),
+        ids=itertools.count(),
+        check_schema=row_validator,
+    )
+    spec = replace(prepared.spec(), carried=())
+    found: list[tuple[int, int, int]] = []
+    for batch in read_rows(plan, rows, prepared.reader, spec):
+        keys = [
+            prefix_of(made.request_key) if isinstance(made, Request) else None
+            for made in builder.of(batch)
+        ]
+        old = Ranges.of(known.differing(batch.segment, batch.rows, keys))
+        found += [(batch.segment, start, stop) for start, stop in old.spans]
+    return RowSet.of_spans(found)
+
+
+class _Keys:
+    """The first 64 bits of the keys of answered rows, 16 bytes a row."""
+
+    def __init__(self, recipe: str, answers: Iterable[pa.Table]) -> None:
+        import polars as pl
+
+        kinds = {"segment": pl.Int32, "row": pl.Int64, "key": pl.UInt64}
+        frames = [pl.DataFrame(schema=kinds)]
+        for table in answers:
+            frame = pl.DataFrame(table.rename_columns([*"ab", "key", "recipe"]))
+            keys = prefixes_of(frame["key"].cast(pl.String))
+            frame = frame.select(segment="a", row="b", key=keys, recipe="recipe")
+            of_recipe = frame.filter(pl.col("recipe").cast(pl.String) == recipe)
+            frames.append(of_recipe.select(pl.col(name).cast(kinds[name]) for name in kinds))
+        whole = pl.concat(frames).sort("segment", "row")
+        self._by_segment = {
+            int(part["segment"][0]): part.select("row", "key")
+            for part in whole.partition_by("segment")
+        }
+
+    def differing(self, segment: int, rows: Iterable[int], keys: Iterable[int | None]) -> list[int]:
+        """Of these rows of a segment, those that have another key, or one and no one."""
+        import polars as pl
+
+        known: pl.DataFrame | None = self._by_segment.get(segment)
+        if known is None:
+            return []
+        now = pl.DataFrame(
+            {"row": list(rows), "now": list(keys)}, schema={"row": pl.Int64, "now": pl.UInt64}
+        )
+        if not len(now):
+            return []
+        first, last = now["row"][0], now["row"][-1]
+        start = known["row"].search_sorted(first, side="left")
+        stop = known["row"].search_sorted(last, side="right")
+        both = now.join(known[start:stop], on="row")
+        return both.filter(pl.col("now").ne_missing(pl.col("key")))["row"].sort().to_list()
