@@ -47,7 +47,7 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
 
 @job_command
 @JSON
-def doctor(job: Path, load: Load, *, as_json: bool) -> None:
+def doctor(_: Path, load: Load, *, as_json: bool) -> None:
     """Tell whether this machine can run a job, and how well, before anything loads.
 
     GPU, driver, versions, quantization, weights and KV cache against memory, rows at once, output
@@ -57,7 +57,7 @@ def doctor(job: Path, load: Load, *, as_json: bool) -> None:
     """
     from batchgen.preview.doctor import examine
 
-    report = examine(load, job)
+    report = examine(load)
     click.echo(as_line(report.as_dict()) if as_json else report.as_text())
     sys.exit(report.exit_code)
 
@@ -112,7 +112,9 @@ def plan(
     from batchgen.pipeline.context import RunOptions
     from batchgen.preview.plan import PlanOptions, forecast_text, foresee
 
-    asked = {name: options.pop(name) for name in ("is_exact", "rate", "price")}
+    asked = {name: options.pop(name) for name in ("rate", "price")}
+    if options.pop("is_exact"):
+        asked["sample_rows"] = None
     forecast = foresee(load, PlanOptions(RunOptions(**options), **asked))
     click.echo(as_line(forecast.as_dict()) if as_json else forecast_text(forecast))
     sys.exit(forecast.exit_code)

@@ -284,12 +284,6 @@ def _log(summary: Summary) -> str:
 @flag(
     "--scratch", help="Measure in a temporary output and keep no row: for a job that has none left."
 )
-@flag(
-    "--try-fp8-kv-cache",
-    "tries_fp8",
-    help="Look at a KV cache in FP8, too. It changes answers: measured in a temporary output, "
-    "and never used unless the job file says so.",
-)
 @JSON
 def tune(
     job: Path,
@@ -315,7 +309,6 @@ def tune(
             budget_s=60 * asked["minutes"],
             times=Times(least_s=min(Times().least_s, asked["most_s"]), most_s=asked["most_s"]),
             keeps_rows=not asked["scratch"],
-            tries_fp8=asked["tries_fp8"],
         )
         config = load(tuned=False)
         _stop_search_on_signals(stops, config.run.grace_s)

@@ -14,6 +14,7 @@ import gc
 import io
 import os
 import sys
+import unicodedata
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,37 @@ if TYPE_CHECKING:
 _YOUNG_OBJECTS = 50_000
 _UNHEARD = (OSError, ValueError)
 """What a stream raises that cannot be written: ValueError, if it is closed."""
+
+
+_PLAIN = {"Zs", "Co", "Cn"}
+"""Categories of characters beside `str.isprintable` that move nothing on a terminal."""
+_JOINERS = "\u200c\u200d"
+"""Part of words in some scripts, and of emoji."""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Escape what would steer a terminal, or show text in another order than it has.
+
+    Control characters (ESC, C0, C1, a carriage return), direction overrides and isolates,
+    characters that cannot be seen, and halves of surrogate pairs. Whatever batchgen prints of
+    data, of names of files or of other programs' texts goes through here.
+
+    Args:
+        text: Of anybody.
+        keep: Control characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _is_harmless(c) or c in keep else _escaped(c) for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    is_plain = character in _JOINERS or unicodedata.category(character) in _PLAIN
+    return character.isprintable() or is_plain
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class Stderr:
@@ -57,7 +89,7 @@ STDERR = Stderr()
 
 def say(text: str) -> None:
     """Write a line of batchgen's to stderr, if it can be written."""
-    STDERR.write(f"batchgen: {text}\n")
+    STDERR.write(f"batchgen: {printable(text)}\n")
     STDERR.flush()
 
 

@@ -51,16 +51,6 @@ _TRY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class GpuProcess:
-    """A process with memory on a GPU."""
-
-    pid: int
-    name: str
-    """Empty where it cannot be told: the process is another container's."""
-    used_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class Gpu:
     """A GPU, or a MIG slice of one."""
 
@@ -73,7 +63,6 @@ class Gpu:
     free_bytes: int
     capability: tuple[int, int] | None
     """Compute capability, (9, 0) for an H100."""
-    processes: Sequence[GpuProcess] = ()
     is_mig: bool = False
 
 
@@ -223,7 +212,6 @@ def _gpus_at(nvml: Any, index: int) -> Iterator[Gpu]:
             total_bytes=total,
             free_bytes=free,
             capability=(major, minor),
-            processes=list(_processes(nvml, part)),
             is_mig=bool(slices),
         )
 
@@ -241,18 +229,6 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
     except nvml.NVMLError:  # A driver before 510.
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         return memory.total, memory.free
-
-
-def _processes(nvml: Any, handle: Any) -> Iterator[GpuProcess]:
-    try:
-        running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except nvml.NVMLError:  # Not told to this user, or not for a MIG slice.
-        return
-    for process in running:
-        name = ""
-        with contextlib.suppress(nvml.NVMLError):
-            name = _text(nvml.nvmlSystemGetProcessName(process.pid))
-        yield GpuProcess(process.pid, name, process.usedGpuMemory)
 
 
 def _text(value: str | bytes) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from batchgen.core.errors import ConfigError
+from batchgen.core.errors import ConfigError, one_line
 from batchgen.preview.machine import Finding, gib, ok, problem
 
 if TYPE_CHECKING:
@@ -45,8 +47,6 @@ _MAX_NUMBER = 2**40
 """Far above what any model has: a larger number is damage, and counts as absent."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 """Formats of a safetensors file that are loaded in the model's own."""
-_MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit: safetensors, MAX_HEADER_SIZE."""
 _NOT_LINEAR = ("embed", "lm_head", "wte", "norm", "router", "gate.weight")
 _OTHER_WEIGHTS = ("*.gguf", "*.bin", "*.pt", "*.pth")
 
@@ -96,7 +96,7 @@ def find_model(model: ModelConfig, hub: Hub) -> Found:
     try:
         there, num_bytes = hub.look(name, model.revision)
     except OSError as error:
-        text = f"{name} is not in the cache, and the hub does not give it: {_first_line(error)}"
+        text = f"{name} is not in the cache, and the hub does not give it: {one_line(error)}"
         return Found(problem("model", text, "check the name, the network and HF_TOKEN"))
     size, free = gib(num_bytes), hub.free_bytes()
     if free is not None and free < num_bytes:
@@ -129,10 +129,6 @@ def weight_bytes(files: Mapping[str, int]) -> int:
     return 0
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 class HuggingFace:
     """The hub itself, through huggingface_hub. Needs no torch."""
 
@@ -163,7 +159,7 @@ class HuggingFace:
             ]
         except Exception as error:
             # Of its own, of requests, httpx or httpx2, as its version has it.
-            raise OSError(_first_line(error)) from error
+            raise OSError(one_line(error)) from error
         if not here:
             msg = f"{name} has no config.json"
             raise OSError(msg)
@@ -342,10 +338,10 @@ def read_weights(folder: Path, shape: Shape, dtype: str, bits: float | None) -> 
     files = weight_files(folder)
     if missing := [path.name for path in files if not path.is_file()]:
         raise _damaged(folder, f"lacks {missing[0]:.80}, which its index names")
-    if files:
+    if files and find_spec("safetensors"):  # It comes with vLLM.
         return _from_headers(files, shape, dtype, bits)
     # The hub's cache holds links, whose files may be gone.
-    size = sum(path.stat().st_size for path in _others(folder) if path.is_file())
+    size = sum(path.stat().st_size for path in files or _others(folder) if path.is_file())
     return Weights(size, "by the size of its files", file_bytes=size) if size else None
 
 
@@ -375,14 +371,15 @@ def _others(folder: Path) -> Iterator[Path]:
 
 def _from_headers(files: Sequence[Path], shape: Shape, dtype: str, bits: float | None) -> Weights:
     total, parameters, is_packed = 0.0, 0, bool(shape.quantization)
-    for name, kind, sizes, num_bytes in (line for path in files for line in read_header(path)):
+    for name, kind, sizes in (tensor for path in files for tensor in read_tensors(path)):
         if shape.is_tied and name.endswith("lm_head.weight"):
             continue  # vLLM does not load it either.
         num = math.prod(sizes)
         parameters += num
         is_linear = len(sizes) > 1 and not any(word in name for word in _NOT_LINEAR)
+        own_bits = int((re.search(r"\d+", kind) or ["8"])[0])  # Such as BF16, F8_E4M3, BOOL.
         if kind not in _FLOATS or (is_packed and kind == "F32"):
-            total += num_bytes  # Packed weights and their scales stay as they are.
+            total += num * own_bits / 8  # Packed weights and their scales stay as they are.
         elif bits is not None and is_linear and not is_packed:
             total += num * bits / 8
         else:
@@ -392,30 +389,18 @@ def _from_headers(files: Sequence[Path], shape: Shape, dtype: str, bits: float |
     return Weights(round(total), source, None if is_packed else parameters, size)
 
 
-def read_header(path: Path) -> list[tuple[str, str, list[int], int]]:
-    """Tensors of a safetensors file: name, format, shape and bytes; reads its header alone.
+def read_tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Yield the tensors of a safetensors file: name, format such as BF16, and shape.
 
     Raises:
         ConfigError: The file is damaged: cut short, or not this format.
-
-    Source:
-        safetensors 0.8, safetensors/src/tensor.rs, Metadata::validate.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-        header.pop("__metadata__", None)
-        ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
-        size, expected = path.stat().st_size, 8 + length + max(ends, default=0)
-        tensors = [
-            (name, t["dtype"], [int(num) for num in t["shape"]], end - int(t["data_offsets"][0]))
-            for (name, t), end in zip(header.items(), ends, strict=True)
-        ]
-    except (OSError, OverflowError, RecursionError, ValueError, TypeError, LookupError) as error:
-        raise _damaged(path, f"is damaged or not a safetensors file: {error!r:.200}") from error
-    except AttributeError as error:
-        raise _damaged(path, "is damaged: its header is no JSON object") from error
-    if size < expected:
-        raise _damaged(path, f"is damaged: it has {size:,} bytes, expected {expected:,}")
-    return tensors
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_slice(name)
+                yield name, tensor.get_dtype(), tensor.get_shape()
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, f"is damaged or not a safetensors file: {one_line(error)}") from error

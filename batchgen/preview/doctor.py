@@ -52,7 +52,6 @@ _ANSWER_BYTES_A_TOKEN = 6
 
 def examine(
     load: Callable[[], JobConfig],
-    job_file: Path | None = None,
     probe: Callable[[], Machine] = read_machine,
     hub: Hub | None = None,
 ) -> Report:
@@ -60,7 +59,6 @@ def examine(
 
     Args:
         load: Loads the job; what it raises is a problem like any other.
-        job_file: For its time; None if the job is not from a file.
         probe: Reads the machine.
         hub: Asked for models that are not in a folder; None: the Hugging Face hub.
     """
@@ -70,9 +68,9 @@ def examine(
     except BatchgenError as error:
         return Report([of_error("job", error)], machine)
     if job.model.is_vllm:
-        return _with_model(job, machine, hub or HuggingFace(), job_file)
+        return _with_model(job, machine, hub or HuggingFace())
     findings = [ok("model", f"{job.model.backend} needs neither GPU nor vLLM")]
-    findings += check_limits(machine, 0, job_file)
+    findings += check_limits(machine, 0)
     findings += check_replicas(job, machine)
     prepared = None
     with _errors_in(findings, "job", "batchgen check JOB shows more"):
@@ -81,7 +79,7 @@ def examine(
     return Report(findings, machine)
 
 
-def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | None) -> Report:
+def _with_model(job: JobConfig, machine: Machine, hub: Hub) -> Report:
     found, findings, wrong = find_model(job.model, hub), list[Finding](), list[Finding]()
     local, is_cpu = _shared(_localized(job, found)), machine.build == "cpu"
     spec = engine_spec(local, str(found.folder or ""))
@@ -94,7 +92,7 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub, job_file: Path | Non
         *check_device(machine, num_gpus),
         *check_replicas(job, machine),
         found.finding,
-        *check_limits(machine, num_gpus, job_file),
+        *check_limits(machine, num_gpus),
         *check_keywords(job.model.engine),
         *check_settings(kwargs),
         *wrong,

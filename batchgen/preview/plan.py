@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ from batchgen.pipeline.rows import (
 )
 from batchgen.pipeline.stats import duration
 from batchgen.preview.estimate import (
-    BLOCK_TOKENS,
     Estimate,
     Price,
     Rate,
@@ -42,7 +41,7 @@ from batchgen.preview.estimate import (
     estimate,
     last_run,
 )
-from batchgen.preview.sample import SAMPLE_ROWS, How, load_tokenize, max_model_len, survey
+from batchgen.preview.sample import SAMPLE_ROWS, load_tokenize, max_model_len, survey
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
@@ -109,7 +108,6 @@ class Forecast:
     num_leaving: int = 0
     """Rows of the last snapshot that the plan has no row for; the warnings say why."""
     survey: Survey | None = None
-    block_tokens: int = 0
     max_model_len: int | None = None
     max_model_len_source: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -120,33 +118,15 @@ class Forecast:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        names = (
-            *("state", "exit_code", "reason", "output", "plan_number", "is_continued"),
-            *("num_old_rendering", "num_leaving", "max_model_len", "max_model_len_source"),
-        )
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        rows = {name: getattr(self.rows, name) for name in Rows.__slots__} if self.rows else None
+        found = asdict(replace(self, survey=None, estimate=None))
+        del found["survey"], found["past"], found["settings"]
         return {
-            **fields,
-            "rows": rows,
-            "todo": _survey_dict(self.survey) if self.survey else None,
+            **found,
+            "todo": self.survey.as_dict() if self.survey else None,
             "engine_settings": dict(self.settings),
-            "last_run": self.past.as_dict() if self.past else None,
+            "last_run": asdict(self.past) if self.past else None,
             "estimate": self.estimate.as_dict() if self.estimate else None,
-            "warnings": list(self.warnings),
         }
-
-
-def _survey_dict(survey: Survey) -> dict[str, Any]:
-    names = (
-        *("is_exact", "num_rows", "num_looked", "num_skipped", "num_bad", "num_known"),
-        *("num_duplicates", "num_repeats", "num_too_long", "num_tight", "num_unknown"),
-        *("num_to_compute", "max_output_tokens", "prompt_tokens", "prefix_share"),
-        "num_prefix_prompts",
-    )
-    lengths = survey.lengths.as_dict() if survey.lengths else None
-    fields = {name: getattr(survey, name) for name in names}
-    return {**fields, "bad": dict(survey.bad), "lengths": lengths}
 
 
 def forecast_text(forecast: Forecast) -> str:
@@ -232,17 +212,6 @@ def _tokens(forecast: Forecast, survey: Survey) -> Iterator[str]:
             f"    max_model_len {forecast.max_model_len:,} ({forecast.max_model_len_source})"
             + (f"{tight} have less room than max_tokens" if survey.num_tight else "")
         )
-    if survey.prefix_share is not None:
-        yield (
-            f"    shared prefixes: {survey.prefix_share:.1%} of the tokens of "
-            f"{survey.num_prefix_prompts:,} prompts, in whole blocks of {forecast.block_tokens} "
-            "as vLLM's cache shares them"
-            + ("; at least, since only these were compared" if _is_part(survey) else "")
-        )
-
-
-def _is_part(survey: Survey) -> bool:
-    return survey.num_prefix_prompts < survey.num_to_compute
 
 
 def _answers(forecast: Forecast, survey: Survey) -> Iterator[str]:
@@ -288,12 +257,11 @@ class PlanOptions:
 
     run: RunOptions = field(default_factory=RunOptions)
     """Options of the run that is foretold."""
-    is_exact: bool = False
-    """Look at every row that is to do."""
+    sample_rows: int | None = SAMPLE_ROWS
+    """Look at so many of the rows that are to do; None: at all of them."""
     rate: Rate | None = None
     """How fast rows come; None: as in the last run."""
     price: Price | None = None
-    sample_rows: int = SAMPLE_ROWS
 
 
 class Overlay(LocalStorage):
@@ -393,7 +361,6 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
         num_old_rendering=ahead.begun.old.num,
         num_leaving=ahead.begun.leaving.num_rows,
         survey=found,
-        block_tokens=_block_tokens(spec),
         max_model_len=max_len,
         max_model_len_source=source,
         settings=_settings(ahead, spec, past, lengths_of(job, ledger)),
@@ -513,26 +480,25 @@ def _count_rows(
 
 
 def _survey(ahead: _Ahead, spec: EngineSpec, options: PlanOptions, max_len: int | None) -> Survey:
-    prepared, plan, sampling = ahead.prepared, ahead.begun.plan, ahead.prepared.job.sampling
+    prepared, plan = ahead.prepared, ahead.begun.plan
     builder = RequestBuilder(
         prepared.builder,
         prepared.job,
         plan.recipe_fingerprint,
-        seeds=Seeds(sampling, plan.seed_generation),
+        seeds=Seeds(prepared.job.sampling, plan.seed_generation),
         ids=itertools.count(),
         check_schema=row_validator,
     )
-    how = How(
-        max_tokens=sampling.max_tokens,
-        n=sampling.n,
+    return survey(
+        plan,
+        ahead.todo,
+        prepared,
+        builder,
+        load_tokenize(spec),
         max_model_len=max_len,
         known=ahead.known,
-        dedupe=prepared.job.run.dedupe,
-        is_exact=options.is_exact,
         sample_rows=options.sample_rows,
-        block_tokens=_block_tokens(spec),
     )
-    return survey(plan, ahead.todo, prepared, builder, load_tokenize(spec), how)
 
 
 def _estimate(
@@ -550,11 +516,6 @@ def _settings(
     """What a run would choose for its engine, as far as that is known without vLLM."""
     work = work_of(ahead.todo, ahead.prepared.job, lengths)
     return choose_settings(replace(spec, work=work), past.max_num_seqs if past else None)
-
-
-def _block_tokens(spec: EngineSpec) -> int:
-    given: Any = spec.model_kwargs.get("block_size")
-    return given if isinstance(given, int) and given > 0 else BLOCK_TOKENS
 
 
 def _who_holds(storage: LocalStorage) -> list[str]:

@@ -17,7 +17,7 @@ import random
 import statistics
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,6 @@ from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_envi
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.prepare import first_rows
 from batchgen.preview.estimate import (
-    BLOCK_TOKENS,
-    PrefixCache,
     estimate_duplicates,
     last_run,
     lengths_of,
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import EngineSpec
     from batchgen.engine.base import EngineRequest
+    from batchgen.job.model import JobConfig
     from batchgen.preview.estimate import PastRun
 
     Tokens = array[int] | RowError | None
@@ -60,7 +59,7 @@ if TYPE_CHECKING:
     from batchgen.preview.estimate import Lengths
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.books import Plan
-    from batchgen.store.reuse import Dedupe, KeySet
+    from batchgen.store.reuse import KeySet
 
 
 _MAX_LENGTH = 2**40
@@ -300,29 +299,12 @@ _UNKNOWN = -1
 """Prompt tokens of a row that only the engine can render: it has images."""
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """Says how rows are to be looked at."""
-
-    max_tokens: int
-    """The job's; a row may have its own."""
-    n: int = 1
-    max_model_len: int | None = None
-    known: KeySet | None = None
-    """Requests that have an answer already."""
-    dedupe: Dedupe = "auto"
-    """Whether rows of one job may share an answer, see `known.Deduper`."""
-    is_exact: bool = False
-    """Look at every row."""
-    sample_rows: int = SAMPLE_ROWS
-    """Look at so many otherwise; prefixes are always looked for in so many."""
-    block_tokens: int = BLOCK_TOKENS
-
-
 @dataclass(slots=True)
 class Seen:
     """Counts what the rows looked at are."""
 
+    job: JobConfig
+    max_model_len: int | None
     num_rows: int = 0
     num_skipped: int = 0
     """Blank, or left out by `where`."""
@@ -340,6 +322,20 @@ class Seen:
     """1 if equal rows may have one answer."""
     num_tight: int = 0
     """The model's context ends before `max_tokens` would."""
+
+    def note(self, request: Request, num_tokens: int) -> None:
+        """Count a row that would reach the engine, with a prompt of so many tokens."""
+        sampling, dedupe = self.job.sampling, self.job.run.dedupe
+        # A row's own max_tokens; `n` is the job's alone.
+        max_tokens = (request.params or {}).get("max_tokens", sampling.max_tokens)
+        room = max_tokens
+        if self.max_model_len is not None and num_tokens >= 0:
+            room = room_for(num_tokens, max_tokens, self.max_model_len)
+        self.keys.append(prefix_of(request.request_key))
+        self.shares.append(dedupe == "always" or (dedupe == "auto" and request.seed is None))
+        self.lengths.append(num_tokens)
+        self.rooms.append(room * sampling.n)
+        self.num_tight += 0 < room < max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,8 +362,6 @@ class Survey:
     max_output_tokens: int
     lengths: Lengths | None
     """Of the prompts looked at that are to compute."""
-    prefix_share: float | None
-    num_prefix_prompts: int
 
     @property
     def is_exact(self) -> bool:
@@ -387,14 +381,23 @@ class Survey:
         num = self.num_to_compute - self.num_unknown
         return self.lengths.total if self.is_exact else round(self.lengths.mean * num)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        derived = {name: getattr(self, name) for name in ("is_exact", "num_bad", "prompt_tokens")}
+        lengths = self.lengths.as_dict() if self.lengths else None
+        return {**asdict(self), **derived, "lengths": lengths}
 
-def survey(
+
+def survey(  # noqa: PLR0913 - what a run would do, and how it is to be looked at
     plan: Plan,
     todo: RowSet,
     prepared: Prepared,
     builder: RequestBuilder,
     tokenize: Tokenize,
-    how: How,
+    *,
+    max_model_len: int | None = None,
+    known: KeySet | None = None,
+    sample_rows: int | None = SAMPLE_ROWS,
 ) -> Survey:
     """Look at rows to do.
 
@@ -404,33 +407,25 @@ def survey(
         prepared: The job.
         builder: Makes requests.
         tokenize: Counts their tokens.
-        how: How many to look at, and what to see in them.
+        max_model_len: Tokens of a prompt and its answer; None where there is no limit.
+        known: Requests that have an answer already.
+        sample_rows: Look at so many rows; None: at all of them.
 
     Raises:
         SourceError: A file cannot be read, or changed since the plan.
     """
-    sample = sampled(todo, how.sample_rows)
-    chosen = todo if how.is_exact else sample
-    cache = PrefixCache(how.block_tokens)
-    fed: set[str] = set()
-    seen = Seen()
+    chosen = todo if sample_rows is None else sampled(todo, sample_rows)
+    seen = Seen(prepared.job, max_model_len)
     for batch in read_rows(plan, chosen, prepared.reader, prepared.spec()):
         seen.num_rows += len(batch.rows) + len(batch.skipped)
         seen.num_skipped += len(batch.skipped)
-        requests = _requests(builder.of(batch), seen, how.known)
+        requests = _requests(builder.of(batch), seen, known)
         for request, tokens in zip(requests, tokenize(requests), strict=True):
             if isinstance(tokens, RowError):
                 seen.bad[tokens.error_type] += 1
-                continue
-            _note(seen, request, _UNKNOWN if tokens is None else len(tokens), how)
-            if tokens is None or not seen.rooms[-1]:
-                continue
-            is_copy = seen.shares[-1] and request.request_key in fed
-            if not is_copy and request.ordinal.row in sample[batch.segment]:
-                fed.add(request.request_key)
-                cache.feed(tokens)
-    num_rows = sum(len(rows) for rows in todo.values())
-    return summed(seen, num_rows, cache)
+            else:
+                seen.note(request, _UNKNOWN if tokens is None else len(tokens))
+    return summed(seen, todo.num_rows)
 
 
 def _requests(
@@ -450,27 +445,8 @@ def _requests(
     return [request for request, is_there in zip(requests, is_known, strict=True) if not is_there]
 
 
-def _note(seen: Seen, request: Request, num_tokens: int, how: How) -> None:
-    # A row's own max_tokens; `n` is the job's alone.
-    max_tokens = (request.params or {}).get("max_tokens", how.max_tokens)
-    room = max_tokens
-    if how.max_model_len is not None and num_tokens >= 0:
-        room = room_for(num_tokens, max_tokens, how.max_model_len)
-    seen.keys.append(prefix_of(request.request_key))
-    seen.shares.append(how.dedupe == "always" or (how.dedupe == "auto" and request.seed is None))
-    seen.lengths.append(num_tokens)
-    seen.rooms.append(room * how.n)
-    seen.num_tight += 0 < room < max_tokens
-
-
-def summed(seen: Seen, num_rows: int, cache: PrefixCache) -> Survey:
-    """Sum up, from the rows looked at to all.
-
-    Args:
-        seen: The rows looked at.
-        num_rows: Rows to do.
-        cache: What the sampled prompts share.
-    """
+def summed(seen: Seen, num_rows: int) -> Survey:
+    """Sum up, from the rows looked at to all that are to do."""
     table = pa.table(
         {
             "key": _column(seen.keys, pa.uint64()),
@@ -505,9 +481,7 @@ def summed(seen: Seen, num_rows: int, cache: PrefixCache) -> Survey:
         num_unknown=round((num_fitting - len(counted)) * scale_kept),
         num_to_compute=round(num_fitting * scale_kept),
         max_output_tokens=round((pc.sum(kept["room"]).as_py() or 0) * scale_kept),
-        lengths=lengths_of(_counts(counted)),
-        prefix_share=cache.share,
-        num_prefix_prompts=cache.num_prompts,
+        lengths=lengths_of(counted.to_pylist()),
     )
 
 
@@ -533,12 +507,6 @@ def _grouped(table: pa.Table, scale: float) -> tuple[pa.Table, int]:
 
 def _column(values: array[int], kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
-
-
-def _counts(values: pa.ChunkedArray) -> dict[int, int]:
-    found: Any = pc.value_counts(values)
-    values, counts = found.field("values").to_pylist(), found.field("counts").to_pylist()
-    return dict(zip(values, counts, strict=True))
 
 
 def sampled(todo: RowSet, num_rows: int, seed: int = _SEED) -> RowSet:

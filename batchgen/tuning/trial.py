@@ -40,7 +40,7 @@ from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import Moment
@@ -297,19 +297,22 @@ class Stops:
         return switch.is_heard or not is_again
 
 
-@dataclass(frozen=True, slots=True)
-class _Enough:
-    """When a trial has seen enough."""
-
-    times: Times
-    best_speed: float
-    grace_s: float
-
-
 def _watch(
-    run: JobRun, switch: StopSwitch, is_over: threading.Event, enough: _Enough
+    run: JobRun,
+    switch: StopSwitch,
+    is_over: threading.Event,
+    look: Callable[[Sequence[Moment]], Measure | None],
+    grace_s: float,
 ) -> list[Moment]:
-    """Look at a run until it is over, and stop it when enough is known; returns what was seen."""
+    """Look at a run until it is over, and stop it when enough is known; returns what was seen.
+
+    Args:
+        run: The trial's.
+        switch: Stops it.
+        is_over: Set when it has ended.
+        look: Says what was measured, once that is enough.
+        grace_s: How long the rows in flight have.
+    """
     moments: list[Moment] = []
     try:
         while not is_over.wait(_LOOK_EVERY_S) and switch.state is Stop.NO:
@@ -318,11 +321,10 @@ def _watch(
                 break
             moment = run.moment()
             add_moment(moments, moment)
-            found = measure(steady(moments, enough.times))
-            if found is None or not is_enough(found, enough.times, enough.best_speed):
+            if (found := look(moments)) is None:
                 continue
             # Rows in flight may finish within their time; else the next run does them again.
-            if moment.num_in_flight <= found.rows_per_s * enough.grace_s:
+            if moment.num_in_flight <= found.rows_per_s * grace_s:
                 switch.ask()
             else:
                 switch.now()
@@ -352,11 +354,15 @@ def run_trial(
         BatchgenError: The job fails. Not where only these settings are at fault: that is a trial
             with `failure`. With its own settings the job fails.
     """
+
+    def look(moments: Sequence[Moment]) -> Measure | None:
+        found = measure(steady(moments, times))
+        return found if is_enough(found, times, best_speed) else None
+
     began_s, failure, is_over = time.monotonic(), None, threading.Event()
     with stops.trial() as switch, ThreadPoolExecutor(1, "trial") as pool:
         run = JobRun(_for_trial(job, settings), stop=switch, publishes=False)
-        enough = _Enough(times, best_speed, job.run.grace_s)
-        seen = pool.submit(_watch, run, switch, is_over, enough)
+        seen = pool.submit(_watch, run, switch, is_over, look, job.run.grace_s)
         try:
             run.run()
         except (EngineError, ConfigError) as error:

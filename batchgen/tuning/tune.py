@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
-from batchgen.core.errors import BatchgenError, EngineError, ExitCode, OutputError
+from batchgen.core.errors import EngineError, ExitCode, OutputError
 from batchgen.engine.devices import device_name, read_devices, vllm_version
 from batchgen.job.tuned import PLACES, key_of, tuned_path, value_of
 from batchgen.pipeline.stats import duration
@@ -42,7 +42,6 @@ _MEASURED = (
 )
 """Figures of a `Measure` that are reported as they are."""
 _REASON_WIDTH = 70
-_WORTH_FP8 = 1.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,6 @@ class Report:
     is_confirmed: bool
     """Measured twice, beside the job's own."""
     trials: Sequence[Trial]
-    own: Measure | None
-    best: Measure | None
-    fp8: Trial | None
-    """The trial with a KV cache in FP8, whose answers are not kept."""
     num_answered: int
     """Rows that were answered on the way, and are kept."""
     is_answered: bool
@@ -79,9 +74,15 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         found = {one.name: getattr(self, one.name) for one in fields(self)}
-        for name in ("own", "best", "fp8"):  # Trials have their figures.
-            del found[name]
-        return found | {"trials": [trial_dict(trial, self.own) for trial in self.trials]}
+        return found | {"trials": self._trial_dicts()}
+
+    @property
+    def _own(self) -> Measure | None:
+        """What the job's own settings do: they are tried first."""
+        return self.trials[0].measure if self.trials else None
+
+    def _trial_dicts(self) -> list[dict[str, Any]]:
+        return [trial_dict(trial, self._own) for trial in self.trials]
 
     def as_text(self) -> str:
         """Table and verdict for a person."""
@@ -92,8 +93,6 @@ class Report:
             lines.append(f"gain     {self.gain:.2f} times the job's own settings, {twice}")
         elif self.tuned_file is not None:
             lines.append(f"best     {OWN}")
-        if (text := self._fp8_text()) is not None:
-            lines.append(f"FP8      {text}")
         if self.tuned_file is not None:
             use = f"`batchgen run {self.job}` uses it" if self.settings else "nothing to use in it"
             lines.append(f"written  {self.tuned_file}; {use}")
@@ -124,7 +123,7 @@ class Report:
                 why = why if len(why) <= _REASON_WIDTH else f"{why[: _REASON_WIDTH - 3]}..."
                 lines.append(f"{number:>2}  {text:<{width}}  {why}")
                 continue
-            usage, own = found.kv_cache_usage, self.own
+            usage, own = found.kv_cache_usage, self._own
             cells = (
                 f"{found.prompt_tokens_per_s:,.0f}",
                 f"{found.output_tokens_per_s:,.0f}",
@@ -135,22 +134,6 @@ class Report:
             )
             lines.append(_ROW.format(number, text, *cells, width=width).rstrip())
         return lines
-
-    def _fp8_text(self) -> str | None:
-        """What a KV cache in FP8 would bring, which no file may decide."""
-        trial = self.fp8
-        if trial is None:
-            return None
-        if trial.measure is None:
-            return f"A KV cache in FP8 could not be measured: {trial.failure or 'too few rows'}."
-        gain = trial.measure.score / self.best.score if self.best is not None else 0.0
-        if gain < _WORTH_FP8:
-            return "A KV cache in FP8 brings nothing more."
-        return (
-            f"A KV cache in FP8 was {gain:.2f} times as fast as the best above, in one trial. It "
-            "changes answers and so the recipe: if that may be, set kv_cache_dtype = 'fp8' in the "
-            "job's [model.engine] and run with --accept-recipe."
-        )
 
     def file_text(self, key: Mapping[str, Any]) -> str:
         """The tuned file: see `batchgen.job.tuned` for what is read of it.
@@ -163,10 +146,8 @@ class Report:
             "Written by `batchgen tune`; used by `batchgen run` while all of [key] but the",
             "versions fits. What the job file or --set says wins. Remove the file to do without.",
             gain if self.settings else "No other settings were faster than the job's own.",
-            *([text] if (text := self._fp8_text()) is not None else ()),
         ]
-        trials = [trial_dict(trial, self.own) for trial in self.trials]
-        return tuned_text(head, key, self.settings, trials)
+        return tuned_text(head, key, self.settings, self._trial_dicts())
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -227,21 +208,8 @@ def _literal(value: object) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def write_tuned(path: Path, text: str) -> None:
-    """Write or replace the file, whole or not at all.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    try:
-        LocalStorage(path.parent).replace(path.name, text.encode())
-    except BatchgenError as error:
-        msg = f"{path}: cannot be written ({error}); this is what it was to hold:\n{text}"
-        raise OutputError(msg) from error
-
-
 def check_writable(path: Path) -> None:
-    """See beforehand, as far as can be seen, whether `write_tuned` will succeed.
+    """See beforehand, as far as can be seen, whether the file can be written.
 
     Raises:
         OutputError: It will not.
@@ -260,7 +228,6 @@ def check_writable(path: Path) -> None:
 
 LEAST_GAIN = 1.03
 """Below, the job's own settings are as good: no reason to run by others."""
-FP8 = {"kv_cache_dtype": "fp8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +239,6 @@ class TuneOptions:
     times: Times = field(default_factory=Times)
     keeps_rows: bool = True
     """False: in a temporary output, each trial over the same rows; nothing is kept."""
-    tries_fp8: bool = False
-    """Also look at a KV cache in FP8, which changes answers; in a temporary output."""
 
 
 class Tuning:
@@ -309,7 +274,6 @@ class Tuning:
         self._search = Search(job, is_gpu=self._is_gpu, most_memory=most_memory)
         self._is_searched = False  # To its end: nothing more is worth a trial.
         self._repeats: list[Trial] = []
-        self._fp8: Trial | None = None
         self._notes: list[str] = []
 
     def run(self) -> Report:
@@ -333,8 +297,6 @@ class Tuning:
             raise EngineError(msg)
         if self._search.best.settings and not self._is_over():
             self._confirm()
-        if self._options.tries_fp8 and not self._stops.is_asked and self._search.best.measure:
-            self._try_fp8()
         return self._report()
 
     def _confirm(self) -> None:
@@ -346,28 +308,19 @@ class Tuning:
             if self._is_over():
                 return
 
-    def _try_fp8(self) -> None:
-        if "kv_cache_dtype" in self._job.model.engine:
-            self._notes.append("the job itself says kv_cache_dtype: no other was tried")
-        elif not self._may_try(num_after=0, keeps_rows=False):
-            self._notes.append("no time was left for a KV cache in FP8")
-        else:
-            self._fp8 = self._try({**self._search.best.settings, **FP8}, keeps_rows=False)
-
     @property
     def _trials(self) -> list[Trial]:
         """All trials: those of the search, and those that confirmed."""
         return [*self._search.trials, *self._repeats]
 
-    def _may_try(self, *, num_after: int, keeps_rows: bool = True) -> bool:
+    def _may_try(self, *, num_after: int) -> bool:
         """Whether time and rows suffice for another trial and `num_after` more."""
         trials, num = self._trials, 1 + num_after
         cost_s = max(trial.wall_s for trial in trials[-2:])  # The first may have compiled kernels.
         spent_s = time.monotonic() - self._began_s
         has_time = spent_s + num * cost_s <= self._options.budget_s
         num_rows = max(trial.num_answered for trial in trials)
-        keeps_rows = keeps_rows and self._options.keeps_rows
-        has_rows = not keeps_rows or trials[-1].num_left >= num * num_rows
+        has_rows = not self._options.keeps_rows or trials[-1].num_left >= num * num_rows
         if has_time and not has_rows:
             self._notes.append("not all was tried: the rows would have run out")
         return has_time and has_rows
@@ -377,14 +330,12 @@ class Tuning:
         is_answered = self._options.keeps_rows and self._trials[-1].is_answered
         return self._stops.is_asked or is_answered
 
-    def _try(
-        self, settings: Mapping[str, Any], *, again: bool = False, keeps_rows: bool = True
-    ) -> Trial:
+    def _try(self, settings: Mapping[str, Any], *, again: bool = False) -> Trial:
         number = len(self._trials) + 1
         self._tell(f"trial {number}: {settings_text(settings)}{', again' if again else ''}")
         best = self._search.best.measure if self._search.trials and not again else None
         rules = (self._stops, self._options.times, best.speed if best else 0.0)
-        if keeps_rows and self._options.keeps_rows:
+        if self._options.keeps_rows:
             trial = run_trial(self._job, settings, *rules)
         else:
             with _scratch(self._job) as job:
@@ -423,10 +374,7 @@ class Tuning:
             settings=settings,
             gain=gain,
             is_confirmed=is_confirmed,
-            trials=[*self._trials, *([self._fp8] if self._fp8 else [])],
-            own=own,
-            best=best if settings else own,
-            fp8=self._fp8,
+            trials=self._trials,
             num_answered=sum(trial.num_answered for trial in self._trials),
             is_answered=self._options.keeps_rows and self._trials[-1].is_answered,
             keeps_rows=self._options.keeps_rows,
@@ -438,7 +386,7 @@ class Tuning:
         path = tuned_path(self._path)
         key = key_of(self._job, self._path.parent, device_name())
         versions = {"vllm": vllm_version() or "", "batchgen": __version__}
-        write_tuned(path, report.file_text(key | versions))
+        LocalStorage(path.parent).replace(path.name, report.file_text(key | versions).encode())
         return replace(report, tuned_file=str(path))
 
     def _end(self, settings: Mapping[str, Any], *, is_confirmed: bool) -> tuple[str, str | None]:
@@ -453,12 +401,8 @@ class Tuning:
             return "too_few_rows", "the rows were too few to measure anything with"
         if is_confirmed:
             return "tuned", None
-        reason = "time or rows ran out; nothing that was tried was faster"
-        if len(self._search.trials) == 1:
-            reason = "time or rows sufficed for one trial, and nothing was compared"
-        elif settings:
-            reason = "time or rows ran out before the best was confirmed"
-        return "unconfirmed", f"{reason}: {more}"
+        found = "the best was confirmed" if settings else "anything faster was found"
+        return "unconfirmed", f"time or rows ran out before {found}: {more}"
 
     def _shadowed(self, settings: Mapping[str, Any]) -> list[str]:
         """What the job file says itself, and so would win."""

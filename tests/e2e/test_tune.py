@@ -53,8 +53,7 @@ def test_the_best_is_found_an_out_of_memory_survived_and_a_run_uses_what_was_fou
     path = write_slow_job(tmp_path)
     told_on_the_way: list[str] = []
     job = load(path, ["model.max_num_seqs=32"], tuned=False)
-    options = replace(OPTIONS, tries_fp8=True)
-    report = Tuning(job, path, options, stops=Stops(), tell=told_on_the_way.append).run()
+    report = Tuning(job, path, OPTIONS, stops=Stops(), tell=told_on_the_way.append).run()
     # Twice as fast with twice as many at once; memory ends at four times.
     table = report.as_text()
     assert report.state == "tuned", table
@@ -66,10 +65,7 @@ def test_the_best_is_found_an_out_of_memory_survived_and_a_run_uses_what_was_fou
         {"max_num_seqs": 128},
         {},
         {"max_num_seqs": 64},
-        {"max_num_seqs": 64, "kv_cache_dtype": "fp8"},
     ]
-    assert "unknown option 'kv_cache_dtype'" in (report.trials[5].failure or "")
-    assert "kv_cache_dtype" not in load(path).model.engine
     assert "CUDA out of memory" in (report.trials[2].failure or "")
     assert "failed: the engine died: CUDA out of memory" in table
     assert "the job itself says max_num_seqs = 32, which wins: change it there to 64" in table
@@ -147,6 +143,6 @@ def test_a_search_that_was_cut_short_leaves_what_an_earlier_one_found(tmp_path: 
     options = replace(OPTIONS, budget_s=0.1)
     report = Tuning(load(path, tuned=False), path, options, stops=Stops()).run()
     assert (report.state, len(report.trials), report.settings) == ("unconfirmed", 1, {})
-    assert "sufficed for one trial, and nothing was compared" in report.as_text()
+    assert "ran out before anything faster was found: more --minutes" in report.as_text()
     assert "best" not in report.as_text()
     assert (tmp_path / "job.tuned.toml").read_text() == "found earlier"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchgen.engine import devices
-from batchgen.engine.devices import Devices, GpuProcess, device_name, read_devices
+from batchgen.engine.devices import Devices, device_name, read_devices
 
 MIB = 2**20
 
@@ -84,14 +84,6 @@ class FakeNvml:
     def nvmlDeviceGetCudaComputeCapability(self, handle: Card) -> tuple[int, int]:
         return handle.capability
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: Card) -> list[Any]:
-        return [SimpleNamespace(pid=p, usedGpuMemory=used) for p, used in handle.processes]
-
-    def nvmlSystemGetProcessName(self, pid: int) -> str:
-        if pid == 404:
-            raise NvmlError("Not Found")
-        return f"program {pid}"
-
     def nvmlDeviceGetMigMode(self, handle: Card) -> list[int]:
         if handle.slices is None:
             raise NvmlError("Not Supported")
@@ -108,14 +100,13 @@ class FakeNvml:
 
 
 def test_an_h100_is_read_as_cuda_sees_it() -> None:
-    nvml = FakeNvml([Card(processes=[(7, 900 * MIB), (404, None)])])
+    nvml = FakeNvml([Card()])
     found = read_devices(nvml, environ={})
     (gpu,) = found.gpus
     assert (found.driver, found.cuda) == ("580.159.04", (13, 1))
     assert (gpu.name, gpu.capability) == ("NVIDIA H100 80GB HBM3", (9, 0))
     assert gpu.total_bytes == 81008 * MIB  # 79.11 GiB, what CUDA says of this card.
     assert gpu.free_bytes == 81000 * MIB
-    assert gpu.processes == [GpuProcess(7, "program 7", 900 * MIB), GpuProcess(404, "", None)]
     assert nvml.num_open == 0
 
 

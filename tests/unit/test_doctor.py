@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 
 from batchgen.api import load
-from batchgen.engine.devices import Devices, Gpu, GpuProcess
+from batchgen.engine.devices import Devices, Gpu
 from batchgen.engine.vllm import settings
 from batchgen.preview.checkpoint import weight_bytes
 from batchgen.preview.doctor import check_keywords, examine
 from batchgen.preview.machine import (
     Level,
     Machine,
-    check_limits,
     check_output,
     check_replicas,
     filesystem,
@@ -177,11 +176,10 @@ def test_replicas_on_one_gpu_are_held_against_their_share_of_its_memory(
 
 
 def test_memory_that_others_hold_is_missed(job: dict[str, Any]) -> None:
-    other = GpuProcess(4711, "python3", 40 * GIB)
-    taken = replace(H100, free_bytes=H100.free_bytes - 40 * GIB, processes=[other])
+    taken = replace(H100, free_bytes=H100.free_bytes - 40 * GIB)
     report = seen(job, machine(taken))
     assert topics(report, Level.PROBLEM) == ["memory"]
-    assert "process 4711 python3 40.00 GiB" in report.as_text()
+    assert "others hold 40.00 GiB of it" in report.as_text()
     advice = next(f.advice for f in report.findings if f.level == Level.PROBLEM)
     assert advice.endswith("model.gpu_memory_utilization = 0.48")
     job["model"]["gpu_memory_utilization"] = 0.48
@@ -224,11 +222,9 @@ def test_a_mig_slice_is_one_gpu(job: dict[str, Any]) -> None:
     report = seen(job, machine(part))
     assert report.exit_code == 0
     assert "a MIG slice" in report.as_text()
-    job["model"]["tensor_parallel_size"] = 2
-    assert "one MIG slice" in (seen(job, machine(part)).reason or "")
 
 
-CPU = {"build": "cpu", "vllm": "0.32.0+cpu", "cpu": "AMD EPYC", "cpu_flags": ("avx2", "avx512f")}
+CPU = {"build": "cpu", "vllm": "0.32.0+cpu", "cpu": "AMD EPYC"}
 
 
 def test_a_cpu_has_its_own_sum(job: dict[str, Any], monkeypatch) -> None:
@@ -240,8 +236,8 @@ def test_a_cpu_has_its_own_sum(job: dict[str, Any], monkeypatch) -> None:
     assert report.as_dict()["kv_cache_tokens"] == 2 * GIB // (147_456 * 16) * 16
     report = seen(job, replace(here, free_memory_bytes=12 * GIB))
     assert topics(report, Level.PROBLEM) == ["memory"]
-    report = seen(job, replace(here, free_memory_bytes=16 * GIB, cpu_flags=("avx2",)))
-    assert topics(report, Level.WARNING) == ["cpu", "memory"]
+    report = seen(job, replace(here, free_memory_bytes=16 * GIB))
+    assert topics(report, Level.WARNING) == ["memory"]
     # The wrong build for a machine with a GPU.
     here = replace(here, devices=Devices([H100], 0, "580", (13, 0)))
     assert "not used (NVIDIA H100" in seen(job, here).as_text()
@@ -343,7 +339,7 @@ def test_an_output_without_hard_links_is_refused(tmp_path: Path, monkeypatch) ->
     assert probe_links(tmp_path / "absent") is not None
     monkeypatch.setattr(os, "link", refuse)
     (found,) = check_output(tmp_path / "out", None)
-    assert (found.level, "has no hard links" in found.text) == (Level.PROBLEM, True)
+    assert (found.level, "hard links" in found.text) == (Level.PROBLEM, True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,15 +347,6 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     levels = [finding.level for finding in check_output(tmp_path / "out", 1 << 60)]
     assert levels == [Level.OK, Level.WARNING]
     assert filesystem(Path("/proc/self")) == "proc"
-
-
-def test_a_clock_that_is_behind_is_told(tmp_path: Path) -> None:
-    job = tmp_path / "job.toml"
-    job.write_text("", encoding="utf-8")
-    written = job.stat().st_mtime
-    assert list(check_limits(machine(now=written + 5), 1, job)) == []
-    (found,) = check_limits(machine(now=written - 3600), 1, job)
-    assert (found.topic, found.level) == ("clock", Level.WARNING)
 
 
 @pytest.mark.parametrize(

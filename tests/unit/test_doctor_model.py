@@ -284,14 +284,6 @@ def test_a_header_that_is_none_is_told(tmp_path: Path, header: str) -> None:
         read_weights(tmp_path, shape_of({}), "float16", None)
 
 
-def test_a_format_that_came_later_counts_as_many_bytes_as_it_takes(tmp_path: Path) -> None:
-    line = {"dtype": "F2_E1M0", "shape": [4, 8], "data_offsets": [0, 8]}
-    write_header(tmp_path, json.dumps({"a": line}))
-    found = read_weights(tmp_path, shape_of({}), "float16", None)
-    assert found is not None
-    assert found.num_bytes == 8
-
-
 @pytest.mark.parametrize(
     ("index", "why"),
     [

@@ -1,18 +1,17 @@
-"""Figures of token counts: lengths, prefixes, duplicates in a sample."""
+"""Figures of token counts: lengths, duplicates in a sample."""
 
 from __future__ import annotations
 
 import random
-from array import array
 from collections import Counter
 
 import pytest
 
-from batchgen.preview.estimate import PrefixCache, bars, estimate_duplicates, lengths_of
+from batchgen.preview.estimate import bars, estimate_duplicates, lengths_of
 
 
 def test_lengths_are_summed_up_by_rank_and_by_powers_of_two():
-    lengths = lengths_of({1: 1, 3: 2, 4: 1, 17: 6})
+    lengths = lengths_of([17, 1, 3, 3, 4, *[17] * 5])
     assert lengths is not None
     assert (lengths.num, lengths.total, lengths.mean) == (10, 113, 11.3)
     assert (lengths.p50, lengths.p95, lengths.longest) == (17, 17, 17)
@@ -22,7 +21,7 @@ def test_lengths_are_summed_up_by_rank_and_by_powers_of_two():
 @pytest.mark.parametrize("num", [1, 2, 19, 20, 21, 100])
 def test_a_quantile_is_the_smallest_length_that_enough_prompts_do_not_exceed(num):
     values = [random.Random(n).randrange(1, 50) for n in range(num)]
-    lengths = lengths_of(Counter(values))
+    lengths = lengths_of(values)
     assert lengths is not None
     for found, share in ((lengths.p50, 0.5), (lengths.p95, 0.95)):
         assert sum(value <= found for value in values) >= share * num
@@ -30,7 +29,7 @@ def test_a_quantile_is_the_smallest_length_that_enough_prompts_do_not_exceed(num
 
 
 def test_no_prompts_have_no_lengths():
-    assert lengths_of({}) is None
+    assert lengths_of([]) is None
 
 
 def test_bars_have_a_mark_for_every_bucket_with_a_prompt_in_it():
@@ -39,48 +38,6 @@ def test_bars_have_a_mark_for_every_bucket_with_a_prompt_in_it():
     assert [line.split()[0] for line in lines] == ["1", "2-3", "4-7"]
     assert [line.split()[-1] for line in lines] == ["0.1%", "0.0%", "99.9%"]
     assert len({len(line) for line in lines}) == 1
-
-
-def ids(*parts):
-    return array("i", [token for start, stop in parts for token in range(start, stop)])
-
-
-def share_of(*prompts, size=4, **kwargs):
-    cache = PrefixCache(size, **kwargs)
-    for prompt in prompts:
-        cache.feed(prompt)
-    return cache.num_shared, cache.num_tokens
-
-
-def test_prompts_share_the_whole_blocks_that_they_begin_with():
-    head = (100, 110)  # Ten tokens: two blocks of four and a rest.
-    assert share_of(ids(head, (0, 5)), ids(head, (20, 25)), ids(head, (40, 45))) == (16, 45)
-
-
-def test_nothing_is_shared_behind_a_difference():
-    same = (100, 140)
-    assert share_of(ids((0, 4), same), ids((4, 8), same)) == (0, 88)
-
-
-def test_the_last_token_of_a_prompt_is_always_computed():
-    assert share_of(ids((0, 8)), ids((0, 8))) == (4, 16)
-    assert share_of(ids((0, 9)), ids((0, 9))) == (8, 18)
-
-
-def test_a_cache_remembers_every_prompt_and_not_only_the_last():
-    first, second = ids((0, 9)), ids((50, 59))
-    assert share_of(first, second, first, second) == (16, 36)
-
-
-def test_a_full_cache_looks_at_no_more_prompts():
-    cache = PrefixCache(4, max_blocks=2)
-    for start in (0, 10, 20):
-        cache.feed(ids((start, start + 5)))
-    assert (cache.num_prompts, cache.num_tokens, cache.share) == (2, 10, 0.0)
-
-
-def test_without_prompts_there_is_no_share():
-    assert PrefixCache().share is None
 
 
 GROUPS = {

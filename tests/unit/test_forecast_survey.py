@@ -17,7 +17,6 @@ from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
 from batchgen.preview.sample import (
-    How,
     config_max_len,
     load_tokenize,
     max_model_len,
@@ -39,21 +38,19 @@ def look(make_job):
         tables = {"prompt": {"user": None, "text": "text"}, **tables}
         prepared = prepare(make_job(rows, **tables))
         plan = freeze(prepared, 1)
-        sampling = prepared.job.sampling
         builder = RequestBuilder(
             prepared.builder,
             prepared.job,
             plan.recipe_fingerprint,
-            seeds=Seeds(sampling),
+            seeds=Seeds(prepared.job.sampling),
             ids=itertools.count(),
             check_schema=row_validator,
         )
         spec = prepared.engine_spec(None)
-        fields = {"max_tokens": sampling.max_tokens, "n": sampling.n, "is_exact": True}
         if todo is None:
             todo = RowSet({0: Ranges.until(plan.num_rows)})
-        asked = How(**{**fields, **(how or {})})
-        return survey(plan, todo, prepared, builder, tokenize or load_tokenize(spec), asked)
+        how = {"sample_rows": None, **(how or {})}
+        return survey(plan, todo, prepared, builder, tokenize or load_tokenize(spec), **how)
 
     return run
 
@@ -93,7 +90,7 @@ def test_equal_rows_are_computed_each_where_sampling_is_random(look):
 
 @pytest.mark.parametrize(("dedupe", "num"), [("always", 2), ("never", 3)])
 def test_the_job_may_say_otherwise(look, dedupe, num):
-    found = look(rows_of("a", "a", "b"), how={"dedupe": dedupe})
+    found = look(rows_of("a", "a", "b"), run={"dedupe": dedupe})
     assert found.num_to_compute == num
 
 
@@ -146,20 +143,12 @@ def test_prompts_that_only_the_engine_can_count_are_told_apart(look):
     assert found.max_output_tokens == 14
 
 
-def test_copies_share_no_prefix_since_they_reach_no_engine(look):
-    text = "The same beginning of some length. "
-    assert look(rows_of(text, text)).prefix_share == 0.0
-    found = look(rows_of(text + "a", text + "b"))
-    assert found.prefix_share == 32 / 72
-    assert found.num_prefix_prompts == 2
-
-
 def test_a_sample_estimates_all(look):
     texts = [f"{n:05} " + "x" * (n % 40) for n in range(4_000)]
     rows = rows_of(*texts)
     for at in range(0, 4_000, 10):
         rows[at]["text"] = None
-    how = {"is_exact": False, "sample_rows": 1_000, "max_model_len": 40}
+    how = {"sample_rows": 1_000, "max_model_len": 40}
     found, exact = look(rows, how=how), look(rows, how={"max_model_len": 40})
     assert (found.is_exact, found.num_looked, found.num_rows) == (False, 1_000, 4_000)
     assert exact.num_bad == 400
@@ -173,7 +162,7 @@ def test_a_sample_estimates_all(look):
 
 def test_a_sample_thins_rows_that_are_equal(look):
     rows = rows_of(*(f"text {n % 2_000}" for n in range(4_000)))
-    found = look(rows, how={"is_exact": False, "sample_rows": 1_500})
+    found = look(rows, how={"sample_rows": 1_500})
     assert found.num_duplicates == pytest.approx(2_000, rel=0.15)
     assert found.num_to_compute == 4_000 - found.num_duplicates
 

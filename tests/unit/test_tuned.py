@@ -21,7 +21,7 @@ from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.preview.plan import PlanOptions, foresee
-from batchgen.tuning.tune import check_writable, tuned_text, write_tuned
+from batchgen.tuning.tune import check_writable, tuned_text
 from tests.faulty import BACKEND
 
 JOB = """
@@ -317,16 +317,14 @@ def test_model_folders_are_named_from_the_job_files_place(tmp_path):
     assert key_of(load_job(path), path.parent, "cpu")["model"] == "model"
 
 
-def test_the_file_is_toml_for_people_and_replaced_whole(tmp_path):
+def test_the_file_is_toml_for_people(tmp_path):
     path = tmp_path / "label.tuned.toml"
-    write_tuned(path, "old")
     trials = [{"settings": 'a "b"', "speed": 1.23456789, "failure": None}]
-    write_tuned(path, tuned_text(["one", "two"], {"device": "H100"}, ALL, trials))
+    path.write_text(tuned_text(["one", "two"], {"device": "H100"}, ALL, trials))
     tables = tomllib.loads(path.read_text())
     assert path.read_text().startswith("# one\n# two\n\n[key]\n")
     assert tables["trials"] == [{"settings": 'a "b"', "speed": 1.2346}]
     assert tables["model"]["engine"]["enable_prefix_caching"] is False
-    assert [file.name for file in tmp_path.iterdir()] == ["label.tuned.toml"]
 
 
 def test_where_it_cannot_be_written_is_told_before_any_trial(tmp_path):
@@ -334,13 +332,6 @@ def test_where_it_cannot_be_written_is_told_before_any_trial(tmp_path):
     with pytest.raises(OutputError, match=r"x\.tuned\.toml: cannot be written"):
         check_writable(tmp_path / "x.tuned.toml")
     check_writable(tmp_path / "y.tuned.toml")
-
-
-def test_what_could_not_be_written_is_told_whole(tmp_path):
-    (tmp_path / "x.tuned.toml").mkdir()
-    with pytest.raises(OutputError, match=r"(?s)what it was to hold:.*max_num_seqs = 7"):
-        write_tuned(tmp_path / "x.tuned.toml", "max_num_seqs = 7")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.tuned.toml"]
 
 
 @given(
