@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.cli.common import JSON, as_line, flag, job_command, output_command, reading
-from batchgen.core.errors import ExitCode
+from batchgen.core.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 def check(_: Path, load: Load, *, num_rows: int) -> None:
     """Check a job file and show its first prompts; loads no model.
 
+    Exits with 0, or with 2 where a run would refuse to start, or where each row shown is an error.
+
     Example: batchgen check jobs/quickstart.toml -n 1
     """
-    from batchgen.pipeline.prepare import first_prompts, prepare
+    from batchgen.core.records import RowError
+    from batchgen.pipeline.prepare import as_text, first_prompts, prepare
 
     prepared = prepare(load())
     click.echo(
@@ -40,9 +43,14 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
     for note in prepared.notes:
         click.echo(f"note     {note}")
     click.echo(f"recipe   {prepared.recipe_fingerprint}")
-    for where, text in first_prompts(prepared, num_rows):
+    shown = []
+    for where, outcome in first_prompts(prepared, num_rows):
         click.secho(f"--- {where}", dim=True)
-        click.echo(text)
+        click.echo(as_text(outcome))
+        shown.append(outcome)
+    if shown and all(isinstance(outcome, RowError) for outcome in shown):
+        where = "[prompt]"
+        raise ConfigError(where, [f"none of the {len(shown)} row(s) shown has a prompt"])
 
 
 @job_command

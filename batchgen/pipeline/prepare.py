@@ -22,6 +22,7 @@ from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, s
 from batchgen.core.expressions import check_row_test
 from batchgen.core.records import EngineSpec, Prompt, Ranges, RowError
 from batchgen.engine.base import BACKENDS, engine_class
+from batchgen.engine.vllm.encoder import find_template, refuse_model
 from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import PromptBuilder, turns
@@ -449,6 +450,8 @@ def check(job: JobConfig) -> Checked:
         model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
     else:
         model = _other_model(job.model)
+    if job.model.is_vllm:
+        refuse_model(engine_spec(job, model.path), builder.probe())
     recipe = recipes.make_recipe(job, model.identity, loras)
     return Checked(job, model, recipe, builder, form, answer)
 
@@ -510,10 +513,15 @@ def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
             raise SourceError(path, f"lies in the output folder {output}; choose another one")
 
 
-def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, str]]:
-    """Yield where a row stands and its prompt as text, or why it has none, for `check`."""
+def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, Prompt | RowError]]:
+    """Yield where a row stands and its prompt, or why it has none, for `check`."""
+    is_chat = prepared.job.model.is_vllm and prepared.job.prompt.text is None
+    template = find_template(prepared.engine_spec(None)) if is_chat else None
     for row, outcome in islice(first_rows(prepared, num_rows), num_rows):
-        yield f"row {row}", _as_text(outcome)
+        why = None
+        if template is not None and not isinstance(outcome, str | RowError):
+            why = template.refusal(outcome)
+        yield f"row {row}", outcome if why is None else RowError("chat_template_error", why)
 
 
 def first_rows(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prompt | RowError]]:
@@ -532,7 +540,8 @@ def first_rows(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prompt 
                 yield row, batch.errors[at] if values is None else prepared.builder.build(values)
 
 
-def _as_text(outcome: Prompt | RowError) -> str:
+def as_text(outcome: Prompt | RowError) -> str:
+    """A prompt, or why there is none, for people."""
     if isinstance(outcome, RowError):
         return f"{outcome.error_type}: {outcome.error}"
     if isinstance(outcome, str):

@@ -86,6 +86,16 @@ class PromptBuilder:
             raise ConfigError(_TABLE, problems)
         return self._names.intersection(available)
 
+    def probe(self) -> Messages | None:
+        """Return messages with the roles that every row's have.
+
+        Empty where rows bring their own, None where prompts are no chats.
+        """
+        if self._user is None:
+            return [] if self._config.text is None else None
+        system = [{"role": "system", "content": "x"}] if self._system is not None else []
+        return [*system, *self._examples, {"role": "user", "content": "x"}]
+
     def build(self, values: Values) -> Prompt | RowError:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
         try:

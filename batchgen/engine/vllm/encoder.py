@@ -11,31 +11,42 @@ Chats with images vLLM itself has to render: it knows how many tokens an image t
 (an image is fetched, decoded and scaled, on the engine's own thread, as vLLM's offline entry
 points do it) and only for chats that hold one.
 
+`refuse_model` tells by a model's files, before anything is loaded, what would make every row an
+error: no chat template, one that refuses the job's messages, a model that generates no text.
+
 Imports neither vLLM nor transformers: `load_tokenizer` and the `LLM` object bring what is needed.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import mimetypes
 import queue
+import re
 import stat
 import threading
 from array import array
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from batchgen.core.errors import EngineError, one_line
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from batchgen.core.errors import ConfigError, EngineError, one_line
 from batchgen.core.records import RowError
 from batchgen.engine.base import flatten_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.core.records import Messages, Prompt
+    from batchgen.core.records import EngineSpec, Messages, Prompt
     from batchgen.engine.base import EngineRequest
 
+_Json = TypeVar("_Json", dict[str, Any], list[Any])
 MAX_BATCH = 256
 MAX_IMAGE_BYTES = 32 << 20
 """Of a local file."""
@@ -291,3 +302,186 @@ def _read_image(path: Path) -> bytes:
         msg = f"{path} is larger than {MAX_IMAGE_BYTES >> 20} MiB"
         raise ValueError(msg)
     return path.read_bytes()
+
+
+_POOLING = (
+    *("ForTextEncoding", "EmbeddingModel", "ForSequenceClassification", "ForTokenClassification"),
+    *("ForAudioClassification", "ForImageClassification", "ForVideoClassification"),
+    *("ClassificationModel", "ForRewardModeling", "RewardModel", "ForMaskedLM", "BertModel"),
+    *("RobertaModel", "GteModel", "BidirectionalModel", "LlamaModel", "MistralModel", "Qwen2Model"),
+)
+"""Ends of the names of architectures that vLLM does not generate with: vllm/config/model.py,
+_SUFFIX_TO_DEFAULTS, 0.32, and those of its last one, `Model`, that are in use."""
+_SPECIAL_TOKEN = re.compile(r"(bos|eos|unk|sep|pad|cls|mask)_token")
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks of training data, a tag of transformers' own; without them the text is the same."""
+_OTHER_TOKENIZERS = ("tekken.json", "tokenizer.model.v*", "*.gguf")
+"""Files of models whose chats are not rendered by transformers."""
+
+
+MAX_REFUSAL_CHARS = 300
+
+
+def refuse_model(spec: EngineSpec, chat: Messages | None) -> None:
+    """Refuse a model that every row of a job would fail with, as far as its files tell.
+
+    Args:
+        spec: Of vLLM, its model in a local folder.
+        chat: Messages with the roles that every row's have; empty where each row brings its own,
+            None where prompts are plain texts.
+
+    Raises:
+        ConfigError: It generates no text, or has no chat template, or one that refuses the chat.
+    """
+    if spec.model_kwargs.keys().isdisjoint({"runner", "convert", "hf_overrides"}):
+        _refuse_pooling(Path(spec.model))
+    template = find_template(spec) if chat is not None else None
+    if template is None or not chat or (why := template.refusal(chat)) is None:
+        return
+    turns = [message for message in chat if message["role"] != "system"]
+    advice = "set prompt.chat_template_file"
+    if turns != chat and template.refusal(turns) is None:
+        advice = f"write what prompt.system says into prompt.user, or {advice}"
+    elif len(turns) > 1 and template.refusal(turns[-1:]) is None:
+        advice = f"write prompt.examples and prompt.system into prompt.user, or {advice}"
+    where = "[prompt]"
+    raise ConfigError(where, [f"the model's chat template refuses every row: {why}; {advice}"])
+
+
+def _refuse_pooling(folder: Path) -> None:
+    """Refuse a model that makes embeddings or scores.
+
+    Source:
+        vllm/config/model.py, _get_default_runner_type, 0.32.
+    """
+    has_pooling = any(".Pooling" in str(item) for item in _read_json(folder / "modules.json", list))
+    names = _read_json(folder / "config.json", dict).get("architectures") or []
+    if has_pooling or (names and all(str(name).endswith(_POOLING) for name in names)):
+        what = "modules.json has a pooling layer" if has_pooling else ", ".join(map(str, names))
+        problem = f"{str(folder)!r} makes embeddings or scores and generates no text ({what})"
+        advice = "name a model that generates, or set model.engine.runner if this one does"
+        where = "model.name"
+        raise ConfigError(where, [f"{problem}; {advice}"])
+
+
+class ChatTemplate:
+    """A chat template in the environment that transformers runs it in.
+
+    Source:
+        transformers/utils/chat_template_utils.py, _cached_compile_jinja_template, 5.19. Importing
+        it takes three seconds.
+    """
+
+    def __init__(self, text: str, variables: Mapping[str, Any]) -> None:
+        """Compile it.
+
+        Raises:
+            TemplateSyntaxError: It is no template.
+        """
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _chat_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _time_now}
+        self._template = environment.from_string(_GENERATION.sub("", text))
+        self._variables = variables
+
+    def refusal(self, chat: Messages) -> str | None:
+        """What the template itself says against a chat; None if it says nothing."""
+        try:
+            self._template.render(messages=flatten_parts(chat), **self._variables)
+        except _RefusedError as error:
+            return " ".join(str(error).split())[:MAX_REFUSAL_CHARS]
+        except Exception:  # noqa: BLE001 - row border: whether it is an error there the engine says
+            return None
+        return None
+
+
+class _RefusedError(Exception):
+    """A template has called `raise_exception`."""
+
+
+def _refuse(message: str) -> None:
+    raise _RefusedError(message)
+
+
+def _time_now(style: str) -> str:
+    return datetime.now().strftime(style)  # noqa: DTZ005 - as transformers has it
+
+
+def _chat_json(
+    value: Any,  # noqa: ANN401
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - transformers' order
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def find_template(spec: EngineSpec) -> ChatTemplate | None:
+    """Find the chat template that rows are rendered with: the job's, or the model's own.
+
+    Returns:
+        None if it cannot be told by files, as for Mistral's own tokenizers.
+
+    Raises:
+        ConfigError: There is none, or the job's is no template.
+    """
+    folder = Path(spec.model_kwargs.get("tokenizer") or spec.model)
+    config = _read_json(folder / "tokenizer_config.json", dict)
+    is_plain = spec.model_kwargs.get("tokenizer_mode", "auto") in {"auto", "hf", "slow"}
+    if not is_plain or "auto_map" in config or any(any(folder.glob(p)) for p in _OTHER_TOKENIZERS):
+        return None
+    text = spec.chat_template or _own_template(folder, config, has_tools=bool(spec.tools))
+    if text is None and config:
+        problem = f"{str(folder)!r} has no chat template (a base model?), which chats need"
+        advice = "set prompt.chat_template_file, or give whole prompts with prompt.text"
+        where = "[prompt]"
+        raise ConfigError(where, [f"{problem}; {advice}"])
+    variables = {
+        **{k: _token(v) for k, v in config.items() if _SPECIAL_TOKEN.fullmatch(k) and v},
+        "tools": list(spec.tools) or None,
+        "documents": None,
+        "add_generation_prompt": True,
+        **spec.chat_template_kwargs,
+    }
+    try:
+        return None if text is None else ChatTemplate(text, variables)
+    except TemplateSyntaxError as error:
+        if spec.chat_template is None:
+            return None
+        where = "prompt.chat_template_file"
+        raise ConfigError(where, [f"line {error.lineno}: {error.message}"]) from error
+
+
+def _own_template(folder: Path, config: Mapping[str, Any], *, has_tools: bool) -> str | None:
+    """The text of a model's own template.
+
+    Source:
+        transformers/tokenization_utils_base.py, 5.19: a file of its own, else a key of the
+        tokenizer's configuration, which may hold several by name. Of a processor: vLLM's renderer.
+    """
+    with suppress(OSError, UnicodeDecodeError):
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    processor = _read_json(folder / "chat_template.json", dict)
+    found = config.get("chat_template") or processor.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = (named.get("tool_use") if has_tools else None) or named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _token(value: object) -> str:
+    """A special token, given as a text or with its properties."""
+    return str(value.get("content")) if isinstance(value, dict) else str(value)
+
+
+def _read_json(path: Path, kind: type[_Json]) -> _Json:
+    """A JSON file of a model; empty if it is not there, or not of the kind."""
+    found = None
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_bytes()) if path.is_file() else None
+    return found if isinstance(found, kind) else kind()
