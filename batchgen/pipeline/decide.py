@@ -45,7 +45,7 @@ from batchgen.store.matching import (
     match_files,
     pairs,
 )
-from batchgen.store.result_files import ResultFile, is_intact, rows_of
+from batchgen.store.result_files import ResultFile, is_intact, num_unasked, rows_of
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import Index, row_groups
 from batchgen.store.visible import raise_if_damaged, show
@@ -119,10 +119,10 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
 
 
 def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
-    """Tell whether the newest plan may be put aside: no snapshot, no answer or error row since.
+    """Tell whether the newest plan may be put aside: no snapshot, and no engine's answer since.
 
     Every part since the last snapshot counts, accepted or not, of whatever plan; what cannot be
-    read counts too. Rows that only were skipped are no loss.
+    read counts too. Rows that were skipped, or are errors of the input, are no loss.
     """
     if ledger.manifest(plan.number) is not None:
         return False
@@ -135,7 +135,8 @@ def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
 def _may_hold_rows(ledger: Ledger, name: str) -> bool:
     with ResultFile(ledger.storage.path(name)) as file:
         try:
-            return PartFooter.from_metadata(file.metadata).num_results > 0
+            footer = PartFooter.from_metadata(file.metadata)
+            return footer.num_results > num_unasked(footer.tally)
         except (ValueError, StorageError):
             return True
 

@@ -26,7 +26,7 @@ from batchgen.core.errors import (
 )
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.store.books import STATE, Durable, Epoch, Manifest
-from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, ResultFile
+from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, ResultFile, num_unasked
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from batchgen.store.visible import note_as_published, show
@@ -114,7 +114,7 @@ def judge_gate(
     errors = _rate("max_error_rate", gate.max_error_rate, num_errors, num_results, "are errors")
     limits = [
         # Rows without any attempt are errors: unreadable, or without a prompt.
-        replace(errors, hint=_MEND_INPUT) if 0 < num_errors == attempts.get("0") else errors,
+        replace(errors, hint=_MEND_INPUT) if 0 < num_errors == num_unasked(tally) else errors,
         _rate(
             "max_truncated_rate",
             gate.max_truncated_rate,

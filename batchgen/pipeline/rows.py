@@ -37,7 +37,7 @@ from batchgen.store.matching import (
     match,
     restricted,
 )
-from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, ResultFile, rows_of
+from batchgen.store.result_files import ROW, SEGMENT, ResultFile, num_unasked, rows_of
 from batchgen.store.reuse import (
     AnsweredKeys,
     Deduper,
@@ -395,10 +395,7 @@ class Computation:
             return manifest or ledger.parts(ledger.plan(base.plan), base.parts)
 
         # Rows of no attempt never reached the engine: they are not JSON, or lack a column.
-        return any(
-            one.num_errors > one.tally.get(ATTEMPTS, {}).get("0", 0)
-            for one in map(ended, self._plan.bases)
-        )
+        return any(one.num_errors > num_unasked(one.tally) for one in map(ended, self._plan.bases))
 
     def _all_share(self) -> bool:
         """Whether equal requests have one answer, whoever asks."""

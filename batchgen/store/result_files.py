@@ -140,6 +140,11 @@ def dictionary_columns(prefix: str, labels: Sequence[str] = ()) -> Sequence[str]
 VERDICT, ATTEMPTS = "verdict", "attempts"
 
 
+def num_unasked(tally: Mapping[str, Mapping[str, int]]) -> int:
+    """Count the results that no engine was asked for: not JSON, or without a column."""
+    return tally.get(ATTEMPTS, {}).get("0", 0)
+
+
 def tally(
     table: pa.Table, prefix: str, labels: Sequence[Sequence[str]] = ()
 ) -> dict[str, dict[str, int]]:

@@ -213,11 +213,15 @@ def test_rows_travel_by_way_of_the_driver_if_a_worker_does_not_see_the_input(
     assert any("the input is not to be seen" in text for text in summary.warnings)
 
 
-def test_equal_requests_are_computed_once_whoever_gets_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_equal_requests_are_computed_once_whoever_gets_them(
+    tmp_path: Path, is_killed: bool
+) -> None:
     lines = [json.dumps({"id": n, "text": f"row {n % 700}"}) for n in range(ROWS)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     job = tables(tmp_path, run={"replicas": 3, "dedupe": "always"}, sampling={"temperature": 0.7})
-    summary = run(job)
+    on_report = kill_once() if is_killed else None
+    summary = run(job, lambda job: ThreadCluster(job, on_report=on_report))
     assert summary.num_ok == ROWS
     assert summary.num_copied == ROWS - 700
     rows = published(tmp_path / "out")

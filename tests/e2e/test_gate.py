@@ -143,6 +143,16 @@ def label_job(folder: Path, labels: list[str], **tables: Any) -> Path:
     return write_job(folder, "in.jsonl", prompt={"user": "{{ label }}"}, output=choice, **tables)
 
 
+def test_a_shrunk_night_is_held_against_all_rows_of_the_last_errors_too(job: Path) -> None:
+    lines = (job.parent / "in.jsonl").read_text().splitlines(keepends=True)
+    batchgen.run(job, overrides=["gate.max_error_rate=1"])
+    (job.parent / "in.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    summary = batchgen.run(job, overrides=["gate.max_error_rate=1"])
+    (shrink,) = [entry for entry in summary.gate if entry["name"] == "max_shrink"]
+    assert summary.num_errors
+    assert shrink["text"].endswith(" fewer than the 198 of the last snapshot")
+
+
 def test_labels_that_drift_from_the_last_snapshot_hold_the_next_one_back(tmp_path: Path) -> None:
     limit = {"gate": {"max_drift": 0.1}}
     job = label_job(tmp_path, ["refund"] * 12 + ["invoice"] * 88, **limit)

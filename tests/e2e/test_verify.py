@@ -8,9 +8,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import batchgen
+from batchgen.core.errors import GateError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
@@ -23,6 +26,8 @@ from tests.harm import flip, overwrite
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from batchgen.store.books import Part
 
 
 @pytest.fixture
@@ -78,6 +83,38 @@ def test_a_bad_part_is_named_and_only_its_rows_are_redone(job: Path) -> None:
     assert num_redone == part.footer.num_results
     assert verdict_of(job, 0)["num_ok"] == 290
     assert len(published(job.parent / "out")) == 296
+
+
+def test_parts_of_an_unfinished_second_night_are_read_too(job: Path) -> None:
+    batchgen.run(job)
+    with pytest.raises(GateError):
+        batchgen.run(job, fresh=True, overrides=["gate.max_error_rate=0.001"])
+    part = newest_part(job)
+    flip(job.parent / "out" / part.name, 400)
+    (problem,) = verify(job.parent / "out").problems
+    assert problem.startswith(f"{part.name}: could not verify page integrity")
+
+
+def test_a_part_that_holds_a_row_twice_is_named(job: Path) -> None:
+    with pytest.raises(GateError):
+        batchgen.run(job, overrides=["gate.max_error_rate=0.001"])
+    name = newest_part(job).name
+    path = job.parent / "out" / name
+    rows = pq.read_table(path)
+    twice = pa.concat_tables([rows.slice(0, 1), rows.slice(0, 1), rows.slice(2)])
+    sink = pa.BufferOutputStream()
+    pq.write_table(twice.replace_schema_metadata(rows.schema.metadata), sink)
+    overwrite(path, sink.getvalue().to_pybytes())
+    (problem,) = verify(job.parent / "out").problems
+    assert problem == f"{name}: holds a row twice; the next run redoes its rows"
+
+
+def newest_part(job: Path) -> Part:
+    """The first part of the newest plan."""
+    ledger = Ledger(LocalStorage(job.parent / "out"))
+    plan = ledger.latest_plan()
+    assert plan is not None
+    return ledger.durable(plan).parts[0]
 
 
 def test_a_part_of_another_job_is_named_and_does_not_count(job: Path, tmp_path: Path) -> None:
@@ -290,7 +327,7 @@ def test_what_a_run_at_work_does_not_mend_is_a_problem(job: Path) -> None:
 
 def test_before_the_next_snapshot_the_run_that_completes_mends(job: Path) -> None:
     batchgen.run(job)
-    with pytest.raises(batchgen.core.errors.GateError):
+    with pytest.raises(GateError):
         batchgen.run(job, fresh=True, overrides=["gate.max_error_rate=0.001"])
     forget(job.parent / "out")
     (problem,) = verify(job.parent / "out").problems

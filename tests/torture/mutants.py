@@ -228,4 +228,67 @@ MUTANTS = (
         (("(Base(plan.number, parts), *plan.bases)", "(Base(plan.number, parts),)"),),
         NIGHTS,
     ),
+    Mutant(
+        "verify skips the parts of an unfinished second night",
+        "batchgen/store/verify.py",
+        (
+            (
+                "    if manifest is None or manifest.number != plan.number:\n",
+                "    if manifest is None:\n",
+            ),
+        ),
+        (*PYTEST, "tests/e2e/test_verify.py", "-k", "second_night"),
+    ),
+    Mutant(
+        "verify never reports a row that is held twice",
+        "batchgen/store/result_files.py",
+        (("    if seen.num_rows != num_rows:\n", "    if seen.num_rows > num_rows:\n"),),
+        (*PYTEST, "tests/e2e/test_verify.py", "-k", "row_twice"),
+    ),
+    Mutant(
+        "max_shrink leaves out the last snapshot's error rows",
+        SNAPSHOT,
+        (("num_last = last.num_ok + last.num_errors if", "num_last = last.num_ok if"),),
+        (*PYTEST, "tests/e2e/test_gate.py", "-k", "shrunk_night"),
+    ),
+    Mutant(
+        "the column that names a row's adapter is no part of the recipe",
+        "batchgen/job/recipe.py",
+        (('*("lora_column", "reasoning_parser",', '*("reasoning_parser",'),),
+        (*PYTEST, "tests/unit/test_recipe.py"),
+    ),
+    Mutant(
+        "a plan that has only error rows counts as nothing",
+        "batchgen/pipeline/decide.py",
+        (
+            (
+                "return footer.num_results > num_unasked(footer.tally)",
+                "return footer.num_ok > num_unasked({})",
+            ),
+        ),
+        (*PYTEST, "tests/unit/test_nights_decide.py"),
+    ),
+    Mutant(
+        "a seal that is asked for again answers by what is listed now",
+        LEDGER,
+        (('        return list(self._read_json(name)["parts"])\n', "        return mine\n"),),
+        (*PYTEST, "tests/unit/test_ledger.py"),
+    ),
+    Mutant(
+        "nobody looks at the input right before publishing",
+        SNAPSHOT,
+        (("        check_unchanged(segment, prepared.reader)\n", "        assert segment\n"),),
+        (*PYTEST, "tests/unit/test_nights_decide.py"),
+    ),
+    Mutant(
+        "keys of a dead worker's rows stay known to dedupe",
+        "batchgen/cluster/driver.py",
+        (
+            (
+                "                    if passed and row in mine\n",
+                "                    if not prefix\n",
+            ),
+        ),
+        (*PYTEST, "tests/e2e/test_fleet.py", "-k", "equal_requests"),
+    ),
 )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
 from batchgen.core.records import Ranges, RowError, RowSet
-from batchgen.storage import LocalStorage
+from batchgen.storage import Disk, LocalStorage
 from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import PartContext, PartWriter, part_schema
@@ -608,7 +608,25 @@ def test_a_seal_stays_what_it_was(ledger):
     epoch = claim(ledger, "run-1")
     out = writer(ledger, epoch, worker=3)
     first = commit(out, 0, 0)
-    ledger.seal(epoch, 3)
+    assert ledger.seal(epoch, 3) == [first]
     commit(out, 0, 1)
-    ledger.seal(epoch, 3)
+    assert ledger.seal(epoch, 3) == [first]
+    assert [part.name for part in ledger.durable(epoch.plan).parts] == [first]
+
+
+def test_of_two_that_seal_a_worker_at_once_both_go_by_the_seal_that_was_first(tmp_path):
+    class Raced(Disk):
+        """Somebody else's seal, made before the second part, is there first."""
+
+        def link(self, source, target):
+            if "seals" in target.parts:
+                target.write_text(json.dumps({"format": 1, "parts": [first]}))
+            super().link(source, target)
+
+    ledger = Ledger(LocalStorage(tmp_path, disk=Raced()))
+    epoch = claim(ledger, "run-1")
+    out = writer(ledger, epoch, worker=3)
+    first = commit(out, 0, 0)
+    commit(out, 0, 1)
+    assert ledger.seal(epoch, 3) == [first]
     assert [part.name for part in ledger.durable(epoch.plan).parts] == [first]

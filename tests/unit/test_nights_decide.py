@@ -8,12 +8,19 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from batchgen.core.errors import ConfigError, FencedError, RecipeChangedError, SourceError
-from batchgen.core.records import Ranges, RowSet
+from batchgen.core.errors import (
+    ConfigError,
+    FencedError,
+    InputChangedError,
+    RecipeChangedError,
+    SourceError,
+)
+from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.job.recipe import fingerprint
 from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
+from batchgen.pipeline.publish import publish
 from batchgen.store.books import STATE, Base, Manifest, PublishedFile
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import PartContext, PartWriter
@@ -60,14 +67,18 @@ class Lab:
         self.ledger.put_plan(plan)
         return plan
 
-    def commit(self, plan, *rows, skipped=None, epoch=None):
-        """Claim, and end these rows of the first file."""
+    def commit(self, plan, *rows, skipped=None, epoch=None, error=None, attempts=1):
+        """Claim, and end these rows of the first file; all as errors, if there is one."""
         epoch = epoch or self.ledger.claim(plan, "run-1", {})
         ids = pa.record_batch({"id": ["x"] * len(rows), "text": ["y"] * len(rows)})
         schema = self.decide(FRESH).prepared.part_schema
         context = PartContext(plan.plan_id, epoch.number, 0, "run-1", schema, "gen_")
         writer = PartWriter(self.ledger.storage, f"{STATE}/parts", context)
-        return writer.commit(results(batch(rows, carried=ids)), skipped or {}, {}).name
+        ended = results(
+            batch(rows, carried=ids), errors=dict.fromkeys(rows, error) if error else {}
+        )
+        ended = [one._replace(attempts=attempts) for one in ended]
+        return writer.commit(ended, skipped or {}, {}).name
 
     def publish(self, plan):
         files = [PublishedFile("part-00000.parquet", plan.num_rows, 1, "")]
@@ -412,6 +423,36 @@ def test_a_plan_that_came_to_nothing_binds_nobody(lab, begin, tables, options):
     (note,) = decision.notes
     assert note == "plan 1 came to nothing, and the job is another now: a new plan replaces it"
     assert_goes_on(lab.decide(options), plan)  # As long as nothing has changed.
+
+
+@pytest.mark.parametrize("was_asked", [True, False])
+def test_error_rows_bind_if_an_engine_was_asked_for_them(lab, was_asked):
+    plan = lab.plan()
+    lab.commit(plan, 0, 1, error=RowError("bad_json", "..."), attempts=int(was_asked))
+    if was_asked:
+        refused(lab, **OTHER_RECIPE)
+    else:
+        assert_begins(lab.decide(**OTHER_RECIPE), seen=plan)
+
+
+def test_one_answer_among_rows_that_no_engine_saw_binds(lab):
+    plan = lab.plan()
+    lab.commit(plan, 0, error=RowError("bad_json", "..."), attempts=0)
+    lab.commit(plan, 1)
+    refused(lab, **OTHER_RECIPE)
+
+
+def test_an_input_that_changes_before_the_manifest_is_put_is_not_published(lab):
+    plan = lab.plan()
+    epoch = lab.ledger.claim(plan, "run-1", {})
+    lab.commit(plan, 0, 1, skipped=RowSet({1: Ranges.until(2)}), epoch=epoch)
+    prepared = lab.decide(FRESH).prepared
+    lab.write(0, 7, 8, 9)
+    with pytest.raises(InputChangedError, match="it must not change while a job runs"):
+        publish(lab.ledger, prepared, epoch)
+    assert lab.ledger.latest_manifest() is None
+    lab.write(0, 0, 1)
+    assert publish(lab.ledger, prepared, epoch).num_ok == 2
 
 
 def test_a_part_that_no_claim_accepts_still_binds(lab):

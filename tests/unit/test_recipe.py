@@ -53,6 +53,8 @@ CHANGES = [
     {"prompt": {"images": "pics"}},
     {"model": {"reasoning_parser": "qwen3"}},
     {"model": {"tool_call_parser": "hermes"}},
+    {"model": {"lora": {"a": "adapters/a"}, "lora_column": "adapter"}},
+    {"model": {"lora": {"a": "adapters/a"}, "lora_column": "other"}},
     {"output": {"schema": {"type": "object"}}},
     {"output": {"schema": {"type": "array"}}},
     # The model answers in this order, and so do the columns stand.
