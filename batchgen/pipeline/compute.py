@@ -35,7 +35,7 @@ from batchgen.engine.vllm.settings import engine_gpus, settings_text
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
-from batchgen.pipeline.stats import RUNNING, Monitor, Progress, Way, advise
+from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.books import PARTS
 from batchgen.store.result_files import PartContext, PartWriter, ResultFile
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 
 _MAX_LENGTHS = 20_000
+_LIVE_EVERY_S = 2.0
 
 
 class Loading(Protocol):
@@ -364,13 +365,53 @@ class Compute(Protocol):
         """Close all engines, and wait for it. Idempotent."""
 
 
+class Monitor:
+    """Looks at a run at its own pace and shows what it sees; never changes the run."""
+
+    def __init__(
+        self, context: RunContext, look: Callable[[float], Look], progress: Progress
+    ) -> None:
+        """Bind.
+
+        Args:
+            context: The run.
+            look: Looks at the engines at this time, in monotonic seconds.
+            progress: Is shown to a person.
+        """
+        self._context = context
+        self._look = look
+        self._progress = progress
+        self._next_s = 0.0
+        self._next_sample_s = time.monotonic() + context.job.run.stats_s
+
+    def tick(self) -> None:
+        """Show the run if it is time to; called at every turn of the loop."""
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._next_s = now_s + min(_LIVE_EVERY_S, self._context.job.run.stats_s)
+            self.show(now_s, is_last=False)
+
+    def show(self, now_s: float, *, is_last: bool) -> None:
+        """Show where the run is; the last look is always sampled."""
+        stats, log = self._context.stats, self._context.log
+        sample, state, replicas = self._look(now_s)
+        eta_s = stats.eta_s(now_s)
+        starting = None if state == RUNNING else state
+        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s, starting)
+        live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
+        log.live({**live, "eta_s": eta_s, **sample}, replicas)
+        if is_last or now_s >= self._next_sample_s:
+            self._next_sample_s = now_s + self._context.job.run.stats_s
+            log.sample(sample)
+            log.sample_replicas(replicas or (), is_last=is_last)
+
+
 @contextmanager
 def watching(context: RunContext, look: Callable[[float], Look]) -> Iterator[Monitor]:
     """Show a run and its notes to a person while it computes."""
-    stats = context.stats
-    with Progress(stats.num_rows, stats.num_resumed) as progress:
+    with Progress(context.stats.num_rows, context.stats.num_resumed) as progress:
         context.notes.show_by(progress.note)
-        monitor = Monitor(look, stats, context.log, progress, context.job.run.stats_s)
+        monitor = Monitor(context, look, progress)
         try:
             yield monitor
         finally:

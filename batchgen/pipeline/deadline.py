@@ -14,16 +14,13 @@ counts:
 from __future__ import annotations
 
 import math
-import os
 import re
 import threading
 import time
 import zoneinfo
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from datetime import time as dt_time
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from batchgen.core.errors import nearest
@@ -41,7 +38,6 @@ _WHEN = re.compile(
 _EXPECTED = "expected for example 06:00, '06:00 Europe/Berlin' or '2026-11-23 06:00'"
 _UNITS_S = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _DURATION = re.compile(r"\s*".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS_S))
-_LOCALTIME = Path("/etc/localtime")
 
 # How often the thread looks: the clock may be stepped and the lead grows while it sleeps.
 _LOOK_EVERY_S = 1.0
@@ -72,7 +68,7 @@ def parse_until(text: str, now: datetime, local: tzinfo | None = None) -> dateti
     if found is None:
         msg = f"{text!r} is no time, {_EXPECTED}"
         raise ValueError(msg)
-    zone = _zone(found["zone"], text) if found["zone"] else local or local_zone(now)
+    zone = _zone(found["zone"], text) if found["zone"] else local
     try:
         clock = dt_time(int(found["hour"]), int(found["minute"]), int(found["second"] or 0))
         day = date.fromisoformat(found["date"]) if found["date"] else None
@@ -112,31 +108,19 @@ def _zone(name: str, text: str) -> tzinfo:
         raise ValueError(msg) from error
 
 
-def local_zone(now: datetime) -> tzinfo:
-    """This machine's zone, with its summer time where that can be found out.
+def _instants(clock: datetime, zone: tzinfo | None) -> list[datetime]:
+    """Return when the clocks of a zone show a time, in order: once, twice, or after a jump.
 
-    TZ first, then /etc/localtime, as the C library does; else the offset from UTC that holds now,
-    which is an hour off across a change of the clocks.
+    No zone is this machine's, by the rules of its C library.
     """
-    name = os.environ.get("TZ")
-    with suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        if name:  # It may be a POSIX rule, such as CET-1CEST,M3.5.0,M10.5.0/3.
-            return zoneinfo.ZoneInfo(name.removeprefix(":"))
-        if name is None:
-            with _LOCALTIME.open("rb") as file:
-                return zoneinfo.ZoneInfo.from_file(file, key=str(_LOCALTIME))
-    return timezone(now.astimezone().utcoffset() or timedelta(0))
-
-
-def _instants(clock: datetime, zone: tzinfo) -> list[datetime]:
-    """Return when the clocks of a zone show a time, in order: once, twice, or after a jump."""
-    # fold 0 reads the clock by the offset before a change, fold 1 by the one after it (PEP 495).
-    early, late = (clock.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
-    if late >= early:
-        return [instant.astimezone(zone) for instant in dict.fromkeys((early, late))]
-    # They jump over it, between `late` and `early`; on a whole minute, as all have since 1972.
-    offset, at = early.astimezone(zone).utcoffset(), late.replace(second=0)
-    while at.astimezone(zone).utcoffset() != offset:
+    # By the offsets before and after a change, if there is one (PEP 495).
+    found = sorted({clock.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1)})
+    local = [instant.astimezone(zone) for instant in found]
+    if shown := [one for one in local if one.replace(tzinfo=None) == clock]:
+        return shown
+    # They jump over it, between the two; on a whole minute, as all have since 1972.
+    at = found[0].replace(second=0)
+    while at.astimezone(zone).utcoffset() != local[-1].utcoffset():
         at += timedelta(minutes=1)
     return [at.astimezone(zone)]
 

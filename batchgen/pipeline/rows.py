@@ -37,7 +37,7 @@ from batchgen.store.matching import (
     match,
     restricted,
 )
-from batchgen.store.result_files import ROW, SEGMENT, ResultFile, num_unasked, rows_of
+from batchgen.store.result_files import ROW, SEGMENT, ResultFile, rows_of
 from batchgen.store.reuse import (
     AnsweredKeys,
     Deduper,
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.prepare import Prepared
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Base, Epoch, Manifest, Plan
+    from batchgen.store.books import Base, Epoch, Plan
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
 
@@ -366,8 +366,6 @@ class Computation:
         todo: Rows = missing(plan, durable)
         if not todo or context.is_stopped():
             return not todo
-        if not plan.takes_errors and not durable.num_done and self._has_errors_to_try():
-            self._compute.start(self._prepared)
         found = takeovers(context.ledger, self._prepared, plan, todo, context.notes.add)
         sources = [source for source in found if source.rows]
         context.taken.known_at_s = time.monotonic()
@@ -385,17 +383,6 @@ class Computation:
         num_taken_back = deduper.num_taken_back if deduper is not None else 0
         del deduper  # And the keys that it knows, 8 bytes a row.
         return self._finish(num_set_aside, num_taken_back)
-
-    def _has_errors_to_try(self) -> bool:
-        """Whether a base has errors that an engine had a part in: most will be here again."""
-        ledger = self._context.ledger
-
-        def ended(base: Base) -> Manifest | Durable:
-            manifest = ledger.manifest(base.plan)
-            return manifest or ledger.parts(ledger.plan(base.plan), base.parts)
-
-        # Rows of no attempt never reached the engine: they are not JSON, or lack a column.
-        return any(one.num_errors > num_unasked(one.tally) for one in map(ended, self._plan.bases))
 
     def _all_share(self) -> bool:
         """Whether equal requests have one answer, whoever asks."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 import statistics
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import dropwhile
@@ -24,10 +23,9 @@ from tqdm import tqdm
 from batchgen.core.runtime import STDERR
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from batchgen.core.records import EngineFacts, EngineStats, Result, Verdict
-    from batchgen.store.runs import RunLog
 
     Look = tuple[Mapping[str, Any], str, Sequence[Mapping[str, Any]] | None]
     """A run at one moment: a row of stats.parquet, see `RunStats.sample`; what it is doing,
@@ -231,13 +229,9 @@ FULL_CACHE = 0.95
 IDLE = 0.6
 """Running rows, as a share of what may run: below, the GPU's time per token is well above its
 best. Not nearer to 1, since rows that a step has finished are not in the count."""
-SPARE_CACHE = 0.4
-"""KV cache in use at most: below, more than twice as many rows would fit."""
 BUSY = 0.7
 """Of its time that a GPU works, at least. With a model of 0.6 B parameters an H100 worked for 50 to
 65 % of it, with two engines and with a model of 8 B always: README, "Speed"."""
-MOST_SEQS = 512
-"""From so many rows at once steps take longer with each row: more of them gain little."""
 _SHARED = (
     *("num_ok", "num_errors", "num_in_flight"),
     *("num_running", "num_waiting", "num_preemptions"),
@@ -275,7 +269,7 @@ def advise(samples: Sequence[Mapping[str, Any]], facts: EngineFacts | None, way:
         steady = [_of_one(sample, way.num_engines) for sample in steady]
     if len(steady) < LEAST_SAMPLES or _span(steady, "elapsed_s") < LEAST_S:
         return []
-    for look in (_storm, _idle, _waits, _spare):
+    for look in (_storm, _idle, _waits):
         if found := look(steady, facts, way):
             return [found]
     return []
@@ -377,22 +371,6 @@ def _waits(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) ->
     )
 
 
-def _spare(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) -> str | None:
-    """Rows waited at `max_num_seqs`, with room for more in the KV cache."""
-    usages = _known(steady, "kv_cache_usage")
-    if facts.device == "cpu" or facts.max_num_seqs >= MOST_SEQS or not usages:
-        return None  # On a CPU a step takes longer with each row: nothing is gained.
-    running = statistics.median(_known(steady, "num_running"))
-    is_full = running >= 0.95 * facts.max_num_seqs and min(_known(steady, "num_waiting")) > 0
-    if not is_full or max(usages) >= SPARE_CACHE:
-        return None
-    return (
-        f"{_who(way)} ran {facts.max_num_seqs} rows at once with at most {max(usages):.0%} of its "
-        f"KV cache in use: model.max_num_seqs = {2 * facts.max_num_seqs} may be faster; "
-        "`batchgen tune` measures it"
-    )
-
-
 def _known(samples: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     return [float(sample[name]) for sample in samples if sample[name] is not None]
 
@@ -402,7 +380,6 @@ def _span(samples: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 RUNNING = "running"
-_LIVE_EVERY_S = 2.0
 _PLAIN_EVERY_S = 30.0
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -475,56 +452,6 @@ class Progress:
         print(f"batchgen: {line}", file=self._stream, flush=True)
         if self._bar is not None:
             self._bar.refresh()
-
-
-class Monitor:
-    """Looks at a run at its own pace and shows what it sees; never changes the run."""
-
-    def __init__(
-        self,
-        look: Callable[[float], Look],
-        stats: RunStats,
-        log: RunLog,
-        progress: Progress,
-        sample_s: float,
-    ) -> None:
-        """Bind to a run.
-
-        Args:
-            look: Looks at the engines at this time, in monotonic seconds.
-            stats: The run's.
-            log: Gets the live view and the samples.
-            progress: Is shown to a person.
-            sample_s: Seconds between two rows of stats.parquet.
-        """
-        self._look = look
-        self._stats = stats
-        self._log = log
-        self._progress = progress
-        self._sample_s = sample_s
-        self._next_s = 0.0
-        self._next_sample_s = time.monotonic() + sample_s
-
-    def tick(self) -> None:
-        """Show the run if it is time to; called at every turn of the loop."""
-        now_s = time.monotonic()
-        if now_s >= self._next_s:
-            self._next_s = now_s + min(_LIVE_EVERY_S, self._sample_s)
-            self.show(now_s, is_last=False)
-
-    def show(self, now_s: float, *, is_last: bool) -> None:
-        """Show where the run is; the last look is always sampled."""
-        stats, (sample, state, replicas) = self._stats, self._look(now_s)
-        eta_s = stats.eta_s(now_s)
-        starting = None if state == RUNNING else state
-        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s, starting)
-        live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
-        self._log.live({**live, "eta_s": eta_s, **sample}, replicas)
-        if is_last or now_s >= self._next_sample_s:
-            self._next_sample_s = now_s + self._sample_s
-            self._log.sample(sample)
-            if replicas is not None:
-                self._log.sample_replicas(replicas, is_last=is_last)
 
 
 def _figures(sample: Mapping[str, Any]) -> str:

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from batchgen.storage import LocalStorage
 
@@ -184,44 +183,9 @@ _STATS_SCHEMA = pa.schema(
         ("restarts", pa.int64()),  # Null where there are no replicas.
     ]
 )
-_FOLD = 2048
-_MOST_ROWS = 200_000
+_MOST_ROWS = 50_000
 _WRITE_SAMPLES = 12
 _REPLICA_ROWS_PER_S = 8.0
-
-
-class _Rows:
-    """Rows of stats.parquet, in memory: some 150 bytes each, at most `_MOST_ROWS` of them.
-
-    Beyond, every other moment of those that there are goes: the longer ago, the fewer are left.
-    """
-
-    def __init__(self) -> None:
-        self._table = _STATS_SCHEMA.empty_table()
-        self._new: list[Mapping[str, Any]] = []
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows) + len(self._new)
-
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep rows of one moment: of one `elapsed_s`."""
-        self._new.extend(rows)
-        if len(self._new) >= _FOLD:
-            self.table()
-
-    def table(self) -> pa.Table:
-        """All of them, in order."""
-        if self._new:
-            new = pa.Table.from_pylist(self._new, _STATS_SCHEMA)
-            self._table = pa.concat_tables([self._table, new]).combine_chunks()
-            self._new = []
-        if self._table.num_rows > _MOST_ROWS:
-            moments = pc.dictionary_encode(self._table["elapsed_s"].combine_chunks()).indices
-            # Counted from the last, which stays.
-            ages = pc.subtract(pc.max(moments), moments)
-            is_even = pc.equal(pc.bit_wise_and(ages, pa.scalar(1, ages.type)), 0)
-            self._table = self._table.filter(is_even).combine_chunks()
-        return self._table
 
 
 class RunLog:
@@ -232,7 +196,8 @@ class RunLog:
         self._storage = storage
         self._folder = f"{STATE}/runs/{run_id}"
         self.run_id = run_id
-        self._whole, self._replicas = _Rows(), _Rows()
+        self._whole: list[Mapping[str, Any]] = []
+        self._replicas: list[Mapping[str, Any]] = []
         self._num_unwritten = 0
         self._next_replicas_s = 0.0
 
@@ -252,8 +217,8 @@ class RunLog:
 
     @property
     def samples(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of stats.parquet so far, those of the whole run. Made anew at each call."""
-        return list(self._whole.table().to_pylist())
+        """The rows of stats.parquet so far, those of the whole run."""
+        return self._whole
 
     def live(
         self, facts: Mapping[str, Any], replicas: Sequence[Mapping[str, Any]] | None = None
@@ -273,7 +238,8 @@ class RunLog:
         Args:
             row: As `RunStats.sample`; `memory_mib` is this process's.
         """
-        self._whole.add([{**row, "memory_mib": memory_mib()}])
+        self._whole.append({**row, "memory_mib": memory_mib()})
+        self._whole = _thinned(self._whole)
         self._num_unwritten += 1
         if self._num_unwritten >= max(_WRITE_SAMPLES, len(self._whole) // 50):
             self._write_stats()
@@ -291,7 +257,8 @@ class RunLog:
         if not rows or (rows[0]["elapsed_s"] < self._next_replicas_s and not is_last):
             return
         self._next_replicas_s = rows[0]["elapsed_s"] + len(rows) / _REPLICA_ROWS_PER_S
-        self._replicas.add(rows)
+        self._replicas.extend(rows)
+        self._replicas = _thinned(self._replicas)
 
     def finish(self, summary: Mapping[str, Any]) -> str:
         """Write the stats and the summary; return the summary's path."""
@@ -323,13 +290,22 @@ class RunLog:
     def _write_stats(self) -> None:
         self._num_unwritten = 0
         out = io.BytesIO()
-        pq.write_table(pa.concat_tables([self._whole.table(), self._replicas.table()]), out)
+        pq.write_table(pa.Table.from_pylist([*self._whole, *self._replicas], _STATS_SCHEMA), out)
         self._replace("stats.parquet", out.getvalue())
 
     def _replace(self, name: str, data: bytes) -> None:
         """Write a file that may be lost: a full disk must not stop a run for its figures."""
         with suppress(OutputError, StorageError):
             self._storage.replace(f"{self._folder}/{name}", data)
+
+
+def _thinned(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out every other moment of very many: the longer ago, the fewer are left."""
+    if len(rows) <= _MOST_ROWS:
+        return rows
+    moments = list(dict.fromkeys(row["elapsed_s"] for row in rows))
+    kept = set(moments[::-2])  # Counted from the last, which stays.
+    return [row for row in rows if row["elapsed_s"] in kept]
 
 
 def new_run_id(now: datetime) -> str:

@@ -103,15 +103,6 @@ def test_rows_that_wait_for_memory_or_tokens_do_not_make_an_engine_idle():
     assert advise(samples(num_running=80, num_waiting=400), FACTS, WAY) == []
 
 
-def test_spare_memory_at_the_limit_is_worth_a_hint():
-    run = samples(num_running=256, kv_cache_usage=0.2)
-    (text,) = advise(run, FACTS, WAY)
-    assert "at most 20% of its KV cache in use: model.max_num_seqs = 512 may be faster" in text
-    assert advise(run, replace(FACTS, device="cpu"), WAY) == []
-    assert advise(samples(num_running=1024, kv_cache_usage=0.2),
-                  replace(FACTS, max_num_seqs=1024), WAY) == []  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -126,7 +117,6 @@ def test_spare_memory_at_the_limit_is_worth_a_hint():
             {"num_running": 80, "num_waiting": 3, "kv_cache_usage": 0.2, "num_in_flight": 300},
             "it may run 256: rows came too slowly",
         ),
-        ({"num_running": 256, "kv_cache_usage": 0.2}, "each engine ran 256 rows at once with"),
     ],
 )
 def test_of_several_engines_it_says_what_it_would_say_of_one(changes, told):

@@ -7,8 +7,12 @@ import io
 import pytest
 
 from batchgen.core.records import EngineStats, RowError
-from batchgen.pipeline.stats import Monitor, Progress, RunStats, duration
-from batchgen.store.runs import RunLog
+from batchgen.pipeline.compute import Monitor
+from batchgen.pipeline.context import RunContext, StopSwitch
+from batchgen.pipeline.stats import Progress, RunStats, duration
+from batchgen.store.ledger import Ledger
+from batchgen.store.runs import RunLock, RunLog
+from tests import fakes
 from tests.fakes import batch, results
 
 
@@ -98,14 +102,24 @@ def test_the_bar_has_figures_from_when_an_engine_is_up_with_or_without_answers()
 
 
 def test_a_run_says_that_its_engine_starts_until_it_is_up(storage):
-    stream, stats = io.StringIO(), RunStats(0.0, 2000)
+    stream = io.StringIO()
+    context = RunContext(
+        job=fakes.job(),
+        run_id="run-a",
+        storage=storage,
+        ledger=Ledger(storage),
+        lock=RunLock(storage, "run-a"),
+        log=RunLog(storage, "run-a"),
+        stats=RunStats(0.0, 2000),
+        stop=StopSwitch(),
+    )
     states = iter(["starting the engine", "running"])
 
     def look(now_s):
         return sample(now_s), next(states), None
 
     with Progress(2000, 0, stream=stream) as progress:
-        watch = Monitor(look, stats, RunLog(storage, "run-a"), progress, 5.0)
+        watch = Monitor(context, look, progress)
         watch.show(0.0, is_last=False)
         watch.show(40.0, is_last=False)
     assert lines(stream)[0] == "batchgen: 0/2,000 rows, starting the engine"
