@@ -154,11 +154,11 @@ def show(root: Path, *, num_rows: int, errors: bool, snapshot: int | None) -> No
     """
     from batchgen.views.status import not_begun, rows
 
-    frame = rows(root, num_rows, errors=errors, snapshot=snapshot)
-    if frame.is_empty():
+    found = rows(root, num_rows, errors=errors, snapshot=snapshot)
+    if not found:
         why = not_begun(root)
         click.echo(f"{root}: {why}" if why else "no such rows", err=True)
-    for number, row in enumerate(frame.iter_rows(named=True)):
+    for number, row in enumerate(found):
         click.secho(f"--- row {number}", dim=True)
         for name, value in row.items():
             if value is not None and not name.startswith("_batchgen_"):

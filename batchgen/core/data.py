@@ -1,6 +1,7 @@
 """Arrow tables and JSON texts, where their libraries fall short.
 
-Arrow: rows of any type are taken out. JSON: parsed strictly, integers of any length stay exact.
+Arrow: rows of any type are taken out, and shown to polars. JSON: parsed strictly, integers of any
+length stay exact.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    import polars as pl
 
 
 class NotTextError(ValueError):
@@ -110,6 +114,120 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     breaks = [at for at, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
     bounds = pairwise([0, *breaks, len(numbers)])
     return [(numbers[start], stop - start) for start, stop in bounds]
+
+
+def with_polars_types(schema: pa.Schema) -> pa.Schema:
+    """Replace the types that polars lacks by such as it has; the same schema if it has all.
+
+    Moments in a zone that it does not know, such as +05:30, are told in UTC. Decimals of 256 bits
+    are narrower ones, or text if they have more than 38 digits. List views are lists.
+
+    polars itself would end in a panic, which no program can catch as an error (2.1).
+    """
+    return pa.schema([field.with_type(_polars_type(field.type)) for field in schema])
+
+
+def _polars_type(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911 - a line a kind
+    if pa.types.is_timestamp(kind):
+        return kind if kind.tz is None or _polars_knows(kind.tz) else pa.timestamp(kind.unit, "UTC")
+    if pa.types.is_decimal256(kind):
+        return pa.decimal128(kind.precision, kind.scale) if kind.precision <= 38 else pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_polars_type(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_polars_type(kind.key_type), _polars_type(kind.item_type))
+    if isinstance(kind, pa.BaseExtensionType):
+        inner, outer = kind.storage_type, _polars_type(kind.storage_type)
+        return kind if inner == outer else outer
+    if not hasattr(kind, "value_type"):
+        return kind
+    inner, outer = kind.value_type, _polars_type(kind.value_type)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(outer, kind.list_size)
+    if _is_list_view(kind):
+        return pa.large_list(outer)
+    if inner == outer:
+        return kind
+    return outer if pa.types.is_dictionary(kind) else pa.large_list(outer)
+
+
+@cache
+def _polars_knows(zone: str) -> bool:
+    import polars as pl
+
+    try:
+        pl.Series([None]).cast(pl.Datetime("us", zone))
+    except pl.exceptions.PolarsError:
+        return False
+    return True
+
+
+def _is_list_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
+
+
+def lazy_frame(
+    schema: pa.Schema, batches: Callable[[int], Iterator[pa.RecordBatch]]
+) -> pl.LazyFrame:
+    """Show rows to polars in types that it has, see `with_polars_types`.
+
+    Collecting them raises a PolarsError for a value that cannot be converted.
+
+    Args:
+        schema: Of the rows.
+        batches: Reads them, so many at once.
+
+    Raises:
+        ArrowNotImplementedError: A list view in a map, or in lists of one length.
+    """
+    from polars.io.plugins import register_io_source
+
+    wanted = with_polars_types(schema)
+
+    def source(
+        columns: list[str] | None, predicate: pl.Expr | None, num: int | None, size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        for batch in batches(size or 10_000):
+            frame = _to_polars(batch, wanted).head(batch.num_rows if num is None else num)
+            num = None if num is None else num - len(frame)
+            frame = frame.filter(predicate) if predicate is not None else frame
+            yield frame.select(columns) if columns else frame
+
+    nothing = pa.record_batch([pa.nulls(0, field.type) for field in schema], schema=schema)
+    return register_io_source(source, schema=_to_polars(nothing, wanted).schema)
+
+
+def _to_polars(batch: pa.RecordBatch, schema: pa.Schema) -> pl.DataFrame:
+    import polars as pl
+
+    columns = [_cast(column, field.type) for column, field in zip(batch, schema, strict=True)]
+    return cast("pl.DataFrame", pl.from_arrow(pa.Table.from_arrays(columns, schema=schema)))
+
+
+def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if not any(map(_is_list_view, parts_of(column.type))):
+        return column.cast(kind)
+    # Not by `cast`: that of pyarrow 26 loses values of a list view's last row.
+    if pa.types.is_struct(kind):
+        pairs = zip(column.flatten(), kind, strict=True)
+        inner = [_cast(values, field.type) for values, field in pairs]
+        return pa.StructArray.from_arrays(inner, fields=list(kind), mask=column.is_null())
+    if not pa.types.is_large_list(kind):
+        msg = f"{column.type} has no counterpart in polars"
+        raise pa.ArrowNotImplementedError(msg)
+    ends = pc.cumulative_sum(pc.fill_null(column.value_lengths(), 0).cast(pa.int64()))
+    offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
+    values = _cast(column.flatten(), kind.value_type)
+    return pa.LargeListArray.from_arrays(offsets, values, mask=column.is_null())
+
+
+def parts_of(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """Yield a type and those that it is made of; an extension's own value is not looked into."""
+    yield kind
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        yield from parts_of(kind.value_type)
+    for at in range(kind.num_fields):
+        yield from parts_of(kind.field(at).type)
 
 
 def parse_json(text: str | bytes) -> Any:  # noqa: ANN401 - any JSON

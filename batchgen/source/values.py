@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.core.data import NotText
+from batchgen.core.data import NotText, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _PER_S = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY_S = 86_400
@@ -42,22 +42,13 @@ def holds_bytes(kind: pa.DataType) -> bool:
         or pa.types.is_large_binary(part)
         or pa.types.is_binary_view(part)
         or pa.types.is_fixed_size_binary(part)
-        for part in _parts(kind)
+        for part in parts_of(kind)
     )
-
-
-def _parts(kind: pa.DataType) -> Iterator[pa.DataType]:
-    """Yield a type and those that it is made of; an extension's own value is not looked into."""
-    yield kind
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        yield from _parts(kind.value_type)
-    for at in range(kind.num_fields):
-        yield from _parts(kind.field(at).type)
 
 
 def to_python(column: pa.Array) -> list[Any]:
     """Return a column's values for templates; see above."""
-    kinds = list(_parts(column.type))
+    kinds = list(parts_of(column.type))
     if pa.types.is_temporal(column.type) and getattr(column.type, "unit", None) == "ns":
         return _told_by_arrow(column)
     is_odd = any(getattr(kind, "unit", None) == "ns" for kind in kinds)

@@ -35,8 +35,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import gather_rows
-from batchgen.core.errors import AccountingError, ConfigError
+from batchgen.core.data import gather_rows, lazy_frame, with_polars_types
+from batchgen.core.errors import AccountingError, ConfigError, OutputError
 from batchgen.core.records import Ranges, RowSet
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Part, PartFooter
@@ -529,11 +529,31 @@ class ResultFile:
 def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     """Rows of files as they lie on the disk, for views: damage is not looked for.
 
+    Columns of types that polars lacks have its own types, see `core.data.with_polars_types`.
     Collecting them raises a PolarsError or an OSError where a file cannot be read.
+
+    Raises:
+        OutputError: A column can be shown to polars in no type.
     """
     import polars as pl
 
-    return pl.scan_parquet([storage.path(name) for name in names], glob=False)
+    paths = [storage.path(name) for name in names]
+
+    def batches(num_rows: int) -> Iterator[pa.RecordBatch]:
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(num_rows)
+
+    try:
+        schema = pq.read_schema(paths[0])
+        if schema != with_polars_types(schema):
+            return lazy_frame(schema, batches)
+    except pa.ArrowNotImplementedError as error:
+        msg = f"{paths[0]}: {error}; read the file with pyarrow, or leave the column out"
+        raise OutputError(msg) from error
+    except (OSError, pa.ArrowException):
+        pass  # Told when rows are read.
+    return pl.scan_parquet(paths, glob=False)
 
 
 def is_as_published(path: Path, entry: PublishedFile) -> bool:

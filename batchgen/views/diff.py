@@ -23,6 +23,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, has_digests, match
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, scan
 from batchgen.store.snapshot import find_snapshot
+from batchgen.views.status import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -252,7 +253,7 @@ class _Side:
 
     def row(self, at: int) -> dict[str, Any]:
         """Read a published row in full."""
-        return self.frame.slice(at, 1).collect().row(0, named=True)
+        return readable(self.frame.slice(at, 1).collect())[0]
 
     def check_names(self, on: Sequence[str]) -> None:
         """Refuse columns that do not name its rows.

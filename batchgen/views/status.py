@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
 from batchgen.pipeline.stats import duration, num_inside
+from batchgen.source.values import to_python
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
@@ -199,7 +200,9 @@ def _written_s(path: Path) -> float:
         return 0.0
 
 
-def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None) -> pl.DataFrame:
+def rows(
+    root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
+) -> list[dict[str, Any]]:
     """Read the first rows of the snapshot, or of what is durable while nothing is published.
 
     Args:
@@ -217,7 +220,7 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
     ledger = Ledger(storage)
     found = _files(ledger, snapshot)
     if found is None:
-        return pl.DataFrame()
+        return []
     plan, names = found
     frame = scan(storage, names)
     if errors:
@@ -225,11 +228,27 @@ def rows(root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
         prefix = plan.prefix
         frame = frame.filter(pl.col(f"{prefix}status") == "error")
     try:
-        return frame.head(num_rows).collect()
+        return readable(frame.head(num_rows).collect())
     except (pl.exceptions.PolarsError, OSError) as error:
         why = str(error).splitlines()[0]
         msg = f"{root}: its rows cannot be read ({why}); `batchgen verify` tells more"
         raise OutputError(msg) from error
+
+
+def readable(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as Python's values; what Python has no type for is text, see `source.values`."""
+    table = frame.to_arrow()
+    columns = [map(_plain, to_python(column.combine_chunks())) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - a column's value has any type
+    """Bytes that are not UTF-8 as Python writes them: in a prompt they would be an error."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return bytes(value) if isinstance(value, bytes) else value
 
 
 def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:

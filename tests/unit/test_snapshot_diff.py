@@ -247,7 +247,8 @@ def test_a_change_in_a_value_of_any_type_is_seen(nights, old, new):
     nights.publish("ab", {"id": [1, 2], "gen_output": [old, new]}, schema=schema)
     found = diff(nights.root)
     assert (found.num_same, found.num_answer_changed) == (1, 1)
-    assert found.examples[0]["columns"] == {"gen_output": [old, new]}
+    shown = [value.decode() if isinstance(value, bytes) else value for value in (old, new)]
+    assert found.examples[0]["columns"] == {"gen_output": shown}
 
 
 def test_labels_that_moved_are_a_table_of_old_and_new(nights):
