@@ -224,7 +224,7 @@ def _read_examples(path: Path, problems: list[str]) -> list[Example]:
     key = "prompt.examples_file"
     try:
         # Not splitlines: JSON texts may hold other line ends than this one.
-        lines = path.read_bytes().decode().split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
         return []

@@ -87,7 +87,7 @@ def load_job(path: Path, overrides: Sequence[str] = (), run_date: date | None = 
     """
     where = str(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(where, ["does not exist, expected a job file"]) from error
     except (OSError, UnicodeDecodeError) as error:

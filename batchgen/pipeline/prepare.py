@@ -25,7 +25,7 @@ from batchgen.engine.base import BACKENDS, engine_class
 from batchgen.engine.vllm.encoder import find_template, refuse_model
 from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
-from batchgen.prompt.builder import PromptBuilder, turns
+from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.csv import delimiter_hint
 from batchgen.source.files import stat_input
@@ -334,7 +334,7 @@ class Checked:
         carried = columns.names if job.input.columns is None else job.input.columns
         check_columns(job, self.builder, self.answer, columns)
         prepared = self._prepared((found.format, reader), found.paths, columns, carried)
-        return replace(prepared, notes=found.notes)
+        return replace(prepared, notes=[*prepared.notes, *found.notes])
 
     def _prepared(
         self,
@@ -344,7 +344,11 @@ class Checked:
         carried: Sequence[str],
     ) -> Prepared:
         mine = (self.job, self.model, self.recipe, self.builder, self.form, self.answer)
-        return Prepared(*mine, *read_by, files, columns, carried)
+        notes = self.builder.notes(columns.names)
+        if self.recipe["prompt"].get("chat_template", "").startswith(BYTE_ORDER_MARK):
+            file = "prompt.chat_template_file begins with a byte order mark"
+            notes.append(f"{file}, which up to batchgen 0.1.0 was part of every prompt")
+        return Prepared(*mine, *read_by, files, columns, carried, notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +365,8 @@ class Prepared(Checked):
     carried: Sequence[str]
     """Names of the columns that go to the output."""
     notes: Sequence[str] = ()
-    """What of the input's folders and patterns is not read, if that was just looked up."""
+    """What a person should know of the prompts, and of what of the input's folders and patterns is
+    not read, if that was just looked up."""
 
     @property
     def recipe_fingerprint(self) -> str:
@@ -582,7 +587,7 @@ def engine_spec(
         model=model_path or model.name,
         model_kwargs={**kwargs, **model.engine},
         sampling_params=params,
-        chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+        chat_template=Path(template).read_text(encoding="utf-8-sig") if template else None,
         chat_template_kwargs=prompt.chat_template_kwargs,
         tools=prompt.tools,
         loras=model.lora,

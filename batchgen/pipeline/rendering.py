@@ -21,6 +21,7 @@ no old row, its plan is as new as the program and nobody looks again.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +31,7 @@ from batchgen.answers.json_schema import row_validator
 from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import read_rows
+from batchgen.prompt.builder import BYTE_ORDER_MARK
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.source.values import holds_bytes
 from batchgen.store.reuse import prefix_of, prefixes_of
@@ -62,7 +64,23 @@ def _reads_bytes(job: JobConfig, read: pa.Schema) -> bool:
     return any(holds_bytes(field.type) for field in read if field.name != job.prompt.images)
 
 
-CHANGES = (Change(1, "binary columns", _reads_bytes),)
+def _templates_match(pattern: str) -> Callable[[JobConfig, pa.Schema], bool]:
+    wanted = re.compile(pattern)
+
+    def match(job: JobConfig, _: pa.Schema) -> bool:
+        return any(wanted.search(text) for text in (job.prompt.user, job.prompt.system) if text)
+
+    return match
+
+
+CHANGES = (
+    Change(1, "binary columns", _reads_bytes),
+    # It was for HTML: letters beyond ASCII and the signs <, >, & and ' were escaped.
+    Change(1, "tojson", _templates_match(r"\btojson\b")),
+    # A null was no absent value to it, and nothing may be asked of what is absent.
+    Change(1, "default", _templates_match(r"\bdefault\b|\|\s*d\b|['\"]d['\"]|\bdefined\b")),
+    Change(1, "a byte order mark", _templates_match(f"^{BYTE_ORDER_MARK}")),
+)
 
 
 def changes_since(rendering: int, prepared: Prepared) -> str:

@@ -37,6 +37,9 @@ _TABLE = "[prompt]"
 _GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
 _MAX_ERROR_CHARS = 300
+BYTE_ORDER_MARK = "\ufeff"
+"""Where some editors begin a file in UTF-8: no text of it. The recipe has it, prompts do not."""
+_BRACED = re.compile(r"(?<!\{)\{\s*([^{}]+?)\s*\}(?!\})")
 _HOST = re.compile(r"https?://([A-Za-z0-9.-]+)(?::[0-9]+)?(?:[/?#]|$)")
 """No user, no backslash, no brackets: what all parsers of URLs take for the same host."""
 _MEDIA = re.compile("image|audio|video|embeds")
@@ -85,6 +88,25 @@ class PromptBuilder:
         if problems:
             raise ConfigError(_TABLE, problems)
         return self._names.intersection(available)
+
+    def notes(self, available: Sequence[str]) -> list[str]:
+        """Tell what makes prompts equal that are hardly meant to be, one line each.
+
+        Args:
+            available: The input's columns.
+        """
+        if self._user is None:
+            return []
+        found = [
+            f"prompt.{key}: {{{name}}} in single braces is text; a column is {{{{ {name} }}}}"
+            for key, text in (("user", self._config.user), ("system", self._config.system))
+            for name in dict.fromkeys(_BRACED.findall(plain_text(text or "")))
+            if name in available and name not in self._names
+        ]
+        if self._names.isdisjoint({ROW_VARIABLE, *available}):
+            text = "no column is used, so that every row has the same prompt; a column is written"
+            found.append(f"prompt.user: {text} {{{{ name }}}}")
+        return found
 
     def probe(self) -> Messages | None:
         """Return messages with the roles that every row's have.
@@ -160,7 +182,7 @@ class PromptBuilder:
 
 def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     """Compile a template; return it with the names that it looks up. A constant renders once."""
-    sandbox = Sandbox()
+    sandbox, source = Sandbox(), source.removeprefix(BYTE_ORDER_MARK)
     try:
         render, names = sandbox.compile_template(source)
     except TemplateSyntaxError as error:
@@ -180,6 +202,12 @@ def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     except Exception as error:  # A template can raise anything; this one does for every row.
         raise ConfigError(_TABLE, [f"{where}: {_told(error)}"]) from error
     return lambda _: constant, names
+
+
+def plain_text(source: str) -> str:
+    """What a template has beside expressions and statements."""
+    found = Sandbox().parse(source).find_all(nodes.TemplateData)
+    return "\0".join(node.data for node in found)
 
 
 def _with_shortcut(tree: nodes.Template, render: Render) -> Render:

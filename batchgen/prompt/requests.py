@@ -15,7 +15,7 @@ import orjson
 from pydantic import ValidationError
 
 from batchgen.core.data import check_levels, parse_json
-from batchgen.core.errors import suggestion
+from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Request, Result, RowError
 from batchgen.job.model import SamplingFields
 
@@ -201,7 +201,10 @@ class RequestBuilder:
         prompt = self._prompts.build(values)
         if isinstance(prompt, RowError):
             return prompt
-        own = self._options.of(values, self._check_schema)
+        try:
+            own = self._options.of(values, self._check_schema)
+        except Exception as error:  # noqa: BLE001 - the row border: values of any kind
+            own = RowError("bad_request", one_line(error))
         if isinstance(own, RowError):
             return own
         key = self._request_key(prompt, own)

@@ -10,16 +10,31 @@ Rendering stays in process, because a child per row would cost more than the eng
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
+import json
 import math
 import re
 import time
 from collections.abc import ItemsView, Iterator, KeysView, Sized, ValuesView
+from decimal import Decimal
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes, pass_context
+from jinja2 import (
+    ChainableUndefined,
+    StrictUndefined,
+    TemplateSyntaxError,
+    Undefined,
+    meta,
+    nodes,
+    pass_context,
+)
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
+
+from batchgen.core.data import NotText, NotTextError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -212,11 +227,88 @@ class _Null:
 NULL = _Null()
 
 
-class _Undefined(StrictUndefined):
-    """Cannot be printed as an item of a list either."""
+class _Undefined(ChainableUndefined, StrictUndefined):
+    """What is absent: `row.x.y|default('none')` may ask on; printed as an item it raises, too."""
 
     __slots__ = ()
     __repr__ = StrictUndefined.__str__
+
+
+def _default(value: Any, default_value: Any = "", boolean: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002 - Jinja's
+    """Jinja's filter, for which a null is as absent as what is not there."""
+    is_absent = value is None or value is NULL or isinstance(value, Undefined)
+    return default_value if is_absent or (boolean and not value) else value
+
+
+def _to_json(
+    value: Any,  # noqa: ANN401
+    indent: int | str | None = None,
+    *,
+    ensure_ascii: bool = False,
+    sort_keys: bool = True,
+    separators: tuple[str, str] | None = None,
+) -> str:
+    """Write JSON as `json.dumps` does, but as a person would: letters and signs as they are.
+
+    Jinja's own filter is for HTML. Dates are ISO 8601, decimal numbers numbers with all their
+    digits, UUIDs texts, NumPy's values Python's.
+    """
+    quote = encode_basestring_ascii if ensure_ascii else encode_basestring
+    comma, colon = separators or ("," if indent is not None else ", ", ": ")
+    step = " " * indent if isinstance(indent, int) else indent
+
+    def written(value: Any, margin: str) -> str:  # noqa: ANN401
+        inner = "" if step is None else margin + step
+        match value:
+            case str():
+                return quote(value)
+            case Decimal():
+                return str(value)
+            case None | bool() | int() | float():
+                return json.dumps(value)
+            case dict():
+                items = sorted(value.items()) if sort_keys else value.items()
+                signs = ("{", "}")
+                parts = [f"{quote(_json_key(k))}{colon}{written(v, inner)}" for k, v in items]
+            case list() | tuple():
+                signs = ("[", "]")
+                parts = [written(item, inner) for item in value]
+            case _:
+                return written(_as_json(value), margin)
+        start, end = signs
+        if step is None or not parts:
+            return f"{start}{comma.join(parts)}{end}"
+        return f"{start}{inner}{f'{comma}{inner}'.join(parts)}{margin}{end}"
+
+    return written(value, "\n")
+
+
+def _json_key(key: object) -> str:
+    return key if isinstance(key, str) else json.dumps(key)
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401
+    """What JSON has for a value of another type."""
+    match value:
+        case _Null():
+            return None
+        case dt.date() | dt.time():
+            return value.isoformat()
+        case dt.timedelta() | UUID() | Undefined():  # Of which the last one raises.
+            return str(value)
+        case NotText():
+            raise NotTextError
+        case bytes():
+            return value.decode()
+    if not hasattr(value, "tolist"):
+        msg = f"{type(value).__name__} is not JSON"
+        raise TypeError(msg)
+    return value.tolist()  # NumPy's.
+
+
+def _asked_on(value: Any) -> Any:  # noqa: ANN401
+    """What a null has inside is absent, and printed it is the null."""
+    return _Undefined(exc=NullPrintedError) if value is NULL else value  # type: ignore[arg-type]
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -231,12 +323,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.concat = _put_together  # type: ignore[method-assign]
         for name in _BANNED_FILTERS:
             del self.filters[name]
+        self.filters |= {"tojson": _to_json, "default": _default, "d": _default}
         for name, function in list(self.filters.items()):
             if name not in _FREE_FILTERS:
                 self.filters[name] = self._paying(name, function)
         self.filters |= {_TURN: lambda _: self._step(), _CONCAT: self._concat}
         self.tests["none"] = lambda value: value is None or value is NULL
-        self.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null_to_json}
         self.names = {k: v for k, v in self.globals.items() if k not in _BANNED_GLOBALS}
         self.globals = {}  # So that a column may have the name of a global.
 
@@ -264,7 +356,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if attribute == "decode" and isinstance(obj, str):
             # Text of binary columns came as bytes up to batchgen 0.1.0: templates may decode it.
             return lambda *_: obj
-        return super().getattr(obj, attribute)
+        return super().getattr(_asked_on(obj), attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:  # noqa: ANN401, D102
+        return super().getitem(_asked_on(obj), argument)
 
     def _refill(self) -> None:
         """Begin a render."""
@@ -436,9 +531,3 @@ def _put_together(parts: Iterable[str]) -> str:
     if len(parts) > _FEW_PARTS and sum(map(len, parts)) > MAX_CHARS:
         raise BudgetError(_TOO_MANY_CHARS)
     return "".join(parts)
-
-
-def _null_to_json(value: object) -> None:
-    if value is not NULL:
-        msg = f"{type(value).__name__} is not JSON"
-        raise TypeError(msg)

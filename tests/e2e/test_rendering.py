@@ -1,6 +1,7 @@
 """A fix may change what a prompt is: answers to the old one stay until the user says otherwise.
 
-The output is one that batchgen 0.1.0 left: text in a binary column, printed as `b'Caf\\xc3\\xa9'`.
+The outputs are those that batchgen 0.1.0 left: text in a binary column, printed as
+`b'Caf\\xc3\\xa9'`; JSON with escapes for HTML; a byte order mark in each prompt.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ SAID = f"{NUM_OLD} rows were made with the old rendering of binary columns"
 NEW = ["Café", "plain", None, "Größe", None, "plain", "end"]
 
 
+def copy_of(made: Path, folder: Path) -> Path:
+    """A copy whose books are right: nothing has changed since the last night."""
+    shutil.copytree(made, folder, copy_function=shutil.copyfile)
+    books = folder / "out/_batchgen/plan/000001.json"
+    plan = json.loads(books.read_bytes())
+    (segment,) = plan["segments"]
+    source = folder / Path(segment["path"]).name
+    segment |= {"path": str(source), "version": str(source.stat().st_mtime_ns)}
+    books.write_text(json.dumps(plan), encoding="utf-8")
+    return folder / "job.toml"
+
+
 @pytest.fixture
 def job(tmp_path):
-    """A copy whose books are right: nothing has changed since the last night."""
-    shutil.copytree(MADE, tmp_path / "job", copy_function=shutil.copyfile)
-    books = tmp_path / "job/out/_batchgen/plan/000001.json"
-    plan = json.loads(books.read_bytes())
-    source = tmp_path / "job/in.parquet"
-    stat = source.stat()
-    plan["segments"][0] |= {"path": str(source), "version": str(stat.st_mtime_ns)}
-    books.write_text(json.dumps(plan), encoding="utf-8")
-    return tmp_path / "job/job.toml"
+    return copy_of(MADE, tmp_path / "job")
 
 
 def texts(job: Path) -> list[Any]:
@@ -170,3 +175,34 @@ def test_a_template_that_decodes_by_itself_has_the_prompts_that_it_had(job):
     summary = batchgen.run(job)
     assert texts(job) == ["Café", "plain", None, "Größe", "none", "plain", "end"]
     assert summary.num_errors == 1
+
+
+OTHERS = {
+    # Of four rows one needs no escapes, and one has no null but where it is JSON.
+    "tojson": (
+        "tojson and of default",
+        2,
+        [
+            '{"a": {"b": 1}} x 1',
+            '{"a": {"b": "Müller & <Söhne>"}} y Müller & <Söhne>',
+            '{"a": {"b": 2}} none 2',
+            '{"a": null} z -',
+        ],
+    ),
+    "mark": ("a byte order mark", 2, ["Say a", "Say b"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_templates_that_are_rendered_otherwise_have_their_old_answers_until_asked(name, tmp_path):
+    of, num_old, wanted = OTHERS[name]
+    job = copy_of(MADE.parent / name, tmp_path / "job")
+    before = texts(job)
+    summary = batchgen.run(job)
+    assert (summary.state, summary.num_old_rendering) == ("nothing_to_do", num_old)
+    said = f"{num_old} rows were made with the old rendering of {of}; --rerender runs them again"
+    assert notes(summary.warnings) == [said]
+    assert texts(job) == before
+    assert num_computed(batchgen.run(job, rerender=True)) == num_old
+    assert texts(job) == wanted
+    assert batchgen.run(job).num_old_rendering == 0

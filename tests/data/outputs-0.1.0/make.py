@@ -11,6 +11,8 @@ is in them:
 - interrupted: a run that was killed with parts written and nothing published.
 - csv, parquet: one night each.
 - binary: text in a binary column, which 0.1.0 printed as Python does: b'Caf\\xc3...'.
+- tojson: a template that writes JSON, which 0.1.0 escaped for HTML, and asks for a default.
+- mark: a prompt file with a byte order mark, which 0.1.0 put into every prompt.
 """
 
 from __future__ import annotations
@@ -140,6 +142,12 @@ path = "out"
 [gate]
 max_error_rate = 0.5
 """
+TOJSON = BINARY.replace("in.parquet", "in.jsonl").replace(
+    "{{ text }}", "{{ facts|tojson }} {{ note|default('none') }} {{ facts.a.b|default('-') }}"
+)
+MARK = BINARY.replace("in.parquet", "in.jsonl").replace(
+    'user = "{{ text }}"', 'user_file = "prompt.jinja"'
+)
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -237,6 +245,24 @@ def make_binary() -> None:
     subprocess.run(batchgen("run", "job.toml"), cwd=WORK, check=True)
 
 
+def make_tojson() -> None:
+    """What needs no escapes, what does, a null where there is a default, and nothing to look in."""
+    (WORK / "job.toml").write_text(TOJSON)
+    facts = [{"a": {"b": 1}}, {"a": {"b": "Müller & <Söhne>"}}, {"a": {"b": 2}}, {"a": None}]
+    notes = ["x", "y", None, "z"]
+    rows = [{"facts": fact, "note": note} for fact, note in zip(facts, notes, strict=True)]
+    write_tickets(WORK / "in.jsonl", list(rows))
+    subprocess.run(batchgen("run", "job.toml", "--publish-anyway"), cwd=WORK, check=True)
+
+
+def make_mark() -> None:
+    """Two rows."""
+    (WORK / "job.toml").write_text(MARK)
+    (WORK / "prompt.jinja").write_text("\ufeffSay {{ text }}", encoding="utf-8")
+    write_tickets(WORK / "in.jsonl", [{"text": "a"}, {"text": "b"}])
+    subprocess.run(batchgen("run", "job.toml"), cwd=WORK, check=True)
+
+
 def make_parquet() -> None:
     """Nested and temporal types; two answers a row; several published files."""
     (WORK / "data").mkdir()
@@ -278,7 +304,7 @@ def make_parquet() -> None:
 def main() -> None:
     """Make every folder that is not there."""
     made = (make_nights, make_interrupted, make_csv, make_parquet, make_binary)
-    for make in made:
+    for make in (*made, make_tojson, make_mark):
         target = HERE / make.__name__.removeprefix("make_")
         if target.exists():
             continue
