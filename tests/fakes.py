@@ -103,7 +103,7 @@ class FakeEngine:
         self.max_held = max(self.max_held, len(self.held))
 
     def step(self, timeout_s: float) -> list[Completion]:
-        assert 0 < timeout_s <= 0.2
+        assert 0 <= timeout_s <= 0.2
         self.num_steps += 1
         self.on_step()
         act = self._acts.popleft() if self._acts else finish_all

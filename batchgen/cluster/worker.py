@@ -36,8 +36,8 @@ from batchgen.cluster.messages import (
     Take,
 )
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
+from batchgen.engine.group import supervise
 from batchgen.engine.process import build_engine
-from batchgen.engine.supervised import SupervisedEngine
 from batchgen.pipeline.compute import Stages, footer_facts
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.frozen import input_changes
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from batchgen.cluster.messages import Event, Lease, Order, WorkerInit
     from batchgen.core.errors import StorageError
     from batchgen.core.records import EngineSpec, Request
-    from batchgen.engine.supervised import Build
+    from batchgen.engine.base import Engine
     from batchgen.pipeline.runner import FeedBatch, OpenPart
 
 _LOOK_S = 0.2
@@ -157,7 +157,7 @@ class Worker:
         init: WorkerInit,
         *,
         fetch: Callable[[Any], Sequence[FeedBatch]],
-        build: Build = build_engine,
+        build: Callable[..., Engine] = build_engine,
     ) -> None:
         """Look at the job; nothing is started but a thread.
 
@@ -180,10 +180,11 @@ class Worker:
         self._ledger = Ledger(storage)
         self._log = RunLog(storage, init.run_id)
         self._checked = check(init.job)
-        self._engine = SupervisedEngine(
+        num = init.job.run.engines_per_gpu
+        self._engine = supervise(
             build,
-            self._engine_spec,
-            on_death=lambda death: self._inbox.say(EngineDied(death.as_dict())),
+            [self._engine_spec] * (1 if num == "auto" else num),
+            on_death=lambda death, _: self._inbox.say(EngineDied(death.as_dict())),
             stall_s=init.job.run.stall_s,
         )
         self._stop = StopSwitch()

@@ -267,6 +267,8 @@ class EngineSpec:
     """Who chooses what the job leaves open: vllm, or batchgen, see `run.engine_defaults`."""
     work: WorkLeft | None = None
     """What is left to do; None: much, or nobody knows."""
+    num_sharing: int = 1
+    """Engines on its GPU, itself among them: it takes so large a part of the memory."""
 
     @property
     def is_vllm(self) -> bool:

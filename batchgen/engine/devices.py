@@ -8,7 +8,8 @@ Engines that share a GPU come up one after the other. vLLM takes what all of a G
 between its own start and its profiling run for its own: an engine that loads beside it makes its
 KV cache smaller by that one's weights, and one that frees memory meanwhile makes it give up
 (vllm/v1/worker/gpu_worker.py, determine_available_memory; vllm/utils/mem_utils.py,
-memory_profiling; 0.26 to 0.33). Engines that close take no turn. The turn is a `flock` on a file
+memory_profiling; 0.26 to 0.33). Those that are told how large their KV cache is do not measure:
+they come up together. Engines that close take no turn. The turn is a `flock` on a file
 of this machine, so that it holds between replicas and between jobs, and ends with its holder
 however that ends. It only helps: where it cannot be had, the engine comes up without.
 """
@@ -299,12 +300,15 @@ def turn_file(environment: Mapping[str, str], folder: Path | None = None) -> Pat
 
 
 @contextlib.contextmanager
-def turn_to_start(path: Path | None, wait_s: float = WAIT_S) -> Iterator[bool]:
+def turn_to_start(
+    path: Path | None, wait_s: float = WAIT_S, *, is_alone: bool = True
+) -> Iterator[bool]:
     """Hold the turn while an engine comes up.
 
     Args:
         path: Of the turn; None if there is nothing to share.
         wait_s: How long to wait for it.
+        is_alone: It measures the GPU's memory. Those that need not may come up together.
 
     Yields:
         Whether we have it.
@@ -314,7 +318,7 @@ def turn_to_start(path: Path | None, wait_s: float = WAIT_S) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _flock(descriptor, wait_s)
+        yield _flock(descriptor, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH, wait_s)
     finally:
         # Not by closing alone: a process that was forked meanwhile may hold the file open, too.
         with contextlib.suppress(OSError):
@@ -335,12 +339,12 @@ def _open_turn(path: Path) -> int | None:
     return None
 
 
-def _flock(descriptor: int, wait_s: float) -> bool:
+def _flock(descriptor: int, kind: int, wait_s: float) -> bool:
     deadline = time.monotonic() + wait_s
     is_told = False
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False

@@ -37,7 +37,7 @@ from batchgen.engine.base import HostedRequest, engine_class
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import IO
 
     from batchgen.core.records import WorkLeft
@@ -56,8 +56,9 @@ GUARD = 'read -r orderly && exit 0; kill -KILL "-$1"'
 class _Child:
     """The process, its guard and both ends' threads; holds no reference to its `EngineProcess`."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, on_news: Callable[[], None]) -> None:
         self.started = time.perf_counter()
+        self._on_news = on_news
         self.facts: EngineFacts | None = None
         self.capacity: int | None = None
         self.stats = EngineStats()
@@ -94,7 +95,9 @@ class _Child:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 self._hear(*pickle.loads(self.connection.recv_bytes()))  # noqa: S301 - our child
+                self._on_news()
         self.inbox.put(None)
+        self._on_news()
 
     def _hear(self, kind: str, payload: Any, *rest: Any) -> None:  # noqa: ANN401
         if kind == "done":
@@ -144,25 +147,35 @@ class _Child:
         self.guard.communicate(b"orderly\n")
 
 
-def build_engine(spec: EngineSpec) -> Engine:
+def _no_news() -> None:
+    """Tell nobody."""
+
+
+def build_engine(spec: EngineSpec, on_news: Callable[[], None] = _no_news) -> Engine:
     """Build the engine that `spec.backend` names; returns at once, `facts` is None until it is up.
 
     All but echo get a process of their own, unless `[model.engine] in_process` says otherwise;
-    vLLM always does.
+    vLLM always does, and whoever works beside others.
+
+    Args:
+        spec: Of the engine.
+        on_news: Called, from another thread, when `step` of one in a process may have something.
 
     Raises:
         ConfigError: There is no such engine, or it cannot do what `spec` asks for.
         EngineError: The process could not be started.
     """
     is_here = spec.model_kwargs.get("in_process", spec.backend == "echo")
-    return engine_class(spec.backend)(spec) if is_here and not spec.is_vllm else EngineProcess(spec)
+    if is_here and not spec.is_vllm and spec.num_sharing == 1:
+        return engine_class(spec.backend)(spec)
+    return EngineProcess(spec, on_news)
 
 
 class EngineProcess:
     """Implements `Engine`; the engine named by the spec runs in a child process."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self._child = _Child(spec)
+    def __init__(self, spec: EngineSpec, on_news: Callable[[], None] = _no_news) -> None:
+        self._child = _Child(spec, on_news)
         self._expected_capacity = _expected_capacity(spec)
         self._num_in_flight = 0
         self._death: BatchgenError | None = None

@@ -153,6 +153,16 @@ class SupervisedEngine:
         return self._spec is not None
 
     @property
+    def num_members(self) -> int:
+        """Engines that work at once: this one."""
+        return 1
+
+    @property
+    def is_admitting(self) -> bool:
+        """Whether requests go to the engine, and do not wait here for the next one."""
+        return self._is_admitting
+
+    @property
     def facts(self) -> EngineFacts | None:
         """What the engine is, or between two, what the last one was; None until it is up."""
         return (self._life.engine.facts if self._life else None) or self._last_facts
@@ -257,6 +267,12 @@ class SupervisedEngine:
             return answered
         self._tally.note_completed(len(answered))
         return answered + self._take_blamed() if self._blamed else answered
+
+    def give_up(self) -> list[Request]:
+        """Close an engine that was never up; return all that it was given."""
+        given = [*(self._life.held.values() if self._life else ()), *self._queue]
+        self.close()
+        return given
 
     def close(self) -> None:
         """Close the engine and drop everything; there will be no other. Idempotent."""

@@ -424,6 +424,10 @@ class RunConfig(Table):
     gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each; below 1 they share one. Default: tensor_parallel_size x
     pipeline_parallel_size; none for vLLM's CPU build."""
+    engines_per_gpu: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = "auto"
+    """Engines that share a GPU, each in processes of its own, and divide its memory: what
+    gpu_memory_utilization or kv_cache_memory_bytes says is for all of them. auto: two where that
+    has been measured to be faster, a small model with much to write; else one."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores that Ray counts for each."""
     dedupe: Literal["auto", "always", "never"] = "auto"

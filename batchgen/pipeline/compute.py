@@ -18,6 +18,7 @@ import time
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import pyarrow.compute as pc
@@ -28,10 +29,11 @@ from batchgen.answers.validate import Retries
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowSet, WorkLeft
 from batchgen.core.runtime import say
+from batchgen.engine.group import supervise
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.engine.process import build_engine
-from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import engine_gpus, settings_text
+from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Request, RowBatch
-    from batchgen.engine.supervised import Build
+    from batchgen.engine.base import Engine
+    from batchgen.engine.group import Supervised
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
@@ -180,7 +183,7 @@ class Stages:
 
     def runner(
         self,
-        engine: SupervisedEngine,
+        engine: Supervised,
         feeder: Feeder,
         stats: RunStats,
         commit: Callable[[OpenPart], None],
@@ -420,23 +423,19 @@ def watching(context: RunContext, look: Callable[[float], Look]) -> Iterator[Mon
 
 
 class OneEngine:
-    """`Compute` on one engine, which starts as soon as there is something for it to do."""
+    """`Compute` on one engine, or a few on its GPU; starts once there is something to do."""
 
-    def __init__(self, context: RunContext, *, build: Build = build_engine) -> None:
+    def __init__(self, context: RunContext, *, build: Callable[..., Engine] = build_engine) -> None:
         """Bind; nothing is started.
 
         Args:
             context: The run.
-            build: Builds the engine; benchmarks bring one that many runs share.
+            build: Builds the engine, see `supervise`; benchmarks bring one that many runs share.
         """
         self._context = context
         self._prepared: Prepared | None = None
-        self._engine = SupervisedEngine(
-            build,
-            self._spec,
-            on_death=lambda death: context.note_death(death.as_dict()),
-            stall_s=context.job.run.stall_s,
-        )
+        self._build = build
+        self._engine = self._engines(1)
         self._closing: threading.Thread | None = None
         self._is_told = False
 
@@ -462,7 +461,7 @@ class OneEngine:
 
     def start(self, prepared: Prepared) -> None:
         """Begin to start the engine. See `Compute`."""
-        self._prepared = prepared
+        self._prepare(prepared)
         self._engine.start()
 
     def answer(
@@ -473,7 +472,7 @@ class OneEngine:
         The feeder has begun before anything is taken over, so that the engine starts, and has
         work, meanwhile; what could not be taken over is fed last.
         """
-        self._prepared = work.prepared
+        self._prepare(work.prepared)
         engine, stages, context = self._engine, work.stages, self._context
         if not context.is_trial:  # Its figures are to hold for much more work than it has.
             engine.expect(stages.work_of(rows))
@@ -528,7 +527,9 @@ class OneEngine:
         job, engine = self._context.job, self._engine
         if self._context.deaths:
             return []
-        way = Way(job.run.max_in_flight, job.sampling.n, engine.capacity, engine_gpus(job))
+        num = engine.num_members
+        capacity, gpus = engine.capacity // num, engine_gpus(job)
+        way = Way(job.run.max_in_flight, job.sampling.n, capacity, gpus, num)
         return advise(self._context.log.samples, engine.facts, way)
 
     def let_go(self) -> None:
@@ -542,6 +543,29 @@ class OneEngine:
             self._closing.join()
         self._engine.close()
 
-    def _spec(self) -> EngineSpec:
+    def _prepare(self, prepared: Prepared) -> None:
+        """Before anything is started: find out how many engines there should be."""
+        is_first, self._prepared = self._prepared is None, prepared
+        if not is_first:
+            return
+        job, asked = self._context.job, self._context.job.run.engines_per_gpu
+        if asked != "auto":
+            self._engine = self._engines(asked)
+        elif not self._context.is_trial and not (job.tuned and job.tuned.settings):
+            # Tuned settings were measured with one engine.
+            spec = self._spec(0)
+            self._engine = self._engines(engines_for(spec), partial(is_enough, spec))
+
+    def _engines(self, num: int, is_enough: Callable[[WorkLeft], bool] | None = None) -> Supervised:
+        return supervise(
+            self._build,
+            [partial(self._spec, at) for at in range(num)],
+            on_death=lambda death, whose: self._context.note_death(death.as_dict(), whose),
+            stall_s=self._context.job.run.stall_s,
+            is_enough=is_enough,
+        )
+
+    def _spec(self, at: int) -> EngineSpec:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
-        return self._prepared.engine_spec(self._context.log.engine_log)
+        log = self._context.log
+        return self._prepared.engine_spec(log.engine_log_of(at + 1) if at else log.engine_log)

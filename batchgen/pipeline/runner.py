@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from batchgen.answers.validate import Judge, Retries
     from batchgen.core.records import Completion, RowBatch
+    from batchgen.engine.group import Supervised
     from batchgen.engine.order import AdmissionOrder
-    from batchgen.engine.supervised import SupervisedEngine
     from batchgen.job.model import RunConfig
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.stats import RunStats
@@ -280,7 +280,7 @@ class Runner:
 
     def __init__(  # noqa: PLR0913 - the one place where all stages meet
         self,
-        engine: SupervisedEngine,
+        engine: Supervised,
         feeder: Feeder,
         committer: Committer[OpenPart],
         stats: RunStats,

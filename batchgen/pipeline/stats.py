@@ -366,8 +366,7 @@ def _waits(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) ->
     return (
         f"the GPU worked {busy:.0%} of the time though the engine had its fill: between steps it "
         "waited for vLLM's own Python, as with small models. Two engines on it may be faster: "
-        "run.replicas = 2 with run.gpus_per_replica = 0.5, and no model.gpu_memory_utilization; "
-        "so are faster CPU cores"
+        "run.engines_per_gpu = 2; so are faster CPU cores"
     )
 
 

@@ -18,6 +18,7 @@ from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import RowSet
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
+from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.compute import lengths_of, work_of
 from batchgen.pipeline.context import RunOptions
@@ -515,7 +516,12 @@ def _settings(
 ) -> Mapping[str, Any]:
     """What a run would choose for its engine, as far as that is known without vLLM."""
     work = work_of(ahead.todo, ahead.prepared.job, lengths)
-    return choose_settings(replace(spec, work=work), past.max_num_seqs if past else None)
+    found = choose_settings(replace(spec, work=work), past.max_num_seqs if past else None)
+    job = ahead.prepared.job
+    is_open = job.run.engines_per_gpu == "auto" and not (job.tuned and job.tuned.settings)
+    if is_open and (num := engines_for(spec)) > 1 and is_enough(spec, work):
+        found["engines_per_gpu"] = num
+    return found
 
 
 def _who_holds(storage: LocalStorage) -> list[str]:

@@ -203,11 +203,11 @@ class RunLog:
 
     @property
     def engine_log(self) -> str:
-        """Path for the lines of a run's only engine; the folder is made."""
+        """Path for the lines of a run's only engine, or the first; the folder is made."""
         return self._log_path("vllm.log")
 
     def engine_log_of(self, number: int) -> str:
-        """Path for the lines of one worker's engines, one after another; the folder is made."""
+        """Path for the lines of a worker's, or of a further engine here; the folder is made."""
         return self._log_path(f"vllm-{number:02}.log")
 
     @property

@@ -18,6 +18,7 @@ from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import Completion, EngineSpec, EngineStats
 from batchgen.engine.base import HostedRequest
 from batchgen.engine.echo import EchoEngine
+from batchgen.engine.group import supervise
 from batchgen.engine.process import EngineProcess, build_engine
 from batchgen.engine.supervised import SupervisedEngine
 from tests import fakes
@@ -55,11 +56,22 @@ def start(kind, log_path, **sampling_params):
         engine = AsEngine(SupervisedEngine(build_engine, lambda: spec))
         engine.start()
         return engine
+    if kind.startswith("two"):
+        engine = AsEngine(two_engines(make_spec(kind.removeprefix("two-"), log_path)))
+        engine.start()
+        return engine
     return EchoEngine(spec) if kind == "echo" else EngineProcess(spec)
 
 
-KINDS = ["echo", "echo-process", "supervised", "supervised-process"]
-KINDS += [pytest.param("vllm", marks=pytest.mark.vllm)]
+def two_engines(spec, on_death=lambda death, whose: None, **options):
+    """A group of two, each in processes of its own."""
+    specs = [lambda: spec, lambda: replace(spec, log_path=f"{spec.log_path}-2")]
+    options = {"stall_s": WAIT_S, **options}
+    return supervise(options.pop("build", build_engine), specs, on_death=on_death, **options)
+
+
+KINDS = ["two-echo", "echo", "echo-process", "supervised", "supervised-process"]
+KINDS += [pytest.param(kind, marks=pytest.mark.vllm) for kind in ("vllm", "two-vllm")]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -33,13 +33,14 @@ def toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def make_job(folder: Path, faults: list[dict[str, Any]], **options: Any) -> Path:
+def make_job(folder: Path, faults: list[dict[str, Any]], how: str = "here", **options: Any) -> Path:
     folder.mkdir(exist_ok=True)
     write_rows(folder / "in.jsonl", NUM_ROWS)
-    run = {"flush_rows": 50, "stall_s": 3.0}
+    run = {"flush_rows": 50, "stall_s": 3.0, "engines_per_gpu": 2 if how == "two" else 1}
     job = write_job(folder, "in.jsonl", run=run, model={"backend": BACKEND})
     lines = [
-        f"{key} = {toml(value)}" for key, value in {**ENGINE, "in_process": True, **options}.items()
+        f"{key} = {toml(value)}"
+        for key, value in {**ENGINE, "in_process": how == "here", **options}.items()
     ]
     if faults:
         lines.append(f"faults = {toml(faults)}")
@@ -74,34 +75,41 @@ def fault_free(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
     return published(folder / "job" / "out")
 
 
-HOSTED = pytest.mark.parametrize("in_process", [True, False], ids=["here", "hosted"])
+HOW = pytest.mark.parametrize("how", ["here", "hosted", "two"])
+"""In this process, in one of its own, or two engines as for one GPU."""
 
 
-@HOSTED
+FAULTS = [
+    ("die", 1, "the engine died"),
+    ("out_of_memory", 1, "max_num_seqs = 8 from then on"),
+    ("hang", 1, "engine death 1"),
+    ("vanish", 0, "1 requests were lost"),
+    ("duplicate", 0, "1 answers that came twice, or unasked, were dropped"),
+    ("wrong_id", 0, "1 answers that came twice, or unasked, were dropped"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "num_deaths", "warning"),
+    ("how", "kind", "num_deaths", "warning"),
     [
-        ("die", 1, "the engine died"),
-        ("out_of_memory", 1, "max_num_seqs = 8 from then on"),
-        ("hang", 1, "engine death 1"),
-        ("vanish", 0, "1 requests were lost"),
-        ("duplicate", 0, "1 answers that came twice, or unasked, were dropped"),
-        ("wrong_id", 0, "1 answers that came twice, or unasked, were dropped"),
+        (how, *fault)
+        for how, faults in (("here", FAULTS), ("hosted", FAULTS), ("two", FAULTS[:3]))
+        for fault in faults
     ],
 )
 def test_a_fault_changes_no_row(
     tmp_path: Path,
     fault_free: list[dict[str, Any]],
-    in_process: bool,
+    how: str,
     kind: str,
     num_deaths: int,
     warning: str,
 ) -> None:
-    if kind == "vanish" and not in_process:
+    if kind == "vanish" and how != "here":
         # The host's own count says that the request is still there: only the stall tells.
         num_deaths, warning = 1, "the engine hangs: no row finished, nothing changed"
     faults = [{"kind": kind, "at": at} for at in (100,)]
-    job = make_job(tmp_path, faults, once_file=str(tmp_path / "fired"), in_process=in_process)
+    job = make_job(tmp_path, faults, once_file=str(tmp_path / "fired"), how=how)
     summary, deaths = run(job)
     assert (tmp_path / "fired").read_text() == f"{kind} at 100\n"
     assert (summary["exit_code"], summary["state"]) == (0, "complete")
@@ -114,25 +122,25 @@ def test_a_fault_changes_no_row(
         assert len(death["in_flight"][0]["ordinal"]) == 2
 
 
-@HOSTED
+@HOW
 def test_many_deaths_in_one_run_change_no_row(
-    tmp_path: Path, fault_free: list[dict[str, Any]], in_process: bool
+    tmp_path: Path, fault_free: list[dict[str, Any]], how: str
 ) -> None:
     faults = [{"kind": "die", "at": at} for at in (1, 20, 40, 60, 80, 100)]
-    job = make_job(tmp_path, faults, once_file=str(tmp_path / "fired"), in_process=in_process)
+    job = make_job(tmp_path, faults, once_file=str(tmp_path / "fired"), how=how)
     summary, deaths = run(job)
     assert summary["exit_code"] == 0
     assert len(deaths) == 6
     assert published(tmp_path / "out") == fault_free
 
 
-@HOSTED
+@HOW
 @pytest.mark.parametrize("texts", [POISON[:1], POISON], ids=["one", "several"])
 def test_poison_rows_are_errors_and_all_others_as_without_them(
-    tmp_path: Path, fault_free: list[dict[str, Any]], in_process: bool, texts: list[str]
+    tmp_path: Path, fault_free: list[dict[str, Any]], how: str, texts: list[str]
 ) -> None:
     faults = [{"kind": "poison", "text": text} for text in texts]
-    summary, deaths = run(make_job(tmp_path, faults, in_process=in_process))
+    summary, deaths = run(make_job(tmp_path, faults, how=how))
     assert summary["exit_code"] == 0
     rows = published(tmp_path / "out")
     crashed = [row for row in rows if row["gen_error_type"] == "engine_crash"]
@@ -144,15 +152,18 @@ def test_poison_rows_are_errors_and_all_others_as_without_them(
     assert sorted(blamed) == [[0, number] for number in sorted(ids)]
 
 
-@HOSTED
+@HOW
 def test_an_engine_that_always_dies_stops_the_job_and_blames_no_row(
-    tmp_path: Path, in_process: bool
+    tmp_path: Path, how: str
 ) -> None:
-    summary, deaths = run(make_job(tmp_path, [{"kind": "die", "at": 1}], in_process=in_process))
+    summary, deaths = run(make_job(tmp_path, [{"kind": "die", "at": 1}], how=how))
     assert (summary["exit_code"], summary["state"]) == (1, "fault")
-    assert summary["reason"].startswith(f"the engine died {len(deaths)} times, with any of 4 rows")
-    assert "vllm.log; what was finished stays, run again to go on" in summary["reason"]
-    assert len(deaths) <= 20
+    # Of two, one gives up; the other one's deaths are told, too.
+    num = int(summary["reason"].split()[3])
+    assert summary["reason"].startswith(f"the engine died {num} times, with any of 4 rows")
+    assert (num < len(deaths) <= 2 * num) if how == "two" else num == len(deaths)
+    assert ".log; what was finished stays, run again to go on" in summary["reason"]
+    assert num <= 20
     # The eight errors are lines that are no JSON: no row is put down as the engine's killer.
     assert (summary["num_ok"], summary["num_errors"]) == (0, NUM_ROWS // 50)
     assert all(death["num_in_flight"] for death in deaths)

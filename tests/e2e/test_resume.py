@@ -32,6 +32,8 @@ SLOW = {"backend": "echo", "engine": {"max_num_seqs": 16, "step_s": 0.008, "max_
 ROWS = 1000
 SLOWER = ("--set", "model.engine.max_num_seqs=2")
 """Some ten seconds: until a busy machine has done what is to be done meanwhile."""
+TWO = ("--set", "run.engines_per_gpu=2")
+"""Engines in processes of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +69,10 @@ def test_kills_at_random_moments_lose_nothing_and_repeat_nothing(
     slow_job: Path, expected: list[dict[str, object]], seed: int
 ) -> None:
     moments = random.Random(seed)
-    for _ in range(2):
+    for number in range(2):
+        options = TWO if seed % 2 and number else ()
         with subprocess.Popen(
-            command("run", slow_job), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command("run", slow_job, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
             time.sleep(moments.uniform(0.3, 2.0))
             process.kill()
@@ -127,12 +130,13 @@ def test_an_input_that_moves_on_under_an_unfinished_job_costs_only_what_changed(
     assert published(slow_job.parent / "out") == published(whole / "out")
 
 
+@pytest.mark.parametrize("options", [(), TWO], ids=["one", "two"])
 def test_sigterm_commits_what_finished_and_exits_75(
-    slow_job: Path, expected: list[dict[str, object]]
+    slow_job: Path, expected: list[dict[str, object]], options: tuple[str, ...]
 ) -> None:
     ledger = Ledger(LocalStorage(slow_job.parent / "out"))
     with subprocess.Popen(
-        command("run", slow_job, "--set", "run.flush_rows=20", *SLOWER),
+        command("run", slow_job, "--set", "run.flush_rows=20", *SLOWER, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -61,7 +61,7 @@ def test_a_gpu_that_waits_for_a_full_engine_is_told():
     waits = samples(gpu_busy=0.55)
     (text,) = advise(waits, FACTS, WAY)
     assert "the GPU worked 55% of the time though the engine had its fill" in text
-    assert "run.replicas = 2 with run.gpus_per_replica = 0.5" in text
+    assert "run.engines_per_gpu = 2" in text
     assert advise(waits, replace(FACTS, device="cpu"), WAY) == []
     assert advise(waits, FACTS, WAY._replace(num_gpus=2)) == []
     assert advise(waits, FACTS, WAY._replace(num_engines=2, capacity=1)) == []

@@ -56,6 +56,7 @@ from batchgen.engine.vllm.settings import (
     prepare_environment,
     start_error,
 )
+from batchgen.engine.vllm.shares import shared_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -199,17 +200,17 @@ class VllmEngine:
         self._loras = lora_requests(spec.loras)
         self._imported.set()
         prime_with_prompt_ends()
+        own = llm_kwargs(spec, is_cpu=self._is_cpu)
         self._settings = choose_settings(spec, usual_max_num_seqs(spec.model_kwargs))
-        kwargs = {
-            **llm_kwargs(spec, is_cpu=self._is_cpu),
-            **self._settings,
-            "structured_outputs_config": config,
-        }
+        if spec.num_sharing > 1 and not self._is_cpu:
+            self._settings = {**self._settings, **shared_memory(spec, own)}
+        kwargs = {**own, **self._settings, "structured_outputs_config": config}
         if "optimization_level" in self._settings and gpus_of(kwargs, is_cpu=False) == 1:
             # A core in a process of its own would import all of vLLM a second time.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        turn = None if self._is_cpu else turn_file(os.environ)
         try:
-            with turn_to_start(None if self._is_cpu else turn_file(os.environ)):
+            with turn_to_start(turn, is_alone="kv_cache_memory_bytes" not in kwargs):
                 llm = llm_type(**kwargs)
             kept = splitter.params if splitter is not None else {}
             self._sampling = Sampling({**kept, **job_fields(llm, spec)})

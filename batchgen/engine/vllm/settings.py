@@ -198,7 +198,8 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         kwargs |= _spare_lora_slot(kwargs, len(spec.loras))
     sized = kwargs.keys() & {"kv_cache_memory_bytes", "gpu_memory_utilization"}
     if is_cpu and not sized and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        kwargs["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(Path(spec.model))
+        found = cpu_kv_cache_bytes(Path(spec.model))
+        kwargs["kv_cache_memory_bytes"] = found // spec.num_sharing
     return kwargs
 
 
@@ -251,10 +252,14 @@ def capture_sizes(seqs: int) -> list[int]:
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Say what was chosen, in a line; empty if nothing."""
+    told = []
     if "optimization_level" in settings:
-        return "little to do: no compiling, no CUDA graphs (optimization_level = 0)"
-    sizes = settings.get("cudagraph_capture_sizes")
-    return f"CUDA graphs for up to {max(sizes):,} rows at once, {len(sizes)} sizes" if sizes else ""
+        told.append("little to do: no compiling, no CUDA graphs (optimization_level = 0)")
+    if sizes := settings.get("cudagraph_capture_sizes"):
+        told.append(f"CUDA graphs for up to {max(sizes):,} rows at once, {len(sizes)} sizes")
+    if num := settings.get("engines_per_gpu"):
+        told.append(f"{num} engines share the GPU, which would wait for one's Python")
+    return "; ".join(told)
 
 
 def _without_pattern(model: str) -> str:
