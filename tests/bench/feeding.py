@@ -1,12 +1,14 @@
 """The whole product against vLLM itself: same rows, one machine, each as its user would start it.
 
     python -m tests.bench.feeding --shape 0.6b --tokenizer DIR --prompts FILE \
-        --work equal=7000 --work label=6000 --by 256 --best '{"max_num_seqs": 1024}' --engines 2
+        --work equal=7000 --work label=6000 --by equal=256 \
+        --best '{"max_num_seqs": 1024}' --engines 2
 
 batchgen: `batchgen run` on a job that says of the engine only which model it is (and, with
 `--model-option`, what is asked for). LLM.chat: `LLM(model)` at vLLM's own settings, all rows at
-once, and by 256 where `--by` asks for it. `--best`: engines with these options, started together
-and fed by windows (`--windows`), each with its share of the rows: what a person could get by hand.
+once, and for `--by WORK=256` by so many after each other, too. `--best`: engines with these options,
+started together and fed by windows (`--windows`), each with its share of the rows: what a person
+could get by hand.
 
 Two clocks. `whole`: from the start of the process to the moment when the answers can be read; a
 process of vLLM's that does several works is started once, so its whole time is its start and that
@@ -40,9 +42,11 @@ from tests.bench.limits import least_s
 from tests.bench.random_model import make_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from tests.bench.works import Work
+
+    Asked = list[tuple[Work, list[dict[str, int]]]]
 
 LOADING = {"load_format": "dummy"}
 KEYS = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
@@ -76,11 +80,9 @@ def main() -> None:
                     _time_batchgen(model, work, args, own, figures)
         rivals = [work for work in jobs if not work.name.startswith(ITSELF)]
         if rivals and args.against != "batchgen":
-            ways: list[dict[str, int]] = [{}, *({"by": size} for size in args.by)]
-            _time_vllm(model, _options(args), rivals, ways * args.repeats, folder, figures)
+            _time_vllm(model, _options(args), _chats(args, rivals), folder, figures)
             if args.best is not None:
-                windows = [{"window": size} for size in args.windows]
-                _time_best(model, args, rivals, windows, folder, figures)
+                _time_best(model, args, rivals, folder, figures)
     _print_table(args, jobs, figures.seen)
 
 
@@ -94,7 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--against", choices=["batchgen", "vllm"], help="one of the two only")
-    parser.add_argument("--by", type=int, action="append", default=[], help="LLM.chat by so many")
+    parser.add_argument("--by", action="append", default=[], help="LLM.chat by so many: NAME=ROWS")
     parser.add_argument("--model-option", action="append", default=[], help="batchgen's, KEY=JSON")
     parser.add_argument("--vllm-option", action="append", default=[], help="vLLM's, KEY=JSON")
     parser.add_argument("--run-option", action="append", default=[], help="[run] KEY=JSON")
@@ -228,47 +230,46 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return own if args.model else {**own, **LOADING}
 
 
+def _chats(args: argparse.Namespace, jobs: list[Work]) -> Asked:
+    """Each work with all rows at once, as often as asked for, and by so many where that is."""
+    sizes = [(name, int(size)) for name, _, size in (by.partition("=") for by in args.by)]
+    return [
+        (work, [{}] * args.repeats + [{"by": size} for name, size in sizes if name == work.name])
+        for work in jobs
+    ]
+
+
 def _time_vllm(
-    model: Path,
-    options: dict[str, Any],
-    jobs: Sequence[Work],
-    ways: Sequence[dict[str, int]],
-    folder: Path,
-    figures: Figures,
+    model: Path, options: dict[str, Any], asked: Asked, folder: Path, figures: Figures
 ) -> None:
     """`LLM.chat` in one process; its whole time of a work is its start and that work."""
-    spec = _spec(folder, model, options, jobs, ways)
-    by_name = {work.name: work for work in jobs}
     started_s = time.monotonic()
-    with _vllm(spec) as process:
+    with _vllm(_spec(folder, model, options, asked)) as process:
         startup = _line(process)
         ready_s = time.monotonic() - started_s
         _go(process)
-        for _ in range(len(jobs) * len(ways)):
-            told = _line(process)
-            how = f"LLM.chat by {told['way']['by']}" if told["way"] else "LLM.chat(all)"
-            whole_s = ready_s + told["work_s"]
-            figures.note(by_name[told["work"]], how, {**told, **startup, "whole_s": whole_s})
+        for work, ways in asked:
+            for way in ways:
+                told = _line(process)
+                how = f"LLM.chat by {way['by']}" if way else "LLM.chat(all)"
+                whole_s = ready_s + told["work_s"]
+                figures.note(work, how, {**told, **startup, "whole_s": whole_s})
 
 
 def _time_best(
-    model: Path,
-    args: argparse.Namespace,
-    jobs: Sequence[Work],
-    ways: Sequence[dict[str, int]],
-    folder: Path,
-    figures: Figures,
+    model: Path, args: argparse.Namespace, jobs: list[Work], folder: Path, figures: Figures
 ) -> None:
     """Engines that start together and share the rows: until the slowest has answered."""
     options = {**_options(args), **args.best}
+    ways = [{"window": size} for size in args.windows]
     with ExitStack() as stack:
         processes = []
         started_s = time.monotonic()
         for number in range(args.engines):
-            share = [work.share(number, args.engines) for work in jobs]
             own = folder / f"engine-{number}"
             own.mkdir()
-            processes.append(stack.enter_context(_vllm(_spec(own, model, options, share, ways))))
+            asked = [(work.share(number, args.engines), ways) for work in jobs]
+            processes.append(stack.enter_context(_vllm(_spec(own, model, options, asked))))
         for process in processes:
             _line(process)
         ready_s = time.monotonic() - started_s
@@ -277,34 +278,25 @@ def _time_best(
         for work in jobs:
             for way in ways:
                 told = [_line(process) for process in processes]
-                # They do the same kind of work side by side: the slowest ends it.
                 work_s = max(one["work_s"] for one in told)
+                times = {"work_s": work_s, "whole_s": ready_s + work_s}
                 num_tokens = sum(one["output_tokens"] for one in told)
                 how = f"{args.engines} engine(s), window {way['window']}"
-                figures.note(
-                    work,
-                    how,
-                    {"work_s": work_s, "whole_s": ready_s + work_s, "output_tokens": num_tokens},
-                )
+                figures.note(work, how, {**times, "output_tokens": num_tokens})
 
 
-def _spec(
-    folder: Path,
-    model: Path,
-    options: dict[str, Any],
-    jobs: Sequence[Work],
-    ways: Sequence[dict[str, int]],
-) -> Path:
+def _spec(folder: Path, model: Path, options: dict[str, Any], asked: Asked) -> Path:
     entries = [
         {
             "name": work.name,
             "system": work.system,
             "path": str(work.write(folder / f"{work.file_name}.jsonl")),
+            "ways": ways,
         }
-        for work in jobs
+        for work, ways in asked
     ]
     path = folder / "spec.json"
-    spec = {"model": str(model), "options": options, "works": entries, "ways": list(ways)}
+    spec = {"model": str(model), "options": options, "works": entries}
     path.write_text(json.dumps(spec), encoding="utf-8")
     return path
 

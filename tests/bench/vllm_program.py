@@ -2,9 +2,9 @@
 
     python -m tests.bench.vllm_program SPEC.json
 
-The spec says `model`, `options` (vLLM's engine arguments), `works` (name, system, path of the rows
-as JSONL with user, sampling and perhaps schema) and `ways`: `all` hands `LLM.chat` all rows of a
-work, `by` so many after each other, `window` keeps so many inside the engine. Rows are in memory
+The spec says `model`, `options` (vLLM's engine arguments) and `works`: name, system, path of the
+rows as JSONL with user, sampling and perhaps schema, and `ways`: an empty one hands `LLM.chat` all
+rows, `by` so many after each other, `window` keeps so many inside the engine. Rows are in memory
 already, and answers stay there. Prints a line `ready`, waits for a line, then prints one JSON
 object for each work and way.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     print(json.dumps({"startup_s": time.monotonic() - started_s}), flush=True)
     sys.stdin.readline()
     for work in spec["works"]:
-        for way in spec["ways"]:
+        for way in work["ways"]:
             figures = _answer(llm, work, way)
             print(json.dumps({"work": work["name"], "way": way, **figures}), flush=True)
 
