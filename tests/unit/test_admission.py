@@ -13,16 +13,20 @@ from batchgen.core.errors import StorageError
 from batchgen.core.records import Ordinal, Ranges, Request, RowBatch
 from batchgen.engine import order as orders
 from batchgen.engine.order import (
+    CHUNK_ROWS,
+    MAX_FILES,
+    MAX_RUNS,
     AdmissionOrder,
+    Keyed,
     Lengths,
     Reach,
     Seen,
+    SortedRuns,
     Sorting,
     find_sorting,
     mean_lengths,
     octave,
 )
-from batchgen.engine.sorting import CHUNK_ROWS, MAX_FILES, MAX_RUNS, Keyed, SortedRuns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
