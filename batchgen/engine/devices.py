@@ -22,11 +22,9 @@ import contextlib
 import fcntl
 import functools
 import importlib
-import importlib.util
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -41,7 +39,8 @@ if TYPE_CHECKING:
 
 
 NVML_MEMORY_V2 = 0x2000028
-"""nvmlMemory_v2: size of the struct, 40 bytes, and its version in the top byte."""
+"""nvmlMemory_v2: size of the struct, 40 bytes, and its version in the top byte. All drivers have it
+that vLLM runs on, from 510 on."""
 
 EVERY_S = 2.0
 """Between two readings of `GpuLoad`: each takes up to some milliseconds of the engine's thread."""
@@ -174,26 +173,12 @@ def visible(gpus: Sequence[Gpu], chosen: str | None) -> Sequence[Gpu]:
 
 
 def load_nvml() -> Any:
-    """Load `pynvml`: nvidia-ml-py's, else the copy in vLLM's wheel, which can be loaded alone."""
+    """Load `pynvml`, nvidia-ml-py's; None if it is missing, or another package's of that name."""
     try:
         found: Any = importlib.import_module("pynvml")
     except ImportError:
-        found = _bundled_nvml()
-    # An unofficial package of the same name lacks what is needed.
+        return None
     return found if hasattr(found, "nvmlDeviceGetMigDeviceHandleByIndex") else None
-
-
-def _bundled_nvml() -> Any:
-    package = importlib.util.find_spec("vllm")
-    for folder in (package and package.submodule_search_locations) or ():
-        path = Path(folder) / "third_party" / "pynvml.py"
-        spec = importlib.util.spec_from_file_location("batchgen_pynvml", path)
-        if path.is_file() and spec is not None and spec.loader is not None:
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module.__name__] = module  # It looks itself up.
-            spec.loader.exec_module(module)
-            return module
-    return None
 
 
 def _gpus_at(nvml: Any, index: int) -> Iterator[Gpu]:
@@ -205,13 +190,13 @@ def _gpus_at(nvml: Any, index: int) -> Iterator[Gpu]:
         if nvml.nvmlDeviceGetMigMode(handle)[0]:
             slices = list(_slices(nvml, handle))
     for part in slices or [handle]:
-        total, free = _memory(nvml, part)
+        memory = nvml.nvmlDeviceGetMemoryInfo(part, version=NVML_MEMORY_V2)
         yield Gpu(
             index=index,
             uuid=_text(nvml.nvmlDeviceGetUUID(part)),
             name=_text(nvml.nvmlDeviceGetName(part)),
-            total_bytes=total,
-            free_bytes=free,
+            total_bytes=memory.total - memory.reserved,
+            free_bytes=memory.free,
             capability=(major, minor),
             is_mig=bool(slices),
         )
@@ -221,15 +206,6 @@ def _slices(nvml: Any, handle: Any) -> Iterator[Any]:
     for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         with contextlib.suppress(nvml.NVMLError):  # No slice at this place.
             yield nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
-
-
-def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=NVML_MEMORY_V2)
-        return memory.total - memory.reserved, memory.free
-    except nvml.NVMLError:  # A driver before 510.
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        return memory.total, memory.free
 
 
 def _text(value: str | bytes) -> str:

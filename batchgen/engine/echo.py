@@ -15,25 +15,19 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import (
-    Completion,
-    EngineFacts,
-    EngineSpec,
-    EngineStats,
-    RowError,
-    Sample,
-)
+from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError, Sample
 from batchgen.engine.base import failed, flatten_parts, unknown_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from batchgen.core.records import Messages, Prompt
+    from batchgen.core.records import EngineSpec, Messages, Prompt
     from batchgen.engine.base import EngineRequest
 
 VERSION = "1"
@@ -41,22 +35,22 @@ WHERE = "model.engine (backend echo)"
 SAMPLING = "sampling"
 DEFAULT_MAX_TOKENS = 16
 """As vLLM's: vllm/sampling_params.py, SamplingParams.max_tokens, 0.26 to 0.33."""
-NUMBERS = ("max_num_seqs", "step_s", "max_steps", "max_model_len")
 INSTANT_CAPACITY = 4096
 """With no time a step, a small window would only measure the caller's loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class EchoOptions:
+class EchoOptions(BaseModel):
     """`[model.engine]` of the echo backend."""
 
-    max_num_seqs: int = 256
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_num_seqs: int = Field(default=256, ge=1)
     """Requests that run at once."""
-    step_s: float = 0.0
+    step_s: float = Field(default=0.0, ge=0)
     """Time that one engine step takes."""
-    max_steps: int = 1
+    max_steps: int = Field(default=1, ge=1)
     """A request runs for 1 to this many steps, by a hash of its prompt; 1 keeps the order."""
-    max_model_len: int | None = None
+    max_model_len: int | None = Field(default=None, ge=1)
     """Prompt bytes must be fewer; prompt and answer together are at most this many."""
     in_process: bool = True
     """False: in a process of its own, as vLLM is."""
@@ -68,33 +62,21 @@ def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
     Raises:
         ConfigError: With every unknown or impossible option.
     """
-    known = [field.name for field in fields(EchoOptions)]
-    problems = [unknown_option(name, known) for name in model_kwargs if name not in known]
-    options = {name: value for name, value in model_kwargs.items() if name in known}
-    problems += [
-        f"{name} = {value!r} is not a number >= {minimum}"
-        for name, value in options.items()
-        if name in NUMBERS
-        and not _is_at_least(value, minimum := 0 if name == "step_s" else 1)
-        and not (name == "max_model_len" and value is None)
-    ]
-    if not isinstance(in_process := options.get("in_process", True), bool):
-        problems.append(f"in_process = {in_process!r} is not true or false")
-    if problems:
-        raise ConfigError(WHERE, problems)
-    return EchoOptions(**options)
+    try:
+        return EchoOptions(**model_kwargs)
+    except ValidationError as exc:
+        problems = [_problem(error) for error in exc.errors(include_url=False)]
+        raise ConfigError(WHERE, problems) from exc
 
 
-def unknown_option(name: str, known: Sequence[str]) -> str:
-    """Name the option nearest to a wrong one."""
+def _problem(error: Mapping[str, Any]) -> str:
+    name = str(error["loc"][0])
+    if error["type"] != "extra_forbidden":
+        return f"{name} = {error['input']!r}: {error['msg']}"
+    known = list(EchoOptions.model_fields)
     near = nearest(name, known)
     hint = f"did you mean {near!r}?" if near else f"expected one of {', '.join(known)}"
     return f"unknown option {name!r}; {hint}"
-
-
-def _is_at_least(value: object, minimum: int) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value >= minimum  # type: ignore[operator]
 
 
 class _Limits(NamedTuple):
@@ -111,12 +93,9 @@ def read_limits(params: Mapping[str, Any]) -> _Limits:
         ValueError: A value is none that vLLM would take either.
     """
     max_tokens, n = params.get("max_tokens", DEFAULT_MAX_TOKENS), params.get("n", 1)
-    for name, value in (("max_tokens", max_tokens), ("n", n)):
-        if not isinstance(value, int) and not (name == "max_tokens" and value is None):
-            problem = f"{name} = {value!r} is not a whole number"
-            raise ValueError(problem)
-        if value is not None and value < 1:
-            problem = f"{name} = {value!r} is less than 1"
+    for name, value in (("max_tokens", 1 if max_tokens is None else max_tokens), ("n", n)):
+        if not isinstance(value, int) or value < 1:
+            problem = f"{name} = {value!r} is not a whole number of 1 or more"
             raise ValueError(problem)
     return _Limits(2**62 if max_tokens is None else max_tokens, n)
 
@@ -134,9 +113,8 @@ class EchoEngine:
     def __init__(self, spec: EngineSpec) -> None:
         started = time.perf_counter()
         options = read_options(spec.model_kwargs)
-        self._max_num_seqs = int(options.max_num_seqs)
-        self._max_steps = int(options.max_steps)
-        self._step_s = float(options.step_s)
+        self._max_num_seqs, self._max_steps = options.max_num_seqs, options.max_steps
+        self._step_s = options.step_s
         self._max_model_len = options.max_model_len
         self._loras = spec.loras
         self._sampling_params = spec.sampling_params
@@ -229,18 +207,13 @@ class EchoEngine:
         waiting = self._waiting
         while waiting and self._num_running < self._max_num_seqs:
             request = waiting.popleft()
-            prepared = self._prepare(request)
-            if isinstance(prepared, RowError):
-                refusals.append(failed(request.request_id, prepared))
+            data, limits = self._prepare(request), self._limits_of(request)
+            if isinstance(data, RowError):
+                refusals.append(failed(request.request_id, data))
                 continue
-            limits = self._limits
-            if request.params is not None or request.lora is not None:
-                found = self._limits_of(request)
-                if isinstance(found, RowError):
-                    refusals.append(failed(request.request_id, found))
-                    continue
-                limits = found
-            data = prepared
+            if isinstance(limits, RowError):
+                refusals.append(failed(request.request_id, limits))
+                continue
             last = self._step
             if self._max_steps > 1:
                 # Not hash(): that differs between processes, and finish order should not.
@@ -252,6 +225,8 @@ class EchoEngine:
         return refusals
 
     def _limits_of(self, request: EngineRequest) -> _Limits | RowError:
+        if request.params is None and request.lora is None:
+            return self._limits
         if request.lora is not None and request.lora not in self._loras:
             return unknown_adapter(request.lora, self._loras)
         try:
@@ -263,11 +238,8 @@ class EchoEngine:
         data = encode_prompt(request.prompt)
         if isinstance(data, RowError) or self._max_model_len is None:
             return data
-        return (
-            data
-            if len(data) < self._max_model_len
-            else prompt_too_long(len(data), self._max_model_len)
-        )
+        is_fit = len(data) < self._max_model_len
+        return data if is_fit else prompt_too_long(len(data), self._max_model_len)
 
     def _answer(self, running: _Running) -> Completion:
         num_prompt_tokens = len(running.data)

@@ -44,7 +44,6 @@ class FakeNvml:
 
     cards: list[Card]
     broken: Exception | None = None
-    is_old: bool = False
     NVMLError: type[Exception] = NvmlError
     num_open: int = 0
 
@@ -75,8 +74,6 @@ class FakeNvml:
         return handle.uuid
 
     def nvmlDeviceGetMemoryInfo(self, handle: Card, version: int | None = None) -> Any:
-        if version and self.is_old:
-            raise NvmlError("Function Not Found")
         free = handle.total - handle.reserved - handle.used
         both = {"total": handle.total * MIB, "free": free * MIB}
         return SimpleNamespace(**both, reserved=handle.reserved * MIB if version else None)
@@ -108,11 +105,6 @@ def test_an_h100_is_read_as_cuda_sees_it() -> None:
     assert gpu.total_bytes == 81008 * MIB  # 79.11 GiB, what CUDA says of this card.
     assert gpu.free_bytes == 81000 * MIB
     assert nvml.num_open == 0
-
-
-def test_an_old_driver_tells_no_reserve() -> None:
-    (gpu,) = read_devices(FakeNvml([Card()], is_old=True), environ={}).gpus
-    assert gpu.total_bytes == 81559 * MIB
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def run(engine, prompts):
     [
         ({"max_num_seq": 1}, "unknown option 'max_num_seq'; did you mean 'max_num_seqs'?"),
         ({"zzz": 1}, "unknown option 'zzz'; expected one of max_num_seqs, step_s"),
-        ({"max_num_seqs": 0}, "max_num_seqs = 0 is not a number >= 1"),
-        ({"max_num_seqs": True}, "max_num_seqs = True is not a number"),
-        ({"max_steps": "2"}, "max_steps = '2' is not a number >= 1"),
-        ({"step_s": -0.1}, "step_s = -0.1 is not a number >= 0"),
-        ({"max_model_len": 0}, "max_model_len = 0 is not a number >= 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs = 0: Input should be greater than or equal to 1"),
+        ({"max_num_seqs": True}, "max_num_seqs = True: Input should be a valid integer"),
+        ({"max_steps": "2"}, "max_steps = '2': Input should be a valid integer"),
+        ({"step_s": -0.1}, "step_s = -0.1: Input should be greater than or equal to 0"),
+        ({"max_model_len": 0}, "max_model_len = 0: Input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_option_is_named(options, problem):
