@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
-from batchgen.core.records import Completion, EngineSpec, EngineStats
+from batchgen.core.records import Completion, EngineSpec, EngineStats, WorkLeft
 from batchgen.engine.base import HostedRequest
 from batchgen.engine.echo import EchoEngine
 from batchgen.engine.group import supervise
@@ -36,7 +36,7 @@ ids = itertools.count()
 def make_spec(kind, log_path, **sampling_params):
     options = {"max_num_seqs": 16, "max_model_len": MAX_MODEL_LEN}
     if kind == "vllm":
-        options |= {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20}
+        options |= {"kv_cache_memory_bytes": 32 << 20}
     else:
         options |= {"max_steps": 7, "step_s": 0.001}
     return EngineSpec(
@@ -45,6 +45,9 @@ def make_spec(kind, log_path, **sampling_params):
         model_kwargs=options,
         sampling_params={"max_tokens": MAX_TOKENS, "temperature": 1.0, **sampling_params},
         log_path=str(log_path),
+        # A quick start for little work, as a run gives it to vLLM on a GPU.
+        defaults="batchgen",
+        work=WorkLeft(num_rows=1, output_tokens=MAX_TOKENS),
     )
 
 
@@ -261,6 +264,7 @@ def test_facts_say_what_the_engine_is(engine):
     assert facts.device
     assert 0 <= facts.startup_s < WAIT_S
     assert engine.capacity >= 2 * facts.max_num_seqs
+    assert facts.settings == ({"optimization_level": 0} if facts.name == "vllm" else {})
 
 
 def test_stats_show_running_requests_and_then_none(engine):
@@ -418,8 +422,9 @@ def test_a_log_that_cannot_be_written_is_an_engine_error(tmp_path):
 PARENT = """
 import json, sys, time
 from batchgen.engine.process import EngineProcess
-from batchgen.core.records import EngineSpec
-engine = EngineProcess(EngineSpec(**json.loads(sys.argv[1])))
+from batchgen.core.records import EngineSpec, WorkLeft
+fields = json.loads(sys.argv[1])
+engine = EngineProcess(EngineSpec(**{**fields, "work": WorkLeft(*fields["work"])}))
 print(engine.pid, flush=True)
 while engine.facts is None and sys.argv[2] == "up":
     engine.step(0.5)
