@@ -6,9 +6,9 @@
 
 batchgen: `batchgen run` on a job that says of the engine only which model it is (and, with
 `--model-option`, what is asked for). LLM.chat: `LLM(model)` at vLLM's own settings, all rows at
-once, and for `--by WORK=256` by so many after each other, too. `--best`: engines with these options,
-started together and fed by windows (`--windows`), each with its share of the rows: what a person
-could get by hand.
+once, and for `--by WORK=256` by so many after each other, too. `--best`: engines with these
+options, started together and fed by windows (`--windows`), each with its share of the rows: what a
+person could get by hand.
 
 Two clocks. `whole`: from the start of the process to the moment when the answers can be read; a
 process of vLLM's that does several works is started once, so its whole time is its start and that
