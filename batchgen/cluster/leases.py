@@ -4,14 +4,15 @@ Invariant: every row of the book is in exactly one place: free, leased to exactl
 settled, or guilty. A row gets into a second worker's hands only by way of `take_back`.
 
 How a row that kills whole workers is found (an engine that dies is its worker's own affair, see
-`engine.suspects`): rows of a worker that died are leased again, before all others. Nodes are taken
+`engine.death`): rows of a worker that died are leased again, before all others. Nodes are taken
 away, people kill processes; that costs no more. Those that a second worker dies with are suspects.
 A worker gets a 16th of them at a time, among other rows, so that no engine is empty for it; if it
-dies, the next gets a 16th of these, down to single rows. What ends well is innocent. A single
-suspect waits for a worker that holds nothing else, and only one that was alone in a worker that
-died, and then in another, is guilty: a killer among 100,000 rows takes 8 deaths, among 1,000 it
-takes 6. A cluster that loses workers all the time needs more deaths alone, one more for each
-doubling of the deaths that no guilty row explains.
+dies, the next gets a 16th of these, down to single rows. What ends well is innocent. A row that is
+left waits for a worker that holds nothing else, and only one that was alone in a worker that died,
+and then in another, is guilty: a killer among 100,000 rows takes 8 deaths, among 1,000 it takes 6.
+A cluster that loses workers all the time needs more deaths, one for a suspect and two alone for
+a guilty row, for each doubling of the deaths that no guilty row explains; at each of them who was
+suspected for fewer is cleared. Else most rows would be suspects in the end, and go alone.
 """
 
 from __future__ import annotations
@@ -34,12 +35,11 @@ PIECES = 16
 """More find a killer in fewer deaths, but keep the engines emptier on the way."""
 FEW_SUSPECTS = 8
 """So many are not cut before a worker has died with them and no other suspects."""
-SUSPECT = 2
-"""Rows of so many deaths are suspects."""
+SUSPECT_DEATHS = 2
 SOLO_DEATHS = 2
 """One could be chance."""
-FEW_DEATHS = 16
-"""More than one killer needs."""
+FEW_DEATHS = 10
+"""Explained by one killer; it needs 8 among 100,000 rows."""
 _READ_AHEAD = 10_000
 _SETTLED = 0
 _OUT = 1
@@ -54,24 +54,15 @@ class RowSpan(NamedTuple):
     stop: int
     payload: Any = None
     num_deaths: int = 0
-    """Of workers that held them, as far as `SUSPECT`."""
+    """Of workers that held them, before they were suspects."""
+    limit: int = 0
+    """Of suspects the most that one worker gets; 1: and nothing else with it. 0: no suspects."""
+    num_solo_deaths: int = 0
+    """Of workers that held nothing but this row."""
 
     def goes_with(self, other: RowSpan) -> bool:
         """Whether one lease may hold both. Payloads are compared by identity."""
-        return self.payload is other.payload and self.num_deaths == other.num_deaths
-
-
-class _Suspects(NamedTuple):
-    """Rows that one lease holds, and no other with them."""
-
-    spans: Sequence[RowSpan]
-    num_solo_deaths: int = 0
-    """Of workers that held a single row, this one."""
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one row, which goes alone."""
-        return length(self.spans) == 1
+        return self.payload is other.payload and self[4:] == other[4:]
 
 
 class LeaseBook:
@@ -87,9 +78,9 @@ class LeaseBook:
         self._returned: deque[RowSpan] = deque()
         self._packed: deque[RowSpan] = deque()
         self._files: deque[RowSpan] = deque()
-        self._suspects: deque[_Suspects] = deque()
-        """Cut, since a worker died with them."""
-        self._new_suspects: deque[RowSpan] = deque()
+        self._suspects: deque[RowSpan] = deque()
+        self._singles: deque[RowSpan] = deque()
+        """Suspects that go alone."""
         self._guilty: list[RowSpan] = []
         self._num_guilty = 0
         self._num_deaths = 0
@@ -121,7 +112,7 @@ class LeaseBook:
         """Lease the next rows: those taken back, then packed ones, then those of files.
 
         A worker that has no suspects gets some before all else; a single one only if it holds
-        nothing and its engine is up: a death before that says nothing of a row.
+        nothing and its engine is up: a death before that says little of a row.
 
         Args:
             worker: Its number.
@@ -136,33 +127,18 @@ class LeaseBook:
         held = self._held.get(worker)
         if num_rows < 1 or self.is_alone(worker):
             return None
-        if (held is None or held.suspects is None) and (
-            suspects := self._next_suspects(may_be_alone=held is None and is_up)
-        ):
-            return self._lend(worker, suspects.spans, suspects)
+        if held is None and is_up and self._singles:
+            return self._lend(worker, cut(self._singles, 1))
         if not self._files:
             self._files.extend(islice(self._unread, _READ_AHEAD))
         free = self._returned or self._packed or self._files
+        if self._suspects and not (held is not None and held.limit) and (is_up or not free):
+            return self._lend(worker, cut(self._suspects, self._suspects[0].limit))
         return self._lend(worker, cut(free, num_rows)) if free else None
 
-    def _next_suspects(self, *, may_be_alone: bool) -> _Suspects | None:
-        if self._suspects and (may_be_alone or not self._suspects[0].is_single):
-            return self._suspects.popleft()
-        if not self._new_suspects:
-            return None
-        suspects = _Suspects(cut(self._new_suspects, _part(self._new_suspects)))
-        if suspects.is_single and not may_be_alone:
-            self._new_suspects.extendleft(suspects.spans)
-            return None
-        return suspects
-
-    def _lend(
-        self, worker: int, spans: Sequence[RowSpan], suspects: _Suspects | None = None
-    ) -> Lease:
+    def _lend(self, worker: int, spans: Sequence[RowSpan]) -> Lease:
         lease = Lease(by_segment(spans), spans[0].payload)
-        held = self._held.setdefault(worker, WorkerLeases())
-        held.suspects = suspects or held.suspects
-        held.put(lease.rows, spans[0])
+        self._held.setdefault(worker, WorkerLeases()).put(lease.rows, spans[0])
         self.num_pending -= length(spans)
         return lease
 
@@ -198,37 +174,53 @@ class LeaseBook:
         held = self._held.pop(worker, None)
         if held is None:
             return RowSet()
-        spans, suspects = held.unsettled(), held.suspects
-        self._num_deaths += has_died
-        num_solo_deaths = suspects.num_solo_deaths if suspects is not None else 0
-        if has_died and suspects is not None and suspects.is_single:
-            num_solo_deaths += 1
-            if num_solo_deaths >= self._enough_deaths:
-                self._guilty += spans
-                self._num_guilty += 1
-                return RowSet()
+        spans = held.unsettled()
+        if has_died:
+            self._count_death()
+            suspects = self._narrowed([one for one in spans if one.limit])
+            spans = suspects + self._doubted([one for one in spans if not one.limit])
+        self._returned.extendleft(one for one in reversed(spans) if not one.limit)
+        self._suspects.extendleft(one for one in reversed(spans) if one.limit > 1)
+        self._singles.extendleft(one for one in reversed(spans) if one.limit == 1)
         self.num_pending += length(spans)
-        after = [
-            span._replace(num_deaths=min(SUSPECT, span.num_deaths + has_died)) for span in spans
-        ]
-        self._returned.extendleft(reversed([one for one in after if one.num_deaths < SUSPECT]))
-        # So that one search ends before the next begins, those that were suspects go first.
-        before = [span for span in spans if span.num_deaths == SUSPECT]
-        size = _part(before) if has_died and length(before) > FEW_SUSPECTS else 1
-        pieces = _pieces(before, size if has_died else length(before))
-        self._suspects.extendleft(_Suspects(one, num_solo_deaths) for one in reversed(pieces))
-        new = [
-            one for one, was in zip(after, spans, strict=True) if one.num_deaths > was.num_deaths
-        ]
-        new = [span for span in new if span.num_deaths == SUSPECT]
-        self._new_suspects.extend(new)
         return by_segment(spans)
 
+    def _count_death(self) -> None:
+        """Clear all suspects that wait, where it turns out that deaths say less than thought."""
+        before = self._num_doubts
+        self._num_deaths += 1
+        if self._num_doubts > before:
+            free = [*self._suspects, *self._singles]
+            self._returned.extend(one._replace(limit=0) for one in free)
+            self._suspects.clear()
+            self._singles.clear()
+
+    def _narrowed(self, suspects: Sequence[RowSpan]) -> list[RowSpan]:
+        """What a death makes of suspects: fewer of them go together; a guilty one is kept apart."""
+        if not suspects:
+            return []
+        if suspects[0].limit > 1:
+            limit = _part(suspects) if length(suspects) > FEW_SUSPECTS else 1
+            return [one._replace(limit=limit) for one in suspects]
+        (row,) = suspects
+        row = row._replace(num_solo_deaths=row.num_solo_deaths + 1)
+        if row.num_solo_deaths < SOLO_DEATHS + 2 * self._num_doubts:
+            return [row]
+        self._guilty.append(row)
+        self._num_guilty += 1
+        return []
+
+    def _doubted(self, spans: Sequence[RowSpan]) -> list[RowSpan]:
+        """What a death makes of other rows: suspects, if it is one of several."""
+        spans = [one._replace(num_deaths=one.num_deaths + 1) for one in spans]
+        least = SUSPECT_DEATHS + self._num_doubts
+        limit = _part([one for one in spans if one.num_deaths >= least])
+        return [one._replace(limit=limit) if one.num_deaths >= least else one for one in spans]
+
     @property
-    def _enough_deaths(self) -> int:
-        """How often a single row must have died alone to be guilty."""
-        unexplained = self._num_deaths // (FEW_DEATHS * (1 + self._num_guilty))
-        return SOLO_DEATHS + unexplained.bit_length()
+    def _num_doubts(self) -> int:
+        """Deaths that it takes beyond the least, where many are not explained by guilty rows."""
+        return (self._num_deaths // (FEW_DEATHS * (1 + self._num_guilty))).bit_length()
 
     def withdraw(self) -> RowSet:
         """Take out, for good, what is free and was to be read from files by workers.
@@ -237,14 +229,11 @@ class LeaseBook:
         """
         out = [*self._files, *self._unread]
         self._files.clear()
-        suspected = [span for suspects in self._suspects for span in suspects.spans]
-        suspected += self._new_suspects
-        out += [span for span in (*self._returned, *suspected) if span.payload is None]
-        self._returned = deque(span for span in self._returned if span.payload is not None)
-        new = self._new_suspects
-        self._new_suspects = deque(span for span in new if span.payload is not None)
-        packed = (one for one in self._suspects if one.spans[0].payload is not None)
-        self._suspects = deque(packed)
+        for free in (self._returned, self._suspects, self._singles):
+            out += [span for span in free if span.payload is None]
+            packed = [span for span in free if span.payload is not None]
+            free.clear()
+            free.extend(packed)
         self.num_pending -= length(out)
         return by_segment(out)
 
@@ -261,7 +250,7 @@ class LeaseBook:
     def is_alone(self, worker: int) -> bool:
         """Whether a worker has a single suspect: nothing else until that is settled."""
         held = self._held.get(worker)
-        return held is not None and held.suspects is not None and held.suspects.is_single
+        return held is not None and held.limit == 1
 
     @property
     def is_through(self) -> bool:
@@ -311,12 +300,15 @@ class WorkerLeases:
     """
 
     def __init__(self) -> None:
-        self.suspects: _Suspects | None = None
-        """Those of one lease, if it has any that are not settled."""
         self.num_rows = 0
         self._leases: list[_Lease] = []
         self._blocks: dict[int, list[_Block]] = {}
         """In the order of rows."""
+
+    @property
+    def limit(self) -> int:
+        """`RowSpan.limit` of the suspects among them, all of one lease; 0 if there are none."""
+        return max((lease.sample.limit for lease in self._leases), default=0)
 
     def put(self, rows: Mapping[int, Ranges], sample: RowSpan) -> None:
         """Take a lease."""
@@ -356,8 +348,6 @@ class WorkerLeases:
 
     def _drop_settled(self) -> None:
         self._leases = [lease for lease in self._leases if lease.num_left]
-        if not any(lease.sample.num_deaths == SUSPECT for lease in self._leases):
-            self.suspects = None
         left = {
             segment: [block for block in blocks if block.lease.num_left]
             for segment, blocks in self._blocks.items()
@@ -395,16 +385,8 @@ def cut(spans: deque[RowSpan], num_rows: int) -> list[RowSpan]:
 
 def _part(suspects: Iterable[RowSpan]) -> int:
     """How many of these go into one lease."""
-    return max(FEW_SUSPECTS, math.ceil(length(suspects) / PIECES))
-
-
-def _pieces(spans: Iterable[RowSpan], size: int) -> list[list[RowSpan]]:
-    """Cut rows into leases of this size, or less where a payload ends."""
-    left = deque(spans)
-    pieces = []
-    while left:
-        pieces.append(cut(left, size))
-    return pieces
+    num = length(suspects)
+    return min(num, max(FEW_SUSPECTS, math.ceil(num / PIECES)))
 
 
 def _runs(flags: bytearray, wanted: int, shift: int) -> Iterator[tuple[int, int]]:

@@ -254,7 +254,7 @@ class WorkerPool:
         self._num_started += 1
         worker = WorkerHandle(self._num_started, place.replica, self.clock())
         place.worker, place.is_resting = worker, False
-        if self._is_starting_engines:
+        if self._is_starting_engines or place.num_failures:  # All that is left may go alone.
             worker.orders.append(StartEngine())
         self.cluster.start(
             WorkerInit(worker.number, worker.replica, self._job, self._run_id, __version__)

@@ -235,11 +235,11 @@ def test_of_the_suspects_a_worker_gets_a_part_at_a_time_among_other_rows():
     assert taken(book, 1, 999) == [(0, row) for row in range(1600 // PIECES)]
     assert not book.is_alone(1)
     assert taken(book, 1, 7) == [(0, row) for row in range(1600, 1607)]
-    assert taken(book, 2, 999) == [(0, row) for row in range(100, 194)]
+    assert taken(book, 2, 999) == [(0, row) for row in range(100, 200)]
     book.settle(1, {0: Ranges.until(99)})
     assert taken(book, 1, 1) == [(0, 1607)]
     book.settle(1, {0: Ranges([(99, 100)])})
-    assert taken(book, 1, 1)[0] == (0, 194)
+    assert taken(book, 1, 1)[0] == (0, 200)
 
 
 def test_of_few_suspects_a_worker_gets_more_than_one():
@@ -321,7 +321,7 @@ def test_where_workers_die_all_the_time_it_takes_more_deaths(num_others, more):
         lease = book.take(worker, 1)
         book.settle(worker, lease.rows)
     row = taken(book, 0, 1)
-    for worker in range(2 + SOLO_DEATHS + more):
+    for worker in range(2 + SOLO_DEATHS + 3 * more):
         assert not book.guilty()
         book.take_back(worker, has_died=True)
         taken(book, worker + 1, 1)

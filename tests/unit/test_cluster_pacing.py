@@ -250,3 +250,12 @@ def test_rows_that_kill_are_found_while_the_others_go_on():
     assert told["guilty"] == 3
     assert told["deaths"] <= 22
     assert told["to_bound"] < 2
+
+
+@pytest.mark.parametrize("num_rows", [10_000, 20_000])
+def test_engines_that_live_as_long_as_they_take_to_start_get_through_and_no_row_is_blamed(
+    num_rows: int,
+) -> None:
+    told = fleet_sim.simulate(fleet_sim.even(fleet_sim.SLOW), 8, num_rows, life_s=120)
+    assert told["guilty"] == 0
+    assert told["deaths"] < 150  # With suspects of any two deaths 450 and more: most go alone.
