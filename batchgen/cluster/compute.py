@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.cluster.driver import Driver
 from batchgen.cluster.machines import resources_of, share_gpu
-from batchgen.cluster.replica_stats import ReplicaStats
-from batchgen.cluster.workers import WorkerPool
+from batchgen.cluster.workers import ReplicaStats, WorkerPool
 from batchgen.core.errors import ConfigError
 from batchgen.pipeline.compute import watching
 from batchgen.pipeline.stats import RUNNING

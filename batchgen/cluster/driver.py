@@ -267,7 +267,7 @@ class Driver:
             self._give_up(worker, news.reason, has_died=True)
             return
         if news.look is not None:
-            self._stats.note(worker.replica, worker.number, news.look)
+            self._stats.note(worker, news.look)
         for event in news.events:
             self._note(worker, event)
 
@@ -284,7 +284,7 @@ class Driver:
         elif isinstance(event, Ready):
             self._see(worker, sees_input=event.sees_input)
         elif isinstance(event, EngineDied):
-            self._stats.note_engine_death(worker.number)
+            self._stats.note_engine_death(worker)
             self._context.note_death(event.death, f", replica {worker.replica}")
         elif isinstance(event, Failed):
             self._fail(worker, event.error)
@@ -341,7 +341,7 @@ class Driver:
         """
         self._committed.append(committed.name)
         worker.parts.add(committed.name)
-        self._stats.note_committed(worker.number, committed)
+        self._stats.note_committed(worker, committed)
         if self._book.settle(worker.number, committed.done):
             msg = f"{committed.name}: holds rows that worker {worker.number} was not given"
             raise AccountingError(msg)
@@ -369,7 +369,7 @@ class Driver:
                 footer = part.footer
                 counts = Counts(footer.num_ok, footer.num_errors, footer.num_skipped)
                 self._settle(worker, Committed(part.name, footer.done, counts, 0.0))
-        self._stats.note_gone(worker.number, reason)
+        self._stats.note_gone(worker, reason)
         rows = self._book.take_back(worker.number, has_died=has_died)
         if self._deduper is not None:
             for asked, passes in worker.passed:

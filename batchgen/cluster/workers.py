@@ -1,28 +1,34 @@
-"""`WorkerPool`: a worker for each replica, and another one where one is gone.
+"""`WorkerPool`: a worker for each replica, and another one where one is gone; their figures.
 
 A worker is never restarted: a new one takes its place, under a new number, so that nothing that
 the old one may still write is taken for the new one's.
+
+A worker tells its counts since it began, with each look. What is new of them goes to the run's
+`RunStats`, so that a look costs the same with two workers as with hundreds.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
 from batchgen.cluster.messages import Gone, StartEngine, WorkerInit
 from batchgen.cluster.pacing import Meter, Pace
 from batchgen.core.errors import ConfigError, EngineDeadError
+from batchgen.core.records import EngineStats, Verdict
+from batchgen.pipeline.stats import Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from batchgen.cluster.messages import Asked, Capacity, Cluster, Look, Order, Report
-    from batchgen.cluster.replica_stats import ReplicaStats
+    from batchgen.cluster.messages import Asked, Capacity, Cluster, Committed, Look, Order, Report
     from batchgen.core.records import EngineFacts
     from batchgen.job.model import JobConfig
+    from batchgen.pipeline.stats import RunStats
 
 _WHERE = "[run]"
 RETRY_WAITS_S = (0.0, 2.0, 10.0, 30.0)
@@ -42,6 +48,10 @@ _SOON_S = 60.0
 """Within it a worker that was started is heard of, or waits for room that it may never get."""
 _ROWS_A_REPLICA = 16
 """For less it is not worth starting an engine beside another."""
+_NOTHING = Counts()
+_NO_RATES = {"requests_per_s": 0.0, "prompt_tokens_per_s": 0.0, "output_tokens_per_s": 0.0}
+# Latencies of one look that count at most: the run keeps some 2,000, of all its workers.
+_LATENCIES_A_LOOK = 50
 
 
 @dataclass(slots=True)
@@ -72,6 +82,28 @@ class WorkerHandle:
     meter: Meter = field(default_factory=Meter)
     passed: deque[tuple[Asked, Sequence[bool]]] = field(default_factory=deque)
     """What it was told to compute."""
+    is_gone: bool = False
+    host: str | None = None
+    pid: int | None = None
+    seen_s: float = 0.0
+    counts: Counts = _NOTHING
+    """What of it is in the run's stats."""
+    durable: Counts = _NOTHING
+    """Rows only."""
+    error_types: Mapping[str, int] = field(default_factory=dict)
+    verdicts: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    durable_errors: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def state(self) -> str:
+        """One of the five."""
+        if self.is_gone:
+            return "gone"
+        if self.look is None:
+            return "waiting for room"
+        if self.look.facts is None:
+            return "starting the engine"
+        return "running" if self.look.num_in_flight else "idle"
 
     def forget_task(self) -> None:
         """Be told anew what to work on."""
@@ -97,18 +129,31 @@ class WorkerHandle:
         return self.is_busy or self.num_finishing > 0
 
     @property
+    def num_ended(self) -> int:
+        """Rows that need no more work, durable or not, as far as it has told."""
+        return self.look.num_ended if self.look is not None else 0
+
+    @property
     def backlog(self) -> int:
         """Rows that it has yet to end."""
-        num_ended = self.look.num_ended if self.look is not None else 0
-        return self.num_leased - self.num_set_aside - num_ended
+        return self.num_leased - self.num_set_aside - self.num_ended
 
 
 @dataclass(slots=True)
-class _Place:
-    """A replica."""
+class Place:
+    """A replica: the place of one worker after another."""
 
     replica: int
     worker: WorkerHandle | None = None
+    """Who is there now."""
+    last: WorkerHandle | None = None
+    """Who is or was there."""
+    counts: Counts = _NOTHING
+    """Of all its workers: what of them is in the run's stats."""
+    num_committed: int = 0
+    restarts: int = 0
+    lost: str | None = None
+    """Why the last one that is gone is gone."""
     num_failures: int = 0
     """Workers in a row that were gone before they had committed a row."""
     start_at_s: float = 0.0
@@ -145,7 +190,7 @@ class WorkerPool:
         self._job = job
         self._run_id = run_id
         self._tell = tell
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._num_started = 0
         self._room_at_s = 0.0
         self._num_room = 0
@@ -232,11 +277,13 @@ class WorkerPool:
             told = f"of {replicas} replicas {capacity.num_now} have room now"
             self._tell(f"{told} ({capacity.told}); the others wait for it")
         for replica in range(1, wanted + 1):
-            self._places.setdefault(replica, _Place(replica))
+            self._places.setdefault(replica, self.stats.place(replica))
         for replica, place in list(self._places.items()):
             # A node is gone for good: nobody waits there.
             if replica > wanted and (place.worker is None or place.worker.look is None):
-                self._leave(place)
+                if place.worker is not None:
+                    self.cluster.kill(place.worker.number)
+                place.worker, place.num_failures, place.start_at_s = None, 0, 0.0
                 del self._places[replica]
 
     def _refuse_too_many(self, capacity: Capacity) -> None:
@@ -246,20 +293,16 @@ class WorkerPool:
             told = f"replicas = {replicas}, but this machine has room for {capacity.num_now}"
             raise ConfigError(_WHERE, [f"{told} ({capacity.told}); set fewer, or ray_address"])
 
-    def _leave(self, place: _Place) -> None:
-        if place.worker is not None:
-            self.cluster.kill(place.worker.number)
-
-    def _start(self, place: _Place) -> None:
+    def _start(self, place: Place) -> None:
         self._num_started += 1
         worker = WorkerHandle(self._num_started, place.replica, self.clock())
-        place.worker, place.is_resting = worker, False
+        place.is_resting = False
         if self._is_starting_engines or place.num_failures:  # All that is left may go alone.
             worker.orders.append(StartEngine())
         self.cluster.start(
             WorkerInit(worker.number, worker.replica, self._job, self._run_id, __version__)
         )
-        self.stats.note_started(worker.replica, worker.number)
+        self.stats.note_started(worker)
 
     def send(self) -> None:
         """Send what is to be sent, to those who are not busy with an earlier exchange."""
@@ -280,8 +323,6 @@ class WorkerPool:
         for number, news in self.cluster.wait(_TALK_WAIT_S):
             if (found := workers.pop(number, None)) is not None:
                 found.is_exchanging = False
-                if not isinstance(news, Gone):
-                    found.look = news.look or found.look
                 yield found, news
         for worker in workers.values():
             silent_s = self.cluster.silent_s(worker.number)
@@ -306,3 +347,189 @@ class WorkerPool:
             wait_s, told = RETRY_WAITS_S[place.num_failures - 1], "replaced"
         place.start_at_s = self.clock() + wait_s
         self._tell(f"{self._last_trouble}; {told}")
+
+
+class ReplicaStats:
+    """The replicas of one run. For one thread."""
+
+    def __init__(self, stats: RunStats, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Bind; `clock` is the one of `stats`' times."""
+        self._stats = stats
+        self._clock = clock
+        self._places: dict[int, Place] = {}
+
+    def place(self, replica: int) -> Place:
+        """Return a replica's place."""
+        return self._places.setdefault(replica, Place(replica))
+
+    def note_started(self, worker: WorkerHandle) -> None:
+        """A worker is on its way to its replica; before all else of that worker."""
+        place = self.place(worker.replica)
+        place.worker = place.last = worker
+
+    def note(self, worker: WorkerHandle, look: Look) -> None:
+        """Count what is new in a worker's newest look. One that is gone is not listened to."""
+        if worker.is_gone:
+            return
+        now_s, num_ended = self._clock(), worker.num_ended
+        worker.look, worker.seen_s = look, now_s
+        worker.host, worker.pid = look.host, look.pid
+        change = look.counts.minus(worker.counts)
+        self._stats.count(change)
+        self._add(worker, change)
+        self._count_kinds(worker, look)
+        if (num_new := min(look.num_ended - num_ended, _LATENCIES_A_LOOK)) > 0:
+            self._stats.latencies_s.extend(look.latencies_s[-num_new:])
+        if self._stats.engine_ready_s is None and look.facts is not None:
+            self._stats.engine_ready_s = now_s
+        if any(change._replace(num_skipped=0)):
+            self._stats.note_progress(now_s)
+
+    def note_committed(self, worker: WorkerHandle, committed: Committed) -> None:
+        """A worker's part is durable. May come after the news that the worker is gone.
+
+        Only for a part that counts.
+        """
+        rows = committed.counts
+        worker.durable = worker.durable.plus(rows)
+        worker.durable_errors.update(committed.error_types)
+        self._stats.num_committed += rows.num_rows
+        self._stats.num_parts += 1
+        self._places[worker.replica].num_committed += rows.num_rows
+        if worker.is_gone:
+            self._stats.correct(rows)
+            self._add(worker, rows)
+
+    def note_gone(self, worker: WorkerHandle, reason: str) -> None:
+        """A worker is gone before its time: rows that it has not made durable are done again.
+
+        They do not count as ended any more. Their tokens, attempts and verdicts do, being spent.
+        """
+        if worker.is_gone:
+            return
+        place = self._places[worker.replica]
+        worker.is_gone, worker.look = True, None
+        lost = Counter(worker.error_types) - worker.durable_errors
+        self._stats.error_types = self._stats.error_types - lost
+        worker.error_types, worker.verdicts = {}, {}
+        place.restarts += 1
+        place.lost = reason
+        change = Counts(*worker.durable.minus(worker.counts)[:3])  # Rows come first in it.
+        self._stats.correct(change)
+        self._add(worker, change)
+
+    @property
+    def has_seen_engine(self) -> bool:
+        """Whether any engine was ever up."""
+        return self._stats.engine_ready_s is not None
+
+    def note_engine_death(self, worker: WorkerHandle) -> None:
+        """A worker's engine died; the worker starts another one."""
+        self._places[worker.replica].restarts += 1
+
+    def rows(self, now_s: float) -> list[dict[str, Any]]:
+        """A line for each replica, by number; rates and the engine's figures as last told.
+
+        Counts are of all workers that were there, the engine's figures of the present one: 0 or
+        None while there is none. `look_age_s` is how long ago it was heard of, `lost` why the last
+        one that is gone is gone.
+        """
+        elapsed_s = now_s - self._stats.started_s
+        return [
+            {"replica": at, "elapsed_s": elapsed_s, **_row(self._places[at], now_s)}
+            for at in sorted(self._places)
+        ]
+
+    def whole(self, now_s: float) -> dict[str, Any]:
+        """The run: `RunStats.sample` with the sums of all engines, and how many replicas are up.
+
+        `kv_cache_usage` and `gpu_busy` are means over the engines that tell them.
+        """
+        places = self._places.values()
+        return {
+            **self._stats.sample(now_s, self.num_in_flight, self.engines()),
+            "restarts": sum([place.restarts for place in places]),
+            "num_replicas": len(places),
+            "num_replicas_up": sum([look.facts is not None for look in self._looks()]),
+        }
+
+    def engines(self) -> EngineStats:
+        """All engines that are up, as one."""
+        engines = [look.engine for look in self._looks() if look.facts is not None]
+        return EngineStats(
+            num_running=_sum(one.num_running for one in engines),
+            num_waiting=_sum(one.num_waiting for one in engines),
+            kv_cache_usage=_mean(one.kv_cache_usage for one in engines),
+            gpu_busy=_mean(one.gpu_busy for one in engines),
+            num_preemptions=_sum(one.num_preemptions for one in engines),
+        )
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that all engines hold."""
+        return sum([look.num_in_flight for look in self._looks()])
+
+    def _looks(self) -> list[Look]:
+        lasts = (place.last for place in self._places.values())
+        return [one.look for one in lasts if one is not None and one.look is not None]
+
+    def _add(self, worker: WorkerHandle, change: Counts) -> None:
+        """Remember what of a worker is in the stats."""
+        worker.counts = worker.counts.plus(change)
+        place = self._places[worker.replica]
+        place.counts = place.counts.plus(change)
+
+    def _count_kinds(self, worker: WorkerHandle, look: Look) -> None:
+        """Errors by type, attempts by verdict. What came may change at its sender: copied."""
+        if look.error_types != worker.error_types:
+            self._stats.error_types.update(_new(look.error_types, worker.error_types))
+            worker.error_types = dict(look.error_types)
+        if look.verdicts != worker.verdicts:
+            for attempt, found in look.verdicts.items():
+                new = _new(found, worker.verdicts.get(attempt, {}))
+                counter = self._stats.verdicts.setdefault(attempt, Counter())
+                counter.update({Verdict(name): num for name, num in new.items()})
+            worker.verdicts = {attempt: dict(found) for attempt, found in look.verdicts.items()}
+
+
+def _row(place: Place, now_s: float) -> dict[str, Any]:
+    worker = place.last
+    assert worker is not None  # noqa: S101 - nobody opens a place for nobody
+    look = worker.look
+    engine = look.engine if look is not None else EngineStats()
+    rates = look.rates if look is not None else _NO_RATES
+    return {
+        "worker": worker.number,
+        "host": worker.host,
+        "pid": worker.pid,
+        "state": worker.state,
+        **place.counts._asdict(),
+        "num_committed": place.num_committed,
+        **{name: rates.get(name, 0.0) for name in _NO_RATES},
+        "num_in_flight": look.num_in_flight if look is not None else 0,
+        "num_running": engine.num_running,
+        "num_waiting": engine.num_waiting,
+        "kv_cache_usage": engine.kv_cache_usage,
+        "gpu_busy": engine.gpu_busy,
+        "num_preemptions": engine.num_preemptions,
+        "restarts": place.restarts,
+        "memory_mib": look.memory_mib if look is not None else None,
+        "look_age_s": now_s - worker.seen_s if look is not None else None,
+        "lost": place.lost,
+    }
+
+
+def _new(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    return {name: num - before.get(name, 0) for name, num in now.items() if num != before.get(name)}
+
+
+def _mean(known: Iterable[float | None]) -> float | None:
+    """None where nobody knows."""
+    found = [one for one in known if one is not None]
+    return statistics.fmean(found) if found else None
+
+
+def _sum(known: Iterable[int | None]) -> int | None:
+    """None where nobody knows."""
+    found = [one for one in known if one is not None]
+    return sum(found) if found else None

@@ -38,8 +38,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.api import load
 from batchgen.cluster.driver import Driver
 from batchgen.cluster.leases import LeaseBook
-from batchgen.cluster.replica_stats import ReplicaStats
-from batchgen.cluster.workers import WorkerPool
+from batchgen.cluster.workers import ReplicaStats, WorkerPool
 from batchgen.core.records import Ranges
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.context import RunContext, StopSwitch

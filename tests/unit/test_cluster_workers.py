@@ -8,8 +8,13 @@ import pytest
 
 from batchgen.cluster.messages import Capacity, Gone, StartEngine
 from batchgen.cluster.pacing import Pace
-from batchgen.cluster.replica_stats import ReplicaStats
-from batchgen.cluster.workers import REST_S, RETRY_WAITS_S, WorkerHandle, WorkerPool
+from batchgen.cluster.workers import (
+    REST_S,
+    RETRY_WAITS_S,
+    ReplicaStats,
+    WorkerHandle,
+    WorkerPool,
+)
 from batchgen.core.errors import ConfigError, EngineDeadError
 from batchgen.pipeline.stats import RunStats
 from tests import fakes

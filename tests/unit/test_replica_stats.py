@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
@@ -12,12 +14,15 @@ from hypothesis import strategies as st
 
 from batchgen.cli.look import status
 from batchgen.cluster.messages import Committed, Look
-from batchgen.cluster.replica_stats import ReplicaStats
+from batchgen.cluster.workers import ReplicaStats, WorkerHandle
 from batchgen.core.records import EngineStats
 from batchgen.pipeline.stats import Counts, RunStats
 from batchgen.store.runs import RunLock, RunLog
 from batchgen.views.status import replica_lines
 from tests.fakes import FACTS, FakeClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BUSY = EngineStats(
     num_running=4, num_waiting=2, kv_cache_usage=0.5, num_preemptions=1, gpu_busy=0.6
@@ -48,6 +53,29 @@ def look(num_ok=0, num_errors=0, num_skipped=0, num_retries=0, **changes) -> Loo
     return Look(**(values | changes))
 
 
+class Board(ReplicaStats):
+    """Knows workers by their numbers."""
+
+    def __init__(self, stats: RunStats, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stats, clock=clock)
+        self.workers: dict[int, WorkerHandle] = {}
+
+    def start(self, replica: int, number: int) -> None:
+        self.workers[number] = WorkerHandle(number, replica, 0.0)
+        self.note_started(self.workers[number])
+
+    def see(self, replica: int, number: int, look: Look) -> None:
+        if number not in self.workers:
+            self.start(replica, number)
+        self.note(self.workers[number], look)
+
+    def commit(self, number: int, committed: Committed) -> None:
+        self.note_committed(self.workers[number], committed)
+
+    def lose(self, number: int, reason: str) -> None:
+        self.note_gone(self.workers[number], reason)
+
+
 def part(num_ok=0, num_errors=0, num_skipped=0) -> Committed:
     return Committed("part", {}, Counts(num_ok, num_errors, num_skipped), 0.1)
 
@@ -64,7 +92,7 @@ def stats():
 
 @pytest.fixture
 def board(stats, clock):
-    return ReplicaStats(stats, clock=clock)
+    return Board(stats, clock=clock)
 
 
 def ends(stats):
@@ -72,10 +100,10 @@ def ends(stats):
 
 
 def test_looks_of_several_workers_add_up(board, stats, clock):
-    board.note(1, 1, look(3, 1, verdicts={1: {"ok": 3, "truncated": 2}}, num_retries=2))
+    board.see(1, 1, look(3, 1, verdicts={1: {"ok": 3, "truncated": 2}}, num_retries=2))
     clock.advance(1.0)
-    board.note(2, 2, look(10))
-    board.note(1, 1, look(5, 2, 4, verdicts={1: {"ok": 4}, 2: {"ok": 1}}, num_retries=3))
+    board.see(2, 2, look(10))
+    board.see(1, 1, look(5, 2, 4, verdicts={1: {"ok": 4}, 2: {"ok": 1}}, num_retries=3))
     assert ends(stats) == (15, 2, 4)
     assert (stats.prompt_tokens, stats.cached_tokens, stats.output_tokens) == (170, 68, 51)
     assert stats.num_retries == 3
@@ -86,38 +114,38 @@ def test_looks_of_several_workers_add_up(board, stats, clock):
 
 
 def test_the_engine_is_ready_once_the_first_is_up(board, stats, clock):
-    board.note(1, 1, look(num_skipped=5, facts=None))
+    board.see(1, 1, look(num_skipped=5, facts=None))
     assert (stats.engine_ready_s, stats.last_done_s) == (None, None)
     for worker in (1, 2):
         clock.advance(5.0)
-        board.note(worker, worker, look())
+        board.see(worker, worker, look())
     assert stats.engine_ready_s == 105.0
 
 
 def test_latencies_are_of_rows_that_are_new_and_few_a_look(board, stats):
-    board.note(1, 1, look(3))
-    board.note(1, 1, look(3))
-    board.note(1, 1, look(5))
+    board.see(1, 1, look(3))
+    board.see(1, 1, look(3))
+    board.see(1, 1, look(5))
     assert list(stats.latencies_s) == [0.0, 1.0, 2.0, 3.0, 4.0]
-    board.note(1, 1, look(1000))
+    board.see(1, 1, look(1000))
     assert len(stats.latencies_s) == 55
 
 
 def test_counts_that_change_at_their_sender_are_not_lost(board, stats):
     found, verdicts = Counter(a=1), {1: Counter(ok=1)}
-    board.note(1, 1, look(1, 1, error_types=found, verdicts=verdicts))
+    board.see(1, 1, look(1, 1, error_types=found, verdicts=verdicts))
     found["a"] += 2
     verdicts[1]["ok"] += 3
-    board.note(1, 1, look(4, 3, error_types=found, verdicts=verdicts))
+    board.see(1, 1, look(4, 3, error_types=found, verdicts=verdicts))
     assert (stats.error_types, stats.verdicts) == ({"a": 3}, {1: {"ok": 4}})
 
 
 def test_rows_of_a_dead_worker_that_are_not_durable_are_to_be_done_again(board, stats):
-    board.note(1, 1, look(8, 2, 3))
-    board.note_committed(1, part(5, 1, 2))
-    board.note_gone(1, "its node left")
-    board.note(1, 1, look(9, 9, 9))  # What it says later nobody believes.
-    board.note_gone(1, "again")
+    board.see(1, 1, look(8, 2, 3))
+    board.commit(1, part(5, 1, 2))
+    board.lose(1, "its node left")
+    board.see(1, 1, look(9, 9, 9))  # What it says later nobody believes.
+    board.lose(1, "again")
     assert ends(stats) == (5, 1, 2)
     assert (stats.num_committed, stats.num_parts, stats.num_left) == (8, 1, 992)
     assert stats.prompt_tokens == 100
@@ -127,34 +155,34 @@ def test_rows_of_a_dead_worker_that_are_not_durable_are_to_be_done_again(board, 
 
 
 def test_a_part_that_is_found_after_its_worker_died_counts(board, stats):
-    board.note(1, 1, look(8))
-    board.note_gone(1, "killed")
+    board.see(1, 1, look(8))
+    board.lose(1, "killed")
     assert ends(stats) == (0, 0, 0)
-    board.note_committed(1, part(6, 0, 1))
+    board.commit(1, part(6, 0, 1))
     assert ends(stats) == (6, 0, 1)
     assert board.rows(100.0)[0]["num_ok"] == 6
 
 
 def test_a_death_leaves_the_rates_as_they_were(board, stats, clock):
-    board.note(1, 1, look(1))
+    board.see(1, 1, look(1))
     clock.advance(10.0)
-    board.note(1, 1, look(51))
+    board.see(1, 1, look(51))
     clock.advance(20.0)
-    board.note(1, 1, look(51))  # Nothing is new.
+    board.see(1, 1, look(51))  # Nothing is new.
     assert stats.last_done_s == 110.0
-    board.note_gone(1, "killed")
+    board.lose(1, "killed")
     assert stats.rates(110.0)["requests_per_s"] == pytest.approx(5.0)
     assert stats.eta_s(110.0) == pytest.approx(200.0)
 
 
 def test_a_row_tells_what_a_replica_does(board, stats, clock):
-    board.note_started(1, 1)
+    board.start(1, 1)
     assert board.rows(100.0)[0]["state"] == "waiting for room"
-    board.note(1, 1, look(facts=None, num_in_flight=0))
+    board.see(1, 1, look(facts=None, num_in_flight=0))
     assert board.rows(100.0)[0]["state"] == "starting the engine"
-    board.note(1, 1, look(num_in_flight=0))
+    board.see(1, 1, look(num_in_flight=0))
     assert board.rows(100.0)[0]["state"] == "idle"
-    board.note(1, 1, look(7, 1))
+    board.see(1, 1, look(7, 1))
     clock.advance(4.0)
     (row,) = board.rows(clock())
     assert row == {
@@ -189,12 +217,12 @@ def test_a_row_tells_what_a_replica_does(board, stats, clock):
 
 
 def test_a_replica_keeps_its_counts_when_its_worker_is_replaced(board, stats):
-    board.note(3, 3, look(8))
-    board.note_engine_death(3)
-    board.note_committed(3, part(5))
-    board.note_gone(3, "killed")
-    board.note_started(3, 9)
-    board.note(3, 9, look(2))
+    board.see(3, 3, look(8))
+    board.note_engine_death(board.workers[3])
+    board.commit(3, part(5))
+    board.lose(3, "killed")
+    board.start(3, 9)
+    board.see(3, 9, look(2))
     (row,) = board.rows(100.0)
     assert (row["replica"], row["worker"], row["state"]) == (3, 9, "running")
     assert (row["num_ok"], row["restarts"], row["lost"]) == (7, 2, "killed")
@@ -212,12 +240,12 @@ def test_a_run_without_looks_has_no_figures_of_engines(board, stats):
 
 
 def test_the_whole_has_sums_and_the_mean_of_the_caches_that_are_known(board, stats):
-    board.note(1, 1, look(1))
-    board.note(2, 2, look(1, engine=EngineStats(10, 20, 0.9, 3, gpu_busy=1.0)))
-    board.note(3, 3, look(0, engine=EngineStats()))
-    board.note(4, 4, look(0, facts=None, num_in_flight=0, engine=BUSY))
-    board.note(5, 5, look(5))
-    board.note_gone(5, "killed")
+    board.see(1, 1, look(1))
+    board.see(2, 2, look(1, engine=EngineStats(10, 20, 0.9, 3, gpu_busy=1.0)))
+    board.see(3, 3, look(0, engine=EngineStats()))
+    board.see(4, 4, look(0, facts=None, num_in_flight=0, engine=BUSY))
+    board.see(5, 5, look(5))
+    board.lose(5, "killed")
     whole = board.whole(100.0)
     assert (whole["num_ok"], whole["num_in_flight"]) == (2, 18)
     assert (whole["num_running"], whole["num_waiting"], whole["num_preemptions"]) == (14, 22, 4)
@@ -238,30 +266,30 @@ EVENTS = st.lists(
 def test_whatever_happens_in_whatever_order_the_sums_are_right(events):
     """Ended: rows of the last look of those that live, durable rows of those that are gone."""
     stats = RunStats(0.0, 10**6)
-    board = ReplicaStats(stats, clock=FakeClock())
+    board = Board(stats, clock=FakeClock())
     worker_at, newest = [0, 1, 2, 3], 3
     seen, durable = Counter(), Counter()
     alive, tokens = {0, 1, 2, 3}, 0
     for at in worker_at:
-        board.note_started(at, at)
+        board.start(at, at)
     for at, what, growth in events:
         number = worker_at[at]
         if what == "look":
             before = sum(seen[number, kind] for kind in (0, 1))
             seen.update({(number, kind): num for kind, num in enumerate(growth)})
             told = [seen[number, kind] for kind in range(3)]
-            board.note(at, number, look(*told))
+            board.see(at, number, look(*told))
             tokens += 10 * (told[0] + told[1] - before)
         elif what == "part":  # Its rows may be ahead of the looks.
             durable.update({(number, kind): num for kind, num in enumerate(growth)})
-            board.note_committed(number, part(*growth))
+            board.commit(number, part(*growth))
         else:
-            board.note_gone(number, "killed")
+            board.lose(number, "killed")
             alive.discard(number)
             newest += 1
             worker_at[at] = newest
             alive.add(newest)
-            board.note_started(at, newest)
+            board.start(at, newest)
     numbers = range(newest + 1)
     expected = tuple(
         sum((seen if number in alive else durable)[number, kind] for number in numbers)
@@ -278,9 +306,9 @@ def test_whatever_happens_in_whatever_order_the_sums_are_right(events):
 
 def fleet(num, changes=None):
     """Rows of so many replicas, 100 rows/s and more; `changes` by replica."""
-    board = ReplicaStats(RunStats(0.0, 0), clock=lambda: 0.0)
+    board = Board(RunStats(0.0, 0), clock=lambda: 0.0)
     for at in range(1, num + 1):
-        board.note(at, at, look(rates={"requests_per_s": 100.0 + at}))
+        board.see(at, at, look(rates={"requests_per_s": 100.0 + at}))
     return [row | (changes or {}).get(row["replica"], {}) for row in board.rows(5.0)]
 
 
@@ -331,8 +359,8 @@ def test_if_most_do_not_run_some_that_do_are_shown_and_the_others_counted():
 
 def test_status_shows_the_table_and_json_has_all_of_it(storage):
     log = RunLog(storage, "run-1")
-    board = ReplicaStats(RunStats(0.0, 100), clock=lambda: 0.0)
-    board.note(1, 1, look(3))
+    board = Board(RunStats(0.0, 100), clock=lambda: 0.0)
+    board.see(1, 1, look(3))
     lock = RunLock(storage, "run-1")
     lock.acquire()
     try:
@@ -351,11 +379,11 @@ def test_status_shows_the_table_and_json_has_all_of_it(storage):
 
 def test_errors_that_were_never_durable_are_not_told():
     stats = RunStats(0.0, 100)
-    board = ReplicaStats(stats)
-    board.note(1, 1, look(4, 3, error_types={"bad_json": 2, "odd": 1}))
-    board.note_committed(1, Committed("p", {}, Counts(4, 1), 0.1, {"bad_json": 1}))
+    board = Board(stats)
+    board.see(1, 1, look(4, 3, error_types={"bad_json": 2, "odd": 1}))
+    board.commit(1, Committed("p", {}, Counts(4, 1), 0.1, {"bad_json": 1}))
     assert stats.error_types == {"bad_json": 2, "odd": 1}
-    board.note_gone(1, "it died")
+    board.lose(1, "it died")
     assert stats.error_types == {"bad_json": 1}
 
 
