@@ -91,7 +91,7 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
 
     if not job.run.is_cluster:
         return JobRun(job, stop=stop, options=options)
-    from batchgen.cluster.compute import ManyEngines
+    from batchgen.cluster.driver import ManyEngines
 
     return JobRun(job, stop=stop, options=options, compute=ManyEngines)
 

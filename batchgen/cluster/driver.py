@@ -1,4 +1,6 @@
-"""The driver's loop: leases rows to workers until each has ended and is durable.
+"""`ManyEngines`, the second way to compute, and its loop, the driver's.
+
+The driver leases rows to workers until each has ended and is durable.
 
 A row's way here: free in the `LeaseBook` -> leased -> its worker says that it is durable, or is
 told that its answer is another row's -> settled. A worker that is gone is sealed first: what it
@@ -11,26 +13,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchgen.answers.validate import final
-from batchgen.cluster import pacing
-from batchgen.cluster.leases import LeaseBook, count
-from batchgen.cluster.messages import (
-    Answer,
-    Asked,
-    Begin,
-    Committed,
-    EngineDied,
-    Failed,
-    Finish,
-    Finished,
-    Gone,
-    Halt,
-    Noted,
-    Ready,
-    Take,
-)
+from batchgen.cluster import messages, pacing
+from batchgen.cluster.leases import LeaseBook, Packer, count
+from batchgen.cluster.machines import resources_of, share_gpu
+from batchgen.cluster.ray import ray_cluster
+from batchgen.cluster.workers import ReplicaStats, WorkerPool
 from batchgen.core.errors import (
     AccountingError,
     BatchgenError,
@@ -40,34 +30,161 @@ from batchgen.core.errors import (
     OutputError,
     StorageError,
 )
-from batchgen.core.records import Ranges, Request, RowError, RowSet
+from batchgen.core.records import Ranges, Request, RowError
 from batchgen.engine.base import failed
-from batchgen.engine.order import held_bytes
+from batchgen.pipeline.compute import watching
 from batchgen.pipeline.context import Stop
 from batchgen.pipeline.frozen import input_changes
 from batchgen.pipeline.runner import OpenPart
-from batchgen.pipeline.stats import Counts
+from batchgen.pipeline.stats import RUNNING, Counts
 from batchgen.store.books import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.cluster.messages import Event, Report
-    from batchgen.cluster.workers import WorkerHandle, WorkerPool
-    from batchgen.pipeline.compute import Rows, Work
+    from batchgen.cluster.messages import Cluster, Event, Report
+    from batchgen.cluster.workers import WorkerHandle
+    from batchgen.core.records import EngineFacts, EngineStats
+    from batchgen.job.model import JobConfig
+    from batchgen.pipeline.compute import Rows, TakeOver, Work
     from batchgen.pipeline.context import RunContext
-    from batchgen.pipeline.runner import FeedBatch, Feeder
+    from batchgen.pipeline.prepare import Prepared
+    from batchgen.pipeline.runner import Feeder
+    from batchgen.pipeline.stats import Look
     from batchgen.store.reuse import Deduper
 
-PACK_ROWS = 1024
-_PACK_BYTES = 8 << 20
-"""Of a pack, and of each 1,024 rows that may wait."""
 _PACKS_AHEAD_ROWS = 8192
 _COMMIT_GRACE_S = 30.0
 _OUTLOOK_S = 0.1
 _LISTING_S, _LISTING_WAIT_S = 90.0, 0.5
 _LATELY = 5000
 """Parts that some folder may not show yet: 256 workers commit so many in eight minutes."""
+
+
+class ManyEngines:
+    """`Compute` by the workers of one run: started when it is sure that there is work."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        *,
+        connect: Callable[[JobConfig], Cluster] = ray_cluster,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Bind; nothing is started.
+
+        Args:
+            context: The run.
+            connect: Makes what places workers.
+            clock: Monotonic seconds.
+
+        Raises:
+            ConfigError: Replicas of a size that cannot be had.
+        """
+        self._context = context
+        self._job = share_gpu(context.job, resources_of(context.job))
+        self._connect = connect
+        self._clock = clock
+        self._replicas = ReplicaStats(context.stats, clock=clock)
+        self._pool: WorkerPool | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether workers were ever asked for."""
+        return self._pool is not None
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What one of the engines is; None until one is up."""
+        return self._pool.facts if self._pool is not None else None
+
+    @property
+    def stats(self) -> EngineStats:
+        """The sums and means of what all schedulers tell."""
+        return self._replicas.engines()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that all engines hold."""
+        return self._replicas.num_in_flight
+
+    @property
+    def warnings(self) -> list[str]:
+        """Empty: all is noted as it comes."""
+        return []
+
+    def start(self, prepared: Prepared) -> None:
+        """Begin to bring up all workers and their engines. See `Compute`.
+
+        Raises:
+            BatchgenError: There is nothing to place them.
+        """
+        del prepared  # Each worker prepares the job where it is.
+        self._workers().start_engines()
+
+    def _workers(self) -> WorkerPool:
+        if self._pool is None:
+            self._pool = WorkerPool(
+                self._connect(self._job),
+                self._job,
+                self._context.run_id,
+                stats=self._replicas,
+                tell=self._context.notes.add,
+                clock=self._clock,
+            )
+        return self._pool
+
+    def answer(
+        self, work: Work, rows: Rows, deduper: Deduper | None, take_over: TakeOver | None = None
+    ) -> bool:
+        """Lease the rows to workers. See `Compute`; rows are taken over first."""
+        context = self._context
+        if take_over is not None:
+            rows = take_over(lambda: None)
+        if context.is_stopped() or not rows:
+            return not context.is_stopped()
+        driver = Driver(
+            context,
+            work,
+            self._workers(),
+            deduper=deduper,
+            feed=partial(self._feed, work, deduper),
+            is_packed=self._is_packed(work, rows),
+        )
+        with watching(context, self._look) as monitor:
+            return driver.run(rows, monitor.tick)
+
+    def _look(self, now_s: float) -> Look:
+        state = RUNNING if self.facts is not None else "starting the engines"
+        return self._replicas.whole(now_s), state, self._replicas.rows(now_s)
+
+    def _is_packed(self, work: Work, rows: Rows) -> bool:
+        """Whether rows travel by way of the driver.
+
+        For an order over the whole job; or where a worker would have to read a file from its
+        start for each lease.
+        """
+        if self._context.job.run.order == "prefix":
+            return True
+        reader, segments = work.prepared.reader, work.epoch.plan.segments
+        return not all(reader.is_seekable(segments[number].path) for number in rows)
+
+    def _feed(self, work: Work, deduper: Deduper | None, rows: Rows) -> Feeder:
+        stages = work.stages
+        passing = deduper.passing if deduper is not None else None
+        return stages.feeder(stages.feed(stages.read(rows), passing), self)
+
+    def advice(self) -> list[str]:
+        """Empty: the samples are of all engines together."""
+        return []
+
+    def let_go(self) -> None:
+        """Nothing yet: Ray wants to be closed by the thread that has started it."""
+
+    def close(self) -> None:
+        """Let go of all workers. Idempotent."""
+        if self._pool is not None:
+            self._pool.cluster.close()
 
 
 class Driver:
@@ -187,7 +304,7 @@ class Driver:
             is_patient = wanted == (Stop.DRAIN, True)
             self._give_up_s = None if is_patient else self._clock() + wait_s + _COMMIT_GRACE_S
             for worker in self._pool.workers:
-                worker.orders.append(Halt(*wanted))
+                worker.orders.append(messages.Halt(*wanted))
         return True
 
     def _has_stopped(self) -> bool:
@@ -210,7 +327,9 @@ class Driver:
         for worker in up:
             if not worker.is_begun:
                 worker.is_begun = True
-                worker.orders.append(Begin(epoch.plan, epoch.number, asks, self._is_packed))
+                worker.orders.append(
+                    messages.Begin(epoch.plan, epoch.number, asks, self._is_packed)
+                )
         ready = [worker for worker in up if self._is_packed or worker.sees_input]
         outlook = self._look_at(ready)
         if not outlook.is_held_up:
@@ -244,13 +363,13 @@ class Driver:
         left = num_rows
         while left > 0 and (lease := book.take(number, left, is_up=is_up)) is not None:
             num = count(lease.rows)
-            worker.orders.append(Take(lease))
+            worker.orders.append(messages.Take(lease))
             worker.num_leased += num
             worker.is_busy = True
             left -= num
         has_none = book.is_fed and (not book.num_pending or left == num_rows > 0)
         if worker.is_busy and (has_none or book.is_alone(number)):
-            worker.orders.append(Finish())
+            worker.orders.append(messages.Finish())
             worker.is_busy = False
             worker.num_finishing += 1
 
@@ -262,8 +381,8 @@ class Driver:
 
     # What workers say.
 
-    def _hear(self, worker: WorkerHandle, news: Report | Gone) -> None:
-        if isinstance(news, Gone):
+    def _hear(self, worker: WorkerHandle, news: Report | messages.Gone) -> None:
+        if isinstance(news, messages.Gone):
             self._give_up(worker, news.reason, has_died=True)
             return
         if news.look is not None:
@@ -272,23 +391,23 @@ class Driver:
             self._note(worker, event)
 
     def _note(self, worker: WorkerHandle, event: Event) -> None:
-        if isinstance(event, Asked):
+        if isinstance(event, messages.Asked):
             worker.orders.append(self._set_aside(worker, event))
-        elif isinstance(event, Committed):
+        elif isinstance(event, messages.Committed):
             self._settle(worker, event)
             self._context.note_commit(event.seconds)
-        elif isinstance(event, Finished):
+        elif isinstance(event, messages.Finished):
             worker.num_finishing = max(0, worker.num_finishing - 1)
             if not event.is_complete:
                 worker.is_busy, worker.num_finishing = False, 0
-        elif isinstance(event, Ready):
+        elif isinstance(event, messages.Ready):
             self._see(worker, sees_input=event.sees_input)
-        elif isinstance(event, EngineDied):
+        elif isinstance(event, messages.EngineDied):
             self._stats.note_engine_death(worker)
             self._context.note_death(event.death, f", replica {worker.replica}")
-        elif isinstance(event, Failed):
+        elif isinstance(event, messages.Failed):
             self._fail(worker, event.error)
-        elif isinstance(event, Noted):
+        elif isinstance(event, messages.Noted):
             self._context.notes.add(event.text)
 
     def _see(self, worker: WorkerHandle, *, sees_input: bool) -> None:
@@ -322,7 +441,7 @@ class Driver:
 
     # What is durable: by the words of workers and, once one is gone, by its files.
 
-    def _set_aside(self, worker: WorkerHandle, asked: Asked) -> Answer:
+    def _set_aside(self, worker: WorkerHandle, asked: messages.Asked) -> messages.Answer:
         """Say which requests are to be computed; the rows of the others wait for their answers."""
         assert self._deduper is not None  # noqa: S101 - else nobody asks
         passes = self._deduper.let_pass(asked.prefixes, asked.has_seed)
@@ -331,9 +450,9 @@ class Driver:
         if aside:
             worker.num_set_aside += len(aside)
             self._book.settle(worker.number, {asked.segment: Ranges.of(aside)})
-        return Answer(asked.ask, passes)
+        return messages.Answer(asked.ask, passes)
 
-    def _settle(self, worker: WorkerHandle, committed: Committed) -> None:
+    def _settle(self, worker: WorkerHandle, committed: messages.Committed) -> None:
         """A part is durable.
 
         Raises:
@@ -349,7 +468,7 @@ class Driver:
             return
         left = self._book.rows_out(worker.number)
 
-        def may_come_back(asked: Asked) -> bool:
+        def may_come_back(asked: messages.Asked) -> bool:
             rows = left[asked.segment]
             return any(rows.within(min(asked.rows), max(asked.rows) + 1))
 
@@ -368,7 +487,7 @@ class Driver:
             for part in ledger.parts(epoch.plan, set(names) - worker.parts).parts:
                 footer = part.footer
                 counts = Counts(footer.num_ok, footer.num_errors, footer.num_skipped)
-                self._settle(worker, Committed(part.name, footer.done, counts, 0.0))
+                self._settle(worker, messages.Committed(part.name, footer.done, counts, 0.0))
         self._stats.note_gone(worker, reason)
         rows = self._book.take_back(worker.number, has_died=has_died)
         if self._deduper is not None:
@@ -435,73 +554,3 @@ class Driver:
                 msg = f"{storage.where}: {min(missing)} was committed and is not there"
                 raise OutputError(msg)
             time.sleep(_LISTING_WAIT_S)
-
-
-class Packer:
-    """Fills a lease book with rows that are read, rendered and ordered here, in packs.
-
-    For input that workers do not see, that cannot be read in pieces (gzip, zstd, CSV), and for an
-    order over the whole job, where rows that go together stand far apart in the files.
-    """
-
-    def __init__(
-        self, feeder: Feeder, put: Callable[[Sequence[FeedBatch]], Any], num_rows: int
-    ) -> None:
-        """Bind.
-
-        Args:
-            feeder: Belongs to the packer from now on.
-            put: Stores packs where workers find them.
-            num_rows: That it reads, those included that will not need an engine.
-        """
-        self._feeder = feeder
-        self._put = put
-        self._num_left = num_rows
-        self._row_bytes = 1.0
-        self.is_done = False
-        """All rows are packed."""
-
-    @property
-    def num_left(self) -> int:
-        """Rows that are yet to be packed, at most."""
-        return 0 if self.is_done else self._num_left
-
-    def fill(self, book: LeaseBook, num_wanted: int) -> None:
-        """Add packs until so many rows are free, or nothing more is ready.
-
-        Raises:
-            BatchgenError: What reading raised.
-        """
-        while not self.is_done and book.num_pending < self._limit(num_wanted):
-            if (batch := self._feeder.take(0)) is None:
-                self.is_done = self._feeder.is_done
-                return
-            self._add(book, batch)
-
-    def _limit(self, num_wanted: int) -> int:
-        """Rows that may wait: of large ones fewer."""
-        return min(num_wanted, max(1, int(num_wanted / PACK_ROWS * _PACK_BYTES / self._row_bytes)))
-
-    def _add(self, book: LeaseBook, batch: FeedBatch) -> None:
-        """Put a pack, or several if it is large."""
-        if batch.requests:
-            self._row_bytes = max(1.0, held_bytes(batch.requests) / len(batch.requests))
-        size = max(1, int(_PACK_BYTES / self._row_bytes))
-        rest = [
-            batch.only(batch.requests[at : at + size], (), Ranges())
-            for at in range(size, len(batch.requests), size)
-        ]
-        for pack in (batch.only(batch.requests[:size], batch.results, batch.skipped), *rest):
-            if rows := rows_of(pack):
-                book.add(rows, self._put([pack]))
-                self._num_left -= sum(map(len, rows.values()))
-
-    def close(self) -> None:
-        """Stop reading."""
-        self._feeder.close()
-
-
-def rows_of(batch: FeedBatch) -> RowSet:
-    """Gather the rows that end by way of a `FeedBatch`."""
-    ordinals = [one.ordinal for one in batch.requests] + [one.ordinal for one in batch.results]
-    return RowSet.of(ordinals) | RowSet({batch.segment: batch.skipped})

@@ -1,4 +1,4 @@
-"""Who has which rows: the driver's book of one task. Pure: no clock, no I/O.
+"""Who has which rows: the driver's book of one task, and what fills it with rows in packs.
 
 Invariant: every row of the book is in exactly one place: free, leased to exactly one worker,
 settled, or guilty. A row gets into a second worker's hands only by way of `take_back`.
@@ -27,9 +27,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from batchgen.cluster.messages import Lease
 from batchgen.core.errors import AccountingError
 from batchgen.core.records import Ranges, RowSet
+from batchgen.engine.order import held_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from batchgen.pipeline.runner import FeedBatch, Feeder
 
 PIECES = 16
 """More find a killer in fewer deaths, but keep the engines emptier on the way."""
@@ -41,6 +44,9 @@ SOLO_DEATHS = 2
 FEW_DEATHS = 10
 """Explained by one killer; it needs 8 among 100,000 rows."""
 _READ_AHEAD = 10_000
+PACK_ROWS = 1024
+_PACK_BYTES = 8 << 20
+"""Of a pack, and of each 1,024 rows that may wait."""
 _SETTLED = 0
 _OUT = 1
 _stop_of = attrgetter("stop")
@@ -415,3 +421,73 @@ def _meeting(blocks: Sequence[_Block], rows: Ranges) -> Iterator[tuple[_Block | 
                 end = stop if block is None else block.start
                 yield None, start, end
             start = end
+
+
+class Packer:
+    """Fills a lease book with rows that are read, rendered and ordered here, in packs.
+
+    For input that workers do not see, that cannot be read in pieces (gzip, zstd, CSV), and for an
+    order over the whole job, where rows that go together stand far apart in the files.
+    """
+
+    def __init__(
+        self, feeder: Feeder, put: Callable[[Sequence[FeedBatch]], Any], num_rows: int
+    ) -> None:
+        """Bind.
+
+        Args:
+            feeder: Belongs to the packer from now on.
+            put: Stores packs where workers find them.
+            num_rows: That it reads, those included that will not need an engine.
+        """
+        self._feeder = feeder
+        self._put = put
+        self._num_left = num_rows
+        self._row_bytes = 1.0
+        self.is_done = False
+        """All rows are packed."""
+
+    @property
+    def num_left(self) -> int:
+        """Rows that are yet to be packed, at most."""
+        return 0 if self.is_done else self._num_left
+
+    def fill(self, book: LeaseBook, num_wanted: int) -> None:
+        """Add packs until so many rows are free, or nothing more is ready.
+
+        Raises:
+            BatchgenError: What reading raised.
+        """
+        while not self.is_done and book.num_pending < self._limit(num_wanted):
+            if (batch := self._feeder.take(0)) is None:
+                self.is_done = self._feeder.is_done
+                return
+            self._add(book, batch)
+
+    def _limit(self, num_wanted: int) -> int:
+        """Rows that may wait: of large ones fewer."""
+        return min(num_wanted, max(1, int(num_wanted / PACK_ROWS * _PACK_BYTES / self._row_bytes)))
+
+    def _add(self, book: LeaseBook, batch: FeedBatch) -> None:
+        """Put a pack, or several if it is large."""
+        if batch.requests:
+            self._row_bytes = max(1.0, held_bytes(batch.requests) / len(batch.requests))
+        size = max(1, int(_PACK_BYTES / self._row_bytes))
+        rest = [
+            batch.only(batch.requests[at : at + size], (), Ranges())
+            for at in range(size, len(batch.requests), size)
+        ]
+        for pack in (batch.only(batch.requests[:size], batch.results, batch.skipped), *rest):
+            if rows := rows_of(pack):
+                book.add(rows, self._put([pack]))
+                self._num_left -= sum(map(len, rows.values()))
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._feeder.close()
+
+
+def rows_of(batch: FeedBatch) -> RowSet:
+    """Gather the rows that end by way of a `FeedBatch`."""
+    ordinals = [one.ordinal for one in batch.requests] + [one.ordinal for one in batch.results]
+    return RowSet.of(ordinals) | RowSet({batch.segment: batch.skipped})

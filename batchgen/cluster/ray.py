@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,6 +40,7 @@ from batchgen.cluster.machines import (
     options_alone,
     prepare_environment,
     refusal,
+    resources_of,
     start_guard,
     worker_environment,
 )
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
     from batchgen.cluster.machines import Resources
     from batchgen.cluster.messages import Order, WorkerInit
+    from batchgen.job.model import JobConfig
     from batchgen.pipeline.runner import FeedBatch
 
 _WHERE = "[run]"
@@ -115,6 +118,24 @@ class _Remote:
         """What is under way, a Ray reference."""
         self.called_s = 0.0
         self.was_heard = False
+
+
+def ray_cluster(job: JobConfig) -> RayCluster:
+    """Connect to Ray, or start it on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        EngineError: There is no cluster at that address.
+    """
+    run = job.run
+    if find_spec("ray") is None:
+        told = f"replicas = {run.replicas}"
+        if run.ray_address is not None:
+            told = f"ray_address = {run.ray_address!r}"
+        where = "[run]"
+        raise ConfigError(where, [f"{told} needs Ray: pip install ray"])
+    room_for = 0 if run.replicas == "auto" else run.replicas
+    return RayCluster(run.ray_address, resources_of(job), room_for=room_for)
 
 
 class RayCluster:

@@ -17,24 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
-from batchgen.cluster.messages import (
-    Answer,
-    Asked,
-    Begin,
-    Committed,
-    EngineDied,
-    Failed,
-    Finish,
-    Finished,
-    Halt,
-    Look,
-    Noted,
-    Read,
-    Ready,
-    Report,
-    StartEngine,
-    Take,
-)
+from batchgen.cluster import messages
 from batchgen.core.errors import BatchgenError, ConfigError, OutputError, RecipeChangedError
 from batchgen.engine.group import supervise
 from batchgen.engine.process import build_engine
@@ -78,7 +61,7 @@ class Inbox:
 
     def hear(self, order: Order) -> None:
         """Take an order in."""
-        if isinstance(order, Answer):
+        if isinstance(order, messages.Answer):
             with self._bell:
                 self._answers[order.ask] = order.passes
                 self._bell.notify_all()
@@ -132,7 +115,7 @@ class Inbox:
             self._num_asked += 1
             ask = self._num_asked
         self.say(
-            Asked(
+            messages.Asked(
                 ask,
                 requests[0].ordinal.segment,
                 [request.ordinal.row for request in requests],
@@ -184,13 +167,13 @@ class Worker:
         self._engine = supervise(
             build,
             [self._engine_spec] * (1 if num == "auto" else num),
-            on_death=lambda death, _: self._inbox.say(EngineDied(death.as_dict())),
+            on_death=lambda death, _: self._inbox.say(messages.EngineDied(death.as_dict())),
             stall_s=init.job.run.stall_s,
         )
         self._stop = StopSwitch()
         self._stats = RunStats(time.monotonic(), 0)
         self._inbox = Inbox()
-        self._begun: Begin | None = None
+        self._begun: messages.Begin | None = None
         self._stages: Stages | None = None
         """One for all tasks: its parts are numbered through."""
         self._indexes = LineIndexes()  # Leases are pieces of the same files, again and again.
@@ -201,20 +184,22 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
 
-    def exchange(self, orders: Sequence[Order], wait_s: float) -> Report:
+    def exchange(self, orders: Sequence[Order], wait_s: float) -> messages.Report:
         """Take orders, and report once something has happened, at the latest after `wait_s`.
 
         Raises:
             BaseException: What the worker's own thread died of, a bug.
         """
         for order in orders:
-            if isinstance(order, Halt):
+            if isinstance(order, messages.Halt):
                 self._halt(order)
             else:
                 self._inbox.hear(order)
         events = self._inbox.collect(wait_s)
         # Counts as the worker's thread has last seen them, and the engine as it is now.
-        return Report(events, self._counted._replace(memory_mib=memory_mib(), **self._engine_now()))
+        return messages.Report(
+            events, self._counted._replace(memory_mib=memory_mib(), **self._engine_now())
+        )
 
     def close(self) -> None:
         """Stop at once and let go of the engine. Idempotent."""
@@ -222,7 +207,7 @@ class Worker:
         self._thread.join(_CLOSE_S)
         self._engine.close()
 
-    def _halt(self, order: Halt) -> None:
+    def _halt(self, order: messages.Halt) -> None:
         if order.state is Stop.NOW:
             self._stop.now()
         elif order.is_patient:
@@ -239,24 +224,24 @@ class Worker:
         try:
             while (order := self._inbox.next_order(is_stopped)) is not None:
                 self._follow(order)
-            self._inbox.say(Finished(is_complete=False))
+            self._inbox.say(messages.Finished(is_complete=False))
         except BatchgenError as error:
-            self._inbox.say(Failed(error))
+            self._inbox.say(messages.Failed(error))
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             self._inbox.say_crash(error)
 
     def _follow(self, order: Order) -> None:
-        if isinstance(order, StartEngine):
+        if isinstance(order, messages.StartEngine):
             self._engine.start()
-        elif isinstance(order, Begin):
+        elif isinstance(order, messages.Begin):
             self._begin(order)
-        elif isinstance(order, Take):
+        elif isinstance(order, messages.Take):
             if self._run(order.lease):  # Else it was stopped, and that is told in the end.
-                self._inbox.say(Finished(is_complete=True))
-        elif isinstance(order, Finish):
-            self._inbox.say(Finished(is_complete=True))
+                self._inbox.say(messages.Finished(is_complete=True))
+        elif isinstance(order, messages.Finish):
+            self._inbox.say(messages.Finished(is_complete=True))
 
-    def _begin(self, begin: Begin) -> None:
+    def _begin(self, begin: messages.Begin) -> None:
         """Bind to a plan, once it is sure that this machine sees what the driver sees."""
         ledger = self._ledger
         if ledger.storage.read(numbered("epochs", begin.epoch)) is None:
@@ -278,7 +263,7 @@ class Worker:
                 run_id=self._init.run_id,
             )
         self._begun = begin
-        self._inbox.say(Ready(not input_changes(begin.plan, prepared.reader)))
+        self._inbox.say(messages.Ready(not input_changes(begin.plan, prepared.reader)))
 
     def _run(self, lease: Lease) -> bool:
         """End the rows of this lease and of those that come, up to a `Finish`, or until stopped.
@@ -311,15 +296,15 @@ class Worker:
         def passing(requests: Sequence[Request]) -> list[Request]:
             return self._inbox.ask(requests, self._is_over.is_set)
 
-        order: Order | None = Take(lease)
-        while order is not None and not isinstance(order, Finish):
-            if isinstance(order, Take) and order.lease.payload is not None:
+        order: Order | None = messages.Take(lease)
+        while order is not None and not isinstance(order, messages.Finish):
+            if isinstance(order, messages.Take) and order.lease.payload is not None:
                 yield from self._unpacked(order.lease, stages)
-            elif isinstance(order, Take):
+            elif isinstance(order, messages.Take):
                 rows = stages.read(order.lease.rows, self._indexes)
                 yield from stages.feed(rows, passing if asks else None)
             if not self._inbox.has_orders:
-                self._inbox.say(Read())
+                self._inbox.say(messages.Read())
             order = self._inbox.next_order(self._is_over.is_set)
 
     def _unpacked(self, lease: Lease, stages: Stages) -> Iterator[FeedBatch]:
@@ -347,11 +332,11 @@ class Worker:
         counts = Counts(footer.num_ok, footer.num_errors, footer.num_skipped)
         kinds = Counter([one.error.error_type for one in part.results if one.error is not None])
         seconds = time.monotonic() - began_s
-        self._inbox.say(Committed(name, footer.done, counts, seconds, kinds))
+        self._inbox.say(messages.Committed(name, footer.done, counts, seconds, kinds))
 
     def _tell_disk_trouble(self, error: StorageError) -> None:
         number = self._init.number
-        self._inbox.say(Noted(f"worker {number}: a commit is tried again: {error}"))
+        self._inbox.say(messages.Noted(f"worker {number}: a commit is tried again: {error}"))
 
     def _engine_spec(self) -> EngineSpec:
         return self._checked.engine_spec(self._log.engine_log_of(self._init.number))
@@ -373,9 +358,9 @@ class Worker:
             "engine": engine.stats,
         }
 
-    def _count(self) -> Look:
+    def _count(self) -> messages.Look:
         stats = self._stats
-        return Look(
+        return messages.Look(
             host=socket.gethostname(),
             pid=os.getpid(),
             **self._engine_now(),

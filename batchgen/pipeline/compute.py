@@ -5,7 +5,7 @@
     Committer thread   open part -> Parquet part                       runner
 
 `Stages` makes these three for a loop, wherever its engine is. The other implementation of
-`Compute` is `cluster.compute`. Nothing here or below knows of it: whoever makes a `JobRun` names
+`Compute` is `cluster.driver`. Nothing here or below knows of it: whoever makes a `JobRun` names
 the one to use.
 """
 

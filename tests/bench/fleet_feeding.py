@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from batchgen.api import load
-from batchgen.cluster.compute import ManyEngines
+from batchgen.cluster.driver import ManyEngines
 from batchgen.cluster.machines import resources_of
 from batchgen.cluster.messages import Report, StartEngine
 from batchgen.cluster.ray import RayCluster

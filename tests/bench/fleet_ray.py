@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.api import load
-from batchgen.cluster.compute import ManyEngines
+from batchgen.cluster.driver import ManyEngines
 from batchgen.cluster.machines import resources_of
 from batchgen.cluster.ray import RayCluster
 from batchgen.pipeline.context import StopSwitch

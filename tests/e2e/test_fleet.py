@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from batchgen.api import load
-from batchgen.cluster.compute import ManyEngines
+from batchgen.cluster.driver import ManyEngines
 from batchgen.cluster.messages import Failed, Ready
 from batchgen.core.errors import ConfigError, ExitCode, StorageError
 from batchgen.pipeline.compute import OneEngine

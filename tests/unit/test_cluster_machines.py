@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchgen.cluster.driver import PACK_ROWS, Packer, rows_of
-from batchgen.cluster.leases import LeaseBook
+from batchgen.cluster.leases import PACK_ROWS, LeaseBook, Packer, rows_of
 from batchgen.cluster.machines import Resources, resources_of, share_gpu
 from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ConfigError, GateError, RecipeChangedError
@@ -87,7 +86,7 @@ def test_replicas_that_share_a_gpu_share_its_memory() -> None:
 def test_without_ray_replicas_are_refused_with_what_to_install() -> None:
     code = (
         "import sys; sys.modules['ray'] = None\n"
-        "from batchgen.cluster.compute import ray_cluster\n"
+        "from batchgen.cluster.ray import ray_cluster\n"
         "from tests import fakes\n"
         "ray_cluster(fakes.job(run={'replicas': 8}))"
     )
