@@ -9,7 +9,6 @@ A worker tells its counts since it began, with each look. What is new of them go
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -20,10 +19,11 @@ from batchgen.cluster.messages import Gone, StartEngine, WorkerInit
 from batchgen.cluster.pacing import Meter, Pace
 from batchgen.core.errors import ConfigError, EngineDeadError
 from batchgen.core.records import EngineStats, Verdict
+from batchgen.engine.group import combined
 from batchgen.pipeline.stats import Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.cluster.messages import Asked, Capacity, Cluster, Committed, Look, Order, Report
     from batchgen.core.records import EngineFacts
@@ -455,14 +455,7 @@ class ReplicaStats:
 
     def engines(self) -> EngineStats:
         """All engines that are up, as one."""
-        engines = [look.engine for look in self._looks() if look.facts is not None]
-        return EngineStats(
-            num_running=_sum(one.num_running for one in engines),
-            num_waiting=_sum(one.num_waiting for one in engines),
-            kv_cache_usage=_mean(one.kv_cache_usage for one in engines),
-            gpu_busy=_mean(one.gpu_busy for one in engines),
-            num_preemptions=_sum(one.num_preemptions for one in engines),
-        )
+        return combined([one.engine for one in self._looks() if one.facts is not None])
 
     @property
     def num_in_flight(self) -> int:
@@ -521,15 +514,3 @@ def _row(place: Place, now_s: float) -> dict[str, Any]:
 
 def _new(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
     return {name: num - before.get(name, 0) for name, num in now.items() if num != before.get(name)}
-
-
-def _mean(known: Iterable[float | None]) -> float | None:
-    """None where nobody knows."""
-    found = [one for one in known if one is not None]
-    return statistics.fmean(found) if found else None
-
-
-def _sum(known: Iterable[int | None]) -> int | None:
-    """None where nobody knows."""
-    found = [one for one in known if one is not None]
-    return sum(found) if found else None
