@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -26,10 +26,10 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
-    Convert = Callable[[Any], Any]
-    """Parsed JSON but null -> its value for Arrow; raises `_Unfit` if the column cannot hold it."""
+    Place = tuple["Place", str | int] | None
+    """Where a value stands: what holds it, and its key there; written down only if it is wrong."""
 
 MAX_LEVELS = 50
 """Objects and arrays inside each other; deeper ones are JSON text."""
@@ -39,18 +39,41 @@ _INT64 = range(-(2**63), 2**63)
 
 @dataclass(frozen=True, slots=True)
 class TypedSchema:
-    """A JSON Schema as a column."""
+    """A JSON Schema as a column, or a part of one."""
 
     type: pa.DataType
     """What a column of these answers is."""
-    fallbacks: Sequence[str]
+    kind: str
+    """A type of JSON Schema; `json` is JSON text, `null` the same where nothing else is allowed."""
+    fields: Mapping[str, TypedSchema] = field(default_factory=dict)
+    """Of an object."""
+    item: TypedSchema | None = None
+    """Of an array."""
+    fallbacks: Sequence[str] = ()
     """Places that became JSON text, each with why: `$.meta: an object without properties`."""
-    enums: Mapping[str, Sequence[str]]
-    """Top-level fields ("" for the root itself) that are one of several strings -> these labels,
-    in order, without null."""
-    _convert: Callable[[Any], Any] = field(repr=False, compare=False)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Strings that it is one of, under ""; those of its fields under their names."""
 
-    def value(self, parsed: Any) -> Any:  # noqa: ANN401 - any JSON
+    @property
+    def enums(self) -> Mapping[str, Sequence[str]]:
+        """Top-level fields ("" for the root itself) that are one of several strings -> these.
+
+        In order, without null. One label is no choice.
+        """
+        is_object = self.kind == "object"  # "" is the root, or a field without a name.
+        return {
+            name: labels
+            for name, labels in self.labels.items()
+            if len(labels) > 1 and bool(name) == is_object
+        }
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for equal columns with equal conversions; the type alone is not, for JSON text."""
+        inner = tuple((name, part.signature) for name, part in self.fields.items())
+        return self.kind, inner, self.item and self.item.signature
+
+    def value(self, parsed: Any, place: Place = None) -> Any:  # noqa: ANN401 - any JSON
         """Turn what `core.data.parse_json` returns into what `pa.array` takes.
 
         null fits everywhere: an absent key is null too.
@@ -60,16 +83,30 @@ class TypedSchema:
         """
         if parsed is None:
             return None
-        try:
-            return self._convert(parsed)
-        except _Unfit as unfit:
-            place = "".join(reversed(unfit.steps))
-            msg = f"${place}: {unfit.why}"
-            raise ValueError(msg) from None
+        found = type(parsed)
+        if found is not _TYPES_OF.get(self.kind):
+            return _of_other_type(self.kind, parsed, place)
+        if found is dict:
+            return self._object(parsed, place)
+        if found is list and (item := self.item) is not None:
+            return [item.value(one, (place, at)) for at, one in enumerate(parsed)]
+        if found is int and parsed not in _INT64:
+            raise _larger(self.kind, place)
+        return parsed
+
+    def _object(self, parsed: dict[str, Any], place: Place) -> dict[str, Any]:
+        if not parsed.keys() <= self.fields.keys():
+            unknown = repr(next(key for key in parsed if key not in self.fields))
+            short = unknown if len(unknown) <= 80 else f"{unknown[:80]}..."
+            msg = f"{_written(place)}: unknown key {short}, which the column cannot hold"
+            raise ValueError(msg)
+        return {
+            name: part.value(parsed.get(name), (place, name)) for name, part in self.fields.items()
+        }
 
 
 def typed_schema(schema: Mapping[str, Any]) -> TypedSchema:
-    """Choose the type and compile the conversion; do it once, not for each row.
+    """Choose the type; do it once, not for each row.
 
     Args:
         schema: Has passed `json_schema.checked_schema`.
@@ -77,91 +114,49 @@ def typed_schema(schema: Mapping[str, Any]) -> TypedSchema:
     Raises:
         ValueError: It is nested too deeply.
     """
-    compiler = _Compiler(schema)
     try:
-        node = compiler.compile((Bound(schema, frozenset({"#"})),), "$", 0)
+        return _Compiler(schema).compile((Bound(schema, frozenset({"#"})),), "$", 0)
     except RecursionError:
         msg = "$: the schema is nested too deeply"
         raise ValueError(msg) from None
-    # One label is no choice.
-    is_object = pa.types.is_struct(node.type)  # "" is the root, or a field without a name.
-    enums = {
-        name: labels
-        for name, labels in node.labels.items()
-        if len(labels) > 1 and bool(name) == is_object
-    }
-    return TypedSchema(node.type, node.fallbacks, enums, node.convert)
 
 
-_FOUND = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "an array",
-    dict: "an object",
+_TYPES_OF: Mapping[str, type] = {
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": float,
+    "array": list,
+    "object": dict,
 }
+"""Kind -> what Python has for it."""
+_WORDS = {type_: f"a{'n' * (kind[0] in 'aio')} {kind}" for kind, type_ in _TYPES_OF.items()}
 
 
-class _Unfit(Exception):  # noqa: N818 - never leaves the module
-    """A value that its column cannot hold."""
-
-    def __init__(self, why: str) -> None:
-        self.why = why
-        self.steps: list[str] = []
-        """The way to it, innermost first."""
-
-
-def _found(value: Any) -> str:  # noqa: ANN401
-    """What a value is, for messages."""
-    return _FOUND.get(type(value), type(value).__name__)
-
-
-def _refuse(expected: str, value: Any) -> NoReturn:  # noqa: ANN401
-    msg = f"expected {expected}, found {_found(value)}"
-    raise _Unfit(msg)
-
-
-def _string(value: Any) -> str:  # noqa: ANN401
-    if not isinstance(value, str):
-        _refuse("a string", value)
-    return value
+def _of_other_type(kind: str, value: Any, place: Place) -> Any:  # noqa: ANN401
+    """A value that may be of a kind all the same: JSON Schema calls 1.0 an integer, 1 a number."""
+    if kind not in _TYPES_OF:
+        return _json_text(value, place)
+    if kind == "number" and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            raise _larger(kind, place) from None
+    if kind == "integer" and type(value) is float and value.is_integer():
+        if int(value) in _INT64:
+            return int(value)
+        raise _larger(kind, place)
+    found = _WORDS.get(type(value), type(value).__name__)
+    msg = f"{_written(place)}: expected {_WORDS[_TYPES_OF[kind]]}, found {found}"
+    raise ValueError(msg)
 
 
-def _integer(value: Any) -> int:  # noqa: ANN401
-    """Take an integer of 64 bits; JSON Schema calls 1.0 one."""
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    if type(value) is not int:
-        _refuse("an integer", value)
-    if not -(2**63) <= value < 2**63:
-        msg = "expected an integer of 64 bits, found a larger one"
-        raise _Unfit(msg)
-    return value
+def _larger(kind: str, place: Place) -> ValueError:
+    expected = _WORDS[_TYPES_OF[kind]]
+    return ValueError(f"{_written(place)}: expected {expected} of 64 bits, found a larger one")
 
 
-def _number(value: Any) -> float:  # noqa: ANN401
-    """Take a number as a float of 64 bits."""
-    if type(value) is float:
-        return value
-    if type(value) is not int:
-        _refuse("a number", value)
-    try:
-        return float(value)
-    except OverflowError:
-        msg = "expected a number of 64 bits, found a larger one"
-        raise _Unfit(msg) from None
-
-
-def _boolean(value: Any) -> bool:  # noqa: ANN401
-    """Take true or false."""
-    if value is True or value is False:
-        return value
-    _refuse("a boolean", value)
-
-
-def _json_text(value: Any) -> str:  # noqa: ANN401
+def _json_text(value: Any, place: Place) -> str:  # noqa: ANN401
     """Write any JSON as text."""
     try:
         return orjson.dumps(value).decode()
@@ -170,83 +165,33 @@ def _json_text(value: Any) -> str:  # noqa: ANN401
     try:
         return json.dumps(value, separators=(",", ":"))
     except RecursionError as error:
-        msg = f"expected JSON that can be written, found otherwise: {error}"
-        raise _Unfit(msg) from None
+        msg = f"{_written(place)}: expected JSON that can be written, found otherwise: {error}"
+        raise ValueError(msg) from None
 
 
-def _array_of(convert: Convert) -> Convert:
-    """Make the conversion of an array from that of its items."""
-
-    def array(value: Any) -> list[Any]:  # noqa: ANN401
-        if not isinstance(value, list):
-            _refuse("an array", value)
-        converted: list[Any] = []
-        try:
-            for item in value:
-                converted.append(None if item is None else convert(item))  # noqa: PERF401
-        except _Unfit as unfit:
-            unfit.steps.append(f"[{len(converted)}]")
-            raise
-        return converted
-
-    return array
+def _written(place: Place) -> str:
+    """A place as people read it: `$.items[3].name`."""
+    if place is None:
+        return "$"
+    parent, key = place
+    return _written(parent) + (f"[{key}]" if isinstance(key, int) else step(key))
 
 
-def _object_of(fields: Mapping[str, Convert]) -> Convert:
-    """Make the conversion of an object from those of its properties; an absent one is null."""
-    converts = list(fields.items())
-    known = frozenset(fields)
-
-    def object_(value: Any) -> dict[str, Any]:  # noqa: ANN401
-        if not isinstance(value, dict):
-            _refuse("an object", value)
-        if not value.keys() <= known:
-            unknown = repr(next(key for key in value if key not in known))
-            short = unknown if len(unknown) <= 80 else f"{unknown[:80]}..."
-            msg = f"unknown key {short}, which the column cannot hold"
-            raise _Unfit(msg)
-        converted = {}
-        name = ""
-        try:
-            for name, convert in converts:
-                item = value.get(name)
-                converted[name] = None if item is None else convert(item)
-        except _Unfit as unfit:
-            unfit.steps.append(step(name))
-            raise
-        return converted
-
-    return object_
+_SCALARS = {
+    "string": TypedSchema(pa.string(), "string"),
+    "integer": TypedSchema(pa.int64(), "integer"),
+    "number": TypedSchema(pa.float64(), "number"),
+    "boolean": TypedSchema(pa.bool_(), "boolean"),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A compiled schema."""
-
-    type: pa.DataType
-    signature: Hashable
-    """Equal for equal columns with equal conversions; the type alone is not, for JSON text."""
-    convert: Callable[[Any], Any]
-    """Of any value but null. Raises `_Unfit`."""
-    fallbacks: tuple[str, ...] = ()
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Its own under "", its fields' under their names."""
+def _json_node(path: str, why: str, kind: str = "json") -> TypedSchema:
+    return TypedSchema(pa.string(), kind, fallbacks=(f"{path}: {why}",))
 
 
-_STRING = _Node(pa.string(), "string", _string)
-_INTEGER = _Node(pa.int64(), "integer", _integer)
-_NUMBER = _Node(pa.float64(), "number", _number)
-_BOOLEAN = _Node(pa.bool_(), "boolean", _boolean)
-_SCALARS = {"string": _STRING, "integer": _INTEGER, "number": _NUMBER, "boolean": _BOOLEAN}
-
-
-def _json_node(path: str, why: str) -> _Node:
-    return _Node(pa.string(), "json", _json_text, (f"{path}: {why}",))
-
-
-def _null_node(path: str) -> _Node:
+def _null_node(path: str) -> TypedSchema:
     # Arrow's null type would do, but some readers of Parquet do not know it.
-    return replace(_json_node(path, "nothing but null"), signature="null")
+    return _json_node(path, "nothing but null", "null")
 
 
 class _Compiler:
@@ -255,14 +200,14 @@ class _Compiler:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._reader = ShapeReader(root)
 
-    def compile(self, bounds: Sequence[Bound], path: str, level: int) -> _Node:
+    def compile(self, bounds: Sequence[Bound], path: str, level: int) -> TypedSchema:
         """Compile the schemas that apply together at `path`, inside `level` others."""
         shape = Shape()
         for bound in bounds:
             self._reader.add(bound, shape)
         return self._node(shape, path, level)
 
-    def _node(self, shape: Shape, path: str, level: int) -> _Node:
+    def _node(self, shape: Shape, path: str, level: int) -> TypedSchema:
         if shape.why is not None:
             return _json_node(path, shape.why)
         if shape.choices:
@@ -276,7 +221,7 @@ class _Compiler:
             return _null_node(path)
         return _SCALARS.get(kind) or _json_node(path, kind)
 
-    def _nested(self, kind: str, shape: Shape, path: str, level: int) -> _Node:
+    def _nested(self, kind: str, shape: Shape, path: str, level: int) -> TypedSchema:
         if level >= MAX_LEVELS:
             return _json_node(path, f"more than {MAX_LEVELS} levels")
         if kind == "array":
@@ -288,27 +233,26 @@ class _Compiler:
             return _json_node(path, f"{names} only in if, then, else or dependentSchemas")
         return self._object(shape, path, level)
 
-    def _object(self, shape: Shape, path: str, level: int) -> _Node:
+    def _object(self, shape: Shape, path: str, level: int) -> TypedSchema:
         nodes = {
             name: self.compile(bounds, path + step(name), level + 1)
             for name, bounds in shape.properties.items()
         }
-        return _Node(
+        return TypedSchema(
             pa.struct([pa.field(name, node.type) for name, node in nodes.items()]),
-            ("object", tuple((name, node.signature) for name, node in nodes.items())),
-            _object_of({name: node.convert for name, node in nodes.items()}),
-            tuple(fallback for node in nodes.values() for fallback in node.fallbacks),
-            {name: node.labels[""] for name, node in nodes.items() if "" in node.labels},
+            "object",
+            nodes,
+            fallbacks=[fallback for node in nodes.values() for fallback in node.fallbacks],
+            labels={name: node.labels[""] for name, node in nodes.items() if "" in node.labels},
         )
 
-    def _array(self, shape: Shape, path: str, level: int) -> _Node:
+    def _array(self, shape: Shape, path: str, level: int) -> TypedSchema:
         if not shape.items:
             return _json_node(path, "an array without items")
         item = self.compile(shape.items, f"{path}[]", level + 1)
-        signature = ("array", item.signature)
-        return _Node(pa.list_(item.type), signature, _array_of(item.convert), item.fallbacks)
+        return TypedSchema(pa.list_(item.type), "array", item=item, fallbacks=item.fallbacks)
 
-    def _choice(self, shape: Shape, path: str, level: int) -> _Node:
+    def _choice(self, shape: Shape, path: str, level: int) -> TypedSchema:
         """S and (A or B) is (S and A) or (S and B): compile each, then see if one column fits."""
         first, *others = shape.choices
         nodes = []
@@ -319,11 +263,10 @@ class _Compiler:
                 nodes.append(self._node(both, path, level))
         if not nodes:
             return _json_node(path, "no type fits all that is said")
-        nodes = [node for node in nodes if node.signature != "null"] or nodes[:1]
-        signatures = {node.signature for node in nodes}
-        if signatures == {"integer", "number"}:
-            return _NUMBER
-        if len(signatures) > 1:
+        nodes = [node for node in nodes if node.kind != "null"] or nodes[:1]
+        if {node.kind for node in nodes} == {"integer", "number"}:
+            return _SCALARS["number"]
+        if len({node.signature for node in nodes}) > 1:
             return _json_node(path, "anyOf or oneOf of different types")
         return replace(nodes[0], labels=_joined_labels(nodes))
 
@@ -343,23 +286,23 @@ def _kind(shape: Shape) -> str:
     return next(iter(types)) if len(types) == 1 else f"several types: {', '.join(sorted(types))}"
 
 
-def _enum_node(values: Sequence[Any], path: str) -> _Node:
+def _enum_node(values: Sequence[Any], path: str) -> TypedSchema:
     values = [value for value in values if value is not None]
     kinds = {type(value) for value in values}
     if not values:
         return _null_node(path)
     if kinds == {str}:
-        return replace(_STRING, labels={"": tuple(dict.fromkeys(values))})
+        return replace(_SCALARS["string"], labels={"": tuple(dict.fromkeys(values))})
     if kinds == {bool}:
-        return _BOOLEAN
+        return _SCALARS["boolean"]
     if kinds == {int} and all(value in _INT64 for value in values):
-        return _INTEGER
+        return _SCALARS["integer"]
     if kinds <= {int, float} and float in kinds:
-        return _NUMBER
+        return _SCALARS["number"]
     return _json_node(path, "an enum of different types")
 
 
-def _joined_labels(nodes: Sequence[_Node]) -> dict[str, tuple[str, ...]]:
+def _joined_labels(nodes: Sequence[TypedSchema]) -> dict[str, tuple[str, ...]]:
     """Labels that each branch has for a place, together."""
     names = [name for name in nodes[0].labels if all(name in node.labels for node in nodes)]
     return {
