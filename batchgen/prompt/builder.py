@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import orjson
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
 
 from batchgen.core.data import NotText, NotTextError
 from batchgen.core.errors import ConfigError, nearest
@@ -59,15 +59,16 @@ class PromptBuilder:
         self._config = config
         self._system: Render | None = None
         self._user: Render | None = None
-        names: set[str] = {name for name in (config.messages, config.text) if name is not None}
+        named = (config.messages, config.text, config.images)
+        names: set[str] = {name for name in named if name is not None}
         if config.user is not None:
             self._user, user_names = _compile("prompt.user", config.user)
             names |= user_names
         if config.system is not None:
             self._system, system_names = _compile("prompt.system", config.system)
             names |= system_names
-        if config.images is not None:
-            names.add(config.images)
+        texts = [text for text in (config.user, config.system) if text is not None]
+        self._may_lack = frozenset().union(*map(_with_default, texts))
         self._images = ImageRules(config)
         self._examples = [message for example in config.examples for message in turns(example)]
         self._names = frozenset(names)
@@ -83,14 +84,14 @@ class PromptBuilder:
             return frozenset(available)
         problems = [
             f"no column {name!r} in the input{_near(name, available)}"
-            for name in sorted(self._names.difference(available) - self._globals)
+            for name in sorted(self._names.difference(available) - self._globals - self._may_lack)
         ]
         if problems:
             raise ConfigError(_TABLE, problems)
         return self._names.intersection(available)
 
     def notes(self, available: Sequence[str]) -> list[str]:
-        """Tell what makes prompts equal that are hardly meant to be, one line each.
+        """Tell what makes prompts more alike than they are likely meant to be, one line each.
 
         Args:
             available: The input's columns.
@@ -102,6 +103,10 @@ class PromptBuilder:
             for key, text in (("user", self._config.user), ("system", self._config.system))
             for name in dict.fromkeys(_BRACED.findall(plain_text(text or "")))
             if name in available and name not in self._names
+        ]
+        found += [
+            f"prompt: no column {name!r} in the input, so that its default stands in every row"
+            for name in sorted(self._may_lack.difference(available))
         ]
         if self._names.isdisjoint({ROW_VARIABLE, *available}):
             text = "no column is used, so that every row has the same prompt; a column is written"
@@ -139,10 +144,10 @@ class PromptBuilder:
                 here = f": {', '.join(bad)}" if bad else ""
                 return RowError("invalid_utf8", f"the prompt needs text, found no UTF-8{here}")
             case UndefinedError():
-                what = _shortened(f"the prompt needs a value that is absent: {error}")
+                what = shortened(f"the prompt needs a value that is absent: {error}")
                 return RowError("missing_value", what)
             case ImageRefusedError():
-                return RowError("bad_image", _shortened(str(error)))
+                return RowError("bad_image", shortened(str(error)))
             case BudgetError():
                 return RowError("template_error", str(error))
         return RowError("template_error", _told(error))
@@ -198,10 +203,22 @@ def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     except NullPrintedError as error:
         raise ConfigError(_TABLE, [f"{where}: prints a null"]) from error
     except (TemplateError, BudgetError) as error:
-        raise ConfigError(_TABLE, [f"{where}: {_shortened(str(error))}"]) from error
+        raise ConfigError(_TABLE, [f"{where}: {shortened(str(error))}"]) from error
     except Exception as error:  # A template can raise anything; this one does for every row.
         raise ConfigError(_TABLE, [f"{where}: {_told(error)}"]) from error
     return lambda _: constant, names
+
+
+def _with_default(source: str) -> frozenset[str]:
+    """Names that a template has a default for, or asks whether they are there."""
+    tree, found = Sandbox().parse(source), set()
+    for node in tree.find_all((nodes.Filter, nodes.Test)):
+        of = node.node if node.name in {"default", "d", "defined", "undefined"} else None
+        while isinstance(of, nodes.Getattr | nodes.Getitem):
+            of = of.node
+        if isinstance(of, nodes.Name):
+            found.add(of.name)
+    return frozenset(found & meta.find_undeclared_variables(tree)) - {ROW_VARIABLE}
 
 
 def plain_text(source: str) -> str:
@@ -236,10 +253,10 @@ def _with_shortcut(tree: nodes.Template, render: Render) -> Render:
 
 
 def _told(error: Exception) -> str:
-    return _shortened(f"{type(error).__name__}: {error}")
+    return shortened(f"{type(error).__name__}: {error}")
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """One line of valid UTF-8: a template can put anything into an error, lone surrogates too."""
     text = text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}..."
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())

@@ -18,6 +18,7 @@ from batchgen.core.data import check_levels, parse_json
 from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Request, Result, RowError
 from batchgen.job.model import SamplingFields
+from batchgen.prompt.builder import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,9 +105,9 @@ def _sampling_of(column: str, value: object) -> dict[str, Any] | RowError:
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         key = ".".join(map(str, found["loc"]))
-        return RowError("bad_sampling", f"column {column!r}: {key}: {found['msg']}")
+        return RowError("bad_sampling", shortened(f"column {column!r}: {key}: {found['msg']}"))
     except ValueError as error:
-        return RowError("bad_sampling", f"column {column!r}: {error}")
+        return RowError("bad_sampling", shortened(f"column {column!r}: {error}"))
 
 
 def _schema_of(column: str, value: object, check_schema: CheckSchema) -> dict[str, Any] | RowError:
@@ -129,7 +130,7 @@ def _schema_of(column: str, value: object, check_schema: CheckSchema) -> dict[st
             return RowError("bad_schema", problem)
         check_schema(text)
     except (ValueError, TypeError) as error:  # TypeError: a struct of dates, say.
-        return RowError("bad_schema", " ".join(f"column {column!r}: {error}".split()))
+        return RowError("bad_schema", shortened(f"column {column!r}: {error}"))
     return schema
 
 

@@ -169,6 +169,8 @@ def test_a_model_that_generates_no_text(model, config, files):
     assert "makes embeddings or scores and generates no text" in why_refused(folder)
     assert "generates no text" in why_refused(folder, {"text": "text"})
     check(job_of(folder, model={"engine": {"runner": "generate"}}))
+    pooling = {"engine": {"runner": "pooling"}}
+    assert "model.engine.runner: 'pooling' generates" in why_refused(folder, model=pooling)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen.core.data import NotText
@@ -177,6 +177,7 @@ def notes(columns=("subject", "text", "label"), **prompt):
         ({"user": "{{ row['subject'] }} {# {subject} #}"}, []),
         ({"user": "Same", "system": "{{ text }}"}, []),
         ({"user": "What is it?", "images": "text"}, []),
+        ({"user": "{{ text }}{{ titel.x|default('') }}"}, ["prompt: no column 'titel' in the"]),
         ({"text": "text"}, []),
         ({"messages": "text"}, []),
     ],
@@ -290,6 +291,9 @@ PARTS = st.fixed_dictionaries(
 
 
 @given(value=ODD | st.lists(PARTS, max_size=3), other=ODD)
+@example(value={"\n": False}, other=0)
+@example(value=10**5000, other=0)
+@example(value={"a\n\ud800": [{"\n": 1}]}, other=0)
 def test_the_same_of_what_a_row_brings_itself(value, other):
     outcome_of(value, other, **MESSAGES)
     outcome_of(value, other, prompt={"user": None, "text": "v"})
@@ -309,3 +313,16 @@ def test_a_note_is_no_error(tmp_path):
     assert len(prepare(load_job(tmp_path / "job.toml")).notes) == 2
     with pytest.raises(ConfigError, match="no column 'txet'"):
         PromptBuilder(PromptConfig(user="{{ txet }}{text}")).columns(["text"])
+
+
+def test_a_column_that_has_a_default_may_be_absent_from_the_whole_input():
+    template = (
+        "{{ a }}{{ b|default('B') }}{{ c.d['e']|d('C') }}{% if f is defined %}{{ f }}{% endif %}"
+    )
+    builder = PromptBuilder(PromptConfig(user=template, system="{{ row.x|default('X') }}"))
+    assert builder.columns(["row", "a"]) == {"row", "a"}
+    assert PromptBuilder(PromptConfig(user=template)).columns(["a", "c"]) == {"a", "c"}
+    assert text_of(template, a="x") == "xBC"
+    assert text_of(template, a="x", b=None, c=None, f=1) == "xBC1"
+    with pytest.raises(ConfigError, match="no column 'g'"):
+        PromptBuilder(PromptConfig(user="{{ a|default(g) }}")).columns(["a"])

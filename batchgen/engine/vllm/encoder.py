@@ -333,6 +333,9 @@ def refuse_model(spec: EngineSpec, chat: Messages | None) -> None:
     Raises:
         ConfigError: It generates no text, or has no chat template, or one that refuses the chat.
     """
+    if spec.model_kwargs.get("runner") == "pooling":
+        where = "model.engine.runner"
+        raise ConfigError(where, ["'pooling' generates no text, expected 'generate' or 'auto'"])
     if spec.model_kwargs.keys().isdisjoint({"runner", "convert", "hf_overrides"}):
         _refuse_pooling(Path(spec.model))
     template = find_template(spec) if chat is not None else None
