@@ -11,6 +11,7 @@
     |   |-- DamagedSnapshotError   1  a published file is not what was written
     |   `-- FencedError            75 another run has taken the job over
     |-- BusyError                  75 another run holds the job right now
+    |-- StoppedError               75 asked to stop while it read the input
     |-- EngineError                1  the engine did not start
     |   `-- EngineDeadError        1  the engine died under the run
     |-- GateError                  3  complete, but over a limit of the gate: nothing published
@@ -160,6 +161,12 @@ class FencedError(OutputError):
 
 class BusyError(BatchgenError):
     """Another run holds the job right now."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class StoppedError(BatchgenError):
+    """A run was asked to stop before it had its plan."""
 
     exit_code = ExitCode.STOPPED
 

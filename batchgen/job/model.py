@@ -7,6 +7,7 @@ which is passed on as it is.
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -179,6 +180,9 @@ class InputConfig(Table):
     strings unless named here; an empty field is '' in a string and null in any other type."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Of CSV, one character. Default: a comma, in .tsv a tab."""
+    encoding: str | None = None
+    """Of JSONL and CSV: the text's encoding, as Python names it: utf-16, latin-1, cp1252.
+    Default: UTF-8."""
     where: str | None = None
     """SQL expression over the columns; only rows for which it is true are run."""
     limit: PositiveInt | None = None
@@ -190,6 +194,25 @@ class InputConfig(Table):
             msg = f"delimiter = {self.delimiter!r} cannot end a field, expected such as ';'"
             raise ValueError(msg)
         return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _can_decode(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        try:
+            # Python has codecs from bytes to bytes, too, and those that cannot mark a wrong byte.
+            is_text = isinstance(b" ".decode(name, "replace"), str)
+            codecs.getincrementaldecoder(name)("replace").decode(b" ")
+        except (LookupError, UnicodeError, ValueError):
+            is_text = False
+        if not is_text:
+            msg = f"encoding = {name!r} is none that Python knows, expected such as 'utf-16'"
+            raise ValueError(msg)
+        return None if codecs.lookup(name).name in _UTF_8 else name
+
+
+_UTF_8 = ("utf-8", "utf-8-sig")
 
 
 class Example(Table):

@@ -34,7 +34,7 @@ from batchgen.pipeline.frozen import (
     has_other_files,
     input_changes,
 )
-from batchgen.pipeline.prepare import check
+from batchgen.pipeline.prepare import check, planned_columns
 from batchgen.pipeline.publish import gate_figures
 from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since
 from batchgen.pipeline.rows import Takeover, missing, takeovers
@@ -108,14 +108,22 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
         return Decision(checked.with_input(plan), None, Before(seen=plan))
     checked = checked.by_recipe_of(plan)
     changes = checked.changes(plan)
-    if not changes and not has_other_files(plan, job):
+    manifest = ledger.manifest(plan.number)
+    is_outgrown = options.retry_errors and manifest is not None and _has_old_misfits(plan, manifest)
+    if not changes and not is_outgrown and not has_other_files(plan, job):
         prepared = checked.with_plan(plan)
         if not input_changes(plan, prepared.reader):
             return Decision(prepared, plan, Before())
     # A run whose job is stolen may be at work on a plan that has come to nothing so far.
     if changes and not options.steal and has_come_to_nothing(ledger, plan):
         return _instead_of(ledger, checked, plan, options)
-    return _after(ledger, checked, plan, ledger.manifest(plan.number), options)
+    return _after(ledger, checked, plan, manifest, options)
+
+
+def _has_old_misfits(plan: Plan, manifest: Manifest) -> bool:
+    """Tell whether errors may be of columns that were narrower than their values, before 0.2."""
+    segments = plan.segments if plan.input_format == "jsonl" else ()
+    return bool(manifest.num_errors) and any(segment.keys is None for segment in segments)
 
 
 def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
@@ -382,7 +390,7 @@ def _selects_alike(old: Plan, new: Plan) -> bool:
     return tables[0] == tables[1]
 
 
-_SELECTING = ("where", "delimiter")
+_SELECTING = ("where", "delimiter", "encoding")
 
 
 def _may_leave(old: Plan, new: Plan, *, is_alike: bool) -> bool:
@@ -472,11 +480,15 @@ class Hooks(NamedTuple):
     """Called as soon as it is nearly certain that rows need it."""
     digests: LocalStorage | None
     """Gets the digests of rows of files that are scanned; None: nobody will ask for them."""
+    on_block: Callable[[], object] = int
+    """Called now and then while files are read; what it raises ends the work."""
 
 
 class Begun(NamedTuple):
     """The plan that a run works on."""
 
+    prepared: Prepared
+    """The job with the columns of the plan."""
     plan: Plan
     manifest: Manifest | None = None
     """The plan's snapshot, where there is nothing to do."""
@@ -499,11 +511,12 @@ def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks)
         FencedError: Another run has just planned this job.
         OutputError: The books are damaged, or cannot be written.
     """
-    plan, manifest = decision.plan, None
+    plan, prepared, manifest = decision.plan, decision.prepared, None
     if plan is None:
         plan, old = _new_plan(ledger, options, decision, hooks)
+        prepared = replace(prepared, columns=planned_columns(plan), carried=plan.carried)
     else:
-        old = _old_rows(ledger, decision.prepared, plan, hooks.tell)
+        old = _old_rows(ledger, prepared, plan, hooks.tell)
         old = old._replace(is_again=options.rerender)
         manifest, again = _gone_on_with(ledger, options, decision, plan, old, hooks.tell)
         if again is not None:
@@ -511,11 +524,11 @@ def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks)
     if old.num:
         hooks.tell(old.text)
     if manifest is not None:
-        return Begun(plan, manifest, _nothing_to_do(manifest, options), old=old)
-    leaving = leaving_rows(ledger, decision.prepared, plan)
+        return Begun(prepared, plan, manifest, _nothing_to_do(manifest, options), old=old)
+    leaving = leaving_rows(ledger, prepared, plan)
     if leaving.num_rows:
         hooks.tell(leaving.text)
-    return Begun(plan, leaving=leaving, old=old)
+    return Begun(prepared, plan, leaving=leaving, old=old)
 
 
 def _nothing_to_do(manifest: Manifest, options: RunOptions) -> str:
@@ -541,9 +554,11 @@ def _new_plan(
     if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
         # Before the input is scanned: both take long, and neither needs the other.
         hooks.start_engine()
-    plan = freeze(prepared, ledger.latest_plan_number() + 1, before, hooks.digests)
+    number = ledger.latest_plan_number() + 1
+    plan = freeze(prepared, number, before, hooks.digests, hooks.tell, hooks.on_block)
     least = min((ledger.plan(base.plan).rendering for base in plan.bases), default=RENDERING)
-    old = _old_rows(ledger, prepared, replace(plan, rendering=least), hooks.tell)
+    settled = replace(prepared, columns=planned_columns(plan), carried=plan.carried)
+    old = _old_rows(ledger, settled, replace(plan, rendering=least), hooks.tell)
     keeps = old.num > 0 and not options.rerender
     plan = replace(plan, rendering=least if keeps else RENDERING)
     ledger.put_plan(plan)

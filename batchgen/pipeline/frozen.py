@@ -1,5 +1,11 @@
 """The input, frozen to a plan, and read back as it was planned.
 
+What a job is checked against in milliseconds are the columns of first rows. A JSONL file may have
+other keys and other kinds of values further on: a plan has the columns that hold all of them, so
+that a row whose prompt can be made runs, and all files of a snapshot have one schema. Exceptions
+are columns that `input.where` or a rule of `[checks]` compares: they keep the type that they were
+checked with, and what does not fit it is an error of its row, as with `input.types`.
+
 Freezing is the one pass over the input, counting and hashing; it may run while the engine starts.
 A file that an earlier plan has seen and that has not moved since is not read again. Later, a plan
 is held against the present: what changed, what came, and whether each row is still the planned one.
@@ -13,9 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+
 from batchgen.core.errors import InputChangedError, SourceError
+from batchgen.core.expressions import parse_row_test
 from batchgen.core.records import Ranges, RowSet
 from batchgen.job.model import is_url
+from batchgen.pipeline.prepare import check_columns, planned_columns
+from batchgen.source.columns import kinds_of, planned, type_word
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
 from batchgen.store.books import Plan, Segment
@@ -23,12 +34,14 @@ from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.core.records import RowBatch
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
+    from batchgen.source.columns import Kinds
     from batchgen.source.reading import Reader, ReadSpec
+    from batchgen.source.text import Scan
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Base
 
@@ -56,6 +69,8 @@ def freeze(
     number: int,
     before: Before = NOTHING_BEFORE,
     storage: LocalStorage | None = None,
+    tell: Callable[[str], object] = len,
+    on_block: Callable[[], object] = int,
 ) -> Plan:
     """Fix what belongs to the job.
 
@@ -64,13 +79,15 @@ def freeze(
         number: Of the plan.
         before: What was planned before.
         storage: Gets the digests of rows, so that a later plan can tell which rows changed.
+        tell: Hears of columns that are others than first rows or the plan before had.
+        on_block: Called now and then while files are read; what it raises ends the work.
 
     Raises:
         SourceError: A file cannot be read to its end.
         InputChangedError: A file changed while it was read.
         StorageError: The digests cannot be written.
     """
-    scanner = _Scanner(prepared, before.seen, storage)
+    scanner = _Scanner(prepared, before.seen, storage, on_block)
     limit = prepared.job.input.limit
     left = 1
     if limit is None:
@@ -78,6 +95,10 @@ def freeze(
             segments = list(pool.map(scanner.segment, prepared.files))
     else:
         segments, left = _limited(prepared, scanner, limit)
+    segments, keys = scanner.keys(segments)
+    settled = _settled(prepared, keys)
+    if note := _column_note(prepared, settled, before, scanner.found):
+        tell(note)
     return Plan(
         number=number,
         plan_id=secrets.token_hex(8),
@@ -85,16 +106,90 @@ def freeze(
         job=prepared.frozen_job,
         recipe_fingerprint=prepared.recipe_fingerprint,
         input_format=prepared.format,
-        columns=[f"{field.name}: {field.type}" for field in prepared.columns],
-        schema=base64.b64encode(prepared.columns.serialize().to_pybytes()).decode(),
-        carried=prepared.carried,
+        columns=[f"{field.name}: {field.type}" for field in settled.columns],
+        schema=base64.b64encode(settled.columns.serialize().to_pybytes()).decode(),
+        carried=settled.carried,
         segments=segments,
         is_cut=not left,
         bases=before.bases,
         takes_errors=before.takes_errors,
         generation=before.generation,
         counts_lines=prepared.format == "csv",
+        keys=keys,
     )
+
+
+MOST_COLUMNS = 50_000
+"""Keys beyond are carried only if they are named: where each row has keys of its own, each of them
+would be a column of the whole snapshot."""
+_EXAMPLES = 3
+
+
+def _settled(prepared: Prepared, keys: Sequence[Mapping[str, str]]) -> Prepared:
+    """Return the job with the columns of its whole input.
+
+    Args:
+        prepared: As checked against first rows.
+        keys: See `Plan.keys`; none of a format whose files name their columns.
+
+    Raises:
+        ConfigError: Columns that the job names, or batchgen adds, do not fit.
+    """
+    job = prepared.job
+    if not any(keys):
+        return prepared
+    compared = _compared(prepared)
+    fields = [
+        prepared.columns.field(field.name)
+        if type_word(field) == "json" and field.name in compared
+        else field
+        for field in planned(map(kinds_of, keys), job.input.types, prepared.files[0])
+    ]
+    columns, carried = pa.schema(fields), prepared.carried
+    if job.input.columns is None:
+        first = (*job.input.types, *carried) if len(fields) > MOST_COLUMNS else ()
+        carried = list(dict.fromkeys((*first, *columns.names)))[:MOST_COLUMNS]
+    check_columns(job, prepared.builder, prepared.answer, columns)
+    return replace(prepared, columns=columns, carried=carried)
+
+
+def _compared(prepared: Prepared) -> set[str]:
+    """Columns whose type decides what an expression of the job means."""
+    where, rules = prepared.job.input.where, prepared.job.checks.rules
+    texts = [*rules, *([where] if where is not None else [])]
+    names = {name for text in texts for name in parse_row_test("", text).columns}
+    return names & set(prepared.columns.names)
+
+
+def _column_note(
+    prepared: Prepared,
+    settled: Prepared,
+    before: Before,
+    found: Mapping[str, Mapping[str, Kinds]],
+) -> str | None:
+    """Say which columns are not as first rows, or the plan before, had them."""
+    is_later = before.seen is not None and bool(before.bases)
+    known = planned_columns(before.seen) if before.seen and is_later else prepared.columns
+    told = []
+    for field in settled.carried_schema:
+        firsts: dict[str, str] = {}
+        for path, columns in found.items():
+            for kind, one in columns.get(field.name, {}).items():
+                firsts.setdefault(kind, f"{kind} from {path}:{one.row + 1} on")
+        now, was = type_word(field), None
+        if field.name in known.names:
+            was = type_word(known.field(field.name))
+        is_odd = now == "json" and len(firsts) > 1 and not is_later
+        if was != now or is_odd:
+            why = f" ({', '.join(firsts.values())})" if firsts else ""
+            change = "comes late" if was is None else f"was {was}" if was != now else "is mixed"
+            told.append(f"{field.name!r} {change} and is carried as {now}{why}")
+    if not told:
+        return None
+    more = f"; and {len(told) - _EXAMPLES} more" if len(told) > _EXAMPLES else ""
+    remedy = "name it in input.types to have one type, and errors of rows that do not fit it"
+    anew = "rows of the last snapshot are written again with it" if is_later else remedy
+    return f"input: column {'; column '.join(told[:_EXAMPLES])}{more}: {anew}"
 
 
 def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
@@ -109,7 +204,7 @@ def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
     if seen.is_cut:
         return False  # What else there is may not be wanted.
     sizes = {segment.path: segment.size_bytes for segment in seen.segments}
-    known = {InputStat(segment.size_bytes, segment.version) for segment in seen.segments}
+    known = {segment.stat for segment in seen.segments}
     for path in files:
         now = stat_input(path)
         if now.size_bytes > sizes[path] if path in sizes else now not in known:
@@ -120,41 +215,77 @@ def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
 class _Scanner:
     """Makes segments of input files."""
 
-    def __init__(self, prepared: Prepared, seen: Plan | None, storage: LocalStorage | None) -> None:
-        self._reader = prepared.reader
+    def __init__(
+        self,
+        prepared: Prepared,
+        seen: Plan | None,
+        storage: LocalStorage | None,
+        on_block: Callable[[], object],
+    ) -> None:
+        self._prepared = prepared
         self._storage = storage
+        self._on_block = on_block
         segments: Sequence[Segment] = ()
+        self._keys: Sequence[Mapping[str, str]] = ()
         if seen is not None and _counts_alike(seen, prepared):
             # The last file of a cut plan was not counted to its end.
             segments = seen.segments[:-1] if seen.is_cut else seen.segments
+            self._keys = seen.keys
         self._seen = {segment.path: segment for segment in segments}
+        self.found: dict[str, Mapping[str, Kinds]] = {}
+        """What the keys of each file hold that was read now."""
 
     def segment(self, path: str) -> Segment:
         """A whole file."""
         before = stat_input(path)
         seen = self._seen.get(path)
-        if seen is not None and before.is_still(InputStat(seen.size_bytes, seen.version)):
+        is_known = seen is not None and (seen.keys is not None or self._prepared.format != "jsonl")
+        if seen is not None and is_known and before.is_still(seen.stat):
             return seen
-        if self._storage is None:
-            scan = self._reader.scan(path)
-        else:
-            digests = DigestFile(self._storage)
-            try:
-                scan = self._reader.scan(path, digests.add)
-                digests.commit(scan.digest)
-            except BaseException:
-                digests.discard()
-                raise
+        scan = self._scan(path)
         if stat_input(path) != before:
             raise InputChangedError(path, "changed while it was read; run again when it is at rest")
+        if scan.columns is not None:
+            self.found[path] = scan.columns
         return Segment(path, before.size_bytes, before.version, scan.digest, scan.num_rows)
+
+    def _scan(self, path: str) -> Scan:
+        reader = self._prepared.reader
+        if self._storage is None:
+            return reader.scan(path, on_block=self._on_block)
+        digests = DigestFile(self._storage, stat_input(path).size_bytes)
+        try:
+            scan = reader.scan(path, digests.add, self._on_block)
+            digests.commit(scan.digest)
+        except BaseException:
+            digests.discard()
+            raise
+        return scan
+
+    def keys(
+        self, segments: Sequence[Segment]
+    ) -> tuple[list[Segment], tuple[Mapping[str, str], ...]]:
+        """Return segments that say which keys they have, and the keys, see `Plan.keys`."""
+        numbers: dict[tuple[tuple[str, str], ...], int] = {}
+        keyed = []
+        for segment in segments:
+            if (found := self.found.get(segment.path)) is not None:
+                keys = {name: ",".join(sorted(kinds)) for name, kinds in found.items()}
+            elif segment.keys is not None:
+                keys = dict(self._keys[segment.keys])
+            else:
+                keyed.append(segment)
+                continue
+            number = numbers.setdefault(tuple(keys.items()), len(numbers))
+            keyed.append(replace(segment, keys=number))
+        return keyed, tuple(dict(keys) for keys in numbers)
 
 
 def _counts_alike(seen: Plan, prepared: Prepared) -> bool:
     """Tell whether an unchanged file has as many rows as it had: quotes hang on the delimiter."""
-    delimiter, counts_lines = seen.job["input"].get("delimiter"), prepared.format == "csv"
-    was = (seen.input_format, delimiter, seen.counts_lines)
-    return was == (prepared.format, prepared.job.input.delimiter, counts_lines)
+    table, job = seen.job["input"], prepared.job.input
+    was = (seen.input_format, table.get("delimiter"), table.get("encoding"), seen.counts_lines)
+    return was == (prepared.format, job.delimiter, job.encoding, prepared.format == "csv")
 
 
 def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Segment], int]:
@@ -218,7 +349,7 @@ def difference(segment: Segment, reader: Reader) -> str | None:
     now = stat_input(segment.path)
     if now.size_bytes != segment.size_bytes:
         return f"has {now.size_bytes} bytes, planned with {segment.size_bytes}"
-    if now.is_still(InputStat(segment.size_bytes, segment.version)):
+    if now.is_still(segment.stat):
         return None
     if reader.digest_prefix(segment.path, segment.size_bytes) == segment.digest:
         return None
@@ -253,7 +384,7 @@ def read_rows(plan: Plan, todo: RowSet, reader: Reader, spec: ReadSpec) -> Itera
     for number, segment in enumerate(plan.segments):
         if rows := todo.get(number):
             check_unchanged(segment, reader)
-            seen = InputStat(segment.size_bytes, segment.version)
+            seen = segment.stat
             for batch in reader.read(segment.path, number, rows, spec):
                 # Asking for a remote file's state takes a round trip: it is asked once, at the end.
                 if not is_url(segment.path):

@@ -26,6 +26,7 @@ from batchgen.core.errors import (
     ExitCode,
     FencedError,
     GateError,
+    StoppedError,
     StorageError,
 )
 from batchgen.core.runtime import say
@@ -176,12 +177,12 @@ class JobRun:
                 begun = self._claim(decision)
                 if isinstance(begun, Summary):
                     return begun
-                compute, prepared = self._compute, decision.prepared
-                if not Computation(self._context, compute, prepared, begun).run():
+                prepared, epoch = begun
+                if not Computation(self._context, self._compute, prepared, epoch).run():
                     return self._stopped()
                 if not self._publishes:
                     return self._finish("answered", ExitCode.STOPPED, "run again to publish")
-                return self._publish(prepared, begun)
+                return self._publish(prepared, epoch)
         except BatchgenError as error:
             self._is_busy = isinstance(error, BusyError)
             if self.summary is None:
@@ -245,14 +246,17 @@ class JobRun:
             told.append(run_hook(run.on_finish, summary.as_dict()))
         summary.warnings.extend(text for text in told if text is not None)
 
-    def _claim(self, decision: Decision) -> Epoch | Summary:
+    def _claim(self, decision: Decision) -> tuple[Prepared, Epoch] | Summary:
         """Settle on a plan and claim it; or say how the run ends before that."""
         context = self._context
         if context.is_stopped():
             return self._stopped()
         start = partial(self._compute.start, decision.prepared)
-        hooks = Hooks(context.notes.add, start, context.storage)
-        begun = begin(self._ledger, self._options, decision, hooks)
+        hooks = Hooks(context.notes.add, start, context.storage, self._check_not_stopped)
+        try:
+            begun = begin(self._ledger, self._options, decision, hooks)
+        except StoppedError:
+            return self._stopped()
         self._num_leaving, self._num_old = begun.leaving.num_rows, begun.old.num
         self._planned_at_s = time.monotonic()
         if (why := begun.nothing_to_do) is not None:
@@ -265,7 +269,12 @@ class JobRun:
             context.notes.add(text)
         context.stats.num_rows = begun.plan.num_rows
         context.stats.num_resumed = durable.num_done
-        return epoch
+        return begun.prepared, epoch
+
+    def _check_not_stopped(self) -> None:
+        if self._context.is_stopped():
+            msg = f"{self._context.storage.where}: stopped while the input was read"
+            raise StoppedError(msg)
 
     def moment(self) -> Moment:
         """Return where the run is; waits for nobody, may be asked from another thread."""

@@ -309,8 +309,7 @@ class Checked:
             ConfigError: A limit of the gate is for labels that the answer has not.
         """
         check_gate(self.job, self.answer)
-        delimiter = self.job.input.delimiter
-        reader = reader_for(plan.input_format, delimiter, counts_lines=plan.counts_lines)
+        reader = _reader(self.job, plan.input_format, counts_lines=plan.counts_lines)
         files = [segment.path for segment in plan.segments]
         read_by = (plan.input_format, reader)
         return self._prepared(read_by, files, planned_columns(plan), plan.carried)
@@ -327,7 +326,7 @@ class Checked:
         """
         job = self.job
         found = find_input(job)
-        reader = reader_for(found.format, job.input.delimiter)
+        reader = _reader(job, found.format)
         columns = reader.columns(found.paths, job.input.types)
         if not columns.names and seen is not None and seen.input_format == found.format:
             columns = planned_columns(seen)
@@ -418,10 +417,10 @@ class Prepared(Checked):
 def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
     """Return what must not change under a plan: recipe, choice of rows, checks, output layout."""
     # Plans of before there was a delimiter have no such key.
-    by_default = {"delimiter"} if job.input.delimiter is None else set()
+    absent = {key for key in ("delimiter", "encoding") if getattr(job.input, key) is None}
     return {
         "recipe": recipe,
-        "input": job.input.model_dump(exclude={"path"} | by_default),
+        "input": job.input.model_dump(exclude={"path", *absent}),
         "output": job.output.model_dump(include={"prefix", "flatten", "with_seed"}),
         "checks": job.checks.model_dump(),
     }
@@ -505,10 +504,15 @@ def find_input(job: JobConfig) -> InputFiles:
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
     found = find_files(paths, job.input.format)
     _refuse_output_as_input(found.paths, job.output.path)
-    reader = reader_for(found.format, job.input.delimiter)
+    reader = _reader(job, found.format)
     for path in found.paths:
         reader.sniff(path)
     return found
+
+
+def _reader(job: JobConfig, format_name: str, *, counts_lines: bool = True) -> Reader:
+    table = job.input
+    return reader_for(format_name, table.delimiter, table.encoding, counts_lines=counts_lines)
 
 
 def _refuse_output_as_input(files: Sequence[str], output: str) -> None:

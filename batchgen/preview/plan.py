@@ -402,7 +402,7 @@ def _look_ahead(job: JobConfig, ledger: Ledger, options: RunOptions, warnings: l
         tell(note)
     digests = ledger.storage if decision.before.seen is not None else None
     begun = begin(ledger, options, decision, Hooks(tell, lambda: None, digests))
-    plan, prepared = begun.plan, decision.prepared
+    plan, prepared = begun.plan, begun.prepared
     is_continued = plan is decision.plan
     if begun.nothing_to_do is not None:
         rows = Rows(plan.num_rows, num_done=plan.num_rows)

@@ -10,7 +10,7 @@ JSON text, strings with their quotes, so that any value comes back exactly.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -18,7 +18,7 @@ import pyarrow as pa
 from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 Word = str
 MAX_DEPTH = 254
@@ -43,6 +43,26 @@ _FITTING: dict[pa.DataType, frozenset[type]] = {
 }
 _INT_BITS = {pa.int32(): 31, pa.int64(): 63}
 _KIND_WORDS = {str: "string", bool: "bool", int: "integer", float: "float", list: "list"}
+BIG = float(2**63)
+"""From here on, a float may be an integer that orjson could not hold (it goes to 2**64 - 1)."""
+_EXACT_INT = 2**53
+"""Up to here every integer is a float, too."""
+
+Kind = str
+"""What a value is: a word of `kind_word`, `big integer` beyond 2**53, `huge integer` beyond 64
+bits."""
+
+
+class Found(NamedTuple):
+    """The values of one kind in one column of a file."""
+
+    num: int
+    row: int
+    """The first one's, from 0."""
+
+
+Kinds = dict[Kind, Found]
+"""What one column holds, nulls left out."""
 
 
 def parse_field(name: str, word: Word) -> pa.Field:
@@ -68,32 +88,126 @@ def type_word(field: pa.Field) -> Word:
     return "json" if is_json(field) else next(words, str(field.type))
 
 
-def kind_word(value: object) -> str:
-    """What a JSON value is, in a word."""
+def kind_word(value: object, *, by_size: bool = False) -> Kind:
+    """What a JSON value is, in a word; of an integer also how large, if that is asked for."""
+    if by_size and type(value) is int and abs(value) > _EXACT_INT:
+        return "big integer" if fits(pa.int64(), value) else "huge integer"
     return "null" if value is None else _KIND_WORDS.get(type(value), "object")
 
 
-# A column in which fewer values than this are of another kind has a type and some bad rows.
-_CLEARLY = 0.95
+class Census:
+    """What each key of a file's objects holds, counted by whole columns, where values cost little.
 
-
-def infer_field(name: str, values: Sequence[Any]) -> pa.Field:
-    """Choose the narrowest type that holds all these values exactly; nulls fit everywhere.
-
-    If none holds all, the one that holds nearly all: a stray list in a column of texts is a bad
-    row, and must not turn every text into JSON. A column that is truly mixed is JSON.
+    A key that is nothing but null is there as well, without a kind.
     """
-    known = [value for value in values if value is not None]
-    if not known:
-        return parse_field(name, "string")
-    # Integers too big for int64 are no floats, even where a float happens to hold them.
-    words: list[Word] = ["bool", "int64", "string"]
-    if any(type(value) is float for value in known):
-        words.insert(2, "float64")
-    counts = {word: sum(fits(_TYPES[word], value) for value in known) for word in words}
-    best = max(counts, key=counts.__getitem__)  # The first of equals: the narrowest.
-    is_clear = counts[best] == len(known) or counts[best] >= _CLEARLY * len(known)
-    return parse_field(name, best if is_clear else "json")
+
+    def __init__(self) -> None:
+        self.columns: dict[str, Kinds] = {}
+
+    def add(
+        self,
+        rows: Sequence[int],
+        objects: Sequence[dict[str, Any]],
+        exact: Callable[[int], Mapping[str, Any]],
+    ) -> None:
+        """Count the values of objects.
+
+        Args:
+            rows: Where they stand.
+            objects: As orjson reads them, who makes floats of integers over 64 bits.
+            exact: Index -> the object with all its integers.
+        """
+        by_names: dict[tuple[str, ...], Sequence[int]] = {}
+        shapes = list(map(tuple, objects))
+        if len(set(shapes)) == 1:
+            by_names[shapes[0]] = range(len(objects))
+        else:
+            for at, names in enumerate(shapes):
+                by_names.setdefault(names, []).append(at)  # type: ignore[attr-defined]
+        for names, places in by_names.items():
+            columns = zip(*(objects[at].values() for at in places), strict=True)
+            for name, values in zip(names, columns, strict=True):
+                found = self.columns.setdefault(name, {})
+                for kind, (num, at) in _kinds(_exact(name, values, places, exact)).items():
+                    was = found.get(kind)
+                    row = rows[places[at]] if was is None else was.row
+                    found[kind] = Found(num + (was.num if was else 0), row)
+
+
+def _exact(
+    name: str,
+    values: Sequence[Any],
+    places: Sequence[int],
+    exact: Callable[[int], Mapping[str, Any]],
+) -> Sequence[Any]:
+    """Put back what may be integers that were made floats of."""
+    if float not in set(map(type, values)):
+        return values
+    maybe = [at for at, it in enumerate(values) if type(it) is float and abs(it) >= BIG]
+    values = list(values)
+    for at in maybe:
+        values[at] = exact(places[at])[name]
+    return values
+
+
+def _kinds(values: Sequence[Any]) -> Kinds:
+    """Count kinds; with each, the index of the first such value."""
+    types = set(map(type, values))
+    if types == {type(None)}:
+        return {}
+    if len(types) == 1 and not (types & _NUMBERS and _is_any_big(values)):
+        return {kind_word(values[0]): Found(len(values), 0)}
+    words = [kind_word(value, by_size=True) for value in values]
+    return {word: Found(words.count(word), words.index(word)) for word in {*words} - {"null"}}
+
+
+_NUMBERS = {int, float}
+
+
+def _is_any_big(numbers: Sequence[Any]) -> bool:
+    return not -_EXACT_INT <= min(numbers) <= max(numbers) <= _EXACT_INT
+
+
+def kinds_of(keys: Mapping[str, str]) -> dict[str, list[Kind]]:
+    """Read kinds as plans have them, joined by commas."""
+    return {name: words.split(",") if words else [] for name, words in keys.items()}
+
+
+def planned(
+    censuses: Iterable[Mapping[str, Iterable[Kind]]], types: Mapping[str, Word], path: str
+) -> pa.Schema:
+    """Decide the columns of files, in the order in which they come, by all kinds that each has.
+
+    Args:
+        censuses: Of each file, key -> kinds.
+        types: See `override`.
+        path: See `override`.
+
+    Raises:
+        ConfigError, SourceError: See `override`.
+    """
+    kinds: dict[str, set[Kind]] = {}
+    for census in censuses:
+        for name, found in census.items():
+            kinds.setdefault(name, set()).update(found)
+    fields = {name: _field_of(name, found) for name, found in kinds.items()}
+    return override(fields, types, path, may_add=True)
+
+
+def _field_of(name: str, kinds: Collection[Kind]) -> pa.Field:
+    """Choose the narrowest type that holds all values of these kinds exactly; nulls fit all."""
+    for word, held in _HELD.items():
+        if held.issuperset(kinds):
+            return parse_field(name, word)
+    return parse_field(name, "json")
+
+
+_HELD: dict[Word, set[Kind]] = {
+    "string": {"string"},
+    "bool": {"bool"},
+    "int64": {"integer", "big integer"},
+    "float64": {"integer", "float"},
+}
 
 
 def fits(data_type: pa.DataType, value: object) -> bool:

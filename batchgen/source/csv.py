@@ -32,7 +32,7 @@ import pyarrow as pa
 
 from batchgen.core.data import parse_json
 from batchgen.core.errors import SourceError
-from batchgen.core.records import RowError
+from batchgen.core.records import Ranges, RowError
 from batchgen.source.columns import fits, is_json, override, parse_field
 from batchgen.source.reading import (
     Rows,
@@ -43,24 +43,29 @@ from batchgen.source.reading import (
     to_values,
 )
 from batchgen.source.text import (
+    MAX_BATCH_BYTES,
     MAX_LINE_BYTES,
     Scan,
+    blank_lines,
     digest_prefix,
-    in_batches,
+    iter_bodies,
     iter_lines,
+    lines_of,
     refuse_other_content,
-    scan_lines,
+    scan_blocks,
     text_looks_like,
+    why_not_utf8,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.core.records import Ranges, RowBatch
+    from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec, Shape
 
 Record = tuple[int, list[str], RowError | None, int]
-"""Physical line, from 1; fields, none for a blank line; why it cannot be read; number of lines."""
+"""Physical line, from 1; fields, none for blank lines; why it cannot be read; number of lines. Each
+blank line is a row."""
 
 # RFC 8259, section 6: a JSON number, so that the same texts are numbers in both formats.
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
@@ -69,20 +74,28 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 class CsvReader:
     """See `Reader`."""
 
-    def __init__(self, delimiter: str | None = None, *, counts_lines: bool = True) -> None:
+    def __init__(
+        self,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        *,
+        counts_lines: bool = True,
+    ) -> None:
         """Fix how a file is cut.
 
         Args:
             delimiter: Ends fields; None: a tab in .tsv, a comma in the rest.
+            encoding: See `text_blocks`.
             counts_lines: See `Plan.counts_lines`.
         """
         self._delimiter = delimiter
+        self._encoding = encoding
         self._counts_lines = counts_lines
 
     def sniff(self, path: str) -> None:
         """See `Reader`."""
-        refuse_other_content(path)
-        first = next(iter_lines(path), b"") or b""
+        refuse_other_content(path, self._encoding)
+        first = next(iter_lines(path, self._encoding), b"") or b""
         looks = text_looks_like(first)
         if looks not in (None, "CSV or TSV") or first.startswith(b"{"):
             text = f"not CSV? it looks like {looks or 'JSONL'}, expected a header and records"
@@ -106,17 +119,27 @@ class CsvReader:
             {n: parse_field(n, "string") for n in first}, types, first_path, may_add=False
         )
 
-    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
+    def scan(
+        self,
+        path: str,
+        on_rows: Callable[[bytes], object] | None = None,
+        on_block: Callable[[], object] = int,
+    ) -> Scan:
         """See `Reader`. Takes a second pass if there is any quote."""
         has_quote = False
 
         def look(block: bytes) -> None:
             nonlocal has_quote
+            on_block()
             has_quote = has_quote or b'"' in block
 
-        lines = scan_lines(path, look)
+        lines = scan_blocks(path, look, self._encoding)
         if has_quote:
-            return Scan(sum(1 for _ in self._header(path)[1]), lines.digest)
+            num_rows = 0
+            for record in self._header(path)[1]:
+                on_block()
+                num_rows += _num_rows(record)
+            return Scan(num_rows, lines.digest)
         return Scan(max(lines.num_rows - 1, 0), lines.digest)
 
     def digest_prefix(self, path: str, size_bytes: int) -> str:
@@ -127,7 +150,7 @@ class CsvReader:
         """See `Reader`. Records before the wanted ones are split into fields, for their quotes."""
         shape = shape_of(segment, spec)
         header, after = self._header(path)
-        for rows, records in in_batches(_pick(path, after, todo), _size_of, spec.batch_rows):
+        for rows, records in _in_batches(_pick(path, after, todo), spec.batch_rows):
             yield make_batch(shape, _convert(path, header, rows, records, (shape, spec.columns)))
 
     def is_seekable(self, path: str) -> bool:
@@ -137,7 +160,8 @@ class CsvReader:
     def _header(self, path: str) -> tuple[list[str], Iterator[Record]]:
         is_tsv = ".tsv" in path.rpartition("/")[2].lower()
         delimiter = self._delimiter or ("\t" if is_tsv else ",")
-        return _header(path, delimiter, counts_lines=self._counts_lines)
+        raw = _raw_records(path, delimiter, self._encoding)
+        return _header(path, raw, delimiter, counts_lines=self._counts_lines)
 
 
 def delimiter_hint(names: Sequence[str]) -> str | None:
@@ -150,27 +174,33 @@ def delimiter_hint(names: Sequence[str]) -> str | None:
     )
 
 
-def _raw_records(path: str, delimiter: str) -> Iterator[Record]:
+def _raw_records(path: str, delimiter: str, encoding: str | None) -> Iterator[Record]:
     """Yield the records as their quotes make them, the header first."""
     # The limit is the csv module's only, and global; its default of 128 KiB is below one prompt.
     csv.field_size_limit(MAX_LINE_BYTES)
-    troubles: list[RowError] = []
-    reader = csv.reader(_texts(path, troubles), delimiter=delimiter, strict=True)
+    texts = _Texts(path, encoding)
+    reader = csv.reader(texts, delimiter=delimiter, strict=True)
     while True:
-        line = reader.line_num + 1
+        line = texts.num_lines + 1
+        texts.is_between = True
         try:
             fields = next(reader, None)
         except csv.Error as bad:
             fields = []
-            troubles.append(RowError("bad_csv", f"bad CSV: {bad}"))
+            texts.troubles.append(RowError("bad_csv", f"bad CSV: {bad}"))
+        if texts.num_blank:
+            yield line, [], None, texts.num_blank
+            texts.num_lines += texts.num_blank
+            texts.num_blank = 0
+            continue
         if fields is None:
             return
         # What is wrong with quotes costs many lines: it comes before a byte that costs one.
-        error = next((it for it in troubles if it.error_type == "bad_csv"), None)
-        error = error or (troubles[0] if troubles else None)
-        yield line, fields, error, reader.line_num - line + 1
+        error = next((it for it in texts.troubles if it.error_type == "bad_csv"), None)
+        error = error or (texts.troubles[0] if texts.troubles else None)
+        yield line, fields, error, texts.num_lines - line + 1
         if error is not None:
-            troubles.clear()
+            texts.troubles.clear()
 
 
 def _records(
@@ -184,7 +214,7 @@ def _records(
     before: Sequence[str] = ()
     for record in raw:
         line, fields, error, num_lines = record
-        if num_lines > 1 and counts_lines:
+        if num_lines > 1 and counts_lines and (fields or error):
             why = _why_glued(fields, error, len(header), delimiter, before)
             if why is not None:
                 last = line + num_lines - 1
@@ -342,30 +372,58 @@ def _kind(field: str) -> tuple[bool, bool]:
     return any(map(str.isdigit, field)), any(map(str.isalpha, field))
 
 
-def _texts(path: str, troubles: list[RowError]) -> Iterator[str]:
-    """Decode line by line, noting what is wrong with a line as it passes."""
-    for line in iter_lines(path):
+class _Texts:
+    """The lines of a file as csv reads them, but for long stretches of blank lines."""
+
+    def __init__(self, path: str, encoding: str | None) -> None:
+        self.troubles: list[RowError] = []
+        """What is wrong with the lines of the record at hand."""
+        self.num_lines = 0
+        """Lines that were read."""
+        self.is_between = True
+        """Whether csv is between two records, where blank lines are no text."""
+        self.num_blank = 0
+        """Blank lines that were passed over and are still to be told: csv's end is none."""
+        self._encoding = encoding
+        self._bodies = iter_bodies(path, encoding)
+        self._lines: Iterator[bytes | None] = iter(())
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        for line in self._lines:
+            self.is_between = False
+            self.num_lines += 1
+            return self._text(line)
+        body = next(self._bodies)
+        if self.is_between and (num_blank := blank_lines(body)):
+            self.num_blank = num_blank
+            raise StopIteration
+        self._lines = iter(lines_of(body))
+        return next(self)
+
+    def _text(self, line: bytes | None) -> str:
         if line is None:
             text = f"line is longer than {MAX_LINE_BYTES >> 20} MiB"
-            troubles.append(RowError("line_too_long", text))
-            yield "\n"
-            continue
+            self.troubles.append(RowError("line_too_long", text))
+            return "\n"
         try:
-            yield line.decode() + "\n"
-        except UnicodeDecodeError as bad:
-            troubles.append(
-                RowError("invalid_utf8", f"not UTF-8, byte {bad.start + 1} of the line")
-            )
-            yield line.decode(errors="replace") + "\n"
+            return line.decode() + "\n"
+        except UnicodeDecodeError:
+            why = f"{why_not_utf8(line, self._encoding)} of the line"
+            self.troubles.append(RowError("invalid_utf8", why))
+            return line.decode(errors="replace") + "\n"
 
 
-def _header(path: str, delimiter: str, *, counts_lines: bool) -> tuple[list[str], Iterator[Record]]:
+def _header(
+    path: str, raw: Iterator[Record], delimiter: str, *, counts_lines: bool
+) -> tuple[list[str], Iterator[Record]]:
     """The column names, and the records after them; no names for an empty file.
 
     Raises:
         SourceError: The header cannot be read or repeats a name.
     """
-    raw = _raw_records(path, delimiter)
     _, names, error, num_lines = next(raw, (1, [], None, 1))
     if error is not None:
         raise SourceError(path, f"the header cannot be read: {error.error}")
@@ -380,21 +438,57 @@ def _header(path: str, delimiter: str, *, counts_lines: bool) -> tuple[list[str]
     return names, _records(raw, names, delimiter, counts_lines=counts_lines)
 
 
+def _num_rows(record: Record) -> int:
+    _, fields, error, num_lines = record
+    return 1 if fields or error else num_lines
+
+
 def _pick(path: str, records: Iterator[Record], todo: Ranges) -> Iterator[tuple[int, Record]]:
-    row = 0
-    for start, stop in todo.spans:
-        for record in records:
-            row += 1
-            if row > start:
-                yield row - 1, record
-            if row == stop:
-                break
-        if row < stop:
-            raise SourceError(path, f"has {row} rows, expected at least {todo.spans[-1][1]}")
+    left = list(reversed(todo.spans))
+    stop = 0
+    for record in records if left else ():
+        start, stop = stop, stop + _num_rows(record)
+        if stop <= left[-1][0]:
+            continue
+        if stop == start + 1:
+            yield start, record
+        else:
+            for first, end in todo.within(start, stop):
+                yield first, (record[0] + first - start, [], None, end - first)
+        while left and left[-1][1] <= stop:
+            left.pop()
+        if not left:
+            return
+    if left:
+        raise SourceError(path, f"has {stop} rows, expected at least {todo.spans[-1][1]}")
 
 
-def _size_of(record: Record) -> int:
-    return sum(map(len, record[1]))
+def _in_batches(
+    pairs: Iterator[tuple[int, Record]], batch_rows: int
+) -> Iterator[tuple[list[int], list[Record]]]:
+    """Gather records into batches bounded in rows and in bytes.
+
+    Raises:
+        SourceError: What `pairs` raised, after everything before it was yielded.
+    """
+    rows: list[int] = []
+    items: list[Record] = []
+    num_bytes = 0
+    failure: SourceError | None = None
+    try:
+        for row, item in pairs:
+            rows.append(row)
+            items.append(item)
+            num_bytes += sum(map(len, item[1]))
+            if len(rows) >= batch_rows or num_bytes >= MAX_BATCH_BYTES:
+                yield rows, items
+                rows, items, num_bytes = [], [], 0
+    except SourceError as error:
+        failure = error
+    if rows:
+        yield rows, items
+    if failure is not None:
+        raise failure
 
 
 def _convert(
@@ -406,8 +500,10 @@ def _convert(
 ) -> Rows:
     shape, schema = spec
     full = [at for at, record in enumerate(records) if record[1] or record[2]]
-    blank = sorted(set(rows) - {rows[at] for at in full})
-    if blank:
+    blank = Ranges()
+    if len(full) < len(rows):
+        ends = ((row, row + _num_rows(it)) for row, it in zip(rows, records, strict=True))
+        blank = Ranges(ends) - Ranges.of(rows[at] for at in full)
         rows, records = [rows[at] for at in full], [records[at] for at in full]
 
     def where_is(index: int) -> str:

@@ -89,32 +89,42 @@ def format_of(path: str) -> str:
 
 
 def reader_for(
-    format_name: str, delimiter: str | None = None, *, counts_lines: bool = True
+    format_name: str,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    *,
+    counts_lines: bool = True,
 ) -> Reader:
     """The reader of a format.
 
     Args:
         format_name: One of `FORMATS`.
         delimiter: Of CSV; None: by the file's name.
+        encoding: Of text; None: UTF-8.
         counts_lines: Of CSV, see `Plan.counts_lines`.
 
     Raises:
-        ConfigError: A delimiter for another format.
+        ConfigError: A delimiter or an encoding for another format.
         SourceError: Not one of `FORMATS`.
     """
     if delimiter is not None and format_name in FORMATS and format_name != "csv":
         key = "input.delimiter"
         text = f"{delimiter!r} is for CSV, and the input is {format_name}; leave it out"
         raise ConfigError(key, [text])
+    if encoding is not None and format_name == "parquet":
+        key = "input.encoding"
+        raise ConfigError(
+            key, [f"{encoding!r} is for text, and the input is Parquet; leave it out"]
+        )
     # Imported here so that a job loads only what its format needs.
     if format_name == "jsonl":
         from batchgen.source.jsonl import JsonlReader
 
-        return JsonlReader()
+        return JsonlReader(encoding)
     if format_name == "csv":
         from batchgen.source.csv import CsvReader
 
-        return CsvReader(delimiter, counts_lines=counts_lines)
+        return CsvReader(delimiter, encoding, counts_lines=counts_lines)
     if format_name == "parquet":
         from batchgen.source.parquet import ParquetReader
 

@@ -3,21 +3,29 @@
 Invariant: a bad line costs that row and no other. Error texts name the file, the line (from 1)
 and the reason, never the line's content, which may be private.
 
-When a key appears twice in an object, the last one wins, as in every JSON library here. Keys
-that are not in the plan's columns are not carried; name a rare one in `types` to carry it.
+A column's type follows from all values of all files: the scan counts their kinds, so that a plan
+knows of a key that comes late, and of a value that is unlike those before. When a key appears
+twice in an object, the last one wins, as in every JSON library here.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from batchgen.core.errors import SourceError
-from batchgen.core.records import RowError
-from batchgen.source.columns import infer_field, is_too_deep, kind_word, override
+from batchgen.core.records import Ranges, RowError
+from batchgen.source.columns import (
+    BIG,
+    Census,
+    is_too_deep,
+    kind_word,
+    planned,
+)
 from batchgen.source.reading import Rows, make_batch, shape_of, to_arrays, to_values
 from batchgen.source.text import (
     MAX_LINE_BYTES,
@@ -27,8 +35,8 @@ from batchgen.source.text import (
     read_lines,
     refuse_other_content,
     scan_lines,
-    scan_rows,
     text_looks_like,
+    why_not_utf8,
 )
 
 if TYPE_CHECKING:
@@ -36,16 +44,14 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.core.records import Ranges, RowBatch
+    from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec, Shape
-    from batchgen.source.text import Scan
+    from batchgen.source.text import Lines, Scan
 
 SAMPLE_FILES = 20
 SAMPLE_ROWS = 1000
 SNIFF_LINES = 20
 
-# From here on, a float may be an integer that orjson could not hold (it goes to 2**64 - 1).
-_BIG = float(2**63)
 _MAYBE_BIG = frozenset({float, list, dict})
 _MISSING: dict[str, Any] = {}
 
@@ -53,10 +59,14 @@ _MISSING: dict[str, Any] = {}
 class JsonlReader:
     """See `Reader`."""
 
+    def __init__(self, encoding: str | None = None) -> None:
+        """Fix the encoding of the text, see `text_blocks`."""
+        self._encoding = encoding
+
     def sniff(self, path: str) -> None:
         """See `Reader`."""
-        refuse_other_content(path)
-        lines = _sample(path, SNIFF_LINES)
+        refuse_other_content(path, self._encoding)
+        lines = [line for _, line in self._sample(path, SNIFF_LINES)]
         if any(type(_parse_line(line)) is dict for line in lines):
             return
         looks = text_looks_like(lines[0] or b"") if lines else None
@@ -67,19 +77,23 @@ class JsonlReader:
 
     def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. Looks at the first 1,000 rows of each of the first 20 files."""
-        samples: dict[str, list[Any]] = {}
-        for path in paths[:SAMPLE_FILES]:
-            for line in _sample(path, SAMPLE_ROWS):
-                value = _parse_exact(line)
-                if not isinstance(value, RowError):
-                    for name, item in value.items():
-                        samples.setdefault(name, []).append(item)
-        found = {name: infer_field(name, values) for name, values in samples.items()}
-        return override(found, types, paths[0], may_add=True)
+        return planned(map(self._look, paths[:SAMPLE_FILES]), types, paths[0])
 
-    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
+    def scan(
+        self,
+        path: str,
+        on_rows: Callable[[bytes], object] | None = None,
+        on_block: Callable[[], object] = int,
+    ) -> Scan:
         """See `Reader`."""
-        return scan_lines(path) if on_rows is None else scan_rows(path, on_rows)
+        census = Census()
+
+        def on_lines(row: int, lines: Sequence[bytes | None]) -> None:
+            on_block()
+            _count(census, range(row, row + len(lines)), lines)
+
+        scan = scan_lines(path, on_rows, on_lines, self._encoding)
+        return replace(scan, columns=census.columns)
 
     def digest_prefix(self, path: str, size_bytes: int) -> str:
         """See `Reader`."""
@@ -88,69 +102,95 @@ class JsonlReader:
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Rows that are not in `todo` are not parsed."""
         shape = shape_of(segment, spec)
-        for rows, lines in read_lines(path, todo, spec.batch_rows, indexes=spec.line_indexes):
-            yield make_batch(shape, _parse(path, rows, lines, shape, spec.columns))
+        batches = read_lines(
+            path, todo, spec.batch_rows, indexes=spec.line_indexes, encoding=self._encoding
+        )
+        for lines in batches:
+            yield make_batch(shape, self._parse(path, lines, shape, spec.columns))
 
     def is_seekable(self, path: str) -> bool:
         """See `Reader`."""
-        return is_seekable(path)
+        return is_seekable(path, self._encoding)
+
+    def _look(self, path: str) -> Mapping[str, Iterable[str]]:
+        """Return what the keys of the first rows hold."""
+        census = Census()
+        sample = self._sample(path, SAMPLE_ROWS)
+        _count(census, [row for row, _ in sample], [line for _, line in sample])
+        return census.columns
+
+    def _sample(self, path: str, num_lines: int) -> list[tuple[int, bytes | None]]:
+        """Return the first lines that are not blank, and their rows."""
+        lines = enumerate(iter_lines(path, self._encoding))
+        return list(islice(((at, it) for at, it in lines if it is None or it.strip()), num_lines))
+
+    def _parse(self, path: str, found: Lines, shape: Shape, schema: pa.Schema) -> Rows:
+        rows, lines, blank = found
+        errors: dict[int, RowError] = {}
+        objects = _objects(lines)
+        if objects is None:
+            parsed = [_parse_line(line, self._encoding) for line in lines]
+            kept = [at for at, value in enumerate(parsed) if value is not None]
+            blank |= Ranges.of({*rows} - {rows[at] for at in kept})
+            rows, lines = [rows[at] for at in kept], [lines[at] for at in kept]
+            parsed = [parsed[at] for at in kept]
+            errors = {at: value for at, value in enumerate(parsed) if isinstance(value, RowError)}
+            objects = [value if isinstance(value, dict) else _MISSING for value in parsed]
+        names = list(dict.fromkeys([*shape.table_columns, *shape.needed]))
+        columns, unread = _exact_columns(objects, lines, names)
+        errors |= unread
+        for at, bad in errors.items():
+            errors[at] = RowError(bad.error_type, f"{path}:{rows[at] + 1}: {bad.error}")
+        tested = {name: columns[name] for name in shape.table_columns}
+        arrays, misfits = to_arrays(tested, schema, lambda at: f"{path}:{rows[at] + 1}")
+        values = to_values(columns, shape.needed, len(rows))
+        return Rows(rows, values, arrays, misfits | errors, blank)
 
 
-def _sample(path: str, num_lines: int) -> list[bytes | None]:
-    """The first non-blank lines."""
-    lines = (line for line in iter_lines(path) if line is None or line.strip())
-    return list(islice(lines, num_lines))
+def _objects(lines: Sequence[bytes | None]) -> list[dict[str, Any]] | None:
+    """Parse lines, all of them objects; None if there is any that is not."""
+    try:
+        values = list(map(orjson.loads, lines))  # type: ignore[arg-type]
+    except orjson.JSONDecodeError:
+        return None
+    return values if {*map(type, values)} <= {dict} else None
 
 
-def _parse(
-    path: str, rows: list[int], lines: list[bytes | None], shape: Shape, schema: pa.Schema
-) -> Rows:
-    blank = [
-        row for row, line in zip(rows, lines, strict=True) if line is not None and not line.strip()
-    ]
-    if blank:
-        gone = set(blank)
-        lines = [line for row, line in zip(rows, lines, strict=True) if row not in gone]
-        rows = [row for row in rows if row not in gone]
-    parsed = [_parse_line(line) for line in lines]
-    errors = {at: value for at, value in enumerate(parsed) if isinstance(value, RowError)}
-    objects = [_MISSING if isinstance(value, RowError) else value for value in parsed]
-    columns, unread = _exact_columns(objects, lines, {*shape.table_columns, *shape.needed})
-    errors |= unread
-    for at, bad in errors.items():
-        errors[at] = RowError(bad.error_type, f"{path}:{rows[at] + 1}: {bad.error}")
-    tested = {name: columns[name] for name in shape.table_columns}
-    arrays, misfits = to_arrays(tested, schema, lambda at: f"{path}:{rows[at] + 1}")
-    values = to_values(columns, shape.needed, len(rows))
-    return Rows(rows, values, arrays, misfits | errors, blank)
-
-
-def _parse_line(line: bytes | None) -> dict[str, Any] | RowError:
+def _parse_line(
+    line: bytes | None, encoding: str | None = None
+) -> dict[str, Any] | RowError | None:
+    """Parse a line; None if it is blank."""
     if line is None:
         return RowError("line_too_long", f"line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return RowError("bad_json", f"invalid JSON: {_why(line, error)}")
+        if not line.strip():
+            return None
+        # orjson gives no position for what is not UTF-8.
+        why = why_not_utf8(line, encoding) or f"{error.msg}, column {error.colno}"
+        return RowError("bad_json", f"invalid JSON: {why}")
     if type(value) is not dict:
         return RowError("not_an_object", f"expected a JSON object, found {kind_word(value)}")
     return value
 
 
-def _why(line: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        line.decode()
-    except UnicodeDecodeError as bad:  # orjson gives no position for this one
-        return f"not UTF-8, byte {bad.start + 1}"
-    return f"{error.msg}, column {error.colno}"
+def _count(census: Census, rows: Sequence[int], lines: Sequence[bytes | None]) -> None:
+    """Count what lines hold, which stand in these rows."""
+    objects: Sequence[dict[str, Any]] | None = _objects(lines)
+    if objects is None:
+        parsed = {
+            at: value for at, line in enumerate(lines) if type(value := _parse_line(line)) is dict
+        }
+        rows, lines = [rows[at] for at in parsed], [lines[at] for at in parsed]
+        objects = list(parsed.values())
 
+    def exact(at: int) -> Mapping[str, Any]:
+        value = _reparse(lines[at] or b"", objects[at])
+        return objects[at] if isinstance(value, RowError) else value
 
-def _parse_exact(line: bytes | None) -> dict[str, Any] | RowError:
-    """As `_parse_line`, with integers of any size."""
-    value = _parse_line(line)
-    if line is not None and type(value) is dict and _has_big_float(value):
-        return _reparse(line, value)
-    return value
+    if objects:
+        census.add(rows, objects, exact)
 
 
 def _reparse(line: bytes, value: Mapping[str, Any]) -> dict[str, Any] | RowError:
@@ -167,7 +207,7 @@ def _has_big_float(value: object) -> bool:
     while stack:
         item = stack.pop()
         if type(item) is float:
-            if abs(item) >= _BIG:
+            if abs(item) >= BIG:
                 return True
         elif type(item) is dict:
             stack.extend(item.values())
@@ -178,7 +218,7 @@ def _has_big_float(value: object) -> bool:
 
 def _exact_columns(
     objects: Sequence[Mapping[str, Any]], lines: Sequence[bytes | None], names: Iterable[str]
-) -> tuple[dict[str, list[Any]], dict[int, RowError]]:
+) -> tuple[dict[str, Sequence[Any]], dict[int, RowError]]:
     """Turn objects into columns, putting back integers that orjson made floats of.
 
     Looking at columns and not at objects is what makes the search cheap: most hold only strings.
@@ -186,16 +226,20 @@ def _exact_columns(
     Returns:
         Name -> values, None where missing; and index -> why a row could not be read exactly.
     """
-    columns = {name: [item.get(name) for item in objects] for name in names}
+    present: set[str] = set().union(*objects)
+    nothing = [None] * len(objects)
+    columns: dict[str, Sequence[Any]] = {
+        name: [item.get(name) for item in objects] if name in present else nothing for name in names
+    }
     suspects: set[int] = set()
-    for values in columns.values():
-        if _MAYBE_BIG & set(map(type, values)):
-            suspects.update(at for at, value in enumerate(values) if _has_big_float(value))
+    for name in present & columns.keys():
+        if _MAYBE_BIG & set(map(type, columns[name])):
+            suspects.update(at for at, value in enumerate(columns[name]) if _has_big_float(value))
     errors: dict[int, RowError] = {}
     for at in suspects:
         exact = _reparse(lines[at] or b"", objects[at])
         if isinstance(exact, RowError):
             errors[at], exact = exact, {}
-        for name, values in columns.items():
-            values[at] = exact.get(name)
+        for name in objects[at].keys() & columns.keys():
+            columns[name][at] = exact.get(name)  # type: ignore[index]
     return columns, errors

@@ -60,11 +60,17 @@ class ParquetReader:
                 raise SourceError(paths[0], text)
         return first
 
-    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
+    def scan(
+        self,
+        path: str,
+        on_rows: Callable[[bytes], object] | None = None,
+        on_block: Callable[[], object] = int,
+    ) -> Scan:
         """See `Reader`. The footer alone would not tell values that were changed in place."""
         with _opened(path) as file:
             num_rows = file.metadata.num_rows
-        return Scan(num_rows, self.digest_prefix(path, stat_input(path).size_bytes))
+        digest = lines.digest_prefix(path, stat_input(path).size_bytes, on_block)
+        return Scan(num_rows, digest)
 
     def digest_prefix(self, path: str, size_bytes: int) -> str:
         """See `Reader`."""

@@ -57,6 +57,8 @@ class Reader(Protocol):
     def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """Decide every column's name and type; `types` overrides by name.
 
+        Of a format whose columns only a whole pass tells: as far as beginnings tell, see `scan`.
+
         Args:
             paths: At least one.
             types: Column name -> type word, see `columns.parse_field`.
@@ -66,13 +68,19 @@ class Reader(Protocol):
             SourceError: Files disagree, names repeat, or `types` names an unknown column.
         """
 
-    def scan(self, path: str, on_rows: Callable[[bytes], object] | None = None) -> Scan:
+    def scan(
+        self,
+        path: str,
+        on_rows: Callable[[bytes], object] | None = None,
+        on_block: Callable[[], object] = int,
+    ) -> Scan:
         """Count physical rows and hash the content in one pass.
 
         Args:
             path: Of the file.
             on_rows: Called with the digests of rows that follow each other, see `store.matching`;
                 never by a format whose rows are not to be told apart without parsing them.
+            on_block: Called now and then; what it raises ends the pass.
 
         Raises:
             SourceError: The file ends early or cannot be decoded as what its name says.
@@ -112,7 +120,7 @@ class Rows:
     """The columns of `table_columns`, by name."""
     errors: dict[int, RowError] = field(default_factory=dict)
     """Index -> why."""
-    blank: list[int] = field(default_factory=list)
+    blank: Ranges = field(default_factory=Ranges)
     """Further row numbers, which hold nothing."""
 
 
@@ -195,8 +203,7 @@ def make_batch(shape: Shape, read: Rows) -> RowBatch:
         keep = [at for at, good in enumerate(passed.to_pylist()) if good or at in read.errors]
         if len(keep) < len(read.rows):
             return _subset(shape, read, values, carried, keep)
-    skipped = Ranges.of(read.blank)
-    return RowBatch(shape.segment, read.rows, values, carried, read.errors, skipped)
+    return RowBatch(shape.segment, read.rows, values, carried, read.errors, read.blank)
 
 
 def _subset(
@@ -208,7 +215,7 @@ def _subset(
 ) -> RowBatch:
     rows = [read.rows[at] for at in keep]
     errors = {to: read.errors[at] for to, at in enumerate(keep) if at in read.errors}
-    skipped = Ranges.of([*read.blank, *(set(read.rows) - set(rows))])
+    skipped = read.blank | Ranges.of(set(read.rows) - set(rows))
     return RowBatch(
         segment=shape.segment,
         rows=rows,

@@ -4,26 +4,34 @@ A physical line ends at `\n` or at the end of the file; a trailing newline does 
 line. A byte order mark at the very start belongs to no line. A line over `MAX_LINE_BYTES` keeps
 its place and its number but not its content: it is None. Nothing here knows what a line holds,
 but for the first bytes of a file, by which it is told that it is something else.
+
+Lines are UTF-8. Text in another encoding is translated as it comes in; what cannot be translated
+makes its line no UTF-8 either, so that it is that line's error and no other's.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import re
 import zlib
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
 
 from batchgen.core.errors import SourceError
+from batchgen.core.records import Ranges
 from batchgen.job.model import is_url
 from batchgen.source.files import open_input, stat_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from batchgen.core.records import Ranges
+    from batchgen.source.columns import Kinds
     from batchgen.source.files import InputStat
 
 
@@ -33,10 +41,6 @@ BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
-# zstandard's decompressobj has no output limit. A compressed block of 4 bytes may stand for
-# 128 KiB (RFC 8878, 3.1.1.2), so that this much input never becomes more than 64 MiB.
-_ZSTD_INPUT_BYTES = 2 << 10
-
 
 def compression_of(path: str) -> str | None:
     """`gzip`, `zstd` or None, by the name's suffix alone."""
@@ -45,36 +49,41 @@ def compression_of(path: str) -> str | None:
     return "zstd" if path.endswith((".zst", ".zstd")) else None
 
 
-def is_seekable(path: str) -> bool:
-    """Whether a read can begin at any byte: of a local file that is not compressed.
+def is_seekable(path: str, encoding: str | None = None) -> bool:
+    """Whether a read can begin at any byte: of a local file of UTF-8 that is not compressed.
 
     A URL's could too, by most protocols; but its state is not always told, and each process
     that reads it would first have to fetch all that comes before its rows.
     """
-    return compression_of(path) is None and not is_url(path)
+    return encoding is None and compression_of(path) is None and not is_url(path)
 
 
 def text_blocks(
-    path: str, on_raw: Callable[[bytes], object] | None = None, start: int = 0
+    path: str,
+    on_raw: Callable[[bytes], object] | None = None,
+    start: int = 0,
+    encoding: str | None = None,
 ) -> Iterator[bytes]:
-    """Yield the decompressed content, without the byte order mark, in non-empty blocks.
+    """Yield the content as UTF-8, without the byte order mark, in non-empty blocks.
 
     Args:
         path: Local path or URL; its suffix tells the compression.
         on_raw: Called with every raw block as it is read; of plain files, that is just before
             the block is yielded.
         start: Raw byte to begin at, of an `is_seekable` file.
+        encoding: Python's name of the text's encoding; None: UTF-8.
 
     Raises:
-        SourceError: The content is not what the suffix says, is damaged or ends early. Blocks
-            decoded before the damage were yielded.
+        SourceError: The content is not what the suffix says, is damaged or ends early.
     """
-    unpack = {"gzip": _gunzip, "zstd": _unzstd, None: _plain}[compression_of(path)]
+    compression = compression_of(path)
     is_start = start == 0
-    with open_input(path) as raw:
+    with open_input(path) as file:
         if start:
-            raw.seek(start)
-        for block in unpack(path, _raw_blocks(path, raw, on_raw)):
+            file.seek(start)
+        raw = _Raw(path, file, on_raw)
+        blocks = iter(raw.block, b"") if compression is None else _unpack(raw, compression)
+        for block in blocks if encoding is None else _to_utf8(blocks, encoding):
             if is_start:
                 is_start = False
                 block = block.removeprefix(BOM)  # noqa: PLW2901 - the same block, shorter
@@ -82,82 +91,84 @@ def text_blocks(
                 yield block
 
 
-def _raw_blocks(
-    path: str, raw: IO[bytes], on_raw: Callable[[bytes], object] | None
-) -> Iterator[bytes]:
+class _Raw:
+    """A file as gzip and pyarrow read it, telling each block that passes."""
+
+    closed = False
+
+    def __init__(
+        self, path: str, file: IO[bytes], on_raw: Callable[[bytes], object] | None
+    ) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self._file = file
+        self._on_raw = on_raw
+
+    def block(self) -> bytes:
+        """Read a block."""
+        return self.read(BLOCK_BYTES)
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        """Read at most so many bytes; none at the end."""
+        try:
+            block = self._file.read(num_bytes)
+        except OSError as error:
+            raise SourceError(self.path, f"cannot be read: {error.strerror or error}") from error
+        if block and self._on_raw is not None:
+            self._on_raw(block)
+        self.num_bytes += len(block)
+        return block
+
+
+def _unpack(raw: _Raw, compression: str) -> Iterator[bytes]:
+    """Decompress, through members, frames and padding; both readers bound what they hold."""
+    unpacked: IO[bytes]
     try:
-        while block := raw.read(BLOCK_BYTES):
-            if on_raw is not None:
-                on_raw(block)
+        if compression == "gzip":
+            unpacked = gzip.GzipFile(fileobj=raw)  # type: ignore[call-overload]
+        else:
+            unpacked = pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression)
+        while block := unpacked.read(BLOCK_BYTES):
             yield block
-    except OSError as error:
-        raise SourceError(path, f"cannot be read: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
+        if not isinstance(error, EOFError) and "Truncated" not in str(error):
+            text = f"is not {compression}, or is damaged, or more follows it ({error})"
+            raise SourceError(raw.path, f"{text}; copy it again") from error
+        is_cut = True
+    else:
+        is_cut = not raw.num_bytes
+    if is_cut:
+        text = f"input ends early: the {compression} stream is cut off; copy it again"
+        raise SourceError(raw.path, text)
 
 
-def _plain(path: str, raw: Iterator[bytes]) -> Iterator[bytes]:
-    return raw
+_WRONG = "\udcff"
+"""Stands for what cannot be decoded: a character that is none, in no encoding."""
 
 
-def _gunzip(path: str, raw: Iterator[bytes]) -> Iterator[bytes]:
-    member = zlib.decompressobj(wbits=31)
-    num_members = 0
+def _to_utf8(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)("batchgen.wrong")
+    for block in blocks:
+        yield decoder.decode(block).encode("utf-8", "surrogatepass")
+    yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
+
+
+def _wrong(error: UnicodeError) -> tuple[str, int]:
+    if isinstance(error, UnicodeDecodeError):
+        return _WRONG, error.end
+    raise error
+
+
+codecs.register_error("batchgen.wrong", _wrong)
+
+
+def why_not_utf8(line: bytes, encoding: str | None) -> str | None:
+    """Say what is wrong with a line that is not text; None if it is."""
     try:
-        for block in raw:
-            rest = block
-            while rest:
-                if member.eof:
-                    # Zeros may pad a member, as `gzip` and tape drives write and read them.
-                    rest = rest.lstrip(b"\0")
-                    if not rest:
-                        break
-                    member, num_members = zlib.decompressobj(wbits=31), num_members + 1
-                text = member.decompress(rest, BLOCK_BYTES)
-                if text:
-                    yield text
-                rest = member.unused_data if member.eof else member.unconsumed_tail
-    except zlib.error as error:
-        raise _damaged(path, "gzip", str(error), num_members) from error
-    if not member.eof:
-        raise _truncated(path, "gzip")
-
-
-def _unzstd(path: str, raw: Iterator[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    frame = decompressor.decompressobj()
-    num_frames = 0
-    texts: list[bytes] = []
-    try:
-        for block in raw:
-            for at in range(0, len(block), _ZSTD_INPUT_BYTES):
-                rest = block[at : at + _ZSTD_INPUT_BYTES]
-                while rest:
-                    if frame.eof:
-                        frame, num_frames = decompressor.decompressobj(), num_frames + 1
-                    texts.append(frame.decompress(rest))
-                    rest = frame.unused_data if frame.eof else b""
-                if sum(map(len, texts)) >= BLOCK_BYTES:
-                    yield b"".join(texts)
-                    texts.clear()
-    except zstandard.ZstdError as error:
-        if texts:
-            yield b"".join(texts)
-        raise _damaged(path, "zstd", str(error), num_frames) from error
-    if texts:
-        yield b"".join(texts)
-    if not frame.eof:
-        raise _truncated(path, "zstd")
-
-
-def _truncated(path: str, name: str) -> SourceError:
-    return SourceError(path, f"input ends early: the {name} stream is cut off; copy it again")
-
-
-def _damaged(path: str, name: str, reason: str, num_before: int) -> SourceError:
-    if num_before:
-        return SourceError(path, f"bytes after the {name} stream are not {name} ({reason})")
-    return SourceError(path, f"is not {name}, or is damaged ({reason}); copy it again")
+        line.decode()
+    except UnicodeDecodeError as bad:
+        return f"not {encoding}" if encoding else f"not UTF-8, byte {bad.start + 1}"
+    return None
 
 
 PARQUET_MAGIC = b"PAR1"
@@ -173,12 +184,17 @@ _BINARY = {
     b"\xfd7zXZ\0": "xz; unpack it",
     b"ARROW1": "an Arrow file; convert it to Parquet",
     b"SQLite format 3\0": "an SQLite database; export it",
-    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
 }
+_UTF_16_OR_32 = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_HEAD_BYTES = 4096
 
 
-def refuse_other_content(path: str) -> None:
+def refuse_other_content(path: str, encoding: str | None = None) -> None:
     """Refuse a text file, plain or compressed, whose first bytes are of something else.
 
     Raises:
@@ -194,10 +210,28 @@ def refuse_other_content(path: str) -> None:
     is_zstd = head.startswith(ZSTD_MAGIC) or _ZSTD_SKIPPABLE.match(head)
     if compression == "zstd" and not is_zstd:
         raise SourceError(path, "is not zstd, though its name says so; rename or compress it")
-    if compression is None:
-        looks = binary_looks_like(head)
-        if looks:
-            raise SourceError(path, f"is not text: it looks like {looks}")
+    if encoding is not None:
+        return
+    if compression is None and (looks := binary_looks_like(head)):
+        raise SourceError(path, f"is not text: it looks like {looks}")
+    found = _other_encoding(next(text_blocks(path), b"")[:_HEAD_BYTES])
+    if found is not None:
+        text = f'is not UTF-8: it looks like {found.upper()}; set input.encoding = "{found}"'
+        raise SourceError(path, text)
+
+
+def _other_encoding(head: bytes) -> str | None:
+    """Name the encoding of text whose characters take two or four bytes, by its first bytes."""
+    marked = (name for mark, name in _UTF_16_OR_32.items() if head.startswith(mark))
+    if found := next(marked, None):
+        return found
+    # Without a mark: whatever the language, line ends, quotes and digits have zeros in them, and
+    # always on the same side.
+    high, low = head[::2].count(0), head[1::2].count(0)
+    if high + low < 2 or min(high, low) * 20 > max(high, low):
+        is_four = head.count(0) * 2 > len(head) > 0
+        return ("utf-32-be" if head[0] == 0 else "utf-32-le") if is_four else None
+    return "utf-16-be" if high > low else "utf-16-le"
 
 
 def binary_looks_like(head: bytes) -> str | None:
@@ -218,8 +252,6 @@ def text_looks_like(line: bytes) -> str | None:
     return "CSV or TSV" if is_header else None
 
 
-Item = TypeVar("Item")
-
 MAX_LINE_BYTES = 64 << 20
 """A line longer than this is not kept; 64 MiB is far beyond any context window."""
 DIGEST_BYTES = 16
@@ -237,14 +269,19 @@ class Scan:
     """Physical rows: lines of JSONL with blank and bad ones, records of CSV, rows of Parquet."""
     digest: str
     """sha256 of all raw bytes, compressed ones as they are."""
+    columns: Mapping[str, Kinds] | None = None
+    """Of JSONL: what each key holds."""
 
 
-def scan_lines(path: str, on_text: Callable[[bytes], object] = len) -> Scan:
+def scan_blocks(
+    path: str, on_text: Callable[[bytes], object] = len, encoding: str | None = None
+) -> Scan:
     """Count the physical lines and hash the raw bytes, in one pass.
 
     Args:
         path: Local path or URL.
         on_text: Called with every decompressed block.
+        encoding: See `text_blocks`.
 
     Raises:
         SourceError: As `text_blocks`.
@@ -252,30 +289,51 @@ def scan_lines(path: str, on_text: Callable[[bytes], object] = len) -> Scan:
     hashed = hashlib.sha256()
     num_rows = 0
     last = b"\n"
-    for block in text_blocks(path, hashed.update):
+    for block in text_blocks(path, hashed.update, encoding=encoding):
         on_text(block)
         num_rows += block.count(b"\n")
         last = block[-1:]
     return Scan(num_rows + (last != b"\n"), hashed.hexdigest())
 
 
-def scan_rows(path: str, on_rows: Callable[[bytes], object]) -> Scan:
-    """As `scan_lines`, telling each line's digest as well.
+def scan_lines(
+    path: str,
+    on_rows: Callable[[bytes], object] | None = None,
+    on_lines: Callable[[int, list[bytes | None]], object] = lambda row, lines: None,
+    encoding: str | None = None,
+) -> Scan:
+    """As `scan_blocks`, telling of each line as well.
 
     Args:
         path: Local path or URL.
         on_rows: Called with the digests of lines that follow each other, `DIGEST_BYTES` each.
+        on_lines: Called with the number of a row and the lines from it on, none for a long stretch
+            of blank ones.
+        encoding: See `text_blocks`.
 
     Raises:
         SourceError: As `text_blocks`.
     """
     hashed = hashlib.sha256()
     num_rows = 0
-    for body, _ in _bodies(path, MAX_LINE_BYTES, hashed.update):
-        lines = _split(body, MAX_LINE_BYTES)
-        num_rows += len(lines)
-        on_rows(b"".join(map(_digest, lines)))
+    for body, _ in _bodies(path, MAX_LINE_BYTES, hashed.update, encoding=encoding):
+        num_lines = _num_lines(body)
+        lines = [] if blank_lines(body) else lines_of(body)
+        on_lines(num_rows, lines)
+        if on_rows is not None:
+            # Blank lines are no rows: it does not matter whether they moved.
+            on_rows(b"".join(map(_digest, lines)) or NO_DIGEST * num_lines)
+        num_rows += num_lines
     return Scan(num_rows, hashed.hexdigest())
+
+
+def _num_lines(body: bytes | None) -> int:
+    return 1 if body is None else body.count(b"\n") + 1
+
+
+def blank_lines(body: bytes | None) -> int:
+    """Count the lines of a run that holds nothing; 0 for one that does."""
+    return _num_lines(body) if body is not None and (not body or body.isspace()) else 0
 
 
 def _digest(line: bytes | None) -> bytes:
@@ -285,8 +343,8 @@ def _digest(line: bytes | None) -> bytes:
     return hashlib.sha256(line).digest()[:DIGEST_BYTES]
 
 
-def digest_prefix(path: str, size_bytes: int) -> str:
-    """Hash the first `size_bytes` raw bytes as `scan_lines` does the whole file.
+def digest_prefix(path: str, size_bytes: int, on_block: Callable[[], object] = int) -> str:
+    """Hash the first `size_bytes` raw bytes as a scan does the whole file.
 
     Raises:
         SourceError: The file is shorter, or cannot be read.
@@ -295,11 +353,22 @@ def digest_prefix(path: str, size_bytes: int) -> str:
     left = size_bytes
     with open_input(path) as raw:
         while left and (block := raw.read(min(left, BLOCK_BYTES))):
+            on_block()
             hashed.update(block)
             left -= len(block)
     if left:
         raise SourceError(path, f"has {size_bytes - left} bytes, expected at least {size_bytes}")
     return hashed.hexdigest()
+
+
+class Lines(NamedTuple):
+    """Some lines of a file, without their line ends."""
+
+    rows: list[int]
+    """Their numbers, ascending."""
+    lines: list[bytes | None]
+    blank: Ranges
+    """Further lines of the same file, behind these, that hold nothing."""
 
 
 def read_lines(
@@ -308,85 +377,104 @@ def read_lines(
     batch_rows: int,
     max_line_bytes: int = MAX_LINE_BYTES,
     indexes: LineIndexes | None = None,
-) -> Iterator[tuple[list[int], list[bytes | None]]]:
-    r"""Yield the wanted lines as (row numbers, lines without `\n`), at most `batch_rows` a time.
+    encoding: str | None = None,
+) -> Iterator[Lines]:
+    """Yield the wanted lines, at most `batch_rows` a time and about `MAX_BATCH_BYTES`.
 
     Blocks without a wanted line are counted, not split; nothing is read after the last one. Of an
     `is_seekable` file, what lies before an entry of its index and is not wanted is not read either.
+    Long stretches of blank lines are told as one.
 
     Raises:
         SourceError: As `text_blocks`, or the file has no such row. All lines before were yielded.
     """
-    places = LineIndex() if indexes is None or not is_seekable(path) else indexes.of(path)
-    wanted = _wanted(path, todo, max_line_bytes, places)
-    return in_batches(wanted, lambda line: len(line or b""), batch_rows)
-
-
-def in_batches(
-    pairs: Iterator[tuple[int, Item]], size_of: Callable[[Item], int], batch_rows: int
-) -> Iterator[tuple[list[int], list[Item]]]:
-    """Gather (row number, item) pairs into batches bounded in rows and in bytes.
-
-    Raises:
-        SourceError: What `pairs` raised, after everything before it was yielded.
-    """
-    rows: list[int] = []
-    items: list[Item] = []
-    num_bytes = 0
+    is_known = indexes is not None and is_seekable(path, encoding)
+    places = indexes.of(path) if indexes is not None and is_known else LineIndex()
+    held = Lines([], [], Ranges())
     failure: SourceError | None = None
     try:
-        for row, item in pairs:
-            rows.append(row)
-            items.append(item)
-            num_bytes += size_of(item)
-            if len(rows) >= batch_rows or num_bytes >= MAX_BATCH_BYTES:
-                yield rows, items
-                rows, items, num_bytes = [], [], 0
+        for wanted, lines in _wanted(path, todo, max_line_bytes, places, encoding):
+            if lines is None:
+                yield held._replace(blank=Ranges([(wanted.start, wanted.stop)]))
+                held = Lines([], [], Ranges())
+                continue
+            at = 0
+            while at < len(wanted):
+                stop = at + _fitting(lines, at, batch_rows - len(held.rows))
+                held.rows.extend(wanted[at:stop])
+                held.lines.extend(lines[at:stop])
+                at = stop
+                if len(held.rows) >= batch_rows or _size(held.lines) >= MAX_BATCH_BYTES:
+                    yield held
+                    held = Lines([], [], Ranges())
     except SourceError as error:
         failure = error
-    if rows:
-        yield rows, items
+    if held.rows:
+        yield held
     if failure is not None:
         raise failure
 
 
-def iter_lines(path: str) -> Iterator[bytes | None]:
+def _size(lines: list[bytes | None]) -> int:
+    return sum(len(line) for line in lines if line is not None)
+
+
+def _fitting(lines: list[bytes | None], start: int, num: int) -> int:
+    """How many lines from `start` on go into a batch, at most `num`; at least one."""
+    num = min(num, len(lines) - start)
+    while num > 1 and _size(lines[start : start + num]) > MAX_BATCH_BYTES:
+        num //= 2
+    return num
+
+
+def iter_lines(path: str, encoding: str | None = None) -> Iterator[bytes | None]:
     """Yield all lines from the start, for a look at the first few.
 
     Raises:
         SourceError: As `text_blocks`.
     """
-    for body, _ in _bodies(path, MAX_LINE_BYTES):
-        yield from _split(body, MAX_LINE_BYTES)
+    for body in iter_bodies(path, encoding):
+        yield from lines_of(body)
+
+
+def iter_bodies(path: str, encoding: str | None = None) -> Iterator[bytes | None]:
+    """Yield runs of whole lines, see `lines_of`; None stands for one long line.
+
+    Raises:
+        SourceError: As `text_blocks`.
+    """
+    return (body for body, _ in _bodies(path, MAX_LINE_BYTES, encoding=encoding))
 
 
 def _wanted(
-    path: str, todo: Ranges, max_line_bytes: int, places: LineIndex
-) -> Iterator[tuple[int, bytes | None]]:
+    path: str, todo: Ranges, max_line_bytes: int, places: LineIndex, encoding: str | None
+) -> Iterator[tuple[range, list[bytes | None] | None]]:
+    """Yield wanted rows and their lines, None for blank ones."""
     left = list(reversed(todo.spans))
     while left:
         first, offset = places.before(left[-1][0])
-        for body, after in _bodies(path, max_line_bytes, start=offset):
-            stop = first + (1 if body is None else body.count(b"\n") + 1)
+        for body, after in _bodies(path, max_line_bytes, start=offset, encoding=encoding):
+            stop = first + _num_lines(body)
             places.add(stop, after)
             if left[-1][0] < stop:
-                lines = _split(body, max_line_bytes)
+                lines = None if blank_lines(body) else lines_of(body, max_line_bytes)
                 while left and left[-1][0] < stop:
                     start, end = left.pop()
                     if end > stop:
                         left.append((stop, end))
-                    wanted = range(start, min(end, stop))
-                    yield from zip(wanted, lines[start - first : wanted.stop - first], strict=True)
+                    rows = range(start, min(end, stop))
+                    yield rows, lines and lines[start - first : rows.stop - first]
                 if not left:
                     return
             first = stop
             if places.before(left[-1][0])[0] > first:
                 break  # There is an entry between here and the next wanted row.
         else:
-            raise SourceError(path, f"has {first} rows, expected at least {left[0][1]}")
+            raise SourceError(path, f"has {first} rows, expected at least {todo.spans[-1][1]}")
 
 
-def _split(body: bytes | None, max_line_bytes: int) -> list[bytes | None]:
+def lines_of(body: bytes | None, max_line_bytes: int = MAX_LINE_BYTES) -> list[bytes | None]:
+    """Split a run of lines."""
     if body is None:
         return [None]
     lines: list[bytes | None] = [*body.split(b"\n")]
@@ -402,10 +490,12 @@ def _bodies(
     max_line_bytes: int,
     on_raw: Callable[[bytes], object] | None = None,
     start: int = 0,
+    encoding: str | None = None,
 ) -> Iterator[tuple[bytes | None, int]]:
     r"""Yield runs of whole lines, without the last one's `\n`; None stands for one long line.
 
-    With each, the raw byte at which the next one begins; it says nothing of a compressed file.
+    With each, the raw byte at which the next one begins; it says nothing of a file that is
+    not `is_seekable`.
     """
     held: list[bytes] = []
     held_bytes = 0
@@ -418,7 +508,7 @@ def _bodies(
         if on_raw is not None:
             on_raw(raw)
 
-    for block in text_blocks(path, pass_on, start):
+    for block in text_blocks(path, pass_on, start, encoding):
         cut = block.rfind(b"\n")
         if cut >= 0:
             first = block.find(b"\n")

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.records import Ranges, RowSet
+from batchgen.source.files import InputStat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,13 @@ class Segment:
     """Content hash: equal means unchanged although the version differs."""
     num_rows: int
     """Physical rows that belong to the job."""
+    keys: int | None = None
+    """Of JSONL: which of `Plan.keys` it has. Plans of before 0.2 looked at first rows only."""
+
+    @property
+    def stat(self) -> InputStat:
+        """What tells that the file is still the same."""
+        return InputStat(self.size_bytes, self.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,9 @@ class Plan:
     counts_lines: bool = False
     """Of CSV: a bad record over several lines counts as that many rows. Plans of before 0.2
     counted it as one, which hid how much a quote that is not closed had swallowed."""
+    keys: Sequence[Mapping[str, str]] = ()
+    """Of JSONL: what keys files have, key -> kinds of values, joined by commas; each combination
+    once."""
 
     @property
     def prefix(self) -> str:

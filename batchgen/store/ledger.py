@@ -101,7 +101,8 @@ class Ledger:
             fields.pop("base", None)  # As it was before there could be several.
             found = fields.pop("bases", ())
             bases = tuple(Base(**{**one, "parts": tuple(one.get("parts", ()))}) for one in found)
-            return Plan(**fields, segments=segments, bases=bases)
+            keys = tuple(fields.pop("keys", ()))
+            return Plan(**fields, segments=segments, bases=bases, keys=keys)
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
 

@@ -40,6 +40,7 @@ _AHEAD_ROWS = 2**17
 """How far a row may have moved to be found: at least this, at most three times as far."""
 MAX_SPANS = 500_000
 """Most spans of a pair of plans: beyond, reading rows costs less memory than telling them apart."""
+_LARGE_BYTES, _MOST_TIMES = 64 << 20, 64
 DIGESTS = "_batchgen/rows"
 
 
@@ -51,12 +52,18 @@ def digests_of(digest: str) -> str:
 class DigestFile:
     """Collects the digests of one file while it is scanned; nothing is there until `commit`."""
 
-    def __init__(self, storage: LocalStorage) -> None:
+    def __init__(self, storage: LocalStorage, input_bytes: int = 2**63) -> None:
         """Begin.
+
+        Args:
+            storage: The output.
+            input_bytes: Size of the input file. A file of nearly nothing but line ends has
+                digests that are a thousand times as large: not worth keeping.
 
         Raises:
             StorageError: The temp file cannot be created.
         """
+        self._most_bytes = _LARGE_BYTES + _MOST_TIMES * input_bytes
         self._storage = storage
         self._pending = storage.begin(f"{DIGESTS}/scan")
         self._error: OSError | None = None
@@ -65,7 +72,7 @@ class DigestFile:
     def add(self, digests: bytes) -> None:
         """Append; an error waits for `commit`, so that readers hear of none but their own."""
         self._num_bytes += len(digests)
-        if self._error is None:
+        if self._error is None and self._num_bytes <= self._most_bytes:
             try:
                 self._pending.write(digests)
             except OSError as error:
@@ -80,7 +87,7 @@ class DigestFile:
         if self._error is not None:
             self.discard()
             raise storage_error(self._storage.path(DIGESTS), self._error) from self._error
-        if self._num_bytes:
+        if 0 < self._num_bytes <= self._most_bytes:
             self._pending.commit(f"{digest}.bin")
         else:
             self.discard()

@@ -170,8 +170,8 @@ class MovingReader:
         self._reader = reader
         self._change = change
 
-    def scan(self, path, on_rows=None):
-        found = self._reader.scan(path, on_rows)
+    def scan(self, path, on_rows=None, on_block=int):
+        found = self._reader.scan(path, on_rows, on_block)
         self._change(Path(path))
         return found
 

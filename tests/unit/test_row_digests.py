@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.core.errors import StorageError
-from batchgen.source.text import DIGEST_BYTES, NO_DIGEST, scan_rows
+from batchgen.source.text import DIGEST_BYTES, NO_DIGEST, scan_lines
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.matching import DIGESTS, DigestFile, blocks, digest_reader, digests_of
 from tests.harm import overwrite
@@ -39,7 +39,7 @@ def test_a_lines_digest_is_the_first_half_of_its_sha256(tmp_path):
     lines = [b'{"a": 1}', b"", b"{bad", '{"a": "\u00e9"}\r'.encode(), b'{"a": 1}']
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     told = []
-    scan = scan_rows(str(tmp_path / "in.jsonl"), told.append)
+    scan = scan_lines(str(tmp_path / "in.jsonl"), told.append)
     assert b"".join(told) == b"".join(hashlib.sha256(line).digest()[:16] for line in lines)
     assert scan.num_rows == len(lines)
     assert scan.digest == hashlib.sha256(b"\n".join(lines)).hexdigest()

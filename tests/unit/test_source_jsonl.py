@@ -8,7 +8,7 @@ import pytest
 
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges
-from batchgen.source.columns import parse_field, type_word
+from batchgen.source.columns import parse_field, planned, type_word
 from batchgen.source.jsonl import JsonlReader
 from batchgen.source.reading import ReadSpec
 
@@ -194,15 +194,25 @@ def test_values_are_carried_down_to_254_levels(tmp_path):
         (["a", 1], "json"),
         ([[1]], "json"),
         ([{}], "json"),
-        (["a"] * 19 + [["stray"]], "string"),
-        (["a"] * 18 + [["stray"]], "json"),
-        ([1] * 19 + ["stray"], "int64"),
-        ([1] * 38 + [2.5, "stray"], "float64"),
+        (["a"] * 1999 + [["stray"]], "json"),
+        ([1] * 19 + ["stray"], "json"),
+        ([None] * 1500 + [[1]], "json"),
+        ([1] * 1500 + [2.5], "float64"),
+        ([1] * 1500 + [2.5, 2**60], "json"),
+        ([1] * 1500 + [2**63 - 1, -(2**63)], "int64"),
+        ([1] * 1500 + [2**63], "json"),
+        ([0.5] * 1500 + [1e300], "float64"),
+        ([0.5] * 1500 + [2**64], "json"),
+        ([0.5] * 1500 + [-(2**70)], "json"),
     ],
 )
 def test_planned_types(tmp_path, values, word):
     path = write(tmp_path, *(json.dumps({"v": value}).encode() for value in values))
-    assert [type_word(field) for field in READER.columns([path], {})] == [word]
+    found = READER.scan(path).columns
+    assert [type_word(field) for field in planned([found], {}, path)] == [word]
+    assert sum(kind.num for kind in found["v"].values()) == sum(it is not None for it in values)
+    if len(values) < 1000:
+        assert [type_word(field) for field in READER.columns([path], {})] == [word]
 
 
 def test_types_are_planned_over_all_files_and_bad_rows_do_not_count(tmp_path):
@@ -247,7 +257,11 @@ def test_where_never_drops_an_error_row_and_reads_planned_types(tmp_path):
         (b"PAR1....", "a.jsonl", "is not text: it looks like Parquet; name it .parquet"),
         (b"\x1f\x8b\x08", "a.jsonl", "is not text: it looks like gzip; add .gz to its name"),
         (b"\x28\xb5\x2f\xfd", "a.jsonl", "is not text: it looks like zstd; add .zst to its name"),
-        (b"\xff\xfe{\0", "a.jsonl", "is not text: it looks like UTF-16 text; convert it to UTF-8"),
+        (
+            b"\xff\xfe{\0",
+            "a.jsonl",
+            'is not UTF-8: it looks like UTF-16; set input.encoding = "utf-16"',
+        ),
         (b"{}", "a.jsonl.gz", "is not gzip, though its name says so; rename or compress it"),
         (b"{}", "a.jsonl.zst", "is not zstd, though its name says so; rename or compress it"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges
 from batchgen.source import text as blocks
-from batchgen.source.text import BOM, LineIndex, LineIndexes, read_lines, scan_lines
+from batchgen.source.text import BOM, LineIndex, LineIndexes, read_lines, scan_blocks, scan_lines
 
 LINES = [f"line {n} {random.Random(n).random()}".encode() for n in range(50_000)]
 DATA = b"\n".join(LINES)
@@ -45,7 +45,6 @@ def collect(path: str, todo: Ranges, batch_rows: int = 1000, **options):
         (b"a", [b"a"]),
         (b"a\n", [b"a"]),
         (b"a\n\n", [b"a", b""]),
-        (b"\n", [b""]),
         (b"\xef\xbb\xbfa\n\xef\xbb\xbfb", [b"a", b"\xef\xbb\xbfb"]),
         (b"a\x0cb\x0b\xe2\x80\xa8\n\rc", [b"a\x0cb\x0b\xe2\x80\xa8", b"\rc"]),
     ],
@@ -53,7 +52,7 @@ def collect(path: str, todo: Ranges, batch_rows: int = 1000, **options):
 def test_lines_end_at_newlines_and_nowhere_else(tmp_path, content, lines):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    assert scan_lines(str(path)).num_rows == len(lines)
+    assert scan_lines(str(path)).num_rows == scan_blocks(str(path)).num_rows == len(lines)
     assert collect(str(path), Ranges.until(len(lines))) == ([*range(len(lines))], lines, None)
 
 
@@ -67,18 +66,22 @@ def test_the_wanted_lines_are_found_across_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1, 3, 8, 100])
-@given(data=st.binary(max_size=60).map(lambda b: bytes(c % 4 + 8 for c in b)))
+@given(data=st.binary(max_size=60).map(lambda b: bytes(b"\nab\r"[c % 4] for c in b)))
 def test_long_lines_keep_their_place(tmp_path_factory, limit, data):
     path = tmp_path_factory.mktemp("long") / "a.txt"
     path.write_bytes(data)
     expected = data.split(b"\n")
     expected = expected[:-1] if not expected[-1] else expected
-    found = [
-        line
-        for _, lines in read_lines(str(path), Ranges.until(len(expected)), 5, max_line_bytes=limit)
-        for line in lines
-    ]
-    assert found == [line if len(line) <= limit else None for line in expected]
+    found, blank = {}, set()
+    for some in read_lines(str(path), Ranges.until(len(expected)), 5, max_line_bytes=limit):
+        found |= zip(some.rows, some.lines, strict=True)
+        blank |= {*some.blank}
+    assert found | dict.fromkeys(blank, b"") == {
+        row: b"" if row in blank else line if len(line) <= limit else None
+        for row, line in enumerate(expected)
+    }
+    assert all(not expected[row].strip() for row in blank)
+    assert not found.keys() & blank
 
 
 def test_a_long_line_is_not_held_in_memory(tmp_path):
@@ -99,7 +102,7 @@ def test_a_long_line_is_not_held_in_memory(tmp_path):
 def test_batches_are_bounded_in_bytes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\n".join([b"x" * (5 << 20)] * 10))
-    sizes = [len(lines) for _, lines in read_lines(str(path), Ranges.until(10), 1000)]
+    sizes = [len(some.lines) for some in read_lines(str(path), Ranges.until(10), 1000)]
     assert sizes == [7, 3]
 
 
@@ -115,27 +118,23 @@ PACK = {"gz": gzip.compress, "zst": zstandard.compress}
 
 
 @pytest.mark.parametrize(("suffix", "name"), [("gz", "gzip"), ("zst", "zstd")])
-def test_a_truncated_file_gives_its_rows_and_then_ends_early(tmp_path, suffix, name):
+def test_a_truncated_file_ends_early(tmp_path, suffix, name):
     path = tmp_path / f"a.jsonl.{suffix}"
     packed = PACK[suffix](DATA)
     path.write_bytes(packed[: len(packed) * 3 // 4])
-    rows, lines, error = collect(str(path), Ranges.until(len(LINES)), batch_rows=len(LINES))
+    *_, error = collect(str(path), Ranges.until(len(LINES)), batch_rows=len(LINES))
     text = f"{path}: input ends early: the {name} stream is cut off; copy it again"
     assert str(error) == text
-    assert len(rows) > 20_000
-    assert rows == list(range(len(rows)))
-    assert lines == LINES[: len(rows)]
     with pytest.raises(SourceError, match="input ends early"):
         scan_lines(str(path))
 
 
 @pytest.mark.parametrize(("suffix", "name"), [("gz", "gzip"), ("zst", "zstd")])
-def test_trailing_garbage_is_refused_after_the_rows(tmp_path, suffix, name):
+def test_trailing_garbage_is_refused(tmp_path, suffix, name):
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(PACK[suffix](DATA) + b"garbage garbage")
-    with pytest.raises(SourceError, match=f"bytes after the {name} stream are not {name}"):
+    with pytest.raises(SourceError, match=f"is not {name}, or is damaged, or more follows"):
         scan_lines(str(path))
-    assert collect(str(path), Ranges.until(40_000))[:2] == ([*range(40_000)], LINES[:40_000])
 
 
 @pytest.mark.parametrize(("suffix", "name"), [("gz", "gzip"), ("zst", "zstd")])
