@@ -176,8 +176,9 @@ class InputConfig(Table):
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
     types: dict[str, str] = Field(default={})
-    """Column types. JSONL: where the guess from the first rows is not wanted. CSV: columns are
-    strings unless named here; an empty field is '' in a string and null in any other type."""
+    """Column types: string, bool, int32, int64, float64, json. A value that does not fit is an
+    error of its row. JSONL: else a type that holds all values. CSV: else strings; an empty field is
+    '' in a string and null in any other type."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Of CSV, one character. Default: a comma, in .tsv a tab."""
     encoding: str | None = None

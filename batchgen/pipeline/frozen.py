@@ -173,8 +173,8 @@ def _column_note(
     told = []
     for field in settled.carried_schema:
         firsts: dict[str, str] = {}
-        for path, columns in found.items():
-            for kind, one in columns.get(field.name, {}).items():
+        for path in settled.files:
+            for kind, one in found.get(path, {}).get(field.name, {}).items():
                 firsts.setdefault(kind, f"{kind} from {path}:{one.row + 1} on")
         now, was = type_word(field), None
         if field.name in known.names:

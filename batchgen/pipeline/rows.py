@@ -170,6 +170,7 @@ class Takeover:
             Renumbering(self._spans, self.old, self._plan),
             self._plan.takes_errors,
             self._tell,
+            frozenset(self._prepared.carried),
         )
         if self._manifest is not None:
             num_rows = [segment.num_rows for segment in self.old.segments]

@@ -300,6 +300,25 @@ def _convert(
     return pa.array(converted, data_type), misfits
 
 
+def retyped(
+    column: pa.ChunkedArray, old: pa.Field, new: pa.Field
+) -> tuple[pa.Array | pa.ChunkedArray, dict[int, str]]:
+    """Turn the values of one of our types into those of another, see `to_array`.
+
+    Numbers that were carried as floats, since others were, become integers again.
+    """
+    if old.type == new.type and is_json(old) == is_json(new):
+        return column, {}
+    if new.type not in _FITTING:
+        return column.cast(new.type), {}
+    values = column.to_pylist()
+    if is_json(old):
+        values = [None if text is None else json.loads(text) for text in values]
+    if new.type in _INT_BITS:
+        values = [int(it) if type(it) is float and it.is_integer() else it for it in values]
+    return to_array(new, values)
+
+
 def json_text(value: object) -> str:
     """Encode as compact JSON; integers keep all digits.
 

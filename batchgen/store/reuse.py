@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from batchgen.core.data import take_rows
 from batchgen.core.errors import OutputError
 from batchgen.core.records import Ranges, RowSet
+from batchgen.source.columns import retyped
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows, is_intact, rows_of
 from batchgen.store.snapshot import Index
 
@@ -198,6 +199,8 @@ class Wanted:
     """Whether rows that are errors are wanted too."""
     tell: Callable[[str], None]
     """Hears of damage."""
+    carried: frozenset[str] = frozenset()
+    """Columns of the input: those that may be new, or have another type than they had."""
 
     def of(self, table: pa.Table) -> pa.Table:
         """The wanted rows of a table in the part schema, under their new ordinals."""
@@ -233,7 +236,7 @@ def from_parts(storage: LocalStorage, parts: Sequence[Part], wanted: Wanted) -> 
             continue
         if skipped is None:
             wanted.tell(f"{part.name}: damaged; rows that cannot be read are done again")
-        found = [wanted.of(rows.cast(wanted.schema)) for rows in tables]
+        found = [wanted.of(_in_part_schema(rows, wanted)) for rows in tables]
         table = pa.concat_tables([wanted.schema.empty_table(), *found])
         yield Piece(table, wanted.moves.ranges(RowSet() if skipped is None else skipped), engine)
 
@@ -317,7 +320,7 @@ def from_snapshot(
                     if found is None:
                         num_damaged += rows.num_rows
                     else:
-                        table = wanted.of(_in_part_schema(file, found, ordinals, wanted.schema))
+                        table = wanted.of(_with_ordinals(file, found, ordinals, wanted))
                 if table.num_rows or skipped:
                     yield Piece(table, skipped, engine)
             if num_damaged:
@@ -343,18 +346,44 @@ def _gaps(
     return RowSet(found)
 
 
-def _in_part_schema(
-    file: ResultFile, rows: pa.Table, ordinals: pa.Table, schema: pa.Schema
+def _with_ordinals(
+    file: ResultFile, rows: pa.Table, ordinals: pa.Table, wanted: Wanted
 ) -> pa.Table:
     """Published rows with their ordinals."""
-    if rows.column_names != schema.names[ordinals.num_columns :]:
+    if {*wanted.schema.names[ordinals.num_columns :]} - {*rows.column_names, *wanted.carried}:
         msg = (
             f"{file.path}: has other columns than this job's parts; use the batchgen that wrote "
             "it, or begin anew with --fresh"
         )
         raise OutputError(msg)
-    columns = [*ordinals.columns, *rows.columns]
-    return pa.table(dict(zip(schema.names, columns, strict=True))).cast(schema)
+    for at, name in enumerate((SEGMENT, ROW)):
+        rows = rows.add_column(at, ordinals.schema.field(at).with_name(name), ordinals.column(at))
+    return _in_part_schema(rows, wanted)
+
+
+def _in_part_schema(rows: pa.Table, wanted: Wanted) -> pa.Table:
+    """Rows with the columns of now: carried ones may be new, or have another type.
+
+    A row with a value that the new type does not hold is left out. There is none, unless somebody
+    else wrote the file: a type follows from all values of the input.
+    """
+    columns: list[pa.ChunkedArray | pa.Array] = []
+    misfits: set[int] = set()
+    for field in wanted.schema:
+        if field.name in wanted.carried and field.name not in rows.column_names:
+            columns.append(pa.nulls(rows.num_rows, field.type))
+        elif field.name in wanted.carried:
+            old = rows.schema.field(field.name)
+            column, bad = retyped(rows.column(field.name), old, field)
+            columns.append(column)
+            misfits.update(bad)
+        else:
+            columns.append(rows.column(field.name).cast(field.type))
+    table = pa.Table.from_arrays(columns, schema=wanted.schema)
+    if not misfits:
+        return table
+    fitting = [at for at in range(len(table)) if at not in misfits]
+    return take_rows(table, pa.array(fitting, pa.int64()))
 
 
 class Source(NamedTuple):
