@@ -13,7 +13,6 @@ is held against the present: what changed, what came, and whether each row is st
 
 from __future__ import annotations
 
-import base64
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,8 +24,8 @@ from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.expressions import parse_row_test
 from batchgen.core.records import Ranges, RowSet
 from batchgen.job.model import is_url
-from batchgen.pipeline.prepare import check_columns, planned_columns
-from batchgen.source.columns import kinds_of, planned, type_word
+from batchgen.pipeline.prepare import check_columns
+from batchgen.source.columns import kinds_of, planned, read_schema, schema_text, type_word
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
 from batchgen.store.books import Plan, Segment
@@ -107,7 +106,7 @@ def freeze(
         recipe_fingerprint=prepared.recipe_fingerprint,
         input_format=prepared.format,
         columns=[f"{field.name}: {field.type}" for field in settled.columns],
-        schema=base64.b64encode(settled.columns.serialize().to_pybytes()).decode(),
+        schema=schema_text(settled.columns),
         carried=settled.carried,
         segments=segments,
         is_cut=not left,
@@ -169,7 +168,7 @@ def _column_note(
 ) -> str | None:
     """Say which columns are not as first rows, or the plan before, had them."""
     is_later = before.seen is not None and bool(before.bases)
-    known = planned_columns(before.seen) if before.seen and is_later else prepared.columns
+    known = read_schema(before.seen.schema) if before.seen and is_later else prepared.columns
     told = []
     for field in settled.carried_schema:
         firsts: dict[str, str] = {}

@@ -7,7 +7,6 @@ exact content, not a moving branch. `frozen` makes a plan of what is prepared he
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,6 +26,7 @@ from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
+from batchgen.source.columns import read_schema
 from batchgen.source.csv import delimiter_hint
 from batchgen.source.files import stat_input
 from batchgen.source.formats import find_files, reader_for
@@ -312,7 +312,7 @@ class Checked:
         reader = _reader(self.job, plan.input_format, counts_lines=plan.counts_lines)
         files = [segment.path for segment in plan.segments]
         read_by = (plan.input_format, reader)
-        return self._prepared(read_by, files, planned_columns(plan), plan.carried)
+        return self._prepared(read_by, files, read_schema(plan.schema), plan.carried)
 
     def with_input(self, seen: Plan | None = None) -> Prepared:
         """Return the job with its input as it is now.
@@ -329,7 +329,7 @@ class Checked:
         reader = _reader(job, found.format)
         columns = reader.columns(found.paths, job.input.types)
         if not columns.names and seen is not None and seen.input_format == found.format:
-            columns = planned_columns(seen)
+            columns = read_schema(seen.schema)
         carried = columns.names if job.input.columns is None else job.input.columns
         check_columns(job, self.builder, self.answer, columns)
         prepared = self._prepared((found.format, reader), found.paths, columns, carried)
@@ -556,11 +556,6 @@ def as_text(outcome: Prompt | RowError) -> str:
     if isinstance(outcome, str):
         return outcome
     return "\n".join(f"[{message['role']}]\n{message.get('content')}" for message in outcome)
-
-
-def planned_columns(plan: Plan) -> pa.Schema:
-    """Read the input's columns as the plan froze them."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(plan.schema)))
 
 
 def engine_spec(

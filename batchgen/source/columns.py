@@ -9,6 +9,7 @@ JSON text, strings with their quotes, so that any value comes back exactly.
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -224,6 +225,16 @@ def fits(data_type: pa.DataType, value: object) -> bool:
         except OverflowError:
             return False
     return True
+
+
+def schema_text(columns: pa.Schema) -> str:
+    """Write columns as plans have them: Arrow's IPC format in base64."""
+    return base64.b64encode(columns.serialize().to_pybytes()).decode()
+
+
+def read_schema(text: str) -> pa.Schema:
+    """Read what `schema_text` wrote."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 
 def override(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from dataclasses import asdict, replace
@@ -27,7 +26,6 @@ from batchgen.pipeline.prepare import (
     check,
     first_prompts,
     job_changes,
-    planned_columns,
     prepare,
 )
 from batchgen.pipeline.rows import missing
@@ -68,7 +66,7 @@ def test_a_plan_freezes_files_columns_and_recipe(tmp_path, prepared):
         assert segment.version == str(Path(segment.path).stat().st_mtime_ns)
     assert list(plan.columns) == ["id: string", "text: string", "n: int64"]
     assert list(plan.carried) == ["id", "text", "n"]
-    assert planned_columns(plan) == job.columns
+    assert read_schema(plan.schema) == job.columns
     assert plan.recipe_fingerprint == job.recipe_fingerprint
     assert plan.job["input"] == {
         "where": None,
@@ -100,7 +98,7 @@ def test_a_plan_that_went_through_the_ledger_shows_no_change(prepared, storage):
     again = ledger.latest_plan()
     assert again == plan
     assert changes(again, job) == []
-    assert planned_columns(again) == job.columns
+    assert read_schema(again.schema) == job.columns
 
 
 def test_preparing_says_what_will_be_read(prepared):
@@ -358,7 +356,7 @@ def test_columns_are_read_as_the_plan_froze_them(tmp_path, prepared):
     job = prepared([{"text": "a", "n": 1}, {"text": "b", "n": 2}])
     plan = freeze(job, 1)
     as_float = pa.schema([("text", pa.string()), ("n", pa.float64())])
-    schema = base64.b64encode(as_float.serialize().to_pybytes()).decode()
+    schema = schema_text(as_float)
     again = prepare(job.job, replace(plan, schema=schema))
     (found,) = read_rows(plan, RowSet({0: Ranges.until(2)}), again.reader, again.spec())
     assert found.carried.schema.field("n").type == pa.float64()
@@ -378,7 +376,7 @@ def test_a_plan_of_parquet_keeps_the_files_types(tmp_path, make_job):
     assert (
         Plan(**kept | {"segments": plan.segments, "bases": plan.bases, "keys": plan.keys}) == plan
     )
-    assert planned_columns(plan).field("chat").type == data_type
+    assert read_schema(plan.schema).field("chat").type == data_type
     (found,) = read_rows(plan, RowSet({0: Ranges.of([1])}), job.reader, job.spec())
     assert found.values == [{"chat": [{"role": "user", "content": "hi"}]}]
 
