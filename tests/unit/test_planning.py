@@ -29,6 +29,7 @@ from batchgen.pipeline.prepare import (
     prepare,
 )
 from batchgen.pipeline.rows import missing
+from batchgen.source.columns import read_schema, schema_text
 from batchgen.store.books import Durable, Part, PartFooter, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import is_same_reading
