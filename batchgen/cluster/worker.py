@@ -262,6 +262,8 @@ class Worker:
                 worker=self._init.number,
                 run_id=self._init.run_id,
             )
+        # Others take their shares of it: what is left to us is not known.
+        self._engine.expect(self._stages.work_of(begin.plan.num_rows))
         self._begun = begin
         self._inbox.say(messages.Ready(not input_changes(begin.plan, prepared.reader)))
 

@@ -211,6 +211,10 @@ class WorkLeft(NamedTuple):
     """An answer's, at most."""
     prompt_tokens: int | None = None
     """A row's, at most; None: nobody knows."""
+    rows_per_s: float | None = None
+    """In the last run; None: there was none."""
+    is_compiled: bool = False
+    """The last run had the model compiled, so that vLLM's cache holds it."""
 
 
 @dataclass(frozen=True, slots=True)

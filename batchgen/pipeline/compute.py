@@ -12,6 +12,7 @@ the one to use.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 import time
@@ -39,7 +40,7 @@ from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
 from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.store.books import PARTS
+from batchgen.store.books import PARTS, STATE
 from batchgen.store.result_files import PartContext, PartWriter, ResultFile
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 
 
 _MAX_LENGTHS = 20_000
+_MAX_EPOCHS = 20
 _LIVE_EVERY_S = 2.0
 
 
@@ -105,6 +107,7 @@ class Stages:
         self._plan = plan
         self._ids = itertools.count()
         self._seeds = Seeds(prepared.job.sampling, plan.seed_generation)
+        self._ledger = ledger
         self._lengths = lengths_of(prepared.job, ledger)
         output = prepared.job.output
         context = PartContext(
@@ -150,9 +153,9 @@ class Stages:
         """Make requests of rows; `deduper` says which are to be computed."""
         return feed_batches(rows, self.builder(), deduper)
 
-    def work_of(self, rows: RowSet) -> WorkLeft:
+    def work_of(self, num_rows: int) -> WorkLeft:
         """Say how much some rows are."""
-        return work_of(rows, self._prepared.job, self._lengths)
+        return work_of(num_rows, self._prepared.job, self._lengths, self._ledger)
 
     def own(self, request: Request) -> Request:
         """Give a request that another process has made an id of this one's."""
@@ -212,11 +215,27 @@ def lengths_of(job: JobConfig, ledger: Ledger) -> Lengths:
     return Lengths(job.sampling.max_tokens, bool(job.sampling.ignore_eos), means)
 
 
-def work_of(rows: RowSet, job: JobConfig, lengths: Lengths) -> WorkLeft:
+def work_of(num_rows: int, job: JobConfig, lengths: Lengths, ledger: Ledger) -> WorkLeft:
     """Say how much some rows are, with room to spare: earlier answers' means are no bounds."""
     means, most = lengths.means, job.sampling.max_tokens
     output_tokens = min(most, math.ceil(2 * max(means.values(), default=most)))
-    return WorkLeft(rows.num_rows, output_tokens, 2 ** max(means) if means else None)
+    return WorkLeft(
+        num_rows, output_tokens, 2 ** max(means) if means else None, *_last_speed(ledger)
+    )
+
+
+def _last_speed(ledger: Ledger) -> tuple[float | None, bool]:
+    """Rows per second of the last run, and whether its engine had the model compiled."""
+    storage = ledger.storage
+    for name in reversed(storage.list(f"{STATE}/epochs")[-_MAX_EPOCHS:]):
+        with suppress(StorageError, ValueError, LookupError, TypeError, AttributeError):
+            claim = json.loads(storage.read(name) or b"{}")
+            path = f"{STATE}/runs/{claim['run_id']}/summary.json"
+            found = json.loads(storage.read(path) or b"{}")
+            speed, settings = found["run"]["requests_per_s"], found["engine"]["settings"]
+            if speed > 0 and not claim.get("is_trial"):
+                return float(speed), "cudagraph_capture_sizes" in settings
+    return None, False
 
 
 def _past_lengths(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int | None]]:
@@ -475,7 +494,7 @@ class OneEngine:
         self._prepare(work.prepared)
         engine, stages, context = self._engine, work.stages, self._context
         if not context.is_trial:  # Its figures are to hold for much more work than it has.
-            engine.expect(stages.work_of(rows))
+            engine.expect(stages.work_of(rows.num_rows))
         left: Future[Rows] = Future()
 
         def read() -> Iterator[RowBatch]:  # In the feeder's thread.

@@ -53,8 +53,7 @@ from batchgen.store.runs import RunLock
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.core.records import EngineSpec
-    from batchgen.engine.order import Lengths
+    from batchgen.core.records import EngineSpec, WorkLeft
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.rows import Takeover
@@ -350,6 +349,7 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
     spec = prepared.engine_spec(None)
     past = last_run(ledger.storage, prepared)
     max_len, source = max_model_len(spec, past)
+    work = work_of(ahead.todo.num_rows, job, lengths_of(job, ledger), ledger)
     found = _survey(ahead, spec, options, max_len) if ahead.todo else None
     reason = ahead.begun.nothing_to_do
     return Forecast(
@@ -364,7 +364,7 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
         survey=found,
         max_model_len=max_len,
         max_model_len_source=source,
-        settings=_settings(ahead, spec, past, lengths_of(job, ledger)),
+        settings=_settings(job, spec, past, work),
         past=past,
         estimate=_estimate(found, spec, past, options) if found is not None else None,
         warnings=warnings,
@@ -512,12 +512,10 @@ def _estimate(
 
 
 def _settings(
-    ahead: _Ahead, spec: EngineSpec, past: PastRun | None, lengths: Lengths
+    job: JobConfig, spec: EngineSpec, past: PastRun | None, work: WorkLeft
 ) -> Mapping[str, Any]:
     """What a run would choose for its engine, as far as that is known without vLLM."""
-    work = work_of(ahead.todo, ahead.prepared.job, lengths)
     found = choose_settings(replace(spec, work=work), past.max_num_seqs if past else None)
-    job = ahead.prepared.job
     is_open = job.run.engines_per_gpu == "auto" and not (job.tuned and job.tuned.settings)
     if is_open and (num := engines_for(spec)) > 1 and is_enough(spec, work):
         found["engines_per_gpu"] = num

@@ -19,12 +19,14 @@ from batchgen.engine.vllm.settings import (
     capture_sizes,
     choose_settings,
     known_keywords,
+    pays_to_compile,
     settings_text,
 )
 from batchgen.job.recipe import SPEED_OPTIONS, diff, fingerprint, without_speed
 from tests.fakes import FakeEngine, ask
 
-MUCH = WorkLeft(100_000, 256)
+LONG = WorkLeft(1_000_000, 1024)
+SHORT_NIGHT = WorkLeft(7_000, 256)
 LITTLE = WorkLeft(200, 64)
 
 
@@ -32,64 +34,91 @@ def spec_of(work=None, defaults="batchgen", **kwargs):
     return EngineSpec("vllm", "model", kwargs, {}, defaults=defaults, work=work)
 
 
-@given(st.integers(CAPTURED + 1, 5000))
+@given(st.integers(1, 5000))
 def test_graphs_reach_all_rows_that_run_at_once(seqs):
     sizes = capture_sizes(seqs)
     assert sizes[-1] == seqs
     assert sizes == sorted(set(sizes))
     # A step of any size finds a graph that is not much larger.
     for low, high in pairwise(sizes):
-        assert high - low <= max(16, low / 4, 1)
-    assert len(sizes) <= 51 + (seqs - 512) / 64  # No more than vLLM's own, of which there are 51.
+        assert high - low <= max(8, low / 2)
+    assert len(sizes) <= 27 + max(0, seqs - 1024) / 128
 
 
-@pytest.mark.parametrize("work", [None, MUCH, WorkLeft(30_000, 8, 4000)])
-def test_much_work_gets_graphs_for_what_vllm_runs_at_once(work):
+@pytest.mark.parametrize("work", [None, LONG, WorkLeft(500_000, 8, 4000)])
+def test_long_work_is_compiled_with_graphs_for_what_vllm_runs_at_once(work):
     chosen = choose_settings(spec_of(work), 1024)
     assert chosen == {"cudagraph_capture_sizes": capture_sizes(1024)}
-    assert "1,024 rows" in settings_text(chosen)
+    assert settings_text(chosen) == "CUDA graphs for up to 1,024 rows at once"
     assert choose_settings(spec_of(work, max_num_seqs=768), 1024) == {
         "cudagraph_capture_sizes": capture_sizes(768)
     }
 
 
-@pytest.mark.parametrize("usual", [None, 64, 256, 512])
+@pytest.mark.parametrize("usual", [None, 64, 256, CAPTURED])
 def test_vllms_own_settings_stay_where_they_reach_far_enough_or_nothing_is_known(usual):
-    assert choose_settings(spec_of(MUCH), usual) == {}
+    assert choose_settings(spec_of(LONG), usual) == {}
+    assert choose_settings(spec_of(LITTLE), None) == {}
     assert settings_text({}) == ""
 
 
-@pytest.mark.parametrize("usual", [None, 256, 1024])
-def test_little_work_is_not_compiled_for(usual):
-    chosen = choose_settings(spec_of(LITTLE), usual)
-    assert chosen == {"optimization_level": 0}
-    assert settings_text(chosen).startswith("little to do")
+@pytest.mark.parametrize(
+    ("work", "at_once"),
+    [(SHORT_NIGHT, 1024), (LITTLE, 200), (WorkLeft(1, 5), 1), (WorkLeft(0, 5), 1)],
+)
+def test_a_short_night_is_not_compiled_for_and_has_graphs_for_its_rows(work, at_once):
+    chosen = choose_settings(spec_of(work), 1024)
+    config = chosen["compilation_config"]
+    assert list(chosen) == ["compilation_config"]
+    assert (config["mode"], config["cudagraph_mode"]) == (0, "FULL_DECODE_ONLY")
+    assert config["cudagraph_capture_sizes"] == capture_sizes(at_once)
+    assert f"{at_once:,} rows at once; not compiled" in settings_text(chosen)
 
 
-@given(st.integers(1, 10**6), st.integers(1, 4096), st.one_of(st.none(), st.integers(1, 10**5)))
-def test_more_work_never_makes_the_start_lighter(num_rows, output_tokens, prompt_tokens):
-    def is_light(work):
-        return "optimization_level" in choose_settings(spec_of(work), 1024)
+def test_several_answers_a_row_run_at_once():
+    spec = replace(spec_of(WorkLeft(100, 64)), sampling_params={"n": 4})
+    sizes = choose_settings(spec, 1024)["compilation_config"]["cudagraph_capture_sizes"]
+    assert sizes[-1] == 400
 
-    work = WorkLeft(num_rows, output_tokens, prompt_tokens)
-    for more in (work._replace(num_rows=2 * num_rows), work._replace(output_tokens=9999)):
-        assert is_light(work) or not is_light(more)
+
+@given(
+    st.integers(1, 10**7),
+    st.integers(1, 4096),
+    st.one_of(st.none(), st.integers(1, 10**5)),
+    st.one_of(st.none(), st.floats(0.01, 10_000)),
+)
+def test_more_work_never_makes_the_start_lighter(num_rows, output_tokens, prompt_tokens, speed):
+    work = WorkLeft(num_rows, output_tokens, prompt_tokens, speed)
+    if pays_to_compile(work, 1):
+        assert pays_to_compile(work._replace(num_rows=2 * num_rows), 1)
+        assert pays_to_compile(work._replace(is_compiled=True), 1)
+        assert pays_to_compile(work, 2)
+
+
+@pytest.mark.parametrize(
+    ("hours", "is_compiled", "pays"),
+    [(0.1, False, False), (0.1, True, False), (0.25, True, True), (0.3, False, False),
+     (0.7, False, True)],
+)  # fmt: skip
+def test_the_last_runs_speed_says_how_long_the_work_is(hours, is_compiled, pays):
+    work = WorkLeft(int(3600 * hours * 50), 1000, 100, 50.0, is_compiled)
+    assert pays_to_compile(work, 1) is pays
 
 
 @pytest.mark.parametrize("name", sorted(OWN_CHOICE))
 def test_a_job_that_says_something_itself_is_left_alone(name):
-    for work in (MUCH, LITTLE):
+    for work in (LONG, LITTLE):
         assert choose_settings(spec_of(work, **{name: None}), 1024) == {}
 
 
-@pytest.mark.parametrize("work", [None, MUCH, LITTLE])
+@pytest.mark.parametrize("work", [None, LONG, LITTLE])
 def test_one_option_leaves_all_to_vllm(work):
     assert choose_settings(spec_of(work, defaults="vllm"), 1024) == {}
 
 
 def test_what_is_chosen_is_no_part_of_the_recipe_and_known_to_vllm():
     chosen = {
-        *choose_settings(spec_of(MUCH), 1024),
+        *choose_settings(spec_of(LONG), 1024),
         *choose_settings(spec_of(LITTLE), 1024),
     }
     assert chosen <= SPEED_OPTIONS
@@ -190,5 +219,5 @@ def test_an_engine_that_is_up_or_does_not_care_is_told_too():
     for made in (Hearing(), FakeEngine()):
         engine = SupervisedEngine(lambda _, made=made: made, lambda: replace(spec_of(), work=None))
         engine.start()
-        engine.expect(MUCH)
-        assert getattr(made, "heard", MUCH) == MUCH
+        engine.expect(LONG)
+        assert getattr(made, "heard", LONG) == LONG

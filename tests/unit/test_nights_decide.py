@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from batchgen.core.errors import (
     RecipeChangedError,
     SourceError,
 )
-from batchgen.core.records import Ranges, RowError, RowSet
+from batchgen.core.records import Ranges, RowError, RowSet, WorkLeft
 from batchgen.job.recipe import fingerprint
+from batchgen.pipeline.compute import lengths_of, work_of
 from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.frozen import Before, freeze
@@ -578,3 +580,29 @@ def test_a_plan_of_a_batchgen_that_took_speed_for_recipe_is_gone_on_with(lab, en
     assert begun.plan.recipe_fingerprint == old.recipe_fingerprint
     with pytest.raises(RecipeChangedError, match="seed"):
         lab.decide(model={"engine": {**engine, "seed": 1}})
+
+
+def test_what_is_left_is_told_with_the_last_runs_speed(lab):
+    job = lab.decide().prepared.job
+
+    def left():
+        return work_of(100, job, lengths_of(job, lab.ledger), lab.ledger)
+
+    def write(run_id, speed, settings, **claim):
+        lab.ledger.claim(plan, run_id, claim)
+        summary = {"run": {"requests_per_s": speed}, "engine": {"settings": settings}}
+        path = f"{STATE}/runs/{run_id}/summary.json"
+        lab.ledger.storage.replace(path, json.dumps(summary).encode())
+
+    assert left() == WorkLeft(100, job.sampling.max_tokens)
+    plan = lab.plan()
+    write("run-1", 5.0, {"cudagraph_capture_sizes": [1]})
+    assert (left().rows_per_s, left().is_compiled) == (5.0, True)
+    write("run-2", 7.0, {"compilation_config": {"mode": 0}})
+    assert (left().rows_per_s, left().is_compiled) == (7.0, False)
+    write("trial", 9.0, {}, is_trial=True)
+    write("nothing-done", 0.0, {})
+    lab.ledger.claim(plan, "killed", {})
+    lab.ledger.storage.replace(f"{STATE}/runs/torn/summary.json", b"[1")
+    lab.ledger.claim(plan, "torn", {})
+    assert left().rows_per_s == 7.0

@@ -205,9 +205,6 @@ class VllmEngine:
         if spec.num_sharing > 1 and not self._is_cpu:
             self._settings = {**self._settings, **shared_memory(spec, own)}
         kwargs = {**own, **self._settings, "structured_outputs_config": config}
-        if "optimization_level" in self._settings and gpus_of(kwargs, is_cpu=False) == 1:
-            # A core in a process of its own would import all of vLLM a second time.
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         turn = None if self._is_cpu else turn_file(os.environ)
         try:
             with turn_to_start(turn, is_alone="kv_cache_memory_bytes" not in kwargs):

@@ -67,15 +67,19 @@ OWN_CHOICE = frozenset(
 CAPTURED = 512
 """So many rows vLLM has CUDA graphs for by itself, at most: config/vllm.py, _set_cudagraph_sizes,
 0.26 to 0.33 (data-center Blackwell: 1,024)."""
-LIGHT_STEPS = 600
-"""Steps of little work. A step without compiling and without graphs takes some 20 ms longer
-whatever is in it, a start with both 14 s (all compiled the night before) to 45 s longer: 8B shape,
-H200, vLLM 0.26."""
-FEW_SEQS = 256
-"""Rows that run at once, where nobody knows: vLLM's least default on a GPU."""
-USUAL_PROMPT_TOKENS = 1000
-USUAL_BATCHED_TOKENS = 8192
-"""Prompt tokens of a step: vLLM's least default on a GPU."""
+NOT_COMPILED: Mapping[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+"""Of `compilation_config`: nothing is compiled, and only steps that decode have graphs. vLLM takes
+the graphs back where an attention backend has none: config/compilation.py, 0.26 to 0.33."""
+COMPILE_S, CACHED_COMPILE_S = 50.0, 16.0
+"""What a start takes longer where the model is compiled; and where vLLM's cache holds it: ready
+after 98 and 50 s instead of 34 s (8B shape, H200, vLLM 0.26)."""
+DECODE_GAIN, PREFILL_GAIN = 0.03, 0.08
+"""Share of its time that compiling wins: 25.0 instead of 24.3 k tokens/s decoded; of reading
+prompts it is a guess."""
+DECODED_PER_S, READ_PER_S = 20_000, 50_000
+"""Tokens that the same shape decodes and reads, for jobs that have not run yet."""
+TYPICAL_PROMPT, TYPICAL_ANSWER = 500, 512
+"""Tokens; answers are rarely as long as they may be."""
 
 ENVIRONMENT = {
     # It phones home otherwise.
@@ -211,8 +215,9 @@ def leaves_open(kwargs: Mapping[str, Any]) -> bool:
 def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
     """Choose what the job leaves open; nothing of it changes an answer but by rounding.
 
-    Two ways only, since vLLM's compile cache is keyed by these settings, too: with other graphs
-    every night it would compile every night (CompilationConfig.compute_hash, 0.26 to 0.33).
+    CUDA graphs for as many rows as run at once; and nothing is compiled, unless the work is so
+    long that it pays. What is compiled always has the same graphs, since they are in the key of
+    vLLM's compile cache (CompilationConfig.compute_hash, 0.26 to 0.33).
 
     Args:
         spec: Of the engine; its `defaults` say whether to choose at all.
@@ -224,28 +229,40 @@ def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
     if spec.defaults != "batchgen" or spec.model_kwargs.keys() & OWN_CHOICE:
         return {}
     seqs = spec.model_kwargs.get("max_num_seqs") or usual_seqs
-    if spec.work is not None and count_steps(spec, spec.work, seqs or FEW_SEQS) < LIGHT_STEPS:
-        return {"optimization_level": 0}
-    if not isinstance(seqs, int) or seqs <= CAPTURED:
+    if not isinstance(seqs, int):
         return {}
-    return {"cudagraph_capture_sizes": capture_sizes(seqs)}
+    num_answers = spec.sampling_params.get("n", 1)
+    if spec.work is None or pays_to_compile(spec.work, num_answers):
+        return {"cudagraph_capture_sizes": capture_sizes(seqs)} if seqs > CAPTURED else {}
+    sizes = capture_sizes(max(1, min(seqs, spec.work.num_rows * num_answers)))
+    return {"compilation_config": {**NOT_COMPILED, "cudagraph_capture_sizes": sizes}}
 
 
-def count_steps(spec: EngineSpec, work: WorkLeft, seqs: int) -> float:
-    """How many steps an engine needs at most, if answers and prompts are as long as they may be."""
-    num: int = work.num_rows * spec.sampling_params.get("n", 1)
-    batched: int = spec.model_kwargs.get("max_num_batched_tokens") or USUAL_BATCHED_TOKENS
-    prompt = USUAL_PROMPT_TOKENS if work.prompt_tokens is None else work.prompt_tokens
-    return work.output_tokens * (1 + num / seqs) + work.num_rows * prompt / batched
+def pays_to_compile(work: WorkLeft, num_answers: int) -> bool:
+    """Whether work is so long that a compiled model makes up for its start.
+
+    Args:
+        work: What is left.
+        num_answers: Of a row.
+    """
+    answer, prompt = work.output_tokens, work.prompt_tokens or TYPICAL_PROMPT
+    if work.rows_per_s is None:
+        answer = min(answer, TYPICAL_ANSWER)
+    decode_s = work.num_rows * num_answers * answer / DECODED_PER_S
+    read_s = work.num_rows * prompt / READ_PER_S
+    gain_s = DECODE_GAIN * decode_s + PREFILL_GAIN * read_s
+    if work.rows_per_s is not None and gain_s:
+        gain_s *= work.num_rows / work.rows_per_s / (decode_s + read_s)
+    return gain_s > (CACHED_COMPILE_S if work.is_compiled else COMPILE_S)
 
 
 def capture_sizes(seqs: int) -> list[int]:
     """Numbers of rows that get CUDA graphs, up to all that run at once.
 
-    Fewer than vLLM's own, which begin with a graph each 8 rows: each takes 0.1 s of the start, and
-    the few rows by which a step is padded cost less than a step without one.
+    Half as many as vLLM's own, which has one each 8 rows, then 16: each takes up to 0.1 s of the
+    start, and the rows by which a step is padded were not seen to cost anything.
     """
-    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 128, 16), *range(128, 1024, 32)]
+    sizes = [1, 2, 4, *range(8, 32, 8), 32, 48, 64, 96, *range(128, 1024, 64)]
     sizes += range(1024, max(seqs, 1024), 128)
     return [size for size in sizes if size < seqs] + [seqs]
 
@@ -253,10 +270,11 @@ def capture_sizes(seqs: int) -> list[int]:
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Say what was chosen, in a line; empty if nothing."""
     told = []
-    if "optimization_level" in settings:
-        told.append("little to do: no compiling, no CUDA graphs (optimization_level = 0)")
-    if sizes := settings.get("cudagraph_capture_sizes"):
-        told.append(f"CUDA graphs for up to {max(sizes):,} rows at once, {len(sizes)} sizes")
+    how = settings.get("compilation_config", settings)
+    if sizes := how.get("cudagraph_capture_sizes"):
+        told.append(f"CUDA graphs for up to {max(sizes):,} rows at once")
+    if how is not settings:
+        told.append("not compiled, which would take longer than it wins")
     if num := settings.get("engines_per_gpu"):
         told.append(f"{num} engines share the GPU, which would wait for one's Python")
     return "; ".join(told)
