@@ -463,7 +463,7 @@ class RunConfig(Table):
     prompts together over the whole job, sorted in TMPDIR; input: as they come."""
     engine_defaults: Literal["batchgen", "vllm"] = "batchgen"
     """Who chooses settings of the engine that the job leaves open and that only change its speed:
-    CUDA graphs for as many rows as run at once, no compiling where that takes longer than it wins."""
+    CUDA graphs for as many rows as run at once, no compiling where it does not pay."""
     on_finish: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
     """Command to run at the end, [program, arguments...]; it gets the run's summary as JSON on
     stdin. A program with a slash is relative to the job file. Its failure is only a warning."""
