@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
+from batchgen.core.errors import BatchgenError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -218,14 +218,6 @@ class Moment:
     output_tokens: int
 
 
-_STATES = {
-    ExitCode.FAULT: "fault",
-    ExitCode.REFUSED: "refused",
-    ExitCode.OVER_LIMIT: "over_limit",
-    ExitCode.STOPPED: "stopped",
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Summary:
     """One run. Counts are the job's; `run` has this run's own."""
@@ -282,7 +274,7 @@ class Summary:
 
 def state_of(error: BatchgenError) -> str:
     """Return the state of a run that ended with an error."""
-    return _STATES[error.exit_code]
+    return error.exit_code.name.lower()
 
 
 def job_counts(

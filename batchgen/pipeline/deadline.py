@@ -21,7 +21,7 @@ import zoneinfo
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from datetime import time as dt_time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from batchgen.core.errors import nearest
 
@@ -187,8 +187,7 @@ class End:
         return by_until_s, self.max_runtime_s - (monotonic_s - self.started_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Lead:
+class Lead(NamedTuple):
     """The time before its end at which a run has to stop."""
 
     finish_s: float
@@ -214,14 +213,6 @@ def estimate_lead(latencies_s: Iterable[float], commits_s: Iterable[float]) -> L
     return Lead(finish_s, _FIRST_COMMIT_S + 2 * max(commits, default=0.0))
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """The two clocks, in seconds."""
-
-    wall: Callable[[], float] = time.time
-    monotonic: Callable[[], float] = time.monotonic
-
-
 class Deadline:
     """Asks a run to stop in time, from a thread of its own. Without an end it does nothing."""
 
@@ -230,7 +221,9 @@ class Deadline:
         stop: StopSwitch,
         end: End,
         lead: Callable[[], Lead],
-        clocks: Clocks = Clocks(),
+        *,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Bind; nothing is asked before `with`.
 
@@ -239,12 +232,13 @@ class Deadline:
                 committed, and once more when only the commit has.
             end: When to be through.
             lead: Called in the thread, again and again: the answer may change.
-            clocks: Only tests bring their own.
+            wall: A clock in seconds; only tests bring their own.
+            monotonic: Likewise.
         """
         self._stop = stop
         self._end = end
         self._lead = lead
-        self._clocks = clocks
+        self._clocks = wall, monotonic
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
         self.reason: str | None = None
@@ -264,7 +258,7 @@ class Deadline:
 
     def look(self) -> float:
         """Ask if it is time to; return the seconds until the next look."""
-        now = self._clocks.wall(), self._clocks.monotonic()
+        now = self._clocks[0](), self._clocks[1]()
         left_s = self._end.left_s(*now)
         lead = self._lead()
         if left_s <= lead.finish_s + lead.commit_s and self._stop.state == "no":

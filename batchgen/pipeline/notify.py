@@ -167,16 +167,26 @@ def _metrics(
     ended = None if started is None else started + float(get("elapsed_s") or 0.0)
     num_computed = run["num_ok"] + run.get("num_errors", 0) if "num_ok" in run else None
     single = {
-        "batchgen_last_run_exit_code": exit_code,
-        "batchgen_last_run_start_timestamp_seconds": started,
-        "batchgen_last_run_end_timestamp_seconds": ended,
-        _LAST_SUCCESS: ended if exit_code == 0 and ended is not None else last_success,
-        "batchgen_last_run_rows_computed": num_computed,
-        "batchgen_last_run_rows_taken_over": get("num_carried"),
-        "batchgen_last_run_rows_copied": get("num_copied"),
+        "exit_code": ("exit code", exit_code),
+        "start_timestamp_seconds": ("start", started),
+        "end_timestamp_seconds": ("end", ended),
+        "rows_computed": ("rows that the engine answered, errors included", num_computed),
+        "rows_taken_over": ("rows taken over from an earlier plan", get("num_carried")),
+        "rows_copied": ("rows given the answer of an equal row", get("num_copied")),
+        "prompt_tokens": ("prompt tokens", run.get("num_prompt_tokens")),
+        "cached_prompt_tokens": ("of these, from the prefix cache", run.get("num_cached_tokens")),
+        "output_tokens": ("output tokens", run.get("num_output_tokens")),
+        "retries": ("attempts beyond each row's first", run.get("num_retries")),
+        "duration_seconds": ("how long it took", run.get("elapsed_s")),
+        "working_seconds": ("of it, with the engine at work", run.get("working_s")),
+        "requests_per_second": ("rows, a second of working time", run.get("requests_per_s")),
+        "output_tokens_per_second": ("output tokens, likewise", run.get("output_tokens_per_s")),
+        "total_tokens_per_second": ("all tokens, likewise", run.get("total_tokens_per_s")),
     }
-    for name, meaning, key in _SINGLE:
-        yield name, meaning, [({}, run.get(key) if key else single[name])]
+    for name, (meaning, value) in single.items():
+        yield f"batchgen_last_run_{name}", f"Of the last run: {meaning}.", [({}, value)]
+    success = ended if exit_code == 0 and ended is not None else last_success
+    yield _LAST_SUCCESS, "End of the last run that exited with 0.", [({}, success)]
     yield (
         "batchgen_last_run_state",
         "1 for the state that the last run ended in.",
@@ -203,53 +213,6 @@ def _metrics(
 
 
 _ROWS = ("planned", "ok", "errors", "skipped", "left", "durable")
-_SINGLE = (
-    ("batchgen_last_run_exit_code", "Exit code of the last run.", ""),
-    ("batchgen_last_run_start_timestamp_seconds", "Start of the last run.", ""),
-    ("batchgen_last_run_end_timestamp_seconds", "End of the last run.", ""),
-    (_LAST_SUCCESS, "End of the last run that exited with 0.", ""),
-    (
-        "batchgen_last_run_rows_computed",
-        "Rows that the last run had the engine answer, errors included.",
-        "",
-    ),
-    (
-        "batchgen_last_run_rows_taken_over",
-        "Rows that the last run took over from an earlier plan.",
-        "",
-    ),
-    (
-        "batchgen_last_run_rows_copied",
-        "Rows that the last run gave the answer of an equal row.",
-        "",
-    ),
-    ("batchgen_last_run_prompt_tokens", "Prompt tokens of the last run.", "num_prompt_tokens"),
-    (
-        "batchgen_last_run_cached_prompt_tokens",
-        "Of its prompt tokens, those from the prefix cache.",
-        "num_cached_tokens",
-    ),
-    ("batchgen_last_run_output_tokens", "Output tokens of the last run.", "num_output_tokens"),
-    ("batchgen_last_run_retries", "Attempts beyond each row's first.", "num_retries"),
-    ("batchgen_last_run_duration_seconds", "How long the last run took.", "elapsed_s"),
-    ("batchgen_last_run_working_seconds", "Of it, with the engine at work.", "working_s"),
-    (
-        "batchgen_last_run_requests_per_second",
-        "Rows a second of the engine's working time.",
-        "requests_per_s",
-    ),
-    (
-        "batchgen_last_run_output_tokens_per_second",
-        "Output tokens a second of the engine's working time.",
-        "output_tokens_per_s",
-    ),
-    (
-        "batchgen_last_run_total_tokens_per_second",
-        "Prompt and output tokens a second of the engine's working time.",
-        "total_tokens_per_s",
-    ),
-)
-"""Metrics of one figure: name, meaning, key of `RunStats.totals` if it is from there."""
 
 
 def _column(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 
 _NUM_MOVED = 3
+_TRUNCATED = "are cut off at max_tokens"
 _SHRINK_TO_NOTHING = 0.999
 """Holds without `max_shrink` where no row is left: a filter that matches nothing, an empty file."""
 _MEND_LIMIT = (
@@ -111,25 +112,16 @@ def judge_gate(
     attempts = tally.get(ATTEMPTS, {})
     num_truncated = tally.get(VERDICT, {}).get("truncated", 0)
     num_retried = sum(n for times, n in attempts.items() if int(times) > 1)
-    errors = _rate("max_error_rate", gate.max_error_rate, num_errors, num_results, "are errors")
     limits = [
-        # Rows without any attempt are errors: unreadable, or without a prompt.
-        replace(errors, hint=_MEND_INPUT) if 0 < num_errors == num_unasked(tally) else errors,
-        _rate(
-            "max_truncated_rate",
-            gate.max_truncated_rate,
-            num_truncated,
-            num_results,
-            "are cut off at max_tokens",
-        ),
-        _rate(
-            "max_retry_rate",
-            gate.max_retry_rate,
-            num_retried,
-            num_results,
-            "needed more than one attempt",
-        ),
+        _rate(name, limit, num, num_results, what)
+        for name, limit, num, what in (
+            ("max_error_rate", gate.max_error_rate, num_errors, "are errors"),
+            ("max_truncated_rate", gate.max_truncated_rate, num_truncated, _TRUNCATED),
+            ("max_retry_rate", gate.max_retry_rate, num_retried, "needed more than one attempt"),
+        )
     ]
+    if 0 < num_errors == num_unasked(tally):
+        limits[0] = replace(limits[0], hint=_MEND_INPUT)
     columns = [name for name in tally if name not in (VERDICT, ATTEMPTS)]
     for column in columns if gate.drift_column is None else [gate.drift_column]:
         before = None if last is None else last.get(column)

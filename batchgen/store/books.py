@@ -17,7 +17,7 @@ from batchgen.core.records import Ranges, RowSet
 from batchgen.source.files import InputStat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,23 +143,16 @@ class Durable:
     @property
     def tally(self) -> dict[str, dict[str, int]]:
         """Sums of the parts' tallies."""
-        return sum_tallies(part.footer.tally for part in self.parts)
+        total: dict[str, Counter[str]] = {}
+        for part in self.parts:
+            for name, counts in part.footer.tally.items():
+                total.setdefault(name, Counter()).update(counts)
+        return {name: dict(counts) for name, counts in total.items()}
 
     @property
     def num_done(self) -> int:
         """Physical rows accounted for."""
         return self.num_ok + self.num_errors + self.num_skipped
-
-
-def sum_tallies(
-    tallies: Iterable[Mapping[str, Mapping[str, int]]],
-) -> dict[str, dict[str, int]]:
-    """Add counts up, name by name."""
-    total: dict[str, Counter[str]] = {}
-    for tally in tallies:
-        for name, counts in tally.items():
-            total.setdefault(name, Counter()).update(counts)
-    return {name: dict(counts) for name, counts in total.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +220,6 @@ class Manifest:
         )
 
 
-def disjoint(parts: list[Part], rejected: dict[str, str]) -> list[Part]:
-    """Leave out parts that hold a row of an earlier one, and note them as rejected."""
-    # Nearly always there are none, which sorting tells faster than adding up.
-    return parts if _are_disjoint(parts) else _first_of_each_row(parts, rejected)
-
-
 def _are_disjoint(parts: Sequence[Part]) -> bool:
     """Whether no row is in two parts."""
     spans: dict[int, list[tuple[int, int]]] = {}
@@ -246,8 +233,10 @@ def _are_disjoint(parts: Sequence[Part]) -> bool:
     )
 
 
-def _first_of_each_row(parts: Sequence[Part], rejected: dict[str, str]) -> list[Part]:
-    """The parts but those that hold a row of an earlier one; these are noted as rejected."""
+def disjoint(parts: list[Part], rejected: dict[str, str]) -> list[Part]:
+    """Leave out parts that hold a row of an earlier one, and note them as rejected."""
+    if _are_disjoint(parts):  # Nearly always, which sorting tells faster than adding up.
+        return parts
     accepted: list[Part] = []
     taken = RowSet()
     for part in parts:

@@ -556,24 +556,35 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     return pl.scan_parquet(paths, glob=False)
 
 
-def is_as_published(path: Path, entry: PublishedFile) -> bool:
-    """Whether every byte is still what the manifest's entry says. Reads the file.
+def difference(path: Path, entry: PublishedFile) -> str | None:
+    """How a file is not what the manifest's entry says; None if every byte is. Reads it.
 
     Raises:
         OSError: It cannot be read.
     """
+    if wrong := other_size(path, entry):
+        return wrong
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+        is_same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+    return None if is_same else "has other bytes than were published (sha256 differs)"
+
+
+def other_size(path: Path, entry: PublishedFile) -> str | None:
+    """The same as far as it can be told without reading the file."""
+    num_bytes = path.stat().st_size
+    if num_bytes == entry.size_bytes:
+        return None
+    return f"has {num_bytes:,} bytes, {entry.size_bytes:,} were published"
 
 
 def is_intact(path: Path, entry: PublishedFile) -> bool:
-    """The same; False if the file is gone.
+    """Whether every byte is what the manifest's entry says; False if the file is gone.
 
     Raises:
         StorageError: It cannot be read right now.
     """
     try:
-        return is_as_published(path, entry)
+        return difference(path, entry) is None
     except OSError as error:
         raise_if_not_damage(path, error)
         return False

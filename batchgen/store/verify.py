@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.result_files import ResultFile, check_rows, is_as_published
-from batchgen.store.visible import is_whole, shown_problems
+from batchgen.store.result_files import ResultFile, check_rows, difference
+from batchgen.store.visible import shown_problems, told_difference
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _LOOKS = 3
 _PATIENCE_S = 5.0
 """A run at work that changed nothing for so long is not putting its files there right now."""
-_OTHER_BYTES = "its bytes are not those that were published (sha256 differs)"
 
 
 @dataclass(slots=True)
@@ -133,7 +132,7 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
 
 def _remedy(ledger: Ledger, file: PublishedFile) -> str:
     """What to do about a damaged file of the snapshot."""
-    if is_whole(ledger.storage.path(file.alias), file):
+    if told_difference(ledger.storage.path(file.alias), file) is None:
         return f"the next `batchgen run` brings it back from {file.alias}, which is whole"
     return (
         "`batchgen run JOB --retry-errors` computes them again, or bring the file back from a "
@@ -145,19 +144,12 @@ def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
     """The index is no output, so it is not counted; but its damage is told."""
     if manifest.index is None:
         return
-    try:
-        why = None if _is_same(ledger, manifest.index) else _OTHER_BYTES
-    except OSError as error:
-        why = str(error)
+    why = told_difference(ledger.storage.path(manifest.index.name), manifest.index)
     if why is not None:
         verdict.problems.append(
             f"{manifest.index.name}: {why}; no published row is damaged by that, but "
             "--retry-errors needs the index: bring it back from a backup"
         )
-
-
-def _is_same(ledger: Ledger, file: PublishedFile) -> bool:
-    return is_as_published(ledger.storage.path(file.name), file)
 
 
 def _check_published(
@@ -169,13 +161,14 @@ def _check_published(
         ValueError: They are not.
         OSError: The file cannot be read.
     """
-    is_same = _is_same(ledger, file)
+    path = ledger.storage.path(file.name)
+    wrong = difference(path, file)
     verdict.num_files += 1
-    verdict.num_bytes += ledger.storage.path(file.name).stat().st_size
-    if not is_same:
-        raise ValueError(_OTHER_BYTES)
+    verdict.num_bytes += path.stat().st_size
+    if wrong is not None:
+        raise ValueError(wrong)
     num_rows = 0
-    for rows, metadata in _row_groups(ledger.storage.path(file.name)):
+    for rows, metadata in _row_groups(path):
         if metadata.get(b"batchgen.plan", b"").decode() != plan.plan_id:
             msg = "its footer names another plan"
             raise ValueError(msg)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from batchgen.core.errors import DamagedSnapshotError, StorageError
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import STATE
-from batchgen.store.result_files import is_as_published
+from batchgen.store.result_files import difference, other_size
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
             mark = _mark(path)
             wrong = _other_kind(path)
             if wrong is None and mark != noted.get(name):
-                wrong = _other_bytes(path, file)
+                wrong = difference(path, file)
             if wrong is not None:
                 found[name] = wrong
             else:
@@ -178,22 +178,21 @@ def _other_kind(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else "is a link or a folder, a file was published"
 
 
-def difference(path: Path, file: PublishedFile) -> str | None:
-    """How a file is not the one that the manifest names; None if every byte is. Reads it.
+def told_difference(path: Path, file: PublishedFile) -> str | None:
+    """How a file is not the one that the manifest names, or why it cannot be read; None if it is.
 
     Args:
         path: Where it is now.
         file: The manifest's entry.
     """
     try:
-        return _other_bytes(path, file)
+        return difference(path, file)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def is_whole(path: Path, file: PublishedFile) -> bool:
-    """Whether every byte is the one that the manifest's entry says; reads the file."""
-    return difference(path, file) is None
+def _is_whole(file: PublishedFile, path: Path) -> bool:
+    return told_difference(path, file) is None
 
 
 def lost_or_cut(storage: LocalStorage, files: Sequence[PublishedFile]) -> list[str]:
@@ -202,26 +201,12 @@ def lost_or_cut(storage: LocalStorage, files: Sequence[PublishedFile]) -> list[s
     for file in files:
         try:
             path = storage.path(file.name)
-            wrong = _other_kind(path) or _other_size(path, file)
+            wrong = _other_kind(path) or other_size(path, file)
         except FileNotFoundError:
             wrong = "is missing"
         if wrong:
             found.append(f"{file.name}: {wrong}")
     return found
-
-
-def _other_bytes(path: Path, file: PublishedFile) -> str | None:
-    if wrong := _other_size(path, file):
-        return wrong
-    is_same = is_as_published(path, file)
-    return None if is_same else "has other bytes than were published (sha256 differs)"
-
-
-def _other_size(path: Path, file: PublishedFile) -> str | None:
-    num_bytes = path.stat().st_size
-    if num_bytes == file.size_bytes:
-        return None
-    return f"has {num_bytes:,} bytes, {file.size_bytes:,} were published"
 
 
 def shown_problems(
@@ -247,7 +232,7 @@ def shown_problems(
             continue
         file = files[name]
         missing = "is missing in the output folder" if fault is Fault.MISSING else None
-        if wrong := missing or difference(ledger.storage.path(name), file):
+        if wrong := missing or told_difference(ledger.storage.path(name), file):
             is_damaged = file.name in damaged
             remedy = f"mend {file.name} first" if is_damaged else f"{mends} puts it right"
             told.append(f"{name}: {wrong}; {remedy}")
@@ -325,7 +310,7 @@ def _brought_back(storage: LocalStorage, manifest: Manifest, damaged: dict[str, 
         shown = storage.path(alias)
         if name not in damaged or shown.is_symlink() or not shown.is_file():
             continue
-        if storage.expose(alias, name, partial(is_whole, file=file)):
+        if storage.expose(alias, name, partial(_is_whole, file)):
             told.append(f"{name}: {damaged.pop(name)}; brought back from {alias}, which is whole")
     return told
 

@@ -40,11 +40,11 @@ from batchgen.cluster.driver import Driver
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.workers import ReplicaStats, WorkerPool
 from batchgen.core.records import Ranges
-from batchgen.pipeline.compute import Commits, Stages, Work
+from batchgen.pipeline.compute import Commits, Monitor, Stages, Work
 from batchgen.pipeline.context import RunContext, StopSwitch
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
-from batchgen.pipeline.stats import Monitor, Progress, RunStats
+from batchgen.pipeline.stats import Progress, RunStats
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.reuse import Deduper, KeySet
@@ -161,11 +161,9 @@ class Drive:
         )
         progress = Progress(num_rows, 0, stream=io.StringIO())
         self._monitor = Monitor(
+            self._context,
             lambda now_s: (replicas.whole(now_s), "running", replicas.rows(now_s)),
-            stats,
-            self._context.log,
             progress,
-            5.0,
         )
         self._feeder: PacedFeeder | None = None
         self._show_at_s = self._tell_s = self._book_bytes = 0.0

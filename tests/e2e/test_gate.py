@@ -410,7 +410,7 @@ def test_a_damaged_index_is_named_and_only_fresh_helps(job: Path) -> None:
     assert manifest.index is not None
     flip(ledger.storage.path(manifest.index.name), 10)
     (problem,) = json.loads(run_cli("verify", job, "--json").stdout)["problems"]
-    assert "index.parquet: its bytes are not those that were published" in problem
+    assert "index.parquet: has other bytes than were published" in problem
     done = run_cli("run", job, "--retry-errors")
     assert done.returncode == 2
     assert "index.parquet: damaged" in done.stderr

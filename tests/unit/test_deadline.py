@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.deadline import (
-    Clocks,
     Deadline,
     End,
     Lead,
@@ -263,8 +262,8 @@ class Hands:
         self.monotonic_s += seconds
 
     def deadline(self, stop: StopSwitch, end: End) -> Deadline:
-        clocks = Clocks(lambda: self.wall_s, lambda: self.monotonic_s)
-        return Deadline(stop, end, lambda: self.lead, clocks)
+        clocks = {"wall": lambda: self.wall_s, "monotonic": lambda: self.monotonic_s}
+        return Deadline(stop, end, lambda: self.lead, **clocks)
 
 
 SIX = at("2026-11-23T06:00:00+01:00")
