@@ -43,7 +43,7 @@ from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
     digest_reader,
 )
-from batchgen.store.result_files import ResultFile, is_intact, num_unasked
+from batchgen.store.result_files import ResultFile, num_unasked
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import Index
 from batchgen.store.visible import raise_if_damaged, show
@@ -311,7 +311,7 @@ def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
     Raises:
         StorageError: One cannot be read right now.
     """
-    return not all(is_intact(ledger.storage.path(entry.name), entry) for entry in manifest.files)
+    return not all(entry.is_intact(ledger.storage.path(entry.name)) for entry in manifest.files)
 
 
 class Hooks(NamedTuple):

@@ -6,6 +6,7 @@ itself: the JSON in its Parquet footer, the commit record of its rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.records import Ranges, RowSet
 from batchgen.source.files import InputStat
+from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,37 @@ class PublishedFile:
     def alias(self) -> str:
         """The name under which the output folder shows it."""
         return self.name.rpartition("/")[2]
+
+    def difference(self, path: Path) -> str | None:
+        """How a file is not the one that was published; None if every byte is. Reads it.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        if wrong := self.other_size(path):
+            return wrong
+        with path.open("rb") as file:
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        return None if is_same else "has other bytes than were published (sha256 differs)"
+
+    def other_size(self, path: Path) -> str | None:
+        """The same as far as it can be told without reading the file."""
+        num_bytes = path.stat().st_size
+        if num_bytes == self.size_bytes:
+            return None
+        return f"has {num_bytes:,} bytes, {self.size_bytes:,} were published"
+
+    def is_intact(self, path: Path) -> bool:
+        """Whether every byte is what was published; False if the file is gone.
+
+        Raises:
+            StorageError: It cannot be read right now.
+        """
+        try:
+            return self.difference(path) is None
+        except OSError as error:
+            raise_if_not_damage(path, error)
+            return False
 
 
 @dataclass(frozen=True, slots=True)

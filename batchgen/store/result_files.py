@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import Result
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import PublishedFile
 
 
 SEGMENT = "_batchgen_segment"
@@ -554,40 +553,6 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     except (OSError, pa.ArrowException):
         pass  # Told when rows are read.
     return pl.scan_parquet(paths, glob=False)
-
-
-def difference(path: Path, entry: PublishedFile) -> str | None:
-    """How a file is not what the manifest's entry says; None if every byte is. Reads it.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    if wrong := other_size(path, entry):
-        return wrong
-    with path.open("rb") as file:
-        is_same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
-    return None if is_same else "has other bytes than were published (sha256 differs)"
-
-
-def other_size(path: Path, entry: PublishedFile) -> str | None:
-    """The same as far as it can be told without reading the file."""
-    num_bytes = path.stat().st_size
-    if num_bytes == entry.size_bytes:
-        return None
-    return f"has {num_bytes:,} bytes, {entry.size_bytes:,} were published"
-
-
-def is_intact(path: Path, entry: PublishedFile) -> bool:
-    """Whether every byte is what the manifest's entry says; False if the file is gone.
-
-    Raises:
-        StorageError: It cannot be read right now.
-    """
-    try:
-        return difference(path, entry) is None
-    except OSError as error:
-        raise_if_not_damage(path, error)
-        return False
 
 
 def is_whole(path: Path, chunks: Sequence[Chunk], number: int) -> bool:

@@ -24,7 +24,7 @@ from batchgen.core.data import take_rows
 from batchgen.core.errors import OutputError
 from batchgen.core.records import Ranges, RowSet
 from batchgen.source.columns import retyped
-from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows, is_intact, rows_of
+from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows, rows_of
 from batchgen.store.snapshot import Index
 
 if TYPE_CHECKING:
@@ -410,7 +410,7 @@ def published_sources(
         return [
             Source(file.name, takes_errors)
             for file in manifest.files
-            if is_intact(storage.path(file.name), file)
+            if file.is_intact(storage.path(file.name))
         ]
     with index:
         return [

@@ -42,7 +42,6 @@ from batchgen.store.result_files import (
     Chunk,
     ResultFile,
     dictionary_columns,
-    is_intact,
     published_schema,
 )
 
@@ -430,7 +429,7 @@ class Index:
         self._storage = storage
         self._files = manifest.files
         self._file = ResultFile(path)
-        if not is_intact(path, manifest.index):
+        if not manifest.index.is_intact(path):
             why = "sha256 differs"
             raise self._damaged(why)
         groups = json.loads(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))

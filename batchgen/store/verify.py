@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.result_files import ResultFile, check_rows, difference
+from batchgen.store.result_files import ResultFile, check_rows
 from batchgen.store.visible import shown_problems, told_difference
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _check_published(
         OSError: The file cannot be read.
     """
     path = ledger.storage.path(file.name)
-    wrong = difference(path, file)
+    wrong = file.difference(path)
     verdict.num_files += 1
     verdict.num_bytes += path.stat().st_size
     if wrong is not None:

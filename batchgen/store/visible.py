@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from batchgen.core.errors import DamagedSnapshotError, StorageError
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import STATE
-from batchgen.store.result_files import difference, other_size
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
             mark = _mark(path)
             wrong = _other_kind(path)
             if wrong is None and mark != noted.get(name):
-                wrong = difference(path, file)
+                wrong = file.difference(path)
             if wrong is not None:
                 found[name] = wrong
             else:
@@ -186,7 +185,7 @@ def told_difference(path: Path, file: PublishedFile) -> str | None:
         file: The manifest's entry.
     """
     try:
-        return difference(path, file)
+        return file.difference(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -201,7 +200,7 @@ def lost_or_cut(storage: LocalStorage, files: Sequence[PublishedFile]) -> list[s
     for file in files:
         try:
             path = storage.path(file.name)
-            wrong = _other_kind(path) or other_size(path, file)
+            wrong = _other_kind(path) or file.other_size(path)
         except FileNotFoundError:
             wrong = "is missing"
         if wrong:
