@@ -254,13 +254,7 @@ def request_builder(
 def judge_of(made: JobConfig | None = None) -> Judge:
     made = made or job()
     form = make_format(made.output)
-    return Judge(
-        form,
-        answer_columns(made, form),
-        rules=made.checks.rules,
-        prefix=made.output.prefix,
-        allow_cut=made.checks.allow_truncated,
-    )
+    return Judge(made, form, answer_columns(made, form))
 
 
 def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:

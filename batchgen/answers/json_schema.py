@@ -38,8 +38,6 @@ from batchgen.core.data import check_levels, parse_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    Matches = Callable[[str, Sequence[str]], Sequence[bool]]
-    """Pattern, texts -> in which of them it is found."""
     Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
     """Validator, the keyword's value, the instance, the schema -> what is wrong."""
 
@@ -247,8 +245,9 @@ def _matches_linear(pattern: str, texts: Sequence[str]) -> Sequence[bool]:
     return found
 
 
-def _matches_any(pattern: str, texts: Sequence[str]) -> Sequence[bool]:
-    if _why_not_linear(pattern) is None:
+def _matches(validator: Any, pattern: str, texts: Sequence[str]) -> Sequence[bool]:  # noqa: ANN401
+    """Tell in which of some texts a pattern is found."""
+    if not validator.may_backtrack or _why_not_linear(pattern) is None:
         return _matches_linear(pattern, texts)
     # Look-around or a backreference, by the author's own choice: no row can bring one.
     return [re.search(pattern, text) is not None for text in texts]
@@ -257,15 +256,8 @@ def _matches_any(pattern: str, texts: Sequence[str]) -> Sequence[bool]:
 @lru_cache(maxsize=32)
 def _safe_kind(draft: Any, *, may_backtrack: bool) -> Any:  # noqa: ANN401
     """Make of a draft's validator one with the keywords of this module, and a bound for rows'."""
-    matches = _matches_any if may_backtrack else _matches_linear
-    ours: dict[str, Keyword] = {
-        "pattern": _pattern_keyword(matches),
-        "patternProperties": _pattern_properties_keyword(matches),
-        "additionalProperties": _additional_properties_keyword(matches),
-        "multipleOf": _multiple_of,
-        "divisibleBy": _multiple_of,  # Its name in draft 3.
-    }
-    keywords = draft.VALIDATORS | {name: ours[name] for name in ours.keys() & draft.VALIDATORS}
+    ours = {name: apply for name, apply in _KEYWORDS.items() if name in draft.VALIDATORS}
+    keywords = draft.VALIDATORS | ours
     if not may_backtrack:
         keywords = {name: _counted(apply) for name, apply in keywords.items()}
     kind = extend(draft, keywords)  # type: ignore[no-untyped-call]
@@ -278,7 +270,7 @@ def _safe_kind(draft: Any, *, may_backtrack: bool) -> Any:  # noqa: ANN401
             changes["schema"] = {k: v for k, v in schema.items() if k != "$schema"}
         return evolve(validator, **changes)
 
-    kind.evolve = evolve_as_this
+    kind.evolve, kind.may_backtrack = evolve_as_this, may_backtrack
     return kind
 
 
@@ -305,43 +297,46 @@ def _exact(number: float) -> Fraction:
     return Fraction(number if isinstance(number, int) else repr(number))
 
 
-def _pattern_keyword(matches: Matches) -> Keyword:
-    def pattern(validator: Any, regex: str, instance: Any, _: Any) -> Iterator[Any]:  # noqa: ANN401
-        if validator.is_type(instance, "string") and not matches(regex, [instance])[0]:
-            yield jsonschema.ValidationError(f"{instance!r} does not match {regex!r}")
-
-    return pattern
+def _pattern(validator: Any, regex: str, instance: Any, _: Any) -> Iterator[Any]:  # noqa: ANN401
+    if validator.is_type(instance, "string") and not _matches(validator, regex, [instance])[0]:
+        yield jsonschema.ValidationError(f"{instance!r} does not match {regex!r}")
 
 
-def _pattern_properties_keyword(matches: Matches) -> Keyword:
-    def apply(validator: Any, schemas: Any, instance: Any, _: Any) -> Iterator[Any]:  # noqa: ANN401
-        names = list(instance) if validator.is_type(instance, "object") else []
-        for regex, schema in schemas.items():
-            for name, is_match in zip(names, matches(regex, names), strict=True):
-                if is_match:
-                    yield from validator.descend(
-                        instance[name], schema, path=name, schema_path=regex
-                    )
-
-    return apply
+def _pattern_properties(validator: Any, schemas: Any, instance: Any, _: Any) -> Iterator[Any]:  # noqa: ANN401
+    names = list(instance) if validator.is_type(instance, "object") else []
+    for regex, schema in schemas.items():
+        for name, is_match in zip(names, _matches(validator, regex, names), strict=True):
+            if is_match:
+                yield from validator.descend(instance[name], schema, path=name, schema_path=regex)
 
 
-def _additional_properties_keyword(matches: Matches) -> Keyword:
-    def apply(validator: Any, allowed: Any, instance: Any, schema: Any) -> Iterator[Any]:  # noqa: ANN401
-        if not validator.is_type(instance, "object"):
-            return
-        extras = [name for name in instance if name not in schema.get("properties", {})]
-        for regex in schema.get("patternProperties", {}):
-            found = matches(regex, extras)
-            extras = [name for name, is_match in zip(extras, found, strict=True) if not is_match]
-        if validator.is_type(allowed, "object"):
-            for name in extras:
-                yield from validator.descend(instance[name], allowed, path=name)
-        elif not allowed and extras:
-            names = ", ".join(map(repr, extras))
-            verb = "was" if len(extras) == 1 else "were"
-            yield jsonschema.ValidationError(
-                f"Additional properties are not allowed ({names} {verb} unexpected)"
-            )
+def _additional_properties(
+    validator: Any,  # noqa: ANN401
+    allowed: Any,  # noqa: ANN401
+    instance: Any,  # noqa: ANN401
+    schema: Any,  # noqa: ANN401
+) -> Iterator[Any]:
+    if not validator.is_type(instance, "object"):
+        return
+    extras = [name for name in instance if name not in schema.get("properties", {})]
+    for regex in schema.get("patternProperties", {}):
+        found = _matches(validator, regex, extras)
+        extras = [name for name, is_match in zip(extras, found, strict=True) if not is_match]
+    if validator.is_type(allowed, "object"):
+        for name in extras:
+            yield from validator.descend(instance[name], allowed, path=name)
+    elif not allowed and extras:
+        names = ", ".join(map(repr, extras))
+        verb = "was" if len(extras) == 1 else "were"
+        yield jsonschema.ValidationError(
+            f"Additional properties are not allowed ({names} {verb} unexpected)"
+        )
 
-    return apply
+
+_KEYWORDS: Mapping[str, Keyword] = {
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+    "multipleOf": _multiple_of,
+    "divisibleBy": _multiple_of,  # Its name in draft 3.
+}

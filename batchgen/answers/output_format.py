@@ -187,8 +187,7 @@ def _read_json(sample: Sample, validator: Any) -> Reading:  # noqa: ANN401
     except ValueError as error:
         if is_cut:
             return _truncated(sample)
-        problem = RowError(Verdict.INVALID_JSON.value, str(error))
-        return Reading(Verdict.INVALID_JSON, error=problem)
+        return _bad(Verdict.INVALID_JSON, str(error))
     if is_cut and not isinstance(value, dict | list):
         return _truncated(sample)  # A number, or a word, that may have been longer.
     if validator is not None and (why := why_invalid(validator, value)):
@@ -198,13 +197,16 @@ def _read_json(sample: Sample, validator: Any) -> Reading:  # noqa: ANN401
 
 def _truncated(sample: Sample) -> Reading:
     text = f"cut off at max_tokens or max_model_len, after {len(sample.text)} characters"
-    return Reading(Verdict.TRUNCATED, error=RowError(Verdict.TRUNCATED.value, text))
+    return _bad(Verdict.TRUNCATED, text)
 
 
 def _violation(why: str) -> Reading:
     text = " ".join(why.split())[:_MAX_CHARS].encode("utf-8", "backslashreplace").decode()
-    error = RowError(Verdict.SCHEMA_VIOLATION.value, text)
-    return Reading(Verdict.SCHEMA_VIOLATION, error=error)
+    return _bad(Verdict.SCHEMA_VIOLATION, text)
+
+
+def _bad(verdict: Verdict, text: str) -> Reading:
+    return Reading(verdict, error=RowError(verdict.value, text))
 
 
 _CALL = pa.struct([("name", pa.string()), ("arguments", pa.string())])
@@ -212,8 +214,7 @@ _TOP = pa.struct([("token", pa.string()), ("logprob", pa.float32())])
 _TOKEN = pa.struct([("token", pa.string()), ("logprob", pa.float32()), ("top", pa.list_(_TOP))])
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One column of the answer."""
 
     field: pa.Field

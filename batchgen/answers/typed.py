@@ -4,7 +4,7 @@ Invariant: nothing is lost silently. What a schema leaves open becomes JSON text
 `TypedSchema.fallbacks`; a value that the column cannot hold raises. Whether a value is valid
 (`required`, `pattern`, `minimum`, the labels of an enum) is for a validator, not decided here.
 
-`ShapeReader` gathers what a schema says of a value's shape: its type, its fields, its items, its
+A `Shape` is what a schema says of a value's shape: its type, its fields, its items, its
 choices. `$ref` and `allOf` are dissolved there, so that all that applies to one value is in one
 `Shape`. Words: JSON Schema 2020-12; of older drafts `definitions`, `dependencies` and `items` with
 a list. A schema has passed `json_schema.checked_schema`; what that does not know of, such as a
@@ -194,83 +194,6 @@ def _null_node(path: str) -> TypedSchema:
     return _json_node(path, "nothing but null", "null")
 
 
-class _Compiler:
-    """Lives as long as one schema is compiled."""
-
-    def __init__(self, root: Mapping[str, Any]) -> None:
-        self._reader = ShapeReader(root)
-
-    def compile(self, bounds: Sequence[Bound], path: str, level: int) -> TypedSchema:
-        """Compile the schemas that apply together at `path`, inside `level` others."""
-        shape = Shape()
-        for bound in bounds:
-            self._reader.add(bound, shape)
-        return self._node(shape, path, level)
-
-    def _node(self, shape: Shape, path: str, level: int) -> TypedSchema:
-        if shape.why is not None:
-            return _json_node(path, shape.why)
-        if shape.choices:
-            return self._choice(shape, path, level)
-        if shape.enum is not None:
-            return _enum_node(shape.enum, path)
-        kind = _kind(shape)
-        if kind in {"object", "array"}:
-            return self._nested(kind, shape, path, level)
-        if kind == "null":
-            return _null_node(path)
-        return _SCALARS.get(kind) or _json_node(path, kind)
-
-    def _nested(self, kind: str, shape: Shape, path: str, level: int) -> TypedSchema:
-        if level >= MAX_LEVELS:
-            return _json_node(path, f"more than {MAX_LEVELS} levels")
-        if kind == "array":
-            return self._array(shape, path, level)
-        if not shape.properties:
-            return _json_node(path, "an object without properties")
-        if extra := shape.extra - shape.properties.keys():
-            names = ", ".join(map(repr, sorted(extra)))
-            return _json_node(path, f"{names} only in if, then, else or dependentSchemas")
-        return self._object(shape, path, level)
-
-    def _object(self, shape: Shape, path: str, level: int) -> TypedSchema:
-        nodes = {
-            name: self.compile(bounds, path + step(name), level + 1)
-            for name, bounds in shape.properties.items()
-        }
-        return TypedSchema(
-            pa.struct([pa.field(name, node.type) for name, node in nodes.items()]),
-            "object",
-            nodes,
-            fallbacks=[fallback for node in nodes.values() for fallback in node.fallbacks],
-            labels={name: node.labels[""] for name, node in nodes.items() if "" in node.labels},
-        )
-
-    def _array(self, shape: Shape, path: str, level: int) -> TypedSchema:
-        if not shape.items:
-            return _json_node(path, "an array without items")
-        item = self.compile(shape.items, f"{path}[]", level + 1)
-        return TypedSchema(pa.list_(item.type), "array", item=item, fallbacks=item.fallbacks)
-
-    def _choice(self, shape: Shape, path: str, level: int) -> TypedSchema:
-        """S and (A or B) is (S and A) or (S and B): compile each, then see if one column fits."""
-        first, *others = shape.choices
-        nodes = []
-        for branch in first:
-            both = replace(shape, choices=tuple(others), properties=dict(shape.properties))
-            self._reader.add(branch, both)
-            if both.types != frozenset() or both.why is not None:
-                nodes.append(self._node(both, path, level))
-        if not nodes:
-            return _json_node(path, "no type fits all that is said")
-        nodes = [node for node in nodes if node.kind != "null"] or nodes[:1]
-        if {node.kind for node in nodes} == {"integer", "number"}:
-            return _SCALARS["number"]
-        if len({node.signature for node in nodes}) > 1:
-            return _json_node(path, "anyOf or oneOf of different types")
-        return replace(nodes[0], labels=_joined_labels(nodes))
-
-
 def _kind(shape: Shape) -> str:
     """A type of JSON Schema's, or else why there is none."""
     types = shape.types
@@ -360,14 +283,84 @@ def step(name: str) -> str:
     return f".{name}" if _PLAIN_KEY.fullmatch(name) else f"[{name!r}]"
 
 
-class ShapeReader:
-    """Reads the schemas of one document."""
+class _Compiler:
+    """Reads the schemas of one document. Lives as long as that is compiled."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._resolver = Registry().resolver_with_root(DRAFT202012.create_resource(root))
         self._num_schemas = 0
 
-    def add(self, bound: Bound, shape: Shape) -> None:
+    def compile(self, bounds: Sequence[Bound], path: str, level: int) -> TypedSchema:
+        """Compile the schemas that apply together at `path`, inside `level` others."""
+        shape = Shape()
+        for bound in bounds:
+            self._add(bound, shape)
+        return self._node(shape, path, level)
+
+    def _node(self, shape: Shape, path: str, level: int) -> TypedSchema:
+        if shape.why is not None:
+            return _json_node(path, shape.why)
+        if shape.choices:
+            return self._choice(shape, path, level)
+        if shape.enum is not None:
+            return _enum_node(shape.enum, path)
+        kind = _kind(shape)
+        if kind in {"object", "array"}:
+            return self._nested(kind, shape, path, level)
+        if kind == "null":
+            return _null_node(path)
+        return _SCALARS.get(kind) or _json_node(path, kind)
+
+    def _nested(self, kind: str, shape: Shape, path: str, level: int) -> TypedSchema:
+        if level >= MAX_LEVELS:
+            return _json_node(path, f"more than {MAX_LEVELS} levels")
+        if kind == "array":
+            return self._array(shape, path, level)
+        if not shape.properties:
+            return _json_node(path, "an object without properties")
+        if extra := shape.extra - shape.properties.keys():
+            names = ", ".join(map(repr, sorted(extra)))
+            return _json_node(path, f"{names} only in if, then, else or dependentSchemas")
+        return self._object(shape, path, level)
+
+    def _object(self, shape: Shape, path: str, level: int) -> TypedSchema:
+        nodes = {
+            name: self.compile(bounds, path + step(name), level + 1)
+            for name, bounds in shape.properties.items()
+        }
+        return TypedSchema(
+            pa.struct([pa.field(name, node.type) for name, node in nodes.items()]),
+            "object",
+            nodes,
+            fallbacks=[fallback for node in nodes.values() for fallback in node.fallbacks],
+            labels={name: node.labels[""] for name, node in nodes.items() if "" in node.labels},
+        )
+
+    def _array(self, shape: Shape, path: str, level: int) -> TypedSchema:
+        if not shape.items:
+            return _json_node(path, "an array without items")
+        item = self.compile(shape.items, f"{path}[]", level + 1)
+        return TypedSchema(pa.list_(item.type), "array", item=item, fallbacks=item.fallbacks)
+
+    def _choice(self, shape: Shape, path: str, level: int) -> TypedSchema:
+        """S and (A or B) is (S and A) or (S and B): compile each, then see if one column fits."""
+        first, *others = shape.choices
+        nodes = []
+        for branch in first:
+            both = replace(shape, choices=tuple(others), properties=dict(shape.properties))
+            self._add(branch, both)
+            if both.types != frozenset() or both.why is not None:
+                nodes.append(self._node(both, path, level))
+        if not nodes:
+            return _json_node(path, "no type fits all that is said")
+        nodes = [node for node in nodes if node.kind != "null"] or nodes[:1]
+        if {node.kind for node in nodes} == {"integer", "number"}:
+            return _SCALARS["number"]
+        if len({node.signature for node in nodes}) > 1:
+            return _json_node(path, "anyOf or oneOf of different types")
+        return replace(nodes[0], labels=_joined_labels(nodes))
+
+    def _add(self, bound: Bound, shape: Shape) -> None:
         """Add to `shape` what one more schema says."""
         schema, refs = bound
         self._num_schemas += 1
@@ -392,9 +385,9 @@ class ShapeReader:
             except (Unresolvable, LookupError, TypeError, ValueError, AttributeError):
                 shape.give_up(f"$ref {ref!r} leads out of the document's root")
             else:
-                self.add(Bound(target, refs | {ref}), shape)
+                self._add(Bound(target, refs | {ref}), shape)
         for member in _list(schema, "allOf"):
-            self.add(Bound(member, refs), shape)
+            self._add(Bound(member, refs), shape)
         if "$dynamicRef" in schema or "$recursiveRef" in schema:
             shape.give_up("a $dynamicRef")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.core.expressions import RowTest
     from batchgen.core.records import Completion, Prompt, Request, Sample
-    from batchgen.job.model import RetryConfig, SamplingConfig
+    from batchgen.job.model import JobConfig, RetryConfig, SamplingConfig
     from batchgen.job.recipe import Seeds
 
 _CHECKS = "[checks]"
@@ -66,28 +66,14 @@ def check_rules(rules: Sequence[str], columns: pa.Schema) -> None:
 class Judge:
     """Judges the answers of one job. Holds no row."""
 
-    def __init__(
-        self,
-        output_format: OutputFormat,
-        columns: AnswerColumns,
-        *,
-        rules: Sequence[str] = (),
-        prefix: str = "",
-        allow_cut: bool = False,
-    ) -> None:
-        """Bind to a job.
-
-        Args:
-            output_format: What an answer has to be.
-            columns: What it becomes.
-            rules: SQL expressions, checked before.
-            prefix: Of batchgen's columns, as rules name them.
-            allow_cut: Whether free text that ends at max_tokens counts as ok.
-        """
+    def __init__(self, job: JobConfig, output_format: OutputFormat, columns: AnswerColumns) -> None:
+        """Bind to a job, with what an answer has to be and what it becomes."""
+        allow_cut = job.checks.allow_truncated or bool(job.sampling.ignore_eos)
         self._read_sample = _read_any if allow_cut and output_format.is_free else output_format.read
         self._columns = columns
-        self._rules = [parse_row_test(f"rules[{at}]", text) for at, text in enumerate(rules)]
-        self._prefix = prefix
+        rules = enumerate(job.checks.rules)
+        self._rules = [parse_row_test(f"rules[{at}]", text) for at, text in rules]
+        self._prefix = job.output.prefix
 
     def judge(self, asked: Sequence[tuple[Request, Completion]]) -> list[Result]:
         """One result each, in order; `error` says why an answer does not count."""

@@ -384,13 +384,7 @@ class Prepared(Checked):
 
     def judge(self) -> Judge:
         """Make what reads the job's answers."""
-        return Judge(
-            self.form,
-            self.answer,
-            rules=self.job.checks.rules,
-            prefix=self.job.output.prefix,
-            allow_cut=self.job.checks.allow_truncated or bool(self.job.sampling.ignore_eos),
-        )
+        return Judge(self.job, self.form, self.answer)
 
     def spec(self) -> ReadSpec:
         """Return how the input is to be read."""
