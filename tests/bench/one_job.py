@@ -56,7 +56,7 @@ def write_job(folder: Path, args: argparse.Namespace) -> Path:
     questions = [json.loads(line)["question"] for line in lines]
     # Again and again, if there are too few: a number in front makes each another.
     rows = (
-        {"question": f"{number}. {question}"}
+        {"question": f"{number}. " + " ".join([question] * args.repeat)}
         for number, question in enumerate(islice(cycle(questions), args.rows))
     )
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=1, help="a question in its prompt")
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -110,14 +111,14 @@ def main() -> None:
     if args.log:
         kept = [line[:200] for line in lines if MARKS.search(line)]
         print("\n".join(f"  {line}" for line in [lines[0][:200], *kept]))
-    sizes = engine["settings"].get("cudagraph_capture_sizes", [])
-    chosen = {**engine["settings"], **({"cudagraph_capture_sizes": len(sizes)} if sizes else {})}
+    chosen = {name: str(value)[:60] for name, value in engine["settings"].items()}
     print(
-        f"{args.shape} {args.rows} x {args.tokens} {' '.join(args.set)}"
+        f"{args.shape} {args.rows} x {args.tokens} (prompts x {args.repeat}) {' '.join(args.set)}"
         f"{' cold' if args.cold else ''}: process {wall_s:.1f} s, published "
         f"{found['published_s']:.1f} s, ready {figures['ready_after_s']:.1f} s (engine "
         f"{engine['startup_s']:.1f} s), work {figures['working_s']:.2f} s, "
-        f"{figures['output_tokens_per_s']:,.0f} tok/s, seqs {engine['max_num_seqs']}, {chosen}",
+        f"{figures['output_tokens_per_s']:,.0f} tok/s out, "
+        f"{figures['num_prompt_tokens'] / figures['working_s']:,.0f} in, seqs {engine['max_num_seqs']}, {chosen}",
         flush=True,
     )
 
