@@ -118,7 +118,8 @@ def main() -> None:
         f"{found['published_s']:.1f} s, ready {figures['ready_after_s']:.1f} s (engine "
         f"{engine['startup_s']:.1f} s), work {figures['working_s']:.2f} s, "
         f"{figures['output_tokens_per_s']:,.0f} tok/s out, "
-        f"{figures['num_prompt_tokens'] / figures['working_s']:,.0f} in, seqs {engine['max_num_seqs']}, {chosen}",
+        f"{figures['num_prompt_tokens'] / figures['working_s']:,.0f} in, seqs "
+        f"{engine['max_num_seqs']}, {chosen}",
         flush=True,
     )
 
