@@ -20,14 +20,14 @@ from batchgen.preview.checkpoint import (
     weight_files,
 )
 from batchgen.preview.memory import estimate, settings_of
-from tests.bench.random_model import _COMMON, SHAPES
+from tests.bench.random_model import COMMON, SHAPES
 
 MIB, GIB = 2**20, 2**30
 H100 = Gpu(0, "GPU-0", "NVIDIA H100 80GB HBM3", 81080 * MIB, 81075 * MIB, (9, 0))
 T4 = Gpu(0, "GPU-0", "Tesla T4", 14912 * MIB, 14900 * MIB, (7, 5))
 A100 = Gpu(0, "GPU-0", "NVIDIA A100-SXM4-80GB", 81037 * MIB, 81000 * MIB, (8, 0))
-QWEN_8B = shape_of({**_COMMON, **SHAPES["8b"]})
-QWEN_06B = shape_of({**_COMMON, **SHAPES["0.6b"]})
+QWEN_8B = shape_of({**COMMON, **SHAPES["8b"]})
+QWEN_06B = shape_of({**COMMON, **SHAPES["0.6b"]})
 DEEPSEEK_V3 = {
     "model_type": "deepseek_v3",
     "num_hidden_layers": 61,
@@ -92,18 +92,18 @@ def test_latent_attention_is_counted_and_not_shared() -> None:
     ],
 )
 def test_what_is_not_plain_is_not_known(config: dict[str, Any], why: str) -> None:
-    shape = shape_of({**_COMMON, **SHAPES["8b"], "use_sliding_window": None, **config})
+    shape = shape_of({**COMMON, **SHAPES["8b"], "use_sliding_window": None, **config})
     assert why in (shape.not_plain or "")
     assert shape.kv_bytes("bfloat16", 1, 1) is None
 
 
 def test_a_window_that_is_off_is_plain() -> None:
-    config = {**_COMMON, **SHAPES["8b"], "sliding_window": 4096, "use_sliding_window": False}
+    config = {**COMMON, **SHAPES["8b"], "sliding_window": 4096, "use_sliding_window": False}
     assert shape_of(config).not_plain is None
 
 
 def test_the_language_part_of_a_multimodal_model_counts() -> None:
-    text = {**_COMMON, **SHAPES["8b"]}
+    text = {**COMMON, **SHAPES["8b"]}
     shape = shape_of({"model_type": "some_vl", "vision_config": {}, "text_config": text})
     assert (shape.is_multimodal, shape.kv_bytes("bfloat16", 1, 1)) == (True, 147_456)
 
@@ -227,7 +227,7 @@ def test_auto_is_resolved_as_vllm_does(
 
 def test_an_fp8_checkpoint_may_ask_for_an_fp8_cache() -> None:
     config = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
-    shape = shape_of({**_COMMON, **SHAPES["8b"], "quantization_config": config})
+    shape = shape_of({**COMMON, **SHAPES["8b"], "quantization_config": config})
     assert settings_of({}, shape, H100, None).kv_dtype == "fp8"
     assert settings_of({"kv_cache_dtype": "bfloat16"}, shape, H100, None).kv_dtype == "bfloat16"
 
