@@ -150,9 +150,10 @@ class EngineGroup:
             ConfigError, EngineError: See `SupervisedEngine.start`.
         """
         self._work = work
-        for one in self._members:
-            one.expect(work)
         self._start_others()
+        share = _share(work, self.num_members)
+        for one in self._members:
+            one.expect(share)
 
     def _start_others(self) -> None:
         """Build those that are not built, once it is known that there is enough to do."""
@@ -172,7 +173,7 @@ class EngineGroup:
             stall_s=self._stall_s,
         )
         if self._work is not None:
-            member.expect(self._work)
+            member.expect(_share(self._work, len(self._specs)))
         self._members.append(member)
         member.start()
 
@@ -280,6 +281,11 @@ def supervise(
         return [replace(make(), num_sharing=num) for make in specs]
 
     return EngineGroup(build, make_specs, is_enough=is_enough, on_death=on_death, stall_s=stall_s)
+
+
+def _share(work: WorkLeft, num: int) -> WorkLeft:
+    """What one of several engines has to do."""
+    return work._replace(num_rows=-(-work.num_rows // num))
 
 
 def _capacity(member: SupervisedEngine) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -330,6 +331,22 @@ def test_echo_is_built__right_here_and_vllm_in_a_process_of_its_own(tmp_path):
         assert time.monotonic() - started < 5.0
         assert engine.facts is None
         assert engine.stats == EngineStats()
+
+
+def test_whoever_waits_for_several_hears_that_one_has_news(tmp_path):
+    news = threading.Event()
+    spec = make_spec("echo", tmp_path / "log")
+    with closing(EngineProcess(spec, news.set)) as engine:
+        assert news.wait(WAIT_S)
+        engine.add([ask("hello")])
+        finished = []
+        while not finished:
+            assert news.wait(WAIT_S)
+            news.clear()
+            finished = engine.step(0)
+        news.clear()
+        os.kill(engine.pid, signal.SIGKILL)
+        assert news.wait(WAIT_S)
 
 
 def test_requests_added_before_the_engine_is_up_are_answered(tmp_path):

@@ -79,6 +79,14 @@ def test_three_replicas_publish_what_one_publishes(
     assert summary.run["num_ok"] == sum(row["gen_status"] == "ok" for row in expected)
 
 
+def test_each_replica_may_have_two_engines(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    write_rows(tmp_path / "in.jsonl", ROWS)
+    summary = run(tables(tmp_path, run={"replicas": 2, "engines_per_gpu": 2}))
+    assert summary.exit_code == 0
+    assert published(tmp_path / "out") == expected
+    assert summary.engine["settings"]["engines_per_gpu"] == 2
+
+
 class LateCluster(ThreadCluster):
     """The second worker is heard of only once the first has rows."""
 

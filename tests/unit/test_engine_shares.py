@@ -110,10 +110,11 @@ def test_none_is_asked_of_where_vllm_chooses(folders: dict[str, Path]) -> None:
     [
         (WorkLeft(70_000, 256), True),
         (WorkLeft(7_000, 256), True),
+        (WorkLeft(2_000, 256), True),
         (WorkLeft(1_000, 256), False),
         (WorkLeft(1_000_000, 8, 1024), False),
     ],
-    ids=["much", "some", "little", "labels: the GPU is busy with prompts"],
+    ids=["much", "some", "few seconds", "little", "labels: the GPU is busy with prompts"],
 )
 def test_a_second_start_is_for_much_to_write(
     folders: dict[str, Path], work: WorkLeft, is_worth: bool

@@ -35,8 +35,8 @@ BUSY_SHARE = 0.5
 """A GPU that works less than this part of the time has room for a second engine."""
 TYPICAL_TOKENS = 512
 """Answers are rarely as long as they may be."""
-LEAST_TOKENS = 1_400_000
-"""Fewer are worked off in the half minute that a second start may cost."""
+LEAST_TOKENS = 500_000
+"""Fewer are worked off in a few seconds; two that start together are up 1.5 s later than one."""
 LEAST_CORES = 8
 """Two processes for each engine, both busy, and what reads, renders and writes."""
 HOST_BYTES = 12 << 30
