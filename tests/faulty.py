@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, NoReturn
 
-    from batchgen.core.records import Completion, EngineSpec
+    from batchgen.core.records import Completion, EngineFacts, EngineSpec, WorkLeft
     from batchgen.engine.base import EngineRequest
 
 BACKEND = "tests.faulty:FaultyEngine"
@@ -196,3 +196,21 @@ class _HangsError(Exception):
 def _say(fault: Fault) -> None:
     sys.stderr.write(f"fault: {fault}\n")
     sys.stderr.flush()
+
+
+class HearingEngine(EchoEngine):
+    """Is up once it has heard what is left to do; that it shows as its settings."""
+
+    _work: WorkLeft | None = None
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """None before `expect`."""
+        found = super().facts
+        if self._work is None or found is None:
+            return None
+        return replace(found, settings=self._work._asdict())
+
+    def expect(self, work: WorkLeft) -> None:
+        """Hear."""
+        self._work = work

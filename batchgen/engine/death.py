@@ -48,9 +48,9 @@ DEATHS_PER_CULPRIT = 10
 """A search takes 7 or 8; see `SuspectSearch`."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "MemoryError", "OutOfMemoryError", "SIGKILL")
 """CUDA's and the host's; the kernel's OOM killer leaves no other word than its signal."""
-START_OUT_OF_MEMORY = (
-    *("out of memory", "OutOfMemoryError", "CUDA graph", "cudagraph"),
-    *("No available memory for the cache blocks", "available KV cache memory"),
+BY_CHOSEN_SETTINGS = (
+    *("out of memory", "outofmemoryerror", "cuda graph", "cudagraph", "compilation_config"),
+    *("no available memory for the cache blocks", "available kv cache memory"),
 )
 """CUDA's words, those of its graphs, and vLLM's of a KV cache without room: v1/core/
 kv_cache_utils.py, 0.26 to 0.33."""
@@ -230,9 +230,9 @@ def is_out_of_memory(reason: str) -> bool:
     return any(word in reason for word in OUT_OF_MEMORY)
 
 
-def is_start_out_of_memory(reason: str) -> bool:
-    """Whether the text of a failed start says that there was too little memory on the device."""
-    return any(word in reason for word in START_OUT_OF_MEMORY)
+def may_be_by_settings(reason: str) -> bool:
+    """Whether a failed start may be due to settings that batchgen chose: memory, or graphs."""
+    return any(word in reason.lower() for word in BY_CHOSEN_SETTINGS)
 
 
 def ask_less(spec: EngineSpec, facts: EngineFacts | None) -> EngineSpec:

@@ -36,9 +36,9 @@ from batchgen.engine.death import (
     Tally,
     ask_less,
     is_out_of_memory,
-    is_start_out_of_memory,
     log_size,
     log_tail,
+    may_be_by_settings,
     row_in_flight,
     rows_in_flight,
     utc_now,
@@ -453,7 +453,7 @@ class SupervisedEngine:
 
     def _leave_to_vllm(self, life: _Life, reason: str) -> bool:
         """Try once more by vLLM's own settings, if memory was short for those chosen here."""
-        if life.spec.defaults == "vllm" or not is_start_out_of_memory(reason):
+        if life.spec.defaults == "vllm" or not may_be_by_settings(reason):
             return False
         self._let_go()
         self._queue.extendleft(reversed(life.held.values()))

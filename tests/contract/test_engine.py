@@ -425,6 +425,19 @@ def test_a_silent_engine_with_work_counts_as_dead(tmp_path):
     assert "the engine hangs: no row finished" in deaths[0].reason
 
 
+def test_a_hosted_engine_hears_what_is_left_to_do(tmp_path):
+    spec = EngineSpec("tests.faulty:HearingEngine", "x", {}, {}, log_path=str(tmp_path / "log"))
+    work = WorkLeft(700, 8, rows_per_s=3.5)
+    engine = SupervisedEngine(build_engine, lambda: spec)
+    with closing(engine):
+        engine.start()
+        assert engine.step(0.1) == []
+        assert engine.facts is None
+        engine.expect(work)
+        wait_until_up(engine)
+        assert engine.facts.settings == work._asdict()
+
+
 def test_an_unknown_option_of_a_hosted_engine_names_itself(tmp_path):
     spec = EngineSpec("echo", "x", {"max_num_seq": 3}, {}, log_path=str(tmp_path / "log"))
     with (

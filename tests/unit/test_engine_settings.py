@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batchgen.core.errors import EngineError
 from batchgen.core.records import EngineSpec, WorkLeft
-from batchgen.engine.death import is_start_out_of_memory
+from batchgen.engine.death import may_be_by_settings
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import (
     CAPTURED,
@@ -201,13 +201,15 @@ def test_two_starts_without_memory_end_the_run():
     "line",
     [
         "RuntimeError: CUDA error: out of memory",
+        "ValueError: CUDAGraphMode.FULL_DECODE_ONLY is not supported with some backend",
+        "vLLM refuses compilation_config = {'mode': 0}: Input should be",
         "ValueError: No available memory for the cache blocks. Try increasing ...",
         "ValueError: To serve at least one request with the models's max seq len (40960), (5.62 "
         "GiB KV cache is needed, which is larger than the available KV cache memory (1.0 GiB).",
     ],
 )
-def test_words_for_too_little_memory(line):
-    assert is_start_out_of_memory(line)
+def test_words_for_what_chosen_settings_may_have_done(line):
+    assert may_be_by_settings(line)
 
 
 def test_an_engine_that_is_up_or_does_not_care_is_told_too():
