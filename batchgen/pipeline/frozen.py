@@ -28,6 +28,7 @@ from batchgen.pipeline.prepare import check_columns
 from batchgen.source.columns import kinds_of, planned, read_schema, schema_text, type_word
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
+from batchgen.source.partitions import is_partition
 from batchgen.store.books import Plan, Segment
 from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
@@ -137,14 +138,19 @@ def _settled(prepared: Prepared, keys: Sequence[Mapping[str, str]]) -> Prepared:
     job = prepared.job
     if not any(keys):
         return prepared
-    compared = _compared(prepared)
+    compared, types = _compared(prepared), dict(job.input.types)
+    of_folders = {field.name: field for field in prepared.columns if is_partition(field)}
+    for name in of_folders:
+        types.pop(name, None)
     fields = [
         prepared.columns.field(field.name)
         if type_word(field) == "json" and field.name in compared
         else field
-        for field in planned(map(kinds_of, keys), job.input.types, prepared.files[0])
+        for field in planned(map(kinds_of, keys), types, prepared.files[0])
     ]
-    columns, carried = pa.schema(fields), prepared.carried
+    for name in {field.name for field in fields} & of_folders.keys():
+        del of_folders[name]  # A column of the files wins.
+    columns, carried = pa.schema([*fields, *of_folders.values()]), prepared.carried
     if job.input.columns is None:
         first = (*job.input.types, *carried) if len(fields) > MOST_COLUMNS else ()
         carried = list(dict.fromkeys((*first, *columns.names)))[:MOST_COLUMNS]

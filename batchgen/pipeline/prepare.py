@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,10 +27,11 @@ from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
-from batchgen.source.columns import read_schema
+from batchgen.source.columns import agreed, read_schema
 from batchgen.source.csv import delimiter_hint
 from batchgen.source.files import stat_input
 from batchgen.source.formats import find_files, reader_for
+from batchgen.source.partitions import with_partitions
 from batchgen.source.reading import ReadSpec
 from batchgen.store.result_files import part_schema
 
@@ -327,13 +329,19 @@ class Checked:
         job = self.job
         found = find_input(job)
         reader = _reader(job, found.format)
-        columns = reader.columns(found.paths, job.input.types)
+        read = partial(reader.columns, found.paths)
+        columns = with_partitions(read, found.partitions, job.input.types)
+        columns = agreed(columns, job.input, self.reads)
         if not columns.names and seen is not None and seen.input_format == found.format:
             columns = read_schema(seen.schema)
         carried = columns.names if job.input.columns is None else job.input.columns
         check_columns(job, self.builder, self.answer, columns)
         prepared = self._prepared((found.format, reader), found.paths, columns, carried)
         return replace(prepared, notes=[*prepared.notes, *found.notes])
+
+    def reads(self, available: Sequence[str]) -> frozenset[str]:
+        """Name the columns that requests are made of; raises ConfigError if one is not there."""
+        return self.builder.columns(available) | set(RowOptions(self.job).columns().values())
 
     def _prepared(
         self,
@@ -391,8 +399,7 @@ class Prepared(Checked):
         return ReadSpec(
             columns=self.columns,
             carried=self.carried,
-            needed=self.builder.columns(self.columns.names)
-            | set(RowOptions(self.job).columns().values()),
+            needed=self.reads(self.columns.names),
             as_bytes=frozenset({self.job.prompt.images or ""}),
             where=self.job.input.where,
         )

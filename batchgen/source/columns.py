@@ -17,14 +17,18 @@ import orjson
 import pyarrow as pa
 
 from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
+from batchgen.core.expressions import parse_row_test
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    from batchgen.job.model import InputConfig
 
 Word = str
 MAX_DEPTH = 254
 """Levels of lists and objects that a value may have; what orjson 3.x writes at most."""
 JSON_METADATA = {b"batchgen.type": b"json"}
+_DIFFERS = b"batchgen.differs"
 
 _TYPES: dict[Word, pa.DataType] = {
     "string": pa.string(),
@@ -81,6 +85,44 @@ def parse_field(name: str, word: Word) -> pa.Field:
 def is_json(field: pa.Field) -> bool:
     """Whether the column holds JSON text."""
     return bool(field.metadata) and field.metadata.get(b"batchgen.type") == b"json"
+
+
+def differing(name: str, path: str, other: str, problem: str) -> pa.Field:
+    """Make the field of a column in which files differ: it may be there if nobody reads it."""
+    why = json.dumps([path, other, problem])
+    return pa.field(name, pa.null(), metadata={_DIFFERS: why.encode()})
+
+
+def is_differing(field: pa.Field) -> bool:
+    """Whether files differ in the column."""
+    return bool(field.metadata) and _DIFFERS in field.metadata
+
+
+def agreed(
+    columns: pa.Schema, table: InputConfig, reads: Callable[[Sequence[str]], Collection[str]]
+) -> pa.Schema:
+    """Leave out columns in which files differ and that nobody reads.
+
+    Args:
+        columns: All of them.
+        table: The job's `[input]`.
+        reads: Names those that requests are made of, out of all.
+
+    Raises:
+        SourceError: One of them is carried, filtered by or made a request of.
+    """
+    wrong = [field for field in columns if is_differing(field)]
+    if not wrong:
+        return columns
+    where = () if table.where is None else parse_row_test("where", table.where).columns
+    names = {*(table.columns or columns.names), *where, *reads(columns.names)}
+    problems = [json.loads(field.metadata[_DIFFERS]) for field in wrong if field.name in names]
+    if problems:
+        path, other, _ = problems[0]
+        told = ", ".join(problem for *files, problem in problems if files == [path, other])
+        text = f"has other columns than {other}: {told}; input.columns may leave columns out"
+        raise SourceError(path, text)
+    return pa.schema([field for field in columns if not is_differing(field)])
 
 
 def type_word(field: pa.Field) -> Word:

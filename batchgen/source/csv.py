@@ -148,7 +148,7 @@ class CsvReader:
 
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Records before the wanted ones are split into fields, for their quotes."""
-        shape = shape_of(segment, spec)
+        shape = shape_of(path, segment, spec)
         header, after = self._header(path)
         for rows, records in _in_batches(_pick(path, after, todo), spec.batch_rows):
             yield make_batch(shape, _convert(path, header, rows, records, (shape, spec.columns)))

@@ -8,8 +8,9 @@ Which files a path of `input.path` names:
 - A folder stands for `folder/*`, so that both name the same files.
 - A pattern does not match names that begin with `.` or `_`, unless its own part does: `_x*`.
 - A link to a file is a file, under the link's name. A link that leads nowhere is an error.
-- Folders, and links to folders, are not entered by the last part of a pattern; links to folders
-  not by `**` either, since they may lead in circles. A path or a part that names one enters it.
+- Folders, and links to folders, are not entered by the last part of a pattern, but for folders
+  named `key=value`, see `partitions`; links to folders not by `**` either, since they may lead in
+  circles. A path or a part that names one enters it.
 - A file with several names (a link and what it leads to) is read once, under its own name if
   that is in the input. Hard links and copies are files of their own.
 
@@ -28,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from batchgen.core.errors import SourceError
 from batchgen.job.model import is_url
+from batchgen.source.partitions import is_partition_folder, partition_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,6 +93,8 @@ class Found:
     """In the order of the paths, sorted within each, without repeats."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Why -> paths."""
+    partitions: dict[str, list[str]] = field(default_factory=dict)
+    """Path -> columns that its folders tell, see `partitions`."""
 
     def leave_out(self, path: str, why: str) -> None:
         """Note that a path is not read."""
@@ -123,15 +127,33 @@ def find_inputs(paths: Sequence[str]) -> Found:
         before = len(found.files)
         folders = len(found.left_out.get(_FOLDER, ())) + len(found.left_out.get(_LINKED, ()))
         try:
-            found.files += sorted(_remote(path, found) if is_url(path) else _local(path, found))
+            here = sorted(_remote(path, found) if is_url(path) else _local(path, found))
+            root = _root(path, here)
         except (OSError, ImportError, ValueError) as error:
             raise SourceError(path, _reason(error)) from error
+        found.files += here
+        for file in here:
+            found.partitions.setdefault(file, partition_keys(root, file))
         if len(found.files) == before:
             seen = [*found.left_out.get(_FOLDER, ()), *found.left_out.get(_LINKED, ())]
             raise SourceError(path, _no_file(path, is_only_folders=len(seen) > folders))
     found.files = list(dict.fromkeys(found.files))
     _leave_out_second_names(found)
     return found
+
+
+def _root(path: str, files: Sequence[str]) -> str:
+    """The folder that a path names, up to what is a pattern; of the files' spelling."""
+    if is_url(path):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(path)
+        root, _ = literal_part(path, fs.exists)
+        root = fs.unstrip_protocol(root)
+    else:
+        root, _ = literal_part(path, os.path.lexists)
+    root = root.rstrip("/")
+    return root.rpartition("/")[0] if root in files else root
 
 
 def _no_file(path: str, *, is_only_folders: bool) -> str:
@@ -202,7 +224,15 @@ def _matches(
             yield from _matches(path, rest, found)
     else:
         for path in paths:
-            yield from _file(path, found, is_deep=is_deep)
+            if not is_deep and _is_partition(path):
+                yield from _matches(path, ["*"], found)
+            else:
+                yield from _file(path, found, is_deep=is_deep)
+
+
+def _is_partition(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return is_partition_folder(name) and Path(path).is_dir() and not Path(path).is_symlink()
 
 
 def _named(folder: str, part: str, found: Found, *, only_folders: bool) -> list[str]:
@@ -264,14 +294,18 @@ def _remote(url: str, found: Found) -> Iterator[str]:
         pattern, entries = "*", fs.ls(inner, detail=True)
     elif fs.exists(inner):
         yield fs.unstrip_protocol(inner)
-    for entry in entries:
-        name = str(entry["name"])
+    waiting = list(entries)
+    for entry in waiting:  # Grows by what is in `key=value` folders.
+        name = str(entry["name"]).rstrip("/")
         if any(_is_hidden(part, *pattern.split("/")) for part in name[len(root) :].split("/")):
             found.leave_out(fs.unstrip_protocol(name), _HIDDEN)
         elif entry["type"] != "directory":
             yield fs.unstrip_protocol(name)
         elif "**" not in pattern:
-            found.leave_out(fs.unstrip_protocol(name), _FOLDER)
+            if is_partition_folder(name.rpartition("/")[2]):
+                waiting += fs.ls(name, detail=True)
+            else:
+                found.leave_out(fs.unstrip_protocol(name), _FOLDER)
 
 
 def _is_hidden(name: str, *parts: str) -> bool:

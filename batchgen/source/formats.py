@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from batchgen.core.errors import ConfigError, SourceError, suggestion
 from batchgen.source.files import find_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from batchgen.source.reading import Reader
 
@@ -37,6 +37,8 @@ class InputFiles:
     """Local or URLs, in the order of their rows."""
     notes: Sequence[str] = ()
     """What was left out, and why."""
+    partitions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Path -> columns that its folders tell, see `partitions`."""
 
 
 def find_files(paths: Sequence[str], format_name: str | None = None) -> InputFiles:
@@ -56,7 +58,8 @@ def find_files(paths: Sequence[str], format_name: str | None = None) -> InputFil
         format_name = _common_format(found.files)
     else:
         reader_for(format_name)
-    return InputFiles(format_name, found.files, found.notes)
+    partitions = {path: found.partitions[path] for path in found.files}
+    return InputFiles(format_name, found.files, found.notes, partitions)
 
 
 def _common_format(files: Sequence[str]) -> str:

@@ -101,7 +101,7 @@ class JsonlReader:
 
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Rows that are not in `todo` are not parsed."""
-        shape = shape_of(segment, spec)
+        shape = shape_of(path, segment, spec)
         batches = read_lines(
             path, todo, spec.batch_rows, indexes=spec.line_indexes, encoding=self._encoding
         )

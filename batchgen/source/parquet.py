@@ -1,13 +1,16 @@
 """Parquet: types pass through unchanged; row groups without wanted rows are not read.
 
-Invariant: files of one input have equal names and types, and column names are unique. Strings
-that are not UTF-8, which Parquet does not forbid, are errors of their rows.
+Invariant: a column that is used is in every file that has rows, by types that have one in common,
+see `shards`; column names are unique. What Parquet does not forbid and Arrow takes for granted
+(strings of UTF-8, decimals of so many digits) is looked at: a value that is not so is an error of
+its row, as is one longer than a line may be.
 """
 
 from __future__ import annotations
 
+import pickle
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,9 +18,10 @@ import pyarrow.parquet as pq
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges, RowError
 from batchgen.source import text as lines
-from batchgen.source.columns import JSON_METADATA, is_json, override
+from batchgen.source.columns import JSON_METADATA, differing, is_differing, is_json, override
 from batchgen.source.files import open_input, stat_input
 from batchgen.source.reading import Rows, make_batch, shape_of, taken, to_values
+from batchgen.source.shards import common_type
 from batchgen.source.text import PARQUET_MAGIC, Scan, binary_looks_like
 from batchgen.source.values import to_python
 
@@ -25,13 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from batchgen.core.records import RowBatch
-    from batchgen.source.reading import ReadSpec
+    from batchgen.source.reading import ReadSpec, Shape
 
 _STREAM_BYTES = 8 << 20
 _MAX_GROUP_BYTES = 256 << 20
 """Before compression. That much is decoded in about 0.2 s, and engines take longer for the rows
 of any lease; pyarrow's default, 2**20 rows, is more for rows over 256 bytes."""
-_TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
 
 
 class ParquetReader:
@@ -47,18 +50,14 @@ class ParquetReader:
 
     def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. Reads every footer; `types` may only name what is so already."""
-        first = _schema(paths[0])
-        for path in paths[1:]:
-            difference = _difference(_schema(path), first)
-            if difference:
-                raise SourceError(path, f"has other columns than {paths[0]}: {difference}")
-        wished = override({field.name: field for field in first}, types, paths[0], may_add=False)
+        found = _common_schema(paths)
+        wished = override({field.name: field for field in found}, types, paths[0], may_add=False)
         for name in types:
-            here = first.field(name)
+            here = found.field(name)
             if not here.type.equals(wished.field(name).type):
                 text = f"column {name!r} is {here.type}, not {types[name]}; Parquet keeps its types"
                 raise SourceError(paths[0], text)
-        return first
+        return found
 
     def scan(
         self,
@@ -78,10 +77,10 @@ class ParquetReader:
 
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`."""
-        shape = shape_of(segment, spec)
+        shape = shape_of(path, segment, spec)
         names = list(dict.fromkeys([*shape.table_columns, *shape.needed]))
         for rows, batch in _wanted(path, todo, names, spec.batch_rows):
-            yield make_batch(shape, _convert(path, rows, batch, shape.needed, spec.as_bytes))
+            yield make_batch(shape, _convert(path, rows, batch, shape, spec))
 
     def is_seekable(self, path: str) -> bool:
         """See `Reader`. Rows before the wanted ones are decoded from their row group's start on."""
@@ -119,15 +118,37 @@ def _schema(path: str) -> pa.Schema:
     )
 
 
-def _difference(one: pa.Schema, other: pa.Schema) -> str:
-    names = sorted({*one.names, *other.names})
-    parts = []
-    for name in names:
-        here = str(one.field(name).type) if name in one.names else "absent"
-        there = str(other.field(name).type) if name in other.names else "absent"
-        if here != there:
-            parts.append(f"{name!r} is {here} here, {there} there")
-    return ", ".join(parts)
+def _common_schema(paths: Sequence[str]) -> pa.Schema:
+    """The columns of files, those in which they differ marked, see `differing`.
+
+    A file without rows has no say, unless all are such.
+    """
+    schemas = {path: _schema(path) for path in paths}
+    first, *others = [path for path in paths if _num_rows(path)] or paths
+    fields = {field.name: field for field in schemas[first]}
+    for path in others:
+        here = schemas[path]
+        for name in dict.fromkeys([*fields, *here.names]):
+            fields[name] = _joined(name, fields.get(name), here, (path, first))
+    return pa.schema(list(fields.values()))
+
+
+def _num_rows(path: str) -> int:
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def _joined(name: str, field: pa.Field | None, here: pa.Schema, files: tuple[str, str]) -> pa.Field:
+    """The field of a column so far and of one more file."""
+    other = here.field(name) if name in here.names else None
+    if field is not None and is_differing(field):
+        return field
+    if field is not None and other is not None:
+        kind = common_type(field.type, other.type)
+        if kind is not None:
+            return field.with_type(kind)
+    one, two = (str(it.type) if it is not None else "absent" for it in (other, field))
+    return differing(name, *files, f"{name!r} is {one} here, {two} there")
 
 
 def _wanted(
@@ -156,6 +177,7 @@ def _in_group(
 ) -> Iterator[tuple[list[int], pa.RecordBatch]]:
     names, batch_rows = what
     end = wanted.spans[-1][1]
+    batch_rows = _rows_at_once(file.metadata.row_group(group), names, batch_rows)
     for batch in file.iter_batches(batch_rows, row_groups=[group], columns=list(names)):
         rows = list(wanted & Ranges([(first, first + batch.num_rows)]))
         if len(rows) == batch.num_rows:
@@ -167,44 +189,118 @@ def _in_group(
             return
 
 
+def _rows_at_once(group: pq.RowGroupMetaData, names: Collection[str], most: int) -> int:
+    """How many rows to decode at once, so that they are no more than some `MAX_BATCH_BYTES`."""
+    columns = (group.column(at) for at in range(group.num_columns))
+    num_bytes = sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema in names or column.path_in_schema.split(".")[0] in names
+    )
+    fitting: int = group.num_rows * lines.MAX_BATCH_BYTES // max(num_bytes, 1)
+    return max(1, min(most, fitting))
+
+
 def _convert(
-    path: str,
-    rows: list[int],
-    batch: pa.RecordBatch,
-    needed: Sequence[str],
-    as_bytes: Collection[str],
+    path: str, rows: list[int], batch: pa.RecordBatch, shape: Shape, spec: ReadSpec
 ) -> Rows:
     arrays: dict[str, pa.Array] = {}
+    columns: dict[str, list[Any]] = {}
     errors: dict[int, RowError] = {}
     for name in batch.schema.names:
-        arrays[name], bad = _valid_text(path, batch.column(name))
-        for at in bad:
-            text = f"{path}: row {rows[at]}: column {name!r} is not UTF-8"
-            errors.setdefault(at, RowError("invalid_utf8", text))
-    columns = {
-        name: arrays[name].to_pylist() if name in as_bytes else to_python(arrays[name])
-        for name in needed
-    }
-    return Rows(rows, to_values(columns, needed, len(rows)), arrays, errors)
+        array, bad = _sound(batch.column(name))
+        if name in shape.needed:
+            columns[name] = array.to_pylist() if name in spec.as_bytes else to_python(array)
+        if name in shape.table_columns:
+            arrays[name], misfits = _as_planned(array, spec.columns.field(name).type)
+            bad |= misfits
+        for at, (kind, problem) in bad.items():
+            text = f"{path}: row {rows[at]}: column {name!r} {problem}"
+            errors.setdefault(at, RowError(kind, text))
+    return Rows(rows, to_values(columns, shape.needed, len(rows)), arrays, errors)
 
 
-def _valid_text(path: str, column: pa.Array) -> tuple[pa.Array, list[int]]:
-    """Null what is not UTF-8; says where. Arrow and polars take valid text for granted."""
+_Bad = dict[int, tuple[str, str]]
+"""Index -> error type, and what is wrong with a value."""
+_TOO_LONG = ("value_too_long", f"is longer than {lines.MAX_LINE_BYTES >> 20} MiB")
+_NOT_UTF8 = ("invalid_utf8", "is not UTF-8")
+_DAMAGED = ("bad_value", "holds what its type does not allow")
+
+
+def _sound(column: pa.Array) -> tuple[pa.Array, _Bad]:
+    """Null values that are too long, and those that are not what Arrow takes for granted."""
+    if column.nbytes <= lines.MAX_LINE_BYTES and _is_valid(column):
+        return column, {}
+    if pa.types.is_dictionary(column.type):
+        plain, bad = _sound(column.dictionary_decode())
+        return (plain.dictionary_encode().cast(column.type) if bad else column), bad
+    found = {at: _what_is_wrong(column, at) for at in range(len(column))}
+    bad = {at: wrong for at, wrong in found.items() if wrong is not None}
+    return _nulled(column, bad), bad
+
+
+def _is_valid(column: pa.Array) -> bool:
     try:
         column.validate(full=True)
-    except pa.ArrowInvalid as error:
-        if column.type not in _TEXT_TYPES:
-            raise SourceError(path, f"is damaged: {error}") from error
-    else:
-        return column, []
-    values = [_decoded(scalar) for scalar in column.cast(pa.large_binary()).to_pylist()]
-    bad = [at for at, value in enumerate(values) if isinstance(value, UnicodeDecodeError)]
-    texts = [None if at in set(bad) else value for at, value in enumerate(values)]
-    return pa.array(texts, column.type), bad
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
-def _decoded(value: bytes | None) -> str | UnicodeDecodeError | None:
+def _what_is_wrong(column: pa.Array, at: int) -> tuple[str, str] | None:
     try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError as error:
-        return error
+        one = column.take(pa.array([at]))  # Copied, so that it is judged by itself.
+    except pa.ArrowNotImplementedError:  # Of views, see `core.data.take_rows`.
+        return _what_is_wrong_with_view(column[at])
+    if one.nbytes > lines.MAX_LINE_BYTES:
+        return _TOO_LONG
+    if _is_valid(one):
+        return None
+    return _NOT_UTF8 if _not_utf8(one[0]) else _DAMAGED
+
+
+def _what_is_wrong_with_view(scalar: pa.Scalar) -> tuple[str, str] | None:
+    if _not_utf8(scalar):
+        return _NOT_UTF8
+    size = len(pickle.dumps(to_python(pa.array([scalar], scalar.type))))
+    return _TOO_LONG if size > lines.MAX_LINE_BYTES else None
+
+
+def _not_utf8(scalar: pa.Scalar) -> bool:
+    try:
+        scalar.as_py()
+    except UnicodeDecodeError:
+        return True
+    except Exception:  # noqa: BLE001 - what else Python cannot hold is no matter here
+        return False
+    return False
+
+
+def _nulled(column: pa.Array, those: Collection[int]) -> pa.Array:
+    if not those:
+        return column
+    keep = Ranges.until(len(column)) - Ranges.of(sorted(those))
+    pieces: list[pa.Array] = []
+    end = 0
+    for start, stop in [*keep.spans, (len(column), len(column))]:
+        pieces += [pa.nulls(start - end, column.type), column.slice(start, stop - start)]
+        end = stop
+    return pa.concat_arrays(pieces)
+
+
+def _as_planned(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, _Bad]:
+    """Give a column the type that it has in all files; null what does not fit."""
+    if column.type.equals(kind):
+        return column, {}
+    try:
+        return column.cast(kind), {}
+    except pa.ArrowException:
+        pass
+    pieces, bad = [], {}
+    for at in range(len(column)):
+        try:
+            pieces.append(column.slice(at, 1).cast(kind))
+        except pa.ArrowException:
+            pieces.append(pa.nulls(1, kind))
+            bad[at] = ("type_mismatch", f"is {column.type} and does not fit into {kind}")
+    return pa.concat_arrays(pieces), bad

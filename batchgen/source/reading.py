@@ -17,6 +17,7 @@ import pyarrow as pa
 from batchgen.core.expressions import RowTest, parse_row_test
 from batchgen.core.records import Ranges, RowBatch, RowError
 from batchgen.source.columns import to_array, type_word
+from batchgen.source.partitions import partition_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,18 +136,29 @@ class Shape:
     """Columns that are read as Arrow: the carried ones and those of `where`."""
     needed: tuple[str, ...]
     where: RowTest | None
+    constants: Mapping[str, pa.Scalar]
+    """Columns that are the same in all rows, see `partitions`; not among those above."""
+    constant_values: Mapping[str, Any]
+    """Those of them that templates see."""
 
 
-def shape_of(segment: int, spec: ReadSpec) -> Shape:
-    """Work out which columns a read touches."""
+def shape_of(path: str, segment: int, spec: ReadSpec) -> Shape:
+    """Work out which columns a read of a file touches."""
+    constants = partition_values(path, spec.columns)
     where = None if spec.where is None else parse_row_test("where", spec.where)
     tested = () if where is None else where.columns
     return Shape(
         segment=segment,
         schema=pa.schema([spec.columns.field(name) for name in spec.carried]),
-        table_columns=tuple(dict.fromkeys([*spec.carried, *tested])),
-        needed=tuple(sorted(spec.needed)),
+        table_columns=tuple(
+            name for name in dict.fromkeys([*spec.carried, *tested]) if name not in constants
+        ),
+        needed=tuple(sorted(spec.needed - constants.keys())),
         where=where,
+        constants=constants,
+        constant_values={
+            name: value.as_py() for name, value in constants.items() if name in spec.needed
+        },
     )
 
 
@@ -191,11 +203,17 @@ def to_values(
 
 def make_batch(shape: Shape, read: Rows) -> RowBatch:
     """Apply `where` and put the batch together."""
-    names = shape.schema.names
-    carried = _record_batch([read.arrays[name] for name in names], shape.schema, len(read.rows))
+    names, num_rows = shape.schema.names, len(read.rows)
+    arrays = {
+        **read.arrays,
+        **{name: pa.repeat(value, num_rows) for name, value in shape.constants.items()},
+    }
+    carried = _record_batch([arrays[name] for name in names], shape.schema, num_rows)
     values = [None if at in read.errors else value for at, value in enumerate(read.values)]
+    if shape.constant_values:
+        values = [value and {**value, **shape.constant_values} for value in values]
     if shape.where is not None and read.rows:
-        tested = [read.arrays[name] for name in shape.where.columns]
+        tested = [arrays[name] for name in shape.where.columns]
         passed, failed = shape.where.keep(tested, len(read.rows))
         for at, why in failed.items():
             read.errors.setdefault(at, RowError("where_failed", why))
