@@ -28,7 +28,8 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
     Example: batchgen check jobs/quickstart.toml -n 1
     """
     from batchgen.core.records import RowError
-    from batchgen.pipeline.prepare import as_text, first_prompts, prepare
+    from batchgen.pipeline.prepare import as_text, prepare
+    from batchgen.preview.sample import first_prompts
 
     prepared = prepare(load())
     click.echo(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,23 +19,22 @@ from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, suggestion
 from batchgen.core.expressions import check_row_test
-from batchgen.core.records import EngineSpec, Prompt, Ranges, RowError
+from batchgen.core.records import EngineSpec, Prompt, RowError
 from batchgen.engine.base import BACKENDS, engine_class
-from batchgen.engine.vllm.encoder import find_template, refuse_model
+from batchgen.engine.vllm.encoder import refuse_model
 from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
 from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.columns import agreed, read_schema
 from batchgen.source.csv import delimiter_hint
-from batchgen.source.files import stat_input
 from batchgen.source.formats import find_files, reader_for
 from batchgen.source.partitions import with_partitions
 from batchgen.source.reading import ReadSpec
 from batchgen.store.result_files import part_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.job.model import Example, JobConfig, ModelConfig
@@ -492,10 +490,6 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
     return checked.by_recipe_of(plan).with_plan(plan)
 
 
-LARGE_BYTES = 256 << 20
-"""A larger file has rows enough for a look; they would be over a MiB long otherwise."""
-
-
 def find_input(job: JobConfig) -> InputFiles:
     """Find the input's files and look at the beginning of each.
 
@@ -521,33 +515,6 @@ def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
     for path in files:
         if root in Path(path).resolve().parents:
             raise SourceError(path, f"lies in the output folder {output}; choose another one")
-
-
-def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, Prompt | RowError]]:
-    """Yield where a row stands and its prompt, or why it has none, for `check`."""
-    is_chat = prepared.job.model.is_vllm and prepared.job.prompt.text is None
-    template = find_template(prepared.engine_spec(None)) if is_chat else None
-    for row, outcome in islice(first_rows(prepared, num_rows), num_rows):
-        why = None
-        if template is not None and not isinstance(outcome, str | RowError):
-            why = template.refusal(outcome)
-        yield f"row {row}", outcome if why is None else RowError("chat_template_error", why)
-
-
-def first_rows(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prompt | RowError]]:
-    """Yield rows in their order: its number in its file, and its prompt or why it has none.
-
-    Args:
-        prepared: The job.
-        num_rows: Of each large file so many are read, as counting its rows would take its time.
-    """
-    spec = replace(prepared.spec(), batch_rows=64)
-    for path in prepared.files:
-        is_large = stat_input(path).size_bytes > LARGE_BYTES
-        todo = Ranges.until(num_rows if is_large else prepared.reader.scan(path).num_rows)
-        for batch in prepared.reader.read(path, 0, todo, spec):
-            for at, (row, values) in enumerate(zip(batch.rows, batch.values, strict=True)):
-                yield row, batch.errors[at] if values is None else prepared.builder.build(values)
 
 
 def as_text(outcome: Prompt | RowError) -> str:

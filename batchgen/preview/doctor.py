@@ -16,7 +16,7 @@ from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.job.model import ModelConfig
 from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
-from batchgen.pipeline.prepare import LARGE_BYTES, engine_spec, prepare
+from batchgen.pipeline.prepare import engine_spec, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model
 from batchgen.preview.machine import (
     Finding,
@@ -32,7 +32,7 @@ from batchgen.preview.machine import (
     warning,
 )
 from batchgen.preview.model_check import Report, check_model
-from batchgen.preview.sample import max_model_len, row_lengths
+from batchgen.preview.sample import LARGE_BYTES, max_model_len, row_lengths
 from batchgen.source.files import stat_input
 
 if TYPE_CHECKING:

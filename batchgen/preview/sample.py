@@ -17,7 +17,7 @@ import random
 import statistics
 from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,23 +26,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import EngineError, one_line
-from batchgen.core.records import Request, RowError, RowSet
+from batchgen.core.records import Ranges, Request, RowError, RowSet
 from batchgen.engine.base import engine_class
 from batchgen.engine.echo import encode_prompt
-from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode
+from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode, find_template
 from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
-from batchgen.pipeline.prepare import first_rows
 from batchgen.preview.estimate import (
     estimate_duplicates,
     last_run,
     lengths_of,
 )
+from batchgen.source.files import stat_input
 from batchgen.storage import LocalStorage
 from batchgen.store.reuse import prefix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from batchgen.core.records import EngineSpec
     from batchgen.engine.base import EngineRequest
@@ -172,6 +172,37 @@ def config_max_len(path: Path) -> int | None:
     config = {**config, **inner} if isinstance(inner, dict) else config
     told = [value for key in _LENGTH_KEYS if type(value := config.get(key)) is int]
     return min((value for value in told if 0 < value <= _MAX_LENGTH), default=None)
+
+
+LARGE_BYTES = 256 << 20
+"""A larger file has rows enough for a look; they would be over a MiB long otherwise."""
+
+
+def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, Prompt | RowError]]:
+    """Yield where a row stands and its prompt, or why it has none, for `check`."""
+    is_chat = prepared.job.model.is_vllm and prepared.job.prompt.text is None
+    template = find_template(prepared.engine_spec(None)) if is_chat else None
+    for row, outcome in islice(first_rows(prepared, num_rows), num_rows):
+        why = None
+        if template is not None and not isinstance(outcome, str | RowError):
+            why = template.refusal(outcome)
+        yield f"row {row}", outcome if why is None else RowError("chat_template_error", why)
+
+
+def first_rows(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prompt | RowError]]:
+    """Yield rows in their order: its number in its file, and its prompt or why it has none.
+
+    Args:
+        prepared: The job.
+        num_rows: Of each large file so many are read, as counting its rows would take its time.
+    """
+    spec = replace(prepared.spec(), batch_rows=64)
+    for path in prepared.files:
+        is_large = stat_input(path).size_bytes > LARGE_BYTES
+        todo = Ranges.until(num_rows if is_large else prepared.reader.scan(path).num_rows)
+        for batch in prepared.reader.read(path, 0, todo, spec):
+            for at, (row, values) in enumerate(zip(batch.rows, batch.values, strict=True)):
+                yield row, batch.errors[at] if values is None else prepared.builder.build(values)
 
 
 FIRST_ROWS = 200

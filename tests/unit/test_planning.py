@@ -24,11 +24,11 @@ from batchgen.pipeline.frozen import (
 from batchgen.pipeline.prepare import (
     as_text,
     check,
-    first_prompts,
     job_changes,
     prepare,
 )
 from batchgen.pipeline.rows import missing
+from batchgen.preview.sample import first_prompts
 from batchgen.source.columns import read_schema, schema_text
 from batchgen.store.books import Durable, Part, PartFooter, Plan
 from batchgen.store.ledger import Ledger

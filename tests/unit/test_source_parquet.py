@@ -9,8 +9,9 @@ import pytest
 
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges
+from batchgen.job.model import InputConfig
 from batchgen.source import parquet
-from batchgen.source.columns import JSON_METADATA
+from batchgen.source.columns import JSON_METADATA, agreed
 from batchgen.source.parquet import ParquetReader
 from batchgen.source.reading import ReadSpec
 
@@ -119,14 +120,16 @@ def test_repeated_column_names_are_refused(tmp_path):
         READER.columns([path], {})
 
 
-def test_files_with_other_columns_or_types_are_refused_with_the_difference(tmp_path):
+def test_files_that_differ_in_a_column_that_is_used_are_refused_with_the_difference(tmp_path):
     one = write(tmp_path, pa.table({"a": [1], "b": ["x"]}), "1.parquet")
     two = write(tmp_path, pa.table({"a": [1.5], "c": ["x"]}), "2.parquet")
+    columns = READER.columns([one, two], {})
     with pytest.raises(SourceError) as caught:
-        READER.columns([one, two], {})
+        agreed(columns, InputConfig(path=one), lambda _: set())
     assert str(caught.value) == (
         f"{two}: has other columns than {one}: 'a' is double here, int64 there, "
-        "'b' is absent here, string there, 'c' is string here, absent there"
+        "'b' is absent here, string there, 'c' is string here, absent there; "
+        "input.columns may leave columns out"
     )
 
 
