@@ -87,10 +87,10 @@ def with_partitions(
     if not keys:
         return read(types)
     fields = {field.name: field for field in read(_without(types, keys))}
-    own = [key for key in keys if key in fields and not is_differing(fields[key])]
-    if any(key in types for key in own):
-        fields = {field.name: field for field in read(_without(types, keys.keys() - own))}
-    for key in keys.keys() - own:
+    others = [key for key in keys if key not in fields or is_differing(fields[key])]
+    if any(key in types for key in keys.keys() - others):
+        fields = {field.name: field for field in read(_without(types, others))}
+    for key in others:
         fields[key] = _field(key, {path: _value(path, key) for path in files}, types.get(key))
     return pa.schema([*fields.values()])
 
