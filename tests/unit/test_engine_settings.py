@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -25,6 +29,7 @@ from batchgen.engine.vllm.settings import (
 from batchgen.job.recipe import SPEED_OPTIONS, diff, fingerprint, without_speed
 from tests.fakes import FakeEngine, ask
 
+ROOT = Path(__file__).parents[2]
 LONG = WorkLeft(1_000_000, 1024)
 SHORT_NIGHT = WorkLeft(7_000, 256)
 LITTLE = WorkLeft(200, 64)
@@ -224,3 +229,42 @@ def test_an_engine_that_is_up_or_does_not_care_is_told_too():
         engine.start()
         engine.expect(LONG)
         assert getattr(made, "heard", LONG) == LONG
+
+
+IMPORTS = """
+import sys
+from batchgen.engine.vllm.settings import keep_bytecode
+keep_bytecode()
+import vllm.module
+print(vllm.module.__cached__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_some", "is_kept"),
+    [
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, False, True),
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, True, False),
+        ({"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "/nowhere"}, False, False),
+        ({}, False, False),  # Python keeps it where it always does.
+    ],
+)
+def test_bytecode_of_vllm_is_kept_where_nobody_else_does(tmp_path, environment, has_some, is_kept):
+    package, cache = tmp_path / "site" / "vllm", tmp_path / "cache"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "module.py").touch()
+    if has_some:
+        (package / "__pycache__").mkdir()
+    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    inherited = {name: value for name, value in os.environ.items() if "BYTECODE" not in name}
+    inherited.pop("PYTHONPYCACHEPREFIX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        env={**inherited, **environment, "PYTHONPATH": path, "VLLM_CACHE_ROOT": str(cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (cache in Path(done.stdout.strip()).parents) is is_kept
+    assert any(cache.rglob("module*.pyc")) is is_kept
