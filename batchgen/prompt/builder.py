@@ -11,11 +11,11 @@ import base64
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import orjson
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
 from batchgen.core.data import NotText, NotTextError
 from batchgen.core.errors import ConfigError, nearest
@@ -23,7 +23,7 @@ from batchgen.core.records import Messages, Prompt, RowError
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.job.model import Example, PromptConfig
 
@@ -57,21 +57,17 @@ class PromptBuilder:
             ConfigError: A template has a syntax error.
         """
         self._config = config
-        self._system: Render | None = None
-        self._user: Render | None = None
-        named = (config.messages, config.text, config.images)
-        names: set[str] = {name for name in named if name is not None}
-        if config.user is not None:
-            self._user, user_names = _compile("prompt.user", config.user)
-            names |= user_names
-        if config.system is not None:
-            self._system, system_names = _compile("prompt.system", config.system)
-            names |= system_names
-        texts = [text for text in (config.user, config.system) if text is not None]
-        self._may_lack = frozenset().union(*map(_with_default, texts))
+        texts = {"user": config.user, "system": config.system}
+        self._templates = {k: _compile(f"prompt.{k}", v) for k, v in texts.items() if v is not None}
+        self._user, self._system = map(self._templates.get, texts)
+        columns = (config.messages, config.text, config.images)
+        templates = self._templates.values()
+        self._names = frozenset(name for name in columns if name is not None).union(
+            *(template.names for template in templates)
+        )
+        self._may_lack = frozenset().union(*(template.may_lack for template in templates))
         self._images = ImageRules(config)
         self._examples = [message for example in config.examples for message in turns(example)]
-        self._names = frozenset(names)
         self._globals = _GLOBALS if self._user is not None else frozenset()
 
     def columns(self, available: Sequence[str]) -> frozenset[str]:
@@ -100,8 +96,8 @@ class PromptBuilder:
             return []
         found = [
             f"prompt.{key}: {{{name}}} in single braces is text; a column is {{{{ {name} }}}}"
-            for key, text in (("user", self._config.user), ("system", self._config.system))
-            for name in dict.fromkeys(_BRACED.findall(plain_text(text or "")))
+            for key, template in self._templates.items()
+            for name in dict.fromkeys(_BRACED.findall(template.text))
             if name in available and name not in self._names
         ]
         found += [
@@ -159,13 +155,13 @@ class PromptBuilder:
         for name in self._names:
             if scope.get(name, "") is None:
                 scope[name] = NULL
-        user = self._user(scope)
+        user = self._user.render(scope)
         if not user.strip():
             return RowError("empty_prompt", "prompt.user renders to nothing")
         # What all rows share comes first, so that the prefix cache serves it.
         messages: list[dict[str, Any]] = [*self._examples, {"role": "user", "content": user}]
         if self._system is not None:
-            messages.insert(0, {"role": "system", "content": self._system(scope)})
+            messages.insert(0, {"role": "system", "content": self._system.render(scope)})
         return messages
 
     def _from_column(self, values: Values) -> Prompt | RowError:
@@ -185,8 +181,20 @@ class PromptBuilder:
         return value
 
 
-def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
-    """Compile a template; return it with the names that it looks up. A constant renders once."""
+class _Template(NamedTuple):
+    """A template, compiled."""
+
+    render: Render
+    names: frozenset[str]
+    """What it looks up."""
+    may_lack: frozenset[str]
+    """Of these, what it has a default for, or asks whether it is there."""
+    text: str
+    """What it has beside expressions and statements."""
+
+
+def _compile(where: str, source: str) -> _Template:
+    """Compile a template. A constant renders once."""
     sandbox, source = Sandbox(), source.removeprefix(BYTE_ORDER_MARK)
     try:
         render, names = sandbox.compile_template(source)
@@ -196,8 +204,11 @@ def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
     except Exception as error:  # The compiler's own limits: brackets, loops, digits.
         problem = f"{where}: template cannot be compiled: {_told(error)}"
         raise ConfigError(_TABLE, [problem]) from error
+    tree = sandbox.parse(source)
+    text = "\0".join(node.data for node in tree.find_all(nodes.TemplateData))
     if names:
-        return _with_shortcut(sandbox.parse(source), render), names
+        may_lack = frozenset(_with_default(tree)) & names - {ROW_VARIABLE}
+        return _Template(_with_shortcut(tree, render), names, may_lack, text)
     try:
         constant = render({})
     except NullPrintedError as error:
@@ -206,25 +217,16 @@ def _compile(where: str, source: str) -> tuple[Render, frozenset[str]]:
         raise ConfigError(_TABLE, [f"{where}: {shortened(str(error))}"]) from error
     except Exception as error:  # A template can raise anything; this one does for every row.
         raise ConfigError(_TABLE, [f"{where}: {_told(error)}"]) from error
-    return lambda _: constant, names
+    return _Template(lambda _: constant, names, frozenset(), text)
 
 
-def _with_default(source: str) -> frozenset[str]:
-    """Names that a template has a default for, or asks whether they are there."""
-    tree, found = Sandbox().parse(source), set()
+def _with_default(tree: nodes.Template) -> Iterator[str]:
     for node in tree.find_all((nodes.Filter, nodes.Test)):
         of = node.node if node.name in {"default", "d", "defined", "undefined"} else None
         while isinstance(of, nodes.Getattr | nodes.Getitem):
             of = of.node
         if isinstance(of, nodes.Name):
-            found.add(of.name)
-    return frozenset(found & meta.find_undeclared_variables(tree)) - {ROW_VARIABLE}
-
-
-def plain_text(source: str) -> str:
-    """What a template has beside expressions and statements."""
-    found = Sandbox().parse(source).find_all(nodes.TemplateData)
-    return "\0".join(node.data for node in found)
+            yield of.name
 
 
 def _with_shortcut(tree: nodes.Template, render: Render) -> Render:
