@@ -211,7 +211,7 @@ def _kill_engine(output: Path, killed: threading.Event) -> None:
     while time.monotonic() < deadline:
         if any((output / STATE / "parts").glob("*.parquet")):
             for child in psutil.Process().children():
-                if "batchgen.engine.host" in child.cmdline():
+                if "batchgen.engine.process" in child.cmdline():
                     os.kill(child.pid, signal.SIGKILL)
                     killed.set()
                     return

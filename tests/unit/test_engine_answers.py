@@ -14,7 +14,7 @@ import tokenizers
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import EngineSpec, RowError, TokenLogprobs
 from batchgen.engine.base import HostedRequest
-from batchgen.engine.host import last_words
+from batchgen.engine.process import last_words
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.answers import AnswerReader, prompt_end, special_token_ids
 from batchgen.engine.vllm.encoder import (

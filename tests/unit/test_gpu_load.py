@@ -13,7 +13,7 @@ import pytest
 
 from batchgen.core.records import EngineStats
 from batchgen.engine.devices import EVERY_S, GpuLoad
-from batchgen.engine.host import Host
+from batchgen.engine.process import Host
 from tests.fakes import FakeEngine
 from tests.unit.test_devices import Card, FakeNvml, NvmlError
 

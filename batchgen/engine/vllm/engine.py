@@ -1,6 +1,6 @@
 """`VllmEngine`: vLLM's offline engine, fed by rolling admission.
 
-It lives in a process of its own (`host.py`), so nothing here needs to survive vLLM. What it owes
+It lives in a process of its own (`process.py`), so nothing here needs to survive vLLM. What it owes
 its caller is that every request comes back once, as an answer or as that row's error:
 
 - a window of requests is kept inside vLLM, twice `max_num_seqs` as vLLM's own tiling loop does
