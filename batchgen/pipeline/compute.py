@@ -493,8 +493,10 @@ class OneEngine:
         """
         self._prepare(work.prepared)
         engine, stages, context = self._engine, work.stages, self._context
-        if not context.is_trial:  # Its figures are to hold for much more work than it has.
-            engine.expect(stages.work_of(rows.num_rows))
+        work_left = stages.work_of(rows.num_rows)
+        if context.is_trial:  # It ends early, and each has other settings: compiled anew for each.
+            work_left = work_left._replace(output_tokens=1, prompt_tokens=1, rows_per_s=None)
+        engine.expect(work_left)
         left: Future[Rows] = Future()
 
         def read() -> Iterator[RowBatch]:  # In the feeder's thread.
