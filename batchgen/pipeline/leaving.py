@@ -155,14 +155,13 @@ def _kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> Ra
 
 def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> RowSet:
     """Map each segment to its rows in the snapshot: not blank, not left out by `where`."""
-    planned = RowSet((at, Ranges.until(file.num_rows)) for at, file in enumerate(old.segments))
     if not manifest.num_skipped:
-        return planned
+        return old.rows
     try:
         tables = (ordinals() for _, _, ordinals in row_groups(storage, manifest))
         return RowSet.of_spans(span for table in tables for span in rows_of(table).spans())
     except OutputError:  # Told where rows are taken over.
-        return planned
+        return old.rows
 
 
 def _why_rows_leave(old: Plan, new: Plan, fewer: Sequence[_FileChange]) -> str:

@@ -25,7 +25,7 @@ from batchgen.answers.validate import refusal
 from batchgen.core.data import gather_rows
 from batchgen.core.errors import AccountingError, BatchgenError, OutputError
 from batchgen.core.expressions import RowTest, parse_row_test
-from batchgen.core.records import Ranges, Request, RowSet
+from batchgen.core.records import Request, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.rendering import changes_since, old_rows
 from batchgen.pipeline.runner import Committer
@@ -75,10 +75,7 @@ _PIECE_MIB = 8
 
 def missing(plan: Plan, durable: Durable) -> RowSet:
     """Map each segment to its rows that no accepted part accounts for, if there are any."""
-    return RowSet(
-        (number, Ranges.until(segment.num_rows) - durable.done(number))
-        for number, segment in enumerate(plan.segments)
-    )
+    return RowSet((number, rows - durable.done(number)) for number, rows in plan.rows.items())
 
 
 def rejected_notes(durable: Durable) -> list[str]:
@@ -173,8 +170,7 @@ class Takeover:
             frozenset(self._prepared.carried),
         )
         if self._manifest is not None:
-            num_rows = [segment.num_rows for segment in self.old.segments]
-            pieces = from_snapshot(storage, self._manifest, num_rows, wanted)
+            pieces = from_snapshot(storage, self._manifest, wanted)
         else:
             pieces = from_parts(storage, self._durable.parts, wanted)
         return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)

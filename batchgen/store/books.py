@@ -104,6 +104,11 @@ class Plan:
         return 0 if self.takes_errors else self.generation
 
     @property
+    def rows(self) -> RowSet:
+        """Segment -> its physical rows."""
+        return RowSet((at, Ranges.until(one.num_rows)) for at, one in enumerate(self.segments))
+
+    @property
     def num_rows(self) -> int:
         """Physical rows planned, those that end without a result included."""
         return sum(segment.num_rows for segment in self.segments)

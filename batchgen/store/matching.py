@@ -404,7 +404,7 @@ class Renumbering:
         for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):
             by_old.setdefault(span.old_segment, []).append(span)
         self._by_old = by_old
-        self.old_rows = RowSet.of_spans(
+        self.old_rows = old.rows & RowSet.of_spans(
             (span.old_segment, span.old_start, span.old_start + span.length) for span in spans
         )
         """Old segment -> the rows that are in the later plan."""

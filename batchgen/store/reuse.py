@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from batchgen.core.data import take_rows
 from batchgen.core.errors import OutputError
-from batchgen.core.records import Ranges, RowSet
+from batchgen.core.records import RowSet
 from batchgen.source.columns import retyped
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows, rows_of
 from batchgen.store.snapshot import Index
@@ -288,62 +288,36 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 _ENGINE_KEY = b"batchgen.engine"
 
 
-def from_snapshot(
-    storage: LocalStorage, manifest: Manifest, num_rows: Sequence[int], wanted: Wanted
-) -> Iterator[Piece]:
-    """Yield the wanted rows of a snapshot, answered or skipped, in its ordinal order.
-
-    Args:
-        storage: Where it is.
-        manifest: Of the snapshot.
-        num_rows: Planned rows of each segment.
-        wanted: What to take.
+def from_snapshot(storage: LocalStorage, manifest: Manifest, wanted: Wanted) -> Iterator[Piece]:
+    """Yield the wanted rows of a snapshot in its ordinal order, and those it skipped last.
 
     Raises:
         OutputError: Its index is damaged, or it has other columns.
         StorageError: Something cannot be read right now.
     """
-    moves, cursor = wanted.moves, (0, 0)
+    moves = wanted.moves
+    seen: list[tuple[int, int, int]] = []
     with Index(storage, manifest) as index:
         for entry, file, groups in index.files():
-            num_damaged, engine = 0, ""
+            num_damaged = 0
             for at, number in enumerate(groups):
                 ordinals = index.ordinals(number)
                 here = rows_of(ordinals)
-                last = (ordinals[SEGMENT][-1].as_py(), ordinals[ROW][-1].as_py() + 1)
-                skipped = moves.ranges(_gaps(cursor, last, here, num_rows))
-                cursor = last
-                table = wanted.schema.empty_table()
-                if rows := here & moves.old_rows:
-                    found = file.group(at)
-                    engine = file.metadata.get(_ENGINE_KEY, b"").decode()
-                    if found is None:
-                        num_damaged += rows.num_rows
-                    else:
-                        table = wanted.of(_with_ordinals(file, found, ordinals, wanted))
-                if table.num_rows or skipped:
-                    yield Piece(table, skipped, engine)
+                seen += here.spans()
+                if not (rows := here & moves.old_rows):
+                    continue
+                found = file.group(at)
+                if found is None:
+                    num_damaged += rows.num_rows
+                    continue
+                table = wanted.of(_with_ordinals(file, found, ordinals, wanted))
+                engine = file.metadata.get(_ENGINE_KEY, b"").decode()
+                yield Piece(table, RowSet(), engine)
             if num_damaged:
                 why = f"damaged ({file.problem}); {num_damaged:,} rows done again"
                 wanted.tell(f"{entry.name}: {why}")
-        end = (len(num_rows) - 1, num_rows[-1]) if num_rows else cursor
-        if skipped := moves.ranges(_gaps(cursor, end, RowSet(), num_rows)):
-            yield Piece(wanted.schema.empty_table(), skipped, "")
-
-
-def _gaps(
-    start: tuple[int, int],
-    stop: tuple[int, int],
-    rows: RowSet,
-    num_rows: Sequence[int],
-) -> RowSet:
-    """Rows from ordinal `start` up to, not including, `stop` that are not in `rows`."""
-    found = []
-    for segment in range(start[0], stop[0] + 1):
-        first = start[1] if segment == start[0] else 0
-        end = stop[1] if segment == stop[0] else num_rows[segment]
-        found.append((segment, Ranges([(first, end)]) - rows[segment]))
-    return RowSet(found)
+    skipped = moves.ranges(moves.old_rows - RowSet.of_spans(seen))
+    yield Piece(wanted.schema.empty_table(), skipped, "")
 
 
 def _with_ordinals(

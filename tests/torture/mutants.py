@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant(
         "resume by count",
         "batchgen/pipeline/rows.py",
-        (("- durable.done(number))\n", "- Ranges.until(len(durable.done(number))))\n"),),
+        (("rows - durable.done(number))", "rows - type(rows).until(len(durable.done(number))))"),),
         SWEEP,
         "new/kill before",
     ),

@@ -119,7 +119,7 @@ def parts(storage: LocalStorage) -> list[Part]:
 def test_the_ok_rows_of_a_snapshot_come_back_as_they_were_and_blank_ones_as_skipped(storage, parts):
     told: list[str] = []
     manifest = put_snapshot(storage, parts)
-    rows, skipped = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
+    rows, skipped = collect(from_snapshot(storage, manifest, wanted(told)))
     assert ids(rows) == expected_ids() == [row["id"] for row in rows]
     assert {row["gen_text"] for row in rows} == {at.replace("/", ":") for at in expected_ids()}
     assert {row["gen_run_id"] for row in rows} == {"run-1"}
@@ -130,7 +130,7 @@ def test_the_ok_rows_of_a_snapshot_come_back_as_they_were_and_blank_ones_as_skip
 def test_the_ok_rows_of_parts_are_the_same_rows(storage, parts):
     told: list[str] = []
     manifest = put_snapshot(storage, parts)
-    published, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
+    published, _ = collect(from_snapshot(storage, manifest, wanted(told)))
     rows, skipped = collect(from_parts(storage, parts, wanted(told)))
     assert sorted(rows, key=lambda row: list(row.values())[:2]) == published
     assert (skipped, told) == (BLANK, [])
@@ -143,7 +143,7 @@ def test_only_wanted_rows_come_back(storage, parts, kind, others):
     want = wanted([], some)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
-        pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
+        pieces = from_snapshot(storage, manifest, want)
     else:
         pieces = from_parts(storage, parts, want)
     rows, skipped = collect(pieces)
@@ -156,7 +156,7 @@ def test_errors_come_back_too_where_they_are_wanted(storage, parts, kind):
     want = wanted([], takes_errors=True)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
-        pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
+        pieces = from_snapshot(storage, manifest, want)
     else:
         pieces = from_parts(storage, parts, want)
     rows, skipped = collect(pieces)
@@ -176,7 +176,7 @@ def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind
     want = Wanted(SCHEMA, "gen_", Renumbering(spans, old, new), takes_errors=True, tell=print)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
-        pieces = from_snapshot(storage, manifest, NUM_ROWS, want)
+        pieces = from_snapshot(storage, manifest, want)
     else:
         pieces = from_parts(storage, parts, want)
     rows, skipped = collect(pieces)
@@ -191,10 +191,10 @@ def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind
 
 def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
     manifest = put_snapshot(storage, [])
-    rows, skipped = collect(from_snapshot(storage, manifest, [4, 2], wanted([], {
-        0: Ranges.until(4), 1: Ranges.until(2)
+    rows, skipped = collect(from_snapshot(storage, manifest, wanted([], {
+        0: Ranges.until(4), 2: Ranges.until(2)
     })))  # fmt: skip
-    assert (rows, skipped) == ([], RowSet({0: Ranges.until(4), 1: Ranges.until(2)}))
+    assert (rows, skipped) == ([], RowSet({0: Ranges.until(4), 2: Ranges.until(2)}))
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, parts, small_groups):
     """Every byte: pages, page headers, statistics, footer."""
     manifest = put_snapshot(storage, parts)
-    true_rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted([])))
+    true_rows, _ = collect(from_snapshot(storage, manifest, wanted([])))
     name = manifest.files[1].name
     path = storage.path(name)
     whole = path.read_bytes()
@@ -213,7 +213,7 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
     for at in range(0, len(whole), 61):
         overwrite(path, whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         told: list[str] = []
-        rows, skipped = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
+        rows, skipped = collect(from_snapshot(storage, manifest, wanted(told)))
         assert [row for row in true_rows if row in rows] == rows
         assert len(rows) < len(true_rows)
         assert skipped == BLANK
@@ -231,7 +231,7 @@ def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, 
     path = storage.path(manifest.files[0].name)
     overwrite(path, path.read_bytes()[:size])
     told: list[str] = []
-    rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
+    rows, _ = collect(from_snapshot(storage, manifest, wanted(told)))
     assert ids(rows) == expected_ids()[23:]
     assert "part-00000.parquet: damaged" in told[0]
     assert "25 rows done again" in told[0]
@@ -241,7 +241,7 @@ def test_a_published_file_that_is_gone_is_damage_too(storage, parts):
     manifest = put_snapshot(storage, parts)
     storage.remove(manifest.files[2].name)
     told: list[str] = []
-    rows, _ = collect(from_snapshot(storage, manifest, NUM_ROWS, wanted(told)))
+    rows, _ = collect(from_snapshot(storage, manifest, wanted(told)))
     assert ids(rows) == expected_ids()[:46]
     assert "part-00002.parquet: damaged" in told[0]
 
@@ -272,7 +272,7 @@ def test_a_snapshot_with_other_columns_is_refused(storage, parts):
         other, "gen_", staying(RowSet({0: Ranges.until(40)})), takes_errors=False, tell=print
     )
     with pytest.raises(OutputError, match="has other columns than this job's parts"):
-        collect(from_snapshot(storage, manifest, NUM_ROWS, want))
+        collect(from_snapshot(storage, manifest, want))
 
 
 def test_of_a_part_with_a_flipped_page_the_other_row_groups_come_back(storage):
@@ -364,7 +364,7 @@ def test_whatever_is_ok_failed_or_blank_each_row_comes_back_once(tmp_path_factor
     parts.append(footed(storage, writer.commit([], {0: rest}, BY).name))
     want = wanted([], RowSet({0: Ranges.until(31)}))
     manifest = put_snapshot(storage, parts, rows_per_file=data.draw(st.integers(1, 9)))
-    for pieces in (from_parts(storage, parts, want), from_snapshot(storage, manifest, [31], want)):
+    for pieces in (from_parts(storage, parts, want), from_snapshot(storage, manifest, want)):
         rows, left_out = collect(pieces)
         assert sorted(row["_batchgen_row"] for row in rows) == sorted(ok)
         assert left_out.get(0, NO_ROWS) == Ranges.of(blank) | rest
