@@ -459,7 +459,8 @@ class Computation:
         answered = AnsweredKeys(
             context.storage,
             [*base, *self._own_sources(durable)],
-            answer_fields(prepared),
+            # All but ordinal and carried columns.
+            list(prepared.part_schema)[2 + len(prepared.carried) :],
             context.job.output.prefix,
             context.notes.add,
         )
@@ -483,11 +484,6 @@ class _Asked(NamedTuple):
     ordinal: Ordinal
     carried: pa.RecordBatch
     at: int
-
-
-def answer_fields(prepared: Prepared) -> list[pa.Field]:
-    """What a copy takes from the row that was computed: all but ordinal and carried columns."""
-    return list(prepared.part_schema)[2 + len(prepared.carried) :]
 
 
 def copies(

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from batchgen.storage import LocalStorage, PendingFile
-    from batchgen.store.books import Manifest, PartFooter, Plan, Segment
+    from batchgen.store.books import Manifest, PartFooter, Plan
     from batchgen.store.ledger import Ledger
 
 
@@ -273,7 +273,7 @@ def _in_turn(
     """Yield the results, segment by segment, at most `chunk_rows` of one at a time."""
     for segment in sorted({seg for reader in readers for seg in reader.footer.done}):
         here = [reader for reader in readers if segment in reader.footer.done]
-        stop = max(reader.last_row(segment) for reader in here) + 1
+        stop = max(reader.footer.done[segment].spans[-1][1] for reader in here)
         for start in range(0, stop, chunk_rows):
             stop_row = start + chunk_rows
             tables = [
@@ -328,10 +328,6 @@ class _PartReader:
         """
         self._row_groups()
         return self._row_bytes
-
-    def last_row(self, segment: int) -> int:
-        """Highest row of the segment that the part accounts for."""
-        return self.footer.done[segment].spans[-1][1] - 1
 
     def overlaps(self, segment: int, start: int, stop: int) -> bool:
         """Whether the part may hold rows with `start <= row < stop`; cheap, from the footer."""
@@ -563,11 +559,7 @@ def _in_work(ledger: Ledger) -> Iterable[Plan]:
 def _remove_digests(ledger: Ledger) -> None:
     """Remove digests of rows of files that no snapshot and no plan in work is made of."""
     plans = [*_in_work(ledger), *(ledger.plan(found.number) for found in ledger.manifests())]
-    named = {digests_of(segment.digest) for segment in _segments(plans)}
+    named = {digests_of(segment.digest) for plan in plans for segment in plan.segments}
     for name in ledger.storage.list(DIGESTS):
         if name.endswith(".bin") and name not in named:
             ledger.storage.remove(name)
-
-
-def _segments(plans: Sequence[Plan]) -> Iterable[Segment]:
-    return (segment for plan in plans for segment in plan.segments)
