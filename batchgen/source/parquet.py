@@ -234,8 +234,7 @@ def _sound(column: pa.Array) -> tuple[pa.Array, _Bad]:
     if pa.types.is_dictionary(column.type):
         plain, bad = _sound(column.dictionary_decode())
         return (plain.dictionary_encode().cast(column.type) if bad else column), bad
-    found = {at: _what_is_wrong(column, at) for at in range(len(column))}
-    bad = {at: wrong for at, wrong in found.items() if wrong is not None}
+    bad = {at: wrong for at in range(len(column)) if (wrong := _what_is_wrong(column, at))}
     return _nulled(column, bad), bad
 
 
@@ -248,12 +247,11 @@ def _is_valid(column: pa.Array) -> bool:
 
 
 def _what_is_wrong(column: pa.Array, at: int) -> tuple[str, str] | None:
-    try:
-        one = column.take(pa.array([at]))  # Copied, so that it is judged by itself.
-    except pa.ArrowNotImplementedError:  # Of views, see `core.data.take_rows`.
+    if "view" in str(column.type):  # They share buffers, and have no kernel for `take`.
         return _what_is_wrong_with_view(column[at])
-    if one.nbytes > lines.MAX_LINE_BYTES:
+    if column.slice(at, 1).nbytes > lines.MAX_LINE_BYTES:
         return _TOO_LONG
+    one = column.take(pa.array([at]))  # Copied, so that it is judged by itself.
     if _is_valid(one):
         return None
     return _NOT_UTF8 if _not_utf8(one[0]) else _DAMAGED

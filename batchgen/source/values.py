@@ -152,6 +152,8 @@ def _time_text(value: int, kind: pa.DataType) -> str:
     if pa.types.is_time(kind):
         return _clock(seconds, fraction)
     offset_s, suffix = (0, "") if kind.tz is None else _offset(kind.tz, seconds)
+    if kind.unit == "ns":  # As Arrow writes it, whether or not it knows the zone on this machine.
+        suffix = "Z" if kind.tz == "UTC" else suffix.replace(":", "")
     days, seconds = divmod(seconds + offset_s, _DAY_S)
     return f"{_date_text(days)} {_clock(seconds, fraction)}{suffix}"
 

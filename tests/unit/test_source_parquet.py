@@ -14,6 +14,7 @@ from batchgen.source import parquet
 from batchgen.source.columns import JSON_METADATA, agreed
 from batchgen.source.parquet import ParquetReader
 from batchgen.source.reading import ReadSpec
+from batchgen.source.text import MAX_BATCH_BYTES, MAX_LINE_BYTES
 
 READER = ParquetReader()
 
@@ -192,3 +193,58 @@ def test_a_file_with_columns_and_no_rows_is_fine(tmp_path):
     assert READER.sniff(path) is None
     assert READER.scan(path).num_rows == 0
     assert read(path, Ranges()) == []
+
+
+LONG = "x" * (MAX_LINE_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", LONG, "c"]),
+        pa.array(["a", LONG, "c"]).dictionary_encode(),
+        pa.array(["a" * 20, LONG, "c" * 20], pa.string_view()),
+        pa.array([["a"], [LONG[:-1], "x"], None]),
+        pa.array([{"x": "a"}, {"x": LONG}, None]),
+    ],
+    ids=["string", "dictionary", "view", "list", "struct"],
+)
+def test_a_value_that_is_too_long_is_its_rows_error_and_is_not_carried(tmp_path, column):
+    path = write(tmp_path, pa.table({"v": column, "n": [1, 2, 3]}))
+    batches = read(path, Ranges.until(3), needed=["n"])
+    errors = {batch.rows[at]: error for batch in batches for at, error in batch.errors.items()}
+    assert {row: error.error_type for row, error in errors.items()} == {1: "value_too_long"}
+    assert errors[1].error == f"{path}: row 1: column 'v' is longer than 64 MiB"
+    carried = pa.concat_arrays([batch.carried.column("v") for batch in batches])
+    assert carried.type == column.type
+    assert carried.to_pylist() == [column[0].as_py(), None, column[2].as_py()]
+
+
+def test_large_values_are_decoded_a_few_at_a_time(tmp_path):
+    table = pa.table({"v": [str(at) * (4 << 20) for at in range(1, 9)] * 4})
+    path = write(tmp_path, table, use_dictionary=False)
+    sizes = [batch.carried.nbytes for batch in read(path, Ranges.until(32))]
+    assert max(sizes) <= 2 * MAX_BATCH_BYTES
+    assert sum(sizes) >= 32 * 4 << 20
+
+
+NOT_TEXT = pa.array([b"x", b"\xff", b"y"]).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (NOT_TEXT, "invalid_utf8"),
+        (pa.StructArray.from_arrays([NOT_TEXT], ["s"]), "invalid_utf8"),
+        (pa.ListArray.from_arrays([0, 1, 2, 3], NOT_TEXT), "invalid_utf8"),
+        (pa.array([0, 86_400_000, 1], pa.int32()).view(pa.time32("ms")), "bad_value"),
+    ],
+)
+def test_a_value_that_its_type_does_not_allow_is_its_rows_error(tmp_path, column, kind):
+    path = write(tmp_path, pa.table({"v": column, "n": [1, 2, 3]}))
+    (batch,) = read(path, Ranges.until(3), needed=["n"])
+    assert {at: error.error_type for at, error in batch.errors.items()} == {1: kind}
+    carried = batch.carried.column("v")
+    carried.validate(full=True)
+    assert carried.type == column.type
+    assert carried.is_null().to_pylist() == [False, True, False]
