@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,9 @@ def test_a_sample_says_that_it_is_one(job):
     text = forecast_text(found)
     assert "of a sample of 100 of 300 rows" in text
     assert "  prompts  ~" in text
+    assert "  engine   " not in text  # It chooses nothing for an engine that is not vLLM on a GPU.
+    chosen = forecast_text(replace(found, settings={"cudagraph_capture_sizes": [8, 1024]}))
+    assert "  engine   CUDA graphs for up to 1,024 rows at once\n" in chosen
     exact = forecast_text(foresee(config, DEFAULTS))
     assert "~" not in exact
     assert "300 rows, told of all" in exact
