@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -84,6 +85,20 @@ def test_several_answers_a_row_run_at_once():
     spec = replace(spec_of(WorkLeft(100, 64)), sampling_params={"n": 4})
     sizes = choose_settings(spec, 1024)["compilation_config"]["cudagraph_capture_sizes"]
     assert sizes[-1] == 400
+
+
+def test_models_that_gain_more_by_compiling_are_compiled_sooner(tmp_path):
+    work = WorkLeft(20_000, 512, rows_per_s=50.0)
+    quantized = json.dumps({"quantization_config": {"quant_method": "fp8"}})
+    (tmp_path / "config.json").write_text(quantized)
+    for spec, is_compiled in [
+        (spec_of(work), False),
+        (spec_of(work, quantization="fp8"), True),
+        (spec_of(work, tensor_parallel_size=2), True),
+        (replace(spec_of(work), model=str(tmp_path)), True),
+    ]:
+        assert ("cudagraph_capture_sizes" in choose_settings(spec, 1024)) is is_compiled
+    assert "compilation_config" in choose_settings(spec_of(LITTLE, tensor_parallel_size=2), 1024)
 
 
 @given(

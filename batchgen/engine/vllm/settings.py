@@ -77,6 +77,9 @@ after 98 and 50 s instead of 34 s (8B shape, H200, vLLM 0.26)."""
 DECODE_GAIN, PREFILL_GAIN = 0.03, 0.08
 """Share of its time that compiling wins: 25.0 instead of 24.3 k tokens/s decoded; of reading
 prompts it is a guess."""
+FUSED_GAIN = 0.1
+"""The same, not measured, of models whose compiled form also joins operations that the plain one
+has apart: quantized, or over several GPUs (config/vllm.py, OPTIMIZATION_LEVEL_02, 0.26 to 0.33)."""
 DECODED_PER_S, READ_PER_S = 20_000, 50_000
 """Tokens that the same shape decodes and reads, for jobs that have not run yet."""
 TYPICAL_PROMPT, TYPICAL_ANSWER = 500, 512
@@ -254,25 +257,38 @@ def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
     if not isinstance(seqs, int):
         return {}
     num_answers = spec.sampling_params.get("n", 1)
-    if spec.work is None or pays_to_compile(spec.work, num_answers):
+    gains = (FUSED_GAIN, FUSED_GAIN) if _is_fused(spec) else (DECODE_GAIN, PREFILL_GAIN)
+    if spec.work is None or pays_to_compile(spec.work, num_answers, gains):
         return {"cudagraph_capture_sizes": capture_sizes(seqs)} if seqs > CAPTURED else {}
     sizes = capture_sizes(max(1, min(seqs, spec.work.num_rows * num_answers)))
     return {"compilation_config": {**NOT_COMPILED, "cudagraph_capture_sizes": sizes}}
 
 
-def pays_to_compile(work: WorkLeft, num_answers: int) -> bool:
+def _is_fused(spec: EngineSpec) -> bool:
+    if spec.model_kwargs.get("quantization") or gpus_of(spec.model_kwargs, is_cpu=False) > 1:
+        return True
+    try:
+        return b'"quantization_config"' in (Path(spec.model) / "config.json").read_bytes()
+    except OSError:
+        return False
+
+
+def pays_to_compile(
+    work: WorkLeft, num_answers: int, gains: tuple[float, float] = (DECODE_GAIN, PREFILL_GAIN)
+) -> bool:
     """Whether work is so long that a compiled model makes up for its start.
 
     Args:
         work: What is left.
         num_answers: Of a row.
+        gains: Share of the time that it wins in decoding, and in reading prompts.
     """
     answer, prompt = work.output_tokens, work.prompt_tokens or TYPICAL_PROMPT
     if work.rows_per_s is None:
         answer = min(answer, TYPICAL_ANSWER)
     decode_s = work.num_rows * num_answers * answer / DECODED_PER_S
     read_s = work.num_rows * prompt / READ_PER_S
-    gain_s = DECODE_GAIN * decode_s + PREFILL_GAIN * read_s
+    gain_s = gains[0] * decode_s + gains[1] * read_s
     if work.rows_per_s is not None and gain_s:
         gain_s *= work.num_rows / work.rows_per_s / (decode_s + read_s)
     return gain_s > (CACHED_COMPILE_S if work.is_compiled else COMPILE_S)
