@@ -88,7 +88,7 @@ def test_several_answers_a_row_run_at_once():
 
 
 def test_models_that_gain_more_by_compiling_are_compiled_sooner(tmp_path):
-    work = WorkLeft(20_000, 512, rows_per_s=50.0)
+    work = WorkLeft(20_000, 512, rows_per_s=25.0)
     quantized = json.dumps({"quantization_config": {"quant_method": "fp8"}})
     (tmp_path / "config.json").write_text(quantized)
     for spec, is_compiled in [
