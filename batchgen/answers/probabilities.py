@@ -9,13 +9,14 @@ have gone on, and those labels have no figure.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from json import JSONDecoder
-from typing import TYPE_CHECKING
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from batchgen.core.records import TokenLogprobs
 
@@ -28,9 +29,6 @@ MAX_MISSING = 0.02
 _HALF = "\ufffd"
 _MAX_TOKEN_CHARS = 128
 _ROUNDING = 1e-6  # Logprobs are floats of 32 bits.
-# Digits stay text: Python refuses to read more than 4300 of them.
-_DECODER = JSONDecoder(parse_int=str, parse_float=str)
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def label_probabilities(
@@ -77,6 +75,27 @@ def label_probabilities(
     return walk.probabilities()
 
 
+class _Spanned(str):
+    """A string of a JSON document that knows where it stands there."""
+
+    __slots__ = ("span",)
+    span: tuple[int, int]
+    """Without its quotes."""
+
+
+def _scan_string(text: str, start: int, strict: bool) -> tuple[_Spanned, int]:  # noqa: FBT001
+    value, end = scanstring(text, start, strict)
+    found = _Spanned(value)
+    found.span = start, end - 1
+    return found, end
+
+
+# Digits stay text: Python refuses to read more than 4300 of them. The scanner in C knows no hook.
+_DECODER: Any = JSONDecoder(parse_int=str, parse_float=str)
+_DECODER.parse_string = _scan_string
+_DECODER.scan_once = py_make_scanner(_DECODER)
+
+
 def value_span(text: str, field: str) -> tuple[int, int] | None:
     """Find the string value of a top-level field in a JSON object, without its quotes.
 
@@ -85,48 +104,11 @@ def value_span(text: str, field: str) -> tuple[int, int] | None:
         it. None if there is no such field, it is no string, or `text` is not a JSON object.
     """
     try:
-        spans = dict(_fields(text))
+        value = _DECODER.decode(text)
     except (ValueError, RecursionError):  # Not JSON.
         return None
-    found = spans.get(field)
-    if found is None or text[found[0]] != '"':
-        return None
-    return found[0] + 1, found[1] - 1
-
-
-def _fields(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Each field of an object: its name and where its value stands."""
-    at = _after(text, "{", 0)
-    separator = "{"
-    if text.startswith("}", at):
-        separator, at = "}", at + 1
-    while separator != "}":
-        name, at = _DECODER.raw_decode(text, at)
-        value_at = _after(text, ":", at)
-        _, value_end = _DECODER.raw_decode(text, value_at)
-        if not isinstance(name, str) or text[at - 1] != '"':
-            msg = "a name that is no string"
-            raise ValueError(msg)
-        yield name, (value_at, value_end)
-        next_at = _skip(text, value_end)
-        separator = text[next_at : next_at + 1]
-        at = _after(text, "}" if separator == "}" else ",", value_end)
-    if _skip(text, at) != len(text):
-        msg = "text after the object"
-        raise ValueError(msg)
-
-
-def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-
-
-def _after(text: str, sign: str, at: int) -> int:
-    """Where the next thing stands after `sign`, which must be next."""
-    at = _skip(text, at)
-    if not text.startswith(sign, at):
-        msg = f"no {sign} at {at}"
-        raise ValueError(msg)
-    return _skip(text, at + 1)
+    found = value.get(field) if isinstance(value, dict) else None
+    return found.span if isinstance(found, _Spanned) else None
 
 
 def _starts(text: str, tokens: Sequence[TokenLogprobs]) -> list[int] | None:

@@ -142,6 +142,7 @@ def test_a_tokenizer_of_another_kind_is_left_to_the_engine(model):
     for files in ({"tekken__json": {}}, {"chat_template__json": {"chat_template": TURNS}}):
         check(job_of(model(**files)))
     check(job_of(model(tokenizer={"auto_map": {"AutoTokenizer": ["x", None]}})))
+    check(job_of(model(config={"vision_config": {}})))
     check(job_of(model(), model={"engine": {"tokenizer_mode": "mistral"}}))
 
 

@@ -439,7 +439,8 @@ def find_template(spec: EngineSpec) -> ChatTemplate | None:
     if not is_plain or "auto_map" in config or any(any(folder.glob(p)) for p in _OTHER_TOKENIZERS):
         return None
     text = spec.chat_template or _own_template(folder, config, has_tools=bool(spec.tools))
-    if text is None and config:
+    sees_images = "vision_config" in _read_json(folder / "config.json", dict)
+    if text is None and config and not sees_images:  # For some of these vLLM has one of its own.
         problem = f"{str(folder)!r} has no chat template (a base model?), which chats need"
         advice = "set prompt.chat_template_file, or give whole prompts with prompt.text"
         where = "[prompt]"
