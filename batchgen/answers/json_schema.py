@@ -113,7 +113,6 @@ def checked_schema(schema: dict[str, Any], *, may_backtrack: bool = True) -> Any
     except RecursionError:
         msg = "the schema is nested too deeply"
         raise ValueError(msg) from None
-    # To tell what is unevaluated, jsonschema runs the patterns on `re` itself.
     has_unevaluated = any("unevaluatedProperties" in place.schema for place in places)
     for place in places:
         _check_patterns(place, may_backtrack=may_backtrack, has_unevaluated=has_unevaluated)
@@ -205,26 +204,22 @@ def _check_patterns(place: _Place, *, may_backtrack: bool, has_unevaluated: bool
     own, named = place.schema.get("pattern"), place.schema.get("patternProperties")
     names = named if isinstance(named, dict) else {}
     for pattern in (*([own] if isinstance(own, str) else ()), *names):
+        # To tell what is unevaluated, jsonschema runs the patterns on `re` itself.
+        is_shared = has_unevaluated and pattern in names
+        beside = " (beside unevaluatedProperties it has to be Python's, too)" if is_shared else ""
         why = _why_not_linear(pattern)
-        if why is not None and not may_backtrack:
-            msg = f"{place.path}: pattern {pattern!r:.120} needs backtracking, which could run "
-            raise ValueError(f"{msg}for ever, or is wrong (RE2: {why})"[:_MAX_CHARS])
-        if why is not None:
-            _check_python(pattern, f"{place.path}: pattern {pattern!r:.120}")
-    for pattern in names if has_unevaluated else ():
-        what = f"{place.path}: patternProperties {pattern!r:.120} together with"
+        if why is None and not is_shared:
+            continue
+        what = f"{place.path}: pattern {pattern!r:.120}"
         if not may_backtrack:
-            msg = f"{what} unevaluatedProperties, which could run for ever"
-            raise ValueError(msg)
-        _check_python(pattern, f"{what} unevaluatedProperties has to be Python's, too")
-
-
-def _check_python(pattern: str, what: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError) as error:
-        msg = f"{what}: {error}"
-        raise ValueError(msg[:_MAX_CHARS]) from error
+            reason = "needs backtracking, which could run for ever, or is wrong"
+            msg = f"{what} {reason}{beside or f' (RE2: {why})'}"
+            raise ValueError(msg[:_MAX_CHARS])
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError) as error:
+            msg = f"{what}: {error}{beside}"
+            raise ValueError(msg[:_MAX_CHARS]) from error
 
 
 @lru_cache(maxsize=1024)
