@@ -206,19 +206,21 @@ def _check_patterns(place: _Place, *, may_backtrack: bool, has_unevaluated: bool
     for pattern in (*([own] if isinstance(own, str) else ()), *names):
         # To tell what is unevaluated, jsonschema runs the patterns on `re` itself.
         is_shared = has_unevaluated and pattern in names
-        beside = " (beside unevaluatedProperties it has to be Python's, too)" if is_shared else ""
         why = _why_not_linear(pattern)
         if why is None and not is_shared:
             continue
         what = f"{place.path}: pattern {pattern!r:.120}"
         if not may_backtrack:
-            reason = "needs backtracking, which could run for ever, or is wrong"
-            msg = f"{what} {reason}{beside or f' (RE2: {why})'}"
+            reason = "together with unevaluatedProperties, which could run for ever"
+            if why is not None:
+                reason = f"needs backtracking, which could run for ever, or is wrong (RE2: {why})"
+            msg = f"{what} {reason}"
             raise ValueError(msg[:_MAX_CHARS])
         try:
             re.compile(pattern)
         except (re.error, OverflowError) as error:
-            msg = f"{what}: {error}{beside}"
+            also = ": beside unevaluatedProperties it has to be Python's, too" if is_shared else ""
+            msg = f"{what}: {error}{also}"
             raise ValueError(msg[:_MAX_CHARS]) from error
 
 
