@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-import pyarrow.compute as pc
-
 from batchgen import __version__
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
@@ -288,20 +286,14 @@ class Commits:
             return
         self._check()
         facts = {"batchgen": __version__, **({"engine": piece.engine} if piece.engine else {})}
-        self._writer.commit_table(piece.table, piece.skipped, facts)
+        footer = self._writer.commit_table(piece.table, piece.skipped, facts).footer
+        taken, num_rows = self._context.taken, footer.num_results + footer.num_skipped
+        taken.num_ok += footer.num_ok
+        taken.num_errors += footer.num_errors
+        taken.num_skipped += footer.num_skipped
+        taken.num_rows += num_rows
+        self._stats.num_resumed += num_rows
         self._stats.num_parts += 1
-        self._count(piece)
-
-    def _count(self, piece: Piece) -> None:
-        taken = self._context.taken
-        status = piece.table.column(f"{self._context.job.output.prefix}status")
-        num_ok = pc.sum(pc.equal(status, "ok")).as_py() or 0
-        num_skipped = sum(len(rows) for rows in piece.skipped.values())
-        taken.num_ok += num_ok
-        taken.num_errors += piece.table.num_rows - num_ok
-        taken.num_skipped += num_skipped
-        taken.num_rows += piece.table.num_rows + num_skipped
-        self._stats.num_resumed += piece.table.num_rows + num_skipped
 
 
 def footer_facts(facts: EngineFacts | None) -> dict[str, str]:

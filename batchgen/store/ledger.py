@@ -333,22 +333,16 @@ class Ledger:
         Later epochs are left alone: they may belong to a live run of the next plan. Snapshots
         that a manifest names are kept.
         """
-        folder = f"{STATE}/parts"
-        seals = f"{STATE}/seals"
-        self._remove_old([*self.storage.list(folder), *self.storage.list(seals)], manifest.epoch)
-        folders = (folder, seals, DIGESTS, "")
-        for temp in (temp for name in folders for temp in self.storage.temps(name)):
-            if epoch_of(temp) <= manifest.epoch:
-                self.storage.remove(temp)
+        folders = (f"{STATE}/parts", f"{STATE}/seals")
+        names = [name for folder in folders for name in self.storage.list(folder)]
+        names += [temp for name in (*folders, DIGESTS, "") for temp in self.storage.temps(name)]
+        for name in names:
+            if epoch_of(name) <= manifest.epoch:
+                self.storage.remove(name)
         named = {folder_of(manifest) for manifest in self.manifests()}
         for name in self.storage.list(f"{STATE}/snapshots"):
             if epoch_of(name) <= manifest.epoch and name not in named:
                 self.storage.remove_folder(name)
-
-    def _remove_old(self, names: Collection[str], epoch: int) -> None:
-        for name in names:
-            if epoch_of(name) <= epoch:
-                self.storage.remove(name)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         data = self.storage.read(name)

@@ -210,13 +210,6 @@ def write_snapshot(
         DamagedPartError: A part's bytes are not what was written.
         AccountingError: Two parts hold the same row.
     """
-    with saying_where(storage.path(folder)):
-        return _write_files(storage, folder, _chunks(storage, parts, form.schema), form)
-
-
-def _write_files(
-    storage: LocalStorage, folder: str, chunks: Iterator[pa.Table], form: SnapshotFormat
-) -> Snapshot:
     schema = published_schema(form.schema).with_metadata(dict(form.metadata))
     options = {
         "compression": form.compression,
@@ -224,8 +217,12 @@ def _write_files(
     }
     files: list[PublishedFile] = []
     groups: list[list[Chunk]] = []
-    chunk: pa.Table | None = next(chunks, None)
-    with _open(storage, f"{folder}/index.parquet", INDEX_SCHEMA, INDEX_OPTIONS) as index:
+    with (
+        saying_where(storage.path(folder)),
+        _open(storage, f"{folder}/index.parquet", INDEX_SCHEMA, INDEX_OPTIONS) as index,
+    ):
+        chunks = _chunks(storage, parts, form.schema)
+        chunk: pa.Table | None = next(chunks, None)
         while chunk is not None or not files:
             name = f"{folder}/part-{len(files):05d}.parquet"
             with _open(storage, name, schema, options) as file:

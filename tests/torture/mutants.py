@@ -158,7 +158,8 @@ MUTANTS = (
         (
             (
                 "    return ledger.put_manifest(manifest)\n",
-                "    ledger._remove_old(ledger.storage.list(f'{STATE}/parts'), epoch.number)\n"
+                "    for name in ledger.storage.list(f'{STATE}/parts'):\n"
+                "        ledger.storage.remove(name)\n"
                 "    return ledger.put_manifest(manifest)\n",
             ),
         ),
