@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 from contextlib import suppress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -170,8 +171,9 @@ class Census:
             for at, names in enumerate(shapes):
                 by_names.setdefault(names, []).append(at)  # type: ignore[attr-defined]
         for names, places in by_names.items():
-            columns = zip(*(objects[at].values() for at in places), strict=True)
-            for name, values in zip(names, columns, strict=True):
+            alike = objects if len(by_names) == 1 else [objects[at] for at in places]
+            for name in names:
+                values = list(map(itemgetter(name), alike))
                 found = self.columns.setdefault(name, {})
                 for kind, (num, at) in _kinds(_exact(name, values, places, exact)).items():
                     was = found.get(kind)
