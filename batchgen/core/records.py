@@ -46,6 +46,18 @@ class RowError:
     error_type: str
     error: str
 
+    def __post_init__(self) -> None:
+        """Make it text that can be written, whatever the names of files in it are made of."""
+        object.__setattr__(self, "error", writable_text(self.error))
+
+
+def writable_text(text: str) -> str:
+    r"""Return a text without halves of characters, such as names that are not UTF-8 have.
+
+    They are escaped: `caf\udce9`.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:

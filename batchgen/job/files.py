@@ -311,7 +311,7 @@ def bad_path(base: Path, path: str) -> str | None:
     """What no file system takes, told before one is asked."""
     if is_url(path):
         return None
-    encoded = path.encode()
+    encoded = os.fsencode(path)
     if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
         return f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
     try:

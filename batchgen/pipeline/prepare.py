@@ -19,7 +19,7 @@ from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, suggestion
 from batchgen.core.expressions import check_row_test
-from batchgen.core.records import EngineSpec, Prompt, RowError
+from batchgen.core.records import EngineSpec, Prompt, RowError, writable_text
 from batchgen.engine.base import BACKENDS, engine_class
 from batchgen.engine.vllm.encoder import refuse_model
 from batchgen.engine.vllm.settings import leaves_open
@@ -386,7 +386,8 @@ class Prepared(Checked):
         identity = self.model.identity
         if "commit" in identity:
             return f"{identity['hub']}@{identity['commit']}"
-        return f"{Path(self.model.path).name}@{recipes.fingerprint(dict(identity))[:12]}"
+        name = writable_text(Path(self.model.path).name)
+        return f"{name}@{recipes.fingerprint(dict(identity))[:12]}"
 
     def judge(self) -> Judge:
         """Make what reads the job's answers."""

@@ -394,5 +394,7 @@ def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> Snap
         compression=output.compression,
         rows_per_file=output.rows_per_file,
         labels=prepared.answer.labels,
-        metadata={key.encode(): value.encode() for key, value in metadata.items()},
+        metadata={
+            key.encode(): value.encode(errors="backslashreplace") for key, value in metadata.items()
+        },
     )

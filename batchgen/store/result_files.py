@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 
 from batchgen.core.data import gather_rows, lazy_frame, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
-from batchgen.core.records import Ranges, RowSet
+from batchgen.core.records import Ranges, RowSet, writable_text
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Part, PartFooter
 
@@ -439,7 +439,7 @@ class ResultFile:
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
-            self._file.close()
+            self._file.close(force=True)
             self._file = None
 
     @property
@@ -513,7 +513,7 @@ class ResultFile:
             is_all = not self._chunks or self.path.stat().st_size == self._chunks[-1].end
             if not is_all or (self._chunks and not is_whole(self.path, self._chunks, -1)):
                 raise pa.ArrowInvalid(OTHER_BYTES)
-            self._file = pq.ParquetFile(self.path, page_checksum_verification=True)
+            self._file = _parquet_file(self.path, page_checksum_verification=True)
         return self._file
 
     @contextmanager
@@ -523,6 +523,24 @@ class ResultFile:
         except _READ_ERRORS as error:
             raise_if_not_damage(self.path, error)
             self.problem = self.problem or str(error).splitlines()[0]
+
+
+def _parquet_file(path: Path, **options: Any) -> pq.ParquetFile:  # noqa: ANN401 - pyarrow's
+    """Open a file by its name or, as pyarrow takes only UTF-8, by a file that is open already."""
+    return pq.ParquetFile(path.open("rb") if _is_odd(path) else path, **options)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[pq.ParquetFile]:
+    file = _parquet_file(path)
+    try:
+        yield file
+    finally:
+        file.close(force=True)
+
+
+def _is_odd(path: Path) -> bool:
+    return writable_text(str(path)) != str(path)
 
 
 def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
@@ -540,12 +558,13 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
 
     def batches(num_rows: int) -> Iterator[pa.RecordBatch]:
         for path in paths:
-            with pq.ParquetFile(path) as file:
+            with _reading(path) as file:
                 yield from file.iter_batches(num_rows)
 
     try:
-        schema = pq.read_schema(paths[0])
-        if schema != with_polars_types(schema):
+        with _reading(paths[0]) as file:
+            schema = file.schema_arrow
+        if schema != with_polars_types(schema) or _is_odd(paths[0]):
             return lazy_frame(schema, batches)
     except pa.ArrowNotImplementedError as error:
         msg = f"{paths[0]}: {error}; read the file with pyarrow, or leave the column out"
