@@ -211,7 +211,7 @@ def make_batch(shape: Shape, read: Rows) -> RowBatch:
     carried = _record_batch([arrays[name] for name in names], shape.schema, num_rows)
     values = [None if at in read.errors else value for at, value in enumerate(read.values)]
     if shape.constant_values:
-        values = [value and {**value, **shape.constant_values} for value in values]
+        values = [it if it is None else {**it, **shape.constant_values} for it in values]
     if shape.where is not None and read.rows:
         tested = [arrays[name] for name in shape.where.columns]
         passed, failed = shape.where.keep(tested, len(read.rows))
