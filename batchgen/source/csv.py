@@ -42,6 +42,7 @@ from batchgen.source.reading import (
     to_arrays,
     to_values,
 )
+from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
     MAX_BATCH_BYTES,
     MAX_LINE_BYTES,
@@ -51,9 +52,7 @@ from batchgen.source.text import (
     iter_bodies,
     iter_lines,
     lines_of,
-    refuse_other_content,
     scan_blocks,
-    text_looks_like,
     why_not_utf8,
 )
 

@@ -27,15 +27,14 @@ from batchgen.source.columns import (
     planned,
 )
 from batchgen.source.reading import Rows, make_batch, shape_of, to_arrays, to_values
+from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
     MAX_LINE_BYTES,
     digest_prefix,
     is_seekable,
     iter_lines,
     read_lines,
-    refuse_other_content,
     scan_lines,
-    text_looks_like,
     why_not_utf8,
 )
 

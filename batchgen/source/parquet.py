@@ -22,7 +22,8 @@ from batchgen.source.columns import JSON_METADATA, differing, is_differing, is_j
 from batchgen.source.files import open_input, stat_input
 from batchgen.source.reading import Rows, make_batch, shape_of, taken, to_values
 from batchgen.source.shards import common_type
-from batchgen.source.text import PARQUET_MAGIC, Scan, binary_looks_like
+from batchgen.source.sniff import PARQUET_MAGIC, binary_looks_like
+from batchgen.source.text import Scan
 from batchgen.source.values import to_python
 
 if TYPE_CHECKING:

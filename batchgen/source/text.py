@@ -2,8 +2,7 @@ r"""Bytes to physical lines of text, plain or compressed, in bounded memory.
 
 A physical line ends at `\n` or at the end of the file; a trailing newline does not begin another
 line. A byte order mark at the very start belongs to no line. A line over `MAX_LINE_BYTES` keeps
-its place and its number but not its content: it is None. Nothing here knows what a line holds,
-but for the first bytes of a file, by which it is told that it is something else.
+its place and its number but not its content: it is None. Nothing here knows what a line holds.
 
 Lines are UTF-8. Text in another encoding is translated as it comes in; what cannot be translated
 makes its line no UTF-8 either, so that it is that line's error and no other's.
@@ -14,7 +13,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
-import re
 import zlib
 from array import array
 from bisect import bisect_right
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 << 20
 
 BOM = b"\xef\xbb\xbf"
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def compression_of(path: str) -> str | None:
@@ -169,87 +165,6 @@ def why_not_utf8(line: bytes, encoding: str | None) -> str | None:
     except UnicodeDecodeError as bad:
         return f"not {encoding}" if encoding else f"not UTF-8, byte {bad.start + 1}"
     return None
-
-
-PARQUET_MAGIC = b"PAR1"
-_ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # RFC 8878, 3.1.2
-
-_BINARY = {
-    PARQUET_MAGIC: "Parquet; name it .parquet",
-    b"PARE": "encrypted Parquet, which cannot be read",
-    GZIP_MAGIC: "gzip; add .gz to its name",
-    ZSTD_MAGIC: "zstd; add .zst to its name",
-    b"PK\x03\x04": "a ZIP archive or a spreadsheet; unpack or export it",
-    b"BZh": "bzip2; unpack it",
-    b"\xfd7zXZ\0": "xz; unpack it",
-    b"ARROW1": "an Arrow file; convert it to Parquet",
-    b"SQLite format 3\0": "an SQLite database; export it",
-}
-_UTF_16_OR_32 = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
-_HEAD_BYTES = 4096
-
-
-def refuse_other_content(path: str, encoding: str | None = None) -> None:
-    """Refuse a text file, plain or compressed, whose first bytes are of something else.
-
-    Raises:
-        SourceError: With what it looks like, and what to do.
-    """
-    with open_input(path) as raw:
-        head = raw.read(16)
-    compression = compression_of(path)
-    if not head:
-        return
-    if compression == "gzip" and not head.startswith(GZIP_MAGIC):
-        raise SourceError(path, "is not gzip, though its name says so; rename or compress it")
-    is_zstd = head.startswith(ZSTD_MAGIC) or _ZSTD_SKIPPABLE.match(head)
-    if compression == "zstd" and not is_zstd:
-        raise SourceError(path, "is not zstd, though its name says so; rename or compress it")
-    if encoding is not None:
-        return
-    if compression is None and (looks := binary_looks_like(head)):
-        raise SourceError(path, f"is not text: it looks like {looks}")
-    found = _other_encoding(next(text_blocks(path), b"")[:_HEAD_BYTES])
-    if found is not None:
-        text = f'is not UTF-8: it looks like {found.upper()}; set input.encoding = "{found}"'
-        raise SourceError(path, text)
-
-
-def _other_encoding(head: bytes) -> str | None:
-    """Name the encoding of text whose characters take two or four bytes, by its first bytes."""
-    marked = (name for mark, name in _UTF_16_OR_32.items() if head.startswith(mark))
-    if found := next(marked, None):
-        return found
-    # Without a mark: whatever the language, line ends, quotes and digits have zeros in them, and
-    # always on the same side.
-    high, low = head[::2].count(0), head[1::2].count(0)
-    if high + low < 2 or min(high, low) * 20 > max(high, low):
-        is_four = head.count(0) * 2 > len(head) > 0
-        return ("utf-32-be" if head[0] == 0 else "utf-32-le") if is_four else None
-    return "utf-16-be" if high > low else "utf-16-le"
-
-
-def binary_looks_like(head: bytes) -> str | None:
-    """Name a binary format by its first bytes, with what to do."""
-    return next((looks for magic, looks in _BINARY.items() if head.startswith(magic)), None)
-
-
-def text_looks_like(line: bytes) -> str | None:
-    """Name the text format that a first line, which is no JSON object, is typical of."""
-    start = line.strip()
-    if start.startswith(b"["):
-        return "a JSON array"
-    if start == b"{":
-        return "pretty-printed JSON"
-    if start.startswith(b"<"):
-        return "XML or HTML"
-    is_header = not start.startswith(b"{") and (b"," in start or b"\t" in start)
-    return "CSV or TSV" if is_header else None
 
 
 MAX_LINE_BYTES = 64 << 20
