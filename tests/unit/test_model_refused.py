@@ -97,7 +97,8 @@ def test_a_template_that_refuses_the_jobs_roles(model, template, prompt, why, ad
     )
     assert advice in text
     # The same from where else a template can stand.
-    for place in (template, [{"name": "default", "template": template}]):
+    named = {"name": "default", "template": template}
+    for place in (template, [named], {"default": template}):
         assert why in why_refused(model(tokenizer={"chat_template": place}), prompt)
     folder = model(TURNS)
     (folder.parent / "own.jinja").write_text(template)

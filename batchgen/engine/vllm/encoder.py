@@ -472,8 +472,9 @@ def _own_template(folder: Path, config: Mapping[str, Any], *, has_tools: bool) -
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     processor = _read_json(folder / "chat_template.json", dict)
     found = config.get("chat_template") or processor.get("chat_template")
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, list | dict):
+        named = found if isinstance(found, dict) else {}
+        named |= {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = (named.get("tool_use") if has_tools else None) or named.get("default")
     return found if isinstance(found, str) else None
 
