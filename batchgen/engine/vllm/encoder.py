@@ -29,6 +29,7 @@ import threading
 from array import array
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -384,8 +385,9 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _chat_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _time_now}
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)  # noqa: DTZ005 - as there
         self._template = environment.from_string(_GENERATION.sub("", text))
         self._variables = variables
 
@@ -406,22 +408,6 @@ class _RefusedError(Exception):
 
 def _refuse(message: str) -> None:
     raise _RefusedError(message)
-
-
-def _time_now(style: str) -> str:
-    return datetime.now().strftime(style)  # noqa: DTZ005 - as transformers has it
-
-
-def _chat_json(
-    value: Any,  # noqa: ANN401
-    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - transformers' order
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,  # noqa: FBT001, FBT002
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def find_template(spec: EngineSpec) -> ChatTemplate | None:
