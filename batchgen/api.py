@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from batchgen.core.errors import ConfigError
+from batchgen.core.runtime import Caller, called
 from batchgen.engine.devices import device_name
-from batchgen.job.load import load_job, parse_job
+from batchgen.job.load import as_told, load_job, parse_job
 from batchgen.job.tuned import use_tuned
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
@@ -20,6 +21,7 @@ from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     import polars as pl
 
@@ -77,8 +79,24 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
 
     _check_end(until, max_runtime_s)
     options = RunOptions(**{field.name: given[field.name] for field in fields(RunOptions)})
-    config = load(job, overrides, run_date, tuned=tuned)
-    return job_run(config, StopSwitch(), options).run()
+    with _called(job, overrides, run_date):
+        config = load(job, overrides, run_date, tuned=tuned)
+    with _called(job, overrides, run_date, config.output.path):
+        return job_run(config, StopSwitch(), options).run()
+
+
+def _called(
+    job: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    run_date: date | str | None = None,
+    folder: str = "JOB",
+) -> AbstractContextManager[None]:
+    """Have hints speak of a job that Python gave, of a mapping by its output folder."""
+    texts, day = as_told(_texts(overrides)), _day(run_date)
+    told = day.isoformat() if day else None
+    if isinstance(job, str | Path):
+        return called(Caller(str(job), Path(job).is_dir(), texts, told, repr(str(job))))
+    return called(Caller(folder, is_folder=True, overrides=texts, run_date=told, python_job="job"))
 
 
 def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
@@ -111,9 +129,10 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
     """
     from batchgen.store.result_files import scan
 
-    storage = LocalStorage(output_of(source))
-    manifest = find_snapshot(Ledger(storage), snapshot)
-    return scan(storage, [file.name for file in manifest.files])
+    with _called(source):
+        storage = LocalStorage(output_of(source))
+        manifest = find_snapshot(Ledger(storage), snapshot)
+        return scan(storage, [file.name for file in manifest.files])
 
 
 def load(
@@ -179,7 +198,11 @@ def _refuse(name: str, given: object, expected: str) -> NoReturn:
     raise ConfigError(name, [f"{given!r:.60} is wrong, expected: {expected}"])
 
 
-def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
+def output_of(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    run_date: date | str | None = None,
+) -> Path:
     """Find the output folder that a job file, a mapping or a folder stands for.
 
     Raises:
@@ -194,4 +217,4 @@ def output_of(source: str | Path | Mapping[str, Any], overrides: Sequence[str] =
                 f"holds no batchgen job (no {STATE}/ in it)" if path.is_dir() else "does not exist"
             )
             raise ConfigError(str(path), [f"{wrong}, expected a job file or an output folder"])
-    return Path(load(source, overrides, tuned=False).output.path)
+    return Path(load(source, overrides, run_date, tuned=False).output.path)

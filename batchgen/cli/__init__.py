@@ -6,11 +6,13 @@ that `--help` answers at once.
 
 from __future__ import annotations
 
+import io
 import sys
 
 import click
 
 from batchgen import __version__
+from batchgen.cli.common import out
 from batchgen.cli.history import diff, prune, snapshots
 from batchgen.cli.look import check, doctor, plan, schema, show, status, verify
 from batchgen.cli.run import refused_usage, run, tune
@@ -58,7 +60,9 @@ def _run() -> int:
         return error.exit_code
     except click.ClickException as error:
         refused_usage(error, sys.argv[1:])
-        error.show()
+        told = io.StringIO()
+        error.show(told)
+        out(told.getvalue().rstrip(), err=True)
         return ExitCode.REFUSED
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; run again to go on")
@@ -67,4 +71,4 @@ def _run() -> int:
 
 
 def _fail(text: str) -> None:
-    click.secho(f"batchgen: {text}", fg="red", err=True)
+    out(f"batchgen: {text}", fg="red", err=True)

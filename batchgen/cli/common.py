@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.core.errors import ConfigError
+from batchgen.core.runtime import called, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
+    from batchgen.core.runtime import Caller
     from batchgen.job.model import JobConfig
 
     Load = Callable[..., JobConfig]
@@ -57,7 +59,8 @@ def job_command(function: Callable[..., None]) -> click.Command:
 
             return api.load(job, overrides, run_date, tuned=tuned)
 
-        function(job, load, **options)
+        with called(_caller(job, overrides, run_date)):
+            function(job, load, **options)
 
     return click.command()(_JOB(_SET(_DATE(command))))
 
@@ -70,12 +73,28 @@ def output_command(function: Callable[..., None]) -> click.Command:
     """
 
     @functools.wraps(function)
-    def command(job: Path, overrides: tuple[str, ...], **options: object) -> None:
+    def command(
+        job: Path, overrides: tuple[str, ...], run_date: datetime | None, **options: object
+    ) -> None:
         from batchgen.api import output_of
 
-        function(output_of(job, overrides), **options)
+        with called(_caller(job, overrides, run_date)):
+            function(output_of(job, overrides, run_date), **options)
 
-    return click.command()(_JOB(_SET(command)))
+    return click.command()(_JOB(_SET(_DATE(command))))
+
+
+def _caller(job: Path, overrides: tuple[str, ...], run_date: datetime | None) -> Caller:
+    from batchgen.core.runtime import Caller
+    from batchgen.job.load import as_told
+
+    day = run_date.date().isoformat() if run_date else None
+    return Caller(str(job), job.is_dir(), as_told(overrides), day)
+
+
+def out(text: str, *, err: bool = False, **style: Any) -> None:  # noqa: ANN401 - click's
+    """Print, with what would steer a terminal escaped: every command prints through here."""
+    click.secho(printable(text), err=err, **style)
 
 
 def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:

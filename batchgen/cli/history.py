@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, flag, output_command
+from batchgen.cli.common import JSON, as_line, flag, out, output_command
+from batchgen.core.runtime import option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,13 +30,13 @@ def snapshots(root: Path, *, as_json: bool) -> None:
 
     found = listed(root)
     if as_json:
-        click.echo(as_line({"output": str(root), "snapshots": [line.as_dict() for line in found]}))
+        out(as_line({"output": str(root), "snapshots": [line.as_dict() for line in found]}))
         return
     if not found:
         why = not_begun(root)
-        click.echo(f"{root}: {why}" if why else "nothing is published yet", err=True)
+        out(f"{root}: {why}" if why else "nothing is published yet", err=True)
     for line in found:
-        click.echo(_snapshot_line(line))
+        out(_snapshot_line(line))
 
 
 @output_command
@@ -59,13 +60,13 @@ def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
     removed = prune_output(root, keep, dry_run=dry_run)
     if as_json:
         lines = [line.as_dict() for line in removed]
-        click.echo(as_line({"output": str(root), "dry_run": dry_run, "removed": lines}))
+        out(as_line({"output": str(root), "dry_run": dry_run, "removed": lines}))
         return
     for line in removed:
-        click.echo(_snapshot_line(line))
+        out(_snapshot_line(line))
     num_bytes = sum(line.size_bytes for line in removed)
     verb = "would go" if dry_run else "removed"
-    click.echo(f"{len(removed)} of {num_snapshots} snapshots {verb}, {_size(num_bytes)}")
+    out(f"{len(removed)} of {num_snapshots} snapshots {verb}, {_size(num_bytes)}")
 
 
 @output_command
@@ -100,7 +101,7 @@ def diff(
     both = (numbers[0], numbers[1]) if numbers else None
     columns = [name.strip() for name in on.split(",")] if on else []
     found = diff_output(root, both, on=columns, num_examples=num_rows)
-    click.echo(as_line(found.as_dict()) if as_json else "\n".join(_diff_lines(found)))
+    out(as_line(found.as_dict()) if as_json else "\n".join(_diff_lines(found)))
 
 
 def _snapshot_line(line: Listed) -> str:
@@ -136,7 +137,7 @@ def _diff_lines(found: Diff) -> list[str]:
     if found.may_hide_edits:
         lines.append(
             "  edited   some of those added and removed may be one row that was edited, which only "
-            "a key can tell: --on COL"
+            f"a key can tell: {option('--on')} COL"
         )
     if any(found.num_without_key):
         old, new = found.num_without_key
@@ -174,7 +175,7 @@ def _move_lines(moves: LabelMoves) -> list[str]:
         for move in moved[:_SHOWN_MOVES]
     ]
     if len(moved) > _SHOWN_MOVES:
-        lines.append(f"  and {len(moved) - _SHOWN_MOVES} more moves, see --json")
+        lines.append(f"  and {len(moved) - _SHOWN_MOVES} more moves, see {option('--json')}")
     return lines
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, flag, job_command, output_command, reading
+from batchgen.cli.common import JSON, as_line, flag, job_command, out, output_command, reading
 from batchgen.core.errors import ConfigError, ExitCode
+from batchgen.core.runtime import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,22 +33,20 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
     from batchgen.preview.sample import first_prompts
 
     prepared = prepare(load())
-    click.echo(
-        f"input    {len(prepared.files)} {prepared.format} file(s), first {prepared.files[:1]}"
-    )
-    click.echo(f"columns  {', '.join(f'{field.name}: {field.type}' for field in prepared.columns)}")
-    click.echo(f"carried  {', '.join(prepared.carried)}")
-    click.echo(f"model    {prepared.model.path or prepared.job.model.backend}")
-    click.echo(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
+    out(f"input    {len(prepared.files)} {prepared.format} file(s), first {prepared.files[:1]}")
+    out(f"columns  {', '.join(f'{field.name}: {field.type}' for field in prepared.columns)}")
+    out(f"carried  {', '.join(prepared.carried)}")
+    out(f"model    {prepared.model.path or prepared.job.model.backend}")
+    out(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
     for why in prepared.form.fallbacks:
-        click.echo(f"as JSON  {why}")
+        out(f"as JSON  {why}")
     for note in prepared.notes:
-        click.echo(f"note     {note}")
-    click.echo(f"recipe   {prepared.recipe_fingerprint}")
+        out(f"note     {note}")
+    out(f"recipe   {prepared.recipe_fingerprint}")
     shown = []
     for where, outcome in first_prompts(prepared, num_rows):
-        click.secho(f"--- {where}", dim=True)
-        click.echo(as_text(outcome))
+        out(f"--- {where}", dim=True)
+        out(as_text(outcome))
         shown.append(outcome)
     if shown and all(isinstance(outcome, RowError) for outcome in shown):
         where = "[prompt]"
@@ -67,7 +66,7 @@ def doctor(_: Path, load: Load, *, as_json: bool) -> None:
     from batchgen.preview.doctor import examine
 
     report = examine(load)
-    click.echo(as_line(report.as_dict()) if as_json else report.as_text())
+    out(as_line(report.as_dict()) if as_json else report.as_text())
     sys.exit(report.exit_code)
 
 
@@ -125,7 +124,7 @@ def plan(
     if options.pop("is_exact"):
         asked["sample_rows"] = None
     forecast = foresee(load, PlanOptions(RunOptions(**options), **asked))
-    click.echo(as_line(forecast.as_dict()) if as_json else forecast_text(forecast))
+    out(as_line(forecast.as_dict()) if as_json else forecast_text(forecast))
     sys.exit(forecast.exit_code)
 
 
@@ -139,7 +138,7 @@ def status(root: Path, *, as_json: bool) -> None:
     from batchgen.views.status import as_text, status_of
 
     facts = status_of(root)
-    click.echo(as_line(facts) if as_json else as_text(root, facts))
+    out(as_line(facts) if as_json else as_text(root, facts))
 
 
 @output_command
@@ -158,12 +157,12 @@ def show(root: Path, *, num_rows: int, errors: bool, snapshot: int | None) -> No
     found = rows(root, num_rows, errors=errors, snapshot=snapshot)
     if not found:
         why = not_begun(root)
-        click.echo(f"{root}: {why}" if why else "no such rows", err=True)
+        out(f"{root}: {why}" if why else "no such rows", err=True)
     for number, row in enumerate(found):
-        click.secho(f"--- row {number}", dim=True)
+        out(f"--- row {number}", dim=True)
         for name, value in row.items():
             if value is not None and not name.startswith("_batchgen_"):
-                click.echo(f"{name:24} {value}")
+                out(f"{printable(name, keep=''):24} {value}")
 
 
 @output_command
@@ -180,11 +179,11 @@ def verify(root: Path, *, as_json: bool) -> None:
 
     verdict = verify_output(root)
     if as_json:
-        click.echo(as_line(verdict.as_dict()))
+        out(as_line(verdict.as_dict()))
     else:
         for problem in verdict.problems:
-            click.secho(problem, fg="red")
-        click.echo(
+            out(problem, fg="red")
+        out(
             f"{verdict.num_planned:,} planned = {verdict.num_ok:,} ok + {verdict.num_errors:,} "
             f"errors + {verdict.num_skipped:,} skipped + {verdict.num_left:,} left; "
             f"{verdict.num_files} files, {verdict.num_bytes:,} bytes, "
@@ -201,4 +200,4 @@ def schema() -> None:
     """
     from batchgen.job.load import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=1))
+    out(json.dumps(json_schema(), indent=1))

@@ -15,13 +15,14 @@ from batchgen.cli.common import (
     as_line,
     flag,
     job_command,
+    out,
     reading,
     rows_in_flight,
     stop_on_signals,
     table,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
-from batchgen.core.runtime import say
+from batchgen.core.runtime import command, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -115,11 +116,11 @@ def run(
     except BaseException as error:
         failed = this.summary if this is not None else None
         if as_json:
-            click.echo(as_line(_ended(error, failed).as_dict()))
+            out(as_line(_ended(error, failed).as_dict()))
         elif isinstance(error, BatchgenError) and failed is not None and failed.num_left:
             say(f"{failed.num_durable:,} of {failed.num_planned:,} rows are durable")
         raise
-    click.echo(as_line(summary.as_dict()) if as_json else _as_text(summary, job))
+    out(as_line(summary.as_dict()) if as_json else _as_text(summary))
     sys.exit(summary.exit_code)
 
 
@@ -144,7 +145,7 @@ def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
     if context is not None and context.command is run and "--json" in args:
         reason = error.format_message()
         ended = Summary("refused", int(ExitCode.REFUSED), reason=reason)
-        click.echo(as_line(ended.as_dict()))
+        out(as_line(ended.as_dict()))
 
 
 def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
@@ -170,7 +171,7 @@ def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
     stop_on_signals(ask)
 
 
-def _as_text(summary: Summary, job: Path) -> str:
+def _as_text(summary: Summary) -> str:
     """Write the summary that a person reads."""
     head = summary.state.replace("_", " ")
     run = summary.run
@@ -185,7 +186,7 @@ def _as_text(summary: Summary, job: Path) -> str:
         "gate": ", ".join(map(_limit, limited)),
         "output": _files(summary),
         "log": _log(summary),
-        "see": f"batchgen show {job} --errors" if summary.num_errors else "",
+        "see": command("show", "--errors") if summary.num_errors else "",
     }
     warnings = [f"warning: {text}" for text in summary.warnings]
     return "\n".join(
@@ -317,9 +318,9 @@ def tune(
         if as_json:
             ended = _ended(error, None)
             names = ("state", "exit_code", "reason")
-            click.echo(as_line({name: getattr(ended, name) for name in names}))
+            out(as_line({name: getattr(ended, name) for name in names}))
         raise
-    click.echo(as_line(report.as_dict()) if as_json else report.as_text())
+    out(as_line(report.as_dict()) if as_json else report.as_text())
     sys.exit(report.exit_code)
 
 

@@ -26,6 +26,8 @@ import difflib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.runtime import command, option
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
@@ -100,22 +102,27 @@ class RecipeChangedError(BatchgenError):
         self.where = where
         self.changes = tuple(changes)
         lines = "".join(f"\n  {change}" for change in self.changes)
-        ways = _WAYS if is_finished else _WAYS_UNFINISHED
         super().__init__(
-            f"{where}: this job is not the one that the output belongs to:{lines}\n{ways}"
+            f"{where}: this job is not the one that the output belongs to:{lines}\n"
+            + (_ways_finished() if is_finished else _ways_unfinished())
         )
 
 
-_WAYS = (
-    "undo the change; or --accept-recipe: every row again, into a new snapshot; or --accept-recipe "
-    "--only-errors: only rows that are errors, edited or new; or choose another output.path "
-    "(what is published stays until the new snapshot is complete)"
-)
-_WAYS_UNFINISHED = (
-    "undo the change and finish what was begun; or --accept-recipe: go on by the job as it is now; "
-    "or --fresh: begin anew (what is published stays until the new snapshot is complete); or "
-    "choose another output.path"
-)
+def _ways_finished() -> str:
+    accept, only = option("--accept-recipe"), option("--accept-recipe", "--only-errors")
+    return (
+        f"undo the change; or {accept}: every row again, into a new snapshot; or {only}: only rows "
+        "that are errors, edited or new; or choose another output.path (what is published stays "
+        "until the new snapshot is complete)"
+    )
+
+
+def _ways_unfinished() -> str:
+    return (
+        f"undo the change and finish what was begun; or {option('--accept-recipe')}: go on by the "
+        f"job as it is now; or {option('--fresh')}: begin anew (what is published stays until the "
+        "new snapshot is complete); or choose another output.path"
+    )
 
 
 class OutputError(BatchgenError):
@@ -199,10 +206,11 @@ def _ways(gate: Sequence[Mapping[str, Any]]) -> list[str]:
     ways = [str(entry["hint"]) for entry in gate if "hint" in entry]
     if errors.get("figure") != 0 and "hint" not in errors:
         ways.append(
-            "`batchgen show JOB --errors` shows error rows, `batchgen run JOB --retry-errors` "
-            "tries them again"
+            f"`{command('show', '--errors')}` shows error rows, "
+            f"`{command('run', '--retry-errors')}` tries them again"
         )
-    publish = "to publish all the same, run again with --publish-anyway or with a higher limit"
+    anyway = option("--publish-anyway")
+    publish = f"to publish all the same, run again with {anyway} or with a higher limit"
     return [*ways, publish]
 
 

@@ -1,5 +1,9 @@
 """What a process is told by batchgen and by Python: streams that never fail, few collections.
 
+What a person can do next is told in the words of the door they came by: the shell needs the job's
+real name with `--set` and `--date` as they were given, Python its own function and keywords. No
+text spells a command out, all ask `command` or `option`.
+
 Words that nobody can read never end the work: a reader that went away, a closed terminal or a
 full disk under stderr or stdout costs what was to be said, and nothing else. `say` and `STDERR`
 are for any program that calls batchgen; `own_streams` is for processes that are batchgen's own.
@@ -13,13 +17,16 @@ import errno
 import gc
 import io
 import os
+import shlex
 import sys
 import unicodedata
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _YOUNG_OBJECTS = 50_000
 _UNHEARD = (OSError, ValueError)
@@ -55,6 +62,70 @@ def _is_harmless(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """How a person named the job that is at work."""
+
+    job: str = "JOB"
+    """Path of the job file, or of an output folder."""
+    is_folder: bool = False
+    """Whether it is a folder: `run` and others need the job file."""
+    overrides: Sequence[str] = ()
+    """As `--set` takes them."""
+    run_date: str | None = None
+    """As `--date` takes it."""
+    python_job: str | None = None
+    """What Python gave as the job, as an expression; None: it was the shell."""
+
+
+_UNKNOWN = Caller()
+_CALLER = ContextVar("caller", default=_UNKNOWN)
+_OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff"})
+"""Commands that take an output folder as well."""
+_KEYWORDS = {"--set": "overrides", "--date": "run_date", "--no-tuned": "tuned=False"}
+
+
+@contextmanager
+def called(caller: Caller) -> Iterator[None]:
+    """Have `command` and `option` speak of this job until the block ends, in this thread."""
+    token = _CALLER.set(caller)
+    try:
+        yield
+    finally:
+        _CALLER.reset(token)
+
+
+def command(verb: str, *options: str) -> str:
+    """Write a command that does something with the job at work, to be copied as it is.
+
+    Args:
+        verb: Of the command line. `run` is a call of `batchgen.run` where Python called.
+        options: Words of the command line that follow the job.
+    """
+    caller = _CALLER.get()
+    if caller.python_job is not None and verb == "run":
+        given = {"overrides": list(caller.overrides), "run_date": caller.run_date}
+        told = [f"{name}={value!r}" for name, value in given.items() if value]
+        return f"batchgen.run({', '.join([caller.python_job, *told, *map(_keyword, options)])})"
+    words = [caller.job]
+    if caller.is_folder and verb not in _OF_FOLDERS:
+        words = [_UNKNOWN.job]
+    elif not caller.is_folder:
+        words += [word for text in caller.overrides for word in ("--set", text)]
+        words += ["--date", caller.run_date] if caller.run_date else []
+    return shlex.join(["batchgen", verb, *words, *options])
+
+
+def option(*names: str) -> str:
+    """Write options of `batchgen run`, such as `--retry-errors`; for Python as keywords."""
+    is_python = _CALLER.get().python_job is not None
+    return ", ".join(map(_keyword, names)) if is_python else " ".join(names)
+
+
+def _keyword(name: str) -> str:
+    return _KEYWORDS.get(name, f"{name.removeprefix('--').replace('-', '_')}=True")
 
 
 class Stderr:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
+from batchgen.core.runtime import option
 from batchgen.job.files import unusable, with_files
 from batchgen.job.model import JobConfig, today
 
@@ -143,12 +144,15 @@ def _apply(tables: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     *parents, last = key.strip().split(".")
     if not equals or not parents or not last:
-        return f"--set {redacted(override)}: expected table.key=value, for example run.flush_s=10"
+        expected = "expected table.key=value, for example run.flush_s=10"
+        return f"{option('--set')} {redacted(override)}: {expected}"
     at = tables
     for parent in parents:
         at = at.setdefault(parent, {})
         if not isinstance(at, dict):
-            return f"--set {redacted(override)}: {parent!r} is a value, expected a table"
+            return (
+                f"{option('--set')} {redacted(override)}: {parent!r} is a value, expected a table"
+            )
     at[last] = _toml_value(text.strip())
     return None
 
@@ -268,6 +272,14 @@ def redacted(override: str) -> str:
     name = override.partition("=")[0].rpartition(".")[2].strip()
     is_secret = any(_in_text(override)) or _SECRET_KEY.fullmatch(name)
     return "(not shown)" if is_secret else repr(override)
+
+
+def as_told(overrides: Sequence[str]) -> list[str]:
+    """Overrides as they may be repeated: what could hold a credential has another value."""
+    return [
+        text if redacted(text) == repr(text) else f"{text.partition('=')[0]}=..."
+        for text in overrides
+    ]
 
 
 def _found(value: object, key: str) -> Iterator[tuple[str, str, str]]:

@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from batchgen.core.runtime import command
 from batchgen.job.model import Tuned
 
 if TYPE_CHECKING:
@@ -168,14 +169,14 @@ def use_tuned(job: JobConfig, job_path: Path, device: Callable[[], str]) -> JobC
     if problem is None and bad:
         problem = f"{', '.join(bad)} cannot be"
     if problem is not None:
-        note = f"{path}: not used, {problem}; run `batchgen tune` again"
+        note = f"{path}: not used, {problem}; run `{command('tune')}` again"
         return job.tuned_by(Tuned(str(path), note=note))
     used = {name: value for name, value in given.items() if value_of(job, name) is None}
     partly = None
     if (refused := _refused(job, used, is_cpu=here == "cpu")) is not None:
         name, why = refused
         value = used.pop(name)
-        partly = f"{path}: {name} = {value} is left out, {why}; run `batchgen tune` again"
+        partly = f"{path}: {name} = {value} is left out, {why}; run `{command('tune')}` again"
     return with_settings(job, used).tuned_by(Tuned(str(path), used, partly))
 
 

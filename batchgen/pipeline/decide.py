@@ -25,6 +25,7 @@ from batchgen.core.errors import (
     RecipeChangedError,
     StorageError,
 )
+from batchgen.core.runtime import option
 from batchgen.pipeline.frozen import (
     Before,
     difference,
@@ -211,8 +212,9 @@ def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
         return []
     num_rows = sum(segment.num_rows for segment in wholes)
     more = f" and {len(wholes) - 1} more files" if len(wholes) > 1 else ""
+    name = option("--only-errors")
     return [
-        f"--only-errors: {num_rows:,} rows of {wholes[0].path}{more} run again, edited or not: "
+        f"{name}: {num_rows:,} rows of {wholes[0].path}{more} run again, edited or not: "
         f"which rows of a {plan.input_format} file were edited cannot be told across recipes"
     ]
 
@@ -222,7 +224,8 @@ def _other_columns(plan: Plan, prepared: Prepared) -> str | None:
     now = prepared.frozen_job
     if all(pick(plan.job) == pick(now) for pick in _DECIDE_COLUMNS):
         return None
-    return "--only-errors: answers would have other columns than those that are taken over"
+    name = option("--only-errors")
+    return f"{name}: answers would have other columns than those that are taken over"
 
 
 _DECIDE_COLUMNS: Sequence[Callable[[Mapping[str, Any]], Any]] = (
@@ -243,8 +246,13 @@ def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Ba
     return (Base(plan.number, parts), *plan.bases)
 
 
-UNFINISHED = "error rows are tried again once every row has ended: run with --retry-errors then"
 NO_ERRORS = "there are no error rows to try again"
+
+
+def unfinished() -> str:
+    """Say when error rows are tried again, while others are still to be computed."""
+    again = option("--retry-errors")
+    return f"error rows are tried again once every row has ended: run with {again} then"
 
 
 def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | str:
@@ -268,7 +276,7 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
     else:
         durable = ledger.durable(plan)
         if durable.num_done != plan.num_rows:
-            return UNFINISHED
+            return unfinished()
         if not durable.num_errors:
             return NO_ERRORS
         parts = tuple(part.name for part in durable.parts)
@@ -393,7 +401,7 @@ def _new_plan(
         for note in show(ledger, newest).mended:
             hooks.tell(note)
     if options.retry_errors and before.seen is None:
-        hooks.tell(UNFINISHED)
+        hooks.tell(unfinished())
     if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
         # Before the input is scanned: both take long, and neither needs the other.
         hooks.start_engine()

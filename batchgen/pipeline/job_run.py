@@ -29,7 +29,7 @@ from batchgen.core.errors import (
     StoppedError,
     StorageError,
 )
-from batchgen.core.runtime import say
+from batchgen.core.runtime import option, say
 from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.vllm.settings import SETTINGS
 from batchgen.pipeline.compute import OneEngine
@@ -87,7 +87,7 @@ def naming_tuned(job: JobConfig, compute: Compute) -> Iterator[None]:
         if tuned is None or not tuned.settings or not (is_startup or is_out_of_memory(str(error))):
             raise
         told = ", ".join(f"{name} = {value}" for name, value in tuned.settings.items())
-        had = f"it had {told} from {tuned.path}: --no-tuned runs without"
+        had = f"it had {told} from {tuned.path}: {option('--no-tuned')} runs without"
         if isinstance(error, ConfigError):
             if error.where != SETTINGS:  # A grammar, say: no settings of these.
                 raise

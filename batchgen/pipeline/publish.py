@@ -24,6 +24,7 @@ from batchgen.core.errors import (
     OutputError,
     StorageError,
 )
+from batchgen.core.runtime import command
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.store.books import STATE, Durable, Epoch, Manifest
 from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, ResultFile, num_unasked
@@ -49,10 +50,11 @@ _MEND_LIMIT = (
     f"where no row at all is left, gate.max_shrink is {_SHRINK_TO_NOTHING} unless it is set: look "
     "at input.path and input.where"
 )
-_MEND_INPUT = (
-    "no error row has reached the engine: mend the input (`batchgen show JOB --errors` shows them) "
-    "and run again"
-)
+
+
+def _mend_input() -> str:
+    shows = f"`{command('show', '--errors')}` shows them"
+    return f"no error row has reached the engine: mend the input ({shows}) and run again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def judge_gate(
         )
     ]
     if 0 < num_errors == num_unasked(tally):
-        limits[0] = replace(limits[0], hint=_MEND_INPUT)
+        limits[0] = replace(limits[0], hint=_mend_input())
     columns = [name for name in tally if name not in (VERDICT, ATTEMPTS)]
     for column in columns if gate.drift_column is None else [gate.drift_column]:
         before = None if last is None else last.get(column)

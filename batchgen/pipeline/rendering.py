@@ -29,6 +29,7 @@ import pyarrow as pa
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.records import Ranges, Request, RowSet
+from batchgen.core.runtime import option
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import read_rows
 from batchgen.prompt.builder import BYTE_ORDER_MARK
@@ -105,7 +106,11 @@ class OldRows(NamedTuple):
         """A sentence for people."""
         rows, were = ("row", "was") if self.num == 1 else ("rows", "were")
         text = f"{self.num:,} {rows} {were} made with the old rendering of {self.of}"
-        return f"{text}: run again" if self.is_again else f"{text}; --rerender runs them again"
+        return (
+            f"{text}: run again"
+            if self.is_again
+            else f"{text}; {option('--rerender')} runs them again"
+        )
 
 
 def old_rows(prepared: Prepared, plan: Plan, rows: RowSet, answers: Iterable[pa.Table]) -> RowSet:

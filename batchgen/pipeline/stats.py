@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from tqdm import tqdm
 
-from batchgen.core.runtime import STDERR
+from batchgen.core.runtime import STDERR, command, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -324,7 +324,7 @@ def _storm(steady: Sequence[Mapping[str, Any]], facts: EngineFacts, way: Way) ->
         f"the KV cache was full and {all_of_them:,.0f} requests were preempted, "
         f"{num / max(1, num_rows):.1f} a row: work that is done twice. Lower "
         f"model.max_num_seqs from {facts.max_num_seqs} to about {fewer}, or give the "
-        "cache more memory (model.gpu_memory_utilization), or run `batchgen tune`"
+        f"cache more memory (model.gpu_memory_utilization), or run `{command('tune')}`"
     )
 
 
@@ -448,7 +448,7 @@ class Progress:
         """Print one line above the bar."""
         if self._bar is not None:
             self._bar.clear()
-        print(f"batchgen: {line}", file=self._stream, flush=True)
+        print(f"batchgen: {printable(line)}", file=self._stream, flush=True)
         if self._bar is not None:
             self._bar.refresh()
 

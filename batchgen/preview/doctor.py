@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError, nearest
+from batchgen.core.runtime import command
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.job.model import ModelConfig
 from batchgen.job.tuned import above_batched_tokens
@@ -73,7 +74,7 @@ def examine(
     findings += check_limits(machine, 0)
     findings += check_replicas(job, machine)
     prepared = None
-    with _errors_in(findings, "job", "batchgen check JOB shows more"):
+    with _errors_in(findings, "job", f"{command('check')} shows more"):
         prepared = prepare(job)
     _check_output(job, prepared, None, findings)
     return Report(findings, machine)
@@ -100,7 +101,7 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub) -> Report:
     prepared, rows, report = None, None, Report(findings, machine)
     if found.folder is not None:
         limit = max_model_len(spec, None)[0]
-        with _errors_in(findings, "job", "batchgen check JOB shows more"):
+        with _errors_in(findings, "job", f"{command('check')} shows more"):
             prepared = prepare(local)
         if prepared is not None:
             rows = _rows(prepared, limit, findings)
@@ -142,7 +143,7 @@ def _rows(prepared: Prepared, limit: int | None, findings: list[Finding]) -> Row
         rows = row_lengths(prepared, limit)
         if rows is None:
             text = "the input's first rows hold no prompt"
-            findings.append(warning("rows", text, "batchgen check"))
+            findings.append(warning("rows", text, command("check")))
         return rows
     return None
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import RowSet
+from batchgen.core.runtime import command, option
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
@@ -61,13 +62,6 @@ if TYPE_CHECKING:
     from batchgen.preview.sample import Survey
     from batchgen.store.books import Durable, Plan
     from batchgen.store.reuse import KeySet
-
-
-NO_RATE = (
-    "cannot be told: no run of this model has been here; give --rate 250rows/s or "
-    "--rate 12000tokens/s, or measure with `batchgen run JOB --set input.limit=1000 "
-    "--set output.path=trial`"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +223,12 @@ def _answers(forecast: Forecast, survey: Survey) -> Iterator[str]:
 
 def _cost(estimate: Estimate | None) -> Iterator[str]:
     if estimate is None:
-        yield f"  time     {NO_RATE}"
+        measure = command("run", "--set", "input.limit=1000", "--set", "output.path=trial")
+        yield (
+            "  time     cannot be told: no run of this model has been here; give "
+            f"{option('--rate', '250rows/s')} or {option('--rate', '12000tokens/s')}, or measure "
+            f"with `{measure}`"
+        )
         return
     start = f"engine start {duration(estimate.start_s)}, " if estimate.start_s else ""
     most = "at most " if estimate.is_upper_bound else "~"

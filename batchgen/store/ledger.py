@@ -21,6 +21,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import AccountingError, FencedError, OutputError
+from batchgen.core.runtime import command
 from batchgen.store.books import (
     STATE,
     Base,
@@ -83,8 +84,8 @@ class Ledger:
         if RunLock(self.storage).is_held():
             return "its first run is at work and has not planned it yet"
         if self.storage.path(STATE).is_dir():
-            return "no run has planned the job yet; start one with `batchgen run`"
-        return "the job has not been run yet; start it with `batchgen run`"
+            return f"no run has planned the job yet; start one with `{command('run')}`"
+        return f"the job has not been run yet; start it with `{command('run')}`"
 
     def plan(self, number: int) -> Plan:
         """A plan by number.

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from batchgen.core.data import take_rows
 from batchgen.core.errors import OutputError
 from batchgen.core.records import RowSet
+from batchgen.core.runtime import option
 from batchgen.source.columns import retyped
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows, rows_of
 from batchgen.store.snapshot import Index
@@ -327,7 +328,7 @@ def _with_ordinals(
     if {*wanted.schema.names[ordinals.num_columns :]} - {*rows.column_names, *wanted.carried}:
         msg = (
             f"{file.path}: has other columns than this job's parts; use the batchgen that wrote "
-            "it, or begin anew with --fresh"
+            f"it, or begin anew with {option('--fresh')}"
         )
         raise OutputError(msg)
     for at, name in enumerate((SEGMENT, ROW)):

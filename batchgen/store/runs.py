@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.core.errors import BusyError, OutputError, StorageError
+from batchgen.core.runtime import option
 from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
 
     from batchgen.storage import LocalStorage
 
-_ADVICE = "wait for it, or take the job from a frozen one with --steal"
 _TRIES, _TRY_S = 4, 0.02
 _WAIT_S = 0.5
+
+
+def _advice() -> str:
+    return f"wait for it, or take the job from a frozen one with {option('--steal')}"
 
 
 class RunLock:
@@ -50,11 +54,11 @@ class RunLock:
         self._run_id = run_id
         self._descriptor: int | None = None
 
-    def acquire(self, *, steal: bool = False, advice: str = _ADVICE) -> None:
+    def acquire(self, *, steal: bool = False, advice: str | None = None) -> None:
         """Take the lock.
 
         Args:
-            advice: What to do where another run holds it, for the error's text.
+            advice: What to do where another run holds it, for the error's text; None: as for a run.
             steal: Go on without it if another run holds it. Safe, since the claim fences that
                 run; it only wastes what both compute.
 
@@ -80,7 +84,7 @@ class RunLock:
             msg = (
                 f"{self._path.parent.parent}: run {holder.get('run_id')} (process "
                 f"{holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}) is at "
-                f"work on this job; {advice}"
+                f"work on this job; {advice or _advice()}"
             )
             raise BusyError(msg)
 

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from batchgen.core.data import keep_rows, take_rows
 from batchgen.core.errors import AccountingError, DamagedPartError, OutputError
 from batchgen.core.records import Ranges
+from batchgen.core.runtime import command, option
 from batchgen.storage import saying_where
 from batchgen.store.books import STATE, PublishedFile
 from batchgen.store.matching import DIGESTS, digests_of
@@ -416,7 +417,7 @@ class Index:
             StorageError: It cannot be read right now.
         """
         if manifest.index is None:
-            msg = f"{storage.where}: its snapshot has no index of rows; use --fresh"
+            msg = f"{storage.where}: its snapshot has no index of rows; use {option('--fresh')}"
             raise OutputError(msg)
         path = storage.path(manifest.index.name)
         self._storage = storage
@@ -453,7 +454,7 @@ class Index:
     def _damaged(self, why: str) -> OutputError:
         return OutputError(
             f"{self._file.path}: damaged ({why}), and without it rows cannot be told apart; bring "
-            "it back from a backup, or begin anew with --fresh"
+            f"it back from a backup, or begin anew with {option('--fresh')}"
         )
 
 
@@ -488,8 +489,8 @@ def find_snapshot(ledger: Ledger, number: int | None) -> Manifest:
         msg = f"{ledger.storage.where}: there is no snapshot {number}, expected one of: {numbers}"
     else:
         msg = (
-            f"{ledger.storage.where}: nothing is published here; `batchgen status` tells how far "
-            "the job is"
+            f"{ledger.storage.where}: nothing is published here; "
+            f"`{command('status')}` tells how far the job is"
         )
     raise OutputError(msg)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.runtime import command, option
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ResultFile, check_rows
@@ -133,9 +134,9 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
 def _remedy(ledger: Ledger, file: PublishedFile) -> str:
     """What to do about a damaged file of the snapshot."""
     if told_difference(ledger.storage.path(file.alias), file) is None:
-        return f"the next `batchgen run` brings it back from {file.alias}, which is whole"
+        return f"the next run brings it back from {file.alias}, which is whole"
     return (
-        "`batchgen run JOB --retry-errors` computes them again, or bring the file back from a "
+        f"`{command('run', '--retry-errors')}` computes them again, or bring the file back from a "
         "backup"
     )
 
@@ -148,7 +149,7 @@ def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:
     if why is not None:
         verdict.problems.append(
             f"{manifest.index.name}: {why}; no published row is damaged by that, but "
-            "--retry-errors needs the index: bring it back from a backup"
+            f"{option('--retry-errors')} needs the index: bring it back from a backup"
         )
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.core.errors import DamagedSnapshotError, StorageError
+from batchgen.core.runtime import option
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import STATE
 from batchgen.store.runs import RunLock
@@ -222,7 +223,7 @@ def shown_problems(
     files = {file.alias: file for file in (manifest.files if manifest else _NO_FILES)}
     is_last = manifest is not None and manifest.number == ledger.latest_plan_number()
     # A run that goes on with an unfinished plan shows nothing before it publishes.
-    mends = "the next `batchgen run`" if is_last else "the next `batchgen run` that completes"
+    mends = "the next run" if is_last else "the next run that completes"
     found = _lasting(ledger, list(files.values()), patience_s)
     told: list[str] = []
     for name, fault in found.items():
@@ -295,8 +296,8 @@ def raise_if_damaged(shown: Shown, storage: LocalStorage) -> None:
     )
     msg = (
         f"{storage.path(name)}: {why}, expected the file that was published; so readers of "
-        f"{name.rpartition('/')[2]} do not see its rows{more}: run with --retry-errors to compute "
-        "them again, or bring the file back from a backup"
+        f"{name.rpartition('/')[2]} do not see its rows{more}: run with {option('--retry-errors')} "
+        "to compute them again, or bring the file back from a backup"
     )
     raise DamagedSnapshotError(msg)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
 from batchgen.core.errors import EngineError, ExitCode, OutputError
+from batchgen.core.runtime import command, option
 from batchgen.engine.devices import device_name, read_devices, vllm_version
 from batchgen.job.tuned import PLACES, key_of, tuned_path, value_of
 from batchgen.pipeline.stats import duration
@@ -94,7 +95,7 @@ class Report:
         elif self.tuned_file is not None:
             lines.append(f"best     {OWN}")
         if self.tuned_file is not None:
-            use = f"`batchgen run {self.job}` uses it" if self.settings else "nothing to use in it"
+            use = f"`{command('run')}` uses it" if self.settings else "nothing to use in it"
             lines.append(f"written  {self.tuned_file}; {use}")
         if self.reason is not None:
             lines.append(f"state    {self.state.replace('_', ' ')}: {self.reason}")
@@ -110,8 +111,8 @@ class Report:
             return "none was left to answer"
         kept = f"{self.num_answered:,} answered on the way, and kept"
         if self.is_answered:
-            return f"{kept}; none is left: `batchgen run {self.job}` publishes"
-        return f"{kept}: `batchgen run {self.job}` goes on from there"
+            return f"{kept}; none is left: `{command('run')}` publishes"
+        return f"{kept}: `{command('run')}` goes on from there"
 
     def _table(self) -> list[str]:
         texts = [settings_text(trial.settings) for trial in self.trials]
@@ -391,11 +392,13 @@ class Tuning:
 
     def _end(self, settings: Mapping[str, Any], *, is_confirmed: bool) -> tuple[str, str | None]:
         """State, and the reason for every state but `tuned`."""
-        own, more = self._search.own, "more --minutes, a shorter --trial-s, or --scratch"
+        own, scratch = self._search.own, option("--scratch")
+        more = f"more {option('--minutes')}, a shorter {option('--trial-s')}, or {scratch}"
         if self._stops.is_asked:
-            return "stopped", "stopped on purpose; run again to tune, or `batchgen run` to go on"
+            reason = f"stopped on purpose; run again to tune, or `{command('run')}` to go on"
+            return "stopped", reason
         if own.state == "nothing_to_do":
-            reason = "every row is answered and published; measure without keeping: --scratch"
+            reason = f"every row is answered and published; measure without keeping: {scratch}"
             return "nothing_to_do", reason
         if own.measure is None:
             return "too_few_rows", "the rows were too few to measure anything with"

@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, OutputError
+from batchgen.core.runtime import command, option
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
@@ -141,7 +142,7 @@ def diff(
         return _compared(root, both, pairs, _examples(both, pairs, num_examples))
     except (pl.exceptions.PolarsError, OSError) as error:
         why = str(error).splitlines()[0]
-        msg = f"{root}: a snapshot cannot be read ({why}); `batchgen verify` tells more"
+        msg = f"{root}: a snapshot cannot be read ({why}); `{command('verify')}` tells more"
         raise OutputError(msg) from error
 
 
@@ -242,7 +243,8 @@ class _Side:
 
     def _index(self) -> pl.LazyFrame:
         if self.manifest.index is None:
-            msg = f"snapshot {self.manifest.number} has no index of rows; name them with --on"
+            number, on = self.manifest.number, option("--on")
+            msg = f"snapshot {number} has no index of rows; name them with {on}"
             raise OutputError(msg)
         return scan(self.storage, [self.manifest.index.name])
 

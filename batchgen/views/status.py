@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import OutputError
+from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.runtime import command, option
 from batchgen.pipeline.stats import duration, num_inside
 from batchgen.source.values import to_python
 from batchgen.storage import LocalStorage
@@ -134,7 +135,7 @@ def _silence(run: Mapping[str, Any], age_s: float) -> str:
     elif run.get("num_left") == 0:
         means = "every row has ended, publishing gives none"
     else:
-        means = "if it is frozen, take the job from it: batchgen run --steal"
+        means = f"if it is frozen, take the job from it: {command('run', '--steal')}"
     return f"{duration(age_s)} ago ({means})"
 
 
@@ -180,8 +181,21 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
     if run_id is not None:
         folders = [folder for folder in folders if folder.endswith(f"/{run_id}")]
     written_s = {folder: _written_s(storage.path(f"{folder}/live.json")) for folder in folders}
-    # Run ids tell the second; of runs that share one, the newest wrote last.
-    folders.sort(key=lambda folder: (folder.rpartition("-")[0], written_s[folder]), reverse=True)
+    epochs = _epochs(storage)
+
+    def place(folder: str) -> tuple[float, str, float]:
+        """By epochs, which a clock that was set back does not disturb.
+
+        A run that ended before it claimed one stands behind those that had begun by then. Run ids
+        tell the second; of runs that share one, the newest wrote last.
+        """
+        run = folder.rpartition("/")[2]
+        began = run.rpartition("-")[0]
+        before = (at for name, at in epochs.items() if name.rpartition("-")[0] <= began)
+        epoch = epochs[run] if run in epochs else max(before, default=0) + 0.5
+        return epoch, began, written_s[folder]
+
+    folders.sort(key=place, reverse=True)
     for folder in folders:
         data = storage.read(f"{folder}/live.json")
         if data is not None:
@@ -190,6 +204,15 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
                 age_s = max(0.0, utc_now().timestamp() - at_s) if at_s else 0.0
                 return {**json.loads(data), "sign_of_life_age_s": age_s}
     return {}
+
+
+def _epochs(storage: LocalStorage) -> dict[str, int]:
+    """Read which run claimed which epoch; a claim that cannot be read is left out."""
+    found = {}
+    for number, name in enumerate(storage.list(f"{STATE}/epochs"), 1):
+        with suppress(ValueError, KeyError, TypeError, StorageError):
+            found[str(json.loads(storage.read(name) or b"")["run_id"])] = number
+    return found
 
 
 def _written_s(path: Path) -> float:
@@ -230,8 +253,11 @@ def rows(
     try:
         return readable(frame.head(num_rows).collect())
     except (pl.exceptions.PolarsError, OSError) as error:
-        why = str(error).splitlines()[0]
-        msg = f"{root}: its rows cannot be read ({why}); `batchgen verify` tells more"
+        why, newest = str(error).splitlines()[0], ledger.latest_manifest()
+        advice = f"`{command('verify')}` tells more"
+        if snapshot is not None and newest is not None and snapshot != newest.number:
+            advice = f"bring snapshot {snapshot}'s files back from a backup, if they are needed"
+        msg = f"{root}: its rows cannot be read ({why}); {advice}"
         raise OutputError(msg) from error
 
 
@@ -285,7 +311,7 @@ def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if rest := [row for row in rows if row["replica"] not in numbers]:
         states = Counter(map(_state, rest))
         counts = ", ".join(f"{num} {state}" for state, num in states.most_common())
-        lines.append(f"and {len(rest)} more: {counts}; --json has all")
+        lines.append(f"and {len(rest)} more: {counts}; {option('--json')} has all")
     return lines
 
 

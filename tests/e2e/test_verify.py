@@ -155,7 +155,7 @@ def test_there_must_be_a_job_to_verify(job: Path) -> None:
 # --- what the output folder shows of the snapshot ------------------------------------------------
 
 FIRST, SECOND = "part-00000.parquet", "part-00001.parquet"
-MENDED = "the next `batchgen run` puts it right"
+MENDED = "the next run puts it right"
 SEEN = "readers of part-*.parquet get its rows too"
 
 
@@ -268,7 +268,7 @@ def test_a_damaged_snapshot_is_brought_back_from_what_is_shown(job: Path) -> Non
     own = out / manifest.files[0].name
     flip(own, 100)
     (problem,) = verify(out).problems
-    assert problem.endswith(f"the next `batchgen run` brings it back from {FIRST}, which is whole")
+    assert problem.endswith(f"the next run brings it back from {FIRST}, which is whole")
     (out / SECOND).unlink()
     own_second = out / manifest.files[1].name
     own_second.unlink()
@@ -331,7 +331,7 @@ def test_before_the_next_snapshot_the_run_that_completes_mends(job: Path) -> Non
         batchgen.run(job, fresh=True, overrides=["gate.max_error_rate=0.001"])
     forget(job.parent / "out")
     (problem,) = verify(job.parent / "out").problems
-    assert problem.endswith("; the next `batchgen run` that completes puts it right")
+    assert problem.endswith("; the next run that completes puts it right")
     assert batchgen.run(job).state == "complete"
     assert verify(job.parent / "out").problems == []
 

@@ -18,6 +18,7 @@ from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, digests_of
 from batchgen.views.diff import diff, edited, paired
+from batchgen.views.status import rows
 from tests.fakes import plan
 
 if TYPE_CHECKING:
@@ -370,7 +371,7 @@ def test_a_file_that_is_gone_is_told(nights):
     for _ in range(2):
         nights.publish("ab", {"id": [1, 2], "gen_text": ["a", "b"]})
     (nights.root / STATE / "snapshots" / "e000001" / "part-00000.parquet").unlink()
-    with pytest.raises(OutputError, match=r"cannot be read .* `batchgen verify` tells more"):
+    with pytest.raises(OutputError, match=r"cannot be read .* `batchgen verify JOB` tells more"):
         diff(nights.root)
 
 
@@ -415,3 +416,16 @@ def test_a_diff_says_that_rows_which_came_and_went_may_be_edited_ones(
     assert found.paired_by == "equal content and place in the input"
     by_key = diff(nights.root, on=["id"])
     assert (by_key.paired_by, by_key.may_hide_edits) == ("id", False)
+
+
+def test_of_an_old_snapshots_damage_nobody_is_sent_to_what_reads_the_newest(nights):
+    for number in (1, 2):
+        nights.publish("ab", {"id": [1, 2]})
+        path = nights.root / STATE / f"snapshots/e{number:06d}/part-00000.parquet"
+        path.chmod(0o644)
+        path.write_bytes(b"no Parquet")
+    with pytest.raises(OutputError, match=r"cannot be read.*snapshot 1's files back from a backup"):
+        rows(nights.root, 1, errors=False, snapshot=1)
+    for newest in (2, None):
+        with pytest.raises(OutputError, match=r"cannot be read.*`batchgen verify JOB` tells more"):
+            rows(nights.root, 1, errors=False, snapshot=newest)

@@ -143,7 +143,7 @@ def test_made_for_something_else_it_is_not_used(job_file, change, told):
     assert job.model.max_num_seqs is None
     assert job.tuned.settings == {}
     assert f"not used, it was made for {told}" in job.tuned.note
-    assert job.tuned.note.endswith("; run `batchgen tune` again")
+    assert job.tuned.note.endswith("; run `batchgen tune JOB` again")
 
 
 def test_a_default_is_the_same_told_or_not(job_file):

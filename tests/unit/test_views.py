@@ -80,7 +80,7 @@ def test_before_any_live_view_nobody_is_said_to_be_killed(storage, log):
     [
         (
             {"state": "running", "num_left": 3, "elapsed_s": 9.0},
-            "if it is frozen, take the job from it: batchgen run --steal",
+            "if it is frozen, take the job from it: batchgen run JOB --steal",
         ),
         (
             {"state": "running", "num_left": 0, "elapsed_s": 9.0},
@@ -110,13 +110,15 @@ def test_a_live_view_from_the_future_is_of_now(storage, log):
 
 
 def test_why_nothing_is_to_be_seen_yet(storage: LocalStorage) -> None:
-    assert not_begun(storage.root) == ("the job has not been run yet; start it with `batchgen run`")
+    assert not_begun(storage.root) == (
+        "the job has not been run yet; start it with `batchgen run JOB`"
+    )
     lock = RunLock(storage, "run-a")
     lock.acquire()
     assert not_begun(storage.root) == "its first run is at work and has not planned it yet"
     lock.release()
     assert not_begun(storage.root) == (
-        "no run has planned the job yet; start one with `batchgen run`"
+        "no run has planned the job yet; start one with `batchgen run JOB`"
     )
     Ledger(storage).put_plan(plan())
     assert not_begun(storage.root) is None
@@ -132,3 +134,16 @@ def test_of_runs_of_one_second_the_last_that_wrote_is_the_newest(storage, log):
     # A copy of the folder has other times, and ids that tell all the same.
     RunLog(storage, "20250101T000000-ccc").live({"state": "running"})
     assert status_of(storage.root)["last_run"]["run_id"] == "20260101T000000-aaa"
+
+
+def test_with_the_clock_set_back_the_newest_run_is_the_last_to_claim(storage, log):
+    ledger = Ledger(storage)
+    for run_id in ("20260301T000000-aaa", "20260101T000000-bbb"):  # As the clock had it.
+        ledger.claim(plan(), run_id, {})
+        RunLog(storage, run_id).live({"state": "stopped", "reason": None})
+    path = storage.path(f"{STATE}/runs/20260101T000000-bbb/live.json")
+    os.utime(path, times=(time.time() - 9999,) * 2)
+    assert status_of(storage.root)["last_run"]["run_id"] == "20260101T000000-bbb"
+    # One that was refused before it claimed anything is newer than what had begun by then.
+    RunLog(storage, "20260201T000000-ccc").live({"state": "refused", "reason": "no"})
+    assert status_of(storage.root)["last_run"]["run_id"] == "20260201T000000-ccc"
