@@ -195,7 +195,7 @@ class GateError(BatchgenError):
         self, told: str, gate: Sequence[Mapping[str, Any]], examples: Sequence[str] = ()
     ) -> None:
         self.gate = tuple(gate)
-        """Every figure, see `gate.Limit.as_dict`."""
+        """Every figure, see `publish.Limit.as_dict`."""
         lines = "".join(f"\n  {example}" for example in examples)
         super().__init__(f"{told}; nothing published{lines}\n{'; '.join(_ways(self.gate))}")
 

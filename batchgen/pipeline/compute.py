@@ -1,6 +1,6 @@
 """The seam behind which rows are computed: `Compute`, and `OneEngine` on this machine.
 
-    Feeder thread      read -> build requests -> queue or order        feeder
+    Feeder thread      read -> build requests -> queue or order        runner
     Runner (caller)    engine <-> loop, judge, retry                   runner
     Committer thread   open part -> Parquet part                       runner
 

@@ -249,7 +249,7 @@ class Summary:
     run: dict[str, Any] = field(default_factory=dict)
     """See `RunStats.totals`."""
     gate: list[dict[str, Any]] = field(default_factory=list)
-    """Every figure of the gate, see `gate.Limit.as_dict`, once the job is complete."""
+    """Every figure of the gate, see `publish.Limit.as_dict`, once the job is complete."""
     engine: dict[str, Any] = field(default_factory=dict)
     started_at: str = ""
     run_date: str = ""

@@ -286,7 +286,11 @@ class Checked:
 
     def changes(self, plan: Plan) -> list[str]:
         """Return what differs from a plan's job, one line a key, each beginning with its table."""
-        return job_changes(plan, self.frozen_job)
+        was, now = plan.job, self.frozen_job
+        found = recipes.diff(*(recipes.without_speed(job["recipe"]) for job in (was, now)))
+        for table in ("input", "output", "checks"):
+            found += [f"{table}.{line}" for line in recipes.diff(was[table], now[table])]
+        return found
 
     def by_recipe_of(self, plan: Plan) -> Self:
         """Return the job by the very recipe of a plan that it does not change.
@@ -424,16 +428,6 @@ def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
         "output": job.output.model_dump(include={"prefix", "flatten", "with_seed"}),
         "checks": job.checks.model_dump(),
     }
-
-
-def job_changes(plan: Plan, frozen_job: Mapping[str, Any]) -> list[str]:
-    """Return what differs between a plan's job and the job as it is now; empty if nothing."""
-    before, now = map(recipes.without_speed, (plan.job["recipe"], frozen_job["recipe"]))
-    found = recipes.diff(before, now)
-    for table in ("input", "output", "checks"):
-        lines = recipes.diff(plan.job[table], frozen_job[table])
-        found += [f"{table}.{line}" for line in lines]
-    return found
 
 
 def check(job: JobConfig) -> Checked:

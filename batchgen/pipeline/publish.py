@@ -180,17 +180,14 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
     return {name: count / total for name, count in counts.items()} if total else {}
 
 
-def _most_moved(now: Mapping[str, int], last: Mapping[str, int]) -> Sequence[str]:
-    """List the labels whose shares differ most, as `refund 12.0 % -> 31.5 %`."""
+def _most_moved(now: Mapping[str, int], last: Mapping[str, int]) -> Iterator[str]:
+    """Yield the labels whose shares differ most, as `refund 12.0 % -> 31.5 %`."""
     p, q = _shares(now), _shares(last)
     moves = {name: abs(p.get(name, 0.0) - q.get(name, 0.0)) for name in p.keys() | q.keys()}
-    ordered = sorted(
-        (name for name in moves if moves[name]), key=lambda n: (-round(moves[n], 9), n)
-    )
-    return [
-        f"{name} {q.get(name, 0.0):.1%} -> {p.get(name, 0.0):.1%}".replace("%", " %")
-        for name in ordered[:_NUM_MOVED]
-    ]
+    for name in sorted(moves, key=lambda n: (-round(moves[n], 9), n))[:_NUM_MOVED]:
+        if moves[name]:
+            was, is_now = q.get(name, 0.0), p.get(name, 0.0)
+            yield f"{name} {was:.1%} -> {is_now:.1%}".replace("%", " %")
 
 
 def exceeded_text(limits: Sequence[Limit]) -> str:

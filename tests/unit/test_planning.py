@@ -24,7 +24,6 @@ from batchgen.pipeline.frozen import (
 from batchgen.pipeline.prepare import (
     as_text,
     check,
-    job_changes,
     prepare,
 )
 from batchgen.pipeline.rows import missing
@@ -184,7 +183,7 @@ def touch(path, seconds=1):
 
 
 def changes(plan, job):
-    return job_changes(plan, job.frozen_job) + input_changes(plan, job.reader)
+    return job.changes(plan) + input_changes(plan, job.reader)
 
 
 def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
