@@ -9,10 +9,10 @@ its caller is that every request comes back once, as an answer or as that row's 
 - `finish_reason` abort and error are not answers: once more, then the row's error;
 - a core that is killed leaves `step()` waiting for ever; a watchdog wakes it.
 
-Checked against vLLM 0.26.0, 0.32.0 and 0.33.0. What vLLM does not promise (its scheduler's
-statistics, the death of its core, the reasoner's keywords) is looked up first: where it is
-missing, the statistics or the early warning are, and the run goes on. `params` builds what goes
-in, `answers` reads what comes out; these three and no others import vLLM.
+Checked against vLLM 0.26.0, 0.32.0 and 0.33.0. The death of its core and the
+reasoner's keywords are looked up first: where they are missing, so is the early warning, and the
+run goes on. `params` builds what goes in, `answers` reads what comes out; these three and no
+others import vLLM.
 """
 
 from __future__ import annotations
@@ -396,30 +396,23 @@ class SchedulerWatch:
 
     def __init__(self) -> None:
         self.stats = EngineStats()
-        self._num_preemptions: int | None = None
-        self._num_prompt_tokens: int | None = None
-        self._num_generated_tokens: int | None = None
+        self._num_preemptions = self._num_prompt_tokens = self._num_generated_tokens = 0
         self._max_num_batched_tokens: int | None = None
 
     def attach(self, llm_engine: Any) -> None:  # noqa: ANN401
-        """Take the front end's seat, where the parts of it are as we know them."""
-        output_processor = getattr(llm_engine, "output_processor", None)
-        if getattr(llm_engine, "logger_manager", None) is None or output_processor is None:
+        """Take the front end's seat, if the job has not switched statistics off."""
+        if llm_engine.logger_manager is None:
             return
-        llm_engine.log_stats = False
-        output_processor.log_stats = False
+        llm_engine.log_stats = llm_engine.output_processor.log_stats = False
         llm_engine.logger_manager = self
-        config = getattr(getattr(llm_engine, "vllm_config", None), "scheduler_config", None)
-        self._max_num_batched_tokens = getattr(config, "max_num_batched_tokens", None)
+        config = llm_engine.vllm_config.scheduler_config
+        self._max_num_batched_tokens = config.max_num_batched_tokens
         core = llm_engine.engine_core
-        get_output = getattr(core, "get_output", None)
-        if get_output is None:
-            return
-        self._num_preemptions = self._num_prompt_tokens = self._num_generated_tokens = 0
+        get_output = core.get_output
 
         def get_output_counting() -> Any:  # noqa: ANN401
             outputs = get_output()
-            self._count(getattr(outputs, "outputs", ()))
+            self._count(outputs.outputs)
             return outputs
 
         core.get_output = get_output_counting
@@ -428,12 +421,10 @@ class SchedulerWatch:
         """Take one step's statistics: vLLM calls this on its `logger_manager`."""
         if scheduler_stats is None:
             return
-        waiting = getattr(scheduler_stats, "num_waiting_reqs", None)
-        deferred = getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
         self.stats = EngineStats(
-            num_running=getattr(scheduler_stats, "num_running_reqs", None),
-            num_waiting=None if waiting is None else waiting + deferred,
-            kv_cache_usage=getattr(scheduler_stats, "kv_cache_usage", None),
+            num_running=scheduler_stats.num_running_reqs,
+            num_waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+            kv_cache_usage=scheduler_stats.kv_cache_usage,
             num_preemptions=self._num_preemptions,
             num_steps=(self.stats.num_steps or 0) + 1,
             num_prompt_tokens=self._num_prompt_tokens,
@@ -454,17 +445,12 @@ class SchedulerWatch:
             EngineCoreOutput and EngineCoreEventType (PREEMPTED is 3): vllm/v1/engine/__init__.py;
             when they are sent: vllm/v1/core/sched/scheduler.py, update_from_output; 0.26 to 0.33.
         """
-        num_preemptions = num_prompt_tokens = num_generated_tokens = 0
         for output in outputs:
-            num_generated_tokens += len(getattr(output, "new_token_ids", ()))
-            events = getattr(output, "events", None)
-            if events:
-                num_preemptions += sum(int(event.type) == 3 for event in events)
-                prefill = getattr(output, "prefill_stats", None)
-                num_prompt_tokens += getattr(prefill, "num_prompt_tokens", 0)
-        self._num_preemptions = (self._num_preemptions or 0) + num_preemptions
-        self._num_prompt_tokens = (self._num_prompt_tokens or 0) + num_prompt_tokens
-        self._num_generated_tokens = (self._num_generated_tokens or 0) + num_generated_tokens
+            self._num_generated_tokens += len(output.new_token_ids)
+            if output.events:
+                self._num_preemptions += sum(int(event.type) == 3 for event in output.events)
+                if output.prefill_stats is not None:
+                    self._num_prompt_tokens += output.prefill_stats.num_prompt_tokens
 
 
 def wake_when_dead(core: Any, dead_error: type[Exception], closed: threading.Event) -> None:  # noqa: ANN401
