@@ -97,16 +97,10 @@ def size_of(prompt: Prompt) -> int:
     """Characters of a prompt's texts; its images are none."""
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(_text_size(message.get("content")) for message in prompt)
-
-
-def _text_size(content: object) -> int:
-    """Of a message: text, or a list of parts (OpenAI's `content`)."""
-    if isinstance(content, str):
-        return len(content)
-    parts = content if isinstance(content, list) else []
-    texts = (part.get("text") for part in parts if isinstance(part, dict))
-    return sum(len(text) for text in texts if isinstance(text, str))
+    contents = [message.get("content") for message in prompt]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return sum(len(text) for text in contents + texts if isinstance(text, str))
 
 
 def held_size(prompt: object) -> int:
@@ -248,14 +242,15 @@ class AdmissionOrder:
         Raises:
             StorageError: `TMPDIR` cannot be read or written.
         """
-        sorting = self._sorting or self._guess()
-        if sorting == Sorting():
+        # Before the whole sample is seen, which may be all there is, by what there is of it.
+        sorting = self._sorting or find_sorting(self._sample, self._mode)
+        if sorting == Sorting() and self._new:
             taken, self._new = self._new, []
             self._new_bytes = self._pinned_bytes = 0
-            return taken or self._pop()
+            return taken
         if self._new:
             self._seal(sorting)
-        return self._pop()
+        return self._runs.pop(TAKE_ROWS, TAKE_BYTES)
 
     def close(self) -> None:
         """Drop what is held, and the files. Idempotent."""
@@ -263,19 +258,12 @@ class AdmissionOrder:
         self._sample.clear()
         self._runs.close()
 
-    def _pop(self) -> list[Request]:
-        return self._runs.pop(TAKE_ROWS, TAKE_BYTES)
-
-    def _guess(self) -> Sorting:
-        """What to sort by before the whole sample is seen, which may be all there is."""
-        return find_sorting(self._sample, self._mode)
-
     def _look(self, requests: Sequence[Request]) -> None:
         for request in requests[: SAMPLE_ROWS - len(self._sample)]:
             num = _expected(request, self._lengths)
             self._sample.append(Seen(text_of(request)[:SAMPLE_BYTES], num))
         if len(self._sample) == SAMPLE_ROWS or self._new_bytes >= self._reach.held_bytes:
-            self._sorting = self._guess()
+            self._sorting = find_sorting(self._sample, self._mode)
             self._sample.clear()
 
     def _seal(self, sorting: Sorting) -> None:
