@@ -37,7 +37,7 @@ from batchgen.pipeline.frozen import (
 from batchgen.pipeline.leaving import NOTHING_LEAVES, Leaving, leaving_rows
 from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
-from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since
+from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since, recalled, remember
 from batchgen.pipeline.rows import Takeover, missing, takeovers
 from batchgen.source.columns import read_schema
 from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
@@ -296,21 +296,24 @@ def _plan_after(plan: Plan, bases: Sequence[Base], *, retries: bool) -> Plan:
     )
 
 
-def _old_rows(
-    ledger: Ledger, prepared: Prepared, plan: Plan, tell: Callable[[str], None]
-) -> OldRows:
+def _old_rows(ledger: Ledger, prepared: Prepared, plan: Plan, hooks: Hooks) -> OldRows:
     """Count them among the rows that a plan has ended or is to take over."""
     of = changes_since(plan.rendering, prepared)
     if not of:
         return OldRows()
     durable, manifest = ledger.durable(plan), ledger.manifest(plan.number)
+    if manifest is not None and (known := recalled(ledger.storage, plan, of)) is not None:
+        return known
     sources = []
     if manifest is not None or durable.parts:
         own = Base(plan.number, tuple(part.name for part in durable.parts))
-        sources = [Takeover(ledger, prepared, plan, own, tell)]
+        sources = [Takeover(ledger, prepared, plan, own, hooks.tell)]
     if manifest is None:
-        sources += takeovers(ledger, prepared, plan, missing(plan, durable), tell)
-    return OldRows(sum(source.old_rows().num_rows for source in sources), of)
+        sources += takeovers(ledger, prepared, plan, missing(plan, durable), hooks.tell)
+    old = OldRows(sum(one.old_rows(hooks.on_block).num_rows for one in sources), of)
+    if manifest is not None:
+        remember(ledger.storage, plan, old)
+    return old
 
 
 def has_damage(ledger: Ledger, manifest: Manifest) -> bool:
@@ -367,7 +370,7 @@ def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks)
         plan, old = _new_plan(ledger, options, decision, hooks)
         prepared = replace(prepared, columns=read_schema(plan.schema), carried=plan.carried)
     else:
-        old = _old_rows(ledger, prepared, plan, hooks.tell)
+        old = _old_rows(ledger, prepared, plan, hooks)
         old = old._replace(is_again=options.rerender)
         manifest, again = _gone_on_with(ledger, options, decision, plan, old, hooks.tell)
         if again is not None:
@@ -409,7 +412,7 @@ def _new_plan(
     plan = freeze(prepared, number, before, hooks.digests, hooks.tell, hooks.on_block)
     least = min((ledger.plan(base.plan).rendering for base in plan.bases), default=RENDERING)
     settled = replace(prepared, columns=read_schema(plan.schema), carried=plan.carried)
-    old = _old_rows(ledger, settled, replace(plan, rendering=least), hooks.tell)
+    old = _old_rows(ledger, settled, replace(plan, rendering=least), hooks)
     keeps = old.num > 0 and not options.rerender
     plan = replace(plan, rendering=least if keeps else RENDERING)
     ledger.put_plan(plan)

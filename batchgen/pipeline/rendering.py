@@ -21,13 +21,16 @@ no old row, its plan is as new as the program and nobody looks again.
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from batchgen.answers.json_schema import row_validator
+from batchgen.core.errors import StorageError
 from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.core.runtime import option
 from batchgen.job.recipe import Seeds
@@ -35,6 +38,7 @@ from batchgen.pipeline.frozen import read_rows
 from batchgen.prompt.builder import BYTE_ORDER_MARK
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.source.values import holds_bytes
+from batchgen.store.books import STATE
 from batchgen.store.reuse import prefix_of, prefixes_of
 
 if TYPE_CHECKING:
@@ -44,8 +48,10 @@ if TYPE_CHECKING:
 
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
+    from batchgen.storage import LocalStorage
     from batchgen.store.books import Plan
 
+_COUNTED = f"{STATE}/rendering.json"
 RENDERING = 1
 """Today's; 0 is that of batchgen 0.1.0."""
 
@@ -113,7 +119,31 @@ class OldRows(NamedTuple):
         )
 
 
-def old_rows(prepared: Prepared, plan: Plan, rows: RowSet, answers: Iterable[pa.Table]) -> RowSet:
+def recalled(storage: LocalStorage, plan: Plan, of: str) -> OldRows | None:
+    """Return what was counted of a published plan; None if nobody has, by this rendering."""
+    try:
+        found = json.loads(storage.read(_COUNTED) or b"")
+        if found["of"] == [plan.plan_id, RENDERING, of]:
+            return OldRows(int(found["num"]), of)
+    except (ValueError, TypeError, KeyError, RecursionError, StorageError):
+        pass  # It is counted again.
+    return None
+
+
+def remember(storage: LocalStorage, plan: Plan, old: OldRows) -> None:
+    """Keep what was counted, so that nights on which nothing happens read no row for it."""
+    counted = {"of": [plan.plan_id, RENDERING, old.of], "num": old.num}
+    with suppress(StorageError):
+        storage.replace(_COUNTED, json.dumps(counted).encode())
+
+
+def old_rows(
+    prepared: Prepared,
+    plan: Plan,
+    rows: RowSet,
+    answers: Iterable[pa.Table],
+    on_batch: Callable[[], object],
+) -> RowSet:
     """Find the rows whose request is another one than their answer was made for.
 
     Reads and renders all of them.
@@ -124,6 +154,7 @@ def old_rows(prepared: Prepared, plan: Plan, rows: RowSet, answers: Iterable[pa.
         rows: Segment -> rows that are answered.
         answers: Their ordinals, `request_key` and `recipe`, in that order. A row of an older
             recipe does not count: nobody can tell what its prompt would be now.
+        on_batch: Called now and then; what it raises ends the work.
     """
     known = _Keys(plan.recipe_fingerprint, answers)
     builder = RequestBuilder(
@@ -137,6 +168,7 @@ def old_rows(prepared: Prepared, plan: Plan, rows: RowSet, answers: Iterable[pa.
     spec = replace(prepared.spec(), carried=())
     found: list[tuple[int, int, int]] = []
     for batch in read_rows(plan, rows, prepared.reader, spec):
+        on_batch()
         keys = [
             prefix_of(made.request_key) if isinstance(made, Request) else None
             for made in builder.of(batch)

@@ -219,10 +219,13 @@ class Takeover:
                 place = ordinals().select([SEGMENT, ROW])
                 yield pa.table([*place, *found], names=[SEGMENT, ROW, *columns])
 
-    def old_rows(self) -> RowSet:
+    def old_rows(self, on_batch: Callable[[], object] = int) -> RowSet:
         """Map each segment to those of `rows` that were made by another rendering than today's.
 
         Reads and renders them, where the job's prompts may differ at all.
+
+        Args:
+            on_batch: Called now and then; what it raises ends the work.
 
         Raises:
             SourceError: They cannot be read.
@@ -235,7 +238,7 @@ class Takeover:
             moves.table(table, prefix, takes_errors=True).drop([f"{prefix}status"])
             for table in self._answers("status", "request_key", "recipe")
         )
-        return old_rows(self._prepared, self._plan, self.rows, tables)
+        return old_rows(self._prepared, self._plan, self.rows, tables, on_batch)
 
     def leave_old_rows(self) -> None:
         """Take none of a rendering that is older than the plan's, unless the prompt is the same."""

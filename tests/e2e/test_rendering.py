@@ -95,6 +95,23 @@ def test_an_old_output_stays_and_says_how_many_rows_are_old(job):
     assert texts(job)[0] == "b'Caf\\xc3\\xa9'"
 
 
+def test_a_night_on_which_nothing_happens_counts_them_once(job):
+    """And believes no count that is not of this plan, or damaged."""
+    counted = job.parent / "out/_batchgen/rendering.json"
+    assert batchgen.run(job).num_old_rendering == NUM_OLD
+    known = json.loads(counted.read_bytes())
+    for content, num in (
+        (json.dumps({**known, "num": 99}), 99),
+        (json.dumps({**known, "of": ["another", *known["of"][1:]], "num": 99}), NUM_OLD),
+        ('{"of": ', NUM_OLD),
+        ("[" * 100_000, NUM_OLD),
+        ('{"of": null, "num": "x"}', NUM_OLD),
+    ):
+        counted.write_text(content, encoding="utf-8")
+        assert batchgen.run(job).num_old_rendering == num
+    assert json.loads(counted.read_bytes()) == known
+
+
 def test_rerender_runs_those_rows_once_and_no_others(job):
     ahead = forecast(job, "--rerender")
     assert (ahead["state"], ahead["num_old_rendering"]) == ("ready", NUM_OLD)
