@@ -87,8 +87,8 @@ def test_an_old_output_stays_and_says_how_many_rows_are_old(job):
     assert (ahead["state"], ahead["num_old_rendering"]) == ("nothing_to_do", NUM_OLD)
     summary = batchgen.run(job)
     assert (summary.state, summary.num_old_rendering) == ("nothing_to_do", NUM_OLD)
-    wanted = [f"{SAID}; --rerender runs them again"]
-    assert notes(summary.warnings) == notes(ahead["warnings"]) == wanted
+    assert notes(summary.warnings) == [f"{SAID}; rerender=True runs them again"]
+    assert notes(ahead["warnings"]) == [f"{SAID}; --rerender runs them again"]
     for verb in ("plan", "run"):
         printed = run_cli(verb, job)
         assert SAID in printed.stdout + printed.stderr
@@ -217,7 +217,7 @@ def test_templates_that_are_rendered_otherwise_have_their_old_answers_until_aske
     before = texts(job)
     summary = batchgen.run(job)
     assert (summary.state, summary.num_old_rendering) == ("nothing_to_do", num_old)
-    said = f"{num_old} rows were made with the old rendering of {of}; --rerender runs them again"
+    said = f"{num_old} rows were made with the old rendering of {of}; rerender=True runs them again"
     assert notes(summary.warnings) == [said]
     assert texts(job) == before
     assert num_computed(batchgen.run(job, rerender=True)) == num_old
