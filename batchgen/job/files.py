@@ -71,7 +71,10 @@ def with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
     output = _read_into(job, prompt, base, problems)
     folders = job.prompt.images_folder or ("." if job.prompt.images is not None else [])
     folders = [folders] if isinstance(folders, str) else folders
+    engine = job.model.engine
+    folders = [*folders, *_texts(engine.get("allowed_local_media_path"))]
     prompt["images_folder"] = [absolute(base, folder) for folder in folders]
+    prompt["image_domains"] += _texts(engine.get("allowed_media_domains"))
     places = _places_of(job, problems)
     for key, paths in places.items():
         problems += [f"{key}: {why}" for path in paths if (why := bad_path(base, path))]
@@ -98,6 +101,12 @@ def with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
             ),
         }
     )
+
+
+def _texts(value: object) -> list[str]:
+    """An option of vLLM's that is a text or a list of texts; empty for any other."""
+    found = value if isinstance(value, list) else [value]
+    return [text for text in found if isinstance(text, str) and text]
 
 
 def _unpinned_code(job: JobConfig, name: str) -> str | None:

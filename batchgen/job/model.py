@@ -250,9 +250,10 @@ class PromptConfig(Table):
     images_folder: str | list[str] | None = None
     """The folders that images of rows may be read from: what `images` and `messages` name has to
     lie below one of them. Relative paths start at the first. Default: the job file's folder for
-    `images`, none for `messages`."""
+    `images`, none for `messages`; vLLM's `allowed_local_media_path` is one of them."""
     image_domains: list[str] = Field(default=[], examples=[["images.example.org"]])
-    """The hosts that images of rows may be fetched from, or "*" for any. Default: none."""
+    """The hosts that images of rows may be fetched from, or "*" for any; beside those in vLLM's
+    `allowed_media_domains`. Default: none."""
     tools: list[dict[str, Any]] = Field(default=[])
     """Tools that the model may call, as OpenAI's API describes them."""
     tools_file: str | None = None

@@ -247,6 +247,9 @@ def test_an_image_of_too_many_pixels_is_never_decoded(tmp_path):
         assert "pixels" in error.error
 
 
+VLLM_OWN = 'allowed_local_media_path = "/media"\nallowed_media_domains = ["a.org"]\n'
+
+
 def test_the_job_file_names_folders(tmp_path):
     job = (
         '[input]\npath = "x.jsonl"\n[model]\nbackend = "echo"\n[sampling]\nmax_tokens = 1\n'
@@ -262,5 +265,12 @@ def test_the_job_file_names_folders(tmp_path):
     assert folders('user = "x"\nimages = "i"') == [str(tmp_path)]
     both = 'messages = "m"\nimages_folder = [".", "../pics"]'
     assert folders(both) == [str(tmp_path), str(tmp_path.parent / "pics")]
+    path.write_text(
+        job.replace("[sampling]", "[model.engine]\n" + VLLM_OWN + "[sampling]")
+        + 'user = "x"\nimages = "i"\nimage_domains = ["b.org"]'
+    )
+    prompt = load_job(path).prompt
+    assert prompt.images_folder == [str(tmp_path), "/media"]
+    assert prompt.image_domains == ["b.org", "a.org"]
     with pytest.raises(ConfigError, match=r"images_folder.*a path or a list of paths"):
         folders('messages = "m"\nimages_folder = 7')
