@@ -238,7 +238,7 @@ def test_show_says_what_it_cannot_read(job: Path) -> None:
     done = run_cli("show", job)
     assert done.returncode == 2
     assert "its rows cannot be read" in done.stderr
-    assert "`batchgen verify` tells more" in done.stderr
+    assert f"`batchgen verify {job}` tells more" in done.stderr
     assert "Traceback" not in done.stderr
 
 

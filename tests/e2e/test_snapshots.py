@@ -107,7 +107,7 @@ def test_nothing_published_is_no_error(tmp_path: Path) -> None:
     write_input(tmp_path, first_night())
     job = write_job(tmp_path, "in.jsonl")
     done = run_cli("snapshots", job)
-    told = f"{tmp_path}/out: the job has not been run yet; start it with `batchgen run`\n"
+    told = f"{tmp_path}/out: the job has not been run yet; start it with `batchgen run {job}`\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "", told)
     assert from_json("snapshots", job)["snapshots"] == []
 

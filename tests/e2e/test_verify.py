@@ -148,7 +148,7 @@ def test_there_must_be_a_job_to_verify(job: Path) -> None:
     out = job.parent / "out"
     assert done.stderr == (
         f"batchgen: {out}: nothing to verify, the job has not been run yet; start it with "
-        "`batchgen run`\n"
+        f"`batchgen run {job}`\n"
     )
 
 
