@@ -18,6 +18,7 @@ from batchgen.core.errors import EngineError
 from batchgen.core.records import EngineSpec, WorkLeft
 from batchgen.engine.death import may_be_by_settings
 from batchgen.engine.supervised import SupervisedEngine
+from batchgen.engine.vllm.engine import READ_BYTES, read_ahead
 from batchgen.engine.vllm.settings import (
     CAPTURED,
     OWN_CHOICE,
@@ -283,3 +284,26 @@ def test_bytecode_of_vllm_is_kept_where_nobody_else_does(tmp_path, environment, 
     )
     assert (cache in Path(done.stdout.strip()).parents) is is_kept
     assert any(cache.rglob("module*.pyc")) is is_kept
+
+
+def is_cached(path):
+    """Whether a file's last page can be had without the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size - 1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+
+
+def test_weights_are_read_into_the_page_cache(tmp_path):
+    paths = [tmp_path / name for name in ("model-1.safetensors", "model-2.safetensors", "x.bin")]
+    for path in paths:
+        with path.open("wb") as file:
+            file.write(bytes(READ_BYTES + 5))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(paths[0]):
+        pytest.skip("this file system forgets nothing")
+    read_ahead(tmp_path)
+    assert [bool(is_cached(path)) for path in paths] == [True, True, False]
+    read_ahead(tmp_path / "missing")

@@ -17,6 +17,7 @@ others import vLLM.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -24,6 +25,7 @@ from array import array
 from collections import deque
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import EngineDeadError, EngineError, one_line
@@ -81,6 +83,7 @@ CORE_DIED = "vLLM's engine core died"
 NOT_ANSWERS = frozenset({"abort", "error", None})
 
 WATCH_S = 0.2
+READ_BYTES = 8 << 20
 
 
 class _Admitted(NamedTuple):
@@ -103,6 +106,9 @@ class VllmEngine:
         self._settings: Mapping[str, Any] = {}
         prepare_environment(is_cpu=self._is_cpu)
         self._imported = threading.Event()
+        if spec.model_kwargs.get("load_format") != "dummy":
+            reader = threading.Thread(target=read_ahead, args=(Path(spec.model),), daemon=True)
+            reader.start()
         self._style = ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools)
         self._encoder = Encoder(self._load_tokenizer, self._style)
         self._watch = SchedulerWatch()
@@ -358,6 +364,23 @@ class VllmEngine:
             latency_s=now - admitted.admitted_at,
             error=error,
         )
+
+
+def read_ahead(model: Path) -> None:
+    """Read a model's weights into the page cache, while vLLM is imported: both take long.
+
+    Not what would fill half of the machine's memory, of which others may need what is cached.
+    """
+    with contextlib.suppress(OSError):
+        paths = sorted(model.glob("*.safetensors"))
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        if sum(path.stat().st_size for path in paths) > most:
+            return
+        buffer = bytearray(READ_BYTES)
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def _dead_error_type() -> type[Exception]:
