@@ -84,8 +84,14 @@ CHANGES = (
     Change(1, "binary columns", _reads_bytes),
     # It was for HTML: letters beyond ASCII and the signs <, >, & and ' were escaped.
     Change(1, "tojson", _templates_match(r"\btojson\b")),
-    # A null was no absent value to it, and nothing may be asked of what is absent.
-    Change(1, "default", _templates_match(r"\bdefault\b|\|\s*d\b|['\"]d['\"]|\bdefined\b")),
+    # A null was no absent value to it, and nothing could be asked of what is absent.
+    Change(
+        1,
+        "default",
+        _templates_match(
+            r"\bdefault\b|\|\s*d\b|['\"]d['\"]|[.\]]\w*\s+is\s+(not\s+)?(un)?defined\b"
+        ),
+    ),
     Change(1, "a byte order mark", _templates_match(f"^{BYTE_ORDER_MARK}")),
 )
 
