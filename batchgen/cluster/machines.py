@@ -48,10 +48,7 @@ done"""
 _TOKEN = secrets.token_hex(32)
 _MAX_CHARS = 400
 _NODE = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)
-_START_NODE = re.compile(r"\(pid=\d+, ip=([^,)]+)")
-_EXIT = re.compile(r"Worker exit detail: (.*?)(?= Some common causes|\s*$)", re.DOTALL)
 _SIGNS = ("End of file", "connection error code")
-_MEMORY = re.compile(r"Memory on the node \(IP: ([^,\s]+).*?\) was (.*?)(?:,| \(|\n|$)")
 _IS_INDENTED = re.compile(r"^\s")
 
 
@@ -296,7 +293,7 @@ def end_of_traceback(text: str) -> str:
 
 
 def death_told(text: str) -> str:
-    """Why an actor is dead.
+    """Why an actor is dead, in one line.
 
     Args:
         text: An `ActorDiedError`'s: some `key: value` lines, then the reason.
@@ -305,36 +302,17 @@ def death_told(text: str) -> str:
         ray/exceptions.py, ActorDiedError; src/ray/gcs/actor and node_manager.cc for the reasons
         themselves, 2.52 to 2.60.
     """
+    if "raised in its creation task" in text:
+        told = f"it does not start: {end_of_traceback(text)}"
+        more = "; the same batchgen has to be installed on every node"
+        return told + more * ("failed to import" in text)
     found = _NODE.search(text)
-    node = f" on {found[1]}" if found else ""
-    _, _, rest = text.partition(found[0]) if found else ("", "", text)
-    if exit_found := _EXIT.search(text):
-        detail = one_line(exit_found[1])
-        if any(sign in detail for sign in _SIGNS):
-            return f"its process{node} was killed or crashed, often the kernel out of memory"
-        return f"its process{node} ended: {detail}"
-    if "node has died" in text:
-        lines = [line.strip(" \t:") for line in rest.splitlines() if line.startswith("\t")]
-        cause = lines[-1].removeprefix("the actor's node was ") if lines else "no cause given"
-        return f"its node{node.removeprefix(' on')} died: {cause}"
-    if "killed by `ray.kill`" in text:
-        return f"its process{node} was killed by a call of ray.kill"
-    return _start_told(text) if "raised in its creation task" in text else one_line(rest)
-
-
-def _start_told(text: str) -> str:
-    found = _START_NODE.search(text)
-    told = f"it does not start{f' on {found[1]}' if found else ''}: {end_of_traceback(text)}"
-    if "failed to import" in text:
-        told += "; the same batchgen has to be installed on every node"
-    return told
-
-
-def memory_told(text: str) -> str:
-    """Why Ray's memory monitor killed an actor: the text of an `OutOfMemoryError`."""
-    found = _MEMORY.search(text)
-    told = f" on {found[1]}: {one_line(found[2])}" if found else ""
-    return f"Ray's memory monitor killed its process, memory ran low{told}"
+    reason = text.partition(found[0])[2] if found else text
+    reason = reason.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0]
+    who = f"its process{f' on {found[1]}' if found else ''}"
+    if any(sign in reason for sign in _SIGNS):
+        return f"{who} was killed or crashed, often the kernel out of memory"
+    return f"{who} ended: {one_line(reason)}"
 
 
 def refusal(address: str | None, error: Exception) -> str:

@@ -35,7 +35,6 @@ from batchgen.cluster.machines import (
     handlers_kept,
     head_refuses,
     make_folder,
-    memory_told,
     one_line,
     options_alone,
     prepare_environment,
@@ -286,9 +285,7 @@ def _reason(error: Exception) -> str:
     import ray
 
     text = str(error)
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return memory_told(text)
-    if isinstance(error, ray.exceptions.ActorDiedError):
+    if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.OutOfMemoryError):
         return death_told(text)
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return "the connection to it broke off: its process, its node or the network is down"
