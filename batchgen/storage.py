@@ -24,6 +24,7 @@ from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.runtime import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -247,7 +248,7 @@ class LocalStorage:
             StorageError: It cannot be read right now.
         """
         with saying_where(self.path(name)), suppress(FileNotFoundError):
-            return self.path(name).read_bytes()
+            return read_file(self.path(name))
         return None
 
     def settle(self, folder: str) -> None:

@@ -8,7 +8,8 @@ Words that nobody can read never end the work: a reader that went away, a closed
 full disk under stderr or stdout costs what was to be said, and nothing else. `say` and `STDERR`
 are for any program that calls batchgen; `own_streams` is for processes that are batchgen's own.
 
-Python's collector of reference cycles is told that rows make none.
+Python's collector of reference cycles is told that rows make none. Files are opened such that
+nothing is ever waited for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import gc
 import io
 import os
 import shlex
+import stat
 import sys
 import unicodedata
 from contextlib import contextmanager, suppress
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 _YOUNG_OBJECTS = 50_000
 _UNHEARD = (OSError, ValueError)
@@ -243,3 +246,53 @@ def collect_rarely(*, freeze: bool = False) -> None:
     if freeze:
         gc.collect()
         gc.freeze()
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_file(path: Path) -> None:
+    """Refuse a pipe, a socket or a device, which may give nothing when it is opened, or never end.
+
+    Raises:
+        OSError: It is one, or is not there.
+    """
+    kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode))
+    if kind is not None:
+        raise OSError(errno.ENODEV, f"is {kind}, expected a file", str(path))
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a file to read.
+
+    Raises:
+        OSError: It is no file, or cannot be opened.
+    """
+    check_file(path)
+    return path.open("rb")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        OSError: It is no file, or cannot be read.
+    """
+    with open_file(path) as file:
+        return file.read()
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Read a text whole, its line ends as Python has them.
+
+    Raises:
+        OSError: It is no file, or cannot be read.
+        UnicodeDecodeError: It is not of this encoding.
+    """
+    with io.TextIOWrapper(open_file(path), encoding=encoding) as file:
+        return file.read()

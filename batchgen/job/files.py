@@ -14,21 +14,24 @@ Braces around anything else stay as they are, unless it looks like one of these 
 from __future__ import annotations
 
 import difflib
+import glob
+import io
 import json
 import math
 import os
 import re
 from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from batchgen.core.errors import ConfigError
+from batchgen.core.runtime import read_file
 from batchgen.job.model import Example, JobConfig, is_url
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from batchgen.job.model import RunConfig
 
@@ -44,63 +47,161 @@ _OTHER_WORDS = {"today": "date", "now": "date", "tomorrow": "run_date+1d"}
 _LIKENESS = 0.82  # `update` and `data` are no mistyped `date`, `yesterdy` is `yesterday`.
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4000
+_MAX_LEVELS = 100
 _COMMIT = re.compile("[0-9a-f]{40}")
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+_T = TypeVar("_T")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
-    """Make paths absolute and read the files that the job names."""
-    problems: list[str] = []
-    prompt = job.prompt.model_dump()
-    for name in ("user", "system", "chat_template"):
-        key = f"{name}_file"
-        file = getattr(job.prompt, key)
-        if file is None:
-            continue
-        path = base / file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"prompt.{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
-            continue
-        problems += unusable(text, f"prompt.{key}")
-        if name != "chat_template":
-            prompt[name], prompt[key] = text, None
-        else:
-            prompt[key] = str(path)
-    output = _read_into(job, prompt, base, problems)
-    folders = job.prompt.images_folder or ("." if job.prompt.images is not None else [])
-    folders = [folders] if isinstance(folders, str) else folders
-    engine = job.model.engine
-    folders = [*folders, *_texts(engine.get("allowed_local_media_path"))]
-    prompt["images_folder"] = [absolute(base, folder) for folder in folders]
-    prompt["image_domains"] += _texts(engine.get("allowed_media_domains"))
-    places = _places_of(job, problems)
-    for key, paths in places.items():
-        problems += [f"{key}: {why}" for path in paths if (why := bad_path(base, path))]
-    if problems:
-        raise ConfigError(where, problems)
-    name = _model_name(base, job.model.name)
-    if job.model.is_vllm and (why := _unpinned_code(job, name)):
-        raise ConfigError(where, [why])
+    """Make paths absolute and read the files that the job names.
+
+    Args:
+        job: As the job file has it.
+        base: Where relative paths start.
+        where: Begins the error's text.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    named = _Named(base, job.run_date)
+    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
+    changes: dict[str, dict[str, Any]] = {
+        "output": _output(job, named),
+        "prompt": _prompt(job, named),
+        "input": {"path": [named.place("input.path", path, is_dated=True) for path in inputs]},
+        "model": {
+            "name": named.model("model.name", job.model.name),
+            "lora": {
+                name: named.place(f"model.lora.{name}", path)
+                for name, path in job.model.lora.items()
+            },
+        },
+        "run": _run(job.run, named),
+    }
+    if not named.problems and job.model.is_vllm:
+        named.problems += _unpinned_code(job, changes["model"]["name"])
+    if named.problems:
+        raise ConfigError(where, named.problems)
     return job.model_copy(
         update={
-            "prompt": job.prompt.model_copy(update=prompt),
-            "input": job.input.model_copy(
-                update={"path": [absolute(base, path) for path in places["input.path"]]}
-            ),
-            "output": job.output.model_copy(
-                update={**output, "path": absolute(base, places["output.path"][0])}
-            ),
-            "run": job.run.model_copy(update=_run_paths(job.run, base)),
-            "model": job.model.model_copy(
-                update={
-                    "name": name,
-                    "lora": {key: absolute(base, path) for key, path in job.model.lora.items()},
-                }
-            ),
+            table: getattr(job, table).model_copy(update=those) for table, those in changes.items()
         }
     )
+
+
+class _Named:
+    """Finds and reads what a job names, and notes what is wrong with it."""
+
+    def __init__(self, base: Path, run_date: date) -> None:
+        self._base = base
+        self._run_date = run_date
+        self.problems: list[str] = []
+
+    def place(self, key: str, path: str, *, is_dated: bool = False) -> str:
+        """Return a path as `absolute` makes it; as it is where that is refused."""
+        try:
+            return absolute(self._base, with_dates(path, self._run_date) if is_dated else path)
+        except ValueError as error:
+            self.problems.append(f"{key}: {error}")
+            return path
+
+    def model(self, key: str, name: str) -> str:
+        """Return a model's folder or hub id; a folder beside the job file wins."""
+        looks_local = name.startswith((".", "/", "~", "$"))
+        local = Path(self.place(key, name))
+        return str(local.resolve()) if name and (looks_local or local.is_dir()) else name
+
+    def read(
+        self, key: str, file: str, parse: Callable[[bytes], _T], what: str = ""
+    ) -> tuple[str, _T] | None:
+        """Return a file's path and what it holds; None where that cannot be read."""
+        num_problems, path = len(self.problems), self.place(key, file)
+        if len(self.problems) > num_problems:
+            return None
+        try:
+            return path, parse(read_file(Path(path)))
+        except (OSError, ValueError, RecursionError) as error:
+            why = getattr(error, "strerror", None) or error
+            self.problems.append(f"{key}: {path!r:.300} cannot be read{what}: {why}")
+            return None
+
+    def json(self, key: str, file: str) -> Any:  # noqa: ANN401 - any JSON
+        """Return what a JSON file holds; None where it cannot be used."""
+
+        def parse(data: bytes) -> tuple[Any, list[str]]:
+            found = json.loads(data)
+            return found, list(unusable(found, key))
+
+        if (read := self.read(key, file, parse, " as JSON")) is None:
+            return None
+        _, (found, refused) = read
+        self.problems += refused
+        return None if refused else found
+
+    def examples(self, key: str, file: str) -> list[Example]:
+        """Return the examples of a JSONL file, as far as they can be used."""
+        # Not splitlines: JSON texts may hold other line ends than this one.
+        read = self.read(key, file, lambda data: data.decode("utf-8-sig").split("\n"))
+        path, lines = read or (file, [])
+        examples = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                example = Example.model_validate_json(line)
+            except ValidationError as error:
+                why = error.errors(include_url=False)[0]["msg"]
+                expected = 'expected {"user": ..., "assistant": ...}'
+                self.problems.append(f"{key}: {path}:{number}: {why}; {expected}")
+                continue
+            refused = unusable(example.model_dump(), "")
+            self.problems += [f"{key}: {path}:{number}: {problem}" for problem in refused]
+            examples.append(example)
+        return examples
+
+
+def _output(job: JobConfig, named: _Named) -> dict[str, Any]:
+    """What changes in `[output]`."""
+    changes: dict[str, Any] = {"path": named.place("output.path", job.output.path, is_dated=True)}
+    if is_url(changes["path"]):
+        named.problems.append(f"output.path: {_no_folder(changes['path'])}")
+    if isinstance(job.output.json_schema, str):
+        found = named.json("output.schema", job.output.json_schema)
+        if found is not None and not isinstance(found, dict):
+            named.problems.append("output.schema: expected a JSON object that is a JSON Schema")
+        changes["json_schema"] = found
+    return changes
+
+
+def _prompt(job: JobConfig, named: _Named) -> dict[str, Any]:
+    """What changes in `[prompt]`: texts, examples and tools instead of their files."""
+    prompt, changes = job.prompt, dict[str, Any]()
+    for name in ("user", "system", "chat_template"):
+        key = f"{name}_file"
+        file = getattr(prompt, key)
+        if file is None or (read := named.read(f"prompt.{key}", file, _as_text)) is None:
+            continue
+        path, text = read
+        named.problems += unusable(text, f"prompt.{key}")
+        changes |= {key: path} if name == "chat_template" else {name: text, key: None}
+    folders = prompt.images_folder or ("." if prompt.images is not None else [])
+    folders = [folders] if isinstance(folders, str) else folders
+    folders = [*folders, *_texts(job.model.engine.get("allowed_local_media_path"))]
+    changes["images_folder"] = [named.place("prompt.images_folder", one) for one in folders]
+    domains = _texts(job.model.engine.get("allowed_media_domains"))
+    changes["image_domains"] = [*prompt.image_domains, *domains]
+    if prompt.tools_file is not None:
+        found = named.json("prompt.tools_file", prompt.tools_file)
+        is_list = isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
+        if found is not None and not is_list:
+            named.problems.append("prompt.tools_file: expected a JSON list of tools")
+        changes |= {"tools": found, "tools_file": None}
+    if prompt.examples_file is not None:
+        examples = named.examples("prompt.examples_file", prompt.examples_file)
+        changes |= {"examples": examples, "examples_file": None}
+    return changes
 
 
 def _texts(value: object) -> list[str]:
@@ -109,51 +210,23 @@ def _texts(value: object) -> list[str]:
     return [text for text in found if isinstance(text, str) and text]
 
 
-def _unpinned_code(job: JobConfig, name: str) -> str | None:
-    """A branch or tag can move to code that nobody has read."""
-    is_folder = Path(name).is_absolute()
-    if not job.model.trust_remote_code or is_folder:
-        return None
-    if _COMMIT.fullmatch(job.model.revision or ""):
-        return None
-    return (
-        "model.trust_remote_code: runs code from the hub, so model.revision has to be the commit "
-        f"that you have read (40 hex digits), found {job.model.revision!r}"
-    )
+def _as_text(data: bytes) -> str:
+    """A text of UTF-8, its line ends as Python has them."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
 
 
-def _model_name(base: Path, name: str) -> str:
-    """A folder beside the job file wins over a hub id of the same spelling."""
-    looks_local = name.startswith((".", "/", "~"))
-    local = Path(absolute(base, name))
-    return str(local.resolve()) if name and (looks_local or local.is_dir()) else name
-
-
-def _places_of(job: JobConfig, problems: list[str]) -> dict[str, list[str]]:
-    """The paths that `bad_path` is to see, by key; those of input and output with their dates.
-
-    Args:
-        job: Before its paths are made absolute.
-        problems: Gets what is wrong with dates and with URLs where a file is expected.
-    """
-    inputs = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    places = {
-        "output.path": _with_dates("output.path", [job.output.path], job.run_date, problems),
-        "input.path": _with_dates("input.path", inputs, job.run_date, problems),
-    }
-    problems += [
-        f"output.path: {_no_folder(path)}" for path in places["output.path"] if is_url(path)
-    ]
-    if job.model.name:
-        places["model.name"] = [job.model.name]
-    if job.run.on_finish:
-        places["run.on_finish"] = job.run.on_finish[:1]
-    if job.run.metrics_file is not None:
-        places["run.metrics_file"] = [job.run.metrics_file]
-        if is_url(job.run.metrics_file):
-            found = f"{job.run.metrics_file!r} is a URL, expected a file on this machine"
-            problems.append(f"run.metrics_file: {found}")
-    return places
+def _run(run: RunConfig, named: _Named) -> dict[str, Any]:
+    """What changes in `[run]`. A command without a slash is looked for in PATH, as a shell does."""
+    changes: dict[str, Any] = {}
+    if run.on_finish and "/" in run.on_finish[0]:
+        program = named.place("run.on_finish", run.on_finish[0])
+        changes["on_finish"] = [program, *run.on_finish[1:]]
+    if run.metrics_file is not None:
+        changes["metrics_file"] = named.place("run.metrics_file", run.metrics_file)
+        if is_url(run.metrics_file):
+            found = f"{run.metrics_file!r} is a URL, expected a file on this machine"
+            named.problems.append(f"run.metrics_file: {found}")
+    return changes
 
 
 def _no_folder(url: str) -> str:
@@ -163,100 +236,15 @@ def _no_folder(url: str) -> str:
     return f"{url!r:.300} is a URL, expected a folder{instead}; object stores are not supported yet"
 
 
-def _with_dates(key: str, paths: Sequence[str], run_date: date, problems: list[str]) -> list[str]:
-    dated = []
-    for path in paths:
-        try:
-            dated.append(with_dates(path, run_date))
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-    return dated
-
-
-def _run_paths(run: RunConfig, base: Path) -> dict[str, Any]:
-    """What changes in `[run]`. A command without a slash is looked for in PATH, as a shell does."""
-    changes: dict[str, Any] = {}
-    if run.on_finish and "/" in run.on_finish[0]:
-        changes["on_finish"] = [absolute(base, run.on_finish[0]), *run.on_finish[1:]]
-    if run.metrics_file is not None:
-        changes["metrics_file"] = absolute(base, run.metrics_file)
-    return changes
-
-
-def _read_into(
-    job: JobConfig, prompt: dict[str, Any], base: Path, problems: list[str]
-) -> dict[str, Any]:
-    """Read schema, examples and tools from their files.
-
-    Args:
-        job: As the job file has it.
-        prompt: The `[prompt]` table, changed in place.
-        base: Where relative paths start.
-        problems: Gets what is wrong with the files.
-
-    Returns:
-        What changes in `[output]`.
-    """
-    output: dict[str, Any] = {}
-    if isinstance(job.output.json_schema, str):
-        found = _read_json(base / job.output.json_schema, "output.schema", problems)
-        if found is not None and not isinstance(found, dict):
-            problems.append("output.schema: expected a JSON object that is a JSON Schema")
-        output["json_schema"] = found
-    if job.prompt.tools_file is not None:
-        found = _read_json(base / job.prompt.tools_file, "prompt.tools_file", problems)
-        if found is not None and not (
-            isinstance(found, list) and all(isinstance(tool, dict) for tool in found)
-        ):
-            problems.append("prompt.tools_file: expected a JSON list of tools")
-        prompt["tools"], prompt["tools_file"] = found, None
-    # Nested tables stay what they are; `model_dump` took them apart.
-    prompt["examples"] = job.prompt.examples
-    if job.prompt.examples_file is not None:
-        examples = _read_examples(base / job.prompt.examples_file, problems)
-        prompt["examples"], prompt["examples_file"] = examples, None
-    return output
-
-
-def _read_json(path: Path, key: str, problems: list[str]) -> Any:  # noqa: ANN401 - any JSON
-    try:
-        found = json.loads(path.read_bytes())
-        refused = list(unusable(found, key))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{key}: {str(path)!r:.300} cannot be read as JSON: {_reason(error)}")
-        return None
-    problems += refused
-    return None if refused else found
-
-
-def _read_examples(path: Path, problems: list[str]) -> list[Example]:
-    key = "prompt.examples_file"
-    try:
-        # Not splitlines: JSON texts may hold other line ends than this one.
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{key}: {str(path)!r:.300} cannot be read: {_reason(error)}")
+def _unpinned_code(job: JobConfig, name: str) -> list[str]:
+    """A branch or tag can move to code that nobody has read."""
+    is_safe = not job.model.trust_remote_code or Path(name).is_absolute()
+    if is_safe or _COMMIT.fullmatch(job.model.revision or ""):
         return []
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = Example.model_validate_json(line)
-        except ValidationError as error:
-            why = error.errors(include_url=False)[0]["msg"]
-            expected = 'expected {"user": ..., "assistant": ...}'
-            problems.append(f"{key}: {path}:{number}: {why}; {expected}")
-            continue
-        refused = unusable(example.model_dump(), "")
-        problems += [f"{key}: {path}:{number}: {problem}" for problem in refused]
-        examples.append(example)
-    return examples
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without its name."""
-    return str(getattr(error, "strerror", None) or error)
+    return [
+        "model.trust_remote_code: runs code from the hub, so model.revision has to be the commit "
+        f"that you have read (40 hex digits), found {job.model.revision!r}"
+    ]
 
 
 def with_dates(path: str, run_date: date) -> str:
@@ -316,50 +304,76 @@ def _meant(body: str) -> str | None:
     return meant + (f":{layout.strip()}" if colon and layout.strip() else "")
 
 
-def bad_path(base: Path, path: str) -> str | None:
-    """What no file system takes, told before one is asked."""
-    if is_url(path):
-        return None
-    encoded = os.fsencode(path)
-    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
-        return f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
-    try:
-        absolute(base, path)
-    except RuntimeError:
-        return f"{path!r}: there is no such user"
-    return None
-
-
 def absolute(base: Path, path: str) -> str:
-    """From the folder of the job file; URLs stay.
+    """From the folder of the job file, `~` and variables expanded; URLs stay as they are.
+
+    Args:
+        base: The folder.
+        path: As in the job file, dates put in. What exists as it is written is meant so.
 
     Raises:
-        RuntimeError: It begins with `~user`, and there is no such user, and no such file.
+        ValueError: There is no such user or variable, or no file system takes such a path.
     """
     if is_url(path):
         return path
+    path = _with_variables(base, path)
+    encoded = os.fsencode(path)
+    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
+        msg = f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
+        raise ValueError(msg)
     first = path.partition("/")[0]
     is_there = first.startswith("~") and (
         os.path.lexists(base / first) or any(char in first for char in "*?[")
     )
-    # normpath, not resolve: a symlinked input keeps the name that the user gave it.
-    return os.path.normpath(base / (path if is_there else Path(path).expanduser()))
+    try:
+        # normpath, not resolve: a symlinked input keeps the name that the user gave it.
+        return os.path.normpath(base / (path if is_there else Path(path).expanduser()))
+    except RuntimeError:
+        msg = f"{path!r}: there is no such user"
+        raise ValueError(msg) from None
 
 
-def unusable(value: object, key: str) -> Iterator[str]:
+def _with_variables(base: Path, path: str) -> str:
+    """Put variables of the environment in for `$NAME` and `${NAME}`, name by name of the path."""
+    done: list[str] = []
+    for name in path.split("/"):
+        as_written = "/".join([*done, name])
+        if "$" in name and not (os.path.lexists(base / as_written) or _matches(base, as_written)):
+            done.append(_VARIABLE.sub(lambda found: _variable(path, found), name))
+        else:
+            done.append(name)
+    return "/".join(done)
+
+
+def _matches(base: Path, pattern: str) -> bool:
+    return bool(glob.glob(pattern, root_dir=base))  # noqa: PTH207 - may be absolute
+
+
+def _variable(path: str, found: re.Match[str]) -> str:
+    value = os.environ.get(found[1] or found[2])
+    if not value:
+        msg = f"{path!r}: the environment has no variable {found[0]}, and there is no such file"
+        raise ValueError(msg)
+    return value
+
+
+def unusable(value: object, key: str, levels: int = _MAX_LEVELS) -> Iterator[str]:
     """Tell texts that no file system, database or model takes, and numbers that JSON has not.
 
     Args:
         value: Parsed TOML or JSON.
         key: Where it stands, for the message.
+        levels: Tables and lists that may be inside each other: whatever walks them recurses.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict | list) and not levels:
+        yield f"{_escaped(key)[:80]}...: more than {_MAX_LEVELS} tables and lists inside each other"
+    elif isinstance(value, dict):
         for name, item in value.items():
-            yield from unusable(name, f"{key}.{name!r}" if key else repr(name))
-            yield from unusable(item, f"{key}.{name}" if key else str(name))
+            yield from unusable(name, f"{key}.{name!r}" if key else repr(name), levels)
+            yield from unusable(item, f"{key}.{name}" if key else str(name), levels - 1)
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            yield from unusable(item, f"{key}[{at}]")
+            yield from unusable(item, f"{key}[{at}]", levels - 1)
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{_escaped(key)}: holds {value}, expected a finite number"
     elif isinstance(value, str):

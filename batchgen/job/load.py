@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.runtime import option
+from batchgen.core.runtime import option, read_text
 from batchgen.job.files import unusable, with_files
 from batchgen.job.model import JobConfig, today
 
@@ -88,7 +88,7 @@ def load_job(path: Path, overrides: Sequence[str] = (), run_date: date | None = 
     """
     where = str(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = tomllib.loads(read_text(path, "utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(where, ["does not exist, expected a job file"]) from error
     except (OSError, UnicodeDecodeError) as error:

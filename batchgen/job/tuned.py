@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchgen.core.runtime import command
+from batchgen.core.runtime import command, read_text
 from batchgen.job.model import Tuned
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def use_tuned(job: JobConfig, job_path: Path, device: Callable[[], str]) -> JobC
     """
     path = tuned_path(job_path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path))
         given = _settings(tables)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         if getattr(error, "errno", None) in {errno.ENOENT, errno.ENAMETOOLONG}:

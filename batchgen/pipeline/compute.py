@@ -12,7 +12,6 @@ the one to use.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from batchgen import __version__
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
+from batchgen.core.data import parse_json
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowSet, WorkLeft
 from batchgen.core.runtime import say
@@ -227,9 +227,9 @@ def _last_speed(ledger: Ledger) -> tuple[float | None, bool]:
     storage = ledger.storage
     for name in reversed(storage.list(f"{STATE}/epochs")[-_MAX_EPOCHS:]):
         with suppress(StorageError, ValueError, LookupError, TypeError, AttributeError):
-            claim = json.loads(storage.read(name) or b"{}")
+            claim = parse_json(storage.read(name) or b"{}")
             path = f"{STATE}/runs/{claim['run_id']}/summary.json"
-            found = json.loads(storage.read(path) or b"{}")
+            found = parse_json(storage.read(path) or b"{}")
             speed, settings = found["run"]["requests_per_s"], found["engine"]["settings"]
             if speed > 0 and not claim.get("is_trial"):
                 return float(speed), "cudagraph_capture_sizes" in settings

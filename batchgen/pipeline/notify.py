@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.runtime import STDERR
+from batchgen.core.runtime import STDERR, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -129,7 +129,7 @@ def write_metrics(path: str | Path, summary: Mapping[str, Any]) -> str | None:
 
 def _last_success(path: Path) -> float | None:
     try:
-        found = _OLD_SUCCESS.findall(path.read_text(encoding="utf-8", errors="replace"))
+        found = _OLD_SUCCESS.findall(read_file(path).decode(errors="replace"))
         return max(map(float, found), default=None)
     except (OSError, ValueError):
         return None

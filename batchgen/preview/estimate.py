@@ -5,7 +5,6 @@ All of it is arithmetic, but for `last_run`, which reads what earlier runs of th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
@@ -113,7 +113,7 @@ def _past_run(
 
 def _read(storage: LocalStorage, name: str) -> dict[str, Any]:
     with suppress(StorageError, ValueError, TypeError):
-        return dict(json.loads(storage.read(name) or b"{}"))
+        return dict(parse_json(storage.read(name) or b"{}"))
     return {}
 
 

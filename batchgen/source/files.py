@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from batchgen.core.errors import SourceError
+from batchgen.core.runtime import open_file
 from batchgen.job.model import is_url
 from batchgen.source.partitions import is_partition_folder, partition_keys
 
@@ -56,7 +57,7 @@ def open_input(path: str) -> IO[bytes]:
     """
     try:
         if not is_url(path):
-            return Path(path).open("rb")
+            return open_file(Path(path))
         import fsspec
 
         opened: IO[bytes] = fsspec.open(path, "rb").open()

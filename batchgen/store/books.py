@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from batchgen.core.data import parse_json
 from batchgen.core.records import Ranges, RowSet
 from batchgen.source.files import InputStat
 from batchgen.storage import raise_if_not_damage
@@ -334,7 +335,7 @@ class PartFooter:
             ValueError: No such entry, or its books do not balance.
         """
         try:
-            fields = json.loads((metadata or {})[FOOTER_KEY])
+            fields = parse_json((metadata or {})[FOOTER_KEY])
             fields["done"] = RowSet(
                 (int(seg), Ranges.from_json(flat)) for seg, flat in fields["done"].items()
             )

@@ -20,6 +20,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.data import parse_json
 from batchgen.core.errors import AccountingError, FencedError, OutputError
 from batchgen.core.runtime import command
 from batchgen.store.books import (
@@ -346,11 +347,11 @@ class Ledger:
                 self.storage.remove_folder(name)
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        data = self.storage.read(name)
-        if data is None:
-            raise self._not_understood(name, "it is gone")
+        path = self.storage.path(name)
+        if not path.is_file():
+            raise self._not_understood(name, "it is no file" if path.exists() else "it is gone")
         try:
-            fields = json.loads(data)
+            fields = parse_json(self.storage.read(name) or b"")
             found = fields.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error

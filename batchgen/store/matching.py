@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.core.data import take_rows
 from batchgen.core.records import Ranges, RowSet
+from batchgen.core.runtime import open_file
 from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import storage_error
 from batchgen.store.result_files import ROW, SEGMENT
@@ -116,7 +117,7 @@ def digest_reader(
 
     def read(start: int, stop: int) -> bytes:
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 file.seek(start * DIGEST_BYTES)
                 data = file.read((stop - start) * DIGEST_BYTES)
         except OSError:

@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from batchgen.core.data import gather_rows, lazy_frame, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
 from batchgen.core.records import Ranges, RowSet, writable_text
+from batchgen.core.runtime import check_file, open_file
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Part, PartFooter
 
@@ -527,6 +528,7 @@ class ResultFile:
 
 def _parquet_file(path: Path, **options: Any) -> pq.ParquetFile:  # noqa: ANN401 - pyarrow's
     """Open a file by its name or, as pyarrow takes only UTF-8, by a file that is open already."""
+    check_file(path)
     return pq.ParquetFile(path.open("rb") if _is_odd(path) else path, **options)
 
 
@@ -562,6 +564,8 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
                 yield from file.iter_batches(num_rows)
 
     try:
+        for path in paths:
+            check_file(path)
         with _reading(paths[0]) as file:
             schema = file.schema_arrow
         if schema != with_polars_types(schema) or _is_odd(paths[0]):
@@ -569,8 +573,8 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     except pa.ArrowNotImplementedError as error:
         msg = f"{paths[0]}: {error}; read the file with pyarrow, or leave the column out"
         raise OutputError(msg) from error
-    except (OSError, pa.ArrowException):
-        pass  # Told when rows are read.
+    except (OSError, pa.ArrowException) as error:
+        raise_if_not_damage(paths[0], error)  # Else it is told when rows are read.
     return pl.scan_parquet(paths, glob=False)
 
 
@@ -587,7 +591,7 @@ def is_whole(path: Path, chunks: Sequence[Chunk], number: int) -> bool:
     """
     at = number % len(chunks)
     start = chunks[at - 1].end if at else 0
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(start)
         data = file.read(chunks[at].end - start)
     return hashlib.sha256(data).hexdigest() == chunks[at].sha256

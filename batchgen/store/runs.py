@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.core.data import parse_json
 from batchgen.core.errors import BusyError, OutputError, StorageError
-from batchgen.core.runtime import option
+from batchgen.core.runtime import option, read_file
 from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ class RunLock:
 
     def holder(self) -> dict[str, Any] | None:
         """Who took the lock last, as far as the file tells."""
-        with suppress(OSError, ValueError):
-            return dict(json.loads(self._path.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError, TypeError):
+            return dict(parse_json(read_file(self._path)))
         return None
 
     def is_held(self) -> bool:

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import keep_rows, take_rows
+from batchgen.core.data import keep_rows, parse_json, take_rows
 from batchgen.core.errors import AccountingError, DamagedPartError, OutputError
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import command, option
@@ -426,7 +426,7 @@ class Index:
         if not manifest.index.is_intact(path):
             why = "sha256 differs"
             raise self._damaged(why)
-        groups = json.loads(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
+        groups = parse_json(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
         self.chunks = [[Chunk(*chunk) for chunk in chunks] for chunks in groups]
         """For each published file, its row groups and last its footer."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,101 @@ def test_a_hook_with_a_slash_is_beside_the_job_file(make_job, tmp_path, program,
     job = make_job(run={"on_finish": [program, "./an/argument"], "metrics_file": "m/x.prom"})
     assert job.run.on_finish == [found.format(base=tmp_path), "./an/argument"]
     assert job.run.metrics_file == f"{tmp_path}/m/x.prom"
+
+
+PATHS = {
+    "input.path": {"input": {"path": "HERE/in.jsonl"}},
+    "output.path": {"output": {"path": "HERE/out"}},
+    "output.schema": {"output": {"schema": "HERE/schema.json"}},
+    "model.name": {"model": {"name": "HERE"}},
+    "model.lora.a": {"model": {"lora": {"a": "HERE/a"}}},
+    "prompt.user_file": {"prompt": {"user": None, "user_file": "HERE/user.j2"}},
+    "prompt.system_file": {"prompt": {"system_file": "HERE/system.j2"}},
+    "prompt.chat_template_file": {"prompt": {"chat_template_file": "HERE/chat.j2"}},
+    "prompt.examples_file": {"prompt": {"examples_file": "HERE/examples.jsonl"}},
+    "prompt.tools_file": {"prompt": {"tools_file": "HERE/tools.json"}},
+    "prompt.images_folder": {"prompt": {"images": "image", "images_folder": "HERE/images"}},
+    "run.on_finish": {"run": {"on_finish": ["HERE/notify"]}},
+    "run.metrics_file": {"run": {"metrics_file": "HERE/x.prom"}},
+}
+"""Each key that holds a path -> tables with one, below a folder HERE."""
+FILES = {
+    "schema.json": "{}",
+    "user.j2": "{{ text }}",
+    "system.j2": "s",
+    "chat.j2": "c",
+    "examples.jsonl": '{"user": "q", "assistant": "a"}',
+    "tools.json": "[]",
+}
+
+
+def below(here: str, key: str) -> dict:
+    return json.loads(json.dumps(PATHS[key]).replace("HERE", here))
+
+
+@pytest.fixture
+def a_folder(tmp_path):
+    folder = tmp_path / "$HERE" / "b"
+    folder.mkdir(parents=True)
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("written", ["$BATCHGEN_TEST_A/b", "${BATCHGEN_TEST_A}/b", "$HERE/b"])
+def test_a_variable_in_any_path_is_put_in_and_what_exists_as_written_is_meant_so(
+    make_job, a_folder, monkeypatch, key, written
+):
+    monkeypatch.setenv("BATCHGEN_TEST_A", str(a_folder.parent))
+    monkeypatch.setenv("HERE", "/nowhere")
+    assert make_job(**below(written, key)) == make_job(**below(str(a_folder), key))
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_variable_that_is_not_set_is_refused_in_any_path(tmp_path, job_tables, monkeypatch, key):
+    monkeypatch.setenv("EMPTY", "")
+    for written in ("$BATCHGEN_NOT_SET/b", "a${BATCHGEN_NOT_SET}", "$EMPTY"):
+        (found,) = problems(tmp_path, job_tables(**below(written, key)))
+        assert found.startswith(f"{key}: '{written}")
+        assert "the environment has no variable $" in found
+
+
+def test_a_dollar_that_begins_no_name_and_one_of_a_url_stay(make_job, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    job = make_job(input={"path": ["a$/5$.jsonl", "$$/{$", "s3://bucket/$HOME/*.jsonl"]})
+    assert job.input.path == [
+        f"{tmp_path}/a$/5$.jsonl", f"{tmp_path}/$$/{{$", "s3://bucket/$HOME/*.jsonl"
+    ]  # fmt: skip
+
+
+def test_a_pattern_with_a_dollar_that_matches_is_meant_as_it_is_written(
+    make_job, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("b", "/nowhere")
+    (tmp_path / "a$b1.jsonl").write_text("{}")
+    assert make_job(input={"path": "a$b*.jsonl"}).input.path == [f"{tmp_path}/a$b*.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [key for key in PATHS if key.startswith("prompt.") and key.endswith("_file")]
+    + ["output.schema"],
+)
+def test_a_pipe_where_a_file_is_expected_is_refused_and_not_waited_for(tmp_path, job_tables, key):
+    os.mkfifo(tmp_path / "pipe")
+    tables = json.loads(re.sub(r"HERE/[\w.]+", "pipe", json.dumps(PATHS[key])))
+    (found,) = problems(tmp_path, job_tables(**tables))
+    assert found.startswith(f"{key}: '{tmp_path}/pipe' cannot be read")
+    assert found.endswith("is a pipe, expected a file")
+
+
+def test_a_job_file_that_is_a_pipe_or_a_device_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match="is a pipe, expected a file"):
+        load_job(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match="is a device, expected a file"):
+        load_job(Path("/dev/zero"))
 
 
 def test_paths_of_the_hook_and_the_metrics_are_checked_as_others(tmp_path, job_tables):
@@ -678,6 +775,36 @@ def test_what_no_file_system_takes_is_told_before_one_is_asked(
     (found,) = problems(tmp_path, job_tables(**{table: {key: value}}))
     assert found.startswith(f"{table}.{key}: ")
     assert problem in found
+
+
+def nested(levels, *, is_list=False):
+    value = 1
+    for _ in range(levels):
+        value = [value] if is_list else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+@pytest.mark.parametrize("levels", [110, 900, 100_000])
+@pytest.mark.parametrize("table", ["prompt.chat_template_kwargs", "model.engine", "output.schema"])
+def test_tables_far_inside_each_other_are_refused_wherever_they_stand(
+    tmp_path, job_tables, table, levels, is_list
+):
+    name, key = table.split(".")
+    value = nested(levels, is_list=is_list)
+    (found,) = problems(tmp_path, job_tables(**{name: {key: {"x": value}}}))
+    assert "inside each other" in found or "maximum recursion depth" in found
+    assert len(found) < 300
+
+
+def test_files_that_nest_far_are_refused(tmp_path, job_tables):
+    for levels in (110, 100_000):
+        (tmp_path / "s.json").write_text('{"a":' * levels + "1" + "}" * levels)
+        (tmp_path / "t.json").write_text("[" * levels + "]" * levels)
+        tables = job_tables(output={"schema": "s.json"}, prompt={"tools_file": "t.json"})
+        schema, tools = problems(tmp_path, tables)
+        assert schema.startswith("output.schema")
+        assert tools.startswith("prompt.tools_file")
 
 
 @pytest.mark.parametrize(
