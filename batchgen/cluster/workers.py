@@ -120,7 +120,7 @@ class WorkerHandle:
             capacity = max(look.capacity, _FIRST_CAPACITY)
             return Pace(self.backlog, capacity, 0.0, is_up=False, num_slots=capacity // 3)
         self.meter.note(now_s, look.num_ended)
-        num_slots = min(look.facts.max_num_seqs, look.capacity)
+        num_slots = min(look.facts.max_num_seqs * look.facts.num_engines, look.capacity)
         return Pace(self.backlog, look.capacity, self.meter.rate, is_up=True, num_slots=num_slots)
 
     @property

@@ -213,6 +213,12 @@ class EngineFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keywords that batchgen chose for it, since the job says nothing of them."""
 
+    @property
+    def num_engines(self) -> int:
+        """Engines that work as this one, each of which runs `max_num_seqs` at once."""
+        num: int = self.settings.get("engines_per_gpu", 1)
+        return num
+
 
 class WorkLeft(NamedTuple):
     """What an engine is started for: it should not start heavier than that."""

@@ -185,8 +185,8 @@ def measure(stretch: Sequence[Moment]) -> Measure | None:
         num_preemptions=preempted,
         preemptions_per_row=preempted / max(1, num_rows),
         kv_cache_usage=max(usages) if usages else None,
-        num_running=_median([moment.engine.num_running for moment in stretch]),
-        num_waiting=_median([moment.engine.num_waiting for moment in stretch]),
+        num_running=_median([one.engine.num_running for one in stretch], facts.num_engines),
+        num_waiting=_median([one.engine.num_waiting for one in stretch], facts.num_engines),
         max_num_seqs=facts.max_num_seqs,
         max_num_batched_tokens=last.engine.max_num_batched_tokens,
         tokens_per_step=computed / num_steps if num_steps > 0 else None,
@@ -203,9 +203,10 @@ def _counters(stretch: Sequence[Moment]) -> tuple[list[int], list[int]]:
     return [m.prompt_tokens for m in stretch], [m.output_tokens for m in stretch]
 
 
-def _median(values: Sequence[int | None]) -> int | None:
+def _median(values: Sequence[int | None], num_engines: int) -> int | None:
+    """Of one of some engines whose figures are added up."""
     known = [value for value in values if value is not None]
-    return round(statistics.median(known)) if known else None
+    return round(statistics.median(known) / num_engines) if known else None
 
 
 def _error(times_s: Sequence[float], work: Sequence[float]) -> float:

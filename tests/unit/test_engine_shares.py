@@ -17,6 +17,7 @@ from batchgen.engine.vllm.shares import (
     engines_that_pay,
     is_worth_it,
     share_of,
+    this_host,
 )
 from tests.bench.random_model import make_model
 
@@ -99,6 +100,14 @@ def test_models_of_another_kind_get_one(
     config = json.loads((folders["0.6b"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     assert engines_that_pay(spec_of(tmp_path), H200, HOST) == 1
+
+
+def test_each_gpu_has_its_share_of_the_machine() -> None:
+    whole, share = this_host(1), this_host(10_000)
+    assert whole.num_cores >= 1
+    assert whole.free_bytes > 0
+    assert share.num_cores == 0
+    assert share.free_bytes <= whole.free_bytes // 1000
 
 
 def test_none_is_asked_of_where_vllm_chooses(folders: dict[str, Path]) -> None:

@@ -160,3 +160,10 @@ def test_nothing_done_is_nothing_measured():
     idle = [replace(m, engine=replace(m.engine, num_prompt_tokens=0, num_generated_tokens=0),
                     prompt_tokens=0, output_tokens=0) for m in run(60)]  # fmt: skip
     assert measure(steady(idle, TIMES)) is None
+
+
+def test_of_several_engines_each_is_compared_with_what_it_may_run():
+    facts = replace(FACTS, settings={"engines_per_gpu": 2})
+    found = measure(steady(run(60, running=200, num_waiting=300, facts=facts), TIMES))
+    assert (found.num_running, found.num_waiting, found.max_num_seqs) == (100, 150, 100)
+    assert found.output_tokens_per_s == pytest.approx(1000)

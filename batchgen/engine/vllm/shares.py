@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.engine.devices import read_devices, vllm_build
+from batchgen.engine.devices import Devices, read_devices, vllm_build
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION, gpus_of
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Cost(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What of a machine counts."""
+    """What of a machine counts: a GPU's share, since others may be at work on the others."""
 
     num_cores: int
     free_bytes: int
@@ -123,7 +123,9 @@ def engines_for(spec: EngineSpec) -> int:
     """How many engines this machine's GPU should have for such a job, if there is enough to do."""
     if spec.defaults != "batchgen":
         return 1
-    return engines_that_pay(spec, first_gpu(), this_host())
+    devices = _devices()
+    gpu = devices.gpus[0] if devices.gpus else None
+    return engines_that_pay(spec, gpu, this_host(len(devices.gpus) + devices.num_hidden))
 
 
 def is_enough(spec: EngineSpec, work: WorkLeft) -> bool:
@@ -192,19 +194,23 @@ def is_worth_it(spec: EngineSpec, gpu: Gpu, work: WorkLeft) -> bool:
 
 def first_gpu() -> Gpu | None:
     """The GPU that vLLM takes; None without one, or with a vLLM that is not for it."""
-    gpus = read_devices().gpus if vllm_build() == "cuda" else ()
-    return gpus[0] if gpus else None
+    return next(iter(_devices().gpus), None)
 
 
-def this_host() -> Host:
-    """The machine as it is now."""
+def _devices() -> Devices:
+    return read_devices() if vllm_build() == "cuda" else Devices()
+
+
+def this_host(num_gpus: int) -> Host:
+    """The share of one of `num_gpus` GPUs of the machine as it is now."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         free_bytes = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, LookupError, ValueError):
         free_bytes = 0
-    return Host(len(os.sched_getaffinity(0)), free_bytes)
+    num = max(1, num_gpus)
+    return Host(len(os.sched_getaffinity(0)) // num, free_bytes // num)
 
 
 def shared_memory(spec: EngineSpec, kwargs: Mapping[str, Any]) -> dict[str, Any]:
