@@ -201,8 +201,7 @@ def _truncated(sample: Sample) -> Reading:
 
 
 def _violation(why: str) -> Reading:
-    text = " ".join(why.split())[:_MAX_CHARS].encode("utf-8", "backslashreplace").decode()
-    return _bad(Verdict.SCHEMA_VIOLATION, text)
+    return _bad(Verdict.SCHEMA_VIOLATION, " ".join(why.split())[:_MAX_CHARS])
 
 
 def _bad(verdict: Verdict, text: str) -> Reading:

@@ -19,7 +19,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
 from batchgen.core.data import NotText, NotTextError
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import Messages, Prompt, RowError
+from batchgen.core.records import Messages, Prompt, RowError, writable_text
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _told(error: Exception) -> str:
 def shortened(text: str) -> str:
     """One line of valid UTF-8: a template can put anything into an error, lone surrogates too."""
     text = text if len(text) <= _MAX_ERROR_CHARS else f"{text[:_MAX_ERROR_CHARS]}..."
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    return " ".join(writable_text(text).split())
 
 
 def _checked_messages(name: str, value: object, images: ImageRules) -> Prompt | RowError:
