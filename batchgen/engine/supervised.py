@@ -206,7 +206,8 @@ class SupervisedEngine:
         """
         self._check_over()
         if self._spec is None:
-            spec = replace(self._make_spec(), work=self._work)
+            spec = self._make_spec()
+            spec = replace(spec, work=self._work or spec.work)
             self._build(spec)
             self._spec = spec
 
