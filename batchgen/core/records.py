@@ -233,6 +233,8 @@ class WorkLeft(NamedTuple):
     """In the last run; None: there was none."""
     is_compiled: bool = False
     """The last run had the model compiled, so that vLLM's cache holds it."""
+    has_gpu_alone: bool = False
+    """No other engine will be started on its GPU, though some were to share it."""
 
 
 @dataclass(frozen=True, slots=True)

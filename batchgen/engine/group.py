@@ -137,8 +137,7 @@ class EngineGroup:
         """
         if not self._specs:
             self._specs = self._make_specs()
-            enough, work = self._is_enough, self._work
-            if enough is not None and work is not None and not enough(work):
+            if self._is_too_little():
                 self._specs = [replace(self._specs[0], num_sharing=1)]
             self._start_next()
             self._start_others()
@@ -150,17 +149,24 @@ class EngineGroup:
             ConfigError, EngineError: See `SupervisedEngine.start`.
         """
         self._work = work
+        if self._is_too_little():
+            self._specs = self._specs[: self._num_started]
         self._start_others()
-        share = _share(work, self.num_members)
-        for one in self._members:
-            one.expect(share)
+
+    def _is_too_little(self) -> bool:
+        """Whether it is known that there is too little to do for all engines."""
+        enough, work = self._is_enough, self._work
+        return enough is not None and work is not None and not enough(work)
 
     def _start_others(self) -> None:
-        """Build those that are not built, once it is known that there is enough to do."""
-        enough = self._is_enough
-        if enough is None or (self._work is not None and enough(self._work)):
-            while self._num_started < len(self._specs):
+        """Build the other engines, unless it has to be known first how much there is to do."""
+        if self._work is not None or self._is_enough is None:
+            while 0 < self._num_started < len(self._specs):
                 self._start_next()
+        if self._work is not None and (num := len(self._specs)):
+            share = self._work._replace(num_rows=-(-self._work.num_rows // num))
+            for one in self._members:
+                one.expect(share._replace(has_gpu_alone=num == 1))
 
     def _start_next(self) -> None:
         spec = self._specs[self._num_started]
@@ -172,8 +178,6 @@ class EngineGroup:
             on_death=lambda death: self._on_death(death, whose),
             stall_s=self._stall_s,
         )
-        if self._work is not None:
-            member.expect(_share(self._work, len(self._specs)))
         self._members.append(member)
         member.start()
 
@@ -281,11 +285,6 @@ def supervise(
         return [replace(make(), num_sharing=num) for make in specs]
 
     return EngineGroup(build, make_specs, is_enough=is_enough, on_death=on_death, stall_s=stall_s)
-
-
-def _share(work: WorkLeft, num: int) -> WorkLeft:
-    """What one of several engines has to do."""
-    return work._replace(num_rows=-(-work.num_rows // num))
 
 
 def _capacity(member: SupervisedEngine) -> int:

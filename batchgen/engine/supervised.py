@@ -214,6 +214,8 @@ class SupervisedEngine:
     def expect(self, work: WorkLeft) -> None:
         """Hear what is left to do, for the engine to start no heavier than that."""
         self._work = work
+        if self._spec is not None:
+            self._spec = replace(self._spec, work=work)  # For the next engine, too.
         if self._life is not None:
             expect(self._life.engine, work)
 

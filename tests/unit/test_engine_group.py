@@ -221,16 +221,42 @@ def test_what_is_known_before_the_start_decides_on_it(num_rows, shares):
     assert lab.built == []
     lab.group.add(asks(*range(70)))
     assert [spec.num_sharing for spec in lab.specs] == shares
-    assert [spec.work.num_rows for spec in lab.specs] == [num_rows // len(shares)] * len(shares)
 
 
-def test_one_with_its_share_that_does_not_start_gets_all_of_the_memory():
-    lab = Lab(FakeEngine(facts=None).then(NO_MEMORY), is_enough=lambda work: False)
+class Listening(FakeEngine):
+    """Hears what is left to do."""
+
+    work = None
+
+    def expect(self, work):
+        self.work = work
+
+
+def test_the_first_has_the_gpu_alone_once_it_is_known_that_there_is_too_little_to_do():
+    lab = Lab(Listening(facts=None), Listening(facts=None), is_enough=lambda work: False)
+    lab.group.start()
+    assert lab.specs[0].work is None
+    lab.group.expect(WorkLeft(10, 100))
+    assert lab.built[0].work == WorkLeft(10, 100, has_gpu_alone=True)
+    lab.group.expect(WorkLeft(1000, 100))
+    assert len(lab.built) == 1
+
+
+def test_engines_that_share_a_gpu_hear_of_their_shares():
+    lab = Lab(Listening(), Listening(), is_enough=lambda work: True)
+    lab.group.start()
+    lab.group.expect(WorkLeft(1001, 100))
+    assert [engine.work for engine in lab.built] == [WorkLeft(501, 100)] * 2
+
+
+def test_one_that_is_built_anew_starts_for_what_is_left_now():
+    lab = Lab(FakeEngine(100), FakeEngine(100), is_enough=lambda work: False)
     lab.group.start()
     lab.group.expect(WorkLeft(10, 100))
     lab.group.add(asks(0))
+    lab.built[0].then(DEAD)
     assert answers(lab.finish()) == [0]
-    assert [spec.num_sharing for spec in lab.specs] == [2, 1]
+    assert lab.specs[1].work.has_gpu_alone
 
 
 def test_close_closes_all_of_them():

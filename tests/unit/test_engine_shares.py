@@ -120,15 +120,30 @@ def test_none_is_asked_of_where_vllm_chooses(folders: dict[str, Path]) -> None:
         (WorkLeft(70_000, 256), True),
         (WorkLeft(7_000, 256), True),
         (WorkLeft(2_000, 256), True),
+        (WorkLeft(6_000, 512), True),
+        (WorkLeft(6_000, 2048), True),
         (WorkLeft(1_000, 256), False),
         (WorkLeft(1_000_000, 8, 1024), False),
     ],
-    ids=["much", "some", "few seconds", "little", "labels: the GPU is busy with prompts"],
+    ids=[
+        "much",
+        "some",
+        "few seconds",
+        "long answers",
+        "longest answers",
+        "little",
+        "labels: the GPU is busy with prompts",
+    ],
 )
 def test_a_second_start_is_for_much_to_write(
     folders: dict[str, Path], work: WorkLeft, is_worth: bool
 ) -> None:
     assert is_worth_it(spec_of(folders["0.6b"]), H200, work) == is_worth
+
+
+def test_a_large_model_never_leaves_its_gpu_waiting(folders: dict[str, Path]) -> None:
+    for answer in (8, 64, 256, 512, 2048):
+        assert not is_worth_it(spec_of(folders["8b"]), H200, WorkLeft(1_000_000, answer))
 
 
 def test_memory_is_divided_and_the_cache_given(folders: dict[str, Path]) -> None:

@@ -208,7 +208,8 @@ class VllmEngine:
         prime_with_prompt_ends()
         own = llm_kwargs(spec, is_cpu=self._is_cpu)
         self._settings = choose_settings(spec, usual_max_num_seqs(spec.model_kwargs))
-        if spec.num_sharing > 1 and not self._is_cpu:
+        is_alone = spec.num_sharing == 1 or (spec.work is not None and spec.work.has_gpu_alone)
+        if not is_alone and not self._is_cpu:
             self._settings = {**self._settings, **shared_memory(spec, own)}
         kwargs = {**own, **self._settings, "structured_outputs_config": config}
         turn = None if self._is_cpu else turn_file(os.environ)

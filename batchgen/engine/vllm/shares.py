@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.engine.devices import Devices, read_devices, vllm_build
-from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION, gpus_of
+from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION, TYPICAL_ANSWER, gpus_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,10 +31,9 @@ MOST_ENGINES = 2
 PYTHON_S = 20e-6
 """What vLLM's Python takes for a sequence in a step: 22 ms a step of 1,024, of which the GPU works
 some 5 (H200, vLLM 0.26)."""
-BUSY_SHARE = 0.5
-"""A GPU that works less than this part of the time has room for a second engine."""
-TYPICAL_TOKENS = 512
-"""Answers are rarely as long as they may be."""
+BUSY_SHARE = 0.8
+"""A GPU that has less to do than this part of what Python has is better shared: two engines take
+the longer of its time and half of both, 1.46 times as fast where it has 0.4 (H200, 0.6B)."""
 LEAST_TOKENS = 500_000
 """Fewer are worked off in a few seconds; two that start together are up 1.5 s later than one."""
 LEAST_CORES = 8
@@ -184,7 +183,7 @@ def is_busy_little(
 def is_worth_it(spec: EngineSpec, gpu: Gpu, work: WorkLeft) -> bool:
     """Whether there is so much to do that a second engine is worth its start."""
     cost = cost_of(Path(spec.model), spec.model_kwargs)
-    answer = min(work.output_tokens, TYPICAL_TOKENS)
+    answer = min(work.output_tokens, TYPICAL_ANSWER)
     num = work.num_rows * spec.sampling_params.get("n", 1)
     if cost is None or num * answer < LEAST_TOKENS:
         return False
