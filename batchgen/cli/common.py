@@ -111,6 +111,14 @@ def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:
     return callback
 
 
+def num_rows(default: int, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the option `-n`, how many rows to show."""
+    kind = click.IntRange(min=0)
+    return click.option(
+        "-n", "num_rows", type=kind, default=default, show_default=True, help=help_text
+    )
+
+
 flag = functools.partial(click.option, is_flag=True)
 JSON = flag("--json", "as_json", help="Print one JSON object on stdout.")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, flag, out, output_command
+from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command
 from batchgen.core.runtime import option
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
     help="Columns that name a row. Default: equal lines of JSONL are paired, moved ones too, and "
     "lines between them if they are as many as before; rows of CSV and Parquet by their number.",
 )
-@click.option("-n", "num_rows", default=5, show_default=True, help="Changed rows to show.")
+@num_rows(5, "Changed rows to show.")
 @JSON
 def diff(
     root: Path,

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, flag, job_command, out, output_command, reading
+from batchgen.cli.common import (
+    JSON,
+    as_line,
+    flag,
+    job_command,
+    num_rows,
+    out,
+    output_command,
+    reading,
+)
 from batchgen.core.errors import ConfigError, ExitCode
 from batchgen.core.runtime import printable
 
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @job_command
-@click.option("-n", "num_rows", default=3, show_default=True, help="Rows to render.")
+@num_rows(3, "Rows to render.")
 def check(_: Path, load: Load, *, num_rows: int) -> None:
     """Check a job file and show its first prompts; loads no model.
 
@@ -142,7 +151,7 @@ def status(root: Path, *, as_json: bool) -> None:
 
 
 @output_command
-@click.option("-n", "num_rows", default=5, show_default=True, help="Rows to show.")
+@num_rows(5, "Rows to show.")
 @flag("--errors", help="Only rows that are errors.")
 @click.option("--snapshot", type=int, metavar="N", help="Of an old snapshot, by its number.")
 def show(root: Path, *, num_rows: int, errors: bool, snapshot: int | None) -> None:

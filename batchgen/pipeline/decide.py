@@ -31,8 +31,8 @@ from batchgen.pipeline.frozen import (
     difference,
     freeze,
     has_new_rows,
-    has_other_files,
     input_changes,
+    same_files,
 )
 from batchgen.pipeline.leaving import NOTHING_LEAVES, Leaving, leaving_rows
 from batchgen.pipeline.prepare import check
@@ -109,8 +109,9 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
     changes = checked.changes(plan)
     manifest = ledger.manifest(plan.number)
     is_outgrown = options.retry_errors and manifest is not None and _has_old_misfits(plan, manifest)
-    if not changes and not is_outgrown and not has_other_files(plan, job):
+    if not changes and not is_outgrown and (found := same_files(plan, job)) is not None:
         prepared = checked.with_plan(plan)
+        prepared = replace(prepared, notes=[*prepared.notes, *found.notes])
         if not input_changes(plan, prepared.reader):
             return Decision(prepared, plan, Before())
     # A run whose job is stolen may be at work on a plan that has come to nothing so far.

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.source.columns import Kinds
+    from batchgen.source.formats import InputFiles
     from batchgen.source.reading import Reader, ReadSpec
     from batchgen.source.text import Scan
     from batchgen.storage import LocalStorage
@@ -332,17 +333,19 @@ def input_changes(plan: Plan, reader: Reader) -> list[str]:
     return found
 
 
-def has_other_files(plan: Plan, job: JobConfig) -> bool:
-    """Tell whether the input's files are others than the plan's, or in another order.
+def same_files(plan: Plan, job: JobConfig) -> InputFiles | None:
+    """Find the input's files; None if they are others than the plan's, or in another order.
 
     Raises:
         SourceError: There is none any more, or it is not what its name says.
     """
     paths = [job.input.path] if isinstance(job.input.path, str) else job.input.path
-    files = list(find_files(paths, job.input.format).paths)
+    found = find_files(paths, job.input.format)
+    files = list(found.paths)
     planned = [segment.path for segment in plan.segments]
     # A limit that is filled wants no more files.
-    return (files[: len(planned)] if plan.is_cut else files) != planned
+    is_same = (files[: len(planned)] if plan.is_cut else files) == planned
+    return found if is_same else None
 
 
 def difference(segment: Segment, reader: Reader) -> str | None:

@@ -145,3 +145,21 @@ def test_in_python_a_hint_is_pythons(job: Path) -> None:
     (shows,) = re.findall(r"`batchgen (show[^`]*)`", str(caught.value))
     assert shows == f"show {job.parent / 'mapped'} --errors"
     assert "error" in run_cli(*shlex.split(shows)).stdout
+
+
+def test_what_of_the_input_is_left_out_is_said_when_there_is_nothing_to_do(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "_b.jsonl"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_rows(tmp_path / "in" / name, 3)
+    job = write_job(tmp_path, "in")
+    for state in ("complete", "nothing to do"):
+        done = run_cli("run", job)
+        assert state in done.stdout
+        assert "_b.jsonl left out" in done.stdout
+    assert "_b.jsonl left out" in run_cli("plan", job).stdout
+
+
+@pytest.mark.parametrize("verb", ["check", "show", "diff"])
+def test_fewer_rows_than_none_are_refused(job: Path, verb: str) -> None:
+    done = run_cli(verb, job, "-n", -1)
+    assert (done.returncode, "-1 is not in the range" in done.stderr) == (2, True), done

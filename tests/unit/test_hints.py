@@ -95,7 +95,9 @@ def test_the_shell_gets_the_jobs_name_with_what_was_set(verb: str) -> None:
         told = command(verb, "--json")
     program, *words = shlex.split(told)
     assert (program, words[:2]) == ("batchgen", [verb, HOSTILE])
-    context = cli.commands[verb].make_context(verb, words[1:], resilient_parsing=True)
+    # Click remembers the names with which help is first asked for.
+    how = {**cli.context_settings, "resilient_parsing": True}
+    context = cli.commands[verb].make_context(verb, words[1:], **how)
     assert context.params["overrides"] == ("prompt.user=a b", "output.path=x")
     assert str(context.params["run_date"]) == "2026-01-31 00:00:00"
 

@@ -17,9 +17,9 @@ from batchgen.pipeline.frozen import (
     Before,
     check_unchanged,
     freeze,
-    has_other_files,
     input_changes,
     read_rows,
+    same_files,
 )
 from batchgen.pipeline.prepare import (
     as_text,
@@ -233,27 +233,27 @@ def test_files_that_came_and_went_are_told(tmp_path, make_job):
     tables = {"input": many_files(tmp_path, 1, 1)}
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
-    assert not has_other_files(plan, job.job)
+    assert same_files(plan, job.job)
     write_jsonl(tmp_path / "in-2.jsonl", numbered(5, 6))
-    assert has_other_files(plan, job.job)
+    assert same_files(plan, job.job) is None
     (tmp_path / "in-2.jsonl").rename(tmp_path / "in-0.jsonl")
-    assert not has_other_files(plan, job.job)  # Its content is told by `input_changes`.
+    assert same_files(plan, job.job)  # Its content is told by `input_changes`.
     (tmp_path / "in-0.jsonl").unlink()
     again = prepare(make_job(None, **tables))
     assert changes(plan, again) == [
         f"input: {tmp_path}/in-0.jsonl is gone: does not exist, expected an input file"
     ]
-    assert has_other_files(plan, again.job)
+    assert same_files(plan, again.job) is None
     (tmp_path / "in-1.jsonl").unlink()
     with pytest.raises(SourceError, match="names no file"):
-        has_other_files(plan, again.job)
+        same_files(plan, again.job)
 
 
 def test_files_in_another_order_are_told(tmp_path, make_job):
     many_files(tmp_path, 1, 1)
     plan = freeze(prepare(make_job(None, input={"path": ["in-0.jsonl", "in-1.jsonl"]})), 1)
-    assert has_other_files(plan, make_job(None, input={"path": ["in-1.jsonl", "in-0.jsonl"]}))
-    assert not has_other_files(plan, make_job(None, input={"path": "in-*.jsonl"}))
+    assert same_files(plan, make_job(None, input={"path": ["in-1.jsonl", "in-0.jsonl"]})) is None
+    assert same_files(plan, make_job(None, input={"path": "in-*.jsonl"}))
 
 
 def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
@@ -269,18 +269,18 @@ def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
     job = prepare(make_job(None, **tables))
     plan = freeze(job, 1)
     assert [segment.num_rows for segment in plan.segments] == [2]
-    assert not has_other_files(plan, job.job)
+    assert same_files(plan, job.job)
     assert changes(plan, job) == []
     write_jsonl(tmp_path / "in-.jsonl", numbered(5, 6))  # Sorts first, so its rows would count.
-    assert has_other_files(plan, job.job)
+    assert same_files(plan, job.job) is None
 
 
 def test_a_limit_that_is_not_filled_wants_new_files(tmp_path, make_job):
     tables = {"input": {**many_files(tmp_path, 2), "limit": 5}}
     plan = freeze(prepare(make_job(None, **tables)), 1)
-    assert not has_other_files(plan, make_job(None, **tables))
+    assert same_files(plan, make_job(None, **tables))
     write_jsonl(tmp_path / "in-9.jsonl", numbered(5, 6))
-    assert has_other_files(plan, make_job(None, **tables))
+    assert same_files(plan, make_job(None, **tables)) is None
 
 
 @pytest.mark.parametrize(
