@@ -38,7 +38,7 @@ from batchgen.pipeline.leaving import NOTHING_LEAVES, Leaving, leaving_rows
 from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
 from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since, recalled, remember
-from batchgen.pipeline.rows import Takeover, missing, takeovers
+from batchgen.pipeline.rows import Takeover, missing, new_rows, takeovers, unread_rows
 from batchgen.source.columns import read_schema
 from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
@@ -305,13 +305,17 @@ def _old_rows(ledger: Ledger, prepared: Prepared, plan: Plan, hooks: Hooks) -> O
     durable, manifest = ledger.durable(plan), ledger.manifest(plan.number)
     if manifest is not None and (known := recalled(ledger.storage, plan, of)) is not None:
         return known
-    sources = []
+    num_unread, sources, todo = 0, [], missing(plan, durable)
     if manifest is not None or durable.parts:
         own = Base(plan.number, tuple(part.name for part in durable.parts))
         sources = [Takeover(ledger, prepared, plan, own, hooks.tell)]
-    if manifest is None:
-        sources += takeovers(ledger, prepared, plan, missing(plan, durable), hooks.tell)
-    old = OldRows(sum(one.old_rows(hooks.on_block).num_rows for one in sources), of)
+    if manifest is None and plan.bases:
+        newest, *others = takeovers(ledger, prepared, plan, todo, hooks.tell)
+        fresh = todo - new_rows(newest.matched)
+        num_unread = unread_rows(ledger.storage, plan, newest, fresh).num_rows
+        sources += [newest, *others]
+    num = sum(one.old_rows(hooks.on_block).num_rows for one in sources)
+    old = OldRows(num, of, num_unread=num_unread)
     if manifest is not None:
         remember(ledger.storage, plan, old)
     return old
@@ -376,8 +380,8 @@ def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks)
         manifest, again = _gone_on_with(ledger, options, decision, plan, old, hooks.tell)
         if again is not None:
             plan, manifest = again, None
-    if old.num:
-        hooks.tell(old.text)
+    for text in old.texts:
+        hooks.tell(text)
     if manifest is not None:
         return Begun(prepared, plan, manifest, _nothing_to_do(manifest, options), old=old)
     leaving = leaving_rows(ledger, prepared, plan)

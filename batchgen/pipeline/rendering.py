@@ -112,17 +112,23 @@ class OldRows(NamedTuple):
     """What is rendered otherwise."""
     is_again: bool = False
     """Whether they run again."""
+    num_unread: int = 0
+    """Further rows that only their requests tell: of these, all that are old run again."""
 
     @property
-    def text(self) -> str:
-        """A sentence for people."""
-        rows, were = ("row", "was") if self.num == 1 else ("rows", "were")
-        text = f"{self.num:,} {rows} {were} made with the old rendering of {self.of}"
-        return (
-            f"{text}: run again"
-            if self.is_again
-            else f"{text}; {option('--rerender')} runs them again"
-        )
+    def texts(self) -> list[str]:
+        """Sentences for people."""
+        texts = []
+        if self.num:
+            rows, were = ("row", "was") if self.num == 1 else ("rows", "were")
+            text = f"{self.num:,} {rows} {were} made with the old rendering of {self.of}"
+            end = ": run again" if self.is_again else f"; {option('--rerender')} runs them again"
+            texts.append(f"{text}{end}")
+        if self.num_unread:
+            told = "rows of changed files are told by their requests only"
+            text = f"{self.num_unread:,} {told}: what was made with the old rendering of {self.of}"
+            texts.append(f"{text} runs again")
+        return texts
 
 
 def recalled(storage: LocalStorage, plan: Plan, of: str) -> OldRows | None:

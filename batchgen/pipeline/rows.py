@@ -33,6 +33,7 @@ from batchgen.store.books import Durable
 from batchgen.store.matching import (
     Renumbering,
     answered_by,
+    has_digests,
     is_same_reading,
     match,
     restricted,
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.prepare import Prepared
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Base, Epoch, Plan
+    from batchgen.store.books import Base, Epoch, Plan, Segment
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
 
@@ -249,6 +250,25 @@ class Takeover:
 def new_rows(spans: Iterable[Span]) -> RowSet:
     """Map each segment of the later plan to its rows that spans name."""
     return RowSet.of_spans((span.segment, span.start, span.start + span.length) for span in spans)
+
+
+def unread_rows(storage: LocalStorage, plan: Plan, source: Takeover, fresh: RowSet) -> RowSet:
+    """Pick of rows that were not found in a base those that may be in it all the same.
+
+    They are of files that changed and whose rows have no digests: only their requests tell them.
+    """
+    numbers = {segment.path: number for number, segment in enumerate(plan.segments)}
+    is_same = is_same_reading(source.old, plan)
+
+    def is_told(before: Segment, after: Segment) -> bool:
+        return before.digest == after.digest or has_digests(storage, before, after)
+
+    return RowSet(
+        (number, fresh[number])
+        for before in source.old.segments
+        if (number := numbers.get(before.path)) is not None
+        and not (is_same and is_told(before, plan.segments[number]))
+    )
 
 
 def takeovers(

@@ -32,6 +32,7 @@ from batchgen.pipeline.rows import (
     new_rows,
     rejected_notes,
     takeovers,
+    unread_rows,
 )
 from batchgen.pipeline.stats import duration
 from batchgen.preview.estimate import (
@@ -47,7 +48,6 @@ from batchgen.preview.sample import SAMPLE_ROWS, load_tokenize, max_model_len, s
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.matching import has_digests, is_same_reading
 from batchgen.store.reuse import Source
 from batchgen.store.runs import RunLock
 
@@ -454,20 +454,15 @@ def _count_rows(
         return Rows(plan.num_rows, num_new=num_left, num_done=num_done)
     newest = sources[0]
     fresh = left - new_rows(newest.matched)
-    num_unread, num_edited = 0, 0
+    unread = unread_rows(ledger.storage, plan, newest, fresh)
     numbers = {segment.path: number for number, segment in enumerate(plan.segments)}
-    is_same = is_same_reading(newest.old, plan)
+    num_edited = 0
     for at, before in enumerate(newest.old.segments):
-        if (number := numbers.get(before.path)) is None:
-            continue
-        after, num_fresh = plan.segments[number], len(fresh[number])
-        is_told = before.digest == after.digest or has_digests(ledger.storage, before, after)
-        if is_same and is_told:
+        number = numbers.get(before.path)
+        if number is not None and number not in unread:
             kept = (span.length for span in newest.matched if span.old_segment == at)
-            num_edited += min(num_fresh, before.num_rows - sum(kept))
-        else:
-            num_unread += num_fresh
-    num_fresh = fresh.num_rows
+            num_edited += min(len(fresh[number]), before.num_rows - sum(kept))
+    num_fresh, num_unread = fresh.num_rows, unread.num_rows
     return Rows(
         num_rows=plan.num_rows,
         num_new=num_fresh - num_edited - num_unread,

@@ -148,6 +148,19 @@ def test_the_next_night_renders_new_rows_anew_and_keeps_the_others(job):
     assert texts(job) == [*NEW, "nächste"]
 
 
+def test_a_file_that_changed_is_rendered_anew_and_that_is_said(job):
+    """Of Parquet, only a row's request tells that it was there before."""
+    write(job, [*given(), b"new"])
+    ahead = forecast(job)
+    told = "8 rows of changed files are told by their requests only: what was made with the old "
+    assert notes(ahead["warnings"]) == [f"{told}rendering of binary columns runs again"]
+    assert (ahead["num_old_rendering"], ahead["todo"]["num_to_compute"]) == (0, 5)
+    summary = batchgen.run(job, publish_anyway=True)
+    assert notes(summary.warnings) == notes(ahead["warnings"])
+    assert num_computed(summary) == 5
+    assert texts(job) == [*NEW, "new"]
+
+
 def test_a_night_may_change_the_input_and_rerender_at_once(job):
     added = job.parent / "more.parquet"
     pq.write_table(pa.table({"id": [7], "text": pa.array([b"n\xc3\xa4chste"])}), added)
