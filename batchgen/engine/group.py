@@ -188,15 +188,14 @@ class EngineGroup:
             ConfigError, EngineError, EngineDeadError: See `SupervisedEngine.add`.
         """
         self.start()
-        takers = [one for one in self._members if one.is_admitting] or self._members
-        rooms = [_capacity(one) - one.num_in_flight for one in takers]
-        shares: list[list[Request]] = [[] for _ in takers]
+        rooms = [_capacity(one) - one.num_in_flight for one in self._members]
+        shares: list[list[Request]] = [[] for _ in rooms]
         for start in range(0, len(requests), RUN_ROWS):
             dealt = requests[start : start + RUN_ROWS]
             emptiest = rooms.index(max(rooms))
             shares[emptiest] += dealt
             rooms[emptiest] -= len(dealt)
-        for one, share in zip(takers, shares, strict=True):
+        for one, share in zip(self._members, shares, strict=True):
             if share:
                 one.add(share)
 

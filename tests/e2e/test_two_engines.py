@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 import batchgen
-from tests.e2e.support import published, run_cli, summary_of, write_job, write_rows
+from batchgen.core.errors import ConfigError
+from batchgen.job.load import parse_job
+from tests.e2e.support import published, summary_of, write_job, write_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TWO = ("--set", "run.engines_per_gpu=2")
@@ -57,9 +62,10 @@ def test_rows_with_equal_requests_run_once(tmp_path: Path) -> None:
     assert (summary["num_ok"], summary["num_copied"]) == (100, 99)
 
 
-def test_it_is_one_to_sixteen_or_auto(tmp_path: Path) -> None:
-    job = make_job(tmp_path)
-    for wrong in ("0", "17", "many"):
-        done = run_cli("run", job, "--set", f"run.engines_per_gpu={wrong}")
-        assert done.returncode == 2
-        assert "run.engines_per_gpu" in done.stderr
+@pytest.mark.parametrize("wrong", [0, 17, "many"])
+def test_it_is_one_to_sixteen_or_auto(
+    job_tables: Callable[..., dict[str, Any]], tmp_path: Path, wrong: object
+) -> None:
+    tables = job_tables(run={"engines_per_gpu": wrong})
+    with pytest.raises(ConfigError, match=r"run\.engines_per_gpu"):
+        parse_job(tables, base=tmp_path, where="job.toml")
