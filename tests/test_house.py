@@ -8,8 +8,6 @@ from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN = {
     "lines of code": 20_300,
-    "modules": 110,
-    "modules that a row passes": 40,
 }
 """Goals that are not reached yet -> today's figure: it may only become smaller."""
 

@@ -304,7 +304,7 @@ def from_snapshot(storage: LocalStorage, manifest: Manifest, wanted: Wanted) -> 
             for at, number in enumerate(groups):
                 ordinals = index.ordinals(number)
                 here = rows_of(ordinals)
-                seen += here.spans()
+                seen += here.spans() if manifest.num_skipped else ()
                 if not (rows := here & moves.old_rows):
                     continue
                 found = file.group(at)
@@ -317,8 +317,9 @@ def from_snapshot(storage: LocalStorage, manifest: Manifest, wanted: Wanted) -> 
             if num_damaged:
                 why = f"damaged ({file.problem}); {num_damaged:,} rows done again"
                 wanted.tell(f"{entry.name}: {why}")
-    skipped = moves.ranges(moves.old_rows - RowSet.of_spans(seen))
-    yield Piece(wanted.schema.empty_table(), skipped, "")
+    if manifest.num_skipped:
+        skipped = moves.ranges(moves.old_rows - RowSet.of_spans(seen))
+        yield Piece(wanted.schema.empty_table(), skipped, "")
 
 
 def _with_ordinals(
