@@ -26,7 +26,7 @@ import difflib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.runtime import command, option
+from batchgen.core.runtime import command, option, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -46,6 +46,9 @@ class BatchgenError(Exception):
     """Root of everything that batchgen raises on purpose; it survives pickling."""
 
     exit_code = ExitCode.FAULT
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (type(self), self.args, self.__dict__)

@@ -53,7 +53,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
         text: Of anybody.
         keep: Control characters that stay.
     """
-    if text.isprintable():
+    if text.translate(dict.fromkeys(map(ord, keep), " ")).isprintable():
         return text
     return "".join(c if _is_harmless(c) or c in keep else _escaped(c) for c in text)
 

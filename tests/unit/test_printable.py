@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import sys
+import traceback
 import unicodedata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchgen
+from batchgen.core.errors import SourceError
 from batchgen.core.runtime import printable, say
 
 PACKAGE = Path(batchgen.__file__).parent
@@ -79,6 +81,13 @@ def test_what_is_said_on_stderr_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     say("\x1b[2Jx")
     assert sys.stderr.getvalue() == "batchgen: \\x1b[2Jx\n"
+
+
+def test_an_error_steers_no_terminal_in_python_either() -> None:
+    error = SourceError("in\x1b[2J.jsonl", "is\nwrong")
+    assert str(error) == "in\\x1b[2J.jsonl: is\nwrong"
+    assert error.path == "in\x1b[2J.jsonl"
+    assert traceback.format_exception_only(error)[-1].endswith("in\\x1b[2J.jsonl: is\nwrong\n")
 
 
 def prints_of(path: Path) -> list[str]:
