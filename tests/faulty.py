@@ -214,3 +214,13 @@ class HearingEngine(EchoEngine):
     def expect(self, work: WorkLeft) -> None:
         """Hear."""
         self._work = work
+
+
+class ForkingEngine(EchoEngine):
+    """Forks a process that lives on, as vLLM's core does when its front end is killed."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        if not os.fork():
+            time.sleep(600)
+            os._exit(0)

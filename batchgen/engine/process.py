@@ -38,6 +38,7 @@ import time
 import traceback
 import weakref
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -467,6 +468,12 @@ def _end_with_thread(args: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
+def _leave_to_child(connection: Connection) -> None:
+    """Make a process that vLLM forks its own: it would hold our socket open after us."""
+    connection.close()
+    threading.excepthook = threading.__excepthook__
+
+
 def main() -> NoReturn:
     """Serve the connection whose file descriptor is the first argument."""
     own_streams()
@@ -475,9 +482,10 @@ def main() -> NoReturn:
     # Of the modules that vLLM imports nothing becomes garbage: 10 to 19 % of their time (0.32).
     collect_rarely()
     fd = int(sys.argv[1])
-    # A process that vLLM forks must not hold the socket open after this one.
+    # No other process must hold the socket open after this one.
     os.set_inheritable(fd, False)  # noqa: FBT003
     connection = Connection(fd)
+    os.register_at_fork(after_in_child=partial(_leave_to_child, connection))
     host = Host(connection)
     code = 0
     try:

@@ -438,6 +438,18 @@ def test_a_hosted_engine_hears_what_is_left_to_do(tmp_path):
         assert engine.facts.settings == work._asdict()
 
 
+def test_a_killed_host_is_told_at_once_though_what_it_forked_lives(tmp_path):
+    spec = EngineSpec("tests.faulty:ForkingEngine", "x", {}, {}, log_path=str(tmp_path / "log"))
+    with closing(EngineProcess(spec)) as engine:
+        wait_until_up(engine)
+        assert len(group_members(engine.pid)) == 2
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            engine.step(WAIT_S)
+        pgid = engine.pid
+    assert_group_ends(pgid, within_s=3.0)
+
+
 def test_an_unknown_option_of_a_hosted_engine_names_itself(tmp_path):
     spec = EngineSpec("echo", "x", {"max_num_seq": 3}, {}, log_path=str(tmp_path / "log"))
     with (
@@ -618,9 +630,14 @@ def test_token_ids_and_texts_are_vllms_own():
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("multiprocessing", ["0", "1"])
-def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing):
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
+@pytest.mark.parametrize(
+    ("multiprocessing", "method"), [("0", "spawn"), ("1", "spawn"), ("1", "fork")]
+)
+def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing, method):
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing,
+        "VLLM_WORKER_MULTIPROC_METHOD": method,
+    }
     pgid, num_members = kill_parent(make_spec("vllm", tmp_path / "log"), "up", environment)
     assert num_members >= (3 if multiprocessing == "1" else 1)
     assert_group_ends(pgid, within_s=3.0)
@@ -628,8 +645,10 @@ def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing):
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_killed_engine_core_is_told_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_killed_engine_core_is_told_at_once(tmp_path, monkeypatch, method):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
     with closing(start("vllm", tmp_path / "log")) as engine:
         wait_until_up(engine)
         core = next(p for p in group_members(engine.pid) if "EngineCore" in " ".join(p.cmdline()))

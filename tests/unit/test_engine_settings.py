@@ -119,7 +119,7 @@ def test_more_work_never_makes_the_start_lighter(num_rows, output_tokens, prompt
 
 @pytest.mark.parametrize(
     ("hours", "is_compiled", "pays"),
-    [(0.1, False, False), (0.1, True, False), (0.25, True, True), (0.3, False, False),
+    [(0.1, False, False), (0.1, True, False), (0.2, True, True), (0.5, False, False),
      (0.7, False, True)],
 )  # fmt: skip
 def test_the_last_runs_speed_says_how_long_the_work_is(hours, is_compiled, pays):
@@ -307,3 +307,38 @@ def test_weights_are_read_into_the_page_cache(tmp_path):
     read_ahead(tmp_path)
     assert [bool(is_cached(path)) for path in paths] == [True, True, False]
     read_ahead(tmp_path / "missing")
+
+
+FORKS = """
+import os, sys, threading
+from batchgen.engine.vllm.settings import forks_core, prepare_environment
+prepare_environment(is_cpu=sys.argv[1] == "cpu")
+print(forks_core())
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "forks"),
+    [
+        ("gpu", {}, True),
+        ("gpu", {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}, False),
+        ("gpu", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, False),
+        ("cpu", {}, False),
+        ("cpu", {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, False),
+        (
+            "cpu",
+            {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"},
+            True,
+        ),
+    ],
+)
+def test_vllm_forks_its_core_on_a_gpu_unless_the_user_says_otherwise(device, environment, forks):
+    inherited = {name: value for name, value in os.environ.items() if "VLLM" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, device],
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{forks}\n"

@@ -52,6 +52,7 @@ from batchgen.engine.vllm.params import (
 )
 from batchgen.engine.vllm.settings import (
     choose_settings,
+    forks_core,
     gpus_of,
     is_cpu_build,
     llm_kwargs,
@@ -105,7 +106,7 @@ class VllmEngine:
         self._is_cpu = is_cpu_build()
         self._settings: Mapping[str, Any] = {}
         prepare_environment(is_cpu=self._is_cpu)
-        self._imported = threading.Event()
+        self._may_encode = threading.Event()
         if spec.model_kwargs.get("load_format") != "dummy":
             reader = threading.Thread(target=read_ahead, args=(Path(spec.model),), daemon=True)
             reader.start()
@@ -182,7 +183,8 @@ class VllmEngine:
 
     def _load_tokenizer(self) -> Any:  # noqa: ANN401
         # Two threads that import vLLM at once would meet half-made modules: it is full of cycles.
-        self._imported.wait()
+        # And none may hold a lock when vLLM forks its core.
+        self._may_encode.wait()
         return load_tokenizer(self._spec)
 
     def _import(self) -> Any:  # noqa: ANN401
@@ -204,7 +206,10 @@ class VllmEngine:
         config = structured_outputs_config(spec)
         splitter = Splitter(spec, load_tokenizer(spec)) if has_parser(spec) else None
         self._loras = lora_requests(spec.loras)
-        self._imported.set()
+        if forks_core():
+            os.register_at_fork(after_in_parent=self._may_encode.set)
+        else:
+            self._may_encode.set()
         prime_with_prompt_ends()
         own = llm_kwargs(spec, is_cpu=self._is_cpu)
         self._settings = choose_settings(spec, usual_max_num_seqs(spec.model_kwargs))
@@ -221,6 +226,7 @@ class VllmEngine:
             self._reader = AnswerReader(*tokens_of(llm, spec), splitter)
         except Exception as exc:
             raise start_error(exc) from exc
+        self._may_encode.set()  # If it was spawned after all.
         engine = llm.llm_engine
         load_loras(engine, self._loras)
         check_grammars_once(engine)

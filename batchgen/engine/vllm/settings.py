@@ -71,14 +71,12 @@ CAPTURED = 512
 NOT_COMPILED: Mapping[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """Of `compilation_config`: nothing is compiled, and only steps that decode have graphs. vLLM takes
 the graphs back where an attention backend has none: config/compilation.py, 0.26 to 0.33."""
-COMPILE_S, CACHED_COMPILE_S = 50.0, 16.0
+COMPILE_S, CACHED_COMPILE_S = 65.0, 16.0
 """What a start takes longer where the model is compiled; and where vLLM's cache holds it: ready
 after 98 and 50 s instead of 34 s (8B shape, H200, vLLM 0.26)."""
-DECODE_GAIN, PREFILL_GAIN = 0.03, 0.08
-"""Share of its time that compiling wins: 25.0 instead of 24.3 k tokens/s decoded; of reading
-prompts it is a guess."""
-FUSED_GAIN = 0.1
-"""The same, not measured, of models whose compiled form also joins operations that the plain one
+COMPILED_GAIN, FUSED_GAIN = 0.03, 0.1
+"""Share of the work's time that compiling wins: 25.0 instead of 24.3 k tokens/s, the same shape.
+More, though that is not measured, of models whose compiled form joins operations that the plain one
 has apart: quantized, or over several GPUs (config/vllm.py, OPTIMIZATION_LEVEL_02, 0.26 to 0.33)."""
 DECODED_PER_S, READ_PER_S = 20_000, 50_000
 """Tokens that the same shape decodes and reads, for jobs that have not run yet."""
@@ -88,8 +86,6 @@ TYPICAL_PROMPT, TYPICAL_ANSWER = 500, 512
 ENVIRONMENT = {
     # It phones home otherwise.
     "VLLM_NO_USAGE_STATS": "1",
-    # Our encoder thread runs while the engine starts; forking beside threads is not safe.
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # The model is a local folder: any lookup would be a surprise, or a hang without a network.
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -106,6 +102,8 @@ CPU_ENVIRONMENT = {
     # A front end beside the core would be two more interpreters (1.2 GB, 15 s) for processor
     # cores that are busy anyway. On a GPU the default stays: it works beside the core.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Else our encoder would have to wait, see `forks_core`.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
 ARGS, LLM = Path("engine", "arg_utils.py"), Path("entrypoints", "llm.py")
@@ -168,6 +166,20 @@ def prepare_environment(*, is_cpu: bool) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     keep_bytecode()
+
+
+def forks_core() -> bool:
+    """Whether vLLM forks its core from this process, its own default for a GPU.
+
+    A core that is spawned imports vLLM a second time: with a model of 0.6B it was ready after 49 s
+    instead of 27 (H200, vLLM 0.26). To fork is safe while no other thread is at work that holds a
+    lock, since in the core nobody would ever release it: so what tokenizes waits until it is
+    forked. What else there is waits for the parent's messages, or reads files, without a lock.
+    vLLM spawns it all the same where it has to (CUDA is in use: utils/system_utils.py,
+    _maybe_force_spawn, 0.26 to 0.33).
+    """
+    method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    return method == "fork" and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
 
 
 def keep_bytecode() -> None:
@@ -257,8 +269,8 @@ def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
     if not isinstance(seqs, int):
         return {}
     num_answers = spec.sampling_params.get("n", 1)
-    gains = (FUSED_GAIN, FUSED_GAIN) if _is_fused(spec) else (DECODE_GAIN, PREFILL_GAIN)
-    if spec.work is None or pays_to_compile(spec.work, num_answers, gains):
+    gain = FUSED_GAIN if _is_fused(spec) else COMPILED_GAIN
+    if spec.work is None or pays_to_compile(spec.work, num_answers, gain):
         return {"cudagraph_capture_sizes": capture_sizes(seqs)} if seqs > CAPTURED else {}
     sizes = capture_sizes(max(1, min(seqs, spec.work.num_rows * num_answers)))
     return {"compilation_config": {**NOT_COMPILED, "cudagraph_capture_sizes": sizes}}
@@ -273,25 +285,21 @@ def _is_fused(spec: EngineSpec) -> bool:
         return False
 
 
-def pays_to_compile(
-    work: WorkLeft, num_answers: int, gains: tuple[float, float] = (DECODE_GAIN, PREFILL_GAIN)
-) -> bool:
+def pays_to_compile(work: WorkLeft, num_answers: int, gain: float = COMPILED_GAIN) -> bool:
     """Whether work is so long that a compiled model makes up for its start.
 
     Args:
         work: What is left.
         num_answers: Of a row.
-        gains: Share of the time that it wins in decoding, and in reading prompts.
+        gain: Share of the work's time that it wins.
     """
-    answer, prompt = work.output_tokens, work.prompt_tokens or TYPICAL_PROMPT
-    if work.rows_per_s is None:
-        answer = min(answer, TYPICAL_ANSWER)
-    decode_s = work.num_rows * num_answers * answer / DECODED_PER_S
-    read_s = work.num_rows * prompt / READ_PER_S
-    gain_s = gains[0] * decode_s + gains[1] * read_s
-    if work.rows_per_s is not None and gain_s:
-        gain_s *= work.num_rows / work.rows_per_s / (decode_s + read_s)
-    return gain_s > (CACHED_COMPILE_S if work.is_compiled else COMPILE_S)
+    if work.rows_per_s is not None:
+        work_s = work.num_rows / work.rows_per_s
+    else:
+        answers = work.num_rows * num_answers * min(work.output_tokens, TYPICAL_ANSWER)
+        prompts = work.num_rows * (work.prompt_tokens or TYPICAL_PROMPT)
+        work_s = answers / DECODED_PER_S + prompts / READ_PER_S
+    return gain * work_s > (CACHED_COMPILE_S if work.is_compiled else COMPILE_S)
 
 
 def capture_sizes(seqs: int) -> list[int]:
