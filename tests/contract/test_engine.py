@@ -630,14 +630,9 @@ def test_token_ids_and_texts_are_vllms_own():
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("multiprocessing", "method"), [("0", "spawn"), ("1", "spawn"), ("1", "fork")]
-)
-def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing, method):
-    environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing,
-        "VLLM_WORKER_MULTIPROC_METHOD": method,
-    }
+@pytest.mark.parametrize("multiprocessing", ["0", "1"])
+def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing):
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
     pgid, num_members = kill_parent(make_spec("vllm", tmp_path / "log"), "up", environment)
     assert num_members >= (3 if multiprocessing == "1" else 1)
     assert_group_ends(pgid, within_s=3.0)
@@ -645,10 +640,8 @@ def test_no_vllm_process_survives_a_killed_parent(tmp_path, multiprocessing, met
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_a_killed_engine_core_is_told_at_once(tmp_path, monkeypatch, method):
+def test_a_killed_engine_core_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", method)
     with closing(start("vllm", tmp_path / "log")) as engine:
         wait_until_up(engine)
         core = next(p for p in group_members(engine.pid) if "EngineCore" in " ".join(p.cmdline()))
