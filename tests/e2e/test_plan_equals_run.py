@@ -102,7 +102,10 @@ def compare(job: Path, args: list[str], options: dict[str, Any]) -> None:
     if plan["state"] == "refused":
         with pytest.raises(BatchgenError) as refused:
             batchgen.run(job, **options)
-        assert (plan["exit_code"], plan["reason"]) == (refused.value.exit_code, str(refused.value))
+        assert plan["exit_code"] == refused.value.exit_code
+        # What to do about it is told in the words of whoever asked, the shell or Python.
+        why, _, _ = plan["reason"].partition("\nundo")
+        assert str(refused.value).startswith(why)
         return
     summary = batchgen.run(job, **options)
     is_done = summary.state == "nothing_to_do"
