@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ from batchgen.source.text import Scan
 from batchgen.source.values import to_python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 
     from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec, Shape
@@ -103,53 +103,78 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
             raise SourceError(path, f"is not readable as Parquet: {reason}") from error
 
 
-def _schema(path: str) -> pa.Schema:
-    """The columns, without metadata but for our own.
+class _Columns(NamedTuple):
+    """What a footer says of a file's columns."""
+
+    num_rows: int
+    schema: pa.Schema
+    """Without metadata but for our own."""
+    empty: Set[str]
+    """Those that hold nothing but nulls, as far as statistics tell."""
+
+
+def _columns(path: str) -> _Columns:
+    """Read a file's footer.
 
     Raises:
-        SourceError: The footer cannot be read, or a name repeats.
+        SourceError: It cannot be read, or a name repeats.
     """
     with _opened(path) as file:
-        found = file.schema_arrow
+        found, facts = file.schema_arrow, file.metadata
+        groups = [facts.row_group(at) for at in range(facts.num_row_groups)]
     repeated = sorted({name for name in found.names if found.names.count(name) > 1})
     if repeated:
         raise SourceError(path, f"repeats the columns {repeated}, expected every name once")
-    return pa.schema(
-        [pa.field(f.name, f.type, metadata=JSON_METADATA if is_json(f) else None) for f in found]
-    )
+    fields = [
+        pa.field(f.name, f.type, metadata=JSON_METADATA if is_json(f) else None) for f in found
+    ]
+    chunks = [group.column(at) for group in groups for at in range(group.num_columns)]
+    filled = {chunk.path_in_schema.split(".")[0] for chunk in chunks if not _is_empty(chunk)}
+    return _Columns(facts.num_rows, pa.schema(fields), {*found.names} - filled)
+
+
+def _is_empty(chunk: pq.ColumnChunkMetaData) -> bool:
+    told = chunk.statistics
+    return told is not None and told.has_null_count and told.null_count == chunk.num_values
 
 
 def _common_schema(paths: Sequence[str]) -> pa.Schema:
     """The columns of files, those in which they differ marked, see `differing`.
 
-    A file without rows has no say, unless all are such.
+    A file without rows has no say, unless all are such; nor has a column of nothing but nulls.
     """
-    schemas = {path: _schema(path) for path in paths}
-    first, *others = [path for path in paths if _num_rows(path)] or paths
-    fields = {field.name: field for field in schemas[first]}
+    found = {path: _columns(path) for path in paths}
+    first, *others = [path for path in paths if found[path].num_rows] or paths
+    fields, empty = {field.name: field for field in found[first].schema}, found[first].empty
     for path in others:
-        here = schemas[path]
-        for name in dict.fromkeys([*fields, *here.names]):
-            fields[name] = _joined(name, fields.get(name), here, (path, first))
+        here = {field.name: field for field in found[path].schema}
+        for name in dict.fromkeys([*fields, *here]):
+            one, other = fields.get(name), here.get(name)
+            if one is not None and is_differing(one):
+                continue
+            kind = None
+            if one is not None and other is not None:
+                kind = common_type(one.type, other.type) or common_type(
+                    pa.null() if name in empty else one.type,
+                    pa.null() if name in found[path].empty else other.type,
+                )
+            fields[name] = _field(name, one, other, kind, (path, first))
+        empty &= found[path].empty
     return pa.schema(list(fields.values()))
 
 
-def _num_rows(path: str) -> int:
-    with _opened(path) as file:
-        return int(file.metadata.num_rows)
-
-
-def _joined(name: str, field: pa.Field | None, here: pa.Schema, files: tuple[str, str]) -> pa.Field:
-    """The field of a column so far and of one more file."""
-    other = here.field(name) if name in here.names else None
-    if field is not None and is_differing(field):
-        return field
-    if field is not None and other is not None:
-        kind = common_type(field.type, other.type)
-        if kind is not None:
-            return field.with_type(kind)
-    one, two = (str(it.type) if it is not None else "absent" for it in (other, field))
-    return differing(name, *files, f"{name!r} is {one} here, {two} there")
+def _field(
+    name: str,
+    one: pa.Field | None,
+    other: pa.Field | None,
+    kind: pa.DataType | None,
+    files: tuple[str, str],
+) -> pa.Field:
+    """A column of two files with their common type, or marked."""
+    if one is not None and kind is not None:
+        return one.with_type(kind)
+    there, here = (str(it.type) if it is not None else "absent" for it in (one, other))
+    return differing(name, *files, f"{name!r} is {here} here, {there} there")
 
 
 def _wanted(
@@ -291,6 +316,8 @@ def _as_planned(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, _Bad]:
     """Give a column the type that it has in all files; null what does not fit."""
     if column.type.equals(kind):
         return column, {}
+    if column.null_count == len(column):
+        return pa.nulls(len(column), kind), {}
     try:
         return column.cast(kind), {}
     except pa.ArrowException:

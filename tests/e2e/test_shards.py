@@ -199,3 +199,18 @@ def test_folders_that_prompts_do_not_read_are_no_part_of_their_keys(tmp_path):
     flat = write_job(tmp_path, "flat", prompt={"user": USER}, output={"path": "flat-out"})
     batchgen.run(flat)
     assert keys(flat) == keys(write_job(tmp_path, "in/*/*.parquet", prompt={"user": USER}))
+
+
+def test_a_column_of_nothing_but_nulls_has_no_say_whatever_type_it_is_written_with(tmp_path):
+    """As pandas writes a column of texts on a day without any: numbers, all of them null."""
+    tags = pa.array([["x"], None], pa.list_(pa.string()))
+    texts = {"text": ["a", "b"], "note": ["n", None], "tags": tags}
+    nulls = {"text": ["c"], "note": pa.nulls(1, pa.float64()), "tags": pa.nulls(1, pa.float64())}
+    (tmp_path / "data").mkdir()
+    for number, columns in enumerate([nulls, texts, nulls]):
+        pq.write_table(pa.table(columns), tmp_path / f"data/{number}.parquet")
+    job = write_job(tmp_path, "data", prompt={"user": "{{ text }}{{ note or '' }}"})
+    assert batchgen.run(job).num_ok == 4
+    out = pq.read_table(tmp_path / "out/part-00000.parquet")
+    assert out["note"].to_pylist() == [None, "n", None, None]
+    assert out["tags"].to_pylist() == [None, ["x"], None, None]
