@@ -44,7 +44,7 @@ from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
     digest_reader,
 )
-from batchgen.store.result_files import ResultFile, num_unasked
+from batchgen.store.result_files import ResultFile, num_unanswered
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import Index
 from batchgen.store.visible import raise_if_damaged, show
@@ -130,23 +130,26 @@ def has_come_to_nothing(ledger: Ledger, plan: Plan) -> bool:
     """Tell whether the newest plan may be put aside: no snapshot, and no engine's answer since.
 
     Every part since the last snapshot counts, accepted or not, of whatever plan; what cannot be
-    read counts too. Rows that were skipped, or are errors of the input, are no loss.
+    read counts too. Rows that were skipped, or have no answer, are no loss, and what was taken over
+    is where it was taken from.
     """
     if ledger.manifest(plan.number) is not None:
         return False
     newest = ledger.latest_manifest()
     last_epoch = newest.epoch if newest is not None else 0
     since = (name for name in ledger.storage.list(PARTS) if epoch_of(name) > last_epoch)
-    return not any(_may_hold_rows(ledger, name) for name in since)
+    return not any(_may_hold_answers(ledger, name) for name in since)
 
 
-def _may_hold_rows(ledger: Ledger, name: str) -> bool:
+def _may_hold_answers(ledger: Ledger, name: str) -> bool:
     with ResultFile(ledger.storage.path(name)) as file:
         try:
             footer = PartFooter.from_metadata(file.metadata)
-            return footer.num_results > num_unasked(footer.tally)
         except (ValueError, StorageError):
             return True
+    # See `footer_facts`, and `Commits.taken` for those that are taken over.
+    is_taken = "batchgen" in footer.engine and "device" not in footer.engine
+    return not is_taken and footer.num_results > num_unanswered(footer.tally)
 
 
 def _instead_of(ledger: Ledger, checked: Checked, plan: Plan, options: RunOptions) -> Decision:

@@ -314,6 +314,26 @@ def test_a_start_that_failed_does_not_pin_the_job(tmp_path: Path) -> None:
     assert run_cli("verify", job).returncode == 0
 
 
+def test_rows_that_no_engine_has_answered_do_not_pin_the_job(tmp_path: Path) -> None:
+    """Broken lines and rows taken over are committed before the engine is up."""
+    source = tmp_path / "in.jsonl"
+    write_lines(source, numbered(0, 5))
+    gate = {"max_error_rate": 1.0}
+    job = write_job(tmp_path, "in.jsonl", gate=gate)
+    batchgen.run(job)
+    with source.open("a") as file:
+        file.writelines('{"broken\n' for _ in range(21))
+        file.write('{"id": 9, "text": "new"}\n')
+    write_job(tmp_path, "in.jsonl", gate=gate, prompt={"user": "{{ id }}"})
+    fail_to_start(job, accept_recipe=True, only_errors=True)
+    parts = (tmp_path / "out/_batchgen/parts").iterdir()
+    assert sum(len(pl.read_parquet(part)) for part in parts) == 26
+    write_job(tmp_path, "in.jsonl", gate=gate)
+    summary = batchgen.run(job)
+    assert (summary.state, summary.num_ok, summary.num_errors) == ("complete", 6, 21)
+    assert summary.run["num_ok"] == 1
+
+
 def test_a_start_that_failed_does_not_open_the_way_over_what_is_published(tmp_path: Path) -> None:
     write_lines(tmp_path / "in.jsonl", numbered(0, 5))
     job = write_job(tmp_path, "in.jsonl")

@@ -69,7 +69,7 @@ class Lab:
         self.ledger.put_plan(plan)
         return plan
 
-    def commit(self, plan, *rows, skipped=None, epoch=None, error=None, attempts=1):
+    def commit(self, plan, *rows, skipped=None, epoch=None, error=None, attempts=1, facts=None):
         """Claim, and end these rows of the first file; all as errors, if there is one."""
         epoch = epoch or self.ledger.claim(plan, "run-1", {})
         ids = pa.record_batch({"id": ["x"] * len(rows), "text": ["y"] * len(rows)})
@@ -80,7 +80,7 @@ class Lab:
             batch(rows, carried=ids), errors=dict.fromkeys(rows, error) if error else {}
         )
         ended = [one._replace(attempts=attempts) for one in ended]
-        return writer.commit(ended, skipped or {}, {}).name
+        return writer.commit(ended, skipped or {}, facts or {}).name
 
     def publish(self, plan):
         files = [PublishedFile("part-00000.parquet", plan.num_rows, 1, "")]
@@ -427,20 +427,27 @@ def test_a_plan_that_came_to_nothing_binds_nobody(lab, begin, tables, options):
     assert_goes_on(lab.decide(options), plan)  # As long as nothing has changed.
 
 
-@pytest.mark.parametrize("was_asked", [True, False])
-def test_error_rows_bind_if_an_engine_was_asked_for_them(lab, was_asked):
+@pytest.mark.parametrize("attempts", [0, 1])
+@pytest.mark.parametrize("kind", ["bad_json", "prompt_too_long", "engine_crash"])
+def test_rows_without_an_answer_bind_nobody_whether_an_engine_was_asked_or_not(lab, kind, attempts):
     plan = lab.plan()
-    lab.commit(plan, 0, 1, error=RowError("bad_json", "..."), attempts=int(was_asked))
-    if was_asked:
-        refused(lab, **OTHER_RECIPE)
-    else:
-        assert_begins(lab.decide(**OTHER_RECIPE), seen=plan)
+    lab.commit(plan, 0, 1, error=RowError(kind, "..."), attempts=attempts)
+    assert_begins(lab.decide(**OTHER_RECIPE), seen=plan)
 
 
-def test_one_answer_among_rows_that_no_engine_saw_binds(lab):
+def test_one_answer_among_rows_that_have_none_binds(lab):
     plan = lab.plan()
     lab.commit(plan, 0, error=RowError("bad_json", "..."), attempts=0)
     lab.commit(plan, 1)
+    refused(lab, **OTHER_RECIPE)
+
+
+def test_answers_that_were_taken_over_bind_where_they_come_from(lab):
+    plan = lab.plan()
+    lab.commit(plan, 0, facts={"batchgen": "0.1.0"})
+    assert_begins(lab.decide(**OTHER_RECIPE), seen=plan)
+    facts = {"batchgen": "0.1.0", "engine": "vllm", "version": "0.26", "device": "cpu"}
+    lab.commit(plan, 1, facts=facts)
     refused(lab, **OTHER_RECIPE)
 
 
