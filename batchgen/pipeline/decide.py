@@ -25,6 +25,7 @@ from batchgen.core.errors import (
     RecipeChangedError,
     StorageError,
 )
+from batchgen.core.records import Verdict
 from batchgen.core.runtime import option
 from batchgen.pipeline.frozen import (
     Before,
@@ -44,7 +45,7 @@ from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
     digest_reader,
 )
-from batchgen.store.result_files import ResultFile, num_unanswered
+from batchgen.store.result_files import VERDICT, ResultFile
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import Index
 from batchgen.store.visible import raise_if_damaged, show
@@ -149,7 +150,8 @@ def _may_hold_answers(ledger: Ledger, name: str) -> bool:
             return True
     # See `footer_facts`, and `Commits.taken` for those that are taken over.
     is_taken = "batchgen" in footer.engine and "device" not in footer.engine
-    return not is_taken and footer.num_results > num_unanswered(footer.tally)
+    num_unanswered = footer.tally.get(VERDICT, {}).get(Verdict.ERROR, 0)
+    return not is_taken and footer.num_results > num_unanswered
 
 
 def _instead_of(ledger: Ledger, checked: Checked, plan: Plan, options: RunOptions) -> Decision:

@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 
 from batchgen.core.data import gather_rows, lazy_frame, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
-from batchgen.core.records import Ranges, RowSet, Verdict, writable_text
+from batchgen.core.records import Ranges, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
 from batchgen.storage import raise_if_not_damage
 from batchgen.store.books import Part, PartFooter
@@ -143,11 +143,6 @@ VERDICT, ATTEMPTS = "verdict", "attempts"
 def num_unasked(tally: Mapping[str, Mapping[str, int]]) -> int:
     """Count the results that no engine was asked for: not JSON, or without a column."""
     return tally.get(ATTEMPTS, {}).get("0", 0)
-
-
-def num_unanswered(tally: Mapping[str, Mapping[str, int]]) -> int:
-    """Count the results that have no answer, whether an engine was asked or not."""
-    return tally.get(VERDICT, {}).get(Verdict.ERROR, 0)
 
 
 def tally(
