@@ -311,9 +311,16 @@ def test_weights_are_read_into_the_page_cache(tmp_path):
 
 FORKS = """
 import os, sys, threading
-from batchgen.engine.vllm.settings import forks_core, prepare_environment
+from batchgen.engine.vllm.settings import forks_core, prepare_environment, set_when_forked
 prepare_environment(is_cpu=sys.argv[1] == "cpu")
-print(forks_core())
+may_encode = threading.Event()
+set_when_forked(may_encode)
+before = may_encode.is_set()
+core = os.fork()
+if not core:
+    os._exit(may_encode.is_set() and forks_core())
+assert os.waitpid(core, 0)[1] == 0
+print(forks_core(), before, may_encode.is_set())
 """
 
 
@@ -341,4 +348,5 @@ def test_vllm_forks_its_core_on_a_gpu_unless_the_user_says_otherwise(device, env
         text=True,
         check=True,
     )
-    assert done.stdout == f"{forks}\n"
+    # What tokenizes waits for the fork, and only where there is one.
+    assert done.stdout == f"{forks} {not forks} True\n"

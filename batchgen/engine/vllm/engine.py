@@ -52,11 +52,11 @@ from batchgen.engine.vllm.params import (
 )
 from batchgen.engine.vllm.settings import (
     choose_settings,
-    forks_core,
     gpus_of,
     is_cpu_build,
     llm_kwargs,
     prepare_environment,
+    set_when_forked,
     start_error,
 )
 from batchgen.engine.vllm.shares import shared_memory
@@ -206,10 +206,7 @@ class VllmEngine:
         config = structured_outputs_config(spec)
         splitter = Splitter(spec, load_tokenizer(spec)) if has_parser(spec) else None
         self._loras = lora_requests(spec.loras)
-        if forks_core():
-            os.register_at_fork(after_in_parent=self._may_encode.set)
-        else:
-            self._may_encode.set()
+        set_when_forked(self._may_encode)
         prime_with_prompt_ends()
         own = llm_kwargs(spec, is_cpu=self._is_cpu)
         self._settings = choose_settings(spec, usual_max_num_seqs(spec.model_kwargs))

@@ -37,6 +37,7 @@ from batchgen.core.errors import ConfigError, EngineError, nearest, one_line
 from batchgen.engine.devices import vllm_build
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator, Mapping
     from types import FrameType
 
@@ -180,6 +181,14 @@ def forks_core() -> bool:
     """
     method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     return method == "fork" and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
+
+
+def set_when_forked(event: threading.Event) -> None:
+    """Set an event once vLLM has forked its core; at once if it will not."""
+    if forks_core():
+        os.register_at_fork(after_in_parent=event.set)
+    else:
+        event.set()
 
 
 def keep_bytecode() -> None:
