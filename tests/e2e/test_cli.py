@@ -302,16 +302,16 @@ def test_a_run_with_time_enough_completes(job: Path) -> None:
     assert object_of(run_cli("run", job, "--json", *args))["state"] == "complete"
 
 
-def test_the_summary_says_where_rows_come_from(tmp_path: Path) -> None:
+def test_the_summary_says_where_rows_come_from() -> None:
     run = {"num_ok": 1200, "num_errors": 34}
     for taken in ({"num_carried": 7}, {"num_copied": 8}, {"num_carried": 7, "num_copied": 8}):
-        lines = _as_text(Summary("complete", 0, run=run, **taken), tmp_path).splitlines()
+        lines = _as_text(Summary("complete", 0, run=run, **taken)).splitlines()
         carried, copied = taken.get("num_carried", 0), taken.get("num_copied", 0)
         assert lines[2] == (
             f"  of them  {carried} taken over, {copied} copied from equal rows, 1,234 computed in "
             "this run"
         )
-    assert "of them" not in _as_text(Summary("complete", 0, run=run), tmp_path)
+    assert "of them" not in _as_text(Summary("complete", 0, run=run))
 
 
 def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) -> None:
@@ -325,10 +325,10 @@ def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) 
     assert second.endswith(" left")
 
 
-def test_the_summary_of_a_stopped_run_gives_its_reason(tmp_path: Path) -> None:
+def test_the_summary_of_a_stopped_run_gives_its_reason() -> None:
     reason = "deadline 2026-11-23T06:00+00:00, with work left; run again to go on"
     stopped = Summary("stopped", 75, reason=reason, num_ok=3, num_left=4)
-    assert _as_text(stopped, tmp_path).splitlines()[:2] == [
+    assert _as_text(stopped).splitlines()[:2] == [
         f"stopped: {reason}",
         "  rows     3 ok, 0 errors, 4 left",
     ]
