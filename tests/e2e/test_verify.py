@@ -202,7 +202,8 @@ def ledger_of(job: Path) -> Ledger:
         (flip_a_copy, f"{FIRST}: has other bytes than were published (sha256 differs); {MENDED}"),
         (
             double,
-            f"part-00002.parquet: is no file of the newest snapshot, {SEEN}; the next run removes it",
+            f"part-00002.parquet: is no file of the newest snapshot, {SEEN}; the next run "
+            "removes it",
         ),
         (lose_in_a_link, f"{FIRST}: cannot be read (No such file or directory); {MENDED}"),
     ],
