@@ -16,7 +16,7 @@ from batchgen.core.errors import (
     RecipeChangedError,
     SourceError,
 )
-from batchgen.core.records import Ranges, RowError, RowSet, WorkLeft
+from batchgen.core.records import Ranges, RowError, RowSet, Verdict, WorkLeft
 from batchgen.job.recipe import fingerprint
 from batchgen.pipeline.compute import lengths_of, work_of
 from batchgen.pipeline.context import RunOptions
@@ -69,8 +69,11 @@ class Lab:
         self.ledger.put_plan(plan)
         return plan
 
-    def commit(self, plan, *rows, skipped=None, epoch=None, error=None, attempts=1, facts=None):
-        """Claim, and end these rows of the first file; all as errors, if there is one."""
+    def commit(self, plan, *rows, skipped=None, epoch=None, error=None, facts=None, **changes):
+        """Claim, and end these rows of the first file; all as errors, if there is one.
+
+        `changes` are of the results: attempts, verdict.
+        """
         epoch = epoch or self.ledger.claim(plan, "run-1", {})
         ids = pa.record_batch({"id": ["x"] * len(rows), "text": ["y"] * len(rows)})
         schema = self.decide(FRESH).prepared.part_schema
@@ -79,7 +82,7 @@ class Lab:
         ended = results(
             batch(rows, carried=ids), errors=dict.fromkeys(rows, error) if error else {}
         )
-        ended = [one._replace(attempts=attempts) for one in ended]
+        ended = [one._replace(**changes) for one in ended]
         return writer.commit(ended, skipped or {}, facts or {}).name
 
     def publish(self, plan):
@@ -433,6 +436,13 @@ def test_rows_without_an_answer_bind_nobody_whether_an_engine_was_asked_or_not(l
     plan = lab.plan()
     lab.commit(plan, 0, 1, error=RowError(kind, "..."), attempts=attempts)
     assert_begins(lab.decide(**OTHER_RECIPE), seen=plan)
+
+
+def test_answers_that_are_errors_bind(lab):
+    plan = lab.plan()
+    error = RowError("schema_violation", "not of the choices")
+    lab.commit(plan, 0, 1, error=error, attempts=2, verdict=Verdict.SCHEMA_VIOLATION)
+    refused(lab, **OTHER_RECIPE)
 
 
 def test_one_answer_among_rows_that_have_none_binds(lab):
