@@ -118,11 +118,6 @@ class EngineGroup:
         return combined(one.stats for one in self._members)
 
     @property
-    def num_deaths(self) -> int:
-        """How many engines have died."""
-        return sum(one.num_deaths for one in self._members)
-
-    @property
     def warnings(self) -> list[str]:
         """What a person should know though the run went on, a line each; not the deaths."""
         numbered = enumerate(self._members, 1)

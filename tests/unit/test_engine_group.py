@@ -137,7 +137,7 @@ def test_a_death_costs_only_its_engines_requests():
     assert lab.deaths[0][0].num_in_flight == RUN_ROWS
     done += lab.finish()
     assert answers(done) == list(range(2 * RUN_ROWS))
-    assert lab.group.num_deaths == 1
+    assert len(lab.deaths) == 1
 
 
 def test_one_that_is_searched_gets_no_new_requests():
