@@ -30,9 +30,12 @@ from batchgen.source.reading import Rows, make_batch, shape_of, to_arrays, to_va
 from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
     MAX_LINE_BYTES,
+    blank_lines,
     digest_prefix,
     is_seekable,
-    iter_lines,
+    iter_bodies,
+    lines_of,
+    num_lines_of,
     read_lines,
     scan_lines,
     why_not_utf8,
@@ -120,8 +123,17 @@ class JsonlReader:
 
     def _sample(self, path: str, num_lines: int) -> list[tuple[int, bytes | None]]:
         """Return the first lines that are not blank, and their rows."""
-        lines = enumerate(iter_lines(path, self._encoding))
-        return list(islice(((at, it) for at, it in lines if it is None or it.strip()), num_lines))
+        found: list[tuple[int, bytes | None]] = []
+        row = 0
+        for body in iter_bodies(path, self._encoding):
+            num_blank = blank_lines(body)
+            lines = enumerate([] if num_blank else lines_of(body), row)
+            full = ((at, line) for at, line in lines if line is None or line.strip())
+            found += islice(full, num_lines - len(found))
+            if len(found) == num_lines:
+                break
+            row += num_blank or num_lines_of(body)
+        return found
 
     def _parse(self, path: str, found: Lines, shape: Shape, schema: pa.Schema) -> Rows:
         rows, lines, blank = found
@@ -159,6 +171,8 @@ def _parse_line(
     line: bytes | None, encoding: str | None = None
 ) -> dict[str, Any] | RowError | None:
     """Parse a line; None if it is blank."""
+    if line == b"":
+        return None
     if line is None:
         return RowError("line_too_long", f"line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:

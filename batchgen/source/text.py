@@ -100,6 +100,9 @@ class _Raw:
         self._file = file
         self._on_raw = on_raw
 
+    def close(self) -> None:
+        """Leave the file open: it is closed by who opened it."""
+
     def block(self) -> bytes:
         """Read a block."""
         return self.read(BLOCK_BYTES)
@@ -235,7 +238,8 @@ def scan_lines(
         if num_blank := blank_lines(body):
             on_lines(num_rows, [])
             if on_rows is not None:  # They are no rows: it does not matter whether they moved.
-                on_rows(NO_DIGEST * num_blank)
+                for at in range(0, num_blank, _BLANK_DIGESTS):
+                    on_rows(_NO_DIGESTS[: (num_blank - at) * DIGEST_BYTES])
             num_rows += num_blank
             continue
         lines = lines_of(body)
@@ -248,22 +252,25 @@ def scan_lines(
     return Scan(num_rows, hashed.hexdigest())
 
 
+_BLANK_DIGESTS = 1 << 16
+_NO_DIGESTS = NO_DIGEST * _BLANK_DIGESTS
 _SCAN_LINES = 256
 """Lines looked at together: so few that the processor's cache holds them."""
 
 
-def _num_lines(body: bytes | None) -> int:
+def num_lines_of(body: bytes | None) -> int:
+    """Count the lines of a run."""
     return 1 if body is None else body.count(b"\n") + 1
 
 
 def blank_lines(body: bytes | None) -> int:
     """Count the lines of a run that holds nothing; 0 for one that does."""
-    return _num_lines(body) if body is not None and (not body or body.isspace()) else 0
+    return num_lines_of(body) if body is not None and (not body or body.isspace()) else 0
 
 
 def _digest(line: bytes | None) -> bytes:
-    """Of a line that is not kept: `NO_DIGEST`, which is no line's."""
-    if line is None:
+    """Of a line that is not kept, or is empty: `NO_DIGEST`, which is no line's."""
+    if not line:
         return NO_DIGEST
     return hashlib.sha256(line).digest()[:DIGEST_BYTES]
 
@@ -379,7 +386,7 @@ def _wanted(
     while left:
         first, offset = places.before(left[-1][0])
         for body, after in _bodies(path, max_line_bytes, start=offset, encoding=encoding):
-            stop = first + _num_lines(body)
+            stop = first + num_lines_of(body)
             places.add(stop, after)
             if left[-1][0] < stop:
                 lines = None if blank_lines(body) else lines_of(body, max_line_bytes)
