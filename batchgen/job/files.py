@@ -316,6 +316,10 @@ def absolute(base: Path, path: str) -> str:
     """
     if is_url(path):
         return path
+    scheme, colon, rest = path.partition(":/")
+    if colon and re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme) and not (base / f"{scheme}:").exists():
+        msg = f"{path!r} looks like a URL with one slash, expected such as {scheme}://{rest}"
+        raise ValueError(msg)
     path = _with_variables(base, path)
     encoded = os.fsencode(path)
     if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
@@ -326,11 +330,17 @@ def absolute(base: Path, path: str) -> str:
         os.path.lexists(base / first) or any(char in first for char in "*?[")
     )
     try:
-        # normpath, not resolve: a symlinked input keeps the name that the user gave it.
-        return os.path.normpath(base / (path if is_there else Path(path).expanduser()))
+        full = base / (path if is_there else Path(path).expanduser())
     except RuntimeError:
         msg = f"{path!r}: there is no such user"
         raise ValueError(msg) from None
+    # normpath, not resolve: a symlinked input keeps the name that the user gave it.
+    normal = os.path.normpath(full)
+    if ".." in full.parts and os.path.realpath(full) != os.path.realpath(normal):
+        # Behind a link to a folder, `..` is where the link leads to.
+        at = len(full.parts) - full.parts[::-1].index("..")
+        return str(Path(os.path.realpath(Path(*full.parts[:at])), *full.parts[at:]))
+    return normal
 
 
 def _with_variables(base: Path, path: str) -> str:

@@ -42,7 +42,8 @@ class InputStat:
 
     size_bytes: int
     version: str
-    """mtime in ns for a local file, ETag or the like for a remote one; empty: it tells nothing."""
+    """mtime in ns for a local file, with that of the link if it is one; ETag or the like for a
+    remote one; empty: it tells nothing."""
 
     def is_still(self, other: InputStat) -> bool:
         """Whether a file that was `other` has not changed, as told without reading it."""
@@ -75,7 +76,10 @@ def stat_input(path: str) -> InputStat:
     try:
         if not is_url(path):
             info = Path(path).stat()
-            return InputStat(info.st_size, str(info.st_mtime_ns))
+            version = str(info.st_mtime_ns)
+            if Path(path).is_symlink():  # It may be turned to another file of equal size and time.
+                version += f" {Path(path).lstat().st_mtime_ns}"
+            return InputStat(info.st_size, version)
         import fsspec
 
         fs, inner = fsspec.core.url_to_fs(path)

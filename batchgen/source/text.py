@@ -237,9 +237,9 @@ def scan_lines(
     for body, _ in _bodies(path, MAX_LINE_BYTES, hashed.update, encoding=encoding):
         if num_blank := blank_lines(body):
             on_lines(num_rows, [])
-            if on_rows is not None:  # They are no rows: it does not matter whether they moved.
+            if on_rows is not None:
                 for at in range(0, num_blank, _BLANK_DIGESTS):
-                    on_rows(_NO_DIGESTS[: (num_blank - at) * DIGEST_BYTES])
+                    on_rows(_BLANK_DIGEST * min(num_blank - at, _BLANK_DIGESTS))
             num_rows += num_blank
             continue
         lines = lines_of(body)
@@ -253,7 +253,7 @@ def scan_lines(
 
 
 _BLANK_DIGESTS = 1 << 16
-_NO_DIGESTS = NO_DIGEST * _BLANK_DIGESTS
+_BLANK_DIGEST = hashlib.sha256().digest()[:DIGEST_BYTES]
 _SCAN_LINES = 256
 """Lines looked at together: so few that the processor's cache holds them."""
 
@@ -269,9 +269,9 @@ def blank_lines(body: bytes | None) -> int:
 
 
 def _digest(line: bytes | None) -> bytes:
-    """Of a line that is not kept, or is empty: `NO_DIGEST`, which is no line's."""
+    """Of a line that is not kept: `NO_DIGEST`, which is no line's."""
     if not line:
-        return NO_DIGEST
+        return NO_DIGEST if line is None else _BLANK_DIGEST
     return hashlib.sha256(line).digest()[:DIGEST_BYTES]
 
 

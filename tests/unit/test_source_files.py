@@ -351,3 +351,39 @@ def test_an_input_that_is_absent_is_a_source_error(tmp_path, look, where):
 def test_an_unknown_kind_of_url_is_a_source_error(look):
     with pytest.raises(SourceError, match=r"nope://x/y: .*[Pp]rotocol"):
         look("nope://x/y")
+
+
+def test_a_link_that_is_turned_to_a_file_of_equal_size_and_time_is_another_version(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(5, 5))
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    os.utime(link, ns=(7, 7), follow_symlinks=False)
+    before = stat_input(str(link))
+    assert stat_input(str(link)).is_still(before)
+    link.unlink()
+    link.symlink_to("two")
+    assert not stat_input(str(link)).is_still(before)
+    assert stat_input(str(tmp_path / "one")).version == "5"
+
+
+def test_two_dots_behind_a_link_are_where_the_link_leads(tmp_path):
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far" / "deep")
+    base = tmp_path / "near"
+    assert absolute(base, "link/../in.jsonl") == str(tmp_path / "far" / "in.jsonl")
+    assert absolute(base, "link/../*.jsonl") == str(tmp_path / "far" / "*.jsonl")
+    assert absolute(base, "link/in.jsonl") == str(base / "link" / "in.jsonl")
+    assert absolute(base, "x/../in.jsonl") == str(base / "in.jsonl")
+    assert absolute(base, "../in.jsonl") == str(tmp_path / "in.jsonl")
+
+
+@pytest.mark.parametrize("path", ["file:/x/in.jsonl", "s3:/bucket/in.jsonl"])
+def test_a_url_with_one_slash_is_refused(tmp_path, path):
+    scheme, _, rest = path.partition(":/")
+    with pytest.raises(ValueError, match=f"with one slash, expected such as {scheme}://{rest}"):
+        absolute(tmp_path, path)
+    (tmp_path / f"{scheme}:").mkdir()
+    assert absolute(tmp_path, path) == str(tmp_path / path)
