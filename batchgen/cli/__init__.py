@@ -7,6 +7,7 @@ that `--help` answers at once.
 from __future__ import annotations
 
 import io
+import resource
 import sys
 
 import click
@@ -16,7 +17,7 @@ from batchgen.cli.common import out
 from batchgen.cli.history import diff, prune, snapshots
 from batchgen.cli.look import check, doctor, plan, schema, show, status, verify
 from batchgen.cli.run import refused_usage, run, tune
-from batchgen.core.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
 from batchgen.core.runtime import lost_output, own_streams
 
 
@@ -28,6 +29,7 @@ def cli() -> None:
     Exit codes: 0 complete, 1 stopped by a fault (rerun resumes), 2 refused, 3 over a limit of
     the gate (nothing published), 75 stopped on purpose with work left, or another run is at work.
     """
+    _check_limits()
 
 
 for _command in (
@@ -35,6 +37,30 @@ for _command in (
     *(snapshots, prune, diff),
 ):
     cli.add_command(_command)
+
+
+_LIMITS = (
+    ("address space", "-v", resource.RLIMIT_AS, 2 << 30, 1 << 10),
+    ("open files", "-n", resource.RLIMIT_NOFILE, 24, 1),
+)
+"""What is limited, its option of `ulimit`, where it is asked, the least, and the option's unit.
+
+Arrow and polars reserve far more memory than they use; with less they abort, or never start.
+"""
+
+
+def _check_limits() -> None:
+    """Refuse limits of this process under which libraries break instead of telling.
+
+    Raises:
+        ConfigError: One is too low.
+    """
+    for what, option, kind, least, unit in _LIMITS:
+        limit, _ = resource.getrlimit(kind)
+        if 0 <= limit < least:
+            told = f"{what} limited to {limit // unit}, expected at least {least // unit}"
+            where = f"ulimit {option}"
+            raise ConfigError(where, [f"{told}, or unlimited; raise it in the shell"])
 
 
 def main() -> None:

@@ -111,11 +111,23 @@ def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:
     return callback
 
 
+_MOST_ROWS = 2**31
+
+
 def num_rows(default: int, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make the option `-n`, how many rows to show."""
     kind = click.IntRange(min=0)
+
+    def cap(_: click.Context, __: click.Parameter, num: int) -> int:
+        return min(num, _MOST_ROWS)
+
     return click.option(
-        "-n", "num_rows", type=kind, default=default, show_default=True, help=help_text
+        *("-n", "num_rows"),
+        type=kind,
+        default=default,
+        show_default=True,
+        callback=cap,
+        help=help_text,
     )
 
 

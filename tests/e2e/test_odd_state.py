@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 from batchgen.cli import cli as commands
 from batchgen.core.errors import BatchgenError
-from tests.e2e.support import write_job, write_rows
+from tests.e2e.support import command, write_job, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,15 +68,33 @@ def test_what_stands_in_place_of_a_state_file_is_told_and_never_waited_for(
     if kind not in {"pipe", "device"}:
         names = [name for name in names if name.suffix == ".json"]
     for number, name in enumerate(names):
-        for command in COMMANDS:
-            folder = tmp_path / f"{number}-{command}"
+        for verb in COMMANDS:
+            folder = tmp_path / f"{number}-{verb}"
             shutil.copytree(finished, folder)
             (folder / name).unlink()
             KINDS[kind](folder / name)
             with ended():
-                done = CliRunner().invoke(commands, [command, str(folder / "job.toml")])
-            assert isinstance(done.exception, BatchgenError | SystemExit | None), (name, command)
+                done = CliRunner().invoke(commands, [verb, str(folder / "job.toml")])
+            assert isinstance(done.exception, BatchgenError | SystemExit | None), (name, verb)
             if isinstance(done.exception, BatchgenError):
                 assert str(folder / "out") in str(done.exception)
                 assert done.exception.exit_code in {1, 2}
             shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("limit", ["-v 100000", "-v 300000", "-v 1500000", "-n 12"])
+def test_a_limit_that_breaks_libraries_is_told_in_a_line(finished: Path, limit: str) -> None:
+    script = f'ulimit {limit}; exec "$@"'
+    shell = ["/bin/sh", "-c", script, "sh", *command("plan", finished / "job.toml")]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    option, _, given = limit.partition(" ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"batchgen: ulimit {option}: ")
+    assert f"limited to {given}, expected at least" in line
+
+
+@pytest.mark.parametrize("num", ["0", "99999999999999999999999"])
+def test_any_number_of_rows_may_be_asked_for(finished: Path, num: str) -> None:
+    done = CliRunner().invoke(commands, ["show", str(finished / "job.toml"), "-n", num])
+    assert done.exit_code == 0
