@@ -130,6 +130,8 @@ def test_a_worker_that_is_gone_is_replaced_under_a_new_number() -> None:
     assert office.cluster.hired[2].replica == 1
     assert office.cluster.fired == [1]
     assert "it died" in office.told[0]
+    office.pool.send()  # It may get no row before its engine is up.
+    assert office.cluster.sent == {2: [], 3: [StartEngine()]}
 
 
 def test_workers_that_do_nothing_are_replaced_ever_later_and_then_no_more() -> None:
