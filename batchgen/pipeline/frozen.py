@@ -175,16 +175,15 @@ def _column_note(
 ) -> str | None:
     """Say which columns are not as first rows, or the plan before, had them."""
     is_later = before.seen is not None and bool(before.bases)
-    known = read_schema(before.seen.schema) if before.seen and is_later else prepared.columns
+    schema = read_schema(before.seen.schema) if before.seen and is_later else prepared.columns
+    known = {field.name: type_word(field) for field in schema}
     told = []
     for field in settled.carried_schema:
         firsts: dict[str, str] = {}
         for path in settled.files:
             for kind, one in found.get(path, {}).get(field.name, {}).items():
                 firsts.setdefault(kind, f"{kind} from {path}:{one.row + 1} on")
-        now, was = type_word(field), None
-        if field.name in known.names:
-            was = type_word(known.field(field.name))
+        now, was = type_word(field), known.get(field.name)
         is_odd = now == "json" and len(firsts) > 1 and not is_later
         if was != now or is_odd:
             why = f" ({', '.join(firsts.values())})" if firsts else ""

@@ -8,6 +8,7 @@ exact content, not a moving branch. `frozen` makes a plan of what is prepared he
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -215,7 +216,8 @@ def check_columns(
             check_row_test("where", job.input.where, columns)
         except ValueError as error:
             problems.append(f"input.where: {error}")
-    carried = [name for name in job.input.columns or columns.names if name in columns.names]
+    names = set(columns.names)
+    carried = [name for name in job.input.columns or columns.names if name in names]
     for check in (
         lambda: builder.columns(columns.names),
         lambda: check_gate(job, answer),
@@ -259,12 +261,13 @@ def _check_answer_columns(job: JobConfig, answer: AnswerColumns, carried: pa.Sch
 
 
 def _wrong_columns(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
+    there = set(available)
     unknown = [
         f"input.columns: no column {name!r} in the input, it has: {', '.join(available)}"
         for name in wanted
-        if name not in available
+        if name not in there
     ]
-    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    twice = sorted(name for name, num in Counter(wanted).items() if num > 1)
     return unknown + [f"input.columns: {name!r} is listed twice" for name in twice]
 
 

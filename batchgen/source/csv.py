@@ -26,6 +26,7 @@ import csv
 import itertools
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -429,7 +430,7 @@ def _header(
     if num_lines > 1 and counts_lines and _as_records(names, delimiter) is not None:
         text = f"the header goes on to line {num_lines}; is a quote in line 1 not closed?"
         raise SourceError(path, text)
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, num in Counter(names).items() if num > 1)
     if repeated:
         raise SourceError(path, f"the header repeats {repeated}, expected every name once")
     if not names and next(raw, None) is not None:

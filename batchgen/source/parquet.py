@@ -9,6 +9,7 @@ its row, as is one longer than a line may be.
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,7 +123,7 @@ def _columns(path: str) -> _Columns:
     with _opened(path) as file:
         found, facts = file.schema_arrow, file.metadata
         groups = [facts.row_group(at) for at in range(facts.num_row_groups)]
-    repeated = sorted({name for name in found.names if found.names.count(name) > 1})
+    repeated = sorted(name for name, num in Counter(found.names).items() if num > 1)
     if repeated:
         raise SourceError(path, f"repeats the columns {repeated}, expected every name once")
     fields = [

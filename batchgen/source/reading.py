@@ -177,10 +177,19 @@ def to_arrays(
     """
     arrays: dict[str, pa.Array] = {}
     errors: dict[int, RowError] = {}
+    # Of tens of thousands of columns nearly all are absent in a row, and then one list.
+    done: dict[tuple[int, pa.DataType], pa.Array] = {}
     for name, values in columns.items():
-        arrays[name], misfits = to_array(schema.field(name), values)
+        field = schema.field(name)
+        same = id(values), field.type
+        if same in done:
+            arrays[name] = done[same]
+            continue
+        arrays[name], misfits = to_array(field, values)
+        if arrays[name].null_count == len(values) and not misfits:
+            done[same] = arrays[name]
         for index, found in misfits.items():
-            error = mismatch(where_is(index), schema.field(name), found)
+            error = mismatch(where_is(index), field, found)
             errors.setdefault(index, error)
     return arrays, errors
 

@@ -283,3 +283,15 @@ def test_orjson_still_makes_floats_of_large_integers():
     """Were this to change, the search for them could go."""
     assert orjson.loads(b"18446744073709551616") == 1.8446744073709552e19
     assert type(orjson.loads(b"18446744073709551616")) is float
+
+
+def test_tens_of_thousands_of_keys_cost_what_they_hold(tmp_path):
+    """Each column of its own list would take minutes here, and a GiB."""
+    wide = {f"k{at}": at for at in range(20_000)}
+    path = write(tmp_path, json.dumps(wide).encode(), *([GOOD] * 999))
+    schema = planned([READER.scan(path).columns], {}, path)
+    (batch,) = READER.read(path, 0, Ranges.until(1000), ReadSpec(schema, schema.names, frozenset()))
+    assert not batch.errors
+    assert batch.carried.num_columns == 20_002
+    first = batch.carried.slice(0, 1).to_pylist()[0]
+    assert first == {**wide, "id": None, "n": None}
