@@ -100,6 +100,10 @@ def freeze(
     settled = _settled(prepared, keys)
     if note := _column_note(prepared, settled, before, scanner.found):
         tell(note)
+    num_left_out = len(settled.columns) - len(settled.carried)
+    if num_left_out and prepared.job.input.columns is None:
+        text = f"{num_left_out:,} keys beyond {MOST_COLUMNS:,} columns are not carried"
+        tell(f"input: {text}; name them in input.columns to have them")
     return Plan(
         number=number,
         plan_id=secrets.token_hex(8),
