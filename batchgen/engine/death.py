@@ -49,11 +49,12 @@ DEATHS_PER_CULPRIT = 10
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "MemoryError", "OutOfMemoryError", "SIGKILL")
 """CUDA's and the host's; the kernel's OOM killer leaves no other word than its signal."""
 BY_CHOSEN_SETTINGS = (
-    *("out of memory", "outofmemoryerror", "cuda graph", "cudagraph", "compilation_config"),
+    *("out of memory", "outofmemoryerror", "cuda graph", "cudagraph", "captur"),
+    "compilation_config",
     *("no available memory for the cache blocks", "available kv cache memory"),
 )
-"""CUDA's words, those of its graphs, and vLLM's of a KV cache without room: v1/core/
-kv_cache_utils.py, 0.26 to 0.33."""
+"""CUDA's words, those of its graphs and their capture, and vLLM's of a KV cache without room:
+v1/core/kv_cache_utils.py, 0.26 to 0.33."""
 TAIL_BYTES = 256 << 10
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [^\]]*\] )?")
 _CAUSE = re.compile(r"^(?!batchgen\.)[A-Za-z_][\w.]*(Error|Exception|Interrupt): .+")
@@ -83,6 +84,10 @@ class SuspectSearch:
     def num_waiting(self) -> int:
         """Suspects that are not in the engine."""
         return sum(len(group.requests) for group in self._groups)
+
+    def suspects(self) -> list[Request]:
+        """Return those that are not in the engine."""
+        return [request for group in self._groups for request in group.requests]
 
     def next_group(self) -> Sequence[Request]:
         """Clear the group inside, which must have come back, and give the next; empty if none."""
@@ -231,8 +236,11 @@ def is_out_of_memory(reason: str) -> bool:
 
 
 def may_be_by_settings(reason: str) -> bool:
-    """Whether a failed start may be due to settings that batchgen chose: memory, or graphs."""
-    return any(word in reason.lower() for word in BY_CHOSEN_SETTINGS)
+    """Whether a failed start may be due to settings that batchgen chose: memory, or graphs.
+
+    Not the machine's memory: a kill is none of their doing.
+    """
+    return "SIGKILL" not in reason and any(word in reason.lower() for word in BY_CHOSEN_SETTINGS)
 
 
 def ask_less(spec: EngineSpec, facts: EngineFacts | None) -> EngineSpec:

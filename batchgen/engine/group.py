@@ -9,8 +9,8 @@ that has it.
 - Requests go to whoever has the most room. One that is being replaced or searched gets no new
   ones, one that is not up yet only a share, lest they wait there while another has none.
 - All are waited for at once: members ring a bell when they have something to tell.
-- One that does not start is done without, and its requests go to the others. When none has
-  started there will be one engine, with all of the memory.
+- One that does not start, or dies too often, is done without, and its requests go to the others.
+  When none has started there will be one engine, with all of the memory.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from __future__ import annotations
 import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import EngineDeadError, EngineError
 from batchgen.core.records import EngineStats
 from batchgen.engine.supervised import STALL_S, SupervisedEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from batchgen.core.records import EngineFacts, EngineSpec, Request, WorkLeft
     from batchgen.engine.base import Engine
@@ -41,6 +41,12 @@ all long ones may be at one end."""
 LOADING_SHARE = 3
 """A member that is not up yet gets a third of what it holds later: what it runs at once, if it
 holds twice that and half as much again."""
+
+_COMBINED_BY: Mapping[str, Callable[[list[Any]], Any]] = {
+    "kv_cache_usage": statistics.fmean,
+    "gpu_busy": statistics.fmean,
+    "max_num_batched_tokens": max,
+}
 
 
 class EngineGroup:
@@ -72,7 +78,6 @@ class EngineGroup:
         self._is_enough = is_enough
         self._work: WorkLeft | None = None
         self._num_started = 0
-        self._facts: EngineFacts | None = None
         self._on_death = on_death
         self._stall_s = stall_s
         self._bell = threading.Event()
@@ -94,13 +99,10 @@ class EngineGroup:
     @property
     def facts(self) -> EngineFacts | None:
         """What the first engine that is up is, and how many there are; None until one is up."""
-        if self._facts is None:
-            found = next((one.facts for one in self._members if one.facts is not None), None)
-            if found is not None and self.num_members > 1:
-                settings = {**found.settings, "engines_per_gpu": self.num_members}
-                found = replace(found, settings=settings)
-            self._facts = found
-        return self._facts
+        found = next((one.facts for one in self._members if one.facts is not None), None)
+        if found is None or self.num_members == 1:
+            return found
+        return replace(found, settings={**found.settings, "engines_per_gpu": self.num_members})
 
     @property
     def capacity(self) -> int:
@@ -131,6 +133,8 @@ class EngineGroup:
             ConfigError, EngineError, EngineDeadError: See `SupervisedEngine.start`.
         """
         if not self._specs:
+            if self._error is not None:
+                raise self._error
             self._specs = self._make_specs()
             if self._is_too_little():
                 self._specs = [replace(self._specs[0], num_sharing=1)]
@@ -159,7 +163,8 @@ class EngineGroup:
             while 0 < self._num_started < len(self._specs):
                 self._start_next()
         if self._work is not None and (num := len(self._specs)):
-            share = self._work._replace(num_rows=-(-self._work.num_rows // num))
+            num_rows, speed = -(-self._work.num_rows // num), self._work.rows_per_s
+            share = self._work._replace(num_rows=num_rows, rows_per_s=speed and speed / num)
             for one in self._members:
                 one.expect(share._replace(has_gpu_alone=num == 1))
 
@@ -198,8 +203,8 @@ class EngineGroup:
         """Return what finished anywhere; wait up to `timeout_s` if that is nothing.
 
         Raises:
-            ConfigError, EngineError, EngineDeadError: See `SupervisedEngine.step`; of any member.
-                What others have finished is returned first.
+            ConfigError: See `SupervisedEngine.step`; of any member.
+            EngineError, EngineDeadError: The same, of the last one.
         """
         if self._error is not None:
             raise self._error
@@ -218,15 +223,13 @@ class EngineGroup:
             try:
                 answered += one.step(0)
             except EngineError as error:
-                if isinstance(error, EngineDeadError) or one.facts is not None or one.num_deaths:
-                    self._error = error
-                    return answered
                 self._do_without(one, error)
         return answered
 
     def _do_without(self, member: SupervisedEngine, error: EngineError) -> None:
-        """Give the requests of a member that did not start to the others, or to a last one."""
-        if len(self._specs) == 1:
+        """Give the requests of a member that is at its end to the others, or to a last one."""
+        was_up = member.facts is not None or member.num_deaths > 0
+        if len(self._members) == 1 and (was_up or len(self._specs) == 1):
             self._error = error
             return
         self._members.remove(member)
@@ -236,7 +239,8 @@ class EngineGroup:
             rest = "one engine with all of the memory is started instead"
             self._specs, self._num_started = [replace(self._specs[0], num_sharing=1)], 0
             self._start_next()
-        self._notes.append(f"an engine that was to share the GPU did not start, {rest}: {error}")
+            self._start_others()  # It hears of the work, too.
+        self._notes.append(f"an engine that shared the GPU was given up, {rest}: {error}")
         if left:
             self.add(left)
 
@@ -292,23 +296,8 @@ def combined(engines: Iterable[EngineStats]) -> EngineStats:
     """Sum up many engines; `kv_cache_usage` and `gpu_busy` are means, a step's tokens the most."""
     every = list(engines)
 
-    def total(name: str) -> int | None:
+    def of_all(name: str) -> Any:  # noqa: ANN401 - as the field is
         known = [found for one in every if (found := getattr(one, name)) is not None]
-        return sum(known) if known else None
+        return _COMBINED_BY.get(name, sum)(known) if known else None
 
-    def mean(name: str) -> float | None:
-        known = [found for one in every if (found := getattr(one, name)) is not None]
-        return statistics.fmean(known) if known else None
-
-    batched = [one.max_num_batched_tokens for one in every if one.max_num_batched_tokens]
-    return EngineStats(
-        num_running=total("num_running"),
-        num_waiting=total("num_waiting"),
-        kv_cache_usage=mean("kv_cache_usage"),
-        num_preemptions=total("num_preemptions"),
-        num_steps=total("num_steps"),
-        num_prompt_tokens=total("num_prompt_tokens"),
-        num_generated_tokens=total("num_generated_tokens"),
-        max_num_batched_tokens=max(batched, default=None),
-        gpu_busy=mean("gpu_busy"),
-    )
+    return EngineStats(**{field.name: of_all(field.name) for field in fields(EngineStats)})

@@ -272,8 +272,10 @@ class SupervisedEngine:
         return answered + self._take_blamed() if self._blamed else answered
 
     def give_up(self) -> list[Request]:
-        """Close an engine that was never up; return all that it was given."""
-        given = [*(self._life.held.values() if self._life else ()), *self._queue]
+        """Close the engine for good; return all that was added and has not come back."""
+        blamed = [request for request, _ in self._blamed]
+        given = [*(self._life.held.values() if self._life else ()), *self._search.suspects()]
+        given += [*blamed, *self._queue]
         self.close()
         return given
 

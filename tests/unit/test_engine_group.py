@@ -153,15 +153,33 @@ def test_one_that_is_searched_gets_no_new_requests():
 
 def test_what_others_have_finished_comes_before_the_end():
     first, second = FakeEngine(100), FakeEngine(100)
-    lab = Lab(second, first)
+    lab = Lab(first, second)
     lab.group.add(asks(*range(2 * RUN_ROWS)))
-    lab.steps(2)
-    lab.group.add(asks(*range(100, 100 + 2 * RUN_ROWS)))
-    first.then(EngineError("it is over"))
+    over = EngineError("it is over")
+    second.then(lambda engine: [engine.finish(at) for at in list(engine.held)[:RUN_ROWS]], over)
+    first.then(over)
     assert len(lab.steps(1)) == RUN_ROWS
     for _ in range(2):
         with pytest.raises(EngineError, match="it is over"):
             lab.group.step(0.01)
+
+
+def test_one_that_only_dies_is_done_without_and_costs_no_row():
+    def dying(spec, on_news):
+        built.append(spec)
+        # The first engine, and all that are built in its place.
+        return FakeEngine(100) if len(built) == 2 else FakeEngine(100).then(DEAD, DEAD)
+
+    built, deaths = [], []
+    group = EngineGroup(dying, lambda: [SPEC, SPEC], on_death=lambda *death: deaths.append(death))
+    group.add(asks(*range(2 * RUN_ROWS)))
+    done = []
+    while group.num_in_flight:
+        done += [completion for _, completion in group.step(0)]
+    assert answers(done) == list(range(2 * RUN_ROWS))
+    assert len(deaths) > 1
+    assert group.num_members == 1
+    assert "1 of 2 engines go on: the engine died" in group.warnings[0]
 
 
 def test_one_that_does_not_start_is_done_without():
@@ -174,16 +192,20 @@ def test_one_that_does_not_start_is_done_without():
     assert len(lab.built) == 2
     assert first.is_closed
     assert lab.group.num_members == 1
+    assert lab.group.facts == FACTS
     (warning,) = lab.group.warnings
     assert "1 of 2 engines go on: the engine did not start: CUDA out of memory" in warning
 
 
 def test_when_none_starts_one_gets_all_of_the_memory():
-    lab = Lab(FakeEngine(9, facts=None).then(NO_MEMORY), FakeEngine(9, facts=None).then(NO_MEMORY))
+    bad = [FakeEngine(9, facts=None).then(NO_MEMORY) for _ in range(2)]
+    lab = Lab(*bad, last := Listening())
+    lab.group.expect(WorkLeft(10, 100))
     lab.group.add(asks(*range(10)))
     assert answers(lab.finish()) == list(range(10))
     assert [spec.num_sharing for spec in lab.specs] == [2, 2, 1]
     assert "one engine with all of the memory is started instead" in lab.group.warnings[-1]
+    assert last.work == WorkLeft(10, 100, has_gpu_alone=True)
 
 
 def test_when_that_one_does_not_start_either_the_run_ends():
@@ -245,8 +267,16 @@ def test_the_first_has_the_gpu_alone_once_it_is_known_that_there_is_too_little_t
 def test_engines_that_share_a_gpu_hear_of_their_shares():
     lab = Lab(Listening(), Listening(), is_enough=lambda work: True)
     lab.group.start()
-    lab.group.expect(WorkLeft(1001, 100))
-    assert [engine.work for engine in lab.built] == [WorkLeft(501, 100)] * 2
+    lab.group.expect(WorkLeft(1001, 100, rows_per_s=50.0))
+    assert [engine.work for engine in lab.built] == [WorkLeft(501, 100, rows_per_s=25.0)] * 2
+
+
+def test_a_second_that_starts_later_is_told_of():
+    lab = Lab(is_enough=lambda work: True)
+    lab.group.start()
+    assert lab.group.facts == FACTS
+    lab.group.expect(WorkLeft(1000, 100))
+    assert lab.group.facts.num_engines == 2
 
 
 def test_one_that_is_built_anew_starts_for_what_is_left_now():
@@ -268,6 +298,15 @@ def test_close_closes_all_of_them():
     assert lab.group.num_in_flight == 0
     with pytest.raises(EngineDeadError, match="closed"):
         lab.group.step(0)
+
+
+def test_nothing_is_built_after_the_end():
+    lab = Lab()
+    lab.group.close()
+    for act in (lab.group.start, lambda: lab.group.add(asks(0))):
+        with pytest.raises(EngineDeadError, match="closed"):
+            act()
+    assert lab.built == []
 
 
 @settings(max_examples=150, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import EngineError
 from batchgen.core.records import EngineSpec, WorkLeft
 from batchgen.engine.death import may_be_by_settings
+from batchgen.engine.process import _exit_text
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.engine import READ_BYTES, read_ahead
 from batchgen.engine.vllm.settings import (
@@ -200,7 +202,7 @@ def test_a_start_without_memory_is_tried_again_by_vllms_own_settings():
     [
         (spec_of(defaults="vllm"), SHORT),
         (spec_of(), "the engine did not start: no such model"),
-        (spec_of(), "the engine did not start: its process was killed by SIGKILL"),
+        (spec_of(), f"the engine did not start: {_exit_text(-signal.SIGKILL)}"),
     ],
 )
 def test_any_other_failed_start_ends_the_run(spec, reason):
@@ -223,6 +225,7 @@ def test_two_starts_without_memory_end_the_run():
     [
         "RuntimeError: CUDA error: out of memory",
         "ValueError: CUDAGraphMode.FULL_DECODE_ONLY is not supported with some backend",
+        "RuntimeError: CUDA error: operation failed due to a previous error during capture",
         "vLLM refuses compilation_config = {'mode': 0}: Input should be",
         "ValueError: No available memory for the cache blocks. Try increasing ...",
         "ValueError: To serve at least one request with the models's max seq len (40960), (5.62 "
