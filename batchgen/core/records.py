@@ -236,6 +236,11 @@ class WorkLeft(NamedTuple):
     has_gpu_alone: bool = False
     """No other engine will be started on its GPU, though some were to share it."""
 
+    def share(self, num: int) -> WorkLeft:
+        """Return what each of `num` engines has of it, at its share of the speed."""
+        speed = self.rows_per_s and self.rows_per_s / num
+        return self._replace(num_rows=-(-self.num_rows // num), rows_per_s=speed)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:

@@ -96,16 +96,25 @@ def device_name() -> str:
 
 
 def vllm_build() -> str:
-    """Which vLLM is installed, found without importing it: cuda, cpu, rocm, xpu, or "" for none.
-
-    Source:
-        vllm/platforms/__init__.py, vllm_version_matches_substr, 0.26 to 0.33.
-    """
+    """Which vLLM is installed, found without importing it: see `build_of`; "" for none."""
     if (found := vllm_version()) is None:
         return ""
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         return "cpu"
-    return next((kind for kind in ("cpu", "rocm", "xpu") if kind in found), "cuda")
+    return build_of(found)
+
+
+def build_of(version: str) -> str:
+    """Read from a version what a vLLM is built for: cuda, cpu, rocm, xpu, tpu, or empty.
+
+    Empty is the one under a plugin for other devices.
+
+    Source:
+        setup.py, get_vllm_version; vllm/platforms/__init__.py, vllm_version_matches_substr; 0.26
+        to 0.33.
+    """
+    kinds = ("cpu", "rocm", "xpu", "tpu", "empty")
+    return next((kind for kind in kinds if kind in version), "cuda")
 
 
 def vllm_version() -> str | None:

@@ -163,10 +163,8 @@ class EngineGroup:
             while 0 < self._num_started < len(self._specs):
                 self._start_next()
         if self._work is not None and (num := len(self._specs)):
-            num_rows, speed = -(-self._work.num_rows // num), self._work.rows_per_s
-            share = self._work._replace(num_rows=num_rows, rows_per_s=speed and speed / num)
             for one in self._members:
-                one.expect(share._replace(has_gpu_alone=num == 1))
+                one.expect(self._work.share(num)._replace(has_gpu_alone=num == 1))
 
     def _start_next(self) -> None:
         spec = self._specs[self._num_started]

@@ -509,11 +509,15 @@ def _settings(
     job: JobConfig, spec: EngineSpec, past: PastRun | None, work: WorkLeft
 ) -> Mapping[str, Any]:
     """What a run would choose for its engine, as far as that is known without vLLM."""
-    found = choose_settings(replace(spec, work=work), past.max_num_seqs if past else None)
-    is_open = job.run.engines_per_gpu == "auto" and not (job.tuned and job.tuned.settings)
-    if is_open and (num := engines_for(spec)) > 1 and is_enough(spec, work):
-        found["engines_per_gpu"] = num
-    return found
+    num = job.run.engines_per_gpu
+    if num == "auto":
+        # As `OneEngine` does; a worker of a cluster has one.
+        is_open = not (job.run.is_cluster or (job.tuned and job.tuned.settings))
+        num = engines_for(spec) if is_open else 1
+        num = num if num > 1 and is_enough(spec, work) else 1
+    share = replace(spec, work=work.share(num), num_sharing=num)
+    found = choose_settings(share, past.max_num_seqs if past else None)
+    return {**found, "engines_per_gpu": num} if num > 1 else found
 
 
 def _who_holds(storage: LocalStorage) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import batchgen
 from batchgen.core.errors import ConfigError
 from batchgen.job.load import parse_job
-from tests.e2e.support import published, summary_of, write_job, write_rows
+from tests.e2e.support import published, run_cli, summary_of, write_job, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,8 +35,9 @@ def make_job(folder: Path) -> Path:
 
 def test_the_snapshot_is_that_of_one_engine_seeds_and_keys_too(tmp_path: Path) -> None:
     one, two = make_job(tmp_path / "one"), make_job(tmp_path / "two")
+    plan = json.loads(run_cli("plan", two, "--json", *TWO).stdout)
     alone, shared = summary_of(one), summary_of(two, *TWO)
-    assert shared["engine"]["settings"] == {"engines_per_gpu": 2}
+    assert shared["engine"]["settings"] == plan["engine_settings"] == {"engines_per_gpu": 2}
     for summary in (alone, shared):
         assert (summary["state"], summary["warnings"]) == ("complete", [])
     rows = published(tmp_path / "two" / "out")

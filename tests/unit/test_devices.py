@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchgen.engine import devices
-from batchgen.engine.devices import Devices, device_name, read_devices
+from batchgen.engine.devices import Devices, build_of, device_name, read_devices
 
 MIB = 2**20
 
@@ -164,3 +164,20 @@ def test_the_device_is_named_for_the_build_of_vllm(monkeypatch, version, expecte
 
 def test_here_reading_raises_nothing() -> None:
     assert device_name() == (read_devices().gpus[0].name if device_name() != "cpu" else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "build"),
+    [
+        ("0.32.0", "cuda"),
+        ("0.32.0+cu129", "cuda"),
+        ("0.33.1.dev7+g0123abc.precompiled", "cuda"),
+        ("0.32.0+cpu", "cpu"),
+        ("0.26.0+rocm700", "rocm"),
+        ("0.26.0+xpu", "xpu"),
+        ("0.26.0+tpu", "tpu"),
+        ("0.26.1.dev3+gabc.empty", "empty"),
+    ],
+)
+def test_a_vllm_for_other_devices_is_not_taken_for_one_for_cuda(version, build):
+    assert build_of(version) == build

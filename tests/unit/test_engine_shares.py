@@ -11,6 +11,7 @@ import pytest
 from batchgen.core.records import EngineSpec, WorkLeft
 from batchgen.engine.devices import Gpu
 from batchgen.engine.vllm.shares import (
+    ODD_WAYS,
     Host,
     cost_of,
     engines_for,
@@ -165,3 +166,37 @@ def test_where_the_cache_cannot_be_told_vllm_measures(folders: dict[str, Path]) 
     assert share_of({}, 2, None, TOTAL) == {"gpu_memory_utilization": 0.46}
     assert share_of({}, 2, cost, None) == {"gpu_memory_utilization": 0.46}
     assert share_of({}, 2, cost, 40 * GIB) == {"gpu_memory_utilization": 0.46}
+
+
+NOT_FINITE = [float("inf"), float("nan")]
+ODD_VALUES = [0, -1, "256", "a lot", [], {}, None, True, 10**400, *NOT_FINITE]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=lambda value: repr(value)[:20])
+def test_odd_values_are_for_vllm_to_refuse(
+    folders: dict[str, Path], tmp_path: Path, value: Any
+) -> None:
+    config = json.loads((folders["0.6b"] / "config.json").read_text())
+    names = ["max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"]
+    for name in [*names, "kv_cache_memory_bytes"]:
+        spec = spec_of(folders["0.6b"], **{name: value})
+        assert engines_that_pay(spec, H200, HOST) in (1, 2)
+        is_worth_it(spec, H200, WorkLeft(70_000, 256))
+        share_of(spec.model_kwargs, 2, cost_of(folders["0.6b"], spec.model_kwargs), TOTAL)
+    for name in config:
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        assert engines_that_pay(spec_of(tmp_path), H200, HOST) in (1, 2)
+
+
+def test_layers_that_are_all_of_the_plain_kind_are_told_by_newer_configs(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((folders["0.6b"] / "config.json").read_text())
+    for kinds, num in ((["full_attention"] * 2, 2), (["full_attention", "linear_attention"], 1)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": kinds}))
+        assert engines_that_pay(spec_of(tmp_path), H200, HOST) == num
+
+
+@pytest.mark.parametrize("name", sorted(ODD_WAYS))
+def test_models_and_memory_of_another_kind_get_one(folders: dict[str, Path], name: str) -> None:
+    assert engines_that_pay(spec_of(folders["0.6b"], **{name: "some"}), H200, HOST) == 1

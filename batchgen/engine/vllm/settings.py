@@ -136,10 +136,9 @@ def gpus_of(engine: Mapping[str, Any], *, is_cpu: bool) -> int:
     """
     if is_cpu:
         return 0
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     num = 1
-    for name in sizes:
-        size = engine.get(name)
+    for kind in ("tensor", "pipeline", "data", "prefill_context"):
+        size = engine.get(f"{kind}_parallel_size")
         num *= size if isinstance(size, int) and size > 0 else 1
     return num
 

@@ -46,6 +46,18 @@ LEAST_KV_BYTES = 1 << 30
 DEFAULT_SEQS, DEFAULT_TOKENS = 1024, 16_384
 """vLLM's own on large GPUs: vllm/engine/arg_utils.py, get_batch_defaults, 0.26 to 0.33."""
 
+ODD_WAYS = frozenset(
+    {
+        *("quantization", "kv_cache_dtype", "hf_overrides", "hf_config_path", "device_ids"),
+        *("num_gpu_blocks_override", "cpu_offload_gb", "kv_offloading_size", "kv_transfer_config"),
+    }
+)
+"""Keywords by which the model, its GPU, or what it takes of the memory is another."""
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+    RecursionError,
+)
+
 
 class Peak(NamedTuple):
     """What a GPU can do in a second."""
@@ -100,22 +112,31 @@ def cost_of(folder: Path, kwargs: Mapping[str, Any]) -> Cost | None:
         )
         head = int(config.get("head_dim") or hidden // heads)
         kv_heads = int(config.get("num_key_value_heads") or heads)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        kinds = {"full_attention", *(config.get("layer_types") or ())}
+    except UNREADABLE:
         return None
-    odd = {"quantization_config", "vision_config", "text_config", "kv_lora_rank", "layer_types"}
-    is_odd = any("expert" in name for name in config) or odd & config.keys()
-    if is_odd or any(kwargs.get(name) for name in ("quantization", "kv_cache_dtype")):
+    odd = {"quantization_config", "vision_config", "text_config", "kv_lora_rank"}
+    is_odd = any("expert" in name for name in config) or odd & config.keys() or len(kinds) > 1
+    sizes = (layers, hidden, vocab, inner, heads, head, kv_heads)
+    is_odd = is_odd or not all(0 < size < 1 << 32 for size in sizes)
+    if is_odd or any(kwargs.get(name) for name in ODD_WAYS):
         return None
     is_float32 = str(kwargs.get("dtype") or "auto").endswith(("float32", "float"))
     embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
     attention = hidden * head * (2 * heads + 2 * kv_heads)
     weights = layers * (attention + 3 * hidden * inner) + embeddings
-    seqs = kwargs.get("max_num_seqs") or DEFAULT_SEQS
-    tokens = kwargs.get("max_num_batched_tokens") or DEFAULT_TOKENS
+    seqs = _number(kwargs, "max_num_seqs", DEFAULT_SEQS)
+    tokens = _number(kwargs, "max_num_batched_tokens", DEFAULT_TOKENS)
     forward = tokens * (3 * hidden + 3 * inner) * 2
     size = 4 if is_float32 else 2
     step = max(forward, seqs * vocab * 6 + tokens * hidden * 2) * size // 2
-    return Cost(size * weights, 2 * layers * kv_heads * head * size, step)
+    return Cost(size * weights, 2 * layers * kv_heads * head * size, int(step))
+
+
+def _number(kwargs: Mapping[str, Any], name: str, usual: float) -> float:
+    """A keyword's number; the usual one where it is none, which is for vLLM to refuse."""
+    value = kwargs.get(name)
+    return value if isinstance(value, int | float) and 0 < value < 1 << 50 else usual
 
 
 def engines_for(spec: EngineSpec) -> int:
@@ -173,7 +194,7 @@ def is_busy_little(
     peak = peak_of(gpu)
     if peak is None:
         return False
-    seqs = kwargs.get("max_num_seqs") or DEFAULT_SEQS
+    seqs = _number(kwargs, "max_num_seqs", DEFAULT_SEQS)
     token_s = cost.flop / peak.flop_per_s
     read_bytes = cost.weights_bytes / seqs + cost.kv_bytes * (prompt + answer / 2)
     gpu_s = (prompt + answer) * token_s + answer * read_bytes / peak.bytes_per_s
@@ -236,11 +257,11 @@ def share_of(
         `gpu_memory_utilization`, which vLLM holds against what is free when it starts, and
         `kv_cache_memory_bytes` where it can be told; else the engines measure, and start in turn.
     """
-    whole = float(kwargs.get("gpu_memory_utilization") or GPU_MEMORY_UTILIZATION)
+    whole = _number(kwargs, "gpu_memory_utilization", GPU_MEMORY_UTILIZATION)
     found: dict[str, Any] = {"gpu_memory_utilization": int(1000 * whole / num) / 1000}
-    given = kwargs.get("kv_cache_memory_bytes")
+    given = _number(kwargs, "kv_cache_memory_bytes", 0)
     if given:
-        found["kv_cache_memory_bytes"] = given // num
+        found["kv_cache_memory_bytes"] = int(given // num)
     elif cost is not None and total_bytes is not None:
         budget = total_bytes * found["gpu_memory_utilization"]
         left = int(budget - cost.weights_bytes - 1.5 * cost.step_bytes - RESERVE_BYTES)
