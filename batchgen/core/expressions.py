@@ -42,6 +42,8 @@ _OTHER_ROWS = re.compile(
     r"|NullCount|ArgWhere|Mode|Interpolate.*|FillNullWithStrategy|Ewm.*|Hist|ValueCounts|Repeat"
     r"|Kurtosis|PctChange|Rolling.*|RLE.*|SearchSorted|ArgUnique|ArgSort|ApproxNUnique|Entropy"
 )
+LATE = b"batchgen.late"
+"""In the metadata of a column that first rows lack, so that its type is not known yet."""
 # These are folded to a literal when the text is parsed, so that no tree shows them.
 _SPARE = "__batchgen"
 _CLOCK = re.compile(r"\b(now|current_\w+|localtime\w*|today|getdate)\b", re.IGNORECASE)
@@ -135,7 +137,8 @@ def check_row_test(name: str, text: str, columns: pa.Schema) -> None:
             msg = f"{name} = {text!r}: unknown column {column!r}{found}"
             raise ValueError(msg)
     _check_row_wise(test)
-    _check_result(test, columns)
+    if not any(LATE in (columns.field(column).metadata or {}) for column in test.columns):
+        _check_result(test, columns)
 
 
 def _check_row_wise(test: RowTest) -> None:

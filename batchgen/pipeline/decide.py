@@ -415,7 +415,8 @@ def _new_plan(
             hooks.tell(note)
     if options.retry_errors and before.seen is None:
         hooks.tell(unfinished())
-    if not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen):
+    is_new = not before.bases or before.seen is None or has_new_rows(prepared.files, before.seen)
+    if is_new and not prepared.late:
         # Before the input is scanned: both take long, and neither needs the other.
         hooks.start_engine()
     number = ledger.latest_plan_number() + 1

@@ -34,7 +34,7 @@ from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from batchgen.core.records import RowBatch
     from batchgen.job.model import JobConfig
@@ -90,14 +90,17 @@ def freeze(
     """
     scanner = _Scanner(prepared, before.seen, storage, on_block)
     limit = prepared.job.input.limit
-    left = 1
-    if limit is None:
+    left, settled = 1, None
+    found: Iterable[Segment] = map(scanner.segment, prepared.files)
+    if limit is None or prepared.late:
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            segments = list(pool.map(scanner.segment, prepared.files))
-    else:
-        segments, left = _limited(prepared, scanner, limit)
+            found = list(pool.map(scanner.segment, prepared.files))
+        settled = _settled(prepared, scanner.keys(found)[1])
+    segments = found
+    if limit is not None:
+        segments, left = _limited(settled or prepared, found, limit)
     segments, keys = scanner.keys(segments)
-    settled = _settled(prepared, keys)
+    settled = settled or _settled(prepared, keys)
     if note := _column_note(prepared, settled, before, scanner.found):
         tell(note)
     num_left_out = len(settled.columns) - len(settled.carried)
@@ -168,7 +171,7 @@ def _compared(prepared: Prepared) -> set[str]:
     where, rules = prepared.job.input.where, prepared.job.checks.rules
     texts = [*rules, *([where] if where is not None else [])]
     names = {name for text in texts for name in parse_row_test("", text).columns}
-    return names & set(prepared.columns.names)
+    return names & set(prepared.columns.names) - prepared.late
 
 
 def _column_note(
@@ -180,7 +183,7 @@ def _column_note(
     """Say which columns are not as first rows, or the plan before, had them."""
     is_later = before.seen is not None and bool(before.bases)
     schema = read_schema(before.seen.schema) if before.seen and is_later else prepared.columns
-    known = {field.name: type_word(field) for field in schema}
+    known = {field.name: type_word(field) for field in schema if field.name not in prepared.late}
     told = []
     for field in settled.carried_schema:
         firsts: dict[str, str] = {}
@@ -272,7 +275,7 @@ class _Scanner:
         return scan
 
     def keys(
-        self, segments: Sequence[Segment]
+        self, segments: Iterable[Segment]
     ) -> tuple[list[Segment], tuple[Mapping[str, str], ...]]:
         """Return segments that say which keys they have, and the keys, see `Plan.keys`."""
         numbers: dict[tuple[tuple[str, str], ...], int] = {}
@@ -297,15 +300,14 @@ def _counts_alike(seen: Plan, prepared: Prepared) -> bool:
     return was == (prepared.format, job.delimiter, job.encoding, prepared.format == "csv")
 
 
-def _limited(prepared: Prepared, scanner: _Scanner, limit: int) -> tuple[list[Segment], int]:
+def _limited(prepared: Prepared, found: Iterable[Segment], limit: int) -> tuple[list[Segment], int]:
     """Return segments cut after the row that fills the limit, and what is left of the limit.
 
     Only rows that `where` keeps count.
     """
     segments = []
     left = limit
-    for path in prepared.files:
-        segment = scanner.segment(path)
+    for segment in found:
         num_rows, left = _cut(prepared, segment, left)
         segments.append(replace(segment, num_rows=num_rows))
         if not left:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ import pyarrow as pa
 
 from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
-from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, suggestion
-from batchgen.core.expressions import check_row_test
+from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, nearest, suggestion
+from batchgen.core.expressions import LATE, check_row_test, parse_row_test
 from batchgen.core.records import EngineSpec, Prompt, RowError, writable_text
 from batchgen.engine.base import BACKENDS, engine_class
 from batchgen.engine.vllm.encoder import refuse_model
@@ -339,10 +340,31 @@ class Checked:
         columns = agreed(columns, job.input, self.reads)
         if not columns.names and seen is not None and seen.input_format == found.format:
             columns = read_schema(seen.schema)
+        late, available = self._named_beyond(columns), columns.names
+        if late and not reader.is_all_seen(found.paths):
+            for name in late:
+                columns = columns.append(pa.field(name, pa.null(), metadata={LATE: b""}))
         carried = columns.names if job.input.columns is None else job.input.columns
         check_columns(job, self.builder, self.answer, columns)
         prepared = self._prepared((found.format, reader), found.paths, columns, carried)
-        return replace(prepared, notes=[*prepared.notes, *found.notes])
+        told = []
+        for name in sorted(prepared.late):
+            near = nearest(name, available)
+            more = f", did you mean {near!r}?" if near else ";"
+            text = f"the first rows have no column {name!r}{more} a run or plan looks at all rows"
+            told.append(f"input: {text}")
+        return replace(prepared, notes=[*prepared.notes, *found.notes, *told])
+
+    def _named_beyond(self, columns: pa.Schema) -> list[str]:
+        """Name the columns that the job names and the input, as far as it is seen, lacks."""
+        job = self.job
+        names = {*(job.input.columns or ()), *RowOptions(job).columns().values()}
+        names |= self.builder.missing(columns.names)
+        known = rule_schema(columns, self.answer, job.output.prefix).names
+        for text in (job.input.where or "TRUE", *job.checks.rules):
+            with suppress(ValueError):  # It is no expression: refused by `check_columns`.
+                names |= {*parse_row_test("", text).columns}.difference(known)
+        return sorted(names.difference(columns.names))
 
     def reads(self, available: Sequence[str]) -> frozenset[str]:
         """Name the columns that requests are made of; raises ConfigError if one is not there."""
@@ -379,6 +401,11 @@ class Prepared(Checked):
     notes: Sequence[str] = ()
     """What a person should know of the prompts, and of what of the input's folders and patterns is
     not read, if that was just looked up."""
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Columns that the job names and first rows lack: whether there are such, a scan tells."""
+        return frozenset(field.name for field in self.columns if LATE in (field.metadata or {}))
 
     @property
     def recipe_fingerprint(self) -> str:

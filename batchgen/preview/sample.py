@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import EngineError, one_line
+from batchgen.core.expressions import parse_row_test
 from batchgen.core.records import Ranges, Request, RowError, RowSet
 from batchgen.engine.base import engine_class
 from batchgen.engine.echo import encode_prompt
@@ -197,6 +198,10 @@ def first_rows(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prompt 
         num_rows: Of each large file so many are read, as counting its rows would take its time.
     """
     spec = replace(prepared.spec(), batch_rows=64)
+    carried = [name for name in spec.carried if name not in prepared.late]
+    tested = parse_row_test("where", spec.where or "TRUE").columns
+    where = spec.where if prepared.late.isdisjoint(tested) else None
+    spec = replace(spec, carried=carried, where=where)
     for path in prepared.files:
         is_large = stat_input(path).size_bytes > LARGE_BYTES
         todo = Ranges.until(num_rows if is_large else prepared.reader.scan(path).num_rows)

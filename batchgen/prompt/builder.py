@@ -80,11 +80,15 @@ class PromptBuilder:
             return frozenset(available)
         problems = [
             f"no column {name!r} in the input{_near(name, available)}"
-            for name in sorted(self._names.difference(available) - self._globals - self._may_lack)
+            for name in sorted(self.missing(available) - self._may_lack)
         ]
         if problems:
             raise ConfigError(_TABLE, problems)
         return self._names.intersection(available)
+
+    def missing(self, available: Sequence[str]) -> frozenset[str]:
+        """Return the columns that are named and not available, those with a default too."""
+        return self._names.difference(available) - self._globals - {ROW_VARIABLE}
 
     def notes(self, available: Sequence[str]) -> list[str]:
         """Tell what makes prompts more alike than they are likely meant to be, one line each.

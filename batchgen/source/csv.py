@@ -119,6 +119,10 @@ class CsvReader:
             {n: parse_field(n, "string") for n in first}, types, first_path, may_add=False
         )
 
+    def is_all_seen(self, paths: Sequence[str]) -> bool:
+        """See `Reader`."""
+        return True
+
     def scan(
         self,
         path: str,

@@ -81,6 +81,12 @@ class JsonlReader:
         """See `Reader`. Looks at the first 1,000 rows of each of the first 20 files."""
         return planned(map(self._look, paths[:SAMPLE_FILES]), types, paths[0])
 
+    def is_all_seen(self, paths: Sequence[str]) -> bool:
+        """See `Reader`."""
+        return len(paths) <= SAMPLE_FILES and all(
+            len(self._sample(path, SAMPLE_ROWS + 1)) <= SAMPLE_ROWS for path in paths
+        )
+
     def scan(
         self,
         path: str,

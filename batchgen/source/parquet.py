@@ -61,6 +61,10 @@ class ParquetReader:
                 raise SourceError(paths[0], text)
         return found
 
+    def is_all_seen(self, paths: Sequence[str]) -> bool:
+        """See `Reader`."""
+        return True
+
     def scan(
         self,
         path: str,

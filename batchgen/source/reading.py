@@ -69,6 +69,13 @@ class Reader(Protocol):
             SourceError: Files disagree, names repeat, or `types` names an unknown column.
         """
 
+    def is_all_seen(self, paths: Sequence[str]) -> bool:
+        """Whether `columns` has looked at every row that may bring a column.
+
+        Raises:
+            SourceError: A file cannot be read.
+        """
+
     def scan(
         self,
         path: str,

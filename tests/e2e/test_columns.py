@@ -20,8 +20,11 @@ from hypothesis import strategies as st
 
 import batchgen
 from batchgen.api import load
+from batchgen.core.errors import ConfigError
 from batchgen.pipeline.context import RunOptions
+from batchgen.pipeline.prepare import prepare
 from batchgen.preview.plan import PlanOptions, foresee
+from batchgen.preview.sample import first_prompts
 
 SAMPLE = 1000
 """Rows that a job is checked against before its input is read."""
@@ -214,3 +217,66 @@ def test_nights_of_any_values_are_carried_exactly(tmp_path_factory, nights):
         summary = run(job)
         assert summary.run["num_ok"] == len(texts)
         check_carried(job, inputs)
+
+
+def late_job(tmp_path: Path, tables: dict[str, Any], late: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make a job whose second file has these rows at its end, after all that first looks see."""
+    write(tmp_path / "in-0.jsonl", [{"text": "first"}])
+    early = [{"text": f"row {at}"} for at in range(SAMPLE)]
+    write(tmp_path / "in-1.jsonl", [*early, *late])
+    job = job_of(tmp_path)
+    for table, keys in tables.items():
+        job[table] = {**job.get(table, {}), **keys}
+    return job
+
+
+NAMED = [
+    {"prompt": {"user": "{{ label }}"}},
+    {"prompt": {"user": "{{ label | default('none') }}"}},
+    {"input": {"where": "label > 3 OR text = 'row 5'"}},
+    {"input": {"where": "label > 3", "limit": 1}},
+    {"input": {"columns": ["text", "label"], "limit": 3}},
+    {"checks": {"rules": ["label IS NULL OR label < 100"]}},
+]
+
+
+@pytest.mark.parametrize("tables", NAMED)
+def test_a_late_key_may_be_named_by_the_job(tmp_path, tables):
+    late = [{"text": "x", "label": 7}, {"text": "y", "label": 2}]
+    job = late_job(tmp_path, tables, late)
+    prepared = prepare(load(job))
+    assert any("have no column 'label'" in note for note in prepared.notes)
+    shown = [outcome for _, outcome in first_prompts(prepared, 2)]
+    assert len(shown) == 2
+    summary = run(job)
+    rows = published(job)
+    kept = [row for row in rows if row.get("label") is not None]
+    if "where" in tables.get("input", {}):
+        assert [row["label"] for row in kept] == [7]
+        assert len(rows) == (1 if "limit" in tables["input"] else 2)
+    elif "limit" not in tables.get("input", {}):
+        assert [row["label"] for row in kept] == [7, 2]
+        assert len(rows) == SAMPLE + 3
+    # As with any key that a row lacks.
+    num_errors = SAMPLE + 1 if tables == NAMED[0] else 0
+    assert summary.num_errors == num_errors
+    assert run(job).state == "nothing_to_do"
+
+
+@pytest.mark.parametrize("tables", [tables for tables in NAMED if "default" not in str(tables)])
+def test_a_key_that_comes_nowhere_is_refused(tmp_path, tables):
+    job = late_job(tmp_path, tables, [{"text": "x", "labels": 7}])
+    assert prepare(load(job)).late == {"label"}
+    forecast = foresee(lambda: load(job), PlanOptions(RunOptions()))
+    assert (forecast.state, forecast.exit_code) == ("refused", 2)
+    with pytest.raises(ConfigError, match="label"):
+        batchgen.run(job)
+    assert not list((tmp_path / "out").glob("**/*.parquet"))
+
+
+def test_a_key_is_refused_at_once_where_all_rows_are_seen(tmp_path):
+    write(tmp_path / "in-0.jsonl", [{"text": f"row {at}"} for at in range(SAMPLE)])
+    job = job_of(tmp_path)
+    job["prompt"]["user"] = "{{ label }}"
+    with pytest.raises(ConfigError, match="no column 'label'"):
+        prepare(load(job))
