@@ -22,9 +22,12 @@ import batchgen
 from batchgen.api import load
 from batchgen.core.errors import ConfigError
 from batchgen.pipeline.context import RunOptions
+from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.prepare import prepare
 from batchgen.preview.plan import PlanOptions, foresee
 from batchgen.preview.sample import first_prompts
+from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
 
 SAMPLE = 1000
 """Rows that a job is checked against before its input is read."""
@@ -269,9 +272,12 @@ def test_a_key_that_comes_nowhere_is_refused(tmp_path, tables):
     assert prepare(load(job)).late == {"label"}
     forecast = foresee(lambda: load(job), PlanOptions(RunOptions()))
     assert (forecast.state, forecast.exit_code) == ("refused", 2)
+    ledger, started = Ledger(LocalStorage(tmp_path / "out")), list[str]()
+    decision = decide(ledger, load(job), RunOptions())
+    hooks = Hooks(print, lambda: started.append("engine"), None)
     with pytest.raises(ConfigError, match="label"):
-        batchgen.run(job)
-    assert not list((tmp_path / "out").glob("**/*.parquet"))
+        begin(ledger, RunOptions(), decision, hooks)
+    assert (started, ledger.latest_plan()) == ([], None)
 
 
 def test_a_key_is_refused_at_once_where_all_rows_are_seen(tmp_path):
