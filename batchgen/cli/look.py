@@ -43,8 +43,9 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
 
     prepared = prepare(load())
     out(f"input    {len(prepared.files)} {prepared.format} file(s), first {prepared.files[:1]}")
-    out(f"columns  {', '.join(f'{field.name}: {field.type}' for field in prepared.columns)}")
-    out(f"carried  {', '.join(prepared.carried)}")
+    columns = ", ".join(f"{field.name}: {field.type}" for field in prepared.columns)
+    out(f"columns  {printable(columns, keep='')}")
+    out(f"carried  {printable(', '.join(prepared.carried), keep='')}")
     out(f"model    {prepared.model.path or prepared.job.model.backend}")
     out(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
     for why in prepared.form.fallbacks:

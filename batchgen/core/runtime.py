@@ -118,7 +118,21 @@ def command(verb: str, *options: str) -> str:
     elif not caller.is_folder:
         words += [word for text in caller.overrides for word in ("--set", text)]
         words += ["--date", caller.run_date] if caller.run_date else []
-    return shlex.join(["batchgen", verb, *words, *options])
+    return " ".join(map(_quoted, ["batchgen", verb, *words, *options]))
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell; where it would steer the terminal, by the bytes of its signs."""
+    if printable(word, keep="") == word:
+        return shlex.quote(word)
+    signs = (c if _is_harmless(c) and c not in "\\'" else _as_bytes(c) for c in word)
+    return f"$'{''.join(signs)}'"
+
+
+def _as_bytes(character: str) -> str:
+    is_byte = "\udc80" <= character <= "\udcff"  # As Python reads names that are not UTF-8.
+    encoded = character.encode("utf-8", "surrogateescape" if is_byte else "surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in encoded)
 
 
 def option(*names: str) -> str:

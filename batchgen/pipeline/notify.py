@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.runtime import STDERR, read_file
+from batchgen.core.runtime import STDERR, printable, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +66,7 @@ def run_hook(
         status = _wait(process, timeout_s)
         said.seek(0)
         text = said.read().decode("utf-8", "replace")
-    STDERR.write(text)
+    STDERR.write(printable(text))
     if status is None:
         return f"{name} took longer than {timeout_s:g} s and was killed"
     if status == 0:

@@ -54,6 +54,13 @@ def test_check_shows_columns_and_prompts_and_loads_no_engine(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_column_whose_name_has_lines_fakes_none_of_check(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a", "x\nrecipe   no": 1}) + "\n")
+    shown = run_cli("check", write_job(tmp_path, "in.jsonl")).stdout
+    assert "columns  text: string, x\\nrecipe   no: int64\n" in shown
+    assert "carried  text, x\\nrecipe   no\n" in shown
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

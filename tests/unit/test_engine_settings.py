@@ -312,6 +312,23 @@ def test_weights_are_read_into_the_page_cache(tmp_path):
     read_ahead(tmp_path / "missing")
 
 
+@pytest.mark.parametrize(("given", "found"), [(None, "0"), ("1", "1")])
+def test_an_allowed_host_sends_to_no_other_unless_the_user_says_so(given, found):
+    name = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
+    code = f"""
+import os
+from batchgen.engine.vllm.settings import prepare_environment
+prepare_environment(is_cpu=True)
+print(os.environ[{name!r}])
+"""
+    env = {key: value for key, value in os.environ.items() if key != name}
+    env |= {"PYTHONPATH": str(ROOT)} | ({} if given is None else {name: given})
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == found
+
+
 FORKS = """
 import os, sys, threading
 from batchgen.engine.vllm.settings import forks_core, prepare_environment, set_when_forked

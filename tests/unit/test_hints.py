@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import click
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import batchgen
 from batchgen.cli import cli
-from batchgen.core.runtime import Caller, called, command, option
+from batchgen.core.runtime import Caller, called, command, option, printable
 
 PACKAGE = Path(batchgen.__file__).parent
 VERBS = "|".join(cli.commands)
@@ -100,6 +104,24 @@ def test_the_shell_gets_the_jobs_name_with_what_was_set(verb: str) -> None:
     context = cli.commands[verb].make_context(verb, words[1:], **how)
     assert context.params["overrides"] == ("prompt.user=a b", "output.path=x")
     assert str(context.params["run_date"]) == "2026-01-31 00:00:00"
+
+
+NAMES_OF_FILES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=NAMES_OF_FILES.map(os.fsencode)
+    | st.binary(min_size=1).filter(lambda name: b"\0" not in name)
+)
+@example(name=b"caf\xe9 \x1b[2J\xe2\x80\xae'\\x0a\n.toml")
+def test_a_name_that_would_steer_the_terminal_is_quoted_by_its_bytes(name: bytes) -> None:
+    with called(Caller(os.fsdecode(name))):
+        told = command("show")
+    assert printable(told, keep="") == told
+    script = f'batchgen() {{ printf %s "$2"; }}; {told}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    assert done.stdout == name
 
 
 def test_an_output_folder_needs_no_more_but_run_needs_a_job_file() -> None:

@@ -67,13 +67,14 @@ def test_the_hook_gets_the_summary_its_arguments_and_the_environment(tmp_path):
 
 
 def test_what_the_hook_prints_goes_to_stderr_so_that_stdout_stays_clean(tmp_path):
-    command = hook(tmp_path, "print('to stdout'); print('to stderr', file=sys.stderr)")
+    code = "print('to stdout'); print('to stderr \\x1b[2J', file=sys.stderr)"
+    command = hook(tmp_path, code)
     script = f"from batchgen.pipeline.notify import run_hook\nprint(run_hook({command!r}, {{}}))"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.stdout == "None\n"
-    assert sorted(done.stderr.splitlines()) == ["to stderr", "to stdout"]
+    assert sorted(done.stderr.splitlines()) == ["to stderr \\x1b[2J", "to stdout"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ ENVIRONMENT = {
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
     # As local images may have, see `encoder.MAX_IMAGE_BYTES`; 256 by default (0.32).
     "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "32",
+    # A host that the job allows would send on to any other, those of the own network too.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     # Colour codes in a log file help no one.
     "NO_COLOR": "1",
 }
