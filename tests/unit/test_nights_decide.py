@@ -605,9 +605,10 @@ def test_what_is_left_is_told_with_the_last_runs_speed(lab):
     def left():
         return work_of(100, job, lengths_of(job, lab.ledger), lab.ledger)
 
-    def write(run_id, speed, settings, **claim):
+    def write(run_id, speed, settings, working_s=60.0, **claim):
         lab.ledger.claim(plan, run_id, claim)
-        summary = {"run": {"requests_per_s": speed}, "engine": {"settings": settings}}
+        run = {"requests_per_s": speed, "working_s": working_s}
+        summary = {"run": run, "engine": {"settings": settings}}
         path = f"{STATE}/runs/{run_id}/summary.json"
         lab.ledger.storage.replace(path, json.dumps(summary).encode())
 
@@ -619,6 +620,7 @@ def test_what_is_left_is_told_with_the_last_runs_speed(lab):
     assert (left().rows_per_s, left().is_compiled) == (7.0, False)
     write("trial", 9.0, {}, is_trial=True)
     write("nothing-done", 0.0, {})
+    write("all-at-once", 20_000.0, {}, working_s=0.001)
     lab.ledger.claim(plan, "killed", {})
     lab.ledger.storage.replace(f"{STATE}/runs/torn/summary.json", b"[1")
     lab.ledger.claim(plan, "torn", {})
