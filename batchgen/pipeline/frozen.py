@@ -188,8 +188,8 @@ def _column_note(
     for field in settled.carried_schema:
         firsts: dict[str, str] = {}
         for path in settled.files:
-            for kind, one in found.get(path, {}).get(field.name, {}).items():
-                firsts.setdefault(kind, f"{kind} from {path}:{one.row + 1} on")
+            for kind, row in found.get(path, {}).get(field.name, {}).items():
+                firsts.setdefault(kind, f"{kind} from {path}:{row + 1} on")
         now, was = type_word(field), known.get(field.name)
         is_odd = now == "json" and len(firsts) > 1 and not is_later
         if was != now or is_odd:

@@ -13,7 +13,7 @@ import base64
 import json
 from contextlib import suppress
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pyarrow as pa
@@ -22,7 +22,7 @@ from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 from batchgen.core.expressions import parse_row_test
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from batchgen.job.model import InputConfig
 
@@ -60,16 +60,8 @@ Kind = str
 bits."""
 
 
-class Found(NamedTuple):
-    """The values of one kind in one column of a file."""
-
-    num: int
-    row: int
-    """The first one's, from 0."""
-
-
-Kinds = dict[Kind, Found]
-"""What one column holds, nulls left out."""
+Kinds = dict[Kind, int]
+"""What one column of a file holds, nulls left out: with each kind the first such row, from 0."""
 
 
 def parse_field(name: str, word: Word) -> pa.Field:
@@ -142,7 +134,7 @@ def kind_word(value: object, *, by_size: bool = False) -> Kind:
 
 
 class Census:
-    """What each key of a file's objects holds, counted by whole columns, where values cost little.
+    """What each key of a file's objects holds, told by whole columns, where values cost little.
 
     A key that is nothing but null is there as well, without a kind.
     """
@@ -156,7 +148,7 @@ class Census:
         objects: Sequence[dict[str, Any]],
         exact: Callable[[int], Mapping[str, Any]],
     ) -> None:
-        """Count the values of objects.
+        """Note the kinds of the values of objects.
 
         Args:
             rows: Where they stand.
@@ -164,55 +156,49 @@ class Census:
             exact: Index -> the object with all its integers.
         """
         by_names: dict[tuple[str, ...], Sequence[int]] = {}
-        shapes = list(map(tuple, objects))
-        if len(set(shapes)) == 1:
-            by_names[shapes[0]] = range(len(objects))
+        # Neither many tuples nor many views are held at once: they wake the garbage collector.
+        if len(shapes := set(map(tuple, objects))) == 1:
+            by_names[shapes.pop()] = range(len(objects))
         else:
-            for at, names in enumerate(shapes):
+            for at, names in enumerate(map(tuple, objects)):
                 by_names.setdefault(names, []).append(at)  # type: ignore[attr-defined]
         for names, places in by_names.items():
             alike = objects if len(by_names) == 1 else [objects[at] for at in places]
             for name in names:
                 values = list(map(itemgetter(name), alike))
                 found = self.columns.setdefault(name, {})
-                for kind, (num, at) in _kinds(_exact(name, values, places, exact)).items():
-                    was = found.get(kind)
-                    row = rows[places[at]] if was is None else was.row
-                    found[kind] = Found(num + (was.num if was else 0), row)
-
-
-def _exact(
-    name: str,
-    values: Sequence[Any],
-    places: Sequence[int],
-    exact: Callable[[int], Mapping[str, Any]],
-) -> Sequence[Any]:
-    """Put back what may be integers that were made floats of."""
-    if float not in set(map(type, values)):
-        return values
-    maybe = [at for at, it in enumerate(values) if type(it) is float and abs(it) >= BIG]
-    values = list(values)
-    for at in maybe:
-        values[at] = exact(places[at])[name]
-    return values
-
-
-def _kinds(values: Sequence[Any]) -> Kinds:
-    """Count kinds; with each, the index of the first such value."""
-    types = set(map(type, values))
-    if types == {type(None)}:
-        return {}
-    if len(types) == 1 and not (types & _NUMBERS and _is_any_big(values)):
-        return {kind_word(values[0]): Found(len(values), 0)}
-    words = [kind_word(value, by_size=True) for value in values]
-    return {word: Found(words.count(word), words.index(word)) for word in {*words} - {"null"}}
+                for kind, at in _firsts(name, values, places, exact, found):
+                    found[kind] = min(rows[places[at]], found.get(kind, rows[places[at]]))
 
 
 _NUMBERS = {int, float}
 
 
-def _is_any_big(numbers: Sequence[Any]) -> bool:
-    return not -_EXACT_INT <= min(numbers) <= max(numbers) <= _EXACT_INT
+def _firsts(
+    name: str,
+    values: Sequence[Any],
+    places: Sequence[int],
+    exact: Callable[[int], Mapping[str, Any]],
+    known: Collection[Kind],
+) -> Iterator[tuple[Kind, int]]:
+    """Yield kinds that are not known, and the index of the first such value."""
+    types = list(map(type, values))
+    distinct = {*types} - {type(None)}
+    if distinct & _NUMBERS:
+        numbers = values if {*types} <= _NUMBERS else [it for it in values if type(it) in _NUMBERS]
+        if not -_EXACT_INT <= min(numbers) <= max(numbers) <= _EXACT_INT:
+            for at, value in enumerate(values):
+                # What may be an integer over 64 bits.
+                is_unsure = type(value) is float and abs(value) >= BIG
+                it = exact(places[at])[name] if is_unsure else value
+                word = kind_word(it, by_size=True)
+                if it is not None and word not in known:
+                    yield word, at
+            return
+    for kind in distinct:
+        word = _KIND_WORDS.get(kind, "object")
+        if word not in known:
+            yield word, types.index(kind)
 
 
 def kinds_of(keys: Mapping[str, str]) -> dict[str, list[Kind]]:

@@ -195,7 +195,7 @@ def _parse_line(
 
 
 def _count(census: Census, rows: Sequence[int], lines: Sequence[bytes | None]) -> None:
-    """Count what lines hold, which stand in these rows."""
+    """Note what lines hold, which stand in these rows."""
     objects: Sequence[dict[str, Any]] | None = _objects(lines)
     if objects is None:
         parsed = {
