@@ -32,6 +32,7 @@ from batchgen.job.model import JobConfig
 from batchgen.job.recipe import Seeds
 from batchgen.prompt.builder import PromptBuilder
 from batchgen.prompt.requests import RequestBuilder
+from batchgen.source.columns import schema_text
 from batchgen.store.books import Manifest, Plan, Segment
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:
         recipe_fingerprint="f" * 32,
         input_format="jsonl",
         columns=["id: string"],
-        schema="",
+        schema=schema_text(pa.schema([])),
         carried=["id"],
         segments=[
             Segment(f"/in/{at}.jsonl", 100 + at, "1", f"digest-{at}", rows)

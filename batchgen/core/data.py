@@ -255,6 +255,19 @@ def parse_json(text: str | bytes) -> Any:  # noqa: ANN401 - any JSON
     return value
 
 
+def parse_state(data: bytes) -> Any:  # noqa: ANN401 - any JSON
+    """Parse JSON that batchgen wrote, with half characters: names that are not UTF-8 have them.
+
+    Raises:
+        ValueError: Not JSON, or too many levels.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        msg = "too many levels"
+        raise ValueError(msg) from None
+
+
 def _finite(written: str) -> float:
     number = float(written)
     if not math.isfinite(number):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from batchgen import __version__
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
-from batchgen.core.data import parse_json
+from batchgen.core.data import parse_state
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowSet, WorkLeft
 from batchgen.core.runtime import say
@@ -229,9 +229,9 @@ def _last_speed(ledger: Ledger) -> tuple[float | None, bool]:
     storage = ledger.storage
     for name in reversed(storage.list(f"{STATE}/epochs")[-_MAX_EPOCHS:]):
         with suppress(StorageError, ValueError, LookupError, TypeError, AttributeError):
-            claim = parse_json(storage.read(name) or b"{}")
+            claim = parse_state(storage.read(name) or b"{}")
             path = f"{STATE}/runs/{claim['run_id']}/summary.json"
-            found = parse_json(storage.read(path) or b"{}")
+            found = parse_state(storage.read(path) or b"{}")
             run, settings = found["run"], found["engine"]["settings"]
             speed, is_long = run["requests_per_s"], run["working_s"] >= _LEAST_WORKING_S
             if speed > 0 and is_long and not claim.get("is_trial"):

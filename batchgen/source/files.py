@@ -20,6 +20,7 @@ Whatever a pattern would match and these rules leave out is said, see `Found.lef
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import stat
 from dataclasses import dataclass, field
@@ -42,8 +43,8 @@ class InputStat:
 
     size_bytes: int
     version: str
-    """mtime in ns for a local file, with that of the link if it is one; ETag or the like for a
-    remote one; empty: it tells nothing."""
+    """mtime in ns for a local file, with where it really lies if links lead there; ETag or the like
+    for a remote one; empty: it tells nothing."""
 
     def is_still(self, other: InputStat) -> bool:
         """Whether a file that was `other` has not changed, as told without reading it."""
@@ -77,8 +78,9 @@ def stat_input(path: str) -> InputStat:
         if not is_url(path):
             info = Path(path).stat()
             version = str(info.st_mtime_ns)
-            if Path(path).is_symlink():  # It may be turned to another file of equal size and time.
-                version += f" {Path(path).lstat().st_mtime_ns}"
+            # A link on the way may be turned to another file of equal size and time.
+            if (real := os.path.realpath(path)) != os.path.abspath(path):  # noqa: PTH100
+                version += f" {hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}"
             return InputStat(info.st_size, version)
         import fsspec
 

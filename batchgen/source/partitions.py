@@ -119,10 +119,17 @@ def is_partition(field: pa.Field) -> bool:
     return bool(field.metadata) and _MARK in field.metadata
 
 
+def partition_texts(path: str, columns: pa.Schema) -> dict[str, str]:
+    """Column -> the text that the folders of a file tell, nulls left out."""
+    found = {field.name: _value(path, field.name) for field in columns if is_partition(field)}
+    return {name: text for name, text in found.items() if text is not None}
+
+
 def partition_values(path: str, columns: pa.Schema) -> dict[str, pa.Scalar]:
     """Column -> the value that all rows of a file have, of those that its folders tell."""
+    texts = partition_texts(path, columns)
     return {
-        field.name: pa.scalar(_value(path, field.name), pa.string()).cast(field.type)
+        field.name: pa.scalar(texts.get(field.name), pa.string()).cast(field.type)
         for field in columns
         if is_partition(field)
     }

@@ -20,7 +20,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.data import parse_json
+from batchgen.core.data import parse_state
 from batchgen.core.errors import AccountingError, FencedError, OutputError
 from batchgen.core.runtime import command
 from batchgen.store.books import (
@@ -351,7 +351,7 @@ class Ledger:
         if not path.is_file():
             raise self._not_understood(name, "it is no file" if path.exists() else "it is gone")
         try:
-            fields = parse_json(self.storage.read(name) or b"")
+            fields = parse_state(self.storage.read(name) or b"")
             found = fields.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from batchgen.core.data import take_rows
 from batchgen.core.records import Ranges, RowSet
 from batchgen.core.runtime import open_file
+from batchgen.source.columns import read_schema
+from batchgen.source.partitions import partition_texts
 from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import storage_error
 from batchgen.store.result_files import ROW, SEGMENT
@@ -188,7 +190,12 @@ def match(storage: LocalStorage, old: Plan, new: Plan) -> list[Span]:
         new: The plan that follows it, `is_same_reading`.
     """
     spans: list[Span] = []
+    columns, were = read_schema(new.schema), read_schema(old.schema)
     for number, other in pairs(old.segments, new.segments):
+        paths = new.segments[number].path, old.segments[other].path
+        # What folders tell is part of a row, though no digest has it.
+        if partition_texts(paths[0], columns) != partition_texts(paths[1], were):
+            continue
         for start, was, length in match_files(storage, old.segments[other], new.segments[number]):
             spans.append(Span(number, start, other, was, length))
             if len(spans) > MAX_SPANS:

@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.core.data import parse_json
+from batchgen.core.data import parse_state
 from batchgen.core.errors import DamagedSnapshotError, StorageError
 from batchgen.core.runtime import option
 from batchgen.storage import raise_if_not_damage
@@ -158,7 +158,7 @@ def note_as_published(storage: LocalStorage, files: Sequence[PublishedFile]) -> 
 def _noted(storage: LocalStorage) -> Mapping[str, Sequence[int]]:
     # Never synced: a power loss may have torn it. What cannot be read, the files tell as well.
     with suppress(ValueError, StorageError):
-        found = parse_json(storage.read(_NOTES) or b"{}")
+        found = parse_state(storage.read(_NOTES) or b"{}")
         return found if isinstance(found, dict) else {}
     return {}
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.data import parse_json
+from batchgen.core.data import parse_state
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.runtime import command, option
 from batchgen.pipeline.stats import duration, num_inside
@@ -202,7 +202,7 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
             if (data := storage.read(f"{folder}/live.json")) is not None:
                 at_s = written_s[folder]  # 0: it came only now.
                 age_s = max(0.0, utc_now().timestamp() - at_s) if at_s else 0.0
-                return {**parse_json(data), "sign_of_life_age_s": age_s}
+                return {**parse_state(data), "sign_of_life_age_s": age_s}
     return {}
 
 
@@ -211,7 +211,7 @@ def _epochs(storage: LocalStorage) -> dict[str, int]:
     found = {}
     for number, name in enumerate(storage.list(f"{STATE}/epochs"), 1):
         with suppress(ValueError, KeyError, TypeError, StorageError):
-            found[str(parse_json(storage.read(name) or b"")["run_id"])] = number
+            found[str(parse_state(storage.read(name) or b"")["run_id"])] = number
     return found
 
 

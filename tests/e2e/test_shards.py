@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -186,6 +187,26 @@ def test_what_a_partition_is(tmp_path):
     (tmp_path / "run=7/lang=de/part=01").rename(tmp_path / "run=7/lang=de/part=x")
     with pytest.raises(BatchgenError, match="a folder part=x, which is no float64"):
         batchgen.run(job, overrides=as_number)
+
+
+@pytest.mark.parametrize(("user", "num_new"), [("{{ text }} {{ day }}", 2), ("{{ text }}", 0)])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_a_file_in_another_folder_have_its_value(tmp_path, user, num_new, kind):
+    """Its content is the same, its rows are not: what folders tell stands in no digest."""
+    for day in ("1", "2"):
+        frame = pl.DataFrame({"text": [f"{day}a", f"{day}b"]})
+        (tmp_path / f"in/day={day}").mkdir(parents=True)
+        path = tmp_path / f"in/day={day}/f.{kind}"
+        frame.write_ndjson(path) if kind == "jsonl" else frame.write_parquet(path)
+    job = write_job(tmp_path, "in", prompt={"user": user})
+    batchgen.run(job)
+    (tmp_path / "in/day=2").rename(tmp_path / "in/day=3")
+    plan = json.loads(run_cli("plan", job, "--json").stdout)
+    assert plan["todo"]["num_to_compute"] == num_new
+    assert batchgen.run(job).run["num_ok"] == num_new
+    rows = batchgen.read(job).collect().sort("text").select("text", "day").rows()
+    assert rows == [("1a", 1), ("1b", 1), ("2a", 3), ("2b", 3)]
+    assert batchgen.run(job).state == "nothing_to_do"
 
 
 def test_folders_that_prompts_do_not_read_are_no_part_of_their_keys(tmp_path):

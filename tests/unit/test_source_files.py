@@ -368,6 +368,23 @@ def test_a_link_that_is_turned_to_a_file_of_equal_size_and_time_is_another_versi
     assert stat_input(str(tmp_path / "one")).version == "5"
 
 
+@pytest.mark.parametrize(("link", "path"), [("folder", "folder/a"), ("middle", "first")])
+def test_so_is_one_on_the_way_to_the_file(tmp_path, link, path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+        os.utime(tmp_path / name / "a", ns=(5, 5))
+    (tmp_path / "folder").symlink_to("one")
+    (tmp_path / "middle").symlink_to("one/a")
+    (tmp_path / "first").symlink_to("middle")
+    before = stat_input(str(tmp_path / path))
+    assert stat_input(str(tmp_path / path)).is_still(before)
+    target = (tmp_path / link).readlink()
+    (tmp_path / link).unlink()
+    (tmp_path / link).symlink_to(str(target).replace("one", "two"))
+    assert not stat_input(str(tmp_path / path)).is_still(before)
+
+
 def test_two_dots_behind_a_link_are_where_the_link_leads(tmp_path):
     (tmp_path / "far" / "deep").mkdir(parents=True)
     (tmp_path / "near").mkdir()
