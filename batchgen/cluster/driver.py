@@ -426,7 +426,7 @@ class Driver:
         if isinstance(error, ConfigError):
             is_own = self._stats.has_seen_engine  # The job's settings are good where it is up.
         if isinstance(error, InputChangedError):  # Is it that node that has lost it?
-            is_own = not input_changes(self._work.epoch.plan, self._work.prepared.reader)
+            is_own = not input_changes(self._work.epoch.plan)
         if isinstance(error, EngineError) and not self._stats.has_seen_engine:
             # One may have a bad GPU; if it is all of them, it is the job.
             self._num_not_started += 1

@@ -265,7 +265,7 @@ class Worker:
         # Others take their shares of it: what is left to us is not known.
         self._engine.expect(self._stages.work_of(begin.plan.num_rows))
         self._begun = begin
-        self._inbox.say(messages.Ready(not input_changes(begin.plan, prepared.reader)))
+        self._inbox.say(messages.Ready(not input_changes(begin.plan)))
 
     def _run(self, lease: Lease) -> bool:
         """End the rows of this lease and of those that come, up to a `Finish`, or until stopped.

@@ -113,7 +113,7 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
     if not changes and not is_outgrown and (found := same_files(plan, job)) is not None:
         prepared = checked.with_plan(plan)
         prepared = replace(prepared, notes=[*prepared.notes, *found.notes])
-        if not input_changes(plan, prepared.reader):
+        if not input_changes(plan):
             return Decision(prepared, plan, Before())
     # A run whose job is stolen may be at work on a plan that has come to nothing so far.
     if changes and not options.steal and has_come_to_nothing(ledger, plan):
@@ -212,7 +212,7 @@ def _run_whole(ledger: Ledger, plan: Plan, prepared: Prepared) -> list[str]:
         if segment.num_rows
         and segment.path in files
         and digest_reader(ledger.storage, segment.digest, segment.num_rows) is None
-        and difference(segment, prepared.reader)
+        and difference(segment)
     ]
     if not wholes:
         return []

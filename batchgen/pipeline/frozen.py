@@ -29,6 +29,7 @@ from batchgen.source.columns import kinds_of, planned, read_schema, schema_text,
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
 from batchgen.source.partitions import is_partition
+from batchgen.source.text import digest_prefix
 from batchgen.store.books import Plan, Segment
 from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
@@ -325,12 +326,12 @@ def _cut(prepared: Prepared, segment: Segment, left: int) -> tuple[int, int]:
     return segment.num_rows, left
 
 
-def input_changes(plan: Plan, reader: Reader) -> list[str]:
+def input_changes(plan: Plan) -> list[str]:
     """Return which planned files changed or are gone."""
     found = []
     for segment in plan.segments:
         try:
-            why = difference(segment, reader)
+            why = difference(segment)
         except SourceError as error:
             why = f"is gone: {error.problem}"
         if why:
@@ -353,7 +354,7 @@ def same_files(plan: Plan, job: JobConfig) -> InputFiles | None:
     return found if is_same else None
 
 
-def difference(segment: Segment, reader: Reader) -> str | None:
+def difference(segment: Segment) -> str | None:
     """Say how a file differs from what was planned; None if it does not.
 
     Size and version (mtime) decide without reading; a file that was only touched or copied back
@@ -364,19 +365,19 @@ def difference(segment: Segment, reader: Reader) -> str | None:
         return f"has {now.size_bytes} bytes, planned with {segment.size_bytes}"
     if now.is_still(segment.stat):
         return None
-    if reader.digest_prefix(segment.path, segment.size_bytes) == segment.digest:
+    if digest_prefix(segment.path, segment.size_bytes) == segment.digest:
         return None
     return "has other content than planned"
 
 
-def check_unchanged(segment: Segment, reader: Reader) -> None:
+def check_unchanged(segment: Segment) -> None:
     """Stop a run whose input moves under it.
 
     Raises:
         InputChangedError: The file changed or vanished.
     """
     try:
-        why = difference(segment, reader)
+        why = difference(segment)
     except SourceError as error:
         raise InputChangedError(
             segment.path, f"vanished during the run: {error.problem}"
@@ -396,23 +397,23 @@ def read_rows(plan: Plan, todo: RowSet, reader: Reader, spec: ReadSpec) -> Itera
     """
     for number, segment in enumerate(plan.segments):
         if rows := todo.get(number):
-            check_unchanged(segment, reader)
+            check_unchanged(segment)
             seen = segment.stat
             for batch in reader.read(segment.path, number, rows, spec):
                 # Asking for a remote file's state takes a round trip: it is asked once, at the end.
                 if not is_url(segment.path):
-                    seen = _still(segment, reader, seen)
+                    seen = _still(segment, seen)
                 yield batch
-            check_unchanged(segment, reader)
+            check_unchanged(segment)
 
 
-def _still(segment: Segment, reader: Reader, seen: InputStat) -> InputStat:
+def _still(segment: Segment, seen: InputStat) -> InputStat:
     """Check a file whose state is not the one that was last found good; return its state."""
     try:
         now = stat_input(segment.path)
     except SourceError:
         now = seen  # It vanished: told by the check.
-        check_unchanged(segment, reader)
+        check_unchanged(segment)
     if now != seen:
-        check_unchanged(segment, reader)
+        check_unchanged(segment)
     return now

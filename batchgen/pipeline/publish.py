@@ -296,7 +296,7 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: b
         raise AccountingError(msg)
     limits = _pass_gate(ledger, prepared, plan, durable, anyway=anyway)
     for segment in plan.segments:
-        check_unchanged(segment, prepared.reader)
+        check_unchanged(segment)
     try:
         snapshot = write_snapshot(
             ledger.storage,

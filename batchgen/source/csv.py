@@ -49,9 +49,7 @@ from batchgen.source.text import (
     MAX_LINE_BYTES,
     Scan,
     blank_lines,
-    digest_prefix,
     iter_bodies,
-    iter_lines,
     lines_of,
     scan_blocks,
     why_not_utf8,
@@ -95,7 +93,7 @@ class CsvReader:
     def sniff(self, path: str) -> None:
         """See `Reader`."""
         refuse_other_content(path, self._encoding)
-        first = next(iter_lines(path, self._encoding), b"") or b""
+        first = lines_of(next(iter_bodies(path, self._encoding), b""))[0] or b""
         looks = text_looks_like(first)
         if looks not in (None, "CSV or TSV") or first.startswith(b"{"):
             text = f"not CSV? it looks like {looks or 'JSONL'}, expected a header and records"
@@ -145,10 +143,6 @@ class CsvReader:
                 num_rows += _num_rows(record)
             return Scan(num_rows, lines.digest)
         return Scan(max(lines.num_rows - 1, 0), lines.digest)
-
-    def digest_prefix(self, path: str, size_bytes: int) -> str:
-        """See `Reader`."""
-        return digest_prefix(path, size_bytes)
 
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Records before the wanted ones are split into fields, for their quotes."""

@@ -31,7 +31,6 @@ from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
     MAX_LINE_BYTES,
     blank_lines,
-    digest_prefix,
     is_seekable,
     iter_bodies,
     lines_of,
@@ -102,10 +101,6 @@ class JsonlReader:
 
         scan = scan_lines(path, on_rows, on_lines, self._encoding)
         return replace(scan, columns=census.columns)
-
-    def digest_prefix(self, path: str, size_bytes: int) -> str:
-        """See `Reader`."""
-        return digest_prefix(path, size_bytes)
 
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`. Rows that are not in `todo` are not parsed."""

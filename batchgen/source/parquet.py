@@ -77,10 +77,6 @@ class ParquetReader:
         digest = lines.digest_prefix(path, stat_input(path).size_bytes, on_block)
         return Scan(num_rows, digest)
 
-    def digest_prefix(self, path: str, size_bytes: int) -> str:
-        """See `Reader`."""
-        return lines.digest_prefix(path, size_bytes)
-
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """See `Reader`."""
         shape = shape_of(path, segment, spec)

@@ -94,9 +94,6 @@ class Reader(Protocol):
             SourceError: The file ends early or cannot be decoded as what its name says.
         """
 
-    def digest_prefix(self, path: str, size_bytes: int) -> str:
-        """Hash as `scan` does, of only the first `size_bytes` raw bytes."""
-
     def read(self, path: str, segment: int, todo: Ranges, spec: ReadSpec) -> Iterator[RowBatch]:
         """Yield the rows of `todo`, ascending, each either in `rows` or in `skipped`, once.
 

@@ -17,6 +17,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -78,7 +79,11 @@ def text_blocks(
         if start:
             file.seek(start)
         raw = _Raw(path, file, on_raw)
-        blocks = iter(raw.block, b"") if compression is None else _unpack(raw, compression)
+        blocks = (
+            iter(partial(raw.read, BLOCK_BYTES), b"")
+            if compression is None
+            else _unpack(raw, compression)
+        )
         for block in blocks if encoding is None else _to_utf8(blocks, encoding):
             if is_start:
                 is_start = False
@@ -102,10 +107,6 @@ class _Raw:
 
     def close(self) -> None:
         """Leave the file open: it is closed by who opened it."""
-
-    def block(self) -> bytes:
-        """Read a block."""
-        return self.read(BLOCK_BYTES)
 
     def read(self, num_bytes: int = -1) -> bytes:
         """Read at most so many bytes; none at the end."""
@@ -357,16 +358,6 @@ def _fitting(lines: list[bytes | None], start: int, num: int) -> int:
     while num > 1 and _size(lines[start : start + num]) > MAX_BATCH_BYTES:
         num //= 2
     return num
-
-
-def iter_lines(path: str, encoding: str | None = None) -> Iterator[bytes | None]:
-    """Yield all lines from the start, for a look at the first few.
-
-    Raises:
-        SourceError: As `text_blocks`.
-    """
-    for body in iter_bodies(path, encoding):
-        yield from lines_of(body)
 
 
 def iter_bodies(path: str, encoding: str | None = None) -> Iterator[bytes | None]:

@@ -183,7 +183,7 @@ def touch(path, seconds=1):
 
 
 def changes(plan, job):
-    return job.changes(plan) + input_changes(plan, job.reader)
+    return job.changes(plan) + input_changes(plan)
 
 
 def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
@@ -191,7 +191,7 @@ def test_a_file_that_was_only_touched_is_the_same(tmp_path, prepared):
     plan = freeze(job, 1)
     touch(tmp_path / "rows.jsonl")
     assert changes(plan, job) == []
-    check_unchanged(plan.segments[0], job.reader)
+    check_unchanged(plan.segments[0])
 
 
 def test_a_file_that_grew_is_told_by_its_size(tmp_path, prepared):
@@ -204,7 +204,7 @@ def test_a_file_that_grew_is_told_by_its_size(tmp_path, prepared):
     why = f"has {size + 3} bytes, planned with {size}"
     assert changes(plan, job) == [f"input: {path} {why}"]
     with pytest.raises(InputChangedError, match=f"{why}; it must not change while a job runs"):
-        check_unchanged(plan.segments[0], job.reader)
+        check_unchanged(plan.segments[0])
 
 
 def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
@@ -215,7 +215,7 @@ def test_a_file_of_the_same_size_is_told_by_its_content(tmp_path, prepared):
     touch(path)
     assert changes(plan, job) == [f"input: {path} has other content than planned"]
     with pytest.raises(InputChangedError, match="has other content than planned") as caught:
-        check_unchanged(plan.segments[0], job.reader)
+        check_unchanged(plan.segments[0])
     assert caught.value.exit_code == 1
 
 
@@ -261,7 +261,7 @@ def test_a_file_that_vanishes_during_the_run_stops_it(tmp_path, prepared):
     plan = freeze(job, 1)
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(InputChangedError, match=r"rows\.jsonl: vanished during the run: does not"):
-        check_unchanged(plan.segments[0], job.reader)
+        check_unchanged(plan.segments[0])
 
 
 def test_a_limit_that_is_filled_wants_no_new_files(tmp_path, make_job):
