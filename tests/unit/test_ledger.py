@@ -409,8 +409,8 @@ def test_a_plan_number_that_is_absent_is_refused(ledger):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", r"zero-length, empty document"),
-        (b'{"format": 1', r"unexpected end of data"),
+        (b"", r"Expecting value"),
+        (b'{"format": 1', r"Expecting ',' delimiter"),
         (b"[1]", r"'str' object"),
         (b'{"number": 1}', r"'format'"),
         (b'{"format": 2}', r"format 2, this batchgen reads 1"),
