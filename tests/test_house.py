@@ -7,7 +7,7 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN = {
-    "lines of code": 22_225,
+    "lines of code": 22_243,
 }
 """Goals not reached yet -> today's figure: it becomes smaller, or a feature says its cost."""
 

@@ -176,9 +176,10 @@ class InputConfig(Table):
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
     types: dict[str, str] = Field(default={})
-    """Column types: string, bool, int32, int64, float64, json. A value that does not fit is an
-    error of its row. JSONL: else a type that holds all values. CSV: else strings; an empty field is
-    '' in a string and null in any other type."""
+    """Column types: string, text, bool, int32, int64, float64, json. A value that does not fit is
+    an error of its row; text holds strings as they are, and all else as JSON. JSONL: else a type
+    that holds all values. CSV: else strings; an empty field is '' in a string and null in any other
+    type."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Of CSV, one character. Default: a comma, in .tsv a tab."""
     encoding: str | None = None

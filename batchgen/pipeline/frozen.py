@@ -153,7 +153,7 @@ def _settled(prepared: Prepared, keys: Sequence[Mapping[str, str]]) -> Prepared:
         types.pop(name, None)
     fields = [
         prepared.columns.field(field.name)
-        if type_word(field) == "json" and field.name in compared
+        if type_word(field) in {"json", "text"} and field.name in compared
         else field
         for field in planned(map(kinds_of, keys), types, prepared.files[0])
     ]
@@ -192,7 +192,7 @@ def _column_note(
             for kind, row in found.get(path, {}).get(field.name, {}).items():
                 firsts.setdefault(kind, f"{kind} from {path}:{row + 1} on")
         now, was = type_word(field), known.get(field.name)
-        is_odd = now == "json" and len(firsts) > 1 and not is_later
+        is_odd = now in {"json", "text"} and len(firsts) > 1 and not is_later
         if was != now or is_odd:
             why = f" ({', '.join(firsts.values())})" if firsts else ""
             change = "comes late" if was is None else f"was {was}" if was != now else "is mixed"

@@ -3,8 +3,10 @@
 Invariant: no value is altered on its way to Arrow. What does not fit its column's type exactly
 is reported as not fitting, never coerced, rounded or cut.
 
-A `json` column is a string column whose field says so in its metadata; it holds every value as
-JSON text, strings with their quotes, so that any value comes back exactly.
+Two kinds of string columns say in their field's metadata what they are. A `json` column holds every
+value as JSON text, strings with their quotes, so that any value comes back exactly. A `text` column
+is one of strings in which something else stands here and there: strings are as they are, so that
+one odd value costs a reader nothing, and everything else is JSON text.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 from batchgen.core.expressions import parse_row_test
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 Word = str
 MAX_DEPTH = 254
 """Levels of lists and objects that a value may have; what orjson 3.x writes at most."""
-JSON_METADATA = {b"batchgen.type": b"json"}
+_TYPE_KEY = b"batchgen.type"
+JSON_METADATA = {_TYPE_KEY: b"json"}
 _DIFFERS = b"batchgen.differs"
 
 _TYPES: dict[Word, pa.DataType] = {
@@ -39,6 +43,7 @@ _TYPES: dict[Word, pa.DataType] = {
     "int64": pa.int64(),
     "float64": pa.float64(),
     "json": pa.string(),
+    "text": pa.string(),
 }
 # type() and not isinstance(): True is an int to isinstance, and to Arrow a float.
 _FITTING: dict[pa.DataType, frozenset[type]] = {
@@ -73,12 +78,22 @@ def parse_field(name: str, word: Word) -> pa.Field:
     if word not in _TYPES:
         msg = f"unknown type {word!r} for column {name!r}{suggestion(word, _TYPES)}"
         raise ValueError(msg)
-    return pa.field(name, _TYPES[word], metadata=JSON_METADATA if word == "json" else None)
+    metadata = {_TYPE_KEY: word.encode()} if word in {"json", "text"} else None
+    return pa.field(name, _TYPES[word], metadata=metadata)
 
 
 def is_json(field: pa.Field) -> bool:
     """Whether the column holds JSON text."""
-    return bool(field.metadata) and field.metadata.get(b"batchgen.type") == b"json"
+    return _own_type(field) == b"json"
+
+
+def is_text(field: pa.Field) -> bool:
+    """Whether the column holds strings, and JSON text of what is none."""
+    return _own_type(field) == b"text"
+
+
+def _own_type(field: pa.Field) -> bytes | None:
+    return (field.metadata or {}).get(_TYPE_KEY)
 
 
 def differing(name: str, path: str, other: str, problem: str) -> pa.Field:
@@ -123,7 +138,8 @@ def agreed(
 def type_word(field: pa.Field) -> Word:
     """The type as users write and read it."""
     words = (word for word, data_type in _TYPES.items() if data_type == field.type)
-    return "json" if is_json(field) else next(words, str(field.type))
+    own = _own_type(field)
+    return own.decode() if own is not None else next(words, str(field.type))
 
 
 def kind_word(value: object, *, by_size: bool = False) -> Kind:
@@ -228,11 +244,11 @@ def planned(
 
 
 def _field_of(name: str, kinds: Collection[Kind]) -> pa.Field:
-    """Choose the narrowest type that holds all values of these kinds exactly; nulls fit all."""
+    """Choose the narrowest type that holds all values of these kinds; nulls fit all."""
     for word, held in _HELD.items():
         if held.issuperset(kinds):
             return parse_field(name, word)
-    return parse_field(name, "json")
+    return parse_field(name, "text" if "string" in kinds else "json")
 
 
 _HELD: dict[Word, set[Kind]] = {
@@ -313,6 +329,8 @@ def to_array(field: pa.Field, values: Sequence[Any]) -> tuple[pa.Array, dict[int
     """
     if is_json(field):
         return _convert(values, pa.string(), json_text)
+    if is_text(field):
+        return _convert(values, pa.string(), lambda it: it if type(it) is str else json_text(it))
     data_type = field.type
     if set(map(type, values)) <= _FITTING[data_type]:
         try:
@@ -352,14 +370,24 @@ def retyped(
     """
     if old.type == new.type and is_json(old) == is_json(new):
         return column, {}
+    if is_text(old) and is_json(new):  # Nobody knows whether a text was a string.
+        return column, dict.fromkeys(pc.indices_nonzero(column.is_valid()).to_pylist(), "text")
     if new.type not in _FITTING:
         return column.cast(new.type), {}
     values = column.to_pylist()
-    if is_json(old):
-        values = [None if text is None else json.loads(text) for text in values]
+    if is_json(old) or is_text(old):
+        values = [None if text is None else _written(text) for text in values]
     if new.type in _INT_BITS:
         values = [int(it) if type(it) is float and it.is_integer() else it for it in values]
     return to_array(new, values)
+
+
+def _written(text: str) -> Any:  # noqa: ANN401 - any JSON
+    """Read a value of a `json` or `text` column; a string that is no JSON is itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def json_text(value: object) -> str:

@@ -88,7 +88,7 @@ def test_every_format_has_its_reader():
     assert readers == [JsonlReader, CsvReader, ParquetReader]
 
 
-@pytest.mark.parametrize("word", ["string", "bool", "int32", "int64", "float64", "json"])
+@pytest.mark.parametrize("word", ["string", "bool", "int32", "int64", "float64", "json", "text"])
 def test_type_words_come_back(word):
     field = parse_field("a", word)
     assert (field.name, type_word(field), is_json(field)) == ("a", word, word == "json")
