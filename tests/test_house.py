@@ -6,10 +6,8 @@ import pytest
 
 from tests.house import Figure, code_lines, figures, table, traced
 
-OPEN = {
-    "lines of code": 22_243,
-}
-"""Goals not reached yet -> today's figure: it becomes smaller, or a feature says its cost."""
+OPEN: dict[str, float] = {}
+"""Goals not reached yet -> today's figure: it may only become smaller."""
 
 NAMES = (
     *("lines of code", "modules", "layers", "modules of a room"),
