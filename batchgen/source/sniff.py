@@ -31,6 +31,8 @@ _UTF_16_OR_32 = {
     b"\xfe\xff": "utf-16",
 }
 _HEAD_BYTES = 4096
+_SIGNS = frozenset(b'"\n\r\t ,;:{}[]0123456789')
+"""What any JSONL or CSV has much of, whatever its language."""
 
 
 def refuse_other_content(path: str, encoding: str | None = None) -> None:
@@ -70,6 +72,11 @@ def _other_encoding(head: bytes) -> str | None:
     if high + low < 2 or min(high, low) * 20 > max(high, low):
         is_four = head.count(0) * 2 > len(head) > 0
         return ("utf-32-be" if head[0] == 0 else "utf-32-le") if is_four else None
+    # Zeros within UTF-8 are odd characters: there most signs have other neighbors.
+    signs, others = (head[1::2], head[::2]) if high > low else (head[::2], head[1::2])
+    beside = [other for sign, other in zip(signs, others, strict=False) if sign in _SIGNS]
+    if beside.count(0) * 2 <= len(beside):
+        return None
     return "utf-16-be" if high > low else "utf-16-le"
 
 

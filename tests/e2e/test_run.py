@@ -245,9 +245,9 @@ def test_files_that_come_while_a_job_is_unfinished_bring_their_rows_and_columns(
     (tmp_path / "c.jsonl").write_text("\n".join([json.dumps(came)] * 900))
     summary = summary_of(job, "--set", "gate.max_error_rate=0.5")
     assert summary["state"] == "complete"
-    # The 900 new rows are one question; the line that is no JSON has no key to know it by.
-    assert (summary["run"]["num_ok"], summary["run"]["num_errors"]) == (1, 1)
-    assert summary["num_carried"] + summary["num_copied"] == 100 + 899
+    # The 900 new rows are one question; the line that is no JSON is an error row as it was.
+    assert (summary["run"]["num_ok"], summary["run"]["num_errors"]) == (1, 0)
+    assert summary["num_carried"] + summary["num_copied"] == 101 + 899
     frame = batchgen.read(job).collect()
     assert len(frame) == 1001
     assert frame["extra"].to_list() == [None] * 101 + [1] * 900

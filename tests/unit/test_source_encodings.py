@@ -107,6 +107,15 @@ def test_what_looks_like_another_encoding_is_refused(tmp_path, text, encoding, t
         reader_for("jsonl" if "jsonl" in name else "csv").sniff(str(path))
 
 
+@pytest.mark.parametrize("odd", [b"\0\x01\0", b"\0a\0b\0c", b"\0" * 40, b"a\0b\0c\0d\0"])
+@pytest.mark.parametrize("shift", [b"", b" "])
+def test_zeros_in_a_line_of_utf_8_are_that_lines_affair(tmp_path, odd, shift):
+    good = b'{"id": 1, "text": "row"}\n'
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(shift + good * 5 + odd + b"\n" + good * 5)
+    JsonlReader().sniff(str(path))
+
+
 @pytest.mark.parametrize("name", ["base64", "rot13", "no-such", "idna", "undefined", ""])
 def test_what_is_no_encoding_of_text_is_refused(name):
     with pytest.raises(ValueError, match="is none that Python knows, expected such as 'utf-16'"):
