@@ -22,7 +22,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from batchgen import __version__
-from batchgen.answers.json_schema import row_validator
 from batchgen.answers.validate import Retries
 from batchgen.core.data import parse_state
 from batchgen.core.errors import StorageError
@@ -34,10 +33,9 @@ from batchgen.engine.process import build_engine
 from batchgen.engine.vllm.settings import engine_gpus, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
-from batchgen.pipeline.frozen import read_rows
+from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
 from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
-from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.books import PARTS, STATE
 from batchgen.store.result_files import PartContext, PartWriter, ResultFile
 
@@ -52,6 +50,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.runner import FeedBatch, OpenPart, Passing
     from batchgen.pipeline.stats import Look, RunStats
+    from batchgen.prompt.requests import RequestBuilder
     from batchgen.source.text import LineIndexes
     from batchgen.store.books import Epoch, Plan
     from batchgen.store.ledger import Ledger
@@ -139,15 +138,7 @@ class Stages:
 
     def builder(self) -> RequestBuilder:
         """Return what makes requests of rows."""
-        prepared, recipe = self._prepared, self._plan.recipe_fingerprint
-        return RequestBuilder(
-            prepared.builder,
-            prepared.job,
-            recipe,
-            seeds=self._seeds,
-            ids=self._ids,
-            check_schema=row_validator,
-        )
+        return request_builder(self._prepared, self._plan, self._ids)
 
     def feed(self, rows: Iterable[RowBatch], deduper: Passing | None) -> Iterator[FeedBatch]:
         """Make requests of rows; `deduper` says which are to be computed."""

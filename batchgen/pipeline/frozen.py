@@ -13,6 +13,7 @@ is held against the present: what changed, what came, and whether each row is st
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.expressions import parse_row_test
 from batchgen.core.records import Ranges, RowSet
 from batchgen.job.model import is_url
+from batchgen.job.recipe import Seeds
 from batchgen.pipeline.prepare import check_columns
+from batchgen.prompt.requests import RequestBuilder
 from batchgen.source.columns import kinds_of, planned, read_schema, schema_text, type_word
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import find_files
@@ -384,6 +388,26 @@ def check_unchanged(segment: Segment) -> None:
         ) from error
     if why:
         raise InputChangedError(segment.path, f"{why}; it must not change while a job runs")
+
+
+def request_builder(
+    prepared: Prepared, plan: Plan, ids: Iterator[int] | None = None
+) -> RequestBuilder:
+    """Return what makes requests of a plan's rows, with its keys and seeds.
+
+    Args:
+        prepared: The job.
+        plan: Whose rows they are.
+        ids: Request ids, unique within a run; None for requests that no engine gets.
+    """
+    return RequestBuilder(
+        prepared.builder,
+        prepared.job,
+        plan.recipe_fingerprint,
+        seeds=Seeds(prepared.job.sampling, plan.seed_generation),
+        ids=itertools.count() if ids is None else ids,
+        check_schema=row_validator,
+    )
 
 
 def read_rows(plan: Plan, todo: RowSet, reader: Reader, spec: ReadSpec) -> Iterator[RowBatch]:

@@ -20,7 +20,6 @@ no old row, its plan is as new as the program and nobody looks again.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from contextlib import suppress
@@ -29,14 +28,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import StorageError
 from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.core.runtime import option
-from batchgen.job.recipe import Seeds
-from batchgen.pipeline.frozen import read_rows
+from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.prompt.builder import BYTE_ORDER_MARK
-from batchgen.prompt.requests import RequestBuilder
 from batchgen.source.values import holds_bytes
 from batchgen.store.books import STATE
 from batchgen.store.reuse import prefix_of, prefixes_of
@@ -169,14 +165,7 @@ def old_rows(
         on_batch: Called now and then; what it raises ends the work.
     """
     known = _Keys(plan.recipe_fingerprint, answers)
-    builder = RequestBuilder(
-        prepared.builder,
-        prepared.job,
-        plan.recipe_fingerprint,
-        seeds=Seeds(prepared.job.sampling, plan.seed_generation),
-        ids=itertools.count(),
-        check_schema=row_validator,
-    )
+    builder = request_builder(prepared, plan)
     spec = replace(prepared.spec(), carried=())
     found: list[tuple[int, int, int]] = []
     for batch in read_rows(plan, rows, prepared.reader, spec):

@@ -7,23 +7,21 @@ What is found is one record for programs, and the lines that a person reads.
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import RowSet
 from batchgen.core.runtime import command, option
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
-from batchgen.job.recipe import Seeds
 from batchgen.pipeline.compute import lengths_of, work_of
 from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
+from batchgen.pipeline.frozen import request_builder
 from batchgen.pipeline.job_run import tuned_notes
 from batchgen.pipeline.rows import (
     answered_keys,
@@ -45,7 +43,6 @@ from batchgen.preview.estimate import (
     last_run,
 )
 from batchgen.preview.sample import SAMPLE_ROWS, load_tokenize, max_model_len, survey
-from batchgen.prompt.requests import RequestBuilder
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.reuse import Source
@@ -476,14 +473,7 @@ def _count_rows(
 
 def _survey(ahead: _Ahead, spec: EngineSpec, options: PlanOptions, max_len: int | None) -> Survey:
     prepared, plan = ahead.prepared, ahead.begun.plan
-    builder = RequestBuilder(
-        prepared.builder,
-        prepared.job,
-        plan.recipe_fingerprint,
-        seeds=Seeds(prepared.job.sampling, plan.seed_generation),
-        ids=itertools.count(),
-        check_schema=row_validator,
-    )
+    builder = request_builder(prepared, plan)
     return survey(
         plan,
         ahead.todo,
