@@ -39,7 +39,7 @@ from batchgen.api import load
 from batchgen.cluster.driver import Driver
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.workers import ReplicaStats, WorkerPool
-from batchgen.core.records import Ranges
+from batchgen.core.records import Ranges, RowSet
 from batchgen.pipeline.compute import Commits, Monitor, Stages, Work
 from batchgen.pipeline.context import RunContext, StopSwitch
 from batchgen.pipeline.frozen import freeze
@@ -56,8 +56,6 @@ from tests.bench.sim_worker import EngineKind
 from tests.fakes import FACTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Epoch
 
@@ -171,7 +169,7 @@ class Drive:
 
     def run(self) -> dict[str, float]:
         cluster, plan = self._cluster, self._epoch.plan
-        rows = {at: Ranges.until(one.num_rows) for at, one in enumerate(plan.segments)}
+        rows = RowSet((at, Ranges.until(one.num_rows)) for at, one in enumerate(plan.segments))
         context, ledger = self._context, self._context.ledger
         stages = Stages(self._prepared, plan, ledger, epoch=1, worker=0, run_id="bench")
         commits = Commits(context, self._epoch, stages.writer)
@@ -199,7 +197,7 @@ class Drive:
             self._monitor.show(now_s, is_last=False)
             self._tell_s += time.thread_time() - began_s
 
-    def _feed(self, stages: Stages, rows: Mapping[int, Ranges]) -> Any:
+    def _feed(self, stages: Stages, rows: RowSet) -> Any:
         feeder = stages.feeder(stages.feed(stages.read(rows), None), _Up())
         self._feeder = PacedFeeder(feeder, self._cluster)
         return self._feeder

@@ -147,7 +147,7 @@ class KeptCluster(RayCluster):
         return 0.0
 
     def kill(self, number: int) -> None:
-        if number in self._hired and number not in self._of:
+        if number in self._started and number not in self._of:
             super().kill(number)
 
     def close(self) -> None:

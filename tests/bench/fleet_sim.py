@@ -138,7 +138,8 @@ class Drive:
             heard = [member.pace() for member in self.members.values() if member.look is not None]
             found = outlook(heard, self.book.num_pending, len(self.members))
             self._outlook, self._outlook_at_s = found, now_s
-        return self._outlook
+            return found
+        return before
 
     def fire_idlers(self) -> None:
         for number, member in list(self.members.items()):
