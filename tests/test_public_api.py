@@ -15,7 +15,8 @@ import pytest
 
 import batchgen
 from batchgen import api, cli
-from batchgen.pipeline.context import RunOptions
+from batchgen.core.runtime import Caller, called
+from batchgen.pipeline.context import RunOptions, Summary
 from tests import fakes
 
 if TYPE_CHECKING:
@@ -127,3 +128,19 @@ def test_a_job_may_be_tables_and_its_paths_may_hold_a_date(tmp_path) -> None:
     }
     job = api.load(tables, run_date=date(2026, 11, 20))
     assert job.input.path == [str(tmp_path / "2026-11-20.jsonl")]
+
+
+def test_a_result_is_shown_as_the_shell_prints_it_and_escaped_in_a_notebook() -> None:
+    hostile = "<svg onload=alert(1)>\x1b[2J"
+    with called(Caller("out", is_folder=True, python_job="job")):
+        summary = Summary("complete", 0, num_ok=3, num_errors=1, warnings=[hostile])
+    lines = str(summary).splitlines()
+    assert lines[:3] == [
+        "warning: <svg onload=alert(1)>\\x1b[2J",
+        "complete",
+        "  rows     3 ok, 1 errors",
+    ]
+    assert repr(summary) == str(summary)
+    html = summary._repr_html_()
+    assert html.startswith("<pre>warning: &lt;svg onload=alert(1)&gt;\\x1b[2J\n")
+    assert html.count("<") == 2

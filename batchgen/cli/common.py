@@ -184,8 +184,3 @@ def rows_in_flight(grace_s: float) -> str:
 def as_line(facts: Mapping[str, Any]) -> str:
     """Write one JSON object on one line, as `--json` prints it."""
     return json.dumps(facts, default=str)
-
-
-def table(rows: Mapping[str, str]) -> list[str]:
-    """Write lines of a name and a text each; those without a text are left out."""
-    return [f"  {name:8} {text}" for name, text in rows.items() if text]

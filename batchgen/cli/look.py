@@ -128,13 +128,13 @@ def plan(
     Example: batchgen plan jobs/quickstart.toml --rate 250rows/s --gpu-cost 2.5EUR
     """
     from batchgen.pipeline.context import RunOptions
-    from batchgen.preview.plan import PlanOptions, forecast_text, foresee
+    from batchgen.preview.plan import PlanOptions, foresee
 
     asked = {name: options.pop(name) for name in ("rate", "price")}
     if options.pop("is_exact"):
         asked["sample_rows"] = None
     forecast = foresee(load, PlanOptions(RunOptions(**options), **asked))
-    out(as_line(forecast.as_dict()) if as_json else forecast_text(forecast))
+    out(as_line(forecast.as_dict()) if as_json else forecast.as_text())
     sys.exit(forecast.exit_code)
 
 

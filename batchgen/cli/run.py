@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,14 +18,14 @@ from batchgen.cli.common import (
     reading,
     rows_in_flight,
     stop_on_signals,
-    table,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
-from batchgen.core.runtime import command, say
+from batchgen.core.runtime import say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from datetime import datetime
+    from pathlib import Path
 
     from batchgen.cli.common import Load
     from batchgen.pipeline.context import StopSwitch, Summary
@@ -120,7 +119,7 @@ def run(
         elif isinstance(error, BatchgenError) and failed is not None and failed.num_left:
             say(f"{failed.num_durable:,} of {failed.num_planned:,} rows are durable")
         raise
-    out(as_line(summary.as_dict()) if as_json else _as_text(summary))
+    out(as_line(summary.as_dict()) if as_json else summary.as_text())
     sys.exit(summary.exit_code)
 
 
@@ -169,100 +168,6 @@ def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
         return "stopping after this step; {again} to stop at once"
 
     stop_on_signals(ask)
-
-
-def _as_text(summary: Summary) -> str:
-    """Write the summary that a person reads."""
-    head = summary.state.replace("_", " ")
-    run = summary.run
-    limited = [entry for entry in summary.gate if entry["limit"] is not None]
-    lines = {
-        "rows": _counts(summary),
-        "of them": _origins(summary),
-        "errors": ", ".join(f"{kind} {n:,}" for kind, n in run.get("error_types", {}).items()),
-        "retries": _retries(run) if run.get("num_retries") else "",
-        **(_speed(summary) if summary.engine else {}),
-        "tuned": _tuned(summary.tuned) if summary.tuned else "",
-        "gate": ", ".join(map(_limit, limited)),
-        "output": _files(summary),
-        "log": _log(summary),
-        "see": command("show", "--errors") if summary.num_errors else "",
-    }
-    warnings = [f"warning: {text}" for text in summary.warnings]
-    return "\n".join(
-        [*warnings, f"{head}: {summary.reason}" if summary.reason else head, *table(lines)]
-    )
-
-
-def _counts(summary: Summary) -> str:
-    skipped = f", {summary.num_skipped:,} skipped" if summary.num_skipped else ""
-    left = f", {summary.num_left:,} left" if summary.num_left else ""
-    return f"{summary.num_ok:,} ok, {summary.num_errors:,} errors{skipped}{left}"
-
-
-def _origins(summary: Summary) -> str:
-    """Say where a run's rows come from; empty if it computed them all."""
-    if not summary.num_carried and not summary.num_copied:
-        return ""
-    num_computed = summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0)
-    return (
-        f"{summary.num_carried:,} taken over, {summary.num_copied:,} copied from equal rows, "
-        f"{num_computed:,} computed in this run"
-    )
-
-
-def _retries(run: Mapping[str, Any]) -> str:
-    verdicts = run["verdicts"]
-    num_asked = sum(verdicts.get("1", {}).values())
-    num_at_first = verdicts.get("1", {}).get("ok", 0)
-    num_ok = sum(found.get("ok", 0) for found in verdicts.values())
-    return (
-        f"{run['num_retries']:,} attempts more: {num_at_first / max(num_asked, 1):.1%} of the "
-        f"answers ok at first, {num_ok / max(num_asked, 1):.1%} in the end"
-    )
-
-
-def _speed(summary: Summary) -> dict[str, str]:
-    from batchgen.engine.vllm.settings import settings_text
-    from batchgen.pipeline.stats import duration
-
-    run = summary.run
-    chosen = settings_text(summary.engine["settings"])
-    start, work = duration(summary.engine["startup_s"]), duration(run["working_s"])
-    return {
-        "time": f"{duration(summary.elapsed_s)}: engine start {start}, work {work}",
-        "speed": (
-            f"{run['requests_per_s']:,.0f} rows/s, "
-            f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
-            f"{run['output_tokens_per_s']:,.0f} out"
-        ),
-        "engine": chosen,
-    }
-
-
-def _tuned(tuned: Mapping[str, Any]) -> str:
-    used = ", ".join(f"{name} = {value}" for name, value in tuned["settings"].items())
-    return f"{used or 'nothing'} by {tuned['path']}"
-
-
-def _limit(entry: Mapping[str, Any]) -> str:
-    name = entry["name"].removeprefix("max_").replace("_", " ")
-    figure = "unknown" if entry["figure"] is None else f"{entry['figure']:.3g}"
-    return f"{name} {figure} of at most {entry['limit']:g}"
-
-
-def _files(summary: Summary) -> str:
-    more = f" and {len(summary.files) - 1} more" if len(summary.files) > 1 else ""
-    return f"{summary.output}/{summary.files[0]}{more}" if summary.files else ""
-
-
-def _log(summary: Summary) -> str:
-    if not summary.num_engine_warnings or not summary.summary_path:
-        return ""
-    folder = Path(summary.summary_path).parent
-    log = folder / "vllm.log"
-    place = log if log.exists() else folder
-    return f"{place} ({summary.num_engine_warnings} different warnings)"
 
 
 @job_command

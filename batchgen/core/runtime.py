@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import html
 import io
 import os
 import shlex
@@ -25,7 +26,7 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -143,6 +144,33 @@ def option(*names: str) -> str:
 
 def _keyword(name: str) -> str:
     return _KEYWORDS.get(name, f"{name.removeprefix('--').replace('-', '_')}=True")
+
+
+class Told:
+    """A result that Python shows as the shell prints it, also in a notebook.
+
+    Hints in it speak of the job that was at work when it was made.
+    """
+
+    __slots__ = ("_caller",)
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        """Remember how the job was named."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_caller", _CALLER.get())
+        return made
+
+    def as_text(self) -> str:
+        """The lines that a person reads."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        with called(self._caller):  # type: ignore[attr-defined] # set in `__new__`
+            return printable(self.as_text())
+
+    def _repr_html_(self) -> str:
+        """For notebooks; what comes from data is escaped, as all is."""
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
 
 class Stderr:

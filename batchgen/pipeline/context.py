@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, ConfigError
+from batchgen.core.runtime import Told, command
+from batchgen.engine.vllm.settings import settings_text
+from batchgen.pipeline.stats import duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -218,8 +222,8 @@ class Moment:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+@dataclass(frozen=True, slots=True, repr=False)
+class Summary(Told):
     """One run. Counts are the job's; `run` has this run's own."""
 
     state: str
@@ -270,6 +274,101 @@ class Summary:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+    def as_text(self) -> str:
+        """The lines that a person reads."""
+        head = self.state.replace("_", " ")
+        run = self.run
+        limited = [entry for entry in self.gate if entry["limit"] is not None]
+        lines = {
+            "rows": _counts(self),
+            "of them": _origins(self),
+            "errors": ", ".join(f"{kind} {n:,}" for kind, n in run.get("error_types", {}).items()),
+            "retries": _retries(run) if run.get("num_retries") else "",
+            **(_speed(self) if self.engine else {}),
+            "tuned": _tuned(self.tuned) if self.tuned else "",
+            "gate": ", ".join(map(_limit, limited)),
+            "output": _files(self),
+            "log": _log(self),
+            "see": command("show", "--errors") if self.num_errors else "",
+        }
+        warnings = [f"warning: {text}" for text in self.warnings]
+        return "\n".join(
+            [*warnings, f"{head}: {self.reason}" if self.reason else head, *_table(lines)]
+        )
+
+
+def _counts(summary: Summary) -> str:
+    skipped = f", {summary.num_skipped:,} skipped" if summary.num_skipped else ""
+    left = f", {summary.num_left:,} left" if summary.num_left else ""
+    return f"{summary.num_ok:,} ok, {summary.num_errors:,} errors{skipped}{left}"
+
+
+def _origins(summary: Summary) -> str:
+    """Say where a run's rows come from; empty if it computed them all."""
+    if not summary.num_carried and not summary.num_copied:
+        return ""
+    num_computed = summary.run.get("num_ok", 0) + summary.run.get("num_errors", 0)
+    return (
+        f"{summary.num_carried:,} taken over, {summary.num_copied:,} copied from equal rows, "
+        f"{num_computed:,} computed in this run"
+    )
+
+
+def _retries(run: Mapping[str, Any]) -> str:
+    verdicts = run["verdicts"]
+    num_asked = sum(verdicts.get("1", {}).values())
+    num_at_first = verdicts.get("1", {}).get("ok", 0)
+    num_ok = sum(found.get("ok", 0) for found in verdicts.values())
+    return (
+        f"{run['num_retries']:,} attempts more: {num_at_first / max(num_asked, 1):.1%} of the "
+        f"answers ok at first, {num_ok / max(num_asked, 1):.1%} in the end"
+    )
+
+
+def _speed(summary: Summary) -> dict[str, str]:
+    run = summary.run
+    chosen = settings_text(summary.engine["settings"])
+    start, work = duration(summary.engine["startup_s"]), duration(run["working_s"])
+    return {
+        "time": f"{duration(summary.elapsed_s)}: engine start {start}, work {work}",
+        "speed": (
+            f"{run['requests_per_s']:,.0f} rows/s, "
+            f"{run['num_prompt_tokens'] / run['working_s']:,.0f} tokens/s in, "
+            f"{run['output_tokens_per_s']:,.0f} out"
+        ),
+        "engine": chosen,
+    }
+
+
+def _tuned(tuned: Mapping[str, Any]) -> str:
+    used = ", ".join(f"{name} = {value}" for name, value in tuned["settings"].items())
+    return f"{used or 'nothing'} by {tuned['path']}"
+
+
+def _limit(entry: Mapping[str, Any]) -> str:
+    name = entry["name"].removeprefix("max_").replace("_", " ")
+    figure = "unknown" if entry["figure"] is None else f"{entry['figure']:.3g}"
+    return f"{name} {figure} of at most {entry['limit']:g}"
+
+
+def _files(summary: Summary) -> str:
+    more = f" and {len(summary.files) - 1} more" if len(summary.files) > 1 else ""
+    return f"{summary.output}/{summary.files[0]}{more}" if summary.files else ""
+
+
+def _log(summary: Summary) -> str:
+    if not summary.num_engine_warnings or not summary.summary_path:
+        return ""
+    folder = Path(summary.summary_path).parent
+    log = folder / "vllm.log"
+    place = log if log.exists() else folder
+    return f"{place} ({summary.num_engine_warnings} different warnings)"
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    """Write lines of a name and a text each; those without a text are left out."""
+    return [f"  {name:8} {text}" for name, text in rows.items() if text]
 
 
 def state_of(error: BatchgenError) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, ExitCode
+from batchgen.core.runtime import Told
 from batchgen.engine.devices import Gpu
 from batchgen.engine.vllm.settings import gpus_of
 from batchgen.preview.checkpoint import Weights, read_config, read_weights, shape_of
@@ -65,8 +66,8 @@ _FEW_SHARE = 0.25
 """Share of max_num_seqs: with fewer rows at once the GPU has much less to do than it could."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+@dataclass(frozen=True, slots=True, repr=False)
+class Report(Told):
     """All findings, and the figures behind them; None where a problem hides a figure."""
 
     findings: Sequence[Finding]

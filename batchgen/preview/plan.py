@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import RowSet
-from batchgen.core.runtime import command, option
+from batchgen.core.runtime import Told, command, option
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.pipeline.compute import lengths_of, work_of
@@ -80,8 +80,8 @@ class Rows:
     """Of this plan, by an earlier run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+@dataclass(frozen=True, slots=True, repr=False)
+class Forecast(Told):
     """A plan, told. Counts of rows to do are estimates where `survey` is not exact."""
 
     state: str
@@ -119,24 +119,23 @@ class Forecast:
             "estimate": self.estimate.as_dict() if self.estimate else None,
         }
 
-
-def forecast_text(forecast: Forecast) -> str:
-    """Write a forecast as the lines that a person reads."""
-    lines = [f"warning: {text}" for text in forecast.warnings]
-    if forecast.state == "refused":
-        return "\n".join([*lines, f"refused: {forecast.reason}"])
-    lines.append(_head(forecast))
-    if forecast.rows is not None:
-        lines.append(f"  rows     {_rows(forecast.rows)}")
-    survey = forecast.survey
-    if survey is not None and survey.num_rows:
-        lines += _todo(survey)
-        lines += _tokens(forecast, survey)
-        lines += _answers(forecast, survey)
-        if chosen := settings_text(forecast.settings):
-            lines.append(f"  engine   {chosen}")
-        lines += _cost(forecast.estimate)
-    return "\n".join(lines)
+    def as_text(self) -> str:
+        """The lines that a person reads."""
+        lines = [f"warning: {text}" for text in self.warnings]
+        if self.state == "refused":
+            return "\n".join([*lines, f"refused: {self.reason}"])
+        lines.append(_head(self))
+        if self.rows is not None:
+            lines.append(f"  rows     {_rows(self.rows)}")
+        survey = self.survey
+        if survey is not None and survey.num_rows:
+            lines += _todo(survey)
+            lines += _tokens(self, survey)
+            lines += _answers(self, survey)
+            if chosen := settings_text(self.settings):
+                lines.append(f"  engine   {chosen}")
+            lines += _cost(self.estimate)
+        return "\n".join(lines)
 
 
 def _head(forecast: Forecast) -> str:

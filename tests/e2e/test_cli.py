@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import batchgen
 from batchgen import cli
-from batchgen.cli.run import _as_text, _ended, _stop_run_on_signals
+from batchgen.cli.run import _ended, _stop_run_on_signals
 from batchgen.pipeline.context import StopSwitch, Summary
 from batchgen.store.books import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
@@ -312,13 +312,13 @@ def test_a_run_with_time_enough_completes(job: Path) -> None:
 def test_the_summary_says_where_rows_come_from() -> None:
     run = {"num_ok": 1200, "num_errors": 34}
     for taken in ({"num_carried": 7}, {"num_copied": 8}, {"num_carried": 7, "num_copied": 8}):
-        lines = _as_text(Summary("complete", 0, run=run, **taken)).splitlines()
+        lines = Summary("complete", 0, run=run, **taken).as_text().splitlines()
         carried, copied = taken.get("num_carried", 0), taken.get("num_copied", 0)
         assert lines[2] == (
             f"  of them  {carried} taken over, {copied} copied from equal rows, 1,234 computed in "
             "this run"
         )
-    assert "of them" not in _as_text(Summary("complete", 0, run=run))
+    assert "of them" not in Summary("complete", 0, run=run).as_text()
 
 
 def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_run_that_its_time_ends_exits_75_and_gives_the_reason(tmp_path: Path) 
 def test_the_summary_of_a_stopped_run_gives_its_reason() -> None:
     reason = "deadline 2026-11-23T06:00+00:00, with work left; run again to go on"
     stopped = Summary("stopped", 75, reason=reason, num_ok=3, num_left=4)
-    assert _as_text(stopped).splitlines()[:2] == [
+    assert stopped.as_text().splitlines()[:2] == [
         f"stopped: {reason}",
         "  rows     3 ok, 0 errors, 4 left",
     ]

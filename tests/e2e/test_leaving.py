@@ -12,7 +12,7 @@ import pytest
 import batchgen
 from batchgen.api import load
 from batchgen.pipeline.context import RunOptions
-from batchgen.preview.plan import PlanOptions, forecast_text, foresee
+from batchgen.preview.plan import PlanOptions, foresee
 from tests.e2e.support import run_cli, write_job, write_rows
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def check(job: Path, num_leaving: int, *overrides: str, **options: Any) -> str:
     assert [text for text in forecast.warnings if "the snapshot" in text] == notes
     assert len(notes) == (num_leaving > 0)
     for note in notes:
-        assert f"warning: {note}" in forecast_text(forecast)
+        assert f"warning: {note}" in forecast.as_text()
     after = published_texts(job)
     assert len(before) - len(after) <= num_leaving
     return notes[0] if notes else ""

@@ -15,7 +15,7 @@ import pytest
 
 import batchgen
 from batchgen.api import load
-from batchgen.preview.plan import PlanOptions, forecast_text, foresee
+from batchgen.preview.plan import PlanOptions, foresee
 from batchgen.storage import LocalStorage
 from batchgen.store.runs import RunLock
 from tests.e2e.support import (
@@ -308,13 +308,13 @@ def test_a_sample_says_that_it_is_one(job):
     found = foresee(config, PlanOptions(sample_rows=100))
     assert found.survey is not None
     assert (found.survey.is_exact, found.survey.num_looked) == (False, 100)
-    text = forecast_text(found)
+    text = found.as_text()
     assert "of a sample of 100 of 300 rows" in text
     assert "  prompts  ~" in text
     assert "  engine   " not in text  # It chooses nothing for an engine that is not vLLM on a GPU.
-    chosen = forecast_text(replace(found, settings={"cudagraph_capture_sizes": [8, 1024]}))
+    chosen = replace(found, settings={"cudagraph_capture_sizes": [8, 1024]}).as_text()
     assert "  engine   CUDA graphs for up to 1,024 rows at once\n" in chosen
-    exact = forecast_text(foresee(config, DEFAULTS))
+    exact = foresee(config, DEFAULTS).as_text()
     assert "~" not in exact
     assert "300 rows, told of all" in exact
 

@@ -9,7 +9,7 @@ import pytest
 
 from batchgen.pipeline.prepare import prepare
 from batchgen.preview.estimate import last_run
-from batchgen.preview.plan import Forecast, Rows, forecast_text
+from batchgen.preview.plan import Forecast, Rows
 from batchgen.store.books import STATE
 from tests.fakes import plan
 
@@ -94,12 +94,12 @@ def test_a_run_that_computed_nothing_measured_nothing(storage, books):
 
 def test_a_refusal_is_told_after_the_warnings():
     forecast = Forecast("refused", 2, "the job: is wrong", warnings=["careful"])
-    assert forecast_text(forecast) == "warning: careful\nrefused: the job: is wrong"
+    assert forecast.as_text() == "warning: careful\nrefused: the job: is wrong"
 
 
 def test_kinds_of_rows_that_there_are_none_of_are_left_out():
     rows = Rows(1_300, num_new=1_000, num_reused=300)
-    text = forecast_text(Forecast("ready", output="out", plan_number=3, rows=rows))
+    text = Forecast("ready", output="out", plan_number=3, rows=rows).as_text()
     assert text.splitlines() == [
         "a run would begin plan 3 in out",
         "  rows     1,300 planned: 1,000 new, 300 reused",
