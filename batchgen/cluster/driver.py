@@ -151,7 +151,7 @@ class ManyEngines:
             feed=partial(self._feed, work, deduper),
             is_packed=self._is_packed(work, rows),
         )
-        with watching(context, self._look) as monitor:
+        with watching(context, self._look, deduper) as monitor:
             return driver.run(rows, monitor.tick)
 
     def _look(self, now_s: float) -> Look:

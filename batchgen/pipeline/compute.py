@@ -377,7 +377,11 @@ class Monitor:
     """Looks at a run at its own pace and shows what it sees; never changes the run."""
 
     def __init__(
-        self, context: RunContext, look: Callable[[float], Look], progress: Progress
+        self,
+        context: RunContext,
+        look: Callable[[float], Look],
+        progress: Progress,
+        deduper: Deduper | None = None,
     ) -> None:
         """Bind.
 
@@ -385,8 +389,10 @@ class Monitor:
             context: The run.
             look: Looks at the engines at this time, in monotonic seconds.
             progress: Is shown to a person.
+            deduper: Knows which rows wait for another row's answer, if any can.
         """
         self._context = context
+        self._deduper = deduper
         self._look = look
         self._progress = progress
         self._next_s = 0.0
@@ -403,9 +409,11 @@ class Monitor:
         """Show where the run is; the last look is always sampled."""
         stats, log = self._context.stats, self._context.log
         sample, state, replicas = self._look(now_s)
-        eta_s = stats.eta_s(now_s)
+        num_aside = self._deduper.num_set_aside if self._deduper is not None else 0
+        eta_s = stats.eta_s(now_s, num_aside)
         starting = None if state == RUNNING else state
-        self._progress.update(sample, stats.num_rows - stats.num_left, eta_s, starting)
+        num_done = stats.num_rows - stats.num_left + num_aside
+        self._progress.update(sample, num_done, eta_s, starting)
         live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
         log.live({**live, "eta_s": eta_s, **sample}, replicas)
         if is_last or now_s >= self._next_sample_s:
@@ -415,11 +423,13 @@ class Monitor:
 
 
 @contextmanager
-def watching(context: RunContext, look: Callable[[float], Look]) -> Iterator[Monitor]:
+def watching(
+    context: RunContext, look: Callable[[float], Look], deduper: Deduper | None
+) -> Iterator[Monitor]:
     """Show a run and its notes to a person while it computes."""
     with Progress(context.stats.num_rows, context.stats.num_resumed) as progress:
         context.notes.show_by(progress.note)
-        monitor = Monitor(context, look, progress)
+        monitor = Monitor(context, look, progress, deduper)
         try:
             yield monitor
         finally:
@@ -509,7 +519,7 @@ class OneEngine:
                 commit=lambda part: work.commits.computed(part, engine.facts),
                 on_retry=context.tell_disk_trouble,
             )
-            with watching(context, self._look) as monitor:
+            with watching(context, self._look, deduper) as monitor:
                 return runner.run(context.stop, monitor.tick)
         finally:
             if not left.done():

@@ -12,6 +12,7 @@ for results. The same looks at the run become its live view and its samples, see
 from __future__ import annotations
 
 import operator
+import os
 import statistics
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -164,10 +165,15 @@ class RunStats:
             "output_tokens_per_s": (self.output_tokens - output) / span_s,
         }
 
-    def eta_s(self, now_s: float) -> float | None:
-        """Seconds left at the present rate; None before there is one."""
+    def eta_s(self, now_s: float, num_aside: int = 0) -> float | None:
+        """Seconds left at the present rate; None before there is one.
+
+        Args:
+            now_s: The time.
+            num_aside: Rows left that no engine is asked for.
+        """
         rate = self.rates(now_s)["requests_per_s"]
-        return self.num_left / rate if rate > 0 else None
+        return (self.num_left - num_aside) / rate if rate > 0 else None
 
     def sample(self, now_s: float, in_flight: int, engine: EngineStats) -> dict[str, Any]:
         """One row of stats.parquet. `memory_mib` is added by whoever may ask the system."""
@@ -380,7 +386,10 @@ def _span(samples: Sequence[Mapping[str, Any]], name: str) -> float:
 
 RUNNING = "running"
 _PLAIN_EVERY_S = 30.0
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+_LEAST_BAR = 10
+_COLUMNS = 80
+"""Of a terminal that does not say how wide it is."""
 
 
 class Progress:
@@ -428,21 +437,40 @@ class Progress:
 
         Args:
             sample: As `RunStats.sample`, or `ReplicaStats.whole`.
-            num_done: Rows accounted for by all runs.
+            num_done: Rows accounted for by all runs, or by another row's answer.
             eta_s: Seconds left, None if unknown.
             starting: What is shown in place of the figures while no engine is up to have any.
         """
-        figures = starting or _figures(sample)
         elapsed_s = float(sample["elapsed_s"])
+        figures = [starting] if starting else _figures(sample)
+        left = [] if starting or eta_s is None else [f"{duration(eta_s)} left"]
         if self._bar is not None:
-            self._bar.n = num_done
-            self._bar.set_description_str(starting or "rows", refresh=False)
-            self._bar.set_postfix_str("" if starting else figures, refresh=False)
-            self._bar.refresh()
+            if num_done >= self._num_rows:
+                left = []
+            # Tokens tell least to who has little room.
+            shown = [] if starting else [*left, figures[0], *figures[:0:-1]]
+            self._draw(num_done, starting or "rows", [*shown, f"after {duration(elapsed_s)}"])
         elif self._last_line_s is None or elapsed_s - self._last_line_s >= _PLAIN_EVERY_S:
             self._last_line_s = elapsed_s
-            left = f", {duration(eta_s)} left" if eta_s is not None else ""
-            self.note(f"{num_done:,}/{self._num_rows:,} rows, {figures}{left}")
+            self.note(f"{num_done:,}/{self._num_rows:,} rows, {', '.join([*figures, *left])}")
+
+    def _draw(self, num_done: int, what: str, figures: Sequence[str]) -> None:
+        """Draw the bar, with as many of the figures as are whole beside it; the first matter most.
+
+        The time left is the run's own estimate: tqdm's would count rows that ended while the
+        engine started.
+        """
+        assert self._bar is not None  # noqa: S101 - else nothing is drawn
+        width = _columns_of(self._stream) - 1  # As tqdm, which leaves the last one free.
+        room = width - len(f"{what} 100%|| {num_done}/{self._num_rows}") - _LEAST_BAR
+        shown: list[str] = []
+        for figure in figures:
+            if len(", ".join([*shown, figure])) + 2 <= room:
+                shown.append(figure)
+        self._bar.n = num_done
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.refresh()
 
     def note(self, line: str) -> None:
         """Print one line above the bar."""
@@ -453,11 +481,18 @@ class Progress:
             self._bar.refresh()
 
 
-def _figures(sample: Mapping[str, Any]) -> str:
+def _columns_of(stream: IO[str]) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _COLUMNS
+    except (OSError, ValueError, AttributeError):
+        return _COLUMNS
+
+
+def _figures(sample: Mapping[str, Any]) -> list[str]:
+    """List what a person sees of a run, the most telling first."""
     figures = [
         f"{sample['requests_per_s']:,.0f} rows/s",
-        f"{sample['prompt_tokens_per_s']:,.0f} tok/s in",
-        f"{sample['output_tokens_per_s']:,.0f} out",
+        f"{sample['prompt_tokens_per_s']:,.0f} tok/s in, {sample['output_tokens_per_s']:,.0f} out",
         f"{num_inside(sample):,} in flight",
     ]
     if "num_replicas" in sample:
@@ -468,7 +503,7 @@ def _figures(sample: Mapping[str, Any]) -> str:
         figures.append(f"GPU {sample['gpu_busy']:.0%}")
     if sample["num_errors"]:
         figures.append(f"{sample['num_errors']:,} errors")
-    return ", ".join(figures)
+    return figures
 
 
 def num_inside(sample: Mapping[str, Any]) -> int:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
+import termios
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,6 +21,9 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog
 from tests import fakes
 from tests.fakes import batch, results
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Terminal(io.StringIO):
@@ -182,3 +192,84 @@ def test_a_sample_of_run_stats_can_be_shown():
 )
 def test_durations_read_like_this(seconds, text):
     assert duration(seconds) == text
+
+
+def frames_on(columns: int, show: Callable[[Progress], None], num_rows: int = 2000) -> list[str]:
+    """What a terminal of so many columns gets, frame by frame."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(slave, "w", encoding="utf-8") as terminal, os.fdopen(master, "rb") as seen:
+        with Progress(num_rows, 0, stream=terminal) as progress:
+            show(progress)
+        terminal.flush()
+        shown = os.read(seen.fileno(), 1 << 20).decode()
+    return [frame.rstrip() for frame in re.split(r"[\r\n]+", shown) if frame.strip()]
+
+
+BUSY = {"num_errors": 1500, "kv_cache_usage": 0.87, "gpu_busy": 0.55, "num_ok": 500}
+WHOLE = (
+    r"(\d+ min \d\d s left|12 rows/s|1,500 errors|GPU 55%|KV 87%|1,024 in flight|"
+    r"12,346 tok/s in|679 out|after [\d.]+ (s|min \d\d s)|[78]/8 replicas)"
+)
+FRAME = rf"rows +\d+%\|[^|]{{10,}}\| \d+/\d+(, {WHOLE})*"
+
+
+@pytest.mark.parametrize("columns", [200, 100, 80, 56, 48])
+@pytest.mark.parametrize("num_rows", [2000, 12_345_678])
+def test_the_bar_is_whole_at_any_width(columns: int, num_rows: int) -> None:
+    fleet = {"num_replicas": 8, "num_replicas_up": 7}
+
+    def show(progress: Progress) -> None:
+        progress.update(sample(0.0, num_ok=0), 21, 1917.0, "starting the engine")
+        for elapsed_s in (30.0, 90.0):
+            progress.update(sample(elapsed_s, **BUSY, **fleet), 1028, 185.0)
+
+    frames = frames_on(columns, show, num_rows)
+    assert max(map(len, frames)) < columns
+    busy = [frame for frame in frames if frame.startswith("rows")]
+    assert busy
+    assert [frame for frame in busy if not re.fullmatch(FRAME, frame)] == []
+    if columns >= 80:
+        assert all("3 min 05 s left, 12 rows/s" in frame for frame in busy)
+    if columns == 200:
+        assert all("tok/s in, 679 out" in frame and "7/8 replicas" in frame for frame in busy)
+
+
+def test_while_the_engine_starts_no_time_left_is_told_whatever_has_ended() -> None:
+    def show(progress: Progress) -> None:
+        progress.update(sample(20.0, num_ok=0, num_errors=21), 21, 1917.0, "starting the engine")
+
+    frames = frames_on(80, show)
+    assert [frame for frame in frames if "left" in frame or "<" in frame] == []
+    assert frames[-1].startswith("starting the engine   1%|")
+    assert frames[-1].endswith("| 21/2000, after 20 s")
+
+
+def test_the_last_frame_has_all_rows_and_no_time_left() -> None:
+    frames = frames_on(56, lambda progress: progress.update(sample(83.0), 2000, 0.0))
+    assert re.fullmatch(r"rows 100%\|█+\| 2000/2000, 12 rows/s", frames[-1])
+
+
+class Aside:
+    """Some rows wait for another row's answer."""
+
+    num_set_aside = 12
+
+
+def test_rows_that_wait_for_another_rows_answer_need_no_time(storage) -> None:
+    stream = io.StringIO()
+    context = RunContext(
+        job=fakes.job(),
+        run_id="run-a",
+        storage=storage,
+        ledger=Ledger(storage),
+        lock=RunLock(storage, "run-a"),
+        log=RunLog(storage, "run-a"),
+        stats=RunStats(0.0, 2000, num_resumed=1988),
+        stop=StopSwitch(),
+    )
+    with Progress(2000, 0, stream=stream) as progress:
+        Monitor(context, lambda now_s: (sample(now_s), "running", None), progress, Aside()).show(
+            9.0, is_last=True
+        )
+    assert lines(stream)[-1].startswith("batchgen: 2,000/2,000 rows, ")
