@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from batchgen.core.errors import ConfigError
-from batchgen.pipeline.prepare import resolve_model
+from batchgen.pipeline.model_files import resolve_model
 
 MIB = 2**20
 
