@@ -108,10 +108,24 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
     from batchgen.pipeline.job_run import JobRun
 
     if not job.run.is_cluster:
-        return JobRun(job, stop=stop, options=options)
-    from batchgen.cluster.driver import ManyEngines
+        this = JobRun(job, stop=stop, options=options)
+    else:
+        from batchgen.cluster.driver import ManyEngines
 
-    return JobRun(job, stop=stop, options=options, compute=ManyEngines)
+        this = JobRun(job, stop=stop, options=options, compute=ManyEngines)
+    this.at_end = _look_back
+    return this
+
+
+def _look_back(summary: Summary) -> None:
+    """Add what people look at once a run has ended: trouble with it is not the run's."""
+    from batchgen.views.rows import error_lines
+
+    try:
+        if summary.num_errors:
+            summary.error_examples.extend(error_lines(Path(summary.output)))
+    except Exception as error:  # noqa: BLE001 - of whatever library: the run is over
+        summary.warnings.append(f"error rows cannot be shown: {error!r:.200}")
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:

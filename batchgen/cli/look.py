@@ -154,25 +154,46 @@ def status(root: Path, *, as_json: bool) -> None:
 @output_command
 @num_rows(5, "Rows to show.")
 @flag("--errors", help="Only rows that are errors.")
+@click.option("--error-type", metavar="TYPE", help="Only errors of this type.")
+@click.option(
+    "--columns",
+    callback=reading(lambda text: [name.strip() for name in text.split(",")]),
+    metavar="COL[,COL]",
+    help="Only these columns.",
+)
 @click.option("--snapshot", type=int, metavar="N", help="Of an old snapshot, by its number.")
-def show(root: Path, *, num_rows: int, errors: bool, snapshot: int | None) -> None:
+@flag("--lines", help="With each row's line of the input, where that is JSONL.")
+@flag("--json", "as_json", help="Print a JSON object a row on stdout.")
+def show(
+    root: Path,
+    *,
+    as_json: bool,
+    columns: list[str] | None,
+    **asked: Any,  # noqa: ANN401 - fields of Shown
+) -> None:
     """Print rows readably: of the newest plan, published or durable so far.
 
-    JOB may be an output folder.
+    JOB may be an output folder. Rows are named by where they stand in the input, counted from 0.
 
-    Example: batchgen show jobs/quickstart.toml --errors
+    Example: batchgen show jobs/quickstart.toml --errors --columns text,gen_error
     """
-    from batchgen.views.status import not_begun, rows
+    from batchgen.views import rows as view
+    from batchgen.views.status import not_begun
 
-    found = rows(root, num_rows, errors=errors, snapshot=snapshot)
+    found = view.rows(root, view.Shown(columns=columns or (), **asked))
     if not found:
         why = not_begun(root)
         out(f"{root}: {why}" if why else "no such rows", err=True)
     for number, row in enumerate(found):
-        out(f"--- row {number}", dim=True)
+        if as_json:
+            out(as_line(view.as_json(row)))
+            continue
+        place = str(row.pop(view.INPUT, f"row {number} of those shown"))
+        out(f"--- {printable(place, keep='')}", dim=True)
         for name, value in row.items():
-            if value is not None and not name.startswith("_batchgen_"):
-                out(f"{printable(name, keep=''):24} {value}")
+            if value is not None:
+                shown = "line" if name == view.LINE else printable(name, keep="")
+                out(f"{shown:24} {value}")
 
 
 @output_command

@@ -268,6 +268,9 @@ class Summary(Told):
     tuned: dict[str, Any] = field(default_factory=dict)
     """`path` of the tuned file and the `settings` that were used of it; empty without one."""
     warnings: list[str] = field(default_factory=list)
+    error_examples: list[str] = field(default_factory=list)
+    """A line for each type of error in the job: how many rows have it, and what is wrong with one
+    of them. Filled in by the door, where the output can be read."""
     summary_path: str | None = None
     """None where nothing was done: nothing is written then."""
 
@@ -283,7 +286,7 @@ class Summary(Told):
         lines = {
             "rows": _counts(self),
             "of them": _origins(self),
-            "errors": ", ".join(f"{kind} {n:,}" for kind, n in run.get("error_types", {}).items()),
+            "errors": _ERRORS.join(self.error_examples) or _error_types(run),
             "retries": _retries(run) if run.get("num_retries") else "",
             **(_speed(self) if self.engine else {}),
             "tuned": _tuned(self.tuned) if self.tuned else "",
@@ -302,6 +305,14 @@ def _counts(summary: Summary) -> str:
     skipped = f", {summary.num_skipped:,} skipped" if summary.num_skipped else ""
     left = f", {summary.num_left:,} left" if summary.num_left else ""
     return f"{summary.num_ok:,} ok, {summary.num_errors:,} errors{skipped}{left}"
+
+
+_ERRORS = "\n" + " " * 11
+"""Each on a line of its own, below the first."""
+
+
+def _error_types(run: Mapping[str, Any]) -> str:
+    return ", ".join(f"{kind} {num:,}" for kind, num in run.get("error_types", {}).items())
 
 
 def _origins(summary: Summary) -> str:

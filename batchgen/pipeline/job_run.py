@@ -144,6 +144,8 @@ class JobRun:
         self._deadline = Deadline(stop, end, lambda: estimate_lead(stats.latencies_s, commits_s))
         self.summary: Summary | None = None
         """How the run ended, also where `run` raised."""
+        self.at_end: Callable[[Summary], object] = lambda _: None
+        """Called once that is written down and before others are told; must not raise."""
 
     @property
     def death(self) -> str | None:
@@ -190,6 +192,7 @@ class JobRun:
             raise
         finally:
             if self.summary is not None:
+                self.at_end(self.summary)
                 self._announce(self.summary)
 
     @contextmanager
@@ -373,6 +376,7 @@ class JobRun:
             elapsed_s=now_s - self._started_s,
             tuned=tuned_dict(self._job.tuned),
             warnings=context.notes.texts + self._compute.warnings,
+            error_examples=[],
             num_engine_warnings=context.log.num_engine_warnings(),
             summary_path=None,
         )

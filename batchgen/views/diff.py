@@ -24,7 +24,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, has_digests, match
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, scan
 from batchgen.store.snapshot import find_snapshot
-from batchgen.views.status import readable
+from batchgen.views.rows import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What there is under an output folder: the state of its job, its rows and its snapshots."""
+"""What there is under an output folder: the state of its job, and its snapshots."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from batchgen.core.data import parse_state
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.runtime import command, option
 from batchgen.pipeline.stats import duration, num_inside
-from batchgen.source.values import to_python
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
-from batchgen.store.result_files import scan
 from batchgen.store.runs import RunLock, new_run_id, utc_now
-from batchgen.store.snapshot import beyond, find_snapshot, prune_snapshots
+from batchgen.store.snapshot import beyond, prune_snapshots
 from batchgen.store.visible import lost_or_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    import polars as pl
-
-    from batchgen.store.books import Manifest, Plan
+    from batchgen.store.books import Manifest
 
 _KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"
 _SILENT_S = 15.0
@@ -221,75 +217,6 @@ def _written_s(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def rows(
-    root: Path, num_rows: int, *, errors: bool, snapshot: int | None = None
-) -> list[dict[str, Any]]:
-    """Read the first rows of the snapshot, or of what is durable while nothing is published.
-
-    Args:
-        root: The output folder.
-        num_rows: At most so many.
-        errors: Only rows that are errors.
-        snapshot: Number of an old snapshot, whatever has been done since.
-
-    Raises:
-        OutputError: There is no such snapshot, or the folder was written by another version.
-    """
-    import polars as pl
-
-    storage = LocalStorage(root)
-    ledger = Ledger(storage)
-    found = _files(ledger, snapshot)
-    if found is None:
-        return []
-    plan, names = found
-    frame = scan(storage, names)
-    if errors:
-        # The plan's: the job file may have another by now.
-        prefix = plan.prefix
-        frame = frame.filter(pl.col(f"{prefix}status") == "error")
-    try:
-        return readable(frame.head(num_rows).collect())
-    except (pl.exceptions.PolarsError, OSError) as error:
-        why, newest = str(error).splitlines()[0], ledger.latest_manifest()
-        advice = f"`{command('verify')}` tells more"
-        if snapshot is not None and newest is not None and snapshot != newest.number:
-            advice = f"bring snapshot {snapshot}'s files back from a backup, if they are needed"
-        msg = f"{root}: its rows cannot be read ({why}); {advice}"
-        raise OutputError(msg) from error
-
-
-def readable(frame: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return rows as Python's values; what Python has no type for is text, see `source.values`."""
-    table = frame.to_arrow()
-    columns = [map(_plain, to_python(column.combine_chunks())) for column in table.columns]
-    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 - a column's value has any type
-    """Bytes that are not UTF-8 as Python writes them: in a prompt they would be an error."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return bytes(value) if isinstance(value, bytes) else value
-
-
-def _files(ledger: Ledger, snapshot: int | None) -> tuple[Plan, list[str]] | None:
-    """Find the plan whose rows are to be seen, and their files; None if there are none yet."""
-    if snapshot is not None:
-        manifest = find_snapshot(ledger, snapshot)
-        return ledger.plan(snapshot), [file.name for file in manifest.files]
-    plan, newest = ledger.latest_plan(), ledger.latest_manifest()
-    if plan is None:
-        return None
-    if newest is not None and newest.number == plan.number:
-        names = [file.name for file in newest.files]
-    else:
-        names = [part.name for part in ledger.durable(plan).parts]
-    return (plan, names) if names else None
 
 
 def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

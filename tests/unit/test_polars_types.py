@@ -16,7 +16,7 @@ from batchgen.core.data import with_polars_types
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
 from batchgen.store.result_files import scan
-from batchgen.views.status import readable
+from batchgen.views.rows import readable
 
 D = decimal.Decimal
 MOMENT = dt.datetime(2024, 5, 1, 12, 30, 0, 250_000, tzinfo=dt.UTC)

@@ -18,7 +18,7 @@ from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, digests_of
 from batchgen.views.diff import diff, edited, paired
-from batchgen.views.status import rows
+from batchgen.views.rows import Shown, rows
 from tests.fakes import plan
 
 if TYPE_CHECKING:
@@ -425,7 +425,7 @@ def test_of_an_old_snapshots_damage_nobody_is_sent_to_what_reads_the_newest(nigh
         path.chmod(0o644)
         path.write_bytes(b"no Parquet")
     with pytest.raises(OutputError, match=r"cannot be read.*snapshot 1's files back from a backup"):
-        rows(nights.root, 1, errors=False, snapshot=1)
+        rows(nights.root, Shown(1, snapshot=1))
     for newest in (2, None):
         with pytest.raises(OutputError, match=r"cannot be read.*`batchgen verify JOB` tells more"):
-            rows(nights.root, 1, errors=False, snapshot=newest)
+            rows(nights.root, Shown(1, snapshot=newest))
