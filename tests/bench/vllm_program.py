@@ -47,13 +47,12 @@ def main() -> None:
 def _answer(llm: LLM, work: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
     """Seconds and tokens of one work; a few of its rows come first, to warm up."""
     rows = [json.loads(line) for line in Path(work["path"]).read_text().splitlines()]
-    # Each way has a beginning of its own, so that none finds the prefix cache of another.
-    system = f"By {json.dumps(way)}. {work['system']}"
-    chats: list[Any] = [
-        [{"role": "system", "content": system}, {"role": "user", "content": row["user"]}]
-        for row in rows
-    ]
-    _chat(llm, chats[:WARM_UP_ROWS], [_params(row, WARM_UP_TOKENS) for row in rows[:WARM_UP_ROWS]])
+    # Each has a beginning of its own, so that none finds the prefix cache of another; what warms up,
+    # too: it would spare the engine the prompts that it is timed with.
+    name = f"{work['name']} by {json.dumps(way)}"
+    chats = _chats(rows, f"{name}. {work['system']}")
+    warm_up = _chats(rows[:WARM_UP_ROWS], f"Warm-up of {name}. {work['system']}")
+    _chat(llm, warm_up, [_params(row, WARM_UP_TOKENS) for row in rows[:WARM_UP_ROWS]])
     params = [_params(row) for row in rows]
     size = way.get("by", len(rows))
     started_s = time.monotonic()
@@ -71,6 +70,13 @@ def _answer(llm: LLM, work: dict[str, Any], way: dict[str, Any]) -> dict[str, An
         "output_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
         "prompt_tokens": sum(len(output.prompt_token_ids or ()) for output in outputs),
     }
+
+
+def _chats(rows: list[dict[str, Any]], system: str) -> list[Any]:
+    return [
+        [{"role": "system", "content": system}, {"role": "user", "content": row["user"]}]
+        for row in rows
+    ]
 
 
 def _chat(llm: LLM, chats: list[Any], params: list[SamplingParams]) -> list[RequestOutput]:
