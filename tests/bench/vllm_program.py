@@ -47,8 +47,8 @@ def main() -> None:
 def _answer(llm: LLM, work: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
     """Seconds and tokens of one work; a few of its rows come first, to warm up."""
     rows = [json.loads(line) for line in Path(work["path"]).read_text().splitlines()]
-    # Each has a beginning of its own, so that none finds the prefix cache of another; what warms up,
-    # too: it would spare the engine the prompts that it is timed with.
+    # Each has a beginning of its own, so that none finds the prefix cache of another; what warms
+    # up, too: it would spare the engine the prompts that it is timed with.
     name = f"{work['name']} by {json.dumps(way)}"
     chats = _chats(rows, f"{name}. {work['system']}")
     warm_up = _chats(rows[:WARM_UP_ROWS], f"Warm-up of {name}. {work['system']}")
