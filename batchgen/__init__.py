@@ -1,7 +1,7 @@
 """Offline batch inference: JSONL, CSV or Parquet through vLLM to published Parquet, exactly once.
 
-`run(job)` and `read(job)` do what the shell's commands do, see `batchgen.api`; what they raise is a
-`BatchgenError`, see `batchgen.core.errors`.
+`run(job)`, `read(job)` and the others do what the shell's commands do, see `batchgen.api`; what
+they raise is a `BatchgenError`, see `batchgen.core.errors`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ExitCode
 
 __version__ = "0.1.0"
-__all__ = ["BatchgenError", "ExitCode", "__version__", "errors", "read", "run"]
+__all__ = ["BatchgenError", "ExitCode", "__version__", "errors", "read", "run", "try_out"]
 
 if TYPE_CHECKING:
-    from batchgen.api import read, run
+    from batchgen.api import read, run, try_out
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have any type
     """Load the verbs when first used, so that importing batchgen loads no Arrow."""
-    if name in {"run", "read"}:
+    if name in {"run", "read", "try_out"}:
         from batchgen import api
 
         return getattr(api, name)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
+    from batchgen.quality.try_out import Tried
 
 
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
@@ -83,6 +84,47 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         config = load(job, overrides, run_date, tuned=tuned)
     with _called(job, overrides, run_date, config.output.path):
         return job_run(config, StopSwitch(), options).run()
+
+
+def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
+    job: str | Path | Mapping[str, Any],
+    num_rows: int = 100,
+    *,
+    random: bool = False,
+    seed: int = 0,
+    where: str | None = None,
+    errors: bool = False,
+    overrides: Sequence[str] = (),
+    run_date: date | str | None = None,
+    tuned: bool = True,
+) -> Tried:
+    """Run some rows of a job, and see their answers beside the published ones.
+
+    Touches nothing of the job, also where its recipe has changed. A run that follows takes the
+    answers over if the recipe stays.
+
+    Args:
+        job: As `run` takes it.
+        num_rows: So many rows, the first ones.
+        random: Drawn at random instead, each with the same chance.
+        seed: With random: another seed, other rows.
+        where: Only rows for which this SQL expression is true.
+        errors: Only rows that ended as errors last.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+        tuned: Use what `batchgen tune` found for this job file, if it fits.
+
+    Raises:
+        BatchgenError: As of a run; where there are no error rows to try, ConfigError.
+    """
+    from batchgen.quality.try_out import TryOptions
+    from batchgen.quality.try_out import try_out as run_sample
+
+    options = TryOptions(num_rows, random, seed, where, errors)
+    with _called(job, overrides, run_date):
+        config = load(job, overrides, run_date, tuned=tuned)
+    with _called(job, overrides, run_date, config.output.path):
+        return run_sample(config, options)
 
 
 def _called(

@@ -18,6 +18,7 @@ LAYERS = (
     {"pipeline"},
     {"cluster"},
     {"preview", "tuning", "views"},
+    {"quality"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

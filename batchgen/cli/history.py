@@ -12,10 +12,9 @@ from batchgen.core.runtime import option
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from batchgen.views.diff import Diff, LabelMoves
+    from batchgen.views.diff import Diff
     from batchgen.views.status import Listed
 
-_SHOWN_MOVES = 20
 _SHOWN_CHARS = 60
 
 
@@ -149,7 +148,7 @@ def _diff_lines(found: Diff) -> list[str]:
     }
     lines += [f"  columns  {what}: {', '.join(names)}" for what, names in columns.items() if names]
     for moves in found.labels:
-        lines += _move_lines(moves)
+        lines += moves.lines()
     for example in found.examples:
         lines.append(f"--- {example['where']}: {example['changed']} changed")
         lines += [
@@ -157,30 +156,6 @@ def _diff_lines(found: Diff) -> list[str]:
             for name, (old, new) in example["columns"].items()
         ]
     return lines
-
-
-def _move_lines(moves: LabelMoves) -> list[str]:
-    drift = "unknown" if moves.drift is None else f"{moves.drift:.3g}"
-    names = sorted(
-        moves.before.keys() | moves.after.keys(), key=lambda name: (-moves.after.get(name, 0), name)
-    )
-    lines = [f"labels {moves.column}, drift {drift}"]
-    lines += [
-        f"  {name:22} {moves.before.get(name, 0):,} -> {moves.after.get(name, 0):,}"
-        for name in names
-    ]
-    moved = [move for move in moves.moves if move["old"] != move["new"]]
-    lines += [
-        f"  {move['num_rows']:,} rows: {_label(move['old'])} -> {_label(move['new'])}"
-        for move in moved[:_SHOWN_MOVES]
-    ]
-    if len(moved) > _SHOWN_MOVES:
-        lines.append(f"  and {len(moved) - _SHOWN_MOVES} more moves, see {option('--json')}")
-    return lines
-
-
-def _label(name: str | None) -> str:
-    return "(no label)" if name is None else name
 
 
 def _short(value: Any) -> str:  # noqa: ANN401 - a column's value has any type

@@ -516,6 +516,12 @@ class JobConfig(Table):
         copy._run_date = run_date
         return copy
 
+    def quiet(self) -> Self:
+        """The same job on one engine here, whose end nobody is told of."""
+        alone: dict[str, Any] = {"on_finish": [], "metrics_file": None}
+        alone |= {"replicas": 1, "ray_address": None}
+        return self.model_copy(update={"run": self.run.model_copy(update=alone)})
+
     @property
     def tuned(self) -> Tuned | None:
         """The tuned file beside the job file, see `use_tuned`; no key of the file either."""

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from batchgen.core.errors import StorageError
-    from batchgen.core.records import EngineFacts, EngineStats
+    from batchgen.core.records import EngineFacts, EngineStats, RowSet
     from batchgen.job.model import JobConfig, Tuned
+    from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.stats import RunStats
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest
+    from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
     from batchgen.store.runs import RunLock, RunLog
 
@@ -114,6 +115,10 @@ class RunContext:
     stop: StopSwitch
     notes: Notes = field(default_factory=Notes)
     taken: Taken = field(default_factory=Taken)
+    sample: Callable[[Prepared, Plan], RowSet] | None = None
+    """Of `batchgen try`: chooses the rows that are asked; the others are skipped."""
+    tries: str | None = None
+    """Folder of the output with try-outs whose answers this run may use, see `tried_sources`."""
     is_trial: bool = False
     """Of `batchgen tune`: rows are to be alike from one trial to the next, so that the long ones
     are not first."""

@@ -170,7 +170,7 @@ def _after(
 ) -> Decision:
     """A new plan that goes back to this one."""
     job, changes = checked.job, checked.changes(plan)
-    if any(not change.startswith("input.") for change in changes):
+    if not checked.answers_alike(plan):
         return _with_new_recipe(ledger, checked, plan, manifest, options)
     if changes and manifest is None and not options.accept_recipe:
         raise RecipeChangedError(job.output.path, changes, is_finished=False)

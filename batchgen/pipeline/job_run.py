@@ -50,6 +50,7 @@ from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.rows import Computation, rejected_notes
 from batchgen.pipeline.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
+from batchgen.store.books import TRIES
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
 from batchgen.store.snapshot import prune_snapshots
@@ -57,12 +58,13 @@ from batchgen.store.snapshot import prune_snapshots
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from batchgen.core.records import RowSet
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.compute import Compute
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.decide import Decision
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.store.books import Epoch, Manifest
+    from batchgen.store.books import Epoch, Manifest, Plan
 
 
 def tuned_notes(job: JobConfig) -> list[str]:
@@ -100,7 +102,7 @@ def naming_tuned(job: JobConfig, compute: Compute) -> Iterator[None]:
 class JobRun:
     """One execution of a job. Use once: `JobRun(...).run()`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - how a run may differ from one of `batchgen run`
         self,
         job: JobConfig,
         *,
@@ -108,6 +110,7 @@ class JobRun:
         options: RunOptions | None = None,
         disk: Disk | None = None,
         publishes: bool = True,
+        sample: Callable[[Prepared, Plan], RowSet] | None = None,
         compute: Callable[[RunContext], Compute] = OneEngine,
     ) -> None:
         """Bind; nothing is touched yet.
@@ -118,6 +121,7 @@ class JobRun:
             options: Of `batchgen run`.
             disk: The system calls; only fault tests bring their own.
             publishes: False: leave the snapshot of a job that is answered to a later run.
+            sample: Chooses the rows that are asked, for a try-out; the others are skipped.
             compute: Makes what computes the job's rows; a job with replicas needs another.
 
         Raises:
@@ -127,6 +131,7 @@ class JobRun:
         self._options = options or RunOptions()
         self._options.check()
         self._publishes = publishes
+        self._sample = sample
         self._started_s = time.monotonic()
         now = utc_now()
         self._started_at = now.isoformat(timespec="seconds")
@@ -165,6 +170,8 @@ class JobRun:
             stats=RunStats(self._started_s, 0),
             stop=stop,
             is_trial=not self._publishes,
+            sample=self._sample,
+            tries="" if self._sample else None if self._options.fresh else TRIES,
         )
 
     def run(self) -> Summary:

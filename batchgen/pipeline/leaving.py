@@ -130,21 +130,21 @@ def _file_changes(
         if (other := found.get(number)) is not None:
             before, lost = old.segments[other], published[other]
             if not is_alike and before.digest == after.digest:  # Another filter of the same lines.
-                kept = _kept(prepared, number, after, fresh)
+                kept = kept_rows(prepared, number, after, fresh)
                 lost, fresh = lost - kept, kept - lost
                 yield _FileChange(before, after, lost, fresh, -len(lost) or len(fresh))
                 continue
             runs = list(match_files(storage, before, after)) if is_alike else []
             lost -= Ranges((was, was + num) for _, was, num in runs)
             fresh -= Ranges((at, at + num) for at, _, num in runs)
-        num_more = len(_kept(prepared, number, after, fresh)) - len(lost)
+        num_more = len(kept_rows(prepared, number, after, fresh)) - len(lost)
         yield _FileChange(before, after, lost, fresh, num_more)
     for other in set(range(len(old.segments))) - set(found.values()):
         lost = published[other]
         yield _FileChange(old.segments[other], None, lost, NO_ROWS, -len(lost))
 
 
-def _kept(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> Ranges:
+def kept_rows(prepared: Prepared, number: int, segment: Segment, rows: Ranges) -> Ranges:
     """Find rows of a file that `input.where` keeps; reads them where there is such a filter."""
     if prepared.job.input.where is None or not rows:
         return rows

@@ -29,6 +29,7 @@ from batchgen.core.records import Request, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.rendering import changes_since, old_rows
 from batchgen.pipeline.runner import Committer
+from batchgen.pipeline.sources import answered_keys, base_sources, ended_rows, tried_sources
 from batchgen.store.books import Durable
 from batchgen.store.matching import (
     Renumbering,
@@ -38,7 +39,7 @@ from batchgen.store.matching import (
     match,
     restricted,
 )
-from batchgen.store.result_files import ROW, SEGMENT, ResultFile, rows_of
+from batchgen.store.result_files import ROW, SEGMENT, rows_of
 from batchgen.store.reuse import (
     AnsweredKeys,
     Deduper,
@@ -49,8 +50,6 @@ from batchgen.store.reuse import (
     from_parts,
     from_snapshot,
     gathered,
-    key_prefixes,
-    published_sources,
 )
 from batchgen.store.snapshot import Index, row_groups
 from batchgen.store.visible import damage
@@ -210,15 +209,8 @@ class Takeover:
 
     def _answers(self, *names: str) -> Iterator[pa.Table]:
         """Yield the base's rows: ordinals, and columns of batchgen's, piece by piece."""
-        storage, columns = self._ledger.storage, [f"{self.old.prefix}{name}" for name in names]
-        for part in self._durable.parts:
-            with ResultFile(storage.path(part.name)) as file:
-                for _, table in file.groups([SEGMENT, ROW, *columns]):
-                    yield table
-        for file, group, ordinals in row_groups(storage, self._manifest):
-            if (found := file.group(group, columns, is_proven=False)) is not None:
-                place = ordinals().select([SEGMENT, ROW])
-                yield pa.table([*place, *found], names=[SEGMENT, ROW, *columns])
+        columns = [f"{self.old.prefix}{name}" for name in names]
+        return ended_rows(self._ledger.storage, self._durable.parts, self._manifest, columns)
 
     def old_rows(self, on_batch: Callable[[], object] = int) -> RowSet:
         """Map each segment to those of `rows` that were made by another rendering than today's.
@@ -300,29 +292,6 @@ def takeovers(
     return found
 
 
-def base_sources(ledger: Ledger, plan: Plan) -> list[Source]:
-    """List the result files of a plan's bases, whose answers serve equal requests."""
-    takes_errors = plan.takes_errors
-    found: list[Source] = []
-    for base in plan.bases:
-        manifest = ledger.manifest(base.plan)
-        if manifest is None:
-            found += [Source(name, takes_errors) for name in base.parts]
-        else:
-            found += published_sources(ledger.storage, manifest, takes_errors=takes_errors)
-    return found
-
-
-def answered_keys(
-    storage: LocalStorage, sources: Sequence[Source], prefix: str, tell: Callable[[str], None]
-) -> KeySet:
-    """Read which requests have an answer in result files, see `key_prefixes`."""
-    known = KeySet()
-    for prefixes in key_prefixes(storage, sources, prefix, tell):
-        known.load(prefixes)
-    return known
-
-
 def commit_all(
     context: RunContext, commits: Commits, pieces: Iterable[Piece], on_piece: Callable[[], None]
 ) -> None:
@@ -384,6 +353,9 @@ class Computation:
         """
         context, plan, durable = self._context, self._plan, self._epoch.durable
         todo: Rows = missing(plan, durable)
+        if todo and context.sample is not None:
+            self._skip(todo - context.sample(self._prepared, plan))
+            todo = self._missing()
         if not todo or context.is_stopped():
             return not todo
         found = takeovers(context.ledger, self._prepared, plan, todo, context.notes.add)
@@ -403,6 +375,11 @@ class Computation:
         num_taken_back = deduper.num_taken_back if deduper is not None else 0
         del deduper  # And the keys that it knows, 8 bytes a row.
         return self._finish(num_set_aside, num_taken_back)
+
+    def _skip(self, rows: RowSet) -> None:
+        """End rows without a result: a try-out does not ask them."""
+        pieces = [Piece(self._prepared.part_schema.empty_table(), rows, "")]
+        commit_all(self._context, self._commits, pieces, lambda: None)
 
     def _all_share(self) -> bool:
         """Whether equal requests have one answer, whoever asks."""
@@ -454,7 +431,7 @@ class Computation:
 
     def _deduper(self, durable: Durable) -> Deduper | None:
         """What tells the rows that need no engine; None if there can be none."""
-        base, own = base_sources(self._context.ledger, self._plan), self._own_sources(durable)
+        base, own = self._base_sources(), self._own_sources(durable)
         if not base and not self._may_share():
             return None
         return Deduper(self._keys(base), self._keys(own), self._context.job.run.dedupe)
@@ -469,6 +446,12 @@ class Computation:
         prefix, tell = context.job.output.prefix, context.notes.add
         return answered_keys(context.storage, sources, prefix, tell)
 
+    def _base_sources(self) -> list[Source]:
+        """List what was answered before: in the plan's bases, and in try-outs of the recipe."""
+        context = self._context
+        tried = tried_sources(context.storage, context.tries, self._prepared)
+        return [*base_sources(context.ledger, self._plan), *tried]
+
     def _own_sources(self, durable: Durable) -> list[Source]:
         return [Source(part.name, takes_errors=True) for part in durable.parts]
 
@@ -478,10 +461,9 @@ class Computation:
         context.log.live({"state": "copying answers", "num_rows": self._plan.num_rows})
         # The base first: a row with a draw of its own may have been set aside for the base's alone.
         durable = context.ledger.durable(self._plan)
-        base = base_sources(context.ledger, self._plan)
         answered = AnsweredKeys(
             context.storage,
-            [*base, *self._own_sources(durable)],
+            [*self._base_sources(), *self._own_sources(durable)],
             # All but ordinal and carried columns.
             list(prepared.part_schema)[2 + len(prepared.carried) :],
             context.job.output.prefix,

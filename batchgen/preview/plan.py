@@ -24,14 +24,13 @@ from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
 from batchgen.pipeline.frozen import request_builder
 from batchgen.pipeline.job_run import tuned_notes
 from batchgen.pipeline.rows import (
-    answered_keys,
-    base_sources,
     missing,
     new_rows,
     rejected_notes,
     takeovers,
     unread_rows,
 )
+from batchgen.pipeline.sources import answered_keys, base_sources, tried_sources
 from batchgen.pipeline.stats import duration
 from batchgen.preview.estimate import (
     Estimate,
@@ -44,6 +43,7 @@ from batchgen.preview.estimate import (
 )
 from batchgen.preview.sample import SAMPLE_ROWS, load_tokenize, max_model_len, survey
 from batchgen.storage import LocalStorage
+from batchgen.store.books import TRIES
 from batchgen.store.ledger import Ledger
 from batchgen.store.reuse import Source
 from batchgen.store.runs import RunLock
@@ -413,14 +413,21 @@ def _look_ahead(job: JobConfig, ledger: Ledger, options: RunOptions, warnings: l
     rows = _count_rows(ledger, plan, sources, todo, left)
     if is_continued and not todo:
         tell(ONLY_PUBLISH)
-    known = _known(ledger, prepared, plan, durable, tell) if left else None
+    tries = None if options.fresh else TRIES
+    tried = tried_sources(ledger.storage, tries, prepared) if left else []
+    known = _known(ledger, prepared, plan, durable, tried, tell) if left else None
     return _Ahead(prepared, begun, is_continued, rows, left, known)
 
 
 def _known(
-    ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable, tell: Callable[[str], None]
+    ledger: Ledger,
+    prepared: Prepared,
+    plan: Plan,
+    durable: Durable,
+    tried: Sequence[Source],
+    tell: Callable[[str], None],
 ) -> KeySet | None:
-    sources = base_sources(ledger, plan)
+    sources = [*base_sources(ledger, plan), *tried]
     if prepared.job.run.dedupe != "never":
         sources += [Source(part.name, takes_errors=True) for part in durable.parts]
     if not sources:

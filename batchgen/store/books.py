@@ -355,6 +355,8 @@ class PartFooter:
 
 STATE = "_batchgen"
 PARTS = f"{STATE}/parts"
+TRIES = f"{STATE}/try"
+"""Where try-outs have an output of their own, with books of its own."""
 _NUMBERED = re.compile(r"\d{6}\.json")
 _WORKER = re.compile(r"e\d+-w(\d+)")
 

@@ -362,7 +362,8 @@ def run_trial(
 
     began_s, failure, is_over = time.monotonic(), None, threading.Event()
     with stops.trial() as switch, ThreadPoolExecutor(1, "trial") as pool:
-        run = JobRun(_for_trial(job, settings), stop=switch, publishes=False)
+        # One engine stands for each of many.
+        run = JobRun(with_settings(job.quiet(), settings), stop=switch, publishes=False)
         seen = pool.submit(_watch, run, switch, is_over, look, job.run.grace_s)
         try:
             run.run()
@@ -386,15 +387,3 @@ def run_trial(
         is_answered=summary is not None and summary.state in {"answered", "nothing_to_do"},
         state=summary.state if summary else "",
     )
-
-
-def _for_trial(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
-    """The job as a trial runs it: without hooks, on one engine, which stands for each of many."""
-    job = with_settings(job, settings)
-    alone: dict[str, Any] = {
-        "on_finish": [],
-        "metrics_file": None,
-        "replicas": 1,
-        "ray_address": None,
-    }
-    return job.model_copy(update={"run": job.run.model_copy(update=alone)})

@@ -21,45 +21,32 @@ from batchgen.core.runtime import command, option
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.matching import Span, has_digests, match
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, scan
 from batchgen.store.snapshot import find_snapshot
+from batchgen.views.labels import OLD, LabelMoves, counted_moves
+from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import polars as pl
 
-    from batchgen.store.books import Plan, Segment
+    from batchgen.store.books import Plan
+    from batchgen.store.matching import Span
 
-_SAME, _ANSWER_CHANGED, _INPUT_CHANGED, _ADDED, _REMOVED = range(5)
-_KINDS = {_ANSWER_CHANGED: "answer", _INPUT_CHANGED: "input"}
-_CLASS, _OLD = "class", "_old"
-_POSITION = "position"
-_AT, _KEY, _INPUT, _ANSWER = "at", "key", "input", "answer"
-"""Columns of `_Side.rows`: number of the row among the published ones, where it stands among the
+SAME, ANSWER_CHANGED, INPUT_CHANGED, ADDED, REMOVED = range(5)
+KINDS = {ANSWER_CHANGED: "answer", INPUT_CHANGED: "input"}
+CLASS = "class"
+POSITION = "position"
+AT, _KEY, INPUT, ANSWER = "at", "key", "input", "answer"
+"""Columns of `Side.rows`: number of the row among the published ones, where it stands among the
 planned ones, and hashes of what is compared."""
 _COMPARED = {"status", "verdict", "error_type"}
 """Compared of what batchgen says of a row; the rest differs from run to run."""
 _MEASURED = {"probabilities", "logprobs"}
 """Not compared either: the last digits differ where the same answer is computed again."""
-
-
-@dataclass(frozen=True, slots=True)
-class LabelMoves:
-    """How one column of labels moved."""
-
-    column: str
-    before: Mapping[str, int]
-    """Label -> ok rows of the old snapshot, all of them."""
-    after: Mapping[str, int]
-    drift: float | None
-    """Total variation distance of the shares, 0 to 1, as in the gate; None: no labels."""
-    moves: Sequence[Mapping[str, Any]]
-    """`old`, `new`, `num_rows` of rows that are in both, those that stayed included; a label is
-    None where the row is an error. Most rows first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +86,13 @@ class Diff:
     @property
     def paired_by(self) -> str:
         """What tells which row is which, for people."""
-        is_by_place = self.matched_by == _POSITION
+        is_by_place = self.matched_by == POSITION
         return "equal content and place in the input" if is_by_place else self.matched_by
 
     @property
     def may_hide_edits(self) -> bool:
         """Whether some of the rows that came and went may be edited ones, which no key tells."""
-        return self.matched_by == _POSITION and self.num_added > 0 and self.num_removed > 0
+        return self.matched_by == POSITION and self.num_added > 0 and self.num_removed > 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -137,9 +124,9 @@ def diff(
     ledger = Ledger(LocalStorage(root))
     old, new = numbers or _two_newest(ledger)
     try:
-        both = _Both(_Side(ledger, old), _Side(ledger, new), on)
+        both = Both(Side(ledger, old), Side(ledger, new), on)
         pairs = both.pairs()
-        return _compared(root, both, pairs, _examples(both, pairs, num_examples))
+        return _compared(root, both, pairs, changed_rows(both, pairs, num_examples))
     except (pl.exceptions.PolarsError, OSError) as error:
         why = str(error).splitlines()[0]
         msg = f"{root}: a snapshot cannot be read ({why}); `{command('verify')}` tells more"
@@ -155,7 +142,7 @@ def _two_newest(ledger: Ledger) -> tuple[int, int]:
     return numbers[-2], numbers[-1]
 
 
-class _Side:
+class Side:
     """A snapshot, as it lies on the disk; nothing is held open."""
 
     def __init__(self, ledger: Ledger, number: int) -> None:
@@ -172,20 +159,25 @@ class _Side:
         self.schema = self.frame.collect_schema()
         self.starts = [0, *accumulate(segment.num_rows for segment in self.plan.segments)]
         """Key of the first row of each file."""
-        self.columns = {(_INPUT, name): name for name in self.plan.carried}
+        self.columns = {(INPUT, name): name for name in self.plan.carried}
         """What is compared, whatever the prefix: (kind, name without prefix) -> name."""
         skipped = {field.name for field in RESULT_FIELDS} - _COMPARED
         for name in self.schema:
             base = name.removeprefix(self.plan.prefix)
             is_measured = base in _MEASURED and self.schema[name].is_nested()
-            if not ((_INPUT, name) in self.columns or base in skipped or is_measured):
-                self.columns[_ANSWER, base] = name
+            if not ((INPUT, name) in self.columns or base in skipped or is_measured):
+                self.columns[ANSWER, base] = name
         self.labels = {
             name.removeprefix(self.plan.prefix): self._label(name)
             for name in self.manifest.tally
             if name not in {VERDICT, ATTEMPTS}
         }
         """Columns of labels, without the prefix, and how to read them."""
+
+    @property
+    def place(self) -> tuple[LocalStorage, Plan]:
+        """Where it is, and its plan."""
+        return self.storage, self.plan
 
     def _label(self, name: str) -> pl.Expr:
         """Read a label as text, null unless the row is ok; several of a row as one text.
@@ -211,8 +203,8 @@ class _Side:
         is_ok = pl.col(f"{self.plan.prefix}status") == "ok"
         return pl.when(is_ok).then(value.cast(pl.String))
 
-    def rows(self, both: _Both) -> pl.LazyFrame:
-        """Read what is compared of each row: `_AT`, its keys, hashes, labels.
+    def rows(self, both: Both) -> pl.LazyFrame:
+        """Read what is compared of each row: `AT`, its keys, hashes, labels.
 
         Raises:
             OutputError: It is not known which planned row each is, and no column names it.
@@ -220,12 +212,12 @@ class _Side:
         import polars as pl
 
         hashes = []
-        for kind in (_INPUT, _ANSWER):
+        for kind in (INPUT, ANSWER):
             names = [self.columns[key] for key in both.shared if key[0] == kind]
             value = pl.struct(names).hash() if names else pl.lit(0, pl.UInt64)
             hashes.append(value.alias(kind))
         labels = [
-            self.labels[label].cast(pl.Categorical).alias(_label_name(number))
+            self.labels[label].cast(pl.Categorical).alias(label_name(number))
             for number, label in enumerate(both.labels)
         ]
         keys = [pl.col(name).alias(key) for key, name in zip(both.keys, both.on, strict=False)]
@@ -239,7 +231,7 @@ class _Side:
             )
             places = self._index().select((start + pl.col(ROW)).alias(_KEY))
             rows = pl.concat([places, rows], how="horizontal")
-        return rows.with_row_index(_AT)
+        return rows.with_row_index(AT)
 
     def _index(self) -> pl.LazyFrame:
         if self.manifest.index is None:
@@ -266,8 +258,8 @@ class _Side:
         import polars as pl
 
         number = self.manifest.number
-        counted = self.frame.select(on).drop_nulls().group_by(on).agg(pl.len().alias(_AT))
-        twice = counted.filter(pl.col(_AT) > 1).head(1).collect(engine="streaming")
+        counted = self.frame.select(on).drop_nulls().group_by(on).agg(pl.len().alias(AT))
+        twice = counted.filter(pl.col(AT) > 1).head(1).collect(engine="streaming")
         for *values, num_rows in twice.iter_rows():
             row = ", ".join(f"{name} = {value!r}" for name, value in zip(on, values, strict=True))
             msg = (
@@ -277,7 +269,8 @@ class _Side:
             raise _bad_on(msg)
 
 
-def _label_name(number: int) -> str:
+def label_name(number: int) -> str:
+    """Name the column of `Both.pairs` with the new side's label of a number; `OLD` behind it."""
     return f"label_{number}"
 
 
@@ -286,10 +279,10 @@ def _bad_on(problem: str) -> ConfigError:
     return ConfigError(where, [problem])
 
 
-class _Both:
+class Both:
     """Two snapshots and what of them is compared."""
 
-    def __init__(self, old: _Side, new: _Side, on: Sequence[str]) -> None:
+    def __init__(self, old: Side, new: Side, on: Sequence[str]) -> None:
         """Look at what both have.
 
         Raises:
@@ -331,23 +324,23 @@ class _Both:
         if self.on:
             old, new = old.drop_nulls(self.keys), new.drop_nulls(self.keys)
         else:
-            new = self._rekeyed(new, paired(self.old.storage, self.old.plan, self.new.plan))
+            new = self._rekeyed(new, paired(self.old.place, self.new.place))
         kind = (
-            pl.when(pl.col(_AT).is_null())
-            .then(_REMOVED)
-            .when(pl.col(_AT + _OLD).is_null())
-            .then(_ADDED)
-            .when(pl.col(_INPUT) != pl.col(_INPUT + _OLD))
-            .then(_INPUT_CHANGED)
-            .when(pl.col(_ANSWER) != pl.col(_ANSWER + _OLD))
-            .then(_ANSWER_CHANGED)
-            .otherwise(_SAME)
+            pl.when(pl.col(AT).is_null())
+            .then(REMOVED)
+            .when(pl.col(AT + OLD).is_null())
+            .then(ADDED)
+            .when(pl.col(INPUT) != pl.col(INPUT + OLD))
+            .then(INPUT_CHANGED)
+            .when(pl.col(ANSWER) != pl.col(ANSWER + OLD))
+            .then(ANSWER_CHANGED)
+            .otherwise(SAME)
             .cast(pl.UInt8)
-            .alias(_CLASS)
+            .alias(CLASS)
         )
-        names = [_AT, *(_label_name(number) for number in range(len(self.labels)))]
-        wanted = [column for name in names for column in (name, name + _OLD)]
-        joined = new.join(old, on=self.keys, how="full", suffix=_OLD)
+        names = [AT, *(label_name(number) for number in range(len(self.labels)))]
+        wanted = [column for name in names for column in (name, name + OLD)]
+        joined = new.join(old, on=self.keys, how="full", suffix=OLD)
         return joined.select(kind, *wanted).collect(engine="streaming")
 
     def _rekeyed(self, rows: pl.LazyFrame, spans: Sequence[Span]) -> pl.LazyFrame:
@@ -376,136 +369,60 @@ class _Both:
 
 
 def _compared(
-    root: Path, both: _Both, pairs: pl.DataFrame, examples: Sequence[Mapping[str, Any]]
+    root: Path, both: Both, pairs: pl.DataFrame, examples: Sequence[Mapping[str, Any]]
 ) -> Diff:
-    num = dict(pairs[_CLASS].value_counts().iter_rows())
+    num = dict(pairs[CLASS].value_counts().iter_rows())
     was, now = both.old.columns, both.new.columns
     manifests = (both.old.manifest, both.new.manifest)
     num_rows = [manifest.num_ok + manifest.num_errors for manifest in manifests]
-    num_named = [len(pairs) - pairs[name].null_count() for name in (_AT + _OLD, _AT)]
+    num_named = [len(pairs) - pairs[name].null_count() for name in (AT + OLD, AT)]
     return Diff(
         output=str(root),
         old=manifests[0].number,
         new=manifests[1].number,
-        matched_by=", ".join(both.on) or _POSITION,
+        matched_by=", ".join(both.on) or POSITION,
         num_old=num_rows[0],
         num_new=num_rows[1],
-        num_same=num.get(_SAME, 0),
-        num_added=num.get(_ADDED, 0),
-        num_removed=num.get(_REMOVED, 0),
-        num_input_changed=num.get(_INPUT_CHANGED, 0),
-        num_answer_changed=num.get(_ANSWER_CHANGED, 0),
+        num_same=num.get(SAME, 0),
+        num_added=num.get(ADDED, 0),
+        num_removed=num.get(REMOVED, 0),
+        num_input_changed=num.get(INPUT_CHANGED, 0),
+        num_answer_changed=num.get(ANSWER_CHANGED, 0),
         num_without_key=(num_rows[0] - num_named[0], num_rows[1] - num_named[1]),
         columns_came=[name for key, name in now.items() if key not in was],
         columns_went=[name for key, name in was.items() if key not in now],
         columns_retyped=[
             name for key, name in now.items() if key in was and key not in both.shared
         ],
-        labels=[_moves(both, pairs, number) for number in range(len(both.labels))],
+        labels=[label_moves(both, pairs, number) for number in range(len(both.labels))],
         examples=examples,
     )
 
 
-def _moves(both: _Both, pairs: pl.DataFrame, number: int) -> LabelMoves:
+def label_moves(both: Both, pairs: pl.DataFrame, number: int) -> LabelMoves:
+    """Count how the labels of one column moved, by its number in `Both.labels`."""
     import polars as pl
 
-    name, label = _label_name(number), both.labels[number]
-    counted = (
-        pairs.lazy()
-        .filter(pl.col(_CLASS) <= _INPUT_CHANGED)
-        .group_by(pl.col(name + _OLD).alias("old"), pl.col(name).alias("new"))
-        .agg(pl.len().alias("num_rows"))
-        .with_columns(pl.col("old", "new").cast(pl.String))
-        .sort("num_rows", "old", "new", descending=[True, False, False])
-        .collect(engine="streaming")
-    )
+    label = both.labels[number]
     last, now = (
         dict(side.manifest.tally[side.plan.prefix + label]) for side in (both.old, both.new)
     )
     column = both.new.plan.prefix + label
-    return LabelMoves(column, last, now, total_variation(now, last), counted.to_dicts())
+    moves = counted_moves(pairs.lazy().filter(pl.col(CLASS) <= INPUT_CHANGED), label_name(number))
+    return LabelMoves(column, last, now, total_variation(now, last), moves)
 
 
-def _examples(both: _Both, pairs: pl.DataFrame, num_rows: int) -> list[dict[str, Any]]:
+def changed_rows(both: Both, pairs: pl.DataFrame, num_rows: int) -> list[dict[str, Any]]:
     """Read the first changed rows, and what differs in them."""
     import polars as pl
 
-    is_changed = pl.col(_CLASS).is_in(list(_KINDS))
-    changed = pairs.filter(is_changed).bottom_k(num_rows, by=_AT).sort(_AT)
+    is_changed = pl.col(CLASS).is_in(list(KINDS))
+    changed = pairs.filter(is_changed).bottom_k(num_rows, by=AT).sort(AT)
     names = [(both.old.columns[key], both.new.columns[key]) for key in both.shared]
     found = []
-    for kind, at, at_old in changed.select(_CLASS, _AT, _AT + _OLD).iter_rows():
+    for kind, at, at_old in changed.select(CLASS, AT, AT + OLD).iter_rows():
         new, old = both.new.row(at), both.old.row(at_old)
         where = ", ".join(f"{name} = {new[name]!r}" for name in both.on) or both.new.where(at)
         columns = {name: [old[was], new[name]] for was, name in names if old[was] != new[name]}
-        found.append({"where": where, "changed": _KINDS[kind], "columns": columns})
-    return found
-
-
-def paired(storage: LocalStorage, old: Plan, new: Plan) -> list[Span]:
-    """Pair the rows of two plans, in the order of the new one's rows; each row at most once.
-
-    Args:
-        storage: With the digests of rows, as far as there are any.
-        old: One plan.
-        new: Another, of any recipe.
-    """
-    spans = match(storage, old, new)
-    return sorted([*spans, *edited(storage, spans, old.segments, new.segments)])
-
-
-def edited(
-    storage: LocalStorage, spans: Sequence[Span], old: Sequence[Segment], new: Sequence[Segment]
-) -> Iterator[Span]:
-    """Yield pairs of rows that are not equal but have taken each other's place.
-
-    Args:
-        storage: With the digests of rows.
-        spans: The equal rows.
-        old: Files of the old plan.
-        new: Files of the new plan.
-    """
-    gaps = _gaps(spans, old)
-    # A log that was rotated: its old rows have another name now.
-    used = {span.old_segment for span in spans}
-    by_path = {file.path: number for number, file in enumerate(old) if number not in used}
-    spans_of: dict[int, list[Span]] = {}
-    for span in sorted(spans):
-        spans_of.setdefault(span.segment, []).append(span)
-    for number, segment in enumerate(new):
-        if here := spans_of.get(number):
-            yield from _between(here, segment.num_rows, gaps)
-        elif (other := by_path.get(segment.path)) is not None:
-            num_rows = min(segment.num_rows, old[other].num_rows)
-            # Lines that were compared, none of them equal and not as many: they are others.
-            is_edited = segment.num_rows == old[other].num_rows
-            if num_rows and (is_edited or not has_digests(storage, segment, old[other])):
-                yield Span(number, 0, other, 0, num_rows)
-
-
-def _between(
-    spans: Sequence[Span], num_rows: int, gaps: Mapping[tuple[int, int], int]
-) -> Iterator[Span]:
-    """Pair the rows between spans of one new file, and before the first and after the last."""
-    segment = spans[0].segment
-    row, was = 0, (spans[0].old_segment, 0)
-    for span in (*spans, Span(segment, num_rows, 0, 0, 0)):
-        length = span.start - row
-        if length and gaps.get(was) == length:
-            yield Span(segment, row, *was, length)
-        row, was = span.start + span.length, (span.old_segment, span.old_start + span.length)
-
-
-def _gaps(spans: Sequence[Span], old: Sequence[Segment]) -> dict[tuple[int, int], int]:
-    """Find old rows that are in no span: (file, first row) -> how many."""
-    found = {}
-    row_of = [0] * len(old)
-    for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):
-        row = row_of[span.old_segment]
-        if span.old_start > row:
-            found[span.old_segment, row] = span.old_start - row
-        row_of[span.old_segment] = span.old_start + span.length
-    for number, (segment, row) in enumerate(zip(old, row_of, strict=True)):
-        if segment.num_rows > row:
-            found[number, row] = segment.num_rows - row
+        found.append({"where": where, "changed": KINDS[kind], "columns": columns})
     return found

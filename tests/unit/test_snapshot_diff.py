@@ -17,7 +17,8 @@ from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, digests_of
-from batchgen.views.diff import diff, edited, paired
+from batchgen.views.diff import diff
+from batchgen.views.pairing import edited, paired
 from batchgen.views.rows import Shown, rows
 from tests.fakes import plan
 
@@ -70,13 +71,13 @@ def pairs_of(spans: Sequence[Span], old: str, new: str) -> list[str]:
 def test_rows_between_the_same_neighbours_are_edited_rows(storage, old, new, expected):
     before = replace(plan(), segments=[put_file(storage, "f", old)])
     after = replace(plan(), segments=[put_file(storage, "f", new)], plan_id="plan-b", number=2)
-    assert pairs_of(paired(storage, before, after), old, new) == expected.split()
+    assert pairs_of(paired((storage, before), (storage, after)), old, new) == expected.split()
 
 
 def test_rows_of_a_file_without_digests_are_paired_by_their_number(storage):
     before = replace(plan(), segments=[put_file(storage, "f", "abc", has_digests=False)])
     after = replace(plan(), segments=[put_file(storage, "f", "Xb", has_digests=False)], number=2)
-    assert pairs_of(paired(storage, before, after), "abc", "Xb") == ["a-X", "b-b"]
+    assert pairs_of(paired((storage, before), (storage, after)), "abc", "Xb") == ["a-X", "b-b"]
 
 
 def test_a_row_that_moved_is_not_also_an_edited_one(storage):
@@ -90,7 +91,7 @@ def test_files_are_told_apart(storage):
     old = [put_file(storage, "f", "ab"), put_file(storage, "g", "cd")]
     new = [put_file(storage, "e", "xy"), put_file(storage, "f", "aX"), put_file(storage, "g", "cY")]
     before, after = replace(plan(), segments=old), replace(plan(), segments=new, number=2)
-    assert paired(storage, before, after) == [
+    assert paired((storage, before), (storage, after)) == [
         Span(1, 0, 0, 0, 1),
         Span(1, 1, 0, 1, 1),
         Span(2, 0, 1, 0, 1),

@@ -1,0 +1,1 @@
+"""How good answers are: tried on a sample, compared with others, scored against gold labels."""
