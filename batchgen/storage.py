@@ -204,7 +204,10 @@ class LocalStorage:
     def expose(
         self, name: str, alias: str, is_wanted: Callable[[Path], bool] = lambda _: True
     ) -> bool:
-        """Make `alias` a hard link to `name`, replacing atomically what it was before.
+        """Make `alias` a further name of `name`, replacing atomically what it was before.
+
+        A hard link, or a copy where the kernel refuses one, as of another user's file. Durable once
+        its folder is settled.
 
         Args:
             name: The file.
@@ -220,14 +223,24 @@ class LocalStorage:
         """
         temp = self.temp_for(alias)
         with saying_where(self.path(alias), partial(self._drop, temp)):
-            self._disk.link(self.path(name), temp)
+            self._link(self.path(name), temp)
             is_taken = is_wanted(temp)
             if is_taken:
                 self._disk.rename(temp, self.path(alias))
             # Renaming onto another link of the same file does nothing and leaves the temp.
             self._disk.unlink(temp)
-            self._disk.sync_folder(self.path(alias).parent)
         return is_taken
+
+    def _link(self, source: Path, target: Path) -> None:
+        try:
+            self._disk.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            with source.open("rb") as whole, self._disk.create(target) as copy:
+                while data := whole.read(_COPY_BYTES):
+                    self._disk.write(copy, data)
+                self._disk.sync(copy)
 
     def protect(self, name: str) -> None:
         """Take the right to write from a file of an earlier version, where that is ours to do."""
@@ -327,6 +340,8 @@ class LocalStorage:
         self._durable_folders.update(chain)
 
 
+_NO_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP}
+_COPY_BYTES = 2**20
 _DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 
 

@@ -48,7 +48,7 @@ from batchgen.store.matching import (
 from batchgen.store.result_files import VERDICT, ResultFile
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import Index
-from batchgen.store.visible import raise_if_damaged, show
+from batchgen.store.visible import is_switching, raise_if_damaged, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -376,6 +376,10 @@ def begin(ledger: Ledger, options: RunOptions, decision: Decision, hooks: Hooks)
         OutputError: The books are damaged, or cannot be written.
     """
     plan, prepared, manifest = decision.plan, decision.prepared, None
+    newest = ledger.latest_manifest()
+    if newest is not None and is_switching(ledger.storage):  # Readers need not wait for this run.
+        for note in show(ledger, newest).mended:
+            hooks.tell(note)
     if plan is None:
         plan, old = _new_plan(ledger, options, decision, hooks)
         prepared = replace(prepared, columns=read_schema(plan.schema), carried=plan.carried)

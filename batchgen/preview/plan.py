@@ -286,13 +286,10 @@ class Overlay(LocalStorage):
         """See `Storage`."""
         return sorted({*self._below.list(folder), *super().list(folder)})
 
-    def replace(self, name: str, data: bytes) -> None:
-        """Do nothing, as everything here that would change a file."""
-
     def expose(
         self, name: str, alias: str, is_wanted: Callable[[Path], bool] = lambda _: True
     ) -> bool:
-        """See `LocalStorage`; says what it would do."""
+        """See `LocalStorage`; says what it would do, as everything here that changes a file."""
         return is_wanted(self.path(name))
 
     def protect(self, name: str) -> None:

@@ -183,11 +183,15 @@ class PublishedFile:
     size_bytes: int
     sha256: str
     """Hash of all its bytes, in hex."""
+    order: int | None = None
+    """Its place among the snapshot's files; absent of an index, and in outputs of before 0.2."""
 
     @property
     def alias(self) -> str:
-        """The name under which the output folder shows it."""
-        return self.name.rpartition("/")[2]
+        """The name under which the output folder shows it: sorted by place, and for these bytes."""
+        if self.order is None:
+            return self.name.rpartition("/")[2]
+        return f"part-{self.order:08d}-{self.sha256[:8]}.parquet"
 
     def difference(self, path: Path) -> str | None:
         """How a file is not the one that was published; None if every byte is. Reads it.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,6 +151,8 @@ class _HashedFile(io.RawIOBase):
 # Rows read, sorted and written at once: a row group of what is published.
 _CHUNK_ROWS = 16_384
 _CHUNK_BYTES = 8 * 2**20
+_ORDER_STEP = 1000
+"""So far apart are the places of files, so that later ones fit in between."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -233,7 +235,8 @@ def write_snapshot(
                     file.write(rows)
                     index.write(rows)
                     chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
-            files.append(file.entry())
+            order = _ORDER_STEP * (len(files) + 1)
+            files.append(replace(file.entry(), order=order))
             groups.append(file.chunks)
         index.note({GROUPS_KEY: json.dumps(groups)})
     return Snapshot(files, index.entry())

@@ -5,13 +5,18 @@ It is one file with two names, so that whoever writes over the one changes the o
 run looks at the snapshot's own files: another size is damage, and a file with another time or
 inode number than noted is read once and noted anew.
 
-    _batchgen/seen.json      own name -> size, mtime in ns, inode number, when it was as published
+A name tells the content, so it never stands for other bytes: what a reader has listed is what he
+opens, or is gone. While names come and go, there is a file beside them that is no Parquet, so that
+whoever lists the folder then gets an error, and never files of two snapshots.
+
+    _batchgen/seen.json      name -> size, mtime in ns, inode number, when it was as published
 """
 
 from __future__ import annotations
 
 import json
 import re
+import secrets
 import stat
 import time
 from contextlib import suppress
@@ -28,7 +33,7 @@ from batchgen.store.books import STATE
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from batchgen.storage import LocalStorage
@@ -37,9 +42,16 @@ if TYPE_CHECKING:
 
 _NOTES = f"{STATE}/seen.json"
 _MOST_TOLD = 5
-_ALIAS = re.compile(r"part-\d{5,}\.parquet")
+_ALIAS = re.compile(r"part-(\d{5,}|\d{8}-[0-9a-f]{8})\.parquet")
 _READ_AS = "part-*.parquet"
 """How readers ask for the files."""
+SWITCHING = "part-00000-switching.parquet"
+"""What makes readers fail. It sorts before all others: many look at the first file only."""
+_SWITCHING_TEXT = (
+    "This is no Parquet, so that nobody reads the files beside it right now: a run is about to "
+    "replace them by those of another snapshot. Try again in a moment. If this file stays, the run "
+    "was killed, and the next one puts it right.\n"
+)
 _LOOK_S = 0.05
 _SEEN = "readers of part-*.parquet get its rows too"
 _BY_HAND = "remove it or give it another name"
@@ -53,6 +65,7 @@ class Fault(Enum):
     OTHER = "was another file or a copy"
     """Its bytes may be the snapshot's all the same: whoever wants to know reads it."""
     SURPLUS = "was there beside them"
+    SWITCHING = "was left by a run that was stopped here"
     FOREIGN = "is not batchgen's"
     """Readers take it for output, and no run touches it."""
     FOLDER = "is a folder"
@@ -61,10 +74,16 @@ class Fault(Enum):
 
 _STRANGERS = {
     Fault.SURPLUS: f"is no file of the newest snapshot, {_SEEN}; {{run}} removes it",
+    Fault.SWITCHING: "keeps readers away since a run was stopped here; {run} removes it",
     Fault.FOREIGN: f"is no file of batchgen's, {_SEEN}; {_BY_HAND}",
     Fault.FOLDER: f"is a folder, where only files belong; {_BY_HAND}",
 }
 """What is to be told of names that no file of the snapshot is behind."""
+
+
+def is_switching(storage: LocalStorage) -> bool:
+    """Whether readers are kept away: by a run at work, or by one that was killed."""
+    return storage.read(SWITCHING) is not None
 
 
 def is_alias(name: str) -> bool:
@@ -84,8 +103,9 @@ def faults(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, F
     """
     found: dict[str, Fault] = {}
     names = {file.alias: file.name for file in files}
+    noted = _noted(storage)
     for alias, name in names.items():
-        if (fault := _fault(storage, alias, name)) is not None:
+        if (fault := _fault(storage, alias, name, noted.get(alias))) is not None:
             found[alias] = fault
     for alias in storage.list(""):
         if fnmatchcase(alias, _READ_AS) and alias not in names:
@@ -93,7 +113,9 @@ def faults(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, F
     return found
 
 
-def _fault(storage: LocalStorage, alias: str, name: str) -> Fault | None:
+def _fault(
+    storage: LocalStorage, alias: str, name: str, noted: Sequence[int] | None
+) -> Fault | None:
     shown = storage.path(alias)
     try:
         mode = shown.lstat().st_mode
@@ -101,16 +123,18 @@ def _fault(storage: LocalStorage, alias: str, name: str) -> Fault | None:
         return Fault.MISSING
     if stat.S_ISDIR(mode):
         return Fault.FOLDER
-    try:
-        return None if shown.samefile(storage.path(name)) else Fault.OTHER
-    except OSError:  # The snapshot's is gone, or this one is a link to nowhere.
-        return Fault.OTHER
+    is_right = False
+    with suppress(OSError):  # The snapshot's is gone, or this one is a link to nowhere.
+        is_right = shown.samefile(storage.path(name)) or _mark(shown) == noted
+    return None if is_right else Fault.OTHER
 
 
 def _stranger(storage: LocalStorage, alias: str) -> Fault:
     path = storage.path(alias)
     if path.is_dir() and not path.is_symlink():
         return Fault.FOLDER
+    if alias == SWITCHING:
+        return Fault.SWITCHING
     return Fault.SURPLUS if is_alias(alias) else Fault.FOREIGN
 
 
@@ -127,7 +151,7 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
         StorageError: A file cannot be read right now.
     """
     noted = _noted(storage)
-    seen: dict[str, Sequence[int]] = {}
+    seen = {alias: noted[alias] for file in files if (alias := file.alias) in noted}
     found: dict[str, str] = {}
     for file in files:
         name = file.name
@@ -152,7 +176,8 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
 def note_as_published(storage: LocalStorage, files: Sequence[PublishedFile]) -> None:
     """Note files that were hashed while they were written, so that no run has to read them."""
     with suppress(OSError):
-        _note(storage, {file.name: _mark(storage.path(file.name)) for file in files})
+        marks = {file.name: _mark(storage.path(file.name)) for file in files}
+        _note(storage, {**_noted(storage), **marks})
 
 
 def _noted(storage: LocalStorage) -> Mapping[str, Sequence[int]]:
@@ -272,13 +297,11 @@ def show(ledger: Ledger, manifest: Manifest) -> Shown:
     bring an old snapshot back. A damaged file is brought back if the folder shows its bytes still.
     """
     storage = ledger.storage
-    newest, shown = ledger.latest_manifest() or manifest, None
+    newest = ledger.latest_manifest() or manifest
     damaged = damage(storage, newest.files)
     mended = _brought_back(storage, newest, damaged) if damaged else []
     mended += _mended(storage, newest, damaged)
-    while newest != shown:  # Frozen inside `expose`, it puts right what it then overwrote.
-        expose(storage, newest, damaged)
-        newest, shown = ledger.latest_manifest() or newest, newest
+    newest = expose(ledger, newest, damaged)
     ledger.tidy(newest)
     return Shown(mended, damaged)
 
@@ -312,13 +335,14 @@ def _brought_back(storage: LocalStorage, manifest: Manifest, damaged: dict[str, 
         if name not in damaged or shown.is_symlink() or not shown.is_file():
             continue
         if storage.expose(alias, name, partial(_is_whole, file)):
+            storage.settle(name.rpartition("/")[0])
             told.append(f"{name}: {damaged.pop(name)}; brought back from {alias}, which is whole")
     return told
 
 
 def _mended(storage: LocalStorage, manifest: Manifest, damaged: Collection[str]) -> list[str]:
     """One line on what showing this snapshot puts right, none if there is nothing."""
-    left = {name.rpartition("/")[2] for name in damaged}
+    left = {file.alias for file in manifest.files if file.name in damaged}
     found = [
         f"{name} {fault.value}"
         for name, fault in faults(storage, manifest.files).items()
@@ -334,23 +358,69 @@ def _mended(storage: LocalStorage, manifest: Manifest, damaged: Collection[str])
     ]
 
 
-def expose(storage: LocalStorage, manifest: Manifest, damaged: Collection[str] = ()) -> None:
-    """Show a snapshot as `part-*.parquet` in the output folder itself, but for damaged files.
+def expose(ledger: Ledger, manifest: Manifest, damaged: Collection[str] = ()) -> Manifest:
+    """Show the newest snapshot as `part-*.parquet` in the output folder, but for damaged files.
 
-    Each name is replaced atomically. A reader that lists the folder in between several files may
-    see two snapshots; `batchgen.read` goes by the manifest and never does.
+    A run may be frozen at any step of it, and wake when another has shown a newer snapshot. So each
+    step is made only while the file that keeps readers away is this run's own; else all begins
+    anew. Two runs at a time take it from each other, and the one that has it last is through.
+
+    Args:
+        ledger: The job's books.
+        manifest: The newest snapshot, as far as is known.
+        damaged: Own names of files that are not what was published.
+
+    Returns:
+        What is shown.
+
+    Raises:
+        StorageError: A name cannot be given or removed; readers are kept away until a run can.
     """
-    aliases = [file.alias for file in manifest.files]
-    for file, alias in zip(manifest.files, aliases, strict=True):
-        if file.name not in damaged:
-            storage.protect(file.name)
-            try:
-                storage.expose(file.name, alias)
-            except StorageError as error:
-                # Another user's file, which the kernel lets nobody else link, is shown already.
-                is_refused = isinstance(error.__cause__, PermissionError)
-                if not is_refused or _fault(storage, alias, file.name) is not None:
-                    raise
-    for name in storage.list(""):
-        if is_alias(name) and name not in aliases:
-            storage.remove(name)
+    storage = ledger.storage
+    for file in manifest.files:
+        storage.protect(file.name)
+    marker = f"{_SWITCHING_TEXT}{secrets.token_hex(8)}\n".encode()
+    while True:
+        manifest = ledger.latest_manifest() or manifest
+        steps = list(_steps(storage, manifest, damaged))
+        if not steps and not is_switching(storage):
+            return manifest
+        storage.replace(SWITCHING, marker)
+        storage.settle("")
+        is_through = all(_take(storage, step, marker) for step in steps)
+        storage.settle("")
+        newest = ledger.latest_manifest() or manifest
+        if is_through and newest.number == manifest.number:
+            if storage.read(SWITCHING) == marker:
+                storage.remove(SWITCHING)
+                storage.settle("")
+            return manifest
+
+
+def _steps(
+    storage: LocalStorage, manifest: Manifest, damaged: Collection[str]
+) -> Iterator[Callable[[], object]]:
+    """Yield what gives a name or removes one, the new names first."""
+    files = {file.alias: file for file in manifest.files}
+    surplus = []
+    for alias, fault in faults(storage, manifest.files).items():
+        if fault is Fault.SURPLUS:
+            surplus.append(alias)
+        elif alias in files and files[alias].name not in damaged:
+            yield partial(_give, storage, files[alias])
+    for alias in surplus:
+        yield partial(storage.remove, alias)
+
+
+def _give(storage: LocalStorage, file: PublishedFile) -> None:
+    storage.expose(file.name, file.alias)
+    if not storage.path(file.alias).samefile(storage.path(file.name)):  # A copy.
+        _note(storage, {**_noted(storage), file.alias: _mark(storage.path(file.alias))})
+
+
+def _take(storage: LocalStorage, step: Callable[[], object], marker: bytes) -> bool:
+    """Take a step if nobody else has begun meanwhile; whether it was taken."""
+    is_ours = storage.read(SWITCHING) == marker
+    if is_ours:
+        step()
+    return is_ours

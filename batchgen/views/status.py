@@ -16,7 +16,7 @@ from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.snapshot import beyond, prune_snapshots
-from batchgen.store.visible import lost_or_cut
+from batchgen.store.visible import Fault, faults, lost_or_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -334,11 +334,7 @@ def _line(ledger: Ledger, manifest: Manifest) -> Listed:
 
 def _is_shown(storage: LocalStorage, manifest: Manifest) -> bool:
     """The manifest is the commit point, but a run may have died before it exposed the files."""
-    paths = [storage.path(file.name) for file in manifest.files]
-    try:
-        return all(path.samefile(storage.root / path.name) for path in paths)
-    except OSError:
-        return False
+    return not {*faults(storage, manifest.files).values()} - {Fault.FOREIGN}
 
 
 def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:

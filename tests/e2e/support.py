@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 import batchgen
+from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +92,24 @@ def published(output: Path) -> list[dict[str, Any]]:
     frame = batchgen.read(output).collect()
     error = pl.col("gen_error").str.replace(str(output.parent), "", literal=True)
     return frame.drop(VOLATILE).with_columns(error).to_dicts()
+
+
+def shown(output: Path) -> list[str]:
+    """Names of the files that the output folder shows, in order."""
+    return sorted(path.name for path in output.glob("part-*.parquet"))
+
+
+def alias_of(output: Path, at: int = 0) -> str:
+    """Name that the output folder shows a file of the newest snapshot under."""
+    manifest = Ledger(LocalStorage(output)).latest_manifest()
+    assert manifest is not None
+    return manifest.files[at].alias
+
+
+def only_shown(output: Path) -> Path:
+    """The one file that the output folder shows."""
+    (name,) = shown(output)
+    return output / name
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 60) -> None:

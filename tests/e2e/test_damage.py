@@ -19,13 +19,12 @@ from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.verify import verify
 from batchgen.views.status import status_of
-from tests.e2e.support import published, run_cli, write_job, write_rows
+from tests.e2e.support import alias_of, published, run_cli, shown, write_job, write_rows
 from tests.harm import overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FIRST, SECOND = "part-00000.parquet", "part-00001.parquet"
 NUM_ROWS = 60
 REPO = Path(__file__).parents[2]
 
@@ -51,30 +50,30 @@ def own_of(out: Path, at: int = 0) -> Path:
 
 
 def write_over(out: Path) -> None:
-    overwrite(out / FIRST, (out / SECOND).read_bytes())
+    overwrite(out / alias_of(out), (out / alias_of(out, 1)).read_bytes())
 
 
 def write_over_with_as_many_bytes(out: Path) -> None:
-    data = bytearray((out / FIRST).read_bytes())
+    data = bytearray((out / alias_of(out)).read_bytes())
     data[300:340] = bytes(40)
-    overwrite(out / FIRST, bytes(data))
+    overwrite(out / alias_of(out), bytes(data))
 
 
 def append(out: Path) -> None:
-    overwrite(out / FIRST, (out / FIRST).read_bytes() + b"more")
+    overwrite(out / alias_of(out), (out / alias_of(out)).read_bytes() + b"more")
 
 
 def cut(out: Path) -> None:
-    overwrite(out / FIRST, (out / FIRST).read_bytes()[:-50])
+    overwrite(out / alias_of(out), (out / alias_of(out)).read_bytes()[:-50])
 
 
 def empty(out: Path) -> None:
-    overwrite(out / FIRST, b"")
+    overwrite(out / alias_of(out), b"")
 
 
 def take_both_away(out: Path) -> None:
     own_of(out).unlink()
-    (out / FIRST).unlink()
+    (out / alias_of(out)).unlink()
 
 
 SHARED_DAMAGE = [write_over, write_over_with_as_many_bytes, append, cut, empty, take_both_away]
@@ -121,7 +120,7 @@ def test_the_next_night_computes_damaged_rows_again(
         lines.write('{"id": 1000, "text": "new"}\n')
     summary = batchgen.run(job)
     assert summary.state == "complete"
-    assert any(f"{FIRST}: damaged" in text for text in summary.warnings)
+    assert any(f"{own_of(out).name}: damaged" in text for text in summary.warnings)
     assert verify(out).problems == []
     assert published(out)[:-1] == whole
 
@@ -136,19 +135,19 @@ def test_fresh_needs_nothing_of_what_is_damaged(job: Path) -> None:
 
 
 def replace_what_is_shown(out: Path) -> None:
-    (out / FIRST).unlink()
-    (out / FIRST).write_bytes((out / SECOND).read_bytes())
+    (out / alias_of(out)).unlink()
+    (out / alias_of(out)).write_bytes((out / alias_of(out, 1)).read_bytes())
 
 
 def replace_by_rename(out: Path) -> None:
     (out / "new").write_bytes(b"not even Parquet")
-    (out / "new").replace(out / FIRST)
+    (out / "new").replace(out / alias_of(out))
 
 
 def show_a_link(out: Path) -> None:
-    (out / "kept").write_bytes((out / FIRST).read_bytes())
-    (out / FIRST).unlink()
-    (out / FIRST).symlink_to(out / "kept")
+    (out / "kept").write_bytes((out / alias_of(out)).read_bytes())
+    (out / alias_of(out)).unlink()
+    (out / alias_of(out)).symlink_to(out / "kept")
 
 
 @pytest.mark.parametrize("harm", [replace_what_is_shown, replace_by_rename, show_a_link])
@@ -160,8 +159,8 @@ def test_what_only_readers_saw_is_put_right_and_told(
     harm(out)
     summary = batchgen.run(job)
     assert summary.state == "nothing_to_do"
-    assert any(f"{FIRST} was another file or a copy" in text for text in summary.warnings)
-    assert (out / FIRST).samefile(own_of(out))
+    assert any(f"{alias_of(out)} was another file or a copy" in text for text in summary.warnings)
+    assert (out / alias_of(out)).samefile(own_of(out))
     assert verify(out).problems == []
     assert published(out) == whole
 
@@ -169,9 +168,9 @@ def test_what_only_readers_saw_is_put_right_and_told(
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_damaged_file_is_brought_back_from_what_is_shown(job: Path, *, is_gone: bool) -> None:
     out = job.parent / "out"
-    own, data = own_of(out), (out / FIRST).read_bytes()
-    (out / FIRST).unlink()
-    (out / FIRST).write_bytes(data)
+    own, data = own_of(out), (out / alias_of(out)).read_bytes()
+    (out / alias_of(out)).unlink()
+    (out / alias_of(out)).write_bytes(data)
     if is_gone:
         own.unlink()
     else:
@@ -180,7 +179,7 @@ def test_a_damaged_file_is_brought_back_from_what_is_shown(job: Path, *, is_gone
     assert summary.state == "nothing_to_do"
     assert any("brought back from" in text for text in summary.warnings)
     assert own.read_bytes() == data
-    assert (out / FIRST).samefile(own)
+    assert (out / alias_of(out)).samefile(own)
     assert verify(out).problems == []
 
 
@@ -190,7 +189,7 @@ def test_a_link_that_is_shown_does_not_become_the_snapshots_file(job: Path) -> N
     own_of(out).unlink()
     with pytest.raises(DamagedSnapshotError):
         batchgen.run(job)
-    assert (out / FIRST).is_symlink()
+    assert (out / alias_of(out)).is_symlink()
 
 
 @pytest.mark.parametrize("is_relative", [True, False])
@@ -206,14 +205,14 @@ def test_a_link_in_place_of_the_snapshots_file_is_damage(job: Path, *, is_relati
     assert "is a link or a folder, a file was published; brought back from" in done.stdout
     elsewhere.unlink()
     assert not own.is_symlink()
-    assert not (out / FIRST).is_symlink()
+    assert not (out / alias_of(out)).is_symlink()
     assert published(out) == before
     assert run_cli("verify", job).returncode == 0
 
 
 def test_a_file_brought_back_from_a_backup_is_well(job: Path) -> None:
     out = job.parent / "out"
-    data = (out / FIRST).read_bytes()
+    data = (out / alias_of(out)).read_bytes()
     cut(out)
     with pytest.raises(DamagedSnapshotError):
         batchgen.run(job)
@@ -229,8 +228,8 @@ def test_status_tells_of_files_that_are_cut_or_gone(job: Path) -> None:
     own_of(out, 1).unlink()
     first, second = status_of(out)["damaged"]
     assert "bytes, " in first
-    assert second.endswith(f"{SECOND}: is missing")
-    assert f"{SECOND}: is missing" in run_cli("status", job).stdout
+    assert second.endswith(f"{own_of(out, 1).name}: is missing")
+    assert f"{own_of(out, 1).name}: is missing" in run_cli("status", job).stdout
 
 
 def test_show_says_what_it_cannot_read(job: Path) -> None:
@@ -356,10 +355,10 @@ def test_what_is_published_is_read_only_and_no_wider_than_the_umask(
 
 def test_rights_that_somebody_widened_are_taken_back_and_no_others(job: Path) -> None:
     out = job.parent / "out"
-    (out / FIRST).chmod(0o660)
-    (out / SECOND).chmod(0o600)
+    (out / alias_of(out)).chmod(0o660)
+    (out / alias_of(out, 1)).chmod(0o600)
     batchgen.run(job)
-    modes = [stat.S_IMODE((out / name).stat().st_mode) for name in (FIRST, SECOND)]
+    modes = [stat.S_IMODE((out / name).stat().st_mode) for name in shown(out)]
     assert modes == [0o440, 0o400]
 
 
@@ -379,7 +378,7 @@ def test_whom_rights_bind_cannot_write_over_what_is_published_and_every_verb_wor
     job, out = make_job(tmp_path), tmp_path / "out"
     first = bound("-m", "batchgen", "run", job)
     assert first.returncode == 0, first.stderr
-    wrote = bound("-c", f"open({str(out / FIRST)!r}, 'r+b')")
+    wrote = bound("-c", f"open({str(out / alias_of(out))!r}, 'r+b')")
     assert "PermissionError" in wrote.stderr
     assert_read_only(out)
     for extra in (["--fresh"], ["--fresh", "--set", "output.keep_snapshots=1"], []):

@@ -13,7 +13,15 @@ import batchgen
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Base
 from batchgen.store.ledger import Ledger
-from tests.e2e.support import command, published, run_cli, wait_until, write_job
+from tests.e2e.support import (
+    alias_of,
+    command,
+    only_shown,
+    published,
+    run_cli,
+    wait_until,
+    write_job,
+)
 from tests.harm import flip
 
 if TYPE_CHECKING:
@@ -360,7 +368,7 @@ def test_a_damaged_published_file_is_repaired(tmp_path: Path, at: int) -> None:
     job = make_job(tmp_path, retry=AGAIN, output={"rows_per_file": 60})
     assert run_cli("run", job).returncode == 0
     whole = published(tmp_path / "out")
-    damaged = tmp_path / "out" / "part-00001.parquet"
+    damaged = tmp_path / "out" / alias_of(tmp_path / "out", 1)
     flip(damaged, at)
     found = run_cli("verify", job)
     assert found.returncode == 1
@@ -380,7 +388,7 @@ def test_damage_is_repaired_where_no_row_is_an_error(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     assert run_cli("run", job).returncode == 0
     whole = published(tmp_path / "out")
-    flip(tmp_path / "out" / "part-00000.parquet", 300)
+    flip(only_shown(tmp_path / "out"), 300)
     assert run_json(job, "--retry-errors")["run"]["num_ok"] == 50
     assert run_cli("verify", job).returncode == 0
     assert published(tmp_path / "out") == whole
@@ -393,7 +401,7 @@ def test_a_published_file_that_is_gone_is_computed_again(tmp_path: Path) -> None
     whole = published(tmp_path / "out")
     manifest = ledger_of(job).latest_manifest()
     assert manifest is not None
-    for path in (manifest.files[1].name, "part-00001.parquet"):
+    for path in (manifest.files[1].name, manifest.files[1].alias):
         (tmp_path / "out" / path).unlink()
     assert "--retry-errors` computes them again" in run_cli("verify", job).stdout
     summary = run_json(job, "--retry-errors")

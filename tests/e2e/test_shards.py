@@ -13,7 +13,7 @@ import pytest
 
 import batchgen
 from batchgen.core.errors import BatchgenError
-from tests.e2e.support import run_cli, write_job
+from tests.e2e.support import only_shown, run_cli, write_job
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,12 +73,12 @@ def test_shards_that_differ_in_width_are_one_input_and_prompts_do_not_see_it(tmp
     job = write_job(tmp_path, "data", prompt={"user": USER})
     assert batchgen.run(job).num_ok == 4
     both = keys(job)
-    out = pq.read_table(tmp_path / "out/part-00000.parquet")
+    out = pq.read_table(only_shown(tmp_path / "out"))
     assert out["n"].to_pylist() == [0, 1, 2, 3]
     assert out["gone"].to_pylist() == [None, None, None, 0.5]
     assert out["raw"].to_pylist() == [b"r\xc3\xa4w"] * 4
     assert out["at"].cast(pa.timestamp("us")).to_pylist() == [WHEN] * 4
-    frame = pl.read_parquet(tmp_path / "out/part-00000.parquet")
+    frame = pl.read_parquet(only_shown(tmp_path / "out"))
     assert frame["tags"].to_list() == [["x", None]] * 4
     duckdb = pytest.importorskip("duckdb")
     found = duckdb.sql(f"select text, n, kind from '{tmp_path}/out/part-*.parquet'").fetchall()
@@ -232,6 +232,6 @@ def test_a_column_of_nothing_but_nulls_has_no_say_whatever_type_it_is_written_wi
         pq.write_table(pa.table(columns), tmp_path / f"data/{number}.parquet")
     job = write_job(tmp_path, "data", prompt={"user": "{{ text }}{{ note or '' }}"})
     assert batchgen.run(job).num_ok == 4
-    out = pq.read_table(tmp_path / "out/part-00000.parquet")
+    out = pq.read_table(only_shown(tmp_path / "out"))
     assert out["note"].to_pylist() == [None, "n", None, None]
     assert out["tags"].to_pylist() == [None, ["x"], None, None]

@@ -20,7 +20,7 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock
 from batchgen.store.verify import verify
 from batchgen.store.visible import expose, show
-from tests.e2e.support import published, run_cli, write_job, write_rows
+from tests.e2e.support import alias_of, published, run_cli, write_job, write_rows
 from tests.harm import flip, overwrite
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def test_a_published_job_is_proven(job: Path) -> None:
 
 def test_every_flipped_byte_of_a_snapshot_is_found(job: Path) -> None:
     run_cli("run", job)
-    path = job.parent / "out" / "part-00001.parquet"
+    path = job.parent / "out" / alias_of(job.parent / "out", 1)
     for at in range(0, path.stat().st_size, path.stat().st_size // 7):
         flip(path, at)
         (problem,) = verdict_of(job, 1)["problems"]
-        assert "part-00001.parquet: " in problem
+        assert "published rows are damaged" in problem
         flip(path, at)
     assert verdict_of(job, 0)["problems"] == []
 
@@ -154,33 +154,32 @@ def test_there_must_be_a_job_to_verify(job: Path) -> None:
 
 # --- what the output folder shows of the snapshot ------------------------------------------------
 
-FIRST, SECOND = "part-00000.parquet", "part-00001.parquet"
 MENDED = "the next run puts it right"
 SEEN = "readers of part-*.parquet get its rows too"
 
 
 def forget(out: Path) -> None:
-    (out / FIRST).unlink()
+    (out / alias_of(out)).unlink()
 
 
 def put_another(out: Path) -> None:
-    data = (out / SECOND).read_bytes()
-    (out / FIRST).unlink()
-    (out / FIRST).write_bytes(data)
+    data = (out / alias_of(out, 1)).read_bytes()
+    (out / alias_of(out)).unlink()
+    (out / alias_of(out)).write_bytes(data)
 
 
 def flip_a_copy(out: Path) -> None:
-    copy_back(out, FIRST)
-    flip(out / FIRST, 100)
+    copy_back(out, alias_of(out))
+    flip(out / alias_of(out), 100)
 
 
 def double(out: Path) -> None:
-    shutil.copyfile(out / SECOND, out / "part-00002.parquet")
+    shutil.copyfile(out / alias_of(out, 1), out / "part-00002500-00000000.parquet")
 
 
 def lose_in_a_link(out: Path) -> None:
-    (out / FIRST).unlink()
-    (out / FIRST).symlink_to(out / "nowhere")
+    (out / alias_of(out)).unlink()
+    (out / alias_of(out)).symlink_to(out / "nowhere")
 
 
 def copy_back(out: Path, name: str) -> None:
@@ -197,15 +196,15 @@ def ledger_of(job: Path) -> Ledger:
 @pytest.mark.parametrize(
     ("harm", "problem"),
     [
-        (forget, f"{FIRST}: is missing in the output folder; {MENDED}"),
-        (put_another, f"{FIRST}: has NUM bytes, NUM were published; {MENDED}"),
-        (flip_a_copy, f"{FIRST}: has other bytes than were published (sha256 differs); {MENDED}"),
+        (forget, f"FIRST: is missing in the output folder; {MENDED}"),
+        (put_another, f"FIRST: has NUM bytes, NUM were published; {MENDED}"),
+        (flip_a_copy, f"FIRST: has other bytes than were published (sha256 differs); {MENDED}"),
         (
             double,
-            f"part-00002.parquet: is no file of the newest snapshot, {SEEN}; the next run "
-            "removes it",
+            f"part-00002500-00000000.parquet: is no file of the newest snapshot, {SEEN}; the next "
+            "run removes it",
         ),
-        (lose_in_a_link, f"{FIRST}: cannot be read (No such file or directory); {MENDED}"),
+        (lose_in_a_link, f"FIRST: cannot be read (No such file or directory); {MENDED}"),
     ],
 )
 def test_what_is_shown_and_not_published_is_named_and_the_next_run_mends_it(
@@ -215,11 +214,12 @@ def test_what_is_shown_and_not_published_is_named_and_the_next_run_mends_it(
     out = job.parent / "out"
     harm(out)
     (found,) = verify(out).problems
+    found = found.replace(alias_of(out), "FIRST")
     words = ["NUM" if word.replace(",", "").isdigit() else word for word in found.split()]
     assert " ".join(words) == problem
     assert batchgen.run(job).state == "nothing_to_do"
     assert verify(out).problems == []
-    assert sorted(path.name for path in out.glob("part-*")) == [FIRST, SECOND]
+    assert sorted(path.name for path in out.glob("part-*")) == [alias_of(out), alias_of(out, 1)]
 
 
 def test_verify_exits_1_where_a_shown_file_is_missing(job: Path) -> None:
@@ -227,7 +227,9 @@ def test_verify_exits_1_where_a_shown_file_is_missing(job: Path) -> None:
     forget(job.parent / "out")
     done = run_cli("verify", job)
     assert done.returncode == 1
-    assert done.stdout.startswith(f"{FIRST}: is missing in the output folder")
+    assert done.stdout.startswith(
+        f"{alias_of(job.parent / 'out')}: is missing in the output folder"
+    )
     assert done.stdout.endswith("1 problems\n")
 
 
@@ -239,13 +241,13 @@ def test_showing_says_what_it_mends(job: Path) -> None:
     assert show(ledger, manifest).mended == []
     out = job.parent / "out"
     forget(out)
-    copy_back(out, SECOND)
+    copy_back(out, alias_of(out, 1))
     double(out)
     (out / "part-mine.parquet").touch()
     assert show(ledger, manifest).mended == [
-        f"{out}: did not show snapshot 1 as it was published ({FIRST} was missing, {SECOND} was "
-        "another file or a copy, part-00002.parquet was there beside them); its files are shown "
-        "again"
+        f"{out}: did not show snapshot 1 as it was published ({alias_of(out)} was missing, "
+        f"{alias_of(out, 1)} was another file or a copy, part-00002500-00000000.parquet was there "
+        "beside them); its files are shown again"
     ]
     assert show(ledger, manifest).mended == []
 
@@ -254,40 +256,42 @@ def test_a_backup_without_hard_links_is_well_and_its_own_damage_is_named(job: Pa
     batchgen.run(job)
     shutil.copytree(job.parent / "out", job.parent / "backup")
     backup = job.parent / "backup"
-    assert not (backup / FIRST).samefile(job.parent / "out" / FIRST)
+    first = alias_of(backup)
+    assert not (backup / first).samefile(job.parent / "out" / first)
     assert verify(backup).problems == []
-    flip(backup / SECOND, 100)
-    assert [text.partition(":")[0] for text in verify(backup).problems] == [SECOND]
+    flip(backup / alias_of(backup, 1), 100)
+    assert [text.partition(":")[0] for text in verify(backup).problems] == [alias_of(backup, 1)]
 
 
 def test_a_damaged_snapshot_is_brought_back_from_what_is_shown(job: Path) -> None:
     batchgen.run(job)
     out, manifest = job.parent / "out", ledger_of(job).latest_manifest()
     assert manifest is not None
-    copy_back(out, FIRST)
+    copy_back(out, alias_of(out))
     own = out / manifest.files[0].name
     flip(own, 100)
     (problem,) = verify(out).problems
-    assert problem.endswith(f"the next run brings it back from {FIRST}, which is whole")
-    (out / SECOND).unlink()
+    assert problem.endswith(f"the next run brings it back from {alias_of(out)}, which is whole")
+    (out / alias_of(out, 1)).unlink()
     own_second = out / manifest.files[1].name
     own_second.unlink()
-    assert f"{SECOND}: is missing in the output folder; mend {manifest.files[1].name} first" in (
-        verify(out).problems
+    assert (
+        f"{alias_of(out, 1)}: is missing in the output folder; mend {manifest.files[1].name} first"
+        in (verify(out).problems)
     )
-    overwrite(own, (out / FIRST).read_bytes())
-    assert not [text for text in verify(out).problems if FIRST in text]
+    overwrite(own, (out / alias_of(out)).read_bytes())
+    assert not [text for text in verify(out).problems if alias_of(out) in text]
 
 
 def test_files_and_folders_that_no_run_touches_are_to_be_removed_by_hand(job: Path) -> None:
     batchgen.run(job)
     out = job.parent / "out"
     (out / "part-mine.parquet").touch()
-    (out / "part-00009.parquet").mkdir()
+    (out / "part-00009000-00000000.parquet").mkdir()
     (out / "notes.parquet").touch()  # No reader of part-*.parquet sees it.
     assert verify(out).problems == [
-        "part-00009.parquet: is a folder, where only files belong; remove it or give it another "
-        "name",
+        "part-00009000-00000000.parquet: is a folder, where only files belong; remove it or give "
+        "it another name",
         f"part-mine.parquet: is no file of batchgen's, {SEEN}; remove it or give it another name",
     ]
 
@@ -301,7 +305,7 @@ def test_what_a_run_is_about_to_show_is_no_problem(job: Path) -> None:
 
     def publish_slowly() -> None:
         time.sleep(0.2)
-        expose(ledger.storage, manifest)
+        expose(ledger, manifest)
         lock.release()
 
     forget(out)

@@ -338,13 +338,15 @@ def outputs(folder: Path) -> str:
         lines.append(f"# {name}: exit {done.code}")
         out = at / "out"
         names = (str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-        lines += sorted({_HASH.sub(r"<hash>\1", _RUN.sub("<run>", name)) for name in names})
-        lines += _schema(out / "part-00000.parquet")
+        names = (_SHOWN.sub(r"\1-<hash>", _RUN.sub("<run>", name)) for name in names)
+        lines += sorted({_HASH.sub(r"<hash>\1", name) for name in names})
+        lines += _schema(min(out.glob("part-*.parquet")))
     lines += _schema(next(out.glob("_batchgen/runs/*/stats.parquet")))
     return "\n".join(lines) + "\n"
 
 
 _RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
+_SHOWN = re.compile(r"(part-\d{8})-[0-9a-f]{8}")
 _HASH = re.compile(r"[0-9a-f]{64}(\.\w+)")
 
 

@@ -26,7 +26,7 @@ from batchgen.api import load
 from batchgen.core.errors import BatchgenError
 from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, PublishedFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -329,17 +329,22 @@ def published(out: Path) -> list[dict[str, Any]]:
         msg = f"{out}: the books do not balance: {counts}"
         raise ProofError(msg)
     shown = sorted(path.name for path in out.glob("part-*.parquet"))
-    if shown != [name.rpartition("/")[2] for name in names]:
-        msg = f"{out}: shows {shown}, the manifest names {names}"
+    aliases = [PublishedFile(**file).alias for file in manifest["files"]]
+    if shown != aliases:
+        msg = f"{out}: shows {shown}, the manifest names {aliases}"
         raise ProofError(msg)
     rows = [row for name in names for row in rows_of(out / name)]
-    if not all((out / name.rpartition("/")[2]).samefile(out / name) for name in names):
+    if not all(map(_is_one, [out / name for name in aliases], [out / name for name in names])):
         msg = f"{out}: the files shown are not those of the manifest"
         raise ProofError(msg)
     if len(rows) != counts["ok"] + counts["errors"]:
         msg = f"{out}: {len(rows)} rows in the files, the manifest says {counts}"
         raise ProofError(msg)
     return rows
+
+
+def _is_one(shown: Path, own: Path) -> bool:
+    return shown.samefile(own)
 
 
 def check_snapshot(out: Path, expected: list[dict[str, Any]], where: str) -> None:

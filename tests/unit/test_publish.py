@@ -101,7 +101,7 @@ def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
     (file,) = written(storage, "snap", put(storage, [(0, 0), (0, 1)]), form())
     data = storage.read("snap/part-00000.parquet")
     digest = hashlib.sha256(data).hexdigest()
-    assert file == PublishedFile("snap/part-00000.parquet", 2, len(data), digest)
+    assert file == PublishedFile("snap/part-00000.parquet", 2, len(data), digest, order=1000)
     assert storage.list("snap") == ["snap/index.parquet", "snap/part-00000.parquet"]
     assert not storage.temps("snap")
 
