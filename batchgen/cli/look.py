@@ -64,18 +64,29 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
 
 
 @job_command
+@click.option("--gpu", metavar="NAME", help='A GPU that is not here, such as "RTX 3090" or L4.')
+@click.option("--memory", metavar="SIZE", help="One of any name: its memory, such as 24GiB,")
+@click.option("--capability", metavar="X.Y", help="and its compute capability, such as 8.6.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="So many of it. Default: 1.")
 @JSON
-def doctor(_: Path, load: Load, *, as_json: bool) -> None:
+def doctor(_: Path, load: Load, *, as_json: bool, **planned: Any) -> None:  # noqa: ANN401
     """Tell whether this machine can run a job, and how well, before anything loads.
 
     GPU, driver, versions, quantization, weights and KV cache against memory, rows at once, output
     folder and disk. Estimates are called so. Exits with 0 if it can run, with 2 if it cannot.
 
-    Example: batchgen doctor jobs/quickstart.toml
+    With --gpu, or --memory and --capability: whether a machine with such GPUs could, before one is
+    bought or rented, and how many rows of which length run at once in which format.
+
+    Example: batchgen doctor jobs/quickstart.toml --gpu "RTX 3090"
     """
     from batchgen.preview.doctor import examine
+    from batchgen.preview.gpus import planned_machine
+    from batchgen.preview.machine import read_machine
 
-    report = examine(load)
+    is_planned = any(value is not None for value in planned.values())
+    machine = planned_machine(**planned) if is_planned else read_machine()
+    report = examine(load, lambda: machine)
     out(as_line(report.as_dict()) if as_json else report.as_text())
     sys.exit(report.exit_code)
 

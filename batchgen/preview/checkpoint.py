@@ -227,6 +227,14 @@ class Shape:
         heads = max(1, math.ceil(self.kv_heads / tensor_parallel))
         return layers * heads * self.head_dim * 2 * size
 
+    def quantized_bytes(self, num_bytes: int, bits: float) -> int:
+        """Bytes of 16-bit weights once the linear layers have so many bits a weight.
+
+        The embeddings stay as they are, as with FP8 in vLLM and in most AWQ and GPTQ checkpoints.
+        """
+        kept = min(num_bytes, self.vocab * self.hidden * (1 if self.is_tied else 2) * 2)
+        return round(kept + (num_bytes - kept) * bits / 16)
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a model's config.json.
@@ -321,6 +329,8 @@ class Weights:
     """None for packed formats."""
     file_bytes: int = 0
     """What has to be read, on disk."""
+    is_plain: bool = True
+    """None of them is quantized, in the files or as they are loaded."""
 
 
 def read_weights(folder: Path, shape: Shape, dtype: str, bits: float | None) -> Weights | None:

@@ -14,6 +14,7 @@ from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError, nearest
 from batchgen.core.runtime import command
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
+from batchgen.engine.vllm.shares import cost_of, engines_that_pay, share_of, this_host
 from batchgen.job.model import ModelConfig
 from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
@@ -39,6 +40,7 @@ from batchgen.source.files import stat_input
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
+    from batchgen.core.records import EngineSpec
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.preview.checkpoint import Found, Hub
@@ -84,16 +86,21 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub) -> Report:
     found, findings, wrong = find_model(job.model, hub), list[Finding](), list[Finding]()
     local, is_cpu = _shared(_localized(job, found)), machine.build == "cpu"
     spec = engine_spec(local, str(found.folder or ""))
+    num_engines = _num_engines(job, spec, machine)
+    spec = replace(spec, num_sharing=num_engines)
     kwargs = spec.model_kwargs
     with _errors_in(wrong, "lora"):
         kwargs = llm_kwargs(spec, is_cpu=is_cpu)
     num_gpus = gpus_of(kwargs, is_cpu=is_cpu)
+    if num_engines > 1 and not is_cpu:
+        cost, gpu = cost_of(Path(spec.model), kwargs), next(iter(machine.devices.gpus), None)
+        kwargs |= share_of(kwargs, num_engines, cost, gpu.total_bytes if gpu else None)
     findings += [
-        *check_versions(machine),
+        *(() if machine.is_planned else check_versions(machine)),
         *check_device(machine, num_gpus),
-        *check_replicas(job, machine),
+        *(() if machine.is_planned else check_replicas(job, machine)),
         found.finding,
-        *check_limits(machine, num_gpus),
+        *(() if machine.is_planned else check_limits(machine, num_gpus)),
         *check_keywords(job.model.engine),
         *check_settings(kwargs),
         *wrong,
@@ -105,10 +112,24 @@ def _with_model(job: JobConfig, machine: Machine, hub: Hub) -> Report:
             prepared = prepare(local)
         if prepared is not None:
             rows = _rows(prepared, limit, findings)
-        report = check_model(found, kwargs, machine, limit, rows)
+        report = check_model(found, kwargs, machine, limit, rows, num_engines)
         findings += report.findings
-    _check_output(job, prepared, rows, findings)
+    if not machine.is_planned:
+        _check_output(job, prepared, rows, findings)
     return replace(report, findings=findings)
+
+
+def _num_engines(job: JobConfig, spec: EngineSpec, machine: Machine) -> int:
+    """How many engines share a GPU, as a run decides it if there is enough to do."""
+    asked, devices = job.run.engines_per_gpu, machine.devices
+    if asked != "auto":
+        return asked
+    is_measured = job.tuned is not None and bool(job.tuned.settings)
+    is_own = machine.is_planned or job.run.is_cluster or is_measured
+    if is_own or spec.defaults != "batchgen" or not devices.gpus:
+        return 1
+    host = this_host(len(devices.gpus) + devices.num_hidden)
+    return engines_that_pay(spec, devices.gpus[0], host)
 
 
 @contextmanager

@@ -135,6 +135,8 @@ class Machine:
     shm_free_bytes: int | None = None
     open_files: int | None = None
     """How many this process may have open."""
+    is_planned: bool = False
+    """It is not here: of its GPUs alone something is known."""
 
 
 def read_machine() -> Machine:
@@ -277,7 +279,8 @@ def _check_gpu(gpu: Gpu, devices: Devices) -> Iterator[Finding]:
     found = (
         f"{gpu.index}: {gpu.name}{', a MIG slice' if gpu.is_mig else ''}, "
         f"{gib(gpu.total_bytes)} ({gib(gpu.free_bytes)} free), compute capability "
-        f"{point(gpu.capability) if gpu.capability else 'unknown'}, driver {devices.driver}"
+        f"{point(gpu.capability) if gpu.capability else 'unknown'}"
+        f"{f', driver {devices.driver}' if devices.driver else ''}"
     )
     if gpu.capability is not None and gpu.capability < LEAST_CUDA_13:
         yield problem("gpu", f"{found}: vLLM needs 7.5 or newer", "take a newer GPU")

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
 from batchgen.preview.checkpoint import DTYPE_BYTES
-from batchgen.preview.machine import GIB
+from batchgen.preview.machine import GIB, gib
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from batchgen.engine.devices import Gpu
     from batchgen.preview.checkpoint import Shape
@@ -54,6 +54,8 @@ class Settings:
     is_eager: bool
     kv_cache_bytes: int | None
     """`kv_cache_memory_bytes`: vLLM then measures nothing."""
+    num_engines: int = 1
+    """Engines that share the GPU; all else is of one of them."""
 
     @property
     def num_gpus(self) -> int:
@@ -82,7 +84,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How many rows run at once."""
+    """How many rows run at once, in all engines that share the GPU."""
 
     max_num_seqs: int
     kv_cache_tokens: int | None
@@ -235,14 +237,83 @@ def tokens_in(num_bytes: int | None, per_token: int | None) -> int | None:
 
 
 def fit_of(tokens: int | None, settings: Settings, rows: RowLengths | None) -> Fit:
-    """Divide the KV cache by the rows; a row takes whole blocks, and all of its tokens."""
+    """Divide the KV cache by the rows; a row takes whole blocks, and all of its tokens.
+
+    Args:
+        tokens: That the KV cache of one engine holds; None where it is not known.
+        settings: Of one engine.
+        rows: Lengths of the job's rows; None where they are not known.
+    """
     concurrency = full = expected = None
+    max_seqs = settings.max_num_seqs * settings.num_engines
+    if tokens is not None:
+        tokens *= settings.num_engines
     if tokens is not None and rows is not None:
         concurrency = tokens / _in_blocks(rows.prompt + rows.answer)
-        expected = min(settings.max_num_seqs, int(concurrency))
+        expected = min(max_seqs, int(concurrency))
     if tokens is not None and settings.max_model_len:
         full = tokens / _in_blocks(settings.max_model_len)
-    return Fit(settings.max_num_seqs, tokens, concurrency, full, expected)
+    return Fit(max_seqs, tokens, concurrency, full, expected)
+
+
+LENGTHS = (1024, 2048, 4096, 8192, 32768)
+"""Tokens of a row, prompt and answer, for which it is said how many run at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to run the model on this kind of GPU: as the job says, or with less memory."""
+
+    name: str
+    change: str
+    """What to write in the job; empty for the job as it is."""
+    num_gpus: int
+    weights: int
+    """On one GPU."""
+    kv_cache: int
+    """On one GPU; below 0 where the model does not fit."""
+    kv_cache_tokens: int | None
+    """In all, and in one row at most; None where a token's bytes are not known."""
+    rows_at_once: Mapping[int, int]
+    """Tokens of a row -> rows; the first length is the job's own, if it is known."""
+
+
+def way_of(
+    name: str, change: str, memory: Memory, settings: Settings, rows: RowLengths | None
+) -> Way:
+    """Sum a way up: how many rows of which length run at once."""
+    own = [math.ceil(rows.total)] if rows is not None else []
+    tokens = max(0, memory.kv_cache_tokens or 0)
+    at_once = {
+        length: min(settings.max_num_seqs, int(tokens / _in_blocks(length)))
+        for length in (*own, *LENGTHS)
+    }
+    known = at_once if memory.kv_cache_tokens is not None else {}
+    num_gpus, found = settings.num_gpus, memory.kv_cache_tokens
+    return Way(name, change, num_gpus, memory.weights, memory.kv_cache, found, known)
+
+
+def ways_as_text(ways: Sequence[Way], rows: RowLengths | None) -> list[str]:
+    """Write a table of ways, a line each."""
+    lengths = list(ways[0].rows_at_once)
+    heads = [f"{length:,}" for length in lengths]
+    if rows is not None and heads:
+        heads[0] = f"yours ({heads[0]})"
+    table = [("", "weights", "KV cache", "in tokens", *heads)]
+    for way in ways:
+        fits = way.kv_cache > 0
+        at_once = [way.rows_at_once.get(length, 0) for length in lengths]
+        cells = [f"{num:,}" if num else "-" for num in at_once]
+        tokens = f"{way.kv_cache_tokens:,}" if way.kv_cache_tokens is not None else "not known"
+        found = (gib(way.kv_cache), tokens, *cells) if fits else ("does not fit",)
+        table.append((way.name, gib(way.weights), *found))
+    widths = [max(len(row[at]) for row in table if at < len(row)) for at in range(len(table[0]))]
+    lines = ["rows at once, by the tokens of a row, prompt and answer (estimates):"]
+    for row in table:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=False)]
+        lines.append("  ".join([f"  {row[0]:{widths[0]}}", *cells]).rstrip())
+    lines += [f"  {way.name}: {way.change}" for way in ways if way.change and way.kv_cache > 0]
+    return lines
 
 
 def _in_blocks(tokens: float) -> float:

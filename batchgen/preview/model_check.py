@@ -19,7 +19,7 @@ from batchgen.core.errors import ConfigError, ExitCode
 from batchgen.core.runtime import Told
 from batchgen.engine.devices import Gpu
 from batchgen.engine.vllm.settings import gpus_of
-from batchgen.preview.checkpoint import Weights, read_config, read_weights, shape_of
+from batchgen.preview.checkpoint import DTYPE_BYTES, Weights, read_config, read_weights, shape_of
 from batchgen.preview.machine import (
     LEAST_CUDA_13,
     Finding,
@@ -39,6 +39,8 @@ from batchgen.preview.memory import (
     fit_of,
     settings_of,
     tokens_in,
+    way_of,
+    ways_as_text,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
     from batchgen.preview.checkpoint import Found, Shape
     from batchgen.preview.machine import Machine
-    from batchgen.preview.memory import Fit, Memory, Settings
+    from batchgen.preview.memory import Fit, Memory, Settings, Way
     from batchgen.preview.sample import RowLengths
 
     Capability = tuple[int, int]
@@ -79,6 +81,8 @@ class Report(Told):
     memory: Memory | None = None
     fit: Fit | None = None
     rows: RowLengths | None = None
+    ways: Sequence[Way] = ()
+    """How else the model may run on this kind of GPU, the job as it is first."""
 
     @property
     def level(self) -> Level:
@@ -114,12 +118,15 @@ class Report(Told):
             lines.append(f"{finding.level:8} {finding.topic:13} {finding.text}")
             if finding.advice:
                 lines.append(f"{'':22} -> {finding.advice}")
+        here = "such a machine" if self.machine.is_planned else "this machine"
         verdict = {
-            Level.OK: "this machine can run the job",
-            Level.WARNING: "this machine can run the job; see the warnings",
-            Level.PROBLEM: f"this machine cannot run the job: {self.reason}",
+            Level.OK: f"{here} can run the job",
+            Level.WARNING: f"{here} can run the job; see the warnings",
+            Level.PROBLEM: f"{here} cannot run the job: {self.reason}",
         }
-        return "\n".join([*lines, verdict[self.level]])
+        is_asked = self.machine.is_planned or self.level == Level.PROBLEM
+        table = ways_as_text(self.ways, self.rows) if self.ways and is_asked else []
+        return "\n".join([*lines, *table, verdict[self.level]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +169,7 @@ def check_model(
     machine: Machine,
     max_model_len: int | None,
     rows: RowLengths | None,
+    num_engines: int = 1,
 ) -> Report:
     """Judge a model and the job's rows on a machine.
 
@@ -171,11 +179,13 @@ def check_model(
         machine: As it was read.
         max_model_len: Tokens of a row, prompt and answer.
         rows: Lengths of the job's rows; None where they are not known.
+        num_engines: Engines with these keywords that share the GPU.
     """
     gpu = _smallest(machine, kwargs)
     try:
         shape = shape_of(read_config(found.folder or Path()))
         settings = settings_of(kwargs, shape, gpu, max_model_len)
+        settings = dataclasses.replace(settings, num_engines=num_engines)
         method, findings = _check_formats(kwargs, shape, settings, machine, gpu)
         weights = _weights(found, shape, settings, kwargs, method)
     except ConfigError as error:
@@ -187,22 +197,67 @@ def check_model(
     ]
     findings += check_kv_dtype(settings.kv_dtype, gpu.capability)
     memory = tokens = fit = None
+    ways: list[Way] = []
     if machine.build == "cpu" and weights is not None:
         cache = _cpu_cache(kwargs, machine)
-        findings.append(_check_host_memory(weights.num_bytes, cache, machine.free_memory_bytes))
+        size = weights.num_bytes * num_engines
+        all_caches = cache * num_engines if cache else None
+        findings.append(_check_host_memory(size, all_caches, machine.free_memory_bytes))
         tokens = tokens_in(cache, shape.kv_bytes(settings.kv_dtype, 1, 1))
     elif gpu.total_bytes and weights is not None:
         release = release_of(machine.vllm)
         memory = estimate(shape, weights.num_bytes, settings, gpu.total_bytes, release)
         findings += _check_memory(memory, settings, shape, gpu)
         tokens = memory.kv_cache_tokens
+        ways = _ways(shape, weights, settings, gpu, machine, rows)
     if memory is not None or tokens is not None:
         fit = fit_of(tokens, settings, rows)
         findings += _check_kv_cache(fit, shape, settings) if tokens != 0 else ()
     findings += _check_rows(fit, rows, settings) if tokens != 0 else ()
     formats = can_run(gpu.capability) if gpu.capability else {}
     known = settings if fit else None
-    return Report(findings, machine, formats, weights, known, memory, fit, rows)
+    return Report(findings, machine, formats, weights, known, memory, fit, rows, ways)
+
+
+def _ways(
+    shape: Shape,
+    weights: Weights,
+    settings: Settings,
+    gpu: Gpu,
+    machine: Machine,
+    rows: RowLengths | None,
+) -> list[Way]:
+    """The job as it is, then what takes less of a GPU's memory, as far as the GPU can run it."""
+    release, capability = release_of(machine.vllm), gpu.capability or (0, 0)
+
+    def way(name: str, change: str = "", bits: float | None = None, **changes: Any) -> Way:  # noqa: ANN401 - fields of Settings
+        changed = dataclasses.replace(settings, **changes)
+        size = shape.quantized_bytes(weights.num_bytes, bits) if bits else weights.num_bytes
+        memory = estimate(shape, size, changed, gpu.total_bytes, release)
+        return way_of(name, change, memory, changed, rows)
+
+    found = [way("as the job is")]
+    if settings.num_engines > 1 or settings.kv_cache_bytes:
+        return found  # What the GPU is divided by is given.
+    cache, fp8 = "model.engine.kv_cache_dtype = 'fp8'", "model.quantization = 'fp8'"
+    has_fp8_cache = settings.kv_dtype in DTYPE_BYTES and capability >= _LEAST_FP8_KV
+    if has_fp8_cache:
+        found.append(way("FP8 KV cache", cache, kv_dtype="fp8"))
+    if not shape.quantization and weights.is_plain:
+        least, native = METHODS["fp8"].least, METHODS["fp8"].native
+        name = "FP8 weights" if capability >= native else "FP8 weights, 16-bit math"
+        found += [way(name, fp8, 8.0)] if capability >= least else []
+        if has_fp8_cache:
+            found.append(way("FP8 weights, cache", f"{fp8}, {cache}", 8.0, kv_dtype="fp8"))
+        if capability >= _INT4.least:
+            text = "an AWQ or GPTQ checkpoint of the model as model.name"
+            found.append(way("4-bit weights", text, _INT4.weight_bits))
+    more = max(len(machine.devices.gpus) // settings.num_gpus, 2) * settings.tensor_parallel
+    if not shape.heads % more:
+        text = f"model.tensor_parallel_size = {more}"
+        name = f"{more * settings.pipeline_parallel} such GPUs"
+        found.append(way(name, text, tensor_parallel=more))
+    return found
 
 
 def _smallest(machine: Machine, kwargs: Mapping[str, Any]) -> Gpu:
@@ -216,12 +271,13 @@ def _weights(
     found: Found, shape: Shape, settings: Settings, kwargs: Mapping[str, Any], method: Method | None
 ) -> Weights | None:
     if found.missing_bytes:
-        size = found.missing_bytes
-        return Weights(size, "by the size of its files on the hub", file_bytes=size)
+        size, source = found.missing_bytes, "by the size of its files on the hub"
+        return Weights(size, source, file_bytes=size, is_plain=method is None)
     if found.folder is None or kwargs.get("load_format") == "dummy":
         return None
     bits = method.weight_bits if method is not None and not shape.quantization else None
-    return read_weights(found.folder, shape, settings.dtype, bits)
+    read = read_weights(found.folder, shape, settings.dtype, bits)
+    return dataclasses.replace(read, is_plain=method is None) if read else None
 
 
 def _check_formats(
@@ -373,10 +429,10 @@ def _weights_finding(weights: Weights | None, settings: Settings) -> Finding:
 
 def _check_memory(memory: Memory, settings: Settings, shape: Shape, gpu: Gpu) -> Iterator[Finding]:
     """Say whether vLLM would start: free memory, weights, and something left for the KV cache."""
-    free = gpu.free_bytes - CONTEXT_BYTES
-    if free < memory.budget:
+    free, num = gpu.free_bytes - CONTEXT_BYTES, settings.num_engines
+    if free < memory.budget * num:
         share = math.floor(max(0, free) / memory.total * 100) / 100
-        wanted = f"{gib(memory.budget)} ({settings.utilization:g} of GPU {gpu.index})"
+        wanted = f"{gib(memory.budget * num)} ({settings.utilization * num:g} of GPU {gpu.index})"
         advice = f"end what else uses it, or set model.gpu_memory_utilization = {share}"
         yield problem("memory", f"vLLM wants {wanted}, about {gib(free)} would be free", advice)
     parts = [
@@ -386,9 +442,11 @@ def _check_memory(memory: Memory, settings: Settings, shape: Shape, gpu: Gpu) ->
         (memory.other, "CUDA libraries"),
     ]
     taken = " - ".join(f"{gib(size)} {name}" for size, name in parts if size)
-    text = f"estimate for one GPU: {gib(memory.budget)} - {taken} = {gib(memory.kv_cache)} KV cache"
+    of = f"each of {num} engines on a GPU" if num > 1 else "one GPU"
+    text = f"estimate for {of}: {gib(memory.budget)} - {taken} = {gib(memory.kv_cache)} KV cache"
     if settings.kv_cache_bytes:
-        text = f"estimate for one GPU: {taken}, and {gib(memory.kv_cache)} KV cache as the job says"
+        who = "as they divide the GPU" if num > 1 else "as the job says"
+        text = f"estimate for {of}: {taken}, and {gib(memory.kv_cache)} KV cache {who}"
     if memory.kv_cache <= 0:
         yield problem("memory", f"{text}: the model does not fit", _smaller(settings))
         return
@@ -429,7 +487,7 @@ def _check_kv_cache(fit: Fit, shape: Shape, settings: Settings) -> Iterator[Find
     text = f"about {tokens:,} tokens (estimate)"
     if longest is None:
         yield ok("kv cache", text)
-    elif tokens < longest:
+    elif (tokens := tokens // settings.num_engines) < longest:
         advice = f"set model.max_model_len to {tokens:,} or less, or: {_smaller(settings)}"
         yield problem("kv cache", f"{text}, one row may have {longest:,} (max_model_len)", advice)
     else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +56,20 @@ def test_what_cannot_run_exits_with_2_and_says_why(tmp_path: Path) -> None:
     assert done.stderr == ""
     done = run_cli("doctor", tmp_path / "none.toml", "--json")
     assert (done.returncode, json.loads(done.stdout)["state"]) == (2, "problem")
+
+
+def test_the_guides_commands_judge_machines_that_are_not_here(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "guide" / "doctor.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (batchgen doctor .*--(?:gpu|memory).*)$", guide, re.MULTILINE)
+    assert len(lines) == 3
+    where = f"output.path={tmp_path / 'out'}"
+    for line in lines:
+        words = shlex.split(line, comments=True)[3:]
+        done = run_cli("doctor", QUICKSTART, "--set", where, *words)
+        assert done.stderr == ""
+        assert done.stdout.splitlines()[-1].startswith("such a machine can run the job")
+        assert "rows at once, by the tokens of a row" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = run_cli("doctor", QUICKSTART, "--gpu", "RTX 9999")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--memory 24GiB --capability 8.6" in done.stderr
