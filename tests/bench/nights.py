@@ -1,13 +1,18 @@
-"""What a night costs on the echo engine: nothing changed, and 1 % of the rows edited in place.
+"""What a night costs on the echo engine, in one code or in two side by side.
 
-    python -m tests.bench.nights --rows 1000000 --row-bytes 1000 --edited 0.01
+    python -m tests.bench.nights --rows 2000000
+    python -m tests.bench.nights --case together --rows 20000 --files 4 --against ../before
+    python -m tests.bench.nights --case scale --rows 100000 1000000 10000000
 
-Each night is a process of its own, measured from outside: wall time from its start to its end,
-and the peak memory of it and its children. The rows are of equal length, so that some can be
-edited in place. Prints one JSON line.
+Cases: `one` row edited; 1 % of the rows of one `file` edited; 1 % of all rows edited at `random`
+places; 30 nights of 200 edits, those of a night `together` or `anywhere`; `scale`, what each step
+costs, and of three or more sizes what it would cost at `--fit` rows by a straight line. `--against`
+names a checkout of another version: it gets the same input and the same edits, step by step.
 
-`planned_s` is what the run says of itself: until it was known which rows have to be computed. A
-night with edits reads all rows of the files that changed by then, and compares them.
+Each step is a process of its own, measured from outside: wall time, peak memory of it and its
+children, bytes written (as the kernel counts them). Disk: blocks of the output folder, each file
+once however many names it has. Rows are of equal length, so that some can be edited in place.
+Prints a JSON line for each step.
 """
 
 from __future__ import annotations
@@ -15,21 +20,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import batchgen
 
-NUM_FILES = 8
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    Steps = Iterator[tuple[str, "Code", dict[str, Any]]]
+
 SPREAD = 1 << 20
 """Texts are slices of so many characters of random words."""
+NUM_NIGHTS, NUM_EDITS = 30, 200
 JOB = """
 [input]
 path = "data/*.jsonl"
@@ -44,107 +58,267 @@ temperature = 0
 [checks]
 allow_truncated = true
 [output]
-path = "out"
+path = "OUT"
 """
+
+
+class World(NamedTuple):
+    """Input files of equal rows."""
+
+    folder: Path
+    num_rows: int
+    num_files: int
+    row_bytes: int
+
+    @property
+    def edges(self) -> list[int]:
+        """First row of each file, and the end."""
+        return [self.num_rows * number // self.num_files for number in range(self.num_files + 1)]
+
+    def path(self, number: int) -> Path:
+        """An input file."""
+        return self.folder / "data" / f"rows-{number:03}.jsonl"
+
+    def make(self) -> None:
+        """Write all rows, in a process of its own: what this one ever held, its children count."""
+        words = "from tests.bench import nights; nights.make_rows()"
+        subprocess.run([sys.executable, "-c", words, *map(str, self)], check=True)
+
+    def write(self) -> None:
+        """Write all rows."""
+        rng = random.Random(0)
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(5000)]
+        text = " ".join(rng.choices(words, k=SPREAD // 5))
+        (self.folder / "data").mkdir()
+        for number, (start, stop) in enumerate(itertools.pairwise(self.edges)):
+            with self.path(number).open("wb", buffering=1 << 20) as out:
+                for row in range(start, stop):
+                    head = f'{{"id": "r{row:010}", "lang": "en", "text": "{row:010} '
+                    at = rng.randrange(len(text) - self.row_bytes)
+                    tail = text[at : at + self.row_bytes - len(head) - 3]
+                    out.write(f'{head}{tail}"}}\n'.encode())
+
+    def edit(self, rows: Iterable[int], night: int = 0) -> None:
+        """Change rows in place, otherwise than any night before."""
+        edges, mark = self.edges, f'{night:04}EDIT"}}\n'.encode()
+        for row in rows:
+            number = bisect_right(edges, row) - 1
+            with self.path(number).open("r+b") as file:
+                file.seek((row - edges[number] + 1) * self.row_bytes - len(mark))
+                file.write(mark)
+
+
+def make_rows() -> None:
+    """Write a world: its folder, rows, files and bytes of a row are in `sys.argv`."""
+    folder, *numbers = sys.argv[1:]
+    World(Path(folder), *map(int, numbers)).write()
+
+
+class Code(NamedTuple):
+    """A version of batchgen with an output of its own."""
+
+    name: str
+    path: Path
+    folder: Path
+
+    @property
+    def job(self) -> Path:
+        """Its job file."""
+        return self.folder / f"{self.name}.toml"
+
+    @property
+    def out(self) -> Path:
+        """Its output."""
+        return self.folder / f"out-{self.name}"
+
+    def begin(self) -> dict[str, Any]:
+        """Write the job file and run it for the first time."""
+        self.job.write_text(JOB.replace("OUT", self.out.name), encoding="utf-8")
+        return self.step("run")
+
+    def step(self, *command: str, kill_s: float | None = None) -> dict[str, Any]:
+        """Run a command of its own, and tell what it cost."""
+        before, begun_s = disk_bytes(self.out), time.monotonic()
+        said = self.folder / "said.json"
+        where = self.job if command[0] in {"run", "plan"} else self.out
+        words = [sys.executable, "-m", "batchgen", command[0], str(where), *command[1:], "--json"]
+        env = {**os.environ, "PYTHONPATH": str(self.path)}
+        with said.open("wb") as out:
+            process = subprocess.Popen(
+                words, stdout=out, stderr=subprocess.DEVNULL, env=env, cwd=self.folder
+            )
+            if kill_s is not None:
+                time.sleep(kill_s)
+                process.send_signal(signal.SIGKILL)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        found = {
+            "s": round(time.monotonic() - begun_s, 2),
+            "peak_mib": usage.ru_maxrss // 1024,
+            "disk_mib": round((disk_bytes(self.out) - before) / 2**20, 2),
+            "written_mib": round(usage.ru_oublock * 512 / 2**20, 1),
+        }
+        if kill_s is not None:
+            return found
+        told = json.loads(said.read_bytes())
+        assert process.returncode == 0, told
+        if command[0] == "run":
+            found["planned_s"] = round(told["planned_s"], 2)
+            found["computed"] = told["run"]["num_ok"] + told["run"]["num_errors"]
+            found["carried"] = told["num_carried"]
+        return found
+
+
+def disk_bytes(folder: Path) -> int:
+    """What a folder takes on the disk, each file once however many names it has."""
+    stats = (path.stat() for path in folder.rglob("*") if path.is_file())
+    return sum({stat.st_ino: stat.st_blocks * 512 for stat in stats}.values())
+
+
+def one(world: World, codes: Sequence[Code]) -> Steps:
+    """One row edited in place."""
+    return night(world, codes, [world.num_rows // 3])
+
+
+def scattered(world: World, codes: Sequence[Code]) -> Steps:
+    """1 % of all rows edited, at random places."""
+    rows = random.Random(1).sample(range(world.num_rows), world.num_rows // 100)
+    return night(world, codes, rows)
+
+
+def in_file(world: World, codes: Sequence[Code]) -> Steps:
+    """1 % of the rows of one file edited."""
+    start, stop = world.edges[world.num_files // 2 :][:2]
+    return night(world, codes, range(start, stop, 100))
+
+
+def night(world: World, codes: Sequence[Code], rows: Sequence[int]) -> Steps:
+    """A first run, a night with these rows edited, one with nothing to do, and what they differ."""
+    for code in codes:
+        yield "first", code, code.begin()
+    world.edit(rows)
+    for code in codes:
+        found = code.step("run")
+        assert found["computed"] == len(rows), found
+        yield "edited", code, found
+    for command in ("run", "diff", "verify"):
+        for code in codes:
+            yield f"then {command}", code, code.step(command)
+
+
+def together(world: World, codes: Sequence[Code]) -> Steps:
+    """Nights of 200 edits each, one beside the other."""
+    rng = random.Random(2)
+    starts = [rng.randrange(world.num_rows - NUM_EDITS) for _ in range(NUM_NIGHTS)]
+    return nights(world, codes, [range(start, start + NUM_EDITS) for start in starts])
+
+
+def anywhere(world: World, codes: Sequence[Code]) -> Steps:
+    """Nights of 200 edits each, at random places."""
+    rng = random.Random(3)
+    rows = range(world.num_rows)
+    return nights(world, codes, [rng.sample(rows, NUM_EDITS) for _ in range(NUM_NIGHTS)])
+
+
+def nights(world: World, codes: Sequence[Code], edits: Sequence[Sequence[int]]) -> Steps:
+    """A first run and a night for each of `edits`; what all nights cost together."""
+    for code in codes:
+        code.begin()
+    costs: dict[str, list[dict[str, Any]]] = {code.name: [] for code in codes}
+    for number, rows in enumerate(edits):
+        world.edit(rows, number + 1)
+        for code in codes:
+            costs[code.name].append(code.step("run"))
+    for code in codes:
+        found = costs[code.name]
+        total = {key: round(sum(one[key] for one in found), 2) for key in found[0]}
+        peak = max(one["peak_mib"] for one in found)
+        yield f"{len(edits)} nights", code, {**total, "peak_mib": peak}
+
+
+def scale(world: World, codes: Sequence[Code]) -> Steps:
+    """Each step once: of a run that is killed, `resumed` is what comes after."""
+    for code in codes:
+        yield "first", code, (first := code.begin())
+        shutil.rmtree(code.out)
+        yield "plan", code, code.step("plan")
+        code.step("run", kill_s=first["s"] * 0.7)
+        yield "resume", code, code.step("run")
+    rows = random.Random(4).sample(range(world.num_rows), min(1000, world.num_rows))
+    world.edit(rows)
+    for code in codes:
+        yield "night of 1,000 edits", code, code.step("run")
+    for command in ("verify", "diff"):
+        for code in codes:
+            yield command, code, code.step(command)
+
+
+CASES = {
+    "one": one,
+    "file": in_file,
+    "random": scattered,
+    "together": together,
+    "anywhere": anywhere,
+    "scale": scale,
+}
+
+
+def line(sizes: Sequence[float], values: Sequence[float], at: float) -> tuple[float, float]:
+    """Value of a straight line through points, and its standard error; errors grow with size."""
+    weights = [1 / size**2 for size in sizes]
+    mean_x, mean_y = (
+        sum(w * v for w, v in zip(weights, those, strict=True)) / sum(weights)
+        for those in (sizes, values)
+    )
+    points = list(zip(weights, sizes, values, strict=True))
+    spread = sum(w * (x - mean_x) ** 2 for w, x, _ in points)
+    slope = sum(w * (x - mean_x) * (y - mean_y) for w, x, y in points) / spread
+    rest = sum(w * (y - mean_y - slope * (x - mean_x)) ** 2 for w, x, y in points)
+    freedom = max(len(points) - 2, 1)
+    error = math.sqrt(rest / freedom * (1 / sum(weights) + (at - mean_x) ** 2 / spread))
+    return mean_y + slope * (at - mean_x), error
 
 
 def main() -> None:
     """Make the rows, run the nights, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--row-bytes", type=int, default=1000, help="with the line break; >= 100")
-    parser.add_argument("--edited", type=float, default=0.01, help="share of the rows, 0 to 1")
+    parser.add_argument("--case", choices=CASES, default="one")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000], help="sizes")
+    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--row-bytes", type=int, default=950, help="with the line break; >= 100")
+    parser.add_argument("--against", type=Path, help="a checkout of another version")
+    parser.add_argument("--fit", type=float, default=1e9, help="rows to foretell, of several sizes")
     parser.add_argument("--folder", help="where to work; default: a temp folder")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="nights-") as name:
-        report = _measure(Path(name), args)
-    report |= {
+    about = {
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "batchgen": batchgen.__version__,
         "command": " ".join(["python -m tests.bench.nights", *sys.argv[1:]]),
     }
-    print(json.dumps(report))
-
-
-def _measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    # In a process of its own: what this one ever held would count as its children's peak.
-    (folder / "job.toml").write_text(JOB, encoding="utf-8")
-    words = (sys.executable, "-c", "from tests.bench import nights; nights.make_rows()")
-    subprocess.run([*words, str(folder), str(args.rows), str(args.row_bytes)], check=True)
-    report = {"rows": args.rows, "row_bytes": args.row_bytes}
-    report["first"] = first = _night(folder)
-    assert first["computed"] == args.rows, first
-    report["unchanged"] = unchanged = _night(folder)
-    assert unchanged["state"] == "nothing_to_do", unchanged
-    num_edited = edit_rows(folder, args.rows, args.row_bytes, args.edited)
-    report["edited"] = edited = _night(folder)
-    assert edited["computed"] == num_edited, edited
-    edited["found_rows_per_s"] = round(args.rows / max(edited["planned_s"], 0.01))
-    return report
-
-
-def _night(folder: Path) -> dict[str, Any]:
-    """Run the job in a process of its own; its summary and what it cost."""
-    begun_s = time.monotonic()
-    with (folder / "summary.json").open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "batchgen", "run", str(folder / "job.toml"), "--json"],
-            stdout=out,
-            stderr=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    elapsed_s = time.monotonic() - begun_s
-    process.returncode = os.waitstatus_to_exitcode(status)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    assert process.returncode == 0, summary
-    return {
-        "state": summary["state"],
-        "computed": summary["run"]["num_ok"] + summary["run"]["num_errors"],
-        "carried": summary["num_carried"],
-        "elapsed_s": round(elapsed_s, 2),
-        "planned_s": round(summary["planned_s"], 2),
-        "peak_mib": usage.ru_maxrss // 1024,
-    }
-
-
-def make_rows() -> None:
-    """Write the input files: folder, number of rows and bytes of each are in `sys.argv`."""
-    folder, num_rows, row_bytes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    rng = random.Random(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(5000)]
-    text = " ".join(rng.choices(words, k=SPREAD // 5))
-    (folder / "data").mkdir()
-    for number, (start, stop) in enumerate(_shares(num_rows)):
-        with _path(folder, number).open("wb", buffering=1 << 20) as out:
-            for row in range(start, stop):
-                head = f'{{"id": "r{row:010}", "lang": "en", "text": "{row:010} '
-                at = rng.randrange(len(text) - row_bytes)
-                tail = text[at : at + row_bytes - len(head) - 3]
-                out.write(f'{head}{tail}"}}\n'.encode())
-
-
-def edit_rows(folder: Path, num_rows: int, row_bytes: int, share: float) -> int:
-    """Change so many rows in place, spread over all files; return how many."""
-    rows = range(0, num_rows, round(1 / share))
-    for number, (start, stop) in enumerate(_shares(num_rows)):
-        with _path(folder, number).open("r+b") as file:
-            for row in rows:
-                if start <= row < stop:
-                    file.seek((row - start + 1) * row_bytes - len('EDIT"}\n'))
-                    file.write(b"EDIT")
-    return len(rows)
-
-
-def _shares(num_rows: int) -> list[tuple[int, int]]:
-    edges = [num_rows * number // NUM_FILES for number in range(NUM_FILES + 1)]
-    return list(itertools.pairwise(edges))
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / "data" / f"rows-{number}.jsonl"
+    print(json.dumps(about))
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for num_rows in args.rows:
+        with tempfile.TemporaryDirectory(dir=args.folder, prefix="nights-") as name:
+            folder = Path(name)
+            codes = [Code("here", Path(batchgen.__file__).parents[1], folder)]
+            if args.against is not None:
+                codes.append(Code("against", args.against.resolve(), folder))
+            world = World(folder, num_rows, args.files, args.row_bytes)
+            world.make()
+            for step, code, cost in CASES[args.case](world, codes):
+                told = {"case": args.case, "rows": num_rows, "step": step, "code": code.name}
+                print(json.dumps({**told, **cost}), flush=True)
+                found.setdefault((step, code.name), []).append(cost)
+    for (step, name), costs in found.items() if len(args.rows) > 2 else ():
+        for key in ("s", "planned_s", "peak_mib"):
+            if key in costs[0]:
+                values = [cost[key] for cost in costs]
+                value, error = line(args.rows, values, args.fit)
+                told = {"fit": args.fit, "step": step, "code": name}
+                print(json.dumps({**told, key: round(value), "error": round(error)}))
 
 
 if __name__ == "__main__":
