@@ -6,6 +6,7 @@ from some kinds of small files, each put once and never changed:
     _batchgen/plan/NNNNNN.json       the frozen input and recipe; the highest one is the job's
     _batchgen/epochs/NNNNNN.json     one run's claim: which parts of earlier epochs it accepts
     _batchgen/seals/eNNNNNN-wNN.json a worker that was given up: which of its parts count
+    _batchgen/footers/               what parts said that were opened: a cache, see `footers`
     _batchgen/rejected/PART.json     a part whose footer is whole and whose rows are not
     _batchgen/manifests/NNNNNN.json  the snapshot of plan NNNNNN, put last: its commit point
 
@@ -44,14 +45,15 @@ from batchgen.store.books import (
     seal_of,
     worker_of,
 )
+from batchgen.store.footers import FOOTERS, RollUp, Same, read_footer, rolled_up
 from batchgen.store.matching import DIGESTS
-from batchgen.store.result_files import ResultFile
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from batchgen.storage import LocalStorage
+    from batchgen.store.footers import Told
 
 FORMAT = 1
 _MAX_CLAIM_TRIES = 100
@@ -181,23 +183,40 @@ class Ledger:
         names = self._numbered_files("epochs")
         return (number_of(names[-1]), self._read_json(names[-1])) if names else (0, {})
 
-    def durable(self, plan: Plan) -> Durable:
+    def durable(self, plan: Plan, on_opened: Callable[[Told], object] = id) -> Durable:
         """What counts right now, as the next claim would accept it. Reads footers only."""
         number, claim = self.latest_epoch()
         if not number or claim["plan_id"] != plan.plan_id:
             return Durable()
         names = [*claim["accepted"], *self._parts_of(number)]
-        return self.parts(plan, names)
+        return self.parts(plan, names, on_opened)
 
-    def parts(self, plan: Plan, names: Collection[str]) -> Durable:
-        """Accept those of the named parts that are whole and fit the plan."""
+    def parts(
+        self, plan: Plan, names: Collection[str], on_opened: Callable[[Told], object] = id
+    ) -> Durable:
+        """Accept those of the named parts that are whole and fit the plan.
+
+        Args:
+            plan: Whose parts they are.
+            names: Of the parts.
+            on_opened: Called with what each part says that had to be opened.
+        """
         rejected = self._rejected(names)
+        left = set(names) - rejected.keys()
         parts: list[Part] = []
-        for name in sorted(set(names) - rejected.keys()):
+        same = Same()
+        for told in rolled_up(self.storage, left):
+            left.remove(told.name)
+            _accept(told, plan, same, parts, rejected)
+        for name in sorted(left):
             try:
-                parts.append(Part(name, self._footer(name, plan)))
+                told = read_footer(self.storage, name)
             except ValueError as error:
                 rejected[name] = str(error)
+            else:
+                on_opened(told)
+                _accept(told, plan, same, parts, rejected)
+        parts.sort()
         return Durable(disjoint(parts, rejected), rejected)
 
     def seal(self, epoch: Epoch, worker: int) -> Sequence[str]:
@@ -250,35 +269,6 @@ class Ledger:
                 names = [name for name in names if worker_of(name) != worker or name in counted]
         return names
 
-    def _footer(self, name: str, plan: Plan) -> PartFooter:
-        """The part's own books, checked against the plan and the file.
-
-        Raises:
-            ValueError: The part does not count.
-            StorageError: It cannot be read right now, which says nothing about it.
-        """
-        with ResultFile(self.storage.path(name)) as file:
-            metadata, names = file.footer, file.column_names
-            if metadata is None or file.problem is not None:
-                msg = f"unreadable: {file.problem}"
-                raise ValueError(msg)
-        footer = PartFooter.from_metadata(metadata.metadata)
-        if footer.plan != plan.plan_id:
-            msg = "belongs to another plan"
-            raise ValueError(msg)
-        if metadata.num_rows != footer.num_results:
-            msg = f"holds {metadata.num_rows} rows, its footer says {footer.num_results}"
-            raise ValueError(msg)
-        for segment, rows in footer.done.items():
-            planned = plan.segments[segment].num_rows if segment < len(plan.segments) else 0
-            if rows and rows.spans[-1][1] > planned:
-                msg = f"names row {rows.spans[-1][1] - 1} of segment {segment}, which has {planned}"
-                raise ValueError(msg)
-        if not set(plan.carried) <= set(names):
-            msg = "lacks columns of the plan"
-            raise ValueError(msg)
-        return footer
-
     def claim(self, plan: Plan, run_id: str, facts: Mapping[str, Any]) -> Epoch:
         """Claim the next epoch; from here on, what earlier runs write does not count.
 
@@ -297,7 +287,8 @@ class Ledger:
             if plan.number < self.latest_plan_number():
                 msg = f"{self.storage.where}: another run has begun a newer plan"
                 raise FencedError(msg)
-            durable = self.durable(plan)
+            opened = RollUp()
+            durable = self.durable(plan, opened.add)
             claim = {
                 "format": FORMAT,
                 "plan": plan.number,
@@ -307,6 +298,7 @@ class Ledger:
                 "accepted": [part.name for part in durable.parts],
             }
             if self.storage.put_if_absent(numbered("epochs", number), _dumps(claim)):
+                opened.keep(self.storage, number)
                 return Epoch(number, plan, run_id, durable)
         msg = f"{self.storage.where}: other runs keep claiming this job; let one of them run"
         raise OutputError(msg)
@@ -335,7 +327,7 @@ class Ledger:
         Later epochs are left alone: they may belong to a live run of the next plan. Snapshots
         that a manifest names are kept.
         """
-        folders = (f"{STATE}/parts", f"{STATE}/seals")
+        folders = (f"{STATE}/parts", f"{STATE}/seals", FOOTERS)
         names = [name for folder in folders for name in self.storage.list(folder)]
         names += [temp for name in (*folders, DIGESTS, "") for temp in self.storage.temps(name)]
         for name in names:
@@ -364,6 +356,39 @@ class Ledger:
             f"{self.storage.where}/{name}: not a batchgen file of this version ({why}); "
             "use the batchgen that began the job, or another output.path"
         )
+
+
+def _accept(
+    told: Told, plan: Plan, same: Same, parts: list[Part], rejected: dict[str, str]
+) -> None:
+    try:
+        parts.append(Part(told.name, _footer(told, plan, same)))
+    except ValueError as error:
+        rejected[told.name] = str(error)
+
+
+def _footer(told: Told, plan: Plan, same: Same) -> PartFooter:
+    """A part's own books, checked against the plan and the file.
+
+    Raises:
+        ValueError: The part does not count.
+    """
+    footer = same.footer(told.footer)
+    if footer.plan != plan.plan_id:
+        msg = "belongs to another plan"
+        raise ValueError(msg)
+    if told.num_rows != footer.num_results:
+        msg = f"holds {told.num_rows} rows, its footer says {footer.num_results}"
+        raise ValueError(msg)
+    for segment, rows in footer.done.items():
+        planned = plan.segments[segment].num_rows if segment < len(plan.segments) else 0
+        if rows and rows.spans[-1][1] > planned:
+            msg = f"names row {rows.spans[-1][1] - 1} of segment {segment}, which has {planned}"
+            raise ValueError(msg)
+    if not set(plan.carried) <= set(json.loads(told.columns)):
+        msg = "lacks columns of the plan"
+        raise ValueError(msg)
+    return footer
 
 
 def _dumps(fields: dict[str, Any]) -> bytes:

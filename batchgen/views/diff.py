@@ -5,16 +5,23 @@ equal rows that `matching` finds, rows between the same neighbours are paired if
 as before: they were edited in place. Of files without digests of rows (CSV, Parquet) that
 changed, the first row is paired with the first. What is left came or went.
 
-Pairs are compared by hashes of their columns, so that of each row only its key, two hashes and
-its labels are held in memory, however long its texts are. A hash has 64 bits and is compared
-within a pair only: one change in 2^64 goes unseen.
+Pairs are compared by hashes of their columns: of each row its key, two hashes and its labels are
+kept, however long its texts are. They are spread over temporary files by their keys, so that both
+rows of a pair are in one, and memory holds one such file of each snapshot at a time. A hash has 64
+bits and is compared within a pair only: one change in 2^64 goes unseen.
 """
 
 from __future__ import annotations
 
+import tempfile
+from bisect import bisect_right
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from batchgen.core.errors import ConfigError, OutputError
 from batchgen.core.runtime import command, option
@@ -22,27 +29,27 @@ from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, scan
-from batchgen.store.snapshot import find_snapshot
-from batchgen.views.labels import OLD, LabelMoves, counted_moves
+from batchgen.store.snapshot import find_snapshot, row_groups
+from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     import polars as pl
 
     from batchgen.store.books import Plan
-    from batchgen.store.matching import Span
 
 SAME, ANSWER_CHANGED, INPUT_CHANGED, ADDED, REMOVED = range(5)
 KINDS = {ANSWER_CHANGED: "answer", INPUT_CHANGED: "input"}
 CLASS = "class"
 POSITION = "position"
-AT, _KEY, INPUT, ANSWER = "at", "key", "input", "answer"
+AT, _PLACE, _KEY, INPUT, ANSWER = "at", "place", "key", "input", "answer"
 """Columns of `Side.rows`: number of the row among the published ones, where it stands among the
-planned ones, and hashes of what is compared."""
+planned ones of its snapshot and of the old one, and hashes of what is compared."""
+_BUCKET_ROWS, _MOST_BUCKETS = 2**18, 1024
+_CHUNK_ROWS = 2**15
 _COMPARED = {"status", "verdict", "error_type"}
 """Compared of what batchgen says of a row; the rest differs from run to run."""
 _MEASURED = {"probabilities", "logprobs"}
@@ -125,8 +132,11 @@ def diff(
     old, new = numbers or _two_newest(ledger)
     try:
         both = Both(Side(ledger, old), Side(ledger, new), on)
-        pairs = both.pairs()
-        return _compared(root, both, pairs, changed_rows(both, pairs, num_examples))
+        found = _Found(both, num_examples)
+        with tempfile.TemporaryDirectory(prefix="batchgen-diff-") as folder:
+            for pairs in both.pairs(Path(folder)):
+                found.add(pairs)
+        return _compared(root, both, found)
     except (pl.exceptions.PolarsError, OSError) as error:
         why = str(error).splitlines()[0]
         msg = f"{root}: a snapshot cannot be read ({why}); `{command('verify')}` tells more"
@@ -153,6 +163,7 @@ class Side:
         """
         self.storage = ledger.storage
         self.manifest = find_snapshot(ledger, number)
+        self.num_rows = self.manifest.num_ok + self.manifest.num_errors
         self.plan = ledger.plan(number)
         self.frame = scan(self.storage, [file.name for file in self.manifest.files])
         """The published rows."""
@@ -203,12 +214,8 @@ class Side:
         is_ok = pl.col(f"{self.plan.prefix}status") == "ok"
         return pl.when(is_ok).then(value.cast(pl.String))
 
-    def rows(self, both: Both) -> pl.LazyFrame:
-        """Read what is compared of each row: `AT`, its keys, hashes, labels.
-
-        Raises:
-            OutputError: It is not known which planned row each is, and no column names it.
-        """
+    def compared(self, both: Both) -> list[pl.Expr]:
+        """What is read of each row: its keys, hashes, labels."""
         import polars as pl
 
         hashes = []
@@ -217,54 +224,70 @@ class Side:
             value = pl.struct(names).hash() if names else pl.lit(0, pl.UInt64)
             hashes.append(value.alias(kind))
         labels = [
-            self.labels[label].cast(pl.Categorical).alias(label_name(number))
+            self.labels[label].cast(pl.String).alias(label_name(number))
             for number, label in enumerate(both.labels)
         ]
         keys = [pl.col(name).alias(key) for key, name in zip(both.keys, both.on, strict=False)]
-        rows = self.frame.select(*keys, *hashes, *labels)
-        if not both.on:
-            start = pl.col(SEGMENT).replace_strict(
-                list(range(len(self.plan.segments))),
-                self.starts[:-1],
-                default=0,
-                return_dtype=pl.Int64,
-            )
-            places = self._index().select((start + pl.col(ROW)).alias(_KEY))
-            rows = pl.concat([places, rows], how="horizontal")
-        return rows.with_row_index(AT)
+        return [*keys, *hashes, *labels]
 
-    def _index(self) -> pl.LazyFrame:
+    def rows(self, both: Both) -> Iterator[pl.DataFrame]:
+        """Read what is compared, piece by piece, with `AT` and, unless named, `_PLACE`.
+
+        Raises:
+            OutputError: It is not known which planned row each is, and no column names it.
+        """
+        import polars as pl
+
+        at, ahead = 0, pl.Series(_PLACE, [], pl.Int64)
+        places = None if both.on else self._places()
+        pieces = self.frame.select(self.compared(both)).collect_batches(chunk_size=_CHUNK_ROWS)
+        for rows in pieces:
+            num = len(rows)
+            columns = [pl.int_range(at, at + num, dtype=pl.Int64, eager=True).alias(AT)]
+            if places is not None:
+                while len(ahead) < num and (more := next(places, None)) is not None:
+                    ahead.append(more)
+                columns.append(ahead.head(num))
+                ahead = ahead.slice(num)
+            at += num
+            yield rows.with_columns(columns)
+
+    def _places(self) -> Iterator[pl.Series]:
+        """Yield for each row group where its rows stand among the planned ones."""
+        import polars as pl
+
         if self.manifest.index is None:
             number, on = self.manifest.number, option("--on")
             msg = f"snapshot {number} has no index of rows; name them with {on}"
             raise OutputError(msg)
-        return scan(self.storage, [self.manifest.index.name])
+        starts = pl.Series(self.starts)
+        for _, _, ordinals in row_groups(self.storage, self.manifest):
+            segments, rows = (pl.Series(ordinals().column(name)) for name in (SEGMENT, ROW))
+            yield (starts.gather(segments) + rows).alias(_PLACE)
 
-    def where(self, at: int) -> str:
-        """Name the file and the row of the input that a published row is."""
-        segment, row = self._index().slice(at, 1).collect().row(0)
-        return f"{self.plan.segments[segment].path} row {row}"
+    def where(self, place: int) -> str:
+        """Name the file and the row of the input that stands there among the planned ones."""
+        segment = bisect_right(self.starts, place) - 1
+        return f"{self.plan.segments[segment].path} row {place - self.starts[segment]}"
 
     def row(self, at: int) -> dict[str, Any]:
         """Read a published row in full."""
         return readable(self.frame.slice(at, 1).collect())[0]
 
-    def check_names(self, on: Sequence[str]) -> None:
-        """Refuse columns that do not name its rows.
+    def check_names(self, rows: pl.DataFrame, keys: Sequence[str], on: Sequence[str]) -> None:
+        """Refuse rows that one name is for.
 
         Raises:
-            ConfigError: One is absent or no plain value; or two rows have one name.
+            ConfigError: There are such.
         """
         import polars as pl
 
-        number = self.manifest.number
-        counted = self.frame.select(on).drop_nulls().group_by(on).agg(pl.len().alias(AT))
-        twice = counted.filter(pl.col(AT) > 1).head(1).collect(engine="streaming")
+        twice = rows.group_by(keys).agg(pl.len().alias(AT)).filter(pl.col(AT) > 1).head(1)
         for *values, num_rows in twice.iter_rows():
             row = ", ".join(f"{name} = {value!r}" for name, value in zip(on, values, strict=True))
             msg = (
-                f"{row} is in {num_rows} rows of snapshot {number}, expected in one; name more "
-                "columns"
+                f"{row} is in {num_rows} rows of snapshot {self.manifest.number}, expected in one; "
+                "name more columns"
             )
             raise _bad_on(msg)
 
@@ -313,18 +336,62 @@ class Both:
             if was != now or was.is_nested():
                 msg = f"{name} is {was} and {now}, expected one plain type in both snapshots"
                 raise _bad_on(msg)
-        for side in (self.old, self.new) if self.on else ():
-            side.check_names(self.on)
 
-    def pairs(self) -> pl.DataFrame:
-        """Pair the rows: each of both once, its class, where it stands in each, its labels."""
+    def pairs(self, folder: Path) -> Iterator[pl.DataFrame]:
+        """Pair the rows: each of both once, its class, where it stands in each, its labels.
+
+        Args:
+            folder: For temporary files.
+
+        Raises:
+            ConfigError: Columns of `on` do not name rows.
+        """
+        old, new = self._spread(self.old, folder / "old"), self._spread(self.new, folder / "new")
+        for number in sorted(old.numbers | new.numbers):
+            sides = old.rows(number), new.rows(number)
+            for side, rows in zip((self.old, self.new), sides, strict=True):
+                if self.on:
+                    side.check_names(rows, self.keys, self.on)
+            yield self._joined(*sides)
+
+    def _spread(self, side: Side, folder: Path) -> _Buckets:
+        """Read the rows of a snapshot; both rows of a pair go into buckets of one number."""
         import polars as pl
 
-        old, new = self.old.rows(self), self.new.rows(self)
+        num_rows = max(
+            one.manifest.num_ok + one.manifest.num_errors for one in (self.old, self.new)
+        )
+        num_buckets = min(num_rows // _BUCKET_ROWS + 1, _MOST_BUCKETS)
+        schema = side.frame.select(side.compared(self)).collect_schema()
+        schema.update(dict.fromkeys([AT] if self.on else [AT, _PLACE, _KEY], pl.Int64()))
+        buckets = _Buckets(folder, schema)
         if self.on:
-            old, new = old.drop_nulls(self.keys), new.drop_nulls(self.keys)
-        else:
-            new = self._rekeyed(new, paired(self.old.place, self.new.place))
+            number = pl.struct(self.keys).hash() % num_buckets
+            for rows in side.rows(self):
+                buckets.add(rows.drop_nulls(self.keys), number)
+            return buckets
+        number = pl.coalesce(_KEY, _PLACE) // (num_rows // num_buckets + 1)
+        moves = self._moves() if side is self.new else None
+        for rows in side.rows(self):
+            buckets.add(_rekeyed(rows, moves), number)
+        return buckets
+
+    def _moves(self) -> pl.DataFrame:
+        """Where runs of rows of the new snapshot stand, and where they stood in the old."""
+        import polars as pl
+
+        was, now = self.old.starts, self.new.starts
+        spans = paired(self.old.place, self.new.place)
+        moves = (
+            (now[span.segment] + span.start, was[span.old_segment] + span.old_start, span.length)
+            for span in spans
+        )
+        names = ("first", "was", "length")
+        return pl.DataFrame(moves, schema=dict.fromkeys(names, pl.Int64), orient="row")
+
+    def _joined(self, old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
+        import polars as pl
+
         kind = (
             pl.when(pl.col(AT).is_null())
             .then(REMOVED)
@@ -340,42 +407,118 @@ class Both:
         )
         names = [AT, *(label_name(number) for number in range(len(self.labels)))]
         wanted = [column for name in names for column in (name, name + OLD)]
-        joined = new.join(old, on=self.keys, how="full", suffix=OLD)
-        return joined.select(kind, *wanted).collect(engine="streaming")
+        place = [] if self.on else [_PLACE]
+        return new.join(old, on=self.keys, how="full", suffix=OLD).select(kind, *wanted, *place)
 
-    def _rekeyed(self, rows: pl.LazyFrame, spans: Sequence[Span]) -> pl.LazyFrame:
-        """Give rows of the new snapshot the keys that they had in the old; null: not there."""
+
+def _rekeyed(rows: pl.DataFrame, moves: pl.DataFrame | None) -> pl.DataFrame:
+    """Give rows the keys that they had in the old snapshot; null: not there."""
+    import polars as pl
+
+    if moves is None:
+        return rows.with_columns(pl.col(_PLACE).alias(_KEY))
+    offset = pl.col(_PLACE) - pl.col("first")
+    return (
+        rows.set_sorted(_PLACE)
+        .join_asof(moves.set_sorted("first"), left_on=_PLACE, right_on="first", coalesce=False)
+        .with_columns(pl.when(offset < pl.col("length")).then(pl.col("was") + offset).alias(_KEY))
+        .drop(moves.columns)
+    )
+
+
+class _Buckets:
+    """Rows on the disk, by number."""
+
+    def __init__(self, folder: Path, schema: pl.Schema) -> None:
+        folder.mkdir()
+        self.numbers: set[int] = set()
+        self._folder = folder
+        self._schema = schema
+
+    def add(self, rows: pl.DataFrame, number: pl.Expr) -> None:
+        """Append rows to the buckets that `number` tells."""
+        parts = rows.with_columns(number.cast(int).alias("bucket")).partition_by(
+            "bucket", as_dict=True, include_key=False
+        )
+        for (bucket,), some in parts.items():
+            self.numbers.add(bucket)
+            with (self._folder / str(bucket)).open("ab") as file:
+                some.select(*self._schema).write_ipc_stream(file, compression="lz4")
+
+    def rows(self, number: int) -> pl.DataFrame:
+        """Read a bucket."""
         import polars as pl
 
-        names = ("first", "was", "length")
-        moved = [
-            (
-                self.new.starts[span.segment] + span.start,
-                self.old.starts[span.old_segment] + span.old_start,
-                span.length,
-            )
-            for span in spans
-        ]
-        table = pl.LazyFrame(moved, schema=dict.fromkeys(names, pl.Int64), orient="row")
-        offset = pl.col(_KEY) - pl.col("first")
-        return (
-            rows.set_sorted(_KEY)
-            .join_asof(table.set_sorted("first"), left_on=_KEY, right_on="first", coalesce=False)
-            .with_columns(
-                pl.when(offset < pl.col("length")).then(pl.col("was") + offset).alias(_KEY)
-            )
-            .drop(names)
+        found = [pl.DataFrame(schema=self._schema)]
+        if number in self.numbers:
+            with (self._folder / str(number)).open("rb") as file:
+                while file.peek(1):
+                    found.append(pl.DataFrame(pa.ipc.open_stream(file).read_all()))
+        return pl.concat(found)
+
+
+class _Found:
+    """What pairs come to, added up."""
+
+    def __init__(self, both: Both, num_examples: int) -> None:
+        self._both = both
+        self._num_examples = num_examples
+        self._moves: list[list[pl.DataFrame]] = [[] for _ in both.labels]
+        self._changed: list[pl.DataFrame] = []
+        self.num: Counter[int] = Counter()
+        """Class -> rows."""
+        self.num_named = [0, 0]
+        """Old and new rows that could be compared."""
+
+    def add(self, pairs: pl.DataFrame) -> None:
+        """Add some."""
+        import polars as pl
+
+        self.num.update(dict(pairs[CLASS].value_counts().iter_rows()))
+        for side, name in enumerate((AT + OLD, AT)):
+            self.num_named[side] += pairs[name].count()
+        in_both = pairs.lazy().filter(pl.col(CLASS) <= INPUT_CHANGED)
+        for number, moves in enumerate(self._moves):
+            moves.append(moves_in(in_both, label_name(number)))
+        changed = pairs.filter(pl.col(CLASS).is_in(list(KINDS)))
+        self._changed = [pl.concat([*self._changed, changed]).bottom_k(self._num_examples, by=AT)]
+
+    def moves(self, number: int) -> LabelMoves:
+        """How a column of labels moved."""
+        both, label = self._both, self._both.labels[number]
+        last, now = (
+            dict(side.manifest.tally[side.plan.prefix + label]) for side in (both.old, both.new)
+        )
+        column = both.new.plan.prefix + label
+        return LabelMoves(
+            column, last, now, total_variation(now, last), added_moves(self._moves[number])
         )
 
+    def examples(self) -> list[dict[str, Any]]:
+        """Read the first changed rows, and what differs in them."""
+        both = self._both
+        names = [(both.old.columns[key], both.new.columns[key]) for key in both.shared]
+        found = []
+        for row in (row for rows in self._changed for row in rows.sort(AT).iter_rows(named=True)):
+            new, old = both.new.row(row[AT]), both.old.row(row[AT + OLD])
+            where = ", ".join(f"{name} = {new[name]!r}" for name in both.on)
+            columns = {name: [old[was], new[name]] for was, name in names if old[was] != new[name]}
+            found.append(
+                {
+                    "where": where or both.new.where(row[_PLACE]),
+                    "changed": KINDS[row[CLASS]],
+                    "columns": columns,
+                }
+            )
+        return found
 
-def _compared(
-    root: Path, both: Both, pairs: pl.DataFrame, examples: Sequence[Mapping[str, Any]]
-) -> Diff:
-    num = dict(pairs[CLASS].value_counts().iter_rows())
+
+def _compared(root: Path, both: Both, found: _Found) -> Diff:
+    num = found.num
     was, now = both.old.columns, both.new.columns
-    manifests = (both.old.manifest, both.new.manifest)
-    num_rows = [manifest.num_ok + manifest.num_errors for manifest in manifests]
-    num_named = [len(pairs) - pairs[name].null_count() for name in (AT + OLD, AT)]
+    manifests, num_rows = zip(
+        *((side.manifest, side.num_rows) for side in (both.old, both.new)), strict=True
+    )
     return Diff(
         output=str(root),
         old=manifests[0].number,
@@ -383,46 +526,17 @@ def _compared(
         matched_by=", ".join(both.on) or POSITION,
         num_old=num_rows[0],
         num_new=num_rows[1],
-        num_same=num.get(SAME, 0),
-        num_added=num.get(ADDED, 0),
-        num_removed=num.get(REMOVED, 0),
-        num_input_changed=num.get(INPUT_CHANGED, 0),
-        num_answer_changed=num.get(ANSWER_CHANGED, 0),
-        num_without_key=(num_rows[0] - num_named[0], num_rows[1] - num_named[1]),
+        num_same=num[SAME],
+        num_added=num[ADDED],
+        num_removed=num[REMOVED],
+        num_input_changed=num[INPUT_CHANGED],
+        num_answer_changed=num[ANSWER_CHANGED],
+        num_without_key=(num_rows[0] - found.num_named[0], num_rows[1] - found.num_named[1]),
         columns_came=[name for key, name in now.items() if key not in was],
         columns_went=[name for key, name in was.items() if key not in now],
         columns_retyped=[
             name for key, name in now.items() if key in was and key not in both.shared
         ],
-        labels=[label_moves(both, pairs, number) for number in range(len(both.labels))],
-        examples=examples,
+        labels=[found.moves(number) for number in range(len(both.labels))],
+        examples=found.examples(),
     )
-
-
-def label_moves(both: Both, pairs: pl.DataFrame, number: int) -> LabelMoves:
-    """Count how the labels of one column moved, by its number in `Both.labels`."""
-    import polars as pl
-
-    label = both.labels[number]
-    last, now = (
-        dict(side.manifest.tally[side.plan.prefix + label]) for side in (both.old, both.new)
-    )
-    column = both.new.plan.prefix + label
-    moves = counted_moves(pairs.lazy().filter(pl.col(CLASS) <= INPUT_CHANGED), label_name(number))
-    return LabelMoves(column, last, now, total_variation(now, last), moves)
-
-
-def changed_rows(both: Both, pairs: pl.DataFrame, num_rows: int) -> list[dict[str, Any]]:
-    """Read the first changed rows, and what differs in them."""
-    import polars as pl
-
-    is_changed = pl.col(CLASS).is_in(list(KINDS))
-    changed = pairs.filter(is_changed).bottom_k(num_rows, by=AT).sort(AT)
-    names = [(both.old.columns[key], both.new.columns[key]) for key in both.shared]
-    found = []
-    for kind, at, at_old in changed.select(CLASS, AT, AT + OLD).iter_rows():
-        new, old = both.new.row(at), both.old.row(at_old)
-        where = ", ".join(f"{name} = {new[name]!r}" for name in both.on) or both.new.where(at)
-        columns = {name: [old[was], new[name]] for was, name in names if old[was] != new[name]}
-        found.append({"where": where, "changed": KINDS[kind], "columns": columns})
-    return found

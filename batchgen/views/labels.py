@@ -94,13 +94,23 @@ def counted_moves(pairs: pl.LazyFrame, name: str) -> list[dict[str, Any]]:
         pairs: Rows that are in both.
         name: The column with the new labels; that of the old ones has `OLD` behind it.
     """
+    return added_moves([moves_in(pairs, name)])
+
+
+def moves_in(pairs: pl.LazyFrame, name: str) -> pl.DataFrame:
+    """Count some of the pairs, for `added_moves`."""
     import polars as pl
 
-    return (
-        pairs.group_by(pl.col(name + OLD).alias("old"), pl.col(name).alias("new"))
-        .agg(pl.len().alias("num_rows"))
-        .with_columns(pl.col("old", "new").cast(pl.String))
-        .sort("num_rows", "old", "new", descending=[True, False, False])
-        .collect(engine="streaming")
-        .to_dicts()
-    )
+    labels = pl.col(name + OLD).alias("old"), pl.col(name).alias("new")
+    counted = pairs.group_by(labels).agg(pl.len().cast(pl.Int64).alias("num_rows"))
+    return counted.with_columns(pl.col("old", "new").cast(pl.String)).collect(engine="streaming")
+
+
+def added_moves(found: Sequence[pl.DataFrame]) -> list[dict[str, Any]]:
+    """Add up what `moves_in` counted."""
+    import polars as pl
+
+    if not found:
+        return []
+    added = pl.concat(found).group_by("old", "new").agg(pl.col("num_rows").sum())
+    return added.sort("num_rows", "old", "new", descending=[True, False, False]).to_dicts()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -17,13 +19,16 @@ from batchgen.core.errors import AccountingError, FencedError, OutputError, Stor
 from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
+from batchgen.store.footers import FOOTERS, WORTH_PARTS
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import PartContext, PartWriter, part_schema
 from tests.fakes import batch, plan, results
 from tests.harm import overwrite
 
 if TYPE_CHECKING:
-    from batchgen.store.books import Epoch, Plan
+    from pathlib import Path
+
+    from batchgen.store.books import Durable, Epoch, Plan
 
 PARTS = "_batchgen/parts"
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), [pa.field("text", pa.string())], "gen_")
@@ -261,6 +266,100 @@ def test_a_rejected_part_is_kept_while_the_job_lives(ledger):
     bad = put_part(ledger, "e000001-w00-s000000.parquet", footer(), num_rows=1)
     claim(ledger, "run-2")
     assert ledger.storage.read(bad) is not None
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """An output with more parts than a claim opens twice, and a claim that has opened them."""
+    root = tmp_path_factory.mktemp("many") / "out"
+    ledger = Ledger(LocalStorage(root))
+    claim(ledger, "run-1", MANY)
+    for row in range(0, WORTH_PARTS * 2, 2):
+        put_part(
+            ledger,
+            f"e000001-w00-s{row // 2:06d}.parquet",
+            footer(plan=MANY.plan_id, done=RowSet({0: Ranges([(row, row + 2)])})),
+            2,
+        )
+    claim(ledger, "run-2", MANY)
+    return root
+
+
+MANY = plan(WORTH_PARTS * 2)
+
+
+@pytest.fixture
+def copied(many, tmp_path) -> Ledger:
+    """The same, in which a test may do harm; links, so that parts stay what they were."""
+    shutil.copytree(many, tmp_path / "out", copy_function=os.link)
+    return Ledger(LocalStorage(tmp_path / "out"))
+
+
+def opened(ledger: Ledger) -> tuple[Durable, list[str]]:
+    """What counts, and which parts were opened for it."""
+    found: list[str] = []
+    return ledger.durable(MANY, lambda told: found.append(told.name)), found
+
+
+def test_what_many_parts_say_is_not_asked_twice(copied):
+    durable, found = opened(copied)
+    assert durable.num_done == MANY.num_rows
+    assert found == []
+
+
+def put_instead(ledger: Ledger, name: str, data: bytes) -> None:
+    """Not in place: the file is shared."""
+    ledger.storage.remove(name)
+    ledger.storage.path(name).write_bytes(data)
+
+
+def harm_replaced(ledger: Ledger, name: str) -> None:
+    """Another part of the same size under its name, which ends other rows."""
+    path = ledger.storage.path(name)
+    other = ledger.storage.path(name.replace("s000500", "s000501"))
+    facts = path.stat()
+    put_instead(ledger, name, other.read_bytes())
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def harm_cut(ledger: Ledger, name: str) -> None:
+    put_instead(ledger, name, ledger.storage.path(name).read_bytes()[:-9])
+
+
+def harm_removed(ledger: Ledger, name: str) -> None:
+    ledger.storage.remove(name)
+
+
+@pytest.mark.parametrize("harm", [harm_replaced, harm_cut, harm_removed])
+def test_a_part_that_is_not_what_was_rolled_up_does_not_count_as_it(copied, harm):
+    name = f"{PARTS}/e000001-w00-s000500.parquet"
+    harm(copied, name)
+    durable, found = opened(copied)
+    assert durable.num_done == MANY.num_rows - 2
+    assert len(durable.rejected) == 1
+    assert found in ([], [name])
+
+
+@pytest.mark.parametrize("at", [10, -10])
+def test_footers_that_were_rolled_up_and_damaged_are_not_believed(copied, at):
+    (name,) = copied.storage.list(FOOTERS)
+    data = bytearray(copied.storage.read(name))
+    data[at] ^= 1
+    put_instead(copied, name, bytes(data))
+    durable, found = opened(copied)
+    assert (durable.num_done, len(found)) == (MANY.num_rows, WORTH_PARTS)
+
+
+def test_where_footers_are_removed_the_next_claim_rolls_them_up_again(copied):
+    for name in copied.storage.list(FOOTERS):
+        copied.storage.remove(name)
+    assert claim(copied, "run-3", MANY).durable.num_done == MANY.num_rows
+    assert opened(copied)[1] == []
+
+
+def test_footers_go_with_the_parts(copied):
+    copied.tidy(manifest(epoch=2))
+    assert copied.storage.list(FOOTERS) == []
 
 
 def test_temp_files_among_the_parts_are_not_looked_at(ledger):

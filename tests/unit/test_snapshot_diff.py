@@ -17,6 +17,7 @@ from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, digests_of
+from batchgen.store.result_files import GROUPS_KEY
 from batchgen.views.diff import diff
 from batchgen.views.pairing import edited, paired
 from batchgen.views.rows import Shown, rows
@@ -118,8 +119,9 @@ class Nights:
         tally: Mapping[str, Mapping[str, int]] | None = None,
         **changes: Any,
     ) -> None:
-        """A snapshot with a row for each line, in files of two rows."""
+        """A snapshot with a row for each line, in files of two rows, or of `size`."""
         self._number += 1
+        size = changes.pop("size", 2)
         prefix = changes.pop("prefix", "gen_")
         kind = changes.pop("schema", None)
         carried = [name for name in columns if not name.startswith(prefix)]
@@ -131,11 +133,13 @@ class Nights:
             schema=kind,
         )
         parts = [
-            self._put(f"{folder}/part-{at:05d}.parquet", table.slice(at, 2))
-            for at in range(0, max(len(lines), 1), 2)
+            self._put(f"{folder}/part-{at:05d}.parquet", table.slice(at, size), size)
+            for at in range(0, max(len(lines), 1), size)
         ]
         ordinals = {"_batchgen_segment": pa.array([0] * len(lines), pa.int32())}
         index = pa.table({**ordinals, "_batchgen_row": range(len(lines))})
+        groups = [[(0, ""), (part.size_bytes, "")] for part in parts]
+        index = index.replace_schema_metadata({GROUPS_KEY: json.dumps(groups)})
         self.ledger.put_manifest(
             Manifest(
                 number=self._number,
@@ -148,7 +152,7 @@ class Nights:
                 num_ok=len(lines),
                 num_errors=0,
                 num_skipped=0,
-                index=self._put(f"{folder}/index.parquet", index),
+                index=self._put(f"{folder}/index.parquet", index, size),
                 tally=tally or {},
             )
         )
@@ -163,12 +167,12 @@ class Nights:
             segments=[put_file(self.ledger.storage, "f", lines)],
         )
 
-    def _put(self, name: str, table: pa.Table) -> dict[str, Any]:
+    def _put(self, name: str, table: pa.Table, size: int) -> PublishedFile:
         path = self.ledger.storage.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
-        num_bytes = path.stat().st_size
-        return PublishedFile(name, table.num_rows, num_bytes, "")
+        pq.write_table(table, path, row_group_size=size)
+        data = path.read_bytes()
+        return PublishedFile(name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
 
 @pytest.fixture
@@ -374,6 +378,35 @@ def test_a_file_that_is_gone_is_told(nights):
     (nights.root / STATE / "snapshots" / "e000001" / "part-00000.parquet").unlink()
     with pytest.raises(OutputError, match=r"cannot be read .* `batchgen verify JOB` tells more"):
         diff(nights.root)
+
+
+@pytest.mark.parametrize("on", [[], ["id"]])
+def test_of_a_large_snapshot_both_rows_of_a_pair_are_found_wherever_they_stand(nights, on):
+    num_rows = 600_000  # More than are in memory at a time.
+    letters = [chr(0x10000 + number) for number in range(num_rows)]
+    was = {"id": letters, "gen_text": ["x"] * num_rows, "gen_l": ["a"] * num_rows}
+    tally = {"gen_l": {"a": num_rows}}
+    nights.publish("".join(letters), was, size=100_000, tally=tally)
+    now = letters[50_000:]  # So that all rows stand elsewhere than they did.
+    texts = ["y" if at in {7, 500_000} else "x" for at in range(len(now))]
+    labels = ["b" if at == num_rows - 60_000 else "a" for at in range(len(now))]
+    columns = {"id": now, "gen_text": texts, "gen_l": labels}
+    nights.publish(
+        "".join(now), columns, size=100_000, tally={"gen_l": {"a": len(now) - 1, "b": 1}}
+    )
+    found = diff(nights.root, on=on)
+    assert (found.num_same, found.num_removed, found.num_added) == (549_997, 50_000, 0)
+    assert found.num_answer_changed == 3
+    assert [one["columns"].get("gen_text") for one in found.examples] == [
+        ["x", "y"],
+        ["x", "y"],
+        None,
+    ]
+    moves = found.labels[0].moves
+    assert [(one["old"], one["new"], one["num_rows"]) for one in moves] == [
+        ("a", "a", 549_999),
+        ("a", "b", 1),
+    ]
 
 
 def test_many_rows_in_many_files_keep_their_places(nights):
