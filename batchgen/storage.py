@@ -23,12 +23,17 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, TYPE_CHECKING
 
-from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.errors import NoRightError, OutputError, StorageError
 from batchgen.core.runtime import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+
+_PRIVATE = {"parts", "footers", "rows", "keys", "runs", "try"}
+"""Folders of the working state that readers need nothing of, and whose files hold prompts, logs
+and hashes of rows."""
 
 
 class Disk:
@@ -72,8 +77,11 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def make_folder(self, path: Path) -> None:
-        """Make one folder; existing is fine. Working state (`_...`) is nobody else's to read."""
-        path.mkdir(mode=0o700 if path.name.startswith("_") else 0o777, exist_ok=True)
+        """Make one folder; existing is fine. What is private is for those who may write there."""
+        mode = 0o777
+        if path.name in _PRIVATE and path.parent.name.startswith("_"):
+            mode = 0o770 if path.parent.stat().st_mode & stat.S_IWGRP else 0o700
+        path.mkdir(mode=mode, exist_ok=True)
 
     def chmod(self, path: Path, mode: int) -> None:
         """Change the rights of a file."""
@@ -353,10 +361,10 @@ def raise_if_not_damage(path: Path, error: Exception) -> None:
     Raises:
         StorageError: The error says nothing about the file's content.
     """
-    is_system = isinstance(error, OSError) and error.errno not in {None, errno.ENOENT}
-    if is_system or isinstance(error, MemoryError):  # pyarrow's out-of-memory is a MemoryError.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StorageError(str(path), reason) from error
+    if isinstance(error, OSError) and error.errno not in {None, errno.ENOENT}:
+        raise storage_error(path, error) from error
+    if isinstance(error, MemoryError):  # pyarrow's out-of-memory is one, too.
+        raise StorageError(str(path), str(error)) from error
 
 
 @contextmanager
@@ -375,6 +383,8 @@ def saying_where(path: Path, clean_up: Callable[[], None] = lambda: None) -> Ite
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """Translate what the operating system says of an output file."""
+    if error.errno == errno.EACCES:
+        return NoRightError(str(path))
     hints = {errno.ENOSPC: "; free space", errno.EDQUOT: "; free space or raise the quota"}
     hint = hints.get(error.errno or 0, "")
     return StorageError(str(path), f"{error.strerror or error}{hint}")

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command
-from batchgen.core.runtime import option
+from batchgen.core.runtime import option, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from batchgen.views.diff import Diff
-    from batchgen.views.status import Listed
+    from batchgen.views.history import Listed
 
 _SHOWN_CHARS = 60
 
@@ -25,7 +25,8 @@ def snapshots(root: Path, *, as_json: bool) -> None:
 
     Example: batchgen snapshots jobs/quickstart.toml
     """
-    from batchgen.views.status import listed, not_begun
+    from batchgen.views.history import listed
+    from batchgen.views.status import not_begun
 
     found = listed(root)
     if as_json:
@@ -52,8 +53,8 @@ def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
 
     Example: batchgen prune jobs/quickstart.toml --keep 7
     """
-    from batchgen.views.status import listed
-    from batchgen.views.status import prune as prune_output
+    from batchgen.views.history import listed
+    from batchgen.views.history import prune as prune_output
 
     num_snapshots = len(listed(root))
     removed = prune_output(root, keep, dry_run=dry_run)
@@ -65,7 +66,7 @@ def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
         out(_snapshot_line(line))
     num_bytes = sum(line.size_bytes for line in removed)
     verb = "would go" if dry_run else "removed"
-    out(f"{len(removed)} of {num_snapshots} snapshots {verb}, {_size(num_bytes)}")
+    out(f"{len(removed)} of {num_snapshots} snapshots {verb}, {size_text(num_bytes)}")
 
 
 @output_command
@@ -109,17 +110,9 @@ def _snapshot_line(line: Listed) -> str:
     marks += [f"over gate.{name}" for name in line.overridden]
     return (
         f"{line.number:>6}  {line.published_at}  run {line.run_id}  recipe {line.recipe[:12]}  "
-        f"{line.num_ok:,} ok, {line.num_errors:,} errors, {_size(line.size_bytes)}"
+        f"{line.num_ok:,} ok, {line.num_errors:,} errors, {size_text(line.size_bytes)}"
         f"{'  ' if marks else ''}{', '.join(marks)}"
     )
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def _diff_lines(found: Diff) -> list[str]:

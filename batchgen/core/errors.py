@@ -144,6 +144,18 @@ class StorageError(BatchgenError):
         super().__init__(f"{path}: {problem}; what was committed stays, run again to go on")
 
 
+class NoRightError(StorageError):
+    """The output is another user's, who has not opened it to this one."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        BatchgenError.__init__(
+            self, f"{path}: is not open to this user; ask whose it is for the right, or run as them"
+        )
+
+
 class DamagedPartError(OutputError):
     """A committed part is not what was written: torn, flipped, overwritten."""
 

@@ -338,3 +338,12 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     """
     with io.TextIOWrapper(open_file(path), encoding=encoding) as file:
         return file.read()
+
+
+def size_text(num_bytes: float) -> str:
+    """Write a size for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

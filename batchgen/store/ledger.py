@@ -180,8 +180,13 @@ class Ledger:
 
     def latest_epoch(self) -> tuple[int, Mapping[str, Any]]:
         """Number and content of the newest claim; (0, {}) before the first."""
+        number = self.latest_epoch_number()
+        return number, self._read_json(numbered("epochs", number)) if number else {}
+
+    def latest_epoch_number(self) -> int:
+        """0 before the first claim."""
         names = self._numbered_files("epochs")
-        return (number_of(names[-1]), self._read_json(names[-1])) if names else (0, {})
+        return number_of(names[-1]) if names else 0
 
     def durable(self, plan: Plan, on_opened: Callable[[Told], object] = id) -> Durable:
         """What counts right now, as the next claim would accept it. Reads footers only."""
@@ -297,6 +302,8 @@ class Ledger:
                 **facts,
                 "accepted": [part.name for part in durable.parts],
             }
+            # Of a run that slept since it looked, the number may have been used and pruned: then it
+            # wins, and the first look at the fence ends it.
             if self.storage.put_if_absent(numbered("epochs", number), _dumps(claim)):
                 opened.keep(self.storage, number)
                 return Epoch(number, plan, run_id, durable)
@@ -312,9 +319,8 @@ class Ledger:
         if (manifest := self.manifest(epoch.plan.number)) is not None:
             msg = f"{self.storage.where}: run {manifest.run_id} has published this job"
             raise FencedError(msg)
-        later = numbered("epochs", epoch.number + 1)
-        if self.storage.read(later) is not None:
-            claim = self._read_json(later)
+        if self.latest_epoch_number() > epoch.number:
+            _, claim = self.latest_epoch()
             msg = (
                 f"{self.storage.where}: run {claim.get('run_id')} on {claim.get('host')} has "
                 "taken this job over; what this run committed before counts"

@@ -72,6 +72,8 @@ class RunLock:
             return
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with suppress(PermissionError):  # Another's of the same group.
+                os.fchmod(descriptor, self._path.parent.stat().st_mode & 0o666)
         except OSError as error:
             msg = f"{self._path.parent}: cannot be written ({error.strerror}); mend its rights"
             raise OutputError(msg) from error
@@ -132,7 +134,7 @@ class RunLock:
     def is_held(self) -> bool:
         """Whether some process holds it right now."""
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.data import parse_state
-from batchgen.core.errors import OutputError, StorageError
-from batchgen.core.runtime import command, option
+from batchgen.core.errors import NoRightError, StorageError
+from batchgen.core.runtime import command, option, size_text
 from batchgen.pipeline.stats import duration, num_inside
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, number_of
 from batchgen.store.ledger import Ledger
-from batchgen.store.runs import RunLock, new_run_id, utc_now
-from batchgen.store.snapshot import beyond, prune_snapshots
-from batchgen.store.visible import Fault, faults, lost_or_cut
+from batchgen.store.runs import RunLock, utc_now
+from batchgen.store.visible import lost_or_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.store.books import Manifest
+    from batchgen.store.books import Plan
 
 _KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"
 _SILENT_S = 15.0
@@ -45,9 +44,11 @@ def status_of(root: Path) -> dict[str, Any]:
         `state` is one of `new`, `running`, `interrupted`, `held_back` (by the gate), `complete`;
         then counts of the plan, what is durable, and the last live view of the newest run:
         `run`, with a list `replicas` if it has some and `sign_of_life_age_s`, seconds since it
-        was written. Of a plan that is not published, `published` is what readers see: number,
-        time and counts of the last snapshot, None if there is none. `damaged` lists its files
-        that are missing or have another size, if there are such: the others are not read.
+        was written. `sizes` are bytes by kind; `files` are the newest snapshot's own, in order,
+        for readers who do not go by what the folder shows. Of a plan that is not published,
+        `published` is what readers see: number, time and counts of the last snapshot, None if
+        there is none. `damaged` lists its files that are missing or have another size, if there
+        are such: the others are not read.
 
     Raises:
         OutputError: The folder was written by another version.
@@ -63,6 +64,9 @@ def status_of(root: Path) -> dict[str, Any]:
         facts["run"] = {**holder, **live}
     if plan is None:
         return facts
+    facts["sizes"] = _sizes(storage)
+    if (newest := ledger.latest_manifest()) is not None:
+        facts["files"] = [str(storage.path(file.name)) for file in newest.files]
     facts |= {"plan": plan.number, "num_rows": plan.num_rows, "recipe": plan.recipe_fingerprint}
     if plan.bases:
         facts["based_on"] = [base.plan for base in plan.bases]
@@ -82,18 +86,41 @@ def status_of(root: Path) -> dict[str, Any]:
         if damaged := lost_or_cut(storage, manifest.files):
             facts["damaged"] = damaged
         return facts
-    durable = ledger.durable(plan)
-    facts |= {
-        "num_durable": durable.num_done,
-        "num_parts": len(durable.parts),
-        "num_rejected_parts": len(durable.rejected),
-    }
+    facts |= _durable(ledger, plan)
     facts["published"] = _published(ledger)
     if not holder:
         held_back = live.get("state") == "over_limit"
         facts["state"] = "held_back" if held_back else "interrupted"
         facts["last_run"] = _ended(live)
     return facts
+
+
+def _durable(ledger: Ledger, plan: Plan) -> dict[str, int | None]:
+    """Count what is done of an unpublished plan; None if the parts are not open to this user."""
+    try:
+        durable = ledger.durable(plan)
+    except NoRightError:
+        return dict.fromkeys(("num_durable", "num_parts", "num_rejected_parts"))
+    return {
+        "num_durable": durable.num_done,
+        "num_parts": len(durable.parts),
+        "num_rejected_parts": len(durable.rejected),
+    }
+
+
+def _sizes(storage: LocalStorage) -> dict[str, int]:
+    """Add up the bytes of what there is, by kind; what is not open to this user is left out."""
+    sizes: Counter[str] = Counter()
+    kinds = {"snapshots": "published", "files": "published", "rows": "digests", "keys": "digests"}
+    for folder in storage.list(STATE):
+        name = folder.rpartition("/")[2]
+        kind = name if name in {"parts", "runs", "try"} else kinds.get(name, "books")
+        path = storage.path(folder)
+        with suppress(OSError):  # Gone meanwhile.
+            if os.access(path, os.R_OK):
+                files = path.rglob("*") if path.is_dir() else [path]
+                sizes[kind] += sum(file.lstat().st_size for file in files if not file.is_dir())
+    return dict(sizes)
 
 
 def as_text(root: Path, facts: Mapping[str, Any]) -> str:
@@ -111,6 +138,8 @@ def as_text(root: Path, facts: Mapping[str, Any]) -> str:
         shown["published"] = _published_line(shown["published"])
     if "damaged" in shown:
         shown["damaged"] = "; ".join(shown["damaged"])
+    shown.pop("files", None)
+    shown["sizes"] = {kind: size_text(num) for kind, num in shown.get("sizes", {}).items()}
     lines = [f"{name:24} {value}" for name, value in _flat(shown)]
     return "\n".join([*lines, *replica_lines(replicas)])
 
@@ -173,7 +202,9 @@ def _ended(live: Mapping[str, Any]) -> dict[str, Any]:
 
 def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
     """Read the live view of a run, or of the newest run that has one, and how old it is."""
-    folders = storage.list(f"{STATE}/runs")
+    folders: Sequence[str] = ()
+    with suppress(NoRightError):  # Another user's: whether there is a run, the lock tells.
+        folders = storage.list(f"{STATE}/runs")
     if run_id is not None:
         folders = [folder for folder in folders if folder.endswith(f"/{run_id}")]
     written_s = {folder: _written_s(storage.path(f"{folder}/live.json")) for folder in folders}
@@ -191,8 +222,7 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
         epoch = epochs[run] if run in epochs else max(before, default=0) + 0.5
         return epoch, began, written_s[folder]
 
-    folders.sort(key=place, reverse=True)
-    for folder in folders:
+    for folder in sorted(folders, key=place, reverse=True):
         # Never synced: a power loss may have torn it.
         with suppress(ValueError, TypeError, StorageError):
             if (data := storage.read(f"{folder}/live.json")) is not None:
@@ -205,9 +235,9 @@ def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
 def _epochs(storage: LocalStorage) -> dict[str, int]:
     """Read which run claimed which epoch; a claim that cannot be read is left out."""
     found = {}
-    for number, name in enumerate(storage.list(f"{STATE}/epochs"), 1):
+    for name in storage.list(f"{STATE}/epochs"):
         with suppress(ValueError, KeyError, TypeError, StorageError):
-            found[str(parse_state(storage.read(name) or b"")["run_id"])] = number
+            found[str(parse_state(storage.read(name) or b"")["run_id"])] = number_of(name)
     return found
 
 
@@ -278,91 +308,3 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         for cells in table
     ]
     return [line[:_WIDTH].rstrip() for line in lines]
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """What is listed of a snapshot."""
-
-    number: int
-    """Number of its plan, which `--snapshot` and `diff` take."""
-    published_at: str
-    run_id: str
-    """The run that published it."""
-    num_ok: int
-    num_errors: int
-    num_files: int
-    size_bytes: int
-    """Size of its files and its index; hard links in the output folder cost nothing more."""
-    recipe: str
-    """Fingerprint of the recipe, 32 hex digits."""
-    is_shown: bool
-    """Whether `part-*.parquet` in the output folder are its files."""
-    overridden: list[str]
-    """Limits of the gate that it exceeds and was published over."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-def listed(root: Path) -> list[Listed]:
-    """List the snapshots under an output folder, newest last.
-
-    Raises:
-        OutputError: The folder was written by another version.
-    """
-    ledger = Ledger(LocalStorage(root))
-    return [_line(ledger, manifest) for manifest in ledger.manifests()]
-
-
-def _line(ledger: Ledger, manifest: Manifest) -> Listed:
-    entries = [*manifest.files, *([manifest.index] if manifest.index is not None else [])]
-    return Listed(
-        number=manifest.number,
-        published_at=manifest.created_at,
-        run_id=manifest.run_id,
-        num_ok=manifest.num_ok,
-        num_errors=manifest.num_errors,
-        num_files=len(manifest.files),
-        size_bytes=sum(entry.size_bytes for entry in entries),
-        recipe=ledger.plan(manifest.number).recipe_fingerprint,
-        is_shown=_is_shown(ledger.storage, manifest),
-        overridden=[entry["name"] for entry in manifest.gate if entry.get("overridden")],
-    )
-
-
-def _is_shown(storage: LocalStorage, manifest: Manifest) -> bool:
-    """The manifest is the commit point, but a run may have died before it exposed the files."""
-    return not {*faults(storage, manifest.files).values()} - {Fault.FOREIGN}
-
-
-def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
-    """Remove all but the newest snapshots under an output folder.
-
-    Args:
-        root: The output folder.
-        keep: So many stay; at least 1.
-        dry_run: Only tell what would go.
-
-    Returns:
-        What was removed, oldest first.
-
-    Raises:
-        BusyError: A run is at work on the job.
-        OutputError: There is no job, or it is of another version.
-    """
-    storage = LocalStorage(root)
-    if not storage.path(STATE).is_dir():
-        msg = f"{root}: there is no job here to prune"
-        raise OutputError(msg)
-    ledger = Ledger(storage)
-    if dry_run:
-        return [_line(ledger, manifest) for manifest in beyond(ledger, keep)]
-    lock = RunLock(storage, f"prune-{new_run_id(utc_now())}")
-    lock.acquire(advice="prune when it has ended")
-    try:
-        lines = {found.number: _line(ledger, found) for found in ledger.manifests()}
-        return [lines[manifest.number] for manifest in prune_snapshots(ledger, keep)]
-    finally:
-        lock.release()

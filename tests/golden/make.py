@@ -351,7 +351,8 @@ _HASH = re.compile(r"[0-9a-f]{64}(\.\w+)")
 
 
 def _schema(path: Path) -> list[str]:
-    return [f"schema of {path.name}", *(f"  {_field(field)}" for field in pq.read_schema(path))]
+    name = _SHOWN.sub(r"\1-<hash>", path.name)
+    return [f"schema of {name}", *(f"  {_field(field)}" for field in pq.read_schema(path))]
 
 
 def _field(field: Any) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
 from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile
+from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile, numbered
 from batchgen.store.footers import FOOTERS, WORTH_PARTS
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import PartContext, PartWriter, part_schema
@@ -729,3 +729,24 @@ def test_of_two_that_seal_a_worker_at_once_both_go_by_the_seal_that_was_first(tm
     commit(out, 0, 1)
     assert ledger.seal(epoch, 3) == [first]
     assert [part.name for part in ledger.durable(epoch.plan).parts] == [first]
+
+
+def test_a_run_that_wakes_is_fenced_by_any_later_claim_whatever_was_pruned(ledger):
+    epoch = claim(ledger, "run-a")
+    claim(ledger, "run-b")
+    claim(ledger, "run-c")
+    ledger.storage.remove(numbered("epochs", 2))
+    with pytest.raises(FencedError, match="run-c"):
+        ledger.check_fence(epoch)
+    ledger.storage.remove(numbered("epochs", 1))
+
+    class Asleep(Ledger):
+        """Looked before any of them had claimed."""
+
+        def latest_epoch(self):
+            return 0, {}
+
+    late = claim(Asleep(ledger.storage), "run-late")
+    assert late.number == 1
+    with pytest.raises(FencedError, match="run-c"):
+        ledger.check_fence(late)

@@ -13,8 +13,8 @@ from batchgen.store.books import STATE, Base, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock
 from batchgen.store.snapshot import beyond, find_snapshot, prune_snapshots
-from batchgen.views.status import listed
-from batchgen.views.status import prune as prune_output
+from batchgen.views.history import listed
+from batchgen.views.history import prune as prune_output
 from tests.fakes import plan
 
 if TYPE_CHECKING:

@@ -234,6 +234,7 @@ def test_removing_a_folder_is_a_storage_error(storage):
 def test_working_state_is_private_and_published_files_are_not(storage):
     storage.put_if_absent("_batchgen/plan/000001.json", b"{}")
     storage.expose("_batchgen/plan/000001.json", "part-00000.parquet")
-    assert (storage.root / "_batchgen").stat().st_mode & 0o777 == 0o700
+    storage.put_if_absent("_batchgen/parts/e000001-w00-s000000.parquet", b"rows")
+    assert (storage.root / "_batchgen/parts").stat().st_mode & 0o777 == 0o700
     assert storage.root.stat().st_mode & 0o007
     assert (storage.root / "part-00000.parquet").stat().st_mode & 0o004
