@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from datetime import date, datetime
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
+    from batchgen.preview.estimate import Price
     from batchgen.quality.try_out import Tried
+    from batchgen.report.facts import ReportOptions
 
 
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
@@ -155,19 +158,74 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
         from batchgen.cluster.driver import ManyEngines
 
         this = JobRun(job, stop=stop, options=options, compute=ManyEngines)
-    this.at_end = _look_back
+    this.at_end = partial(_look_back, job)
     return this
 
 
-def _look_back(summary: Summary) -> None:
+def _look_back(job: JobConfig, summary: Summary) -> None:
     """Add what people look at once a run has ended: trouble with it is not the run's."""
+    try:
+        _add_examples(job, summary)
+    except Exception as error:  # noqa: BLE001 - of whatever library: the run is over
+        summary.warnings.append(f"the run's report could not be written: {error!r:.200}")
+
+
+def _add_examples(job: JobConfig, summary: Summary) -> None:
+    from batchgen.report.page import write_report
     from batchgen.views.rows import error_lines
 
-    try:
-        if summary.num_errors:
-            summary.error_examples.extend(error_lines(Path(summary.output)))
-    except Exception as error:  # noqa: BLE001 - of whatever library: the run is over
-        summary.warnings.append(f"error rows cannot be shown: {error!r:.200}")
+    root = Path(summary.output)
+    if summary.num_errors:
+        summary.error_examples.extend(error_lines(root))
+    if summary.summary_path is not None and job.run.report != "none":
+        options = report_options(job, None, with_rows=job.run.report == "full")
+        write_report(root, options, run_id=summary.run_id)
+
+
+def report_options(job: JobConfig | None, price: Price | None, *, with_rows: bool) -> ReportOptions:
+    """Say what a report tells; without the job no price is known but a given one."""
+    from batchgen.engine.vllm.settings import engine_gpus
+    from batchgen.preview.estimate import read_price
+    from batchgen.report.facts import ReportOptions
+
+    if price is None and job is not None and job.run.gpu_cost is not None:
+        price = read_price(job.run.gpu_cost)
+    if price is None or (job is not None and job.run.replicas == "auto"):
+        return ReportOptions(with_rows)
+    num_gpus = engine_gpus(job) * int(job.run.replicas) if job is not None else 1
+    return ReportOptions(with_rows, (price.per_hour * num_gpus, price.currency))
+
+
+def report(
+    job: str | Path | Mapping[str, Any],
+    *,
+    output: str | Path | None = None,
+    rows: bool = True,
+    price: Price | None = None,
+    overrides: Sequence[str] = (),
+    run_date: date | str | None = None,
+) -> str:
+    """Write the report of a job's newest run, and return its path.
+
+    Args:
+        job: A job (file or mapping), or its output folder.
+        output: The report's file; None: `report.html` in the run's folder.
+        rows: Whether texts of rows may be in it.
+        price: Of a GPU for an hour; None: `run.gpu_cost`.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+
+    Raises:
+        BatchgenError: No run has been here, or the file cannot be written.
+    """
+    from batchgen.report.page import write_report
+
+    with _called(job, overrides, run_date):
+        root = output_of(job, overrides, run_date)
+        is_folder = isinstance(job, str | Path) and Path(job).is_dir()
+        config = None if is_folder else load(job, overrides, run_date, tuned=False)
+        options = report_options(config, price, with_rows=rows)
+        return write_report(root, options, Path(output) if output is not None else None)
 
 
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:

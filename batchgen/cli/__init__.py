@@ -15,7 +15,7 @@ import click
 from batchgen import __version__
 from batchgen.cli.common import out
 from batchgen.cli.history import diff, prune, snapshots
-from batchgen.cli.look import check, doctor, plan, schema, show, status, verify
+from batchgen.cli.look import check, doctor, plan, report, schema, show, status, verify
 from batchgen.cli.quality import try_
 from batchgen.cli.run import refused_usage, run, tune
 from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
@@ -34,7 +34,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(run, tune, check, doctor, plan, status, show, verify, schema),
+    *(run, tune, check, doctor, plan, status, show, report, verify, schema),
     *(snapshots, prune, diff, try_),
 ):
     cli.add_command(_command)

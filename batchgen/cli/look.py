@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,8 +23,6 @@ from batchgen.core.errors import ConfigError, ExitCode
 from batchgen.core.runtime import printable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from batchgen.cli.common import Load
     from batchgen.preview.estimate import Price, Rate
 
@@ -205,6 +204,40 @@ def show(
             if value is not None:
                 shown = "line" if name == view.LINE else printable(name, keep="")
                 out(f"{shown:24} {value}")
+
+
+@job_command
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Its file. Default: report.html in the run's folder.",
+)
+@flag("--no-rows", help="Without any text of a row, for private data.")
+@click.option(
+    "--gpu-cost",
+    "price",
+    callback=reading(_price),
+    metavar="PRICE",
+    help="Price of a GPU for an hour. Default: run.gpu_cost.",
+)
+def report(
+    job: Path, load: Load, *, output: str | None, no_rows: bool, price: Price | None
+) -> None:
+    """Write what came of a job's last run, and how it went, as one HTML page; print its path.
+
+    JOB may be an output folder. The page loads nothing from elsewhere and can be sent as it is. A
+    run writes it by itself, see run.report.
+
+    Example: batchgen report jobs/quickstart.toml --output report.html --no-rows
+    """
+    from batchgen import api
+    from batchgen.report.page import write_report
+
+    config = None if job.is_dir() else load(tuned=False)
+    root = api.output_of(job) if config is None else Path(config.output.path)
+    options = api.report_options(config, price, with_rows=not no_rows)
+    out(write_report(root, options, Path(output) if output is not None else None))
 
 
 @output_command

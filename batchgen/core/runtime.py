@@ -86,7 +86,7 @@ class Caller:
 
 _UNKNOWN = Caller()
 _CALLER = ContextVar("caller", default=_UNKNOWN)
-_OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff"})
+_OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff", "report"})
 """Commands that take an output folder as well."""
 _KEYWORDS = {"--set": "overrides", "--date": "run_date", "--no-tuned": "tuned=False"}
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+PRICE_FORM = r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3}|[$\u20ac\u00a3])?"
+"""Form of a price: `2.5`, `2.5EUR`, `2.5 $`."""
 PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -472,6 +474,12 @@ class RunConfig(Table):
     metrics_file: Annotated[str, Field(min_length=1)] | None = None
     """Where to write figures of the last run for Prometheus (textfile collector, *.prom).
     Relative to the job file."""
+
+    report: Literal["full", "no-rows", "none"] = "full"
+    """report.html that a run leaves in its folder: with texts of some rows and of errors, without
+    any (for private data), or none at all."""
+    gpu_cost: Annotated[str, Field(pattern=f"^{PRICE_FORM}$")] | None = None
+    """Price of a GPU for an hour, such as 2.5EUR: `plan` and reports tell costs by it."""
 
     @property
     def is_cluster(self) -> bool:

@@ -297,6 +297,7 @@ class Summary(Told):
             "tuned": _tuned(self.tuned) if self.tuned else "",
             "gate": ", ".join(map(_limit, limited)),
             "output": _files(self),
+            "report": _report(self),
             "log": _log(self),
             "see": command("show", "--errors") if self.num_errors else "",
         }
@@ -371,6 +372,12 @@ def _limit(entry: Mapping[str, Any]) -> str:
 def _files(summary: Summary) -> str:
     more = f" and {len(summary.files) - 1} more" if len(summary.files) > 1 else ""
     return f"{summary.output}/{summary.files[0]}{more}" if summary.files else ""
+
+
+def _report(summary: Summary) -> str:
+    """Name the page about the run, if the door has written one beside the summary."""
+    path = Path(summary.summary_path).with_name("report.html") if summary.summary_path else None
+    return str(path) if path is not None and path.exists() else ""
 
 
 def _log(summary: Summary) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
+from batchgen.job.model import PRICE_FORM
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 
@@ -211,7 +212,7 @@ RATE, PRICE = "--rate", "--gpu-cost"
 SAME_LENGTH = 0.1
 """Prompts whose mean length differs by less than this share are as fast a row."""
 _RATE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(rows?|tok|tokens?)?(?:/s)?")
-_PRICE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3}|[$\u20ac\u00a3])?")
+_PRICE = re.compile(PRICE_FORM)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ from batchgen.preview.estimate import (
     bars,
     estimate,
     last_run,
+    read_price,
 )
 from batchgen.preview.sample import SAMPLE_ROWS, load_tokenize, max_model_len, survey
 from batchgen.storage import LocalStorage
@@ -323,6 +324,8 @@ def foresee(load: Callable[[], JobConfig], options: PlanOptions) -> Forecast:
     try:
         job = load()
         options.run.check()
+        if options.price is None and job.run.gpu_cost is not None:
+            options = replace(options, price=read_price(job.run.gpu_cost))
         warnings += tuned_notes(job)
         root = Path(job.output.path)
         refuse_foreign(root)

@@ -58,7 +58,7 @@ def status_of(root: Path) -> dict[str, Any]:
     plan = ledger.latest_plan()
     lock = RunLock(storage)
     holder = (lock.holder() or {}) if lock.is_held() else {}
-    live = _live(storage, holder.get("run_id"))
+    live = live_view(storage, holder.get("run_id"))
     facts: dict[str, Any] = {"output": str(root), "state": "running" if holder else "new"}
     if holder:
         facts["run"] = {**holder, **live}
@@ -200,7 +200,7 @@ def _ended(live: Mapping[str, Any]) -> dict[str, Any]:
     return end if not live or "reason" in live else {**end, "state": "killed", "reason": _KILLED}
 
 
-def _live(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
+def live_view(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
     """Read the live view of a run, or of the newest run that has one, and how old it is."""
     folders: Sequence[str] = ()
     with suppress(NoRightError):  # Another user's: whether there is a run, the lock tells.

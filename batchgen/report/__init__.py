@@ -1,0 +1,1 @@
+"""A run on one page: what came of it, what to look at, and how it went."""

@@ -1,0 +1,183 @@
+"""The report as one HTML file: no script, nothing from elsewhere, a bounded size.
+
+Whatever comes from data goes through `Texts`, which cuts it and shows control and direction
+characters as escapes; Jinja escapes it then, for nothing but our own style and charts, which are
+made of numbers, is marked as safe. Should that ever fail, the page's Content-Security-Policy
+lets no script run, nothing load and no form be sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from batchgen import __version__
+from batchgen.core.errors import OutputError
+from batchgen.core.runtime import printable
+from batchgen.pipeline.stats import duration
+from batchgen.report.charts import charts
+from batchgen.report.facts import gather
+from batchgen.storage import LocalStorage
+from batchgen.store.books import STATE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from batchgen.report.facts import Facts, ReportOptions
+
+MOST_BYTES = 500_000
+_TEXT_BYTES = 300_000
+"""Of all texts that come from data, as they stand in the page."""
+_MOST_CHARS = 600
+_MOST_KEYS = 40
+_STATES = {
+    "complete": ("good", "Complete"),
+    "nothing_to_do": ("good", "Nothing to do"),
+    "answered": ("fair", "Answered, not published yet"),
+    "running": ("fair", "At work"),
+    "stopped": ("fair", "Stopped on purpose, with work left"),
+    "over_limit": ("bad", "Held back by the gate, nothing is published"),
+    "refused": ("bad", "Refused"),
+    "killed": ("bad", "Killed, or the machine went down"),
+}
+_FAULT = ("bad", "Stopped by a fault")
+
+
+class Texts:
+    """Cuts texts, each and all of them together."""
+
+    def __init__(self, num_bytes: int = _TEXT_BYTES) -> None:
+        """Begin; so many bytes are left for all."""
+        self._left = num_bytes
+
+    def __call__(self, value: object, most: int = _MOST_CHARS) -> str:
+        """Return a text as it may stand in the page, before it is escaped."""
+        from markupsafe import escape
+
+        text = str(value)
+        shown = printable(text[:most])
+        if len(text) > most:
+            shown += f"\u2026 ({len(text):,} characters)"
+        self._left -= len(escape(shown).encode())
+        return shown if self._left >= 0 else "\u2026"
+
+
+def render(facts: Facts, draw: Callable[..., Mapping[str, str]] = charts) -> str:
+    """Write the page; `draw` makes its charts, see `charts`."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = files("batchgen.report")
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "text": Texts(),
+        "num": lambda number: f"{number:,.0f}",
+        "percent": lambda share: f"{share:.1%}".replace("%", "\u00a0%"),
+        "duration": duration,
+    }
+    page = environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    drawn = draw(facts.samples, [at_s for at_s, _ in facts.deaths])
+    state, verdict = _STATES.get(facts.summary["state"], _FAULT)
+    return page.render(
+        facts=facts,
+        summary=facts.summary,
+        run=facts.summary.get("run") or {},
+        state=state,
+        verdict=verdict,
+        style=Markup(style),  # noqa: S704 - our own
+        digest=digest,
+        charts={title: Markup(svg) for title, svg in drawn.items()},  # noqa: S704 - of numbers
+        samples=facts.samples[:: max(1, len(facts.samples) // 12)],
+        details=list(_details(facts)),
+        recipe=_recipe(facts),
+        version=__version__,
+    )
+
+
+def _details(facts: Facts) -> Iterator[tuple[str, object]]:
+    """Yield what the run was made with, and what it took."""
+    summary = facts.summary
+    run, engine = summary.get("run") or {}, summary.get("engine") or {}
+    if facts.plan is not None:
+        yield "Model", facts.made_by[0]
+        yield "Answered by", facts.made_by[1]
+        yield "Recipe", facts.plan.recipe_fingerprint
+    if engine:
+        yield "Engine", f"{engine['name']} {engine['version']} on {engine['device']}"
+        yield "Requests at once", f"{engine['max_num_seqs']:,}"
+        yield "Chosen for it", ", ".join(f"{k} = {v}" for k, v in engine["settings"].items())
+    if tuned := summary.get("tuned"):
+        yield "Tuned", ", ".join(f"{k} = {v}" for k, v in tuned["settings"].items())
+    if started := summary.get("started_at"):
+        yield "Started", started
+    yield "Took", duration(summary["elapsed_s"])
+    if run:
+        yield "Engine start", duration(run["ready_after_s"])
+        yield "Work", duration(run["working_s"])
+        yield "Prompt tokens", f"{run['num_prompt_tokens']:,}"
+        yield "From the prefix cache", f"{run['num_cached_tokens']:,}"
+        yield "Answer tokens", f"{run['num_output_tokens']:,}"
+        yield "Attempts more", f"{run['num_retries']:,}"
+        yield "Cost of 1,000 rows", _cost(facts, run)
+
+
+def _cost(facts: Facts, run: Mapping[str, Any]) -> str:
+    num_rows = run["num_ok"] + run["num_errors"]
+    if facts.options.price is None or not num_rows:
+        return ""
+    hourly, currency = facts.options.price
+    cost = hourly * run["elapsed_s"] / 3600
+    return f"{1000 * cost / num_rows:,.4g} {currency}, {cost:,.2f} {currency} in all"
+
+
+def _recipe(facts: Facts) -> list[tuple[str, object]]:
+    """List what decides answers, without hashes of files; examples are data, too."""
+    tables = facts.plan.job.get("recipe", {}) if facts.plan is not None else {}
+    found = list(_flat({name: tables.get(name, {}) for name in ("prompt", "sampling", "model")}))
+    hidden = ("model.files.",) if facts.options.with_rows else ("model.files.", "prompt.examples")
+    return [(name, value) for name, value in found if not name.startswith(hidden)][:_MOST_KEYS]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, item in value.items():
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{name}.")
+        elif item is not None:
+            yield f"{prefix}{name}", item
+
+
+def write_report(
+    root: Path, options: ReportOptions, output: Path | None = None, run_id: str | None = None
+) -> str:
+    """Write the report of a run, and return where.
+
+    Args:
+        root: The output folder.
+        options: What it tells.
+        output: Its file; None: `report.html` in the run's folder.
+        run_id: Of which run; None: the newest.
+
+    Raises:
+        OutputError: No run has been here, or the file cannot be written.
+    """
+    facts = gather(root, options, run_id)
+    data = render(facts).encode()
+    if output is None:
+        storage = LocalStorage(root, temp_tag=f"report-{os.getpid()}")
+        name = f"{STATE}/runs/{facts.run_id}/report.html"
+        storage.replace(name, data)
+        return str(storage.path(name))
+    try:
+        output.write_bytes(data)
+    except OSError as error:
+        msg = f"{output}: cannot be written ({error.strerror}); name another file"
+        raise OutputError(msg) from error
+    return str(output)
