@@ -314,11 +314,14 @@ class LocalStorage:
             self._disk.unlink(self.path(name))
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder and the files in it; absent is fine, and so is one still written to."""
+        """Remove a folder and what is in it; absent is fine, and so is one still written to."""
         folder = self.path(name)
         try:
             for path in folder.iterdir():
-                self._disk.unlink(path)
+                if path.is_dir() and not path.is_symlink():
+                    self.remove_folder(f"{name}/{path.name}")
+                else:
+                    self._disk.unlink(path)
             folder.rmdir()
         except OSError as error:
             if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}:

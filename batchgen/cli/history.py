@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command
+from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command, reading
 from batchgen.core.runtime import option, size_text
 
 if TYPE_CHECKING:
@@ -39,34 +39,51 @@ def snapshots(root: Path, *, as_json: bool) -> None:
         out(_snapshot_line(line))
 
 
+def _seconds(text: str) -> float:
+    from batchgen.pipeline.deadline import parse_duration
+
+    return parse_duration(text)
+
+
 @output_command
+@click.option("--keep", type=click.IntRange(min=1), metavar="N", help="So many newest stay.")
 @click.option(
-    "--keep", type=click.IntRange(min=1), required=True, metavar="N", help="So many newest stay."
+    "--older-than",
+    "older_than_s",
+    callback=reading(_seconds),
+    metavar="DURATION",
+    help="Only what is older goes, for example 30d; with --keep, N newest stay even so.",
 )
 @flag("--dry-run", help="Only tell what would go.")
 @JSON
-def prune(root: Path, *, keep: int, dry_run: bool, as_json: bool) -> None:
-    """Remove all but the newest snapshots of a job. JOB may be an output folder.
+def prune(
+    root: Path, *, keep: int | None, older_than_s: float | None, dry_run: bool, as_json: bool
+) -> None:
+    """Remove old snapshots, runs' logs and books of a job. JOB may be an output folder.
 
-    The newest stays in any case, and what an unfinished run takes rows over from. Exits 75 while
-    a run is at work on the job.
+    The N newest snapshots, runs and claims stay, and with each snapshot its run, its books and
+    its files, also those that others share. So does what an unfinished run takes rows over from.
+    Exits 75 while a run is at work on the job.
 
     Example: batchgen prune jobs/quickstart.toml --keep 7
     """
     from batchgen.views.history import listed
     from batchgen.views.history import prune as prune_output
 
+    if keep is None and older_than_s is None:
+        msg = "Missing option '--keep' or '--older-than': say what stays."
+        raise click.UsageError(msg)
     num_snapshots = len(listed(root))
-    removed = prune_output(root, keep, dry_run=dry_run)
+    found = prune_output(root, keep or 1, older_than_s=older_than_s, dry_run=dry_run)
     if as_json:
-        lines = [line.as_dict() for line in removed]
-        out(as_line({"output": str(root), "dry_run": dry_run, "removed": lines}))
+        out(as_line({"output": str(root), "dry_run": dry_run, **found.as_dict()}))
         return
-    for line in removed:
+    for line in found.removed:
         out(_snapshot_line(line))
-    num_bytes = sum(line.size_bytes for line in removed)
-    verb = "would go" if dry_run else "removed"
-    out(f"{len(removed)} of {num_snapshots} snapshots {verb}, {size_text(num_bytes)}")
+    verb, num_runs = "would go" if dry_run else "removed", len(found.runs)
+    runs = f" and {num_runs} run folder{'s' if num_runs > 1 else ''}" if num_runs else ""
+    size = size_text(found.freed_bytes)
+    out(f"{len(found.removed)} of {num_snapshots} snapshots{runs} {verb}, {size}")
 
 
 @output_command

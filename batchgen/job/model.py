@@ -402,9 +402,10 @@ class OutputConfig(Table):
     """Of the published files."""
     rows_per_file: PositiveInt = 1_000_000
     """Published files hold at most so many rows."""
-    keep_snapshots: PositiveInt | None = None
-    """So many snapshots stay: older ones are removed once a new one is published. Default: all
-    stay, see `batchgen prune`."""
+    keep_snapshots: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    """So many snapshots stay: older ones are removed once a new one is published, with what only
+    they needed, see `batchgen prune`. 0: all stay. Default: 30, and all in an output that was begun
+    before 0.2."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:

@@ -128,10 +128,13 @@ def freeze(
         takes_errors=before.takes_errors,
         generation=before.generation,
         counts_lines=prepared.format == "csv",
+        keeps=KEEP if before.seen is None else before.seen.keeps,
         keys=keys,
     )
 
 
+KEEP = 30
+"""So many snapshots of a new output stay where its job does not say how many."""
 MOST_COLUMNS = 50_000
 """Keys beyond are carried only if they are named: where each row has keys of its own, each of them
 would be a column of the whole snapshot."""

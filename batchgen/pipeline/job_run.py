@@ -52,8 +52,8 @@ from batchgen.pipeline.stats import RunStats
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.books import TRIES
 from batchgen.store.ledger import Ledger
+from batchgen.store.prune import Keep, prune
 from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
-from batchgen.store.snapshot import prune_snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,9 +311,10 @@ class JobRun:
         self._compute.close()
         for text in overridden(manifest):
             self._context.notes.add(text)
-        if (keep := self._job.output.keep_snapshots) is not None:
+        keep = self._job.output.keep_snapshots
+        if keep := epoch.plan.keeps if keep is None else keep:
             try:
-                prune_snapshots(self._ledger, keep)
+                prune(self._ledger, Keep(keep))
             except StorageError as error:  # The night is published; the next one prunes.
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)

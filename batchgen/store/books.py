@@ -90,6 +90,8 @@ class Plan:
     counts_lines: bool = False
     """Of CSV: a bad record over several lines counts as that many rows. Plans of before 0.2
     counted it as one, which hid how much a quote that is not closed had swallowed."""
+    keeps: int = 0
+    """So many snapshots stay where the job says nothing; 0: all, as in outputs of before 0.2."""
     keys: Sequence[Mapping[str, str]] = ()
     """Of JSONL: what keys files have, key -> kinds of values, joined by commas; each combination
     once."""

@@ -1,4 +1,4 @@
-"""Snapshots: written of parts, every result once, in input order, with their index; and pruned.
+"""Snapshots: written of parts, every result once, in input order, with their index.
 
 Memory is bounded by one chunk of rows and by what overlaps it: parts are sorted by ordinal and
 their footers name the rows that they hold, so each chunk reads the row groups that it needs.
@@ -9,11 +9,6 @@ checksums alone do not: they leave page headers and the footer out.
 
 The index says what the published files do not: which row of the input each row is, and the hash
 of each row group. It has the row groups of all files, one by one, in order.
-
-There is one snapshot for each plan that was published and not pruned since. Pruning removes the
-oldest first: the manifest, and then the files that nobody names any more. A crash in between leaves
-files without a manifest. Nothing reads them, and the next pruning, like the end of the next run,
-removes them.
 """
 
 from __future__ import annotations
@@ -34,8 +29,7 @@ from batchgen.core.errors import AccountingError, DamagedPartError, OutputError
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import command, option
 from batchgen.storage import saying_where
-from batchgen.store.books import STATE, PublishedFile
-from batchgen.store.matching import DIGESTS, digests_of
+from batchgen.store.books import PublishedFile
 from batchgen.store.result_files import (
     GROUPS_KEY,
     ROW,
@@ -47,10 +41,10 @@ from batchgen.store.result_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.storage import LocalStorage, PendingFile
-    from batchgen.store.books import Manifest, PartFooter, Plan
+    from batchgen.store.books import Manifest, PartFooter
     from batchgen.store.ledger import Ledger
 
 
@@ -496,71 +490,3 @@ def find_snapshot(ledger: Ledger, number: int | None) -> Manifest:
             f"`{command('status')}` tells how far the job is"
         )
     raise OutputError(msg)
-
-
-def beyond(ledger: Ledger, keep: int) -> list[Manifest]:
-    """The snapshots that pruning would remove, oldest first.
-
-    Never the newest, and never one that the newest plan takes rows over from while it is
-    unpublished.
-
-    Args:
-        ledger: The job's books.
-        keep: So many of the newest stay; at least 1.
-    """
-    if keep < 1:
-        msg = f"keep is {keep}, expected 1 or more"
-        raise ValueError(msg)
-    needed = {plan.number for plan in _in_work(ledger)}
-    return [found for found in ledger.manifests()[:-keep] if found.number not in needed]
-
-
-def prune_snapshots(ledger: Ledger, keep: int) -> list[Manifest]:
-    """Remove old snapshots and what only they needed. Idempotent; finishes what a crash left.
-
-    Only for who holds the job's lock: a run that has just planned must not lose what its plan is
-    about to be compared with. It would cost that run work, not rows.
-
-    Args:
-        ledger: The job's books.
-        keep: So many of the newest stay; at least 1.
-
-    Returns:
-        What was removed, oldest first.
-
-    Raises:
-        StorageError: Something cannot be removed; what is left goes next time.
-    """
-    removed = beyond(ledger, keep)
-    for manifest in removed:
-        ledger.storage.remove(f"{STATE}/manifests/{manifest.number:06d}.json")
-    ledger.storage.settle(f"{STATE}/manifests")  # Or a power loss brings back names without files.
-    newest = ledger.latest_manifest()
-    if newest is not None:
-        ledger.tidy(newest)
-        _remove_digests(ledger)
-    return removed
-
-
-def _in_work(ledger: Ledger) -> Iterable[Plan]:
-    """The newest plan and, while it is unpublished, the plans that it takes rows over from."""
-    numbers = [ledger.latest_plan_number()]
-    seen: set[int] = {0}
-    while numbers:
-        number = numbers.pop()
-        if number in seen:
-            continue
-        seen.add(number)
-        plan = ledger.plan(number)
-        yield plan
-        if ledger.manifest(number) is None:  # A published plan has taken over what it needed.
-            numbers += [base.plan for base in plan.bases]
-
-
-def _remove_digests(ledger: Ledger) -> None:
-    """Remove digests of rows of files that no snapshot and no plan in work is made of."""
-    plans = [*_in_work(ledger), *(ledger.plan(found.number) for found in ledger.manifests())]
-    named = {digests_of(segment.digest) for plan in plans for segment in plan.segments}
-    for name in ledger.storage.list(DIGESTS):
-        if name.endswith(".bin") and name not in named:
-            ledger.storage.remove(name)

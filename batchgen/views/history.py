@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
+from batchgen.store.prune import Keep, outdated
+from batchgen.store.prune import prune as remove_outdated
 from batchgen.store.runs import RunLock, new_run_id, utc_now
-from batchgen.store.snapshot import beyond, prune_snapshots
 from batchgen.store.visible import Fault, faults
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from batchgen.store.books import Manifest
+    from batchgen.store.books import Manifest, PublishedFile
+    from batchgen.store.prune import Outdated
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,12 @@ def listed(root: Path) -> list[Listed]:
     return [_line(ledger, manifest) for manifest in ledger.manifests()]
 
 
+def _entries(manifest: Manifest) -> Sequence[PublishedFile]:
+    """All files of a snapshot."""
+    return [*manifest.files, *([manifest.index] if manifest.index is not None else [])]
+
+
 def _line(ledger: Ledger, manifest: Manifest) -> Listed:
-    entries = [*manifest.files, *([manifest.index] if manifest.index is not None else [])]
     return Listed(
         number=manifest.number,
         published_at=manifest.created_at,
@@ -64,7 +72,7 @@ def _line(ledger: Ledger, manifest: Manifest) -> Listed:
         num_ok=manifest.num_ok,
         num_errors=manifest.num_errors,
         num_files=len(manifest.files),
-        size_bytes=sum(entry.size_bytes for entry in entries),
+        size_bytes=sum(entry.size_bytes for entry in _entries(manifest)),
         recipe=ledger.plan(manifest.number).recipe_fingerprint,
         is_shown=_is_shown(ledger.storage, manifest),
         overridden=[entry["name"] for entry in manifest.gate if entry.get("overridden")],
@@ -76,16 +84,32 @@ def _is_shown(storage: LocalStorage, manifest: Manifest) -> bool:
     return not {*faults(storage, manifest.files).values()} - {Fault.FOREIGN}
 
 
-def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
-    """Remove all but the newest snapshots under an output folder.
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was removed, or would be."""
+
+    removed: list[Listed]
+    """Snapshots, the oldest first."""
+    runs: list[str]
+    """Runs whose logs and figures went."""
+    freed_bytes: int
+    """Size of the files that no other snapshot shares, and of those runs' folders."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def prune(
+    root: Path, keep: int = 1, *, older_than_s: float | None = None, dry_run: bool = False
+) -> Pruned:
+    """Remove old snapshots under an output folder, and what only they needed.
 
     Args:
         root: The output folder.
-        keep: So many stay; at least 1.
+        keep: So many of the newest stay; at least 1.
+        older_than_s: Only what is older than so many seconds goes; None: whatever its age.
         dry_run: Only tell what would go.
-
-    Returns:
-        What was removed, oldest first.
 
     Raises:
         BusyError: A run is at work on the job.
@@ -96,12 +120,31 @@ def prune(root: Path, keep: int, *, dry_run: bool = False) -> list[Listed]:
         msg = f"{root}: there is no job here to prune"
         raise OutputError(msg)
     ledger = Ledger(storage)
-    if dry_run:
-        return [_line(ledger, manifest) for manifest in beyond(ledger, keep)]
+    since = None if older_than_s is None else utc_now() - timedelta(seconds=older_than_s)
+    what = Keep(keep, since)
     lock = RunLock(storage, f"prune-{new_run_id(utc_now())}")
-    lock.acquire(advice="prune when it has ended")
+    if not dry_run:
+        lock.acquire(advice="prune when it has ended")
     try:
-        lines = {found.number: _line(ledger, found) for found in ledger.manifests()}
-        return [lines[manifest.number] for manifest in prune_snapshots(ledger, keep)]
+        found = outdated(ledger, what)
+        pruned = Pruned(
+            [_line(ledger, manifest) for manifest in found.manifests],
+            [folder.rpartition("/")[2] for folder in found.runs],
+            _freed_bytes(ledger, found),
+        )
+        if not dry_run:
+            remove_outdated(ledger, what)
     finally:
         lock.release()
+    return pruned
+
+
+def _freed_bytes(ledger: Ledger, found: Outdated) -> int:
+    gone = {one.number for one in found.manifests}
+    sizes = {entry.name: entry.size_bytes for one in found.manifests for entry in _entries(one)}
+    for manifest in ledger.manifests():
+        if manifest.number not in gone:
+            for entry in _entries(manifest):
+                sizes.pop(entry.name, None)
+    paths = [path for run in found.runs for path in ledger.storage.path(run).glob("*")]
+    return sum(sizes.values()) + sum(path.lstat().st_size for path in paths)

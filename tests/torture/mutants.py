@@ -169,7 +169,16 @@ MUTANTS = (
     Mutant(
         "a frozen run that wakes shows its old snapshot for good",
         SHOWN,
-        (("newest, shown = ledger.latest_manifest() or newest, newest", "shown = newest"),),
+        (
+            (
+                "        manifest = ledger.latest_manifest() or manifest\n        steps",
+                "        steps",
+            ),
+            (
+                "        newest = ledger.latest_manifest() or manifest\n        if is_through",
+                "        newest = manifest\n        if is_through",
+            ),
+        ),
         (*PYTEST, "tests/e2e/test_late_runs.py"),
     ),
     Mutant(
@@ -257,6 +266,33 @@ MUTANTS = (
         "batchgen/job/recipe.py",
         (('*("lora_column", "reasoning_parser",', '*("reasoning_parser",'),),
         (*PYTEST, "tests/unit/test_recipe.py"),
+    ),
+    Mutant(
+        "pruning has no floor: the newest claim goes too",
+        "batchgen/store/prune.py",
+        (('_numbered(storage, "epochs")[: -keep.num]', '_numbered(storage, "epochs")'),),
+        (*PYTEST, "tests/unit/test_prune.py"),
+    ),
+    Mutant(
+        "only the next claim fences a run, which may be pruned",
+        LEDGER,
+        (
+            (
+                "        if self.latest_epoch_number() > epoch.number:\n",
+                "        after = numbered('epochs', epoch.number + 1)\n"
+                "        if self.storage.read(after) is not None:\n",
+            ),
+        ),
+        (*PYTEST, "tests/unit/test_prune.py"),
+    ),
+    Mutant(
+        "nothing keeps readers away while names are switched",
+        SHOWN,
+        (
+            ("        storage.replace(SWITCHING, marker)\n", ""),
+            ("    is_ours = storage.read(SWITCHING) == marker\n", "    is_ours = bool(marker)\n"),
+        ),
+        (*PYTEST, "tests/unit/test_switching.py"),
     ),
     Mutant(
         "a plan that has only error rows counts as nothing",

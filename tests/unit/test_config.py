@@ -392,8 +392,8 @@ MISTAKES = {
         "stores are not supported yet",
     ),
     "no snapshot to keep": (
-        {"output": {"keep_snapshots": 0}},
-        "output.keep_snapshots: 0 is wrong, expected: greater than 0",
+        {"output": {"keep_snapshots": -1}},
+        "output.keep_snapshots: -1 is wrong, expected: greater than or equal to 0",
     ),
     "to shrink by more than all": (
         {"gate": {"max_shrink": 2.0}},

@@ -11,8 +11,9 @@ from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.storage import Disk, LocalStorage
 from batchgen.store.books import STATE, Base, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
+from batchgen.store.prune import Keep, prune
 from batchgen.store.runs import RunLock
-from batchgen.store.snapshot import beyond, find_snapshot, prune_snapshots
+from batchgen.store.snapshot import find_snapshot
 from batchgen.views.history import listed
 from batchgen.views.history import prune as prune_output
 from tests.fakes import plan
@@ -49,9 +50,10 @@ def put_plan(ledger: Ledger, number: int, *, inputs: str = "", bases: tuple[int,
     put_digests(ledger, made)
 
 
-def publish(ledger: Ledger, number: int) -> None:
-    """A snapshot of ten bytes and an index of five, by epoch 10 * `number`."""
-    folder = f"{STATE}/snapshots/e{10 * number:06d}"
+def publish(ledger: Ledger, number: int, epoch: int = 0) -> None:
+    """A snapshot of ten bytes and an index of five, by epoch 10 * `number` unless it is given."""
+    epoch = epoch or 10 * number
+    folder = f"{STATE}/snapshots/e{epoch:06d}"
     entries = []
     for name, data in (("part-00000.parquet", b"x" * 10), ("index.parquet", b"y" * 5)):
         ledger.storage.put_if_absent(f"{folder}/{name}", data)
@@ -60,7 +62,7 @@ def publish(ledger: Ledger, number: int) -> None:
     manifest = Manifest(
         number=number,
         plan_id=f"plan-{number}",
-        epoch=10 * number,
+        epoch=epoch,
         run_id=f"run-{number}",
         created_at=f"2026-01-0{number}T00:00:00+00:00",
         files=entries[:1],
@@ -81,6 +83,10 @@ def put_nights(ledger: Ledger, *numbers: int) -> None:
 
 def numbers_of(ledger: Ledger) -> list[int]:
     return [manifest.number for manifest in ledger.manifests()]
+
+
+def prune_snapshots(ledger: Ledger, keep: int) -> list[Manifest]:
+    return list(prune(ledger, Keep(keep)).manifests)
 
 
 def names_in(ledger: Ledger, folder: str) -> list[str]:
@@ -117,12 +123,12 @@ def test_the_newest_are_kept_and_the_rest_goes_with_its_files(ledger, keep, left
     assert numbers_of(ledger) == left
     assert names_in(ledger, "snapshots") == [f"e{10 * number:06d}" for number in left]
     assert names_in(ledger, "rows") == [f"content-{number}.bin" for number in left]
-    assert names_in(ledger, "plan") == [f"{number:06d}.json" for number in (1, 2, 3, 4)]
+    assert names_in(ledger, "plan") == [f"{number:06d}.json" for number in left]
 
 
-def test_to_keep_none_is_refused(ledger):
+def test_to_keep_none_is_refused():
     with pytest.raises(ValueError, match="keep is 0"):
-        beyond(ledger, 0)
+        Keep(0)
 
 
 def test_pruning_again_removes_nothing_more(ledger):
@@ -226,9 +232,9 @@ def test_lines_tell_sizes_and_which_is_shown(storage, ledger):
 
 def test_a_dry_run_tells_and_removes_nothing(storage, ledger):
     put_nights(ledger, 1, 2, 3)
-    assert [line.number for line in prune_output(storage.root, 2, dry_run=True)] == [1]
+    assert [line.number for line in prune_output(storage.root, 2, dry_run=True).removed] == [1]
     assert numbers_of(ledger) == [1, 2, 3]
-    assert [line.number for line in prune_output(storage.root, 2)] == [1]
+    assert [line.number for line in prune_output(storage.root, 2).removed] == [1]
     assert numbers_of(ledger) == [2, 3]
 
 
@@ -239,9 +245,9 @@ def test_pruning_waits_for_no_run_and_takes_nothing_from_it(storage, ledger):
     with pytest.raises(BusyError, match=r"run run-9 .* is at work on this job; prune when"):
         prune_output(storage.root, 1)
     assert numbers_of(ledger) == [1, 2]
-    assert len(prune_output(storage.root, 1, dry_run=True)) == 1
+    assert len(prune_output(storage.root, 1, dry_run=True).removed) == 1
     lock.release()
-    assert len(prune_output(storage.root, 1)) == 1
+    assert len(prune_output(storage.root, 1).removed) == 1
     assert not lock.is_held()
 
 

@@ -1,0 +1,149 @@
+"""What goes of an output's past, by number and by age, and what never does."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from batchgen.core.errors import FencedError, StorageError
+from batchgen.storage import Disk, LocalStorage
+from batchgen.store.books import STATE, Epoch
+from batchgen.store.ledger import Ledger
+from batchgen.store.prune import Keep, outdated, prune
+from tests.unit.test_snapshots import make_plan, publish, put_digests
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NUM = 5
+
+
+@pytest.fixture
+def ledger(storage: LocalStorage) -> Ledger:
+    """Five nights, each with a broken run before the one that published: claims 1 to 10."""
+    found = Ledger(storage)
+    for number in range(1, NUM + 1):
+        make_night(found, number)
+    return found
+
+
+def make_night(ledger: Ledger, number: int) -> None:
+    made = make_plan(number)
+    ledger.put_plan(made)
+    put_digests(ledger, made)
+    for run in ("broken", "run"):
+        run_id = f"{run}-{number}" if run == "run" else f"2026010{number}T000000-{run}"
+        ledger.claim(made, run_id, {})
+        for name in ("summary.json", "vllm.log"):
+            ledger.storage.replace(f"{STATE}/runs/{run_id}/{name}", b"row 17 said")
+    publish(ledger, number, epoch=2 * number)
+
+
+def numbers_in(ledger: Ledger, kind: str) -> list[int]:
+    names = ledger.storage.list(f"{STATE}/{kind}")
+    return [int(name.rpartition("/")[2].partition(".")[0]) for name in names]
+
+
+def runs(ledger: Ledger) -> list[str]:
+    return [name.rpartition("/")[2] for name in ledger.storage.list(f"{STATE}/runs")]
+
+
+def test_with_a_snapshot_stay_its_plan_its_claim_and_its_run(ledger: Ledger) -> None:
+    prune(ledger, Keep(2))
+    assert numbers_in(ledger, "manifests") == numbers_in(ledger, "plan") == [4, 5]
+    assert numbers_in(ledger, "epochs") == [8, 9, 10]  # Of a snapshot, and the two newest.
+    assert {"run-4", "run-5"} <= set(runs(ledger))
+    assert len(runs(ledger)) <= 4
+    assert ledger.storage.list(f"{STATE}/rows") == [f"{STATE}/rows/content-{n}.bin" for n in (4, 5)]
+
+
+def test_nothing_that_is_young_goes(ledger: Ledger) -> None:
+    # Snapshots are of January 2026 by their manifests, the rest is of today.
+    since = datetime(2026, 1, 4, tzinfo=UTC)
+    assert [one.number for one in prune(ledger, Keep(1, since)).manifests] == [1, 2, 3]
+    assert len(runs(ledger)) == 2 * NUM
+    old_s = time.time() - 9 * 86400
+    for run in runs(ledger)[:3]:
+        os.utime(ledger.storage.path(f"{STATE}/runs/{run}"), (old_s, old_s))
+    week_ago = datetime.now(tz=UTC) - timedelta(days=7)
+    assert len(outdated(ledger, Keep(1, week_ago)).runs) == 3
+    assert not outdated(ledger, Keep(8, week_ago)).runs[2:]
+
+
+def test_however_old_the_newest_of_each_kind_stays_so_that_no_number_comes_twice(
+    ledger: Ledger,
+) -> None:
+    prune(ledger, Keep(1))
+    assert numbers_in(ledger, "manifests") == numbers_in(ledger, "plan") == [NUM]
+    assert numbers_in(ledger, "epochs") == [2 * NUM]
+    plan = ledger.latest_plan()
+    assert plan is not None
+    assert ledger.claim(plan, "run-next", {}).number == 2 * NUM + 1
+
+
+@pytest.mark.parametrize("epoch", range(1, 2 * NUM))
+def test_a_run_that_wakes_when_all_that_it_knew_is_pruned_is_refused(
+    ledger: Ledger, epoch: int
+) -> None:
+    old = ledger.plan((epoch + 1) // 2)
+    prune(ledger, Keep(1))
+    with pytest.raises(FencedError):
+        ledger.check_fence(Epoch(epoch, old, "late", ledger.durable(old)))
+    if old.number < NUM:
+        with pytest.raises(FencedError):
+            ledger.claim(old, "late", {})
+
+
+def test_an_unpublished_plan_keeps_what_it_is_based_on(ledger: Ledger) -> None:
+    made = make_plan(NUM + 1, bases=(2,))
+    ledger.put_plan(made)
+    prune(ledger, Keep(1))
+    assert numbers_in(ledger, "manifests") == [2, NUM]
+    assert numbers_in(ledger, "plan") == [2, NUM, NUM + 1]
+
+
+class Full(Disk):
+    """Fails to unlink from the `first` time on."""
+
+    def __init__(self, first: int) -> None:
+        self.left = first
+
+    def unlink(self, path: Path) -> None:
+        if not self.left:
+            raise OSError(5, "Input/output error")
+        self.left -= 1
+        super().unlink(path)
+
+
+def files_of(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_pruning_that_dies_at_any_step_is_healed_by_the_next(tmp_path: Path) -> None:
+    def new(at: int | str) -> Ledger:
+        found = Ledger(LocalStorage(tmp_path / str(at)))
+        for number in range(1, NUM + 1):
+            make_night(found, number)
+        return found
+
+    whole = new("whole")
+    prune(whole, Keep(2))
+    wanted = files_of(whole.storage.root)
+    at, is_through = 0, False
+    while not is_through:
+        ledger = new(at)
+        try:
+            prune(Ledger(LocalStorage(ledger.storage.root, disk=Full(at))), Keep(2))
+            is_through = True
+        except StorageError:
+            for manifest in ledger.manifests():  # What is named is there.
+                assert ledger.plan(manifest.number)
+                assert all(ledger.storage.path(one.name).exists() for one in manifest.files)
+        prune(ledger, Keep(2))
+        assert files_of(ledger.storage.root) == wanted, at
+        at += 1
+    assert at > 20
