@@ -21,7 +21,7 @@ import os
 import stat
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from batchgen.core.errors import NoRightError, OutputError, StorageError
 from batchgen.core.runtime import read_file
@@ -157,6 +157,14 @@ class LocalStorage:
         self._disk = disk or Disk()
         self._serial = itertools.count(1)
         self._durable_folders: set[Path] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStorage, (self.root,)  # With temp names of that process.
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether another process can use it: its disk is the disk, and it drops nothing."""
+        return type(self) is LocalStorage and type(self._disk) is Disk
 
     @property
     def where(self) -> str:

@@ -197,6 +197,15 @@ def lazy_frame(
     return register_io_source(source, schema=_to_polars(nothing, wanted).schema)
 
 
+def to_polars(batch: pa.RecordBatch) -> pl.DataFrame:
+    """Show rows to polars in types that it has, see `with_polars_types`.
+
+    Raises:
+        ArrowException: A value cannot be converted.
+    """
+    return _to_polars(batch, with_polars_types(batch.schema))
+
+
 def _to_polars(batch: pa.RecordBatch, schema: pa.Schema) -> pl.DataFrame:
     import polars as pl
 

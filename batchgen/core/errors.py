@@ -14,6 +14,7 @@
     |-- StoppedError               75 asked to stop while it read the input
     |-- EngineError                1  the engine did not start
     |   `-- EngineDeadError        1  the engine died under the run
+    |-- ProcessDiedError           1  a process that worked for the run was killed
     |-- GateError                  3  complete, but over a limit of the gate: nothing published
     `-- AccountingError            1  the books do not balance: a bug in batchgen, never published
 
@@ -199,6 +200,18 @@ class EngineError(BatchgenError):
 
 class EngineDeadError(EngineError):
     """The engine died under the run. Completions that it gave before stay valid."""
+
+
+class ProcessDiedError(BatchgenError):
+    """A process that read or wrote for the run was killed."""
+
+    def __init__(self, status: int) -> None:
+        how = f"signal {-status}" if status < 0 else f"exit code {status}"
+        why = "; the kernel does that where memory runs out" if status == -9 else ""
+        super().__init__(
+            f"a process of this run ended by {how}{why}; what was committed stays, run again to go "
+            "on"
+        )
 
 
 class GateError(BatchgenError):

@@ -39,7 +39,6 @@ import traceback
 import weakref
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +50,7 @@ from batchgen.core.errors import (
     EngineError,
     one_line,
 )
+from batchgen.core.processes import child_environment
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats
 from batchgen.core.runtime import collect_rarely, own_streams
 from batchgen.engine.base import HostedRequest, engine_class, expect
@@ -324,13 +324,8 @@ def is_group_alive(pgid: int) -> bool:
 
 def _start_host(fd: int, spec: EngineSpec) -> subprocess.Popen[bytes]:
     log_path = spec.log_path
-    environment = dict(os.environ)
     # A checkout that is not installed: the child must find the same batchgen, and the same engine.
-    roots = dict.fromkeys(map(_folder_of, ("batchgen", *spec.backend.split(":")[:-1])))
-    paths = [root for root in roots if not root.endswith(("site-packages", "dist-packages"))]
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [*paths, environment.get("PYTHONPATH", "")])
-    )
+    environment = child_environment("batchgen", *spec.backend.split(":")[:-1])
     # -P: a file torch.py in the folder that the job is run from must not replace torch.
     command = [sys.executable, "-P", "-m", "batchgen.engine.process", str(fd)]
     with contextlib.ExitStack() as stack:
@@ -350,13 +345,6 @@ def _start_host(fd: int, spec: EngineSpec) -> subprocess.Popen[bytes]:
             pass_fds=(fd,),
             start_new_session=True,
         )
-
-
-def _folder_of(module: str) -> str:
-    """Where a module's outermost package was found."""
-    outermost = import_module(module.partition(".")[0])
-    (place, *_) = getattr(outermost, "__path__", None) or [outermost.__file__]
-    return str(Path(place).parent)
 
 
 def _start_guard(pgid: int) -> subprocess.Popen[bytes] | None:

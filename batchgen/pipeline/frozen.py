@@ -17,13 +17,15 @@ import itertools
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.expressions import parse_row_test
+from batchgen.core.processes import Crew, num_processes
 from batchgen.core.records import Ranges, RowSet
 from batchgen.job.model import is_url
 from batchgen.job.recipe import Seeds
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 
 # Reading and hashing a file leave the GIL, digests of its lines do not.
 _SCAN_THREADS = 2
+_WORTH_BYTES = 256 << 20
+"""So much has to be read before processes are worth their start, half a second each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,7 @@ def freeze(
     left, settled = 1, None
     found: Iterable[Segment] = map(scanner.segment, prepared.files)
     if limit is None or prepared.late:
-        with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-            found = list(pool.map(scanner.segment, prepared.files))
+        found = scanner.segments(prepared.files)
         settled = _settled(prepared, scanner.keys(found)[1])
     segments = found
     if limit is not None:
@@ -232,6 +235,58 @@ def has_new_rows(files: Sequence[str], seen: Plan) -> bool:
     return False
 
 
+class Scanned(NamedTuple):
+    """A file that was read to its end."""
+
+    path: str
+    stat: InputStat
+    scan: Scan
+
+
+def scan_file(
+    reader: Reader,
+    storage: LocalStorage | None,
+    path: str,
+    on_block: Callable[[], object] = int,
+) -> Scanned:
+    """Read a file to its end; may run in a process of its own.
+
+    Args:
+        reader: Of its format.
+        storage: Gets the digests of its rows, if there is one.
+        path: The file.
+        on_block: Called now and then; what it raises ends the work.
+
+    Raises:
+        SourceError: It cannot be read.
+        InputChangedError: It changed meanwhile.
+        StorageError: The digests cannot be written.
+    """
+    before = stat_input(path)
+    if storage is None:
+        scan = reader.scan(path, on_block=on_block)
+    else:
+        digests = DigestFile(storage, before.size_bytes)
+        try:
+            scan = reader.scan(path, digests.add, on_block)
+            digests.commit(scan.digest)
+        except BaseException:
+            digests.discard()
+            raise
+    if stat_input(path) != before:
+        raise InputChangedError(path, "changed while it was read; run again when it is at rest")
+    return Scanned(path, before, scan)
+
+
+def _is_much(paths: Sequence[str]) -> bool:
+    """Whether files are local and so large that reading them takes longer than starting to."""
+    if any(map(is_url, paths)):
+        return False
+    sizes = sorted(stat_input(path).size_bytes for path in paths)
+    # One file that is larger than all others together is read by one process anyway.
+    return sum(sizes) >= _WORTH_BYTES and sum(sizes[:-1]) >= _WORTH_BYTES // 4
+
+
 class _Scanner:
     """Makes segments of input files."""
 
@@ -255,32 +310,47 @@ class _Scanner:
         self.found: dict[str, Mapping[str, Kinds]] = {}
         """What the keys of each file hold that was read now."""
 
+    def segments(self, paths: Sequence[str]) -> list[Segment]:
+        """Whole files, several at a time: by processes where there is much to read."""
+        found = {path: seen for path in paths if (seen := self._known(path)) is not None}
+        fresh = [path for path in paths if path not in found]
+        num = num_processes(len(fresh))
+        if num > 1 and self._is_plain() and _is_much(fresh):
+            reader, pieces = self._prepared.reader, [(path,) for path in fresh]
+            with Crew(num) as crew:
+                scan = partial(scan_file, reader, self._storage)
+                for scanned in crew.map(scan, pieces, self._on_block):
+                    found[scanned.path] = self._segment(scanned)
+        else:
+            with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+                found |= zip(fresh, pool.map(self.segment, fresh), strict=True)
+        return [found[path] for path in paths]
+
+    def _is_plain(self) -> bool:
+        """Whether another process can write digests as this one would."""
+        return self._storage is None or self._storage.is_plain
+
     def segment(self, path: str) -> Segment:
         """A whole file."""
-        before = stat_input(path)
+        if (seen := self._known(path)) is not None:
+            return seen
+        return self._segment(
+            scan_file(self._prepared.reader, self._storage, path, on_block=self._on_block)
+        )
+
+    def _known(self, path: str) -> Segment | None:
+        """A file that has not changed since it was read."""
         seen = self._seen.get(path)
         is_known = seen is not None and (seen.keys is not None or self._prepared.format != "jsonl")
-        if seen is not None and is_known and before.is_still(seen.stat):
+        if seen is not None and is_known and stat_input(path).is_still(seen.stat):
             return seen
-        scan = self._scan(path)
-        if stat_input(path) != before:
-            raise InputChangedError(path, "changed while it was read; run again when it is at rest")
+        return None
+
+    def _segment(self, scanned: Scanned) -> Segment:
+        path, stat, scan = scanned
         if scan.columns is not None:
             self.found[path] = scan.columns
-        return Segment(path, before.size_bytes, before.version, scan.digest, scan.num_rows)
-
-    def _scan(self, path: str) -> Scan:
-        reader = self._prepared.reader
-        if self._storage is None:
-            return reader.scan(path, on_block=self._on_block)
-        digests = DigestFile(self._storage, stat_input(path).size_bytes)
-        try:
-            scan = reader.scan(path, digests.add, self._on_block)
-            digests.commit(scan.digest)
-        except BaseException:
-            digests.discard()
-            raise
-        return scan
+        return Segment(path, stat.size_bytes, stat.version, scan.digest, scan.num_rows)
 
     def keys(
         self, segments: Iterable[Segment]

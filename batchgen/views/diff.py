@@ -28,7 +28,7 @@ from batchgen.core.runtime import command, option
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, scan
+from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, frames, scan
 from batchgen.store.snapshot import find_snapshot, row_groups
 from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in
 from batchgen.views.pairing import paired
@@ -49,7 +49,7 @@ AT, _PLACE, _KEY, INPUT, ANSWER = "at", "place", "key", "input", "answer"
 """Columns of `Side.rows`: number of the row among the published ones, where it stands among the
 planned ones of its snapshot and of the old one, and hashes of what is compared."""
 _BUCKET_ROWS, _MOST_BUCKETS = 2**18, 1024
-_CHUNK_ROWS = 2**15
+_CHUNK_ROWS = 2**13
 _COMPARED = {"status", "verdict", "error_type"}
 """Compared of what batchgen says of a row; the rest differs from run to run."""
 _MEASURED = {"probabilities", "logprobs"}
@@ -137,7 +137,7 @@ def diff(
             for pairs in both.pairs(Path(folder)):
                 found.add(pairs)
         return _compared(root, both, found)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         why = str(error).splitlines()[0]
         msg = f"{root}: a snapshot cannot be read ({why}); `{command('verify')}` tells more"
         raise OutputError(msg) from error
@@ -240,9 +240,11 @@ class Side:
 
         at, ahead = 0, pl.Series(_PLACE, [], pl.Int64)
         places = None if both.on else self._places()
-        pieces = self.frame.select(self.compared(both)).collect_batches(chunk_size=_CHUNK_ROWS)
-        for rows in pieces:
-            num = len(rows)
+        wanted = self.compared(both)
+        read = list(dict.fromkeys(name for value in wanted for name in value.meta.root_names()))
+        files = [file.name for file in self.manifest.files]
+        for frame in frames(self.storage, files, read or self.schema.names()[:1], _CHUNK_ROWS):
+            rows, num = frame.select(wanted), len(frame)
             columns = [pl.int_range(at, at + num, dtype=pl.Int64, eager=True).alias(AT)]
             if places is not None:
                 while len(ahead) < num and (more := next(places, None)) is not None:
@@ -346,7 +348,9 @@ class Both:
         Raises:
             ConfigError: Columns of `on` do not name rows.
         """
-        old, new = self._spread(self.old, folder / "old"), self._spread(self.new, folder / "new")
+        moves = None if self.on else self._moves()  # First, as it takes memory of its own.
+        old = self._spread(self.old, folder / "old", None)
+        new = self._spread(self.new, folder / "new", moves)
         for number in sorted(old.numbers | new.numbers):
             sides = old.rows(number), new.rows(number)
             for side, rows in zip((self.old, self.new), sides, strict=True):
@@ -354,7 +358,7 @@ class Both:
                     side.check_names(rows, self.keys, self.on)
             yield self._joined(*sides)
 
-    def _spread(self, side: Side, folder: Path) -> _Buckets:
+    def _spread(self, side: Side, folder: Path, moves: pl.DataFrame | None) -> _Buckets:
         """Read the rows of a snapshot; both rows of a pair go into buckets of one number."""
         import polars as pl
 
@@ -371,7 +375,6 @@ class Both:
                 buckets.add(rows.drop_nulls(self.keys), number)
             return buckets
         number = pl.coalesce(_KEY, _PLACE) // (num_rows // num_buckets + 1)
-        moves = self._moves() if side is self.new else None
         for rows in side.rows(self):
             buckets.add(_rekeyed(rows, moves), number)
         return buckets

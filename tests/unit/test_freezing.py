@@ -277,3 +277,17 @@ def test_an_older_plan_is_gone_on_with_as_it_was_counted(make_job, tmp_path, sto
         batches = list(read_rows(plan, todo, prepared.reader, prepared.spec()))
         assert [row for batch in batches for row in batch.rows] == list(range(num_rows))
         assert batches[-1].carried.column("id")[-1].as_py() == "4"
+
+
+def test_large_files_are_read_by_processes_as_small_ones_are_here(prepared, storage, files):
+    together, *alone = prepared(), *(prepared(path=str(path)) for path in files)
+    for path in files:  # So that reading them is worth processes; they end in a line of zeros now.
+        os.truncate(path, 100 << 20)
+    blocks = []
+    whole = freeze(together, 1, storage=storage, on_block=lambda: blocks.append(1))
+    assert [segment.num_rows for segment in whole.segments] == [3, 3, 3]
+    for made, segment in zip(alone, whole.segments, strict=True):
+        assert freeze(made, 2).segments == [segment]
+        assert digest_reader(storage, segment.digest, 3) is not None
+    # Each file alone is read here, a block at a time; the three together were not.
+    assert len(blocks) < 3 * 100 // 4
