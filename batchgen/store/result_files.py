@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import gather_rows, lazy_frame, to_polars, with_polars_types
+from batchgen.core.data import gather_rows, lazy_frame, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
 from batchgen.core.records import Ranges, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
@@ -576,22 +576,6 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     except (OSError, pa.ArrowException) as error:
         raise_if_not_damage(paths[0], error)  # Else it is told when rows are read.
     return pl.scan_parquet(paths, glob=False)
-
-
-def frames(
-    storage: LocalStorage, names: Sequence[str], columns: Sequence[str], num_rows: int
-) -> Iterator[pl.DataFrame]:
-    """Yield what `scan` shows, a few rows at a time, so that memory holds no more than these.
-
-    Raises:
-        ArrowException: A file is damaged.
-        OSError: It cannot be read.
-    """
-    for name in names:
-        with _reading(storage.path(name)) as file:
-            for batch in file.iter_batches(num_rows, columns=columns, use_threads=False):
-                yield to_polars(batch)
-            pa.default_memory_pool().release_unused()
 
 
 def is_whole(path: Path, chunks: Sequence[Chunk], number: int) -> bool:

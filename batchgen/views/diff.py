@@ -23,12 +23,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batchgen.core.data import to_polars
 from batchgen.core.errors import ConfigError, OutputError
 from batchgen.core.runtime import command, option
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
-from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, ROW, SEGMENT, VERDICT, frames, scan
+from batchgen.store.result_files import (
+    ATTEMPTS,
+    RESULT_FIELDS,
+    ROW,
+    SEGMENT,
+    VERDICT,
+    ResultFile,
+    scan,
+)
 from batchgen.store.snapshot import find_snapshot, row_groups
 from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in
 from batchgen.views.pairing import paired
@@ -241,9 +250,7 @@ class Side:
         at, ahead = 0, pl.Series(_PLACE, [], pl.Int64)
         places = None if both.on else self._places()
         wanted = self.compared(both)
-        read = list(dict.fromkeys(name for value in wanted for name in value.meta.root_names()))
-        files = [file.name for file in self.manifest.files]
-        for frame in frames(self.storage, files, read or self.schema.names()[:1], _CHUNK_ROWS):
+        for frame in self._frames(wanted):
             rows, num = frame.select(wanted), len(frame)
             columns = [pl.int_range(at, at + num, dtype=pl.Int64, eager=True).alias(AT)]
             if places is not None:
@@ -253,6 +260,23 @@ class Side:
                 ahead = ahead.slice(num)
             at += num
             yield rows.with_columns(columns)
+
+    def _frames(self, wanted: Sequence[pl.Expr]) -> Iterator[pl.DataFrame]:
+        """Yield the rows, with what is wanted of them, so few at a time that memory is no matter.
+
+        Raises:
+            ArrowException: A file is damaged.
+            StorageError: It cannot be read right now.
+        """
+        read = list(dict.fromkeys(name for value in wanted for name in value.meta.root_names()))
+        for entry in self.manifest.files:
+            with ResultFile(self.storage.path(entry.name)) as file:
+                for _, table in file.groups(read or self.schema.names()[:1], is_proven=False):
+                    for batch in table.to_batches(_CHUNK_ROWS):
+                        yield to_polars(batch)
+                if file.problem is not None:
+                    raise pa.ArrowInvalid(file.problem)
+            pa.default_memory_pool().release_unused()
 
     def _places(self) -> Iterator[pl.Series]:
         """Yield for each row group where its rows stand among the planned ones."""
