@@ -11,7 +11,8 @@ import click
 
 from batchgen.cli import cli
 from batchgen.job.load import json_schema
-from batchgen.job.model import JobConfig, Table
+from batchgen.job.model import JobConfig
+from batchgen.job.run_table import Table
 from batchgen.store.result_files import RESULT_FIELDS
 
 if TYPE_CHECKING:

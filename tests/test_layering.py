@@ -17,7 +17,7 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"cluster"},
-    {"preview", "tuning", "views"},
+    {"preview", "tuning", "views", "endpoints"},
     {"quality", "report"},
     {"cli"},
 )
@@ -28,6 +28,7 @@ ONLY_IN = {
     "transformers": {"engine/vllm/engine.py", "engine/vllm/encoder.py"},
     "fsspec": {"source/files.py"},
     "ray": {"cluster/ray.py"},
+    "aiohttp": {"endpoints/server.py"},
 }
 
 

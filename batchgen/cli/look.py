@@ -45,7 +45,7 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
     columns = ", ".join(f"{field.name}: {field.type}" for field in prepared.columns)
     out(f"columns  {printable(columns, keep='')}")
     out(f"carried  {printable(', '.join(prepared.carried), keep='')}")
-    out(f"model    {prepared.model.path or prepared.job.model.backend}")
+    out(f"model    {prepared.model.path or prepared.model_name}")
     out(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
     for why in prepared.form.fallbacks:
         out(f"as JSON  {why}")

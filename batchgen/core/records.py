@@ -269,7 +269,8 @@ class EngineSpec:
     """Everything that a process needs to start an engine; plain values, so that it travels."""
 
     backend: str
-    """`vllm`, `echo` or the import path of an engine, `package.module:Class`."""
+    """`vllm`, `openai`, `auto` (a warm server, or vLLM here), `echo` or the import path of an
+    engine, `package.module:Class`."""
     model: str
     """Folder of the model; for vLLM always local, resolved before."""
     model_kwargs: Mapping[str, Any]
@@ -298,11 +299,14 @@ class EngineSpec:
     """What is left to do; None: much, or nobody knows."""
     num_sharing: int = 1
     """Engines on its GPU, itself among them: it takes so large a part of the memory."""
+    endpoint: Mapping[str, Any] = field(default_factory=dict)
+    """Where a server of the model is and how it may be used, as keywords of
+    `endpoints.options.Options`; empty for an engine in the process."""
 
     @property
     def is_vllm(self) -> bool:
         """Whether `model_kwargs` are vLLM's, and devices are used."""
-        return self.backend == "vllm"
+        return self.backend in ("vllm", "auto")
 
 
 class Ranges:

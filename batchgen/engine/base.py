@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BACKENDS = {
     "vllm": "batchgen.engine.vllm.engine:VllmEngine",
     "echo": "batchgen.engine.echo:EchoEngine",
+    "openai": "batchgen.endpoints.engine:OpenAIEngine",
 }
 WHERE = "[model]"
 
@@ -140,6 +141,8 @@ def engine_class(backend: str) -> type[Engine]:
     except Exception as error:  # Whatever a module of the user's own raises.
         problem = f"model.backend = {backend!r} cannot be imported: {one_line(error)}"
         expected = "expected package.module:Class, installed here or in a folder of PYTHONPATH"
+        if backend in BACKENDS:
+            expected = f"expected what `pip install 'batchgen-vllm[{backend}]'` installs"
         raise ConfigError(WHERE, [f"{problem}; {expected}"]) from error
     return found
 

@@ -33,7 +33,7 @@ from batchgen.job.model import Example, JobConfig, is_url
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from batchgen.job.model import RunConfig
+    from batchgen.job.run_table import RunConfig
 
 NAMES = {"date": 0, "run_date": 0, "yesterday": -1}
 """Name -> days after the day of the run."""

@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from batchgen.job.run_table import PositiveInt, RunConfig, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-PRICE_FORM = r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3}|[$\u20ac\u00a3])?"
-"""Form of a price: `2.5`, `2.5EUR`, `2.5 $`."""
-PositiveInt = Annotated[int, Field(gt=0, le=2**53)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -33,18 +32,6 @@ def today() -> date:
 def is_url(path: str) -> bool:
     """Whether fsspec has to open it; an absolute path never is one, whatever folders are called."""
     return "://" in path and not path.startswith("/")
-
-
-class Table(BaseModel):
-    """Base of every table: unknown keys are mistakes, values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 Word = Annotated[str, Field(min_length=1)]
@@ -161,6 +148,7 @@ class GateConfig(Table):
 PICKLE_FORMATS = frozenset({"pt", "npcache"})
 
 
+_BASE_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -300,14 +288,23 @@ class PromptConfig(Table):
 class ModelConfig(Table):
     """Which model, and how the engine loads it."""
 
-    backend: str = Field(default="vllm", examples=["vllm", "echo"])
-    """`echo` answers with the prompt itself: dry runs, pipeline benchmarks.
+    backend: str = Field(default="vllm", examples=["vllm", "openai", "echo"])
+    """`openai` is a server on the network that speaks OpenAI's API, see `base_url`.
+    `echo` answers with the prompt itself: dry runs, pipeline benchmarks.
     `package.module:Class` (experimental) is an engine of your own, a `batchgen.engine.base.Engine`
     that Python finds on every machine of the run."""
     name: str = ""
-    """Folder of the model (relative to the job file) or hub id."""
+    """Folder of the model (relative to the job file) or hub id; with `openai`, the name that the
+    server has for it."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    base_url: Annotated[str, Field(min_length=1)] | list[str] | None = Field(
+        default=None, examples=["http://gpu1:8000/v1"]
+    )
+    """With `openai`: where the server is, or several that serve the same model: rows go where there
+    is room."""
+    api_key_env: str | None = Field(default=None, examples=["VLLM_API_KEY"])
+    """With `openai`: the environment variable that holds the server's key. Never the key itself."""
     dtype: str | None = None
     """vLLM's dtype: auto, bfloat16, float16, float32."""
     quantization: str | None = None
@@ -338,19 +335,55 @@ class ModelConfig(Table):
     @property
     def is_vllm(self) -> bool:
         """Whether there is a model to find, on devices, and `engine` holds vLLM's own keywords."""
-        return self.backend == "vllm"
+        return self.backend == "vllm" or self.is_auto
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a warm server is used if there is one, see `base_url`."""
+        return self.base_url in ("auto", ["auto"])
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the job says exactly which weights, so that it is the same wherever it runs."""
+        is_commit = re.fullmatch("[0-9a-f]{40}", self.revision or "") is not None
+        return self.is_vllm or is_commit or self.name.startswith("/")
+
+    @property
+    def urls(self) -> list[str]:
+        """Servers of the model, each once."""
+        given = [self.base_url] if isinstance(self.base_url, str) else self.base_url or []
+        return list(dict.fromkeys(url.rstrip("/") for url in given))
 
     @field_validator("backend")
     @classmethod
     def _is_known(cls, backend: str) -> str:
-        if backend not in ("vllm", "echo") and not _IMPORT_PATH.fullmatch(backend):
-            msg = f"{backend!r:.60} is wrong, expected: 'vllm', 'echo' or 'package.module:Class'"
+        if backend not in ("vllm", "openai", "echo") and not _IMPORT_PATH.fullmatch(backend):
+            expected = "'vllm', 'openai', 'echo' or 'package.module:Class'"
+            msg = f"{backend!r:.60} is wrong, expected: {expected}"
             raise ValueError(msg)
         return backend
 
     @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if self.backend != "openai":
+            for name in ("base_url", "api_key_env"):
+                if getattr(self, name) is not None:
+                    msg = f"{name} goes with backend = 'openai', not with {self.backend!r}"
+                    raise ValueError(msg)
+            return self
+        for url in self.urls or [""]:
+            if not _BASE_URL.fullmatch(url):
+                msg = f"base_url = {url!r:.200} is wrong, expected such as 'http://gpu1:8000/v1'"
+                raise ValueError(msg)
+        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
+            # Not repeated: it may be the key.
+            msg = "api_key_env is no name of an environment variable, expected such as VLLM_API_KEY"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _has_name(self) -> Self:
-        if self.is_vllm and not self.name:
+        if (self.is_vllm or self.backend == "openai") and not self.name:
             msg = "name is missing, expected the model's folder or hub id"
             raise ValueError(msg)
         clash = sorted(set(self.engine) & {*type(self).model_fields, "model"})
@@ -425,67 +458,6 @@ class OutputConfig(Table):
             msg = "flatten is given without schema"
             raise ValueError(msg)
         return self
-
-
-class RunConfig(Table):
-    """How a run behaves. Nothing here changes an answer; change it freely between runs."""
-
-    flush_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """A finished row is durable within so many seconds: what a crash can cost."""
-    flush_rows: PositiveInt = 20_000
-    """Commit after so many finished rows at the latest."""
-    flush_mib: PositiveInt = 64
-    """Commit after about so many MiB of finished rows at the latest."""
-    max_in_flight: PositiveInt | None = None
-    """Requests inside the engine at once. Default: twice its max_num_seqs, which saturates it."""
-    grace_s: Annotated[float, Field(ge=0)] = 20.0
-    """After SIGTERM or Ctrl-C: how long rows in flight may take to finish."""
-    disk_grace_s: Annotated[float, Field(ge=0)] = 300.0
-    """How long a full or failing disk may take to recover while finished rows wait in memory."""
-    stall_s: Annotated[float, Field(gt=0)] = 900.0
-    """An engine that has work and makes no progress for so many seconds counts as dead."""
-    stats_s: Annotated[float, Field(gt=0)] = 5.0
-    """A row in stats.parquet every so many seconds."""
-    replicas: PositiveInt | Literal["auto"] = 1
-    """Engines that work on the job, placed by Ray; auto: as many as the cluster has room for."""
-    ray_address: Annotated[str, Field(min_length=1)] | None = None
-    """Ray cluster that places them, such as `auto` or `host:6379`. Default: this machine alone."""
-    gpus_per_replica: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of each; below 1 they share one. Default: tensor_parallel_size x
-    pipeline_parallel_size; none for vLLM's CPU build."""
-    engines_per_gpu: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = "auto"
-    """Engines that share a GPU, each in processes of its own, and divide its memory: what
-    gpu_memory_utilization or kv_cache_memory_bytes says is for all of them. auto: two where that
-    has been measured to be faster, a small model with much to write; else one."""
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
-    """CPU cores that Ray counts for each."""
-    dedupe: Literal["auto", "always", "never"] = "auto"
-    """Rows with equal requests run once and all get the answer: auto where sampling is
-    deterministic, always also where it is not, or never."""
-    order: Literal["auto", "input", "prefix"] = "auto"
-    """In which order rows reach the engine; the output's is always the input's. auto: where it
-    pays, long answers first and like prompts together, within some 30,000 rows; prefix: like
-    prompts together over the whole job, sorted in TMPDIR; input: as they come."""
-    engine_defaults: Literal["batchgen", "vllm"] = "batchgen"
-    """Who chooses settings of the engine that the job leaves open and that only change its speed:
-    CUDA graphs for as many rows as run at once, no compiling where it does not pay."""
-    on_finish: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
-    """Command to run at the end, [program, arguments...]; it gets the run's summary as JSON on
-    stdin. A program with a slash is relative to the job file. Its failure is only a warning."""
-    metrics_file: Annotated[str, Field(min_length=1)] | None = None
-    """Where to write figures of the last run for Prometheus (textfile collector, *.prom).
-    Relative to the job file."""
-
-    report: Literal["full", "no-rows", "none"] = "full"
-    """report.html that a run leaves in its folder: with texts of some rows and of errors, without
-    any (for private data), or none at all."""
-    gpu_cost: Annotated[str, Field(pattern=f"^{PRICE_FORM}$")] | None = None
-    """Price of a GPU for an hour, such as 2.5EUR: `plan` and reports tell costs by it."""
-
-    @property
-    def is_cluster(self) -> bool:
-        """Whether replicas are to be placed, even if it is one, on a cluster."""
-        return self.replicas != 1 or self.ray_address is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,9 @@ def make_recipe(
         },
         exclude_none=True,
     )
+    if job.model.is_pinned:
+        # The very same model, whoever serves it: a row needs no second answer for that.
+        model["backend"] = "vllm" if job.model.backend == "openai" else job.model.backend
     if lora_identity:
         model["lora"] = {name: dict(files) for name, files in lora_identity.items()}
     engine = {k: v for k, v in job.model.engine.items() if k not in SPEED_OPTIONS}

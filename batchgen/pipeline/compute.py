@@ -33,6 +33,7 @@ from batchgen.engine.process import build_engine
 from batchgen.engine.vllm.settings import engine_gpus, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
+from batchgen.pipeline.context import Purse
 from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
 from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
@@ -185,6 +186,7 @@ class Stages:
     ) -> Runner:
         """Make the loop over all stages; `commit` runs in the committer's thread."""
         job = self._prepared.job
+        budget = job.run.max_tokens_total
         return Runner(
             engine,
             feeder,
@@ -194,6 +196,7 @@ class Stages:
             retries=Retries(job.retry, self._seeds, self._ids),
             config=job.run,
             clock=time.monotonic,
+            purse=Purse(budget, job.sampling) if budget is not None else None,
         )
 
 

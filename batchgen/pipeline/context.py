@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, ConfigError
 from batchgen.core.runtime import Told, command
+from batchgen.engine.order import held_size
 from batchgen.engine.vllm.settings import settings_text
 from batchgen.pipeline.stats import duration
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from batchgen.core.errors import StorageError
-    from batchgen.core.records import EngineFacts, EngineStats, RowSet
-    from batchgen.job.model import JobConfig, Tuned
+    from batchgen.core.records import Completion, EngineFacts, EngineStats, Request, RowSet
+    from batchgen.job.model import JobConfig, SamplingConfig, Tuned
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.stats import RunStats
     from batchgen.storage import LocalStorage
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _NUM_TIMES = 20
+TEMPLATE_TOKENS = 128
 
 
 class Stop(StrEnum):
@@ -44,6 +46,8 @@ class StopSwitch:
 
     def __init__(self) -> None:
         self.state = Stop.NO
+        self.reason: str | None = None
+        """Why, if the run itself has asked."""
         self.is_patient = False
         """Who asked will say when to stop waiting for what is in flight: no grace is counted."""
         self.is_heard = False
@@ -62,6 +66,41 @@ class StopSwitch:
     def now(self) -> None:
         """Stop waiting."""
         self.state = Stop.NOW
+
+
+class Purse:
+    """What is left of a budget of tokens, `run.max_tokens_total`.
+
+    A request is let in only if the most that it can cost is there, so that the budget is never
+    overdrawn; when it comes back, what it has not used is free again.
+    """
+
+    def __init__(self, total: int, sampling: SamplingConfig) -> None:
+        """Fill it.
+
+        Args:
+            total: Tokens.
+            sampling: The job's; says how long answers may be.
+        """
+        self._left = total
+        self._sampling = sampling
+        self._set_aside: dict[int, int] = {}
+
+    def pay(self, request: Request) -> bool:
+        """Set aside what a request can cost; False if there is not so much."""
+        most = (request.params or {}).get("max_tokens", self._sampling.max_tokens)
+        # A token is hardly ever less than a character; some come with the chat template.
+        cost = held_size(request.prompt) + TEMPLATE_TOKENS + most * self._sampling.n
+        if cost > self._left:
+            return False
+        self._left -= cost
+        self._set_aside[request.request_id] = cost
+        return True
+
+    def settle(self, completion: Completion) -> None:
+        """Take what a request did cost, and give back the rest."""
+        cost = (completion.num_prompt_tokens or 0) + (completion.num_output_tokens or 0)
+        self._left += self._set_aside.pop(completion.request_id, 0) - cost
 
 
 @dataclass(slots=True)

@@ -301,7 +301,8 @@ class JobRun:
         )
 
     def _stopped(self) -> Summary:
-        reason = f"{self._deadline.reason or 'on purpose'}, with work left; run again to go on"
+        why = self._deadline.reason or self._context.stop.reason or "on purpose"
+        reason = f"{why}, with work left; run again to go on"
         return self._finish("stopped", ExitCode.STOPPED, reason)
 
     def _publish(self, prepared: Prepared, epoch: Epoch) -> Summary:

@@ -148,9 +148,18 @@ def _from_hub(name: str, revision: str | None, *, allow_pickle: bool) -> ModelFi
 def other_model(model: ModelConfig) -> ModelFiles:
     """What an engine other than vLLM answers with; only one of the user's own has a name for it.
 
+    Of a server's model the job says exactly which it is, by a folder here or a hub's commit, or it
+    is known by the server's name for it alone.
+
     Raises:
-        ConfigError: There is no such engine.
+        ConfigError: There is no such engine, or no model in the folder.
     """
     engine_class(model.backend)
+    if model.backend == "openai":
+        if model.name.startswith("/"):
+            return ModelFiles("", _identity(Path(model.name)))
+        if model.is_pinned:
+            return ModelFiles("", {"hub": model.name, "commit": model.revision or ""})
+        return ModelFiles("", {"served": model.name})
     is_own = model.backend not in BACKENDS and model.name
     return ModelFiles("", {"name": model.name} if is_own else {})

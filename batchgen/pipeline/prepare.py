@@ -7,12 +7,14 @@ exact content, not a moving branch. `frozen` makes a plan of what is prepared he
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -182,7 +184,12 @@ class Checked:
 
     def engine_spec(self, log_path: str | None) -> EngineSpec:
         """Return what the engine needs to know of the job."""
-        return engine_spec(self.job, self.model.path, self.form.structured_outputs, log_path)
+        spec = engine_spec(self.job, self.model.path, self.form.structured_outputs, log_path)
+        if not spec.endpoint:
+            return spec
+        digest = recipes.fingerprint(self.recipe["model"])
+        told = {"digest": digest, "trial": self.builder.probe()}
+        return replace(spec, endpoint={**spec.endpoint, **told})
 
     def with_plan(self, plan: Plan) -> Prepared:
         """Return the job as its plan froze it: files, columns and types hold, whatever is there.
@@ -252,7 +259,7 @@ class Checked:
         carried: Sequence[str],
     ) -> Prepared:
         mine = (self.job, self.model, self.recipe, self.builder, self.form, self.answer)
-        notes = self.builder.notes(columns.names)
+        notes = [*self.builder.notes(columns.names), *plain_http(self.job.model.urls)]
         if self.recipe["prompt"].get("chat_template", "").startswith(BYTE_ORDER_MARK):
             file = "prompt.chat_template_file begins with a byte order mark"
             notes.append(f"{file}, which up to batchgen 0.1.0 was part of every prompt")
@@ -289,12 +296,14 @@ class Prepared(Checked):
     @property
     def model_name(self) -> str:
         """Hub id and commit, or a folder's name and a hash of what is in it."""
-        if not self.model.path:
-            return self.job.model.backend
         identity = self.model.identity
         if "commit" in identity:
             return f"{identity['hub']}@{identity['commit']}"
-        name = writable_text(Path(self.model.path).name)
+        if "served" in identity:
+            return identity["served"]
+        if not self.model.path and self.job.model.backend != "openai":
+            return self.job.model.backend
+        name = writable_text(Path(self.model.path or self.job.model.name).name)
         return f"{name}@{recipes.fingerprint(dict(identity))[:12]}"
 
     def judge(self) -> Judge:
@@ -345,7 +354,11 @@ def check(job: JobConfig) -> Checked:
     answer = answer_columns(job, form)
     check_examples(job.prompt.examples, form)
     check_retries(job.retry, job.sampling, is_chat=job.prompt.text is None)
-    loras = {name: resolve_lora(name, path) for name, path in job.model.lora.items()}
+    is_named = not job.model.is_pinned and job.model.backend == "openai"
+    loras = {
+        name: {"served": name} if is_named else resolve_lora(name, path)
+        for name, path in job.model.lora.items()
+    }
     if job.model.is_vllm:
         is_dummy = job.model.engine.get("load_format") == "dummy"  # Reads no weights at all.
         allow_pickle = job.model.allow_pickle or is_dummy
@@ -438,7 +451,7 @@ def engine_spec(
     template = prompt.chat_template_file
     is_open = model.is_vllm and leaves_open(model.engine)
     return EngineSpec(
-        backend=model.backend,
+        backend="auto" if model.is_auto else model.backend,
         model=model_path or model.name,
         model_kwargs={**kwargs, **model.engine},
         sampling_params=params,
@@ -451,4 +464,24 @@ def engine_spec(
         log_path=log_path,
         max_in_flight=job.run.max_in_flight,
         defaults=job.run.engine_defaults if is_open else "vllm",
+        endpoint=_endpoint(job) if model.urls else {},
     )
+
+
+def _endpoint(job: JobConfig) -> dict[str, Any]:
+    """Where the job's servers are, and how they may be used."""
+    names = {"requests_per_minute", "tokens_per_minute", "request_timeout_s", "endpoint_grace_s"}
+    model = job.model
+    place = {"urls": model.urls, "api_key_env": model.api_key_env, "is_pinned": model.is_pinned}
+    return {**place, **job.run.model_dump(include=names)}
+
+
+def plain_http(urls: Sequence[str]) -> list[str]:
+    """Say of which servers everybody on the way can read what is sent there."""
+    hosts = {urlsplit(url).hostname: url for url in urls if url.startswith("http://")}
+    return [
+        f"model.base_url: {url} is not encrypted: prompts, answers and the key can be read on the "
+        "way there, expected https"
+        for host, url in hosts.items()
+        if host != "localhost" and not re.fullmatch(r"127(\.\d+){3}|::1", host or "")
+    ]

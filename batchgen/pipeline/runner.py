@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from batchgen.core.records import Completion, RowBatch
     from batchgen.engine.group import Supervised
     from batchgen.engine.order import AdmissionOrder
-    from batchgen.job.model import RunConfig
-    from batchgen.pipeline.context import StopSwitch
+    from batchgen.job.run_table import RunConfig
+    from batchgen.pipeline.context import Purse, StopSwitch
     from batchgen.pipeline.stats import RunStats
     from batchgen.prompt.requests import RequestBuilder
 
@@ -289,6 +289,7 @@ class Runner:
         retries: Retries,
         config: RunConfig,
         clock: Callable[[], float],
+        purse: Purse | None = None,
     ) -> None:
         """Bind the stages; they belong to the caller, who closes them."""
         self._engine = engine
@@ -299,6 +300,8 @@ class Runner:
         self._retries = retries
         self._config = config
         self._clock = clock
+        self._purse = purse
+        self._is_broke = False
         self._waiting: deque[Request] = deque()
         self._part = OpenPart()
         self._row_bytes = 0.0
@@ -331,6 +334,10 @@ class Runner:
                 if stop.state is Stop.NO and self._error is None:
                     if not self._is_held_up:
                         self._admit()
+                    if self._is_broke:
+                        budget = self._config.max_tokens_total
+                        stop.reason = f"run.max_tokens_total = {budget} is spent"
+                        stop.drain()
                 else:
                     give_up_s = give_up_s or now_s + self._config.grace_s
                     is_over = now_s >= give_up_s and not stop.is_patient
@@ -391,9 +398,19 @@ class Runner:
                 if not batch.requests:
                     return  # Rows that end without the engine: let the loop flush and listen.
                 continue
-            chunk = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            chunk = list(self._affordable(min(room, len(self._waiting))))
+            if not chunk:
+                self._is_broke = not self.num_in_flight
+                return
             self._engine.add(chunk)
             room -= len(chunk)
+
+    def _affordable(self, num: int) -> Iterator[Request]:
+        """Take the next requests that the budget is good for, up to `num`."""
+        for _ in range(num):
+            if self._purse is not None and not self._purse.pay(self._waiting[0]):
+                return
+            yield self._waiting.popleft()
 
     def _take(self) -> FeedBatch | None:
         """What the feeder has ready; its error waits until what is in flight has finished."""
@@ -426,6 +443,9 @@ class Runner:
             self.stats.engine_ready_s = now_s
         if not answered:
             return
+        if self._purse is not None:
+            for _, completion in answered:
+                self._purse.settle(completion)
         results = self._judge.judge(answered)
         self.stats.note_attempts(results)
         ended = []

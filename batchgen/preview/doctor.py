@@ -5,6 +5,7 @@ A check that fails hides none of the others, as far as they can be made without 
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from batchgen.engine.vllm.shares import cost_of, engines_that_pay, share_of, thi
 from batchgen.job.model import ModelConfig
 from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
-from batchgen.pipeline.prepare import engine_spec, prepare
+from batchgen.pipeline.prepare import engine_spec, plain_http, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model
 from batchgen.preview.machine import (
     Finding,
@@ -73,6 +74,7 @@ def examine(
     if job.model.is_vllm:
         return _with_model(job, machine, hub or HuggingFace())
     findings = [ok("model", f"{job.model.backend} needs neither GPU nor vLLM")]
+    findings += _of_servers(job.model)
     findings += check_limits(machine, 0)
     findings += check_replicas(job, machine)
     prepared = None
@@ -80,6 +82,16 @@ def examine(
         prepared = prepare(job)
     _check_output(job, prepared, None, findings)
     return Report(findings, machine)
+
+
+def _of_servers(model: ModelConfig) -> Iterator[Finding]:
+    """Say what can be told of servers without a word to them."""
+    if model.urls:
+        yield ok("servers", f"{', '.join(model.urls)}: a run asks them, before its first row")
+    for text in plain_http(model.urls):
+        yield warning("servers", text)
+    if model.api_key_env is not None and not os.environ.get(model.api_key_env):
+        yield problem("key", f"the environment variable {model.api_key_env} is not set")
 
 
 def _with_model(job: JobConfig, machine: Machine, hub: Hub) -> Report:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
-from batchgen.job.model import PRICE_FORM
+from batchgen.job.run_table import PRICE_FORM
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 

@@ -327,6 +327,8 @@ def foresee(load: Callable[[], JobConfig], options: PlanOptions) -> Forecast:
         if options.price is None and job.run.gpu_cost is not None:
             options = replace(options, price=read_price(job.run.gpu_cost))
         warnings += tuned_notes(job)
+        if job.model.urls and not job.model.is_auto:
+            warnings.append("tokens of prompts are told as bytes: the tokenizer is the server's")
         root = Path(job.output.path)
         refuse_foreign(root)
         refuse_unwritable(root)

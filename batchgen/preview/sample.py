@@ -150,7 +150,7 @@ def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, s
     if isinstance(given, int) and given > 0:
         return given, "model.max_model_len"
     if not spec.is_vllm:
-        return None, f"{spec.backend} has no limit"
+        return None, "the server says it" if spec.endpoint else f"{spec.backend} has no limit"
     if past is not None and past.max_model_len:
         return past.max_model_len, f"run {past.run_id}"
     found = config_max_len(Path(spec.model) / "config.json")

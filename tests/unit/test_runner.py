@@ -17,8 +17,8 @@ from batchgen.answers.validate import Retries
 from batchgen.core.errors import EngineDeadError, EngineError, SourceError, StorageError
 from batchgen.core.records import EngineSpec, Ranges, RowError, RowSet
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.job.model import RunConfig
 from batchgen.job.recipe import Seeds
+from batchgen.job.run_table import RunConfig
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.runner import Committer, Feeder, OpenPart, Runner, feed_batches
 from batchgen.pipeline.stats import RunStats

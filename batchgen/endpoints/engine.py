@@ -1,0 +1,562 @@
+"""`OpenAIEngine`: servers that speak OpenAI's API, fed as fast as they take it.
+
+It lives in a process of its own, where a thread runs the loop that speaks to the servers:
+
+- A row goes to a server with room. How much room there is finds itself (`window`); a server that
+  fails is left out until it has answered a trial.
+- "Too many" (429, 503) is nobody's fault: the row waits for its next turn.
+- A row whose attempts fail is asked again, elsewhere where there are several servers. It ends as
+  an error after three attempts that failed while its server answered others; where many attempts
+  fail, whosever they are, after more than three, so that chance makes no errors. An attempt that
+  ended with all others of its server, as when that is restarted, does not count; a row to which
+  this happens time and again goes last and alone, since it may be what ends the server.
+- Nothing that any server answers for `endpoint_grace_s` ends the run; what is answered stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import queue
+import resource
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from batchgen.core.errors import ConfigError, EngineDeadError, EngineError, one_line
+from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError
+from batchgen.endpoints.messages import LackingError, Unsuitable, unsplit
+from batchgen.endpoints.options import Options
+from batchgen.endpoints.server import (
+    AttemptError,
+    BusyError,
+    Endpoint,
+    Http,
+    RowRefusedError,
+    WrongServerError,
+)
+from batchgen.endpoints.window import Meter, Window
+from batchgen.engine.base import failed, unknown_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.core.records import EngineSpec
+    from batchgen.endpoints.messages import Asked, Reply
+    from batchgen.engine.base import EngineRequest
+
+WHERE = "model.base_url"
+MOST_AT_ONCE = 2048
+"""Of a server, if the job does not say; vLLM runs 1,024 at once on the largest GPUs."""
+FIRST_AT_ONCE, FIRST_AT_VLLM = 8, 256
+SPARE_FILES = 128
+"""Open files that are left to everything else."""
+READ_AHEAD = 256
+LEAST_FAILURES, MOST_FAILURES = 3, 10
+CHANCE = 1e-5
+"""That a row fails by chance so often, as often as attempts fail now, is to be less likely."""
+LOST_BEFORE_ALONE = 3
+ALONE_AT_ONCE = 64
+"""So many that have to go alone do not wait until all else is done."""
+BAD_BEFORE_OUT = 5
+AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+BUSY_S = (0.25, 0.5, 1.0, 2.0, 4.0)
+QUIET_S = 30.0
+"""A server that has not answered for so long, nor for three times its slowest answer, is asked
+whether it is there."""
+BEAT_S = 1.0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request that is not answered yet."""
+
+    request: EngineRequest
+    failures: dict[str, int] = field(default_factory=dict)
+    """Server -> attempts that failed there while it answered others."""
+    num_lost: int = 0
+    """Attempts that ended with all others of the server."""
+    doubts: list[tuple[Endpoint, float]] = field(default_factory=list)
+    """Where and when an attempt broke: one of the two, which shows later."""
+    said: str = ""
+    ready_s: float = 0.0
+    num_tried: int = 0
+
+    @property
+    def num_failures(self) -> int:
+        return sum(self.failures.values())
+
+    def settle_doubts(self) -> None:
+        """Find out whose faults the broken attempts were."""
+        for endpoint, at_s in self.doubts:
+            if endpoint.lived_through(at_s):
+                self.failures[endpoint.url] = self.failures.get(endpoint.url, 0) + 1
+            else:
+                self.num_lost += 1
+        self.doubts.clear()
+
+
+class OpenAIEngine:
+    """Implements `Engine`: this is its caller's side, `_Pool` that of the loop's thread."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._options = Options(**spec.endpoint)
+        self._spec = spec
+        self._pool: _Pool | None = None
+        self._thread: threading.Thread | None = None
+        self._early: list[EngineRequest] = []
+        self._guard = threading.Lock()
+        self._num_added = 0
+        self._num_returned = 0
+        self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What it is; None until a server has answered a trial."""
+        return self._pool.facts if self._pool is not None else None
+
+    @property
+    def capacity(self) -> int:
+        """As many as all servers may have at once, and some ahead."""
+        return most_at_once(self._spec, self._options)[1] + READ_AHEAD
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests added and not yet returned."""
+        return self._num_added - self._num_returned
+
+    @property
+    def stats(self) -> EngineStats:
+        """What is at the servers, what waits, and what was counted."""
+        return self._pool.stats if self._pool is not None else EngineStats()
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        """Hand requests to the loop."""
+        self._num_added += len(requests)
+        with self._guard:
+            if self._pool is None:
+                self._early += requests
+                return
+        self._pool.hand_over(requests)
+
+    def step(self, timeout_s: float) -> list[Completion]:
+        """Return what was answered; wait up to `timeout_s` for the first.
+
+        Raises:
+            ConfigError: A server lacks what the job asks for, or there is no key.
+            EngineError: No server has answered for too long.
+        """
+        pool = self._pool or self._start()
+        found: list[Completion] = []
+        with suppress(queue.Empty):
+            found.append(self._done.get(timeout=timeout_s))
+            while True:
+                found.append(self._done.get_nowait())
+        self._num_returned += len(found)
+        if not found and pool.error is not None:
+            raise pool.error
+        return found
+
+    def close(self) -> None:
+        """Drop all that is under way. Idempotent."""
+        if self._pool is not None and self._thread is not None:
+            self._pool.stop()
+            self._thread.join()
+
+    def _start(self) -> _Pool:
+        pool = _Pool(self._spec, self._options, self._done)
+        with self._guard:
+            self._pool = pool
+            pool.hand_over(self._early)
+        self._thread = threading.Thread(target=pool.work, name="endpoints", daemon=True)
+        self._thread.start()
+        return pool
+
+
+def most_at_once(spec: EngineSpec, options: Options) -> tuple[int, int]:
+    """How many requests a server may have at once, and all of them."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    whole = spec.max_in_flight or MOST_AT_ONCE * len(options.urls)
+    whole = max(1, min(whole, files - SPARE_FILES))
+    return min(whole, MOST_AT_ONCE), whole
+
+
+class _Pool:
+    """The servers and the rows that are not answered; all but `hand_over` in the loop's thread."""
+
+    def __init__(
+        self, spec: EngineSpec, options: Options, done: queue.SimpleQueue[Completion]
+    ) -> None:
+        self._spec, self._options, self._done = spec, options, done
+        self._started_s = time.monotonic()
+        self._most, self._whole = most_at_once(spec, options)
+        self._http = Http(
+            options.key(), options.request(), self._whole + 8, options.request_timeout_s
+        )
+        first = min(FIRST_AT_ONCE, self._most)
+        self._endpoints = [
+            Endpoint(url.rstrip("/"), Window(first, self._most)) for url in options.urls
+        ]
+        self._requests = Meter(options.requests_per_minute, self._started_s)
+        self._tokens = Meter(options.tokens_per_minute, self._started_s)
+        self._fresh: deque[_Row] = deque()
+        self._again: list[_Row] = []
+        self._alone: deque[_Row] = deque()
+        self._is_alone = False
+        self._trouble_s: float | None = None
+        self._trouble = ""
+        self._num_tried = self._num_failed = self._num_answered = 0
+        self._sum_tokens = 0
+        self._slowest_s = 0.0
+        self._counts = {"num_prompt_tokens": 0, "num_generated_tokens": 0}
+        self._beats = 0
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._reviving: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self.facts: EngineFacts | None = None
+        self.error: EngineError | ConfigError | None = None
+
+    # From other threads.
+
+    def hand_over(self, requests: Sequence[EngineRequest]) -> None:
+        """Take requests."""
+        with suppress(RuntimeError):  # Closed: nobody waits for them any more.
+            self._loop.call_soon_threadsafe(self._take, list(requests))
+
+    def stop(self) -> None:
+        """End the loop."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+    @property
+    def stats(self) -> EngineStats:
+        """See `OpenAIEngine.stats`. The beat says that it waits for a server, and is alive."""
+        num_running = sum(len(one.tasks) for one in self._endpoints)
+        num_waiting = len(self._fresh) + len(self._again) + len(self._alone)
+        return EngineStats(num_running, num_waiting, num_steps=self._beats, **self._counts)
+
+    # In the loop's thread.
+
+    def work(self) -> None:
+        """Run the loop until it is stopped."""
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            try:
+                runner.run(self._run())
+            except Exception as error:  # noqa: BLE001 - the thread's border: told to the other one
+                self.error = EngineDeadError(one_line(error))
+
+    async def _run(self) -> None:
+        helpers = [asyncio.create_task(self._open_all()), asyncio.create_task(self._watch())]
+        await self._stopping.wait()
+        for task in (*helpers, *(task for one in self._endpoints for task in one.tasks)):
+            task.cancel()
+        await self._http.close()
+
+    def _take(self, requests: Sequence[EngineRequest]) -> None:
+        self._fresh.extend(map(_Row, requests))
+        self._pump()
+
+    # Servers.
+
+    async def _open_all(self) -> None:
+        """Open all once; later each by itself, for as long as it takes."""
+        found = await asyncio.gather(*(self._open(one) for one in self._endpoints))
+        if wrong := [text for text in found if text is not None]:
+            self.error = ConfigError(WHERE, wrong)
+            return
+        again = [self._revive(one) for one in self._endpoints if one.is_out]
+        await asyncio.gather(*again)
+
+    async def _open(self, endpoint: Endpoint) -> str | None:
+        """Try a server; return what is wrong for good."""
+        try:
+            await self._http.open(endpoint, self._spec, is_pinned=self._options.is_pinned)
+        except WrongServerError as error:
+            self._note_trouble(f"{endpoint.host}: {error}")
+            return f"{endpoint.url}: {error}"
+        except BusyError as error:
+            endpoint.ready_s = time.monotonic() + (error.wait_s or 0)
+            self._note_trouble(f"{endpoint.host}: {error}")
+        except AttemptError as error:
+            self._note_trouble(f"{endpoint.host}: {error}")
+        else:
+            self._let_in(endpoint)
+        return None
+
+    def _let_in(self, endpoint: Endpoint) -> None:
+        endpoint.is_out, endpoint.num_bad, endpoint.num_busy = False, 0, 0
+        server, window = endpoint.server, endpoint.window
+        if self.facts is None:
+            lengths = [one.max_model_len for one in self._endpoints if one.max_model_len]
+            self.facts = EngineFacts(
+                name="openai",
+                version=f"vllm {endpoint.version}" if server and server.is_vllm else "",
+                device="none",
+                max_model_len=min(lengths, default=None),
+                max_num_seqs=self._whole,
+                startup_s=time.monotonic() - self._started_s,
+                settings={"endpoints": [one.host for one in self._endpoints]},
+            )
+        if server is not None and server.is_vllm and not endpoint.answered_s:
+            window.size = min(FIRST_AT_VLLM, self._most)
+        self._pump()
+
+    async def _revive(self, endpoint: Endpoint) -> None:
+        """Try a server that is left out, until it works again."""
+        attempt = 0
+        while endpoint.is_out and self.error is None:
+            wait_s = max(AGAIN_S[min(attempt, len(AGAIN_S) - 1)], endpoint.ready_s - _now())
+            await asyncio.sleep(wait_s)
+            await self._open(endpoint)
+            attempt += 1
+
+    def _leave_out(self, endpoint: Endpoint) -> None:
+        if endpoint.is_out or self.error is not None:
+            return
+        endpoint.is_out = True
+        endpoint.window.shrink(_now())
+        task = self._loop.create_task(self._revive(endpoint))
+        self._reviving.add(task)
+        task.add_done_callback(self._reviving.discard)
+
+    async def _watch(self) -> None:
+        """Beat, and look after servers that are silent though they have work."""
+        looking: set[asyncio.Task[None]] = set()
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._beats += 1
+            patience_s = max(QUIET_S, 3 * self._slowest_s)
+            for one in self._endpoints:
+                is_silent = one.tasks and not one.is_out and _now() - one.answered_s > patience_s
+                if is_silent and not any(task.get_name() == one.url for task in looking):
+                    looking.add(asyncio.create_task(self._look(one), name=one.url))
+            looking = {task for task in looking if not task.done()}
+
+    async def _look(self, endpoint: Endpoint) -> None:
+        """Ask a silent server whether it is there; twice no means that its requests are lost."""
+        for _ in range(2):
+            with suppress(AttemptError, BusyError, WrongServerError):
+                await self._http.models(endpoint)
+                endpoint.answered_s = max(endpoint.answered_s, _now() - QUIET_S / 2)
+                return
+        self._note_trouble(f"{endpoint.host}: it hangs")
+        self._leave_out(endpoint)
+        for task in list(endpoint.tasks):
+            task.cancel()
+
+    def _note_trouble(self, text: str) -> None:
+        """A server does not do what it should: if for too long none does, it is over."""
+        now_s = _now()
+        self._trouble = text
+        if self._trouble_s is None:
+            self._trouble_s = now_s
+        ready_s = min(one.ready_s for one in self._endpoints)
+        since_s = max(now_s, ready_s) - self._trouble_s
+        if since_s <= self._options.endpoint_grace_s or self.error is not None:
+            return
+        grace_s = self._options.endpoint_grace_s
+        self.error = EngineError(
+            f"no server has answered, in more than {grace_s:g} s (run.endpoint_grace_s); the last "
+            f"one: {text}; what was answered stays, run again to go on"
+        )
+
+    # Rows.
+
+    def _pump(self) -> None:
+        """Send what there is room for."""
+        while self.error is None and self.facts is not None:
+            now_s = _now()
+            wait_s = max(self._requests.wait_s(now_s), self._tokens.wait_s(now_s))
+            if wait_s > 0:
+                return self._wake_in(wait_s)
+            picked = self._pick(now_s)
+            if picked is None:
+                return None
+            row, endpoint = picked
+            self._requests.take(1)
+            self._tokens.take(self._usual_tokens())
+            task = self._loop.create_task(self._attempt(row, endpoint))
+            endpoint.tasks.add(task)
+            task.add_done_callback(partial(self._end, endpoint))
+        return None
+
+    def _end(self, endpoint: Endpoint, task: asyncio.Task[None]) -> None:
+        endpoint.tasks.discard(task)
+        self._is_alone = False
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.error = self.error or EngineDeadError(one_line(error))
+        self._pump()
+
+    def _wake_in(self, wait_s: float) -> None:
+        if self._timer is None or self._timer.cancelled() or self._timer.when() <= _now():
+            self._timer = self._loop.call_later(wait_s, self._pump)
+
+    def _pick(self, now_s: float) -> tuple[_Row, Endpoint] | None:
+        """Choose a row and its server: who has failed first, and not where it did."""
+        usable = [one for one in self._endpoints if not one.is_out]
+        num_running = sum(len(one.tasks) for one in self._endpoints)
+        if not usable or num_running >= self._whole or self._is_alone:
+            return None
+        if ready := [one.ready_s for one in usable if one.ready_s > now_s]:
+            self._wake_in(min(ready) - now_s)
+        is_rest = not self._fresh and not self._again
+        if self._alone and (is_rest or len(self._alone) >= ALONE_AT_ONCE):
+            return self._pick_alone(usable, num_running, now_s)
+        for at, row in enumerate(self._again):
+            if row.ready_s > now_s:
+                self._wake_in(row.ready_s - now_s)
+                continue
+            best = _best(row, usable, now_s)
+            if best.room(now_s) > 0:
+                del self._again[at]
+                return row, best
+        best = max(usable, key=lambda one: one.room(now_s))
+        return (self._fresh.popleft(), best) if self._fresh and best.room(now_s) > 0 else None
+
+    def _pick_alone(
+        self, usable: list[Endpoint], num_running: int, now_s: float
+    ) -> tuple[_Row, Endpoint] | None:
+        best = _best(self._alone[0], usable, now_s)
+        if num_running or best.room(now_s) <= 0:
+            return None
+        self._is_alone = True
+        return self._alone.popleft(), best
+
+    async def _attempt(self, row: _Row, endpoint: Endpoint) -> None:
+        """Have a row answered, or see to it that it is asked again."""
+        began_s, is_alone = _now(), self._is_alone
+        num_tokens = self._usual_tokens()
+        row.num_tried += 1
+        self._num_tried += 1
+        try:
+            if row.request.lora is not None and row.request.lora not in self._spec.loras:
+                self._settle(row, unknown_adapter(row.request.lora, self._spec.loras))
+                return
+            reply, asked = await self._http.ask(endpoint, row.request, self._spec)
+            self._tokens.take(_tokens_of(reply) - num_tokens)
+            self._note_answer(endpoint, began_s, _tokens_of(reply))
+            self._answer(row, reply, asked, _now() - began_s)
+        except RowRefusedError as error:
+            self._note_answer(endpoint, began_s, 0)
+            self._settle(row, error.error)
+        except (Unsuitable, OSError, ValueError, TypeError, LookupError) as error:
+            self._settle(row, RowError("bad_request", one_line(error)))
+        except BusyError as error:
+            self._busy(endpoint, error)
+            self._again.append(row)
+        except (AttemptError, LackingError, WrongServerError) as error:
+            self._fail(row, endpoint, error, began_s, is_alone=is_alone)
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                row.num_lost += 1
+                self._ask_again(row)
+            raise
+
+    def _usual_tokens(self) -> float:
+        return self._sum_tokens / self._num_answered if self._num_answered else 100.0
+
+    def _note_answer(self, endpoint: Endpoint, began_s: float, num_tokens: int) -> None:
+        now_s = _now()
+        self._trouble_s = None
+        self._slowest_s = max(self._slowest_s, now_s - began_s)
+        endpoint.note_answer(began_s, now_s)
+        is_full = len(endpoint.tasks) >= endpoint.window.size
+        endpoint.window.note(now_s, num_tokens, is_full=is_full)
+
+    def _answer(self, row: _Row, reply: Reply, asked: Asked, latency_s: float) -> None:
+        self._num_answered += 1
+        self._sum_tokens += _tokens_of(reply)
+        self._counts["num_prompt_tokens"] += reply.num_prompt_tokens or 0
+        self._counts["num_generated_tokens"] += reply.num_output_tokens or 0
+        if problem := unsplit(reply.samples, asked):
+            self._settle(row, RowError("reasoning_mixed", problem))
+        elif any(sample.finish_reason == "content_filter" for sample in reply.samples):
+            error = RowError("content_filter", "the server's filter held the answer back")
+            self._settle(row, error)
+        else:
+            self._done.put(
+                Completion(
+                    row.request.request_id,
+                    tuple(reply.samples),
+                    reply.num_prompt_tokens,
+                    reply.num_cached_tokens,
+                    reply.num_output_tokens,
+                    latency_s,
+                )
+            )
+
+    def _settle(self, row: _Row, error: RowError) -> None:
+        self._done.put(failed(row.request.request_id, error))
+
+    def _busy(self, endpoint: Endpoint, error: BusyError) -> None:
+        now_s = _now()
+        usual_s = BUSY_S[min(endpoint.num_busy, len(BUSY_S) - 1)]
+        if now_s >= endpoint.ready_s:
+            endpoint.num_busy += 1
+        wait_s = error.wait_s if error.wait_s is not None else usual_s
+        endpoint.ready_s = max(endpoint.ready_s, now_s + wait_s)
+        endpoint.window.shrink(now_s)
+        self._note_trouble(f"{endpoint.host}: {error}")
+
+    def _fail(
+        self, row: _Row, endpoint: Endpoint, error: Exception, began_s: float, *, is_alone: bool
+    ) -> None:
+        now_s = _now()
+        row.said = f"{endpoint.host}: {error}"
+        self._num_failed += 1
+        endpoint.num_bad += 1
+        is_from_server = isinstance(error, LackingError) or getattr(error, "is_from_server", False)
+        if is_alone or (is_from_server and endpoint.answered_s > began_s):
+            row.failures[endpoint.url] = row.failures.get(endpoint.url, 0) + 1
+        elif is_from_server:
+            row.num_lost += 1
+        else:
+            row.doubts.append((endpoint, now_s))
+        self._note_trouble(row.said)
+        is_lost = isinstance(error, WrongServerError) or is_alone
+        if is_lost or endpoint.num_bad >= BAD_BEFORE_OUT or "Connect" in str(error):
+            self._leave_out(endpoint)
+        elif not is_from_server:
+            endpoint.window.shrink(now_s)
+        self._ask_again(row)
+
+    def _ask_again(self, row: _Row) -> None:
+        """Let a row wait for its next attempt, unless it has had enough of them."""
+        row.ready_s = _now() + AGAIN_S[min(row.num_tried, 3) - 1]
+        self._loop.call_at(row.ready_s, self._come_back, row)
+
+    def _come_back(self, row: _Row) -> None:
+        row.settle_doubts()
+        if row.num_failures >= self._enough(row):
+            text = f"{row.num_failures} attempts failed while others succeeded; {row.said}"
+            self._settle(row, RowError("endpoint_failed", text))
+        elif row.num_lost >= LOST_BEFORE_ALONE:
+            self._alone.append(row)
+        else:
+            self._again.append(row)
+        self._pump()
+
+    def _enough(self, row: _Row) -> int:
+        """After how many failures a row is to blame, as often as those of others fail."""
+        others = max(0, self._num_failed - row.num_failures - row.num_lost)
+        share = min(0.5, others / (self._num_tried + 20))
+        num = math.ceil(math.log(CHANCE) / math.log(share)) if share > 0 else 0
+        return min(MOST_FAILURES, max(LEAST_FAILURES, num))
+
+
+def _best(row: _Row, usable: Sequence[Endpoint], now_s: float) -> Endpoint:
+    """Where a row has failed least; of these, where there is most room."""
+    return min(usable, key=lambda one: (row.failures.get(one.url, 0), -one.room(now_s)))
+
+
+def _tokens_of(reply: Reply) -> int:
+    return (reply.num_prompt_tokens or 0) + (reply.num_output_tokens or 0)
+
+
+def _now() -> float:
+    return time.monotonic()

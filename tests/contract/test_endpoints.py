@@ -1,0 +1,430 @@
+"""What rows may rely on when servers do what they should not; see tests/servers.py."""
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from aiohttp import web
+
+from batchgen.core.errors import ConfigError, EngineError
+from batchgen.core.records import EngineSpec
+from batchgen.endpoints.engine import OpenAIEngine
+from batchgen.engine.base import HostedRequest
+from tests.servers import StandIn, error, stand_in
+
+WAIT_S = 120.0
+ids = itertools.count()
+
+
+def spec_of(*servers, sampling=None, model="m", max_in_flight=None, **endpoint):
+    params = {"max_tokens": 40, "temperature": 0.0, **(sampling or {})}
+    endpoint = {"urls": [server.url for server in servers], **endpoint}
+    endpoint = {"request_timeout_s": 5.0, "endpoint_grace_s": 60.0, **endpoint}
+    return EngineSpec("openai", model, {}, params, endpoint=endpoint, max_in_flight=max_in_flight)
+
+
+def asks(num, text="row {} and so on"):
+    return [
+        HostedRequest(next(ids), [{"role": "user", "content": text.format(n)}], None)
+        for n in range(num)
+    ]
+
+
+def text_of(request):
+    return request.prompt[-1]["content"]
+
+
+def answers(engine, requests, timeout_s=WAIT_S):
+    """Have requests answered: each exactly once."""
+    engine.add(requests)
+    wanted = {request.request_id for request in requests}
+    found = {}
+    until = time.monotonic() + timeout_s
+    while engine.num_in_flight:
+        assert time.monotonic() < until, f"{len(found)} of {len(requests)} came back"
+        for completion in engine.step(0.2):
+            assert completion.request_id in wanted
+            assert completion.request_id not in found
+            found[completion.request_id] = completion
+    assert found.keys() == wanted
+    return [found[request.request_id] for request in requests]
+
+
+def check(engine, requests, **options):
+    """All are answered, each with its own text."""
+    for request, completion in zip(requests, answers(engine, requests, **options), strict=True):
+        assert completion.error is None
+        assert completion.text == text_of(request)[:40]
+
+
+def never(engine):
+    """Step an engine that has nothing to give."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        assert engine.step(0.2) == []
+    pytest.fail("nothing happened")
+
+
+def refusal(spec):
+    with closing(OpenAIEngine(spec)) as engine:
+        never(engine)
+
+
+class Every:
+    """Spoils each n-th request of those that are rows, by a fault of `FAULTS`."""
+
+    def __init__(self, fault, each=4, until=10**9):
+        self.fault, self.each, self.until, self.num, self.spoilt = fault, each, until, 0, 0
+
+    def __call__(self, server, request, body):
+        if "row" not in json.dumps(body):
+            return None
+        self.num += 1
+        if self.num % self.each or self.num > self.until:
+            return None
+        self.spoilt += 1
+        return self.fault(server, request, body)
+
+
+async def raw(request, data, *, close=True):
+    """Write bytes as they are, and cut the line."""
+    transport = request.transport
+    transport.write(data)
+    if close:
+        transport.close()
+    await asyncio.sleep(0.05)
+    raise web.HTTPServiceUnavailable
+
+
+def head(length, status="200 OK", *more):
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {length}"]
+    return "\r\n".join([*lines, *more, "", ""]).encode()
+
+
+def whole(server, request, body):
+    return json.dumps(server.reply(request, body)).encode()
+
+
+async def cut(server, request, body):
+    data = whole(server, request, body)
+    await raw(request, head(len(data)) + data[: len(data) // 2])
+
+
+async def reset(server, request, body):
+    request.transport.abort()
+    await asyncio.sleep(0.05)
+
+
+async def doubled(server, request, body):
+    data = whole(server, request, body)
+    server.answered += 1
+    await raw(request, 2 * (head(len(data)) + data), close=False)
+
+
+async def late(server, request, body):
+    """The same once more, a moment later: it comes where the next answer is awaited."""
+    data = whole(server, request, body)
+    transport = request.transport
+    asyncio.get_running_loop().call_later(0.02, transport.write, head(len(data)) + data)
+    return web.Response(body=data, content_type="application/json")
+
+
+def others(server, request, body):
+    """Of another row: id and all."""
+    before = getattr(server, "kept", None)
+    server.kept = server.reply(request, body)
+    return web.json_response(before or {"choices": []})
+
+
+def garbage(server, request, body):
+    return web.Response(body=b"\x00\xff<html>" * 50, content_type="application/json")
+
+
+def no_answer(server, request, body):
+    return web.json_response({**server.reply(request, body), "choices": []})
+
+
+def broken_off(server, request, body):
+    reply = server.reply(request, body)
+    reply["choices"][0]["finish_reason"] = "abort"
+    return web.json_response(reply)
+
+
+def large(server, request, body):
+    return web.Response(body=b"x" * (10 << 20), content_type="application/json")
+
+
+async def endless(server, request, body):
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for _ in range(100):
+        await response.write(b" " * (1 << 20))
+    return response
+
+
+async def slow_bytes(server, request, body):
+    data = whole(server, request, body)
+    response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+    await response.prepare(request)
+    for at in range(0, len(data), 40):
+        await response.write(data[at : at + 40])
+        await asyncio.sleep(0.02)
+    return response
+
+
+async def hung(server, request, body):
+    await server.end.wait()
+
+
+def oops(server, request, body):
+    return error(500, "internal error")
+
+
+def many(server, request, body):
+    return error(429, "slow down", **{"Retry-After": "0.2"})
+
+
+def unavailable(server, request, body):
+    return error(503)
+
+
+def elsewhere(server, request, body):
+    return web.Response(status=307, headers={"Location": "http://127.0.0.2:1/v1/chat/completions"})
+
+
+FAULTS = [
+    *(cut, reset, doubled, late, others, garbage, no_answer, broken_off, large, endless),
+    *(slow_bytes, hung, oops, many, unavailable, elsewhere),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_server_that_spoils_replies_costs_no_row(fault):
+    faults = Every(fault, each=40 if fault is hung else 9)
+    with (
+        stand_in(delay_s=0.01, faults=faults) as server,
+        closing(OpenAIEngine(spec_of(server, request_timeout_s=2.0, max_in_flight=16))) as engine,
+    ):
+        check(engine, asks(100))
+    assert faults.spoilt
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_nothing_but_faults_for_a_while_costs_no_row(fault):
+    num = 6 if fault is unavailable else 60
+    faults = Every(fault, each=1, until=num)
+    with (
+        stand_in(faults=faults) as server,
+        closing(OpenAIEngine(spec_of(server, request_timeout_s=0.5, max_in_flight=16))) as engine,
+    ):
+        check(engine, asks(100))
+    assert faults.spoilt == num
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_no_row():
+    server = StandIn(delay_s=0.02).start()
+    with closing(OpenAIEngine(spec_of(server, max_in_flight=32))) as engine:
+        requests = asks(600)
+        wave = threading.Thread(target=lambda: check(engine, requests))
+        wave.start()
+        for _ in range(5):
+            until = server.answered + 40
+            while server.answered < until and wave.is_alive():
+                time.sleep(0.005)
+            server.stop()
+            server = StandIn(delay_s=0.02, port=server.port).start()
+        wave.join(WAIT_S)
+        assert not wave.is_alive()
+        server.stop()
+
+
+def test_rows_go_where_there_is_room_and_on_when_a_server_dies():
+    one = StandIn(delay_s=0.05).start()
+    with (
+        stand_in(delay_s=0.05) as two,
+        closing(OpenAIEngine(spec_of(one, two, max_in_flight=32))) as engine,
+    ):
+        check(engine, asks(200))
+        assert min(one.answered, two.answered) > 50
+        one.stop()
+        check(engine, asks(100))
+
+
+def test_a_server_that_hangs_costs_no_row():
+    with (
+        stand_in(delay_s=0.01) as good,
+        stand_in(delay_s=0.01, faults=Every(hung, each=1)) as bad,
+        closing(
+            OpenAIEngine(spec_of(good, bad, request_timeout_s=2.0, max_in_flight=16))
+        ) as engine,
+    ):
+        check(engine, asks(300))
+        assert good.answered >= 300
+
+
+@pytest.mark.parametrize(
+    ("fault", "num"),
+    [(reset, 1), *(pytest.param(one, 100, marks=pytest.mark.proof) for one in (cut, oops, hung))],
+)
+def test_a_row_that_always_fails_is_an_error_and_the_others_are_not(fault, num):
+    def spoil(server, request, body):
+        return fault(server, request, body) if "poison" in json.dumps(body) else None
+
+    with (
+        stand_in(delay_s=0.005, faults=spoil) as one,
+        stand_in(delay_s=0.005, faults=spoil) as two,
+        closing(OpenAIEngine(spec_of(one, two, request_timeout_s=0.5, max_in_flight=8))) as engine,
+    ):
+        poison = asks(1, "poison {}")
+        rows = asks(num - 1)
+        *others, last = answers(engine, [*rows, *poison])
+        assert [answer.text for answer in others] == [text_of(row)[:40] for row in rows]
+        assert last.error is not None
+        assert last.error.error_type == "endpoint_failed"
+        assert "poison" not in last.error.error
+        tried = [
+            sum("poison" in json.dumps(body) for body in server.asked) for server in (one, two)
+        ]
+        assert min(tried) > 0
+        assert sum(tried) >= 3
+
+
+def test_a_row_that_ends_the_server_is_an_error_and_costs_no_other(tmp_path):
+    """It takes all that is under way with it, each time."""
+
+    def spoil(server, request, body):
+        if "poison" not in json.dumps(body):
+            return None
+        for line in list(server.lines):
+            line.abort()
+        return hung(server, request, body)
+
+    with (
+        stand_in(delay_s=0.02, faults=spoil) as server,
+        closing(OpenAIEngine(spec_of(server, max_in_flight=16))) as engine,
+    ):
+        rows, poison = asks(150), asks(1, "poison {}")
+        *found, last = answers(engine, [*rows, *poison])
+        assert last.error.error_type == "endpoint_failed"
+        assert [answer.text for answer in found] == [text_of(row)[:40] for row in rows]
+
+
+def test_a_server_that_refuses_a_row_is_believed():
+    def spoil(server, request, body):
+        text = body["messages"][-1]["content"]
+        if "long" in text:
+            return error(400, "This model's maximum context length is 4096 tokens")
+        if "secret" in text:
+            return error(400, f"cannot read: {text}")
+        return error(422, "no") if "odd" in text else None
+
+    with stand_in(faults=spoil) as server, closing(OpenAIEngine(spec_of(server))) as engine:
+        texts = [
+            "row {} long",
+            "row {} of a secret that is nobody's business",
+            "row {} odd",
+            "row {}",
+        ]
+        requests = [asks(1, text)[0] for text in texts]
+        found = [answer.error for answer in answers(engine, requests)]
+    assert [one and one.error_type for one in found] == [
+        *("prompt_too_long", "bad_request", "bad_request", None),
+    ]
+    assert "secret" not in found[1].error
+
+
+def test_nothing_for_too_long_ends_it_and_says_so():
+    with (
+        stand_in(faults=Every(unavailable, each=1)) as server,
+        closing(OpenAIEngine(spec_of(server, endpoint_grace_s=1.0))) as engine,
+    ):
+        engine.add(asks(10))
+        with pytest.raises(EngineError, match=r"no server has answered.*busy.*run again to go on"):
+            never(engine)
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for():
+    server = StandIn().start()
+    server.stop()
+    with closing(OpenAIEngine(spec_of(server))) as engine:
+        later = StandIn(port=server.port)
+        timer = threading.Timer(1.0, later.start)
+        timer.start()
+        check(engine, asks(5))
+        later.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"key": "other"}, "HTTP 401: wrong key"),
+        ({"model": "another"}, "it has no model 'm'; it has 'another'"),
+        ({"faults": lambda *_: error(400, "no grammar here")}, "HTTP 400: no grammar here"),
+        ({"faults": elsewhere}, "it sends on to another place"),
+    ],
+    ids=["key", "model", "request", "redirect"],
+)
+def test_what_a_server_lacks_is_told_before_the_first_row(options, problem):
+    with stand_in(**options) as server:
+        with pytest.raises(ConfigError, match=problem):
+            refusal(spec_of(server))
+        assert len(server.asked) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "problem"),
+    [
+        ({"top_k": 5}, "sampling.top_k is vLLM's"),
+        ({"logprobs": 3}, "no log probabilities"),
+        ({"structured_outputs": {"regex": "a+"}}, "output.regex needs vLLM's server"),
+    ],
+)
+def test_what_only_vllm_has_is_refused_elsewhere(sampling, problem):
+    with stand_in(kind="plain") as server, pytest.raises(ConfigError, match=problem):
+        refusal(spec_of(server, sampling=sampling))
+
+
+def test_fewer_answers_than_asked_for_are_refused():
+    def one(server, request, body):
+        return web.json_response(server.reply(request, {**body, "n": 1}))
+
+    with stand_in(faults=one) as server, pytest.raises(ConfigError, match="1 of 3 answers"):
+        refusal(spec_of(server, sampling={"n": 3}))
+
+
+def test_a_choice_is_asked_for_as_a_schema_where_there_are_no_choices():
+    def label(server, request, body):
+        schema = body["response_format"]["json_schema"]["schema"]
+        chosen = json.dumps({"answer": schema["properties"]["answer"]["enum"][1]})
+        reply = server.reply(request, body)
+        reply["choices"][0] |= {"message": {"content": chosen}, "finish_reason": "stop"}
+        return web.json_response(reply)
+
+    form = {"structured_outputs": {"choice": ["yes", "no"]}}
+    with (
+        stand_in(kind="plain", faults=label) as server,
+        closing(OpenAIEngine(spec_of(server, sampling=form))) as engine,
+    ):
+        assert {answer.text for answer in answers(engine, asks(5))} == {"no"}
+
+
+def test_bounds_hold():
+    with stand_in() as server:
+        started = time.monotonic()
+        with closing(OpenAIEngine(spec_of(server, requests_per_minute=600))) as engine:
+            check(engine, asks(25))
+            assert time.monotonic() - started > 1.0
+    with stand_in(delay_s=0.02) as server:
+        with closing(OpenAIEngine(spec_of(server, max_in_flight=3))) as engine:
+            check(engine, asks(30))
+        assert server.most_at_once <= 3
+    with stand_in() as server:
+        started = time.monotonic()
+        with closing(OpenAIEngine(spec_of(server, tokens_per_minute=60_000))) as engine:
+            check(engine, asks(60))  # Some 30 tokens each, of 1,000 a second.
+            assert time.monotonic() - started > 0.5
