@@ -64,8 +64,10 @@ def options() -> str:
         model = field.annotation
         is_list = get_origin(model) is list
         model = get_args(model)[0] if is_list else model
-        assert isinstance(model, type)
-        assert issubclass(model, Table)
+        if not isinstance(model, type) or not issubclass(model, Table):  # A key at the top.
+            row = f"| `{table}` | {_shown(field.default)} | {_one_line(field.description)} |"
+            lines += ["", "| key | default | meaning |", "|---|---|---|", row]
+            continue
         heading = f"[[{table}]]" if is_list else f"[{table}]"
         lines += ["", f"## `{heading}`", "", "| key | default | meaning |", "|---|---|---|"]
         for name, key in model.model_fields.items():
@@ -113,9 +115,15 @@ def output_columns() -> str:
         "| the schema's fields | with `flatten` | as above, a column each |",
         "| `label` | `output.choice` | string; with `sampling.n` the majority's |",
         "| `agreement` | `choice` and `sampling.n` | float: the majority's share |",
+        '| `embedding`, `num_chunks` | task `embed`; `too_long = "chunk"` | float32 or float16, a '
+        "list of fixed size; int32 |",
+        "| `label`, `probability`, `probabilities` | task `classify` | string, float, struct: a "
+        "float for each label |",
+        "| `labels` | task `classify`, several labels | list of string |",
+        "| `score` | task `score` | float |",
         "| `probabilities` | `sampling.logprobs` with a choice or enums | struct: a float for each "
         "label, null where the answer's path does not tell |",
-        "| `text` | always | string: the answer as it came |",
+        "| `text` | task `generate` | string: the answer as it came |",
         "| `reasoning` | `model.reasoning_parser` | string |",
         "| `tool_calls` | `model.tool_call_parser` | list of {name, arguments} |",
         "| `logprobs` | `sampling.logprobs` without labels | list of {token, logprob, top} |",

@@ -23,7 +23,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "vllm": {"engine/vllm/engine.py", "engine/vllm/params.py", "engine/vllm/answers.py"},
+    "vllm": {f"engine/vllm/{name}.py" for name in ("engine", "params", "answers", "pooling")},
     "torch": {"engine/vllm/engine.py"},
     "transformers": {"engine/vllm/engine.py", "engine/vllm/encoder.py"},
     "fsspec": {"source/files.py"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.answers.output_format import Reading
-from batchgen.core.data import gather_rows
+from batchgen.core.data import column_of, gather_rows
 from batchgen.core.errors import ConfigError
 from batchgen.core.expressions import check_row_test, parse_row_test
 from batchgen.core.records import Result, Retry, RowError, Verdict
@@ -122,7 +122,7 @@ class Judge:
         ours = name.removeprefix(self._prefix) if name.startswith(self._prefix) else None
         for at, field in enumerate(self._columns.fields):
             if field.name == ours:
-                return pa.array([r.values[at] for r in results if r.values], field.type)
+                return column_of([r.values[at] for r in results if r.values], field.type)
         if ours in _FACTS:
             kind, fact = _FACTS[ours]
             return pa.array([fact(r.completion) for r in results if r.completion], kind)
@@ -193,7 +193,7 @@ def final(request: Request, result: Result) -> Result:
 
 
 def _with_error(prompt: Prompt, result: Result) -> Prompt:
-    assert not isinstance(prompt, str)  # noqa: S101 - refused with prompt.text
+    assert not isinstance(prompt, str | tuple)  # noqa: S101 - refused with a raw text
     completion, error = result.completion, result.error
     answer = (completion.text if completion is not None else None) or ""
     text = TELL_ERROR.format(error=error.error if error is not None else "")
@@ -221,7 +221,7 @@ def check_retries(rungs: Sequence[RetryConfig], sampling: SamplingConfig, *, is_
                 "set temperature, max_tokens or tell_error"
             )
         if rung.tell_error and not is_chat:
-            problems.append(f"retry[{at}].tell_error: needs a chat, not prompt.text")
+            problems.append(f"retry[{at}].tell_error: needs a chat, not a raw text")
     if problems:
         where = "[[retry]]"
         raise ConfigError(where, problems)

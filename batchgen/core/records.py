@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 """A chat: `{"role": ..., "content": ...}` in order, as chat templates take it."""
 
-Prompt = str | Messages
-"""A raw text, tokenized as it is, or a chat, which goes through the model's chat template."""
+Pair = tuple[str, str]
+"""Two texts that are judged together: a query and a passage, a prompt and its continuation."""
+
+Prompt = str | Messages | Pair
+"""A raw text, tokenized as it is; a chat, which goes through the model's chat template and is never
+a tuple; or, for the tasks that take it, a pair."""
 
 
 class Ordinal(NamedTuple):
@@ -136,6 +140,12 @@ class Sample(NamedTuple):
     reasoning: str | None = None
     tool_calls: Sequence[tuple[str, str]] | None = None
     """Name and arguments (JSON text) of each call; None where none are parsed."""
+    numbers: bytes | None = None
+    """What a task other than to generate gives instead of a text, as float32 of this machine: an
+    embedding; a probability for each label; a score. `finish_reason` is "length" if the text was
+    cut to fit."""
+    num_chunks: int = 1
+    """Pieces of the text of which `numbers` is the mean."""
 
 
 class Completion(NamedTuple):
@@ -220,6 +230,19 @@ class EngineFacts:
         return num
 
 
+class TaskFacts(NamedTuple):
+    """What an engine makes of each row, for a task other than to generate."""
+
+    size: int
+    """How many numbers a row gets."""
+    labels: Sequence[str] = ()
+    """Of a classifier, one a number."""
+    is_multi_label: bool = False
+    """Whether each label holds or not by itself; else exactly one does."""
+    prefix: str = ""
+    """Goes before each text: the model's own, by the name that the job gives."""
+
+
 class WorkLeft(NamedTuple):
     """What an engine is started for: it should not start heavier than that."""
 
@@ -302,6 +325,10 @@ class EngineSpec:
     endpoint: Mapping[str, Any] = field(default_factory=dict)
     """Where a server of the model is and how it may be used, as keywords of
     `endpoints.options.Options`; empty for an engine in the process."""
+    task: str = "generate"
+    """The job's `task`."""
+    pooling: Mapping[str, Any] = field(default_factory=dict)
+    """The job's `[pooling]`; unset keys absent. Prompts begin with its `prefix` already."""
 
     @property
     def is_vllm(self) -> bool:

@@ -142,7 +142,7 @@ def _asked_logprobs(num: int) -> int:
 
 
 def _chat(request: EngineRequest, spec: EngineSpec, server: Server) -> dict[str, Any]:
-    assert not isinstance(request.prompt, str)  # noqa: S101 - by the caller
+    assert not isinstance(request.prompt, str | tuple)  # noqa: S101 - by the caller
     try:  # As one text, which every chat template takes.
         messages = flatten_parts(request.prompt)
     except TypeError:

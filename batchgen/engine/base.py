@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         EngineStats,
         Messages,
         Prompt,
+        TaskFacts,
         WorkLeft,
     )
 
@@ -32,6 +33,7 @@ BACKENDS = {
     "openai": "batchgen.endpoints.engine:OpenAIEngine",
 }
 WHERE = "[model]"
+TASK = "task"
 
 
 class EngineRequest(Protocol):
@@ -43,7 +45,7 @@ class EngineRequest(Protocol):
 
     @property
     def prompt(self) -> Prompt:
-        """Raw text, or a chat."""
+        """Raw text, a chat, or a pair of texts."""
 
     @property
     def seed(self) -> int | None:
@@ -74,6 +76,10 @@ class Engine(Protocol):
     `model.backend = "package.module:Class"` names a class of one's own (experimental: this seam
     may change). It lives in a process of its own, where it may crash and hang as it likes, unless
     its `spec.model_kwargs`, which are `[model.engine]` as written, hold `in_process = true`.
+
+    It generates text. For other tasks it has a class method `task_facts(spec: EngineSpec) ->
+    TaskFacts`, which is asked before any engine is made, may look at the model's files alone, and
+    raises ConfigError for a task that it or the model cannot do. Answers then are `Sample.numbers`.
 
     One with a method `expect(work: WorkLeft)` is told what is left to do once that is known, which
     may be while it starts, and from another thread than steps it.
@@ -144,6 +150,20 @@ def engine_class(backend: str) -> type[Engine]:
         if backend in BACKENDS:
             expected = f"expected what `pip install 'batchgen-vllm[{backend}]'` installs"
         raise ConfigError(WHERE, [f"{problem}; {expected}"]) from error
+    return found
+
+
+def task_facts(spec: EngineSpec) -> TaskFacts:
+    """Ask an engine what it makes of a row, for a task other than to generate.
+
+    Raises:
+        ConfigError: It or the model cannot do that.
+    """
+    ask = getattr(engine_class(spec.backend), "task_facts", None)
+    if ask is None:
+        problem = f"{spec.task!r}: the engine {spec.backend!r} can do generate only"
+        raise ConfigError(TASK, [problem])
+    found: TaskFacts = ask(spec)
     return found
 
 

@@ -7,20 +7,30 @@ of order, honours `max_tokens`, and refuses bad requests one by one. Its "tokens
 
 The answer depends on the prompt and `max_tokens` alone, so a rerun must give the same dataset; `n`
 answers are `n` times the same. It has no grammar, no log probabilities and no weights to adapt.
+For other tasks than to generate the numbers are noise, made of a hash of the prompt.
 One thread may `add` while another `step`s: their counters are apart, and deques are atomic.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 import zlib
+from array import array
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError, Sample
+from batchgen.core.records import (
+    Completion,
+    EngineFacts,
+    EngineStats,
+    RowError,
+    Sample,
+    TaskFacts,
+)
 from batchgen.engine.base import failed, flatten_parts, unknown_adapter
 
 if TYPE_CHECKING:
@@ -54,6 +64,10 @@ class EchoOptions(BaseModel):
     """Prompt bytes must be fewer; prompt and answer together are at most this many."""
     in_process: bool = True
     """False: in a process of its own, as vLLM is."""
+    embedding_size: int = Field(default=384, ge=1)
+    """Numbers of a vector, for `task = "embed"`."""
+    labels: list[str] = Field(default=["no", "yes"], min_length=1)
+    """For `task = "classify"`."""
 
 
 def read_options(model_kwargs: Mapping[str, Any]) -> EchoOptions:
@@ -100,6 +114,19 @@ def read_limits(params: Mapping[str, Any]) -> _Limits:
     return _Limits(2**62 if max_tokens is None else max_tokens, n)
 
 
+def noise(data: bytes, size: int) -> bytes:
+    """Numbers made of a hash, each float32 between 0.03 and 0.12, or the same below zero."""
+    digest = hashlib.shake_128(data).digest(2 * size)
+    numbers = bytearray(4 * size)
+    numbers[2::4] = digest[:size]
+    numbers[3::4] = digest[size:].translate(_EXPONENTS)
+    return bytes(numbers)
+
+
+_EXPONENTS = bytes([0x3D, 0xBD] * 128)
+"""Last byte of a float32, and so its sign, by any byte (as processors of today store numbers)."""
+
+
 class _Running(NamedTuple):
     request_id: int
     data: bytes
@@ -119,6 +146,9 @@ class EchoEngine:
         self._loras = spec.loras
         self._sampling_params = spec.sampling_params
         self._limits = _job_limits(spec.sampling_params)
+        self._task = spec.task
+        self._size = self.task_facts(spec).size if spec.task != "generate" else 0
+        self._too_long = spec.pooling.get("too_long", "refuse")
         window = spec.max_in_flight or 2 * self._max_num_seqs
         self._capacity = window if self._step_s else max(window, INSTANT_CAPACITY)
         self._waiting: deque[EngineRequest] = deque()
@@ -137,6 +167,15 @@ class EchoEngine:
             max_num_seqs=self._max_num_seqs,
             startup_s=time.perf_counter() - started,
         )
+
+    @classmethod
+    def task_facts(cls, spec: EngineSpec) -> TaskFacts:
+        """Say what a row gets; it can do every task."""
+        options = read_options(spec.model_kwargs)
+        if spec.task == "classify":
+            return TaskFacts(len(options.labels), options.labels)
+        size = spec.pooling.get("dimensions", options.embedding_size)
+        return TaskFacts(1 if spec.task == "score" else size, prefix=spec.pooling.get("prefix", ""))
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -235,13 +274,15 @@ class EchoEngine:
             return RowError("bad_request", str(exc))
 
     def _prepare(self, request: EngineRequest) -> bytes | RowError:
-        data = encode_prompt(request.prompt)
-        if isinstance(data, RowError) or self._max_model_len is None:
+        data = encode_prompt(request.prompt, end=b"\n" if self._size else b"")
+        if isinstance(data, RowError) or self._max_model_len is None or self._too_long != "refuse":
             return data
-        is_fit = len(data) < self._max_model_len
+        is_fit = len(data) < self._max_model_len + bool(self._size)
         return data if is_fit else prompt_too_long(len(data), self._max_model_len)
 
     def _answer(self, running: _Running) -> Completion:
+        if self._size:
+            return self._number(running)
         num_prompt_tokens = len(running.data)
         limit, n = running.limits
         if self._max_model_len is not None:
@@ -262,6 +303,22 @@ class EchoEngine:
             latency_s,
         )
 
+    def _number(self, running: _Running) -> Completion:
+        """Answer with numbers; chunks are cut, as in truncation, and only counted."""
+        data, most = running.data, self._max_model_len or len(running.data)
+        numbers = noise(data[:most], self._size)
+        if self._task != "embed":
+            sizes = [abs(number) for number in memoryview(numbers).cast("f")]
+            total = 0.125 if self._task == "score" else sum(sizes)
+            numbers = array("f", [size / total for size in sizes]).tobytes()
+        is_whole, num_chunks = len(data) <= most, 1
+        if self._too_long == "chunk":
+            is_whole, num_chunks = True, -(-len(data) // most)
+        reason = "stop" if is_whole else "length"
+        sample = Sample("", reason, numbers=numbers, num_chunks=num_chunks)
+        latency_s = time.perf_counter() - running.admitted_at
+        return Completion(running.request_id, (sample,), len(data), 0, 0, latency_s)
+
 
 def _job_limits(params: Mapping[str, Any]) -> _Limits:
     try:
@@ -270,10 +327,17 @@ def _job_limits(params: Mapping[str, Any]) -> _Limits:
         raise ConfigError(SAMPLING, [str(exc)]) from exc
 
 
-def encode_prompt(prompt: Prompt) -> bytes | RowError:
-    """The tokens of a prompt: its UTF-8 bytes; or why there are none."""
+def encode_prompt(prompt: Prompt, end: bytes = b"") -> bytes | RowError:
+    """The tokens of a prompt: its UTF-8 bytes; or why there are none.
+
+    Args:
+        prompt: Any; a pair's texts make two lines.
+        end: A token behind them, as models that make vectors have it.
+    """
     try:
-        data = (prompt if isinstance(prompt, str) else chat_text(prompt)).encode()
+        if isinstance(prompt, tuple):
+            prompt = "\n".join(prompt)
+        data = (prompt if isinstance(prompt, str) else chat_text(prompt)).encode() + end
     except (TypeError, KeyError) as exc:
         return RowError("chat_template_error", f"a message has no text content: {exc}")
     except UnicodeEncodeError as exc:

@@ -97,6 +97,8 @@ def size_of(prompt: Prompt) -> int:
     """Characters of a prompt's texts; its images are none."""
     if isinstance(prompt, str):
         return len(prompt)
+    if isinstance(prompt, tuple):
+        return sum(map(len, prompt))
     contents = [message.get("content") for message in prompt]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
@@ -109,7 +111,7 @@ def held_size(prompt: object) -> int:
         return len(prompt)
     if isinstance(prompt, dict):
         return sum(map(held_size, prompt.values()))
-    return sum(map(held_size, prompt)) if isinstance(prompt, list) else 0
+    return sum(map(held_size, prompt)) if isinstance(prompt, list | tuple) else 0
 
 
 def mean_lengths(seen: Iterable[tuple[int | None, int | None]]) -> dict[int, float]:

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from batchgen.job.run_table import PositiveInt, RunConfig, Table
+from batchgen.job.task import NO_SAMPLING, PoolingConfig, Share, Task, Word, unfit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def today() -> date:
@@ -34,7 +32,6 @@ def is_url(path: str) -> bool:
     return "://" in path and not path.startswith("/")
 
 
-Word = Annotated[str, Field(min_length=1)]
 RetryVerdict = Literal["truncated", "invalid_json", "schema_violation", "refused"]
 
 
@@ -217,7 +214,7 @@ class Example(Table):
 
 
 class PromptConfig(Table):
-    """How a row becomes a prompt: `user` (with `system`), or `text`, or `messages`."""
+    """How a row becomes a prompt: `user` (with `system`), or `text`, `template` or `messages`."""
 
     user: str | None = None
     """Jinja template over the row's columns: the user message of a chat."""
@@ -231,6 +228,12 @@ class PromptConfig(Table):
     """Name of a column that holds a whole chat: a list of {role, content}."""
     text: str | None = None
     """Name of a column that holds the raw prompt; no chat template is applied."""
+    template: str | None = None
+    """Jinja template of a raw prompt; no chat template is applied."""
+    query: str | None = None
+    """For `task = "score"`, a Jinja template: what is looked for."""
+    passage: str | None = None
+    """For `task = "score"`, a Jinja template: what may be it."""
     examples: list[Example] = Field(default=[])
     """Few-shot: questions and answers between system and user, the same for every row."""
     examples_file: str | None = None
@@ -254,17 +257,33 @@ class PromptConfig(Table):
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Extra variables for the chat template, for example enable_thinking = false."""
 
+    @property
+    def form(self) -> str:
+        """The one key that says what rows become: user, messages, text, template or query."""
+        keys = ("messages", "text", "template", "query")
+        return next((key for key in keys if getattr(self, key) is not None), "user")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows become chats, which the model's chat template makes texts of."""
+        return self.form in ("user", "messages")
+
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         forms = {
             "user": self.user is not None or self.user_file is not None,
             "messages": self.messages is not None,
             "text": self.text is not None,
+            "template": self.template is not None,
+            "query": self.query is not None,
         }
         given = [name for name, is_given in forms.items() if is_given]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            msg = f"found {found}, expected exactly one of user, messages, text"
+            msg = f"found {found}, expected exactly one of {', '.join(forms)}"
+            raise ValueError(msg)
+        if (self.query is None) != (self.passage is None):
+            msg = "query and passage go together, found one of them"
             raise ValueError(msg)
         for name in ("user", "system"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
@@ -279,8 +298,8 @@ class PromptConfig(Table):
         if self.examples and self.examples_file is not None:
             msg = "both examples and examples_file are given, expected one"
             raise ValueError(msg)
-        if self.images is not None and forms["text"]:
-            msg = "images go with user or messages, not with text"
+        if self.images is not None and not self.is_chat:
+            msg = f"images go with user or messages, not with {given[0]}"
             raise ValueError(msg)
         return self
 
@@ -474,10 +493,14 @@ class Tuned:
 class JobConfig(Table):
     """A whole job file."""
 
+    task: Task = "generate"
+    """What the model makes of a row: a text; or a vector (embed), a label (classify), or how well a
+    passage fits a query (score)."""
     input: InputConfig
     prompt: PromptConfig
     model: ModelConfig
     sampling: SamplingConfig
+    pooling: PoolingConfig = PoolingConfig()
     output: OutputConfig
     checks: ChecksConfig = ChecksConfig()
     retry: list[RetryConfig] = Field(default=[], max_length=10)
@@ -485,6 +508,23 @@ class JobConfig(Table):
     run: RunConfig = RunConfig()
     _run_date: date = PrivateAttr(default_factory=today)
     _tuned: Tuned | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_sampling(cls, tables: Any) -> Any:  # noqa: ANN401 - before it is checked
+        if not isinstance(tables, dict) or tables.get("task", "generate") == "generate":
+            return tables
+        if unfit := sorted({"sampling", "retry"} & tables.keys()):
+            msg = f"[{unfit[0]}] is for answers that are generated, not for {tables['task']!r}"
+            raise ValueError(msg)
+        return {**tables, "sampling": dict(NO_SAMPLING)}
+
+    @model_validator(mode="after")
+    def _fits_task(self) -> Self:
+        prompt, output = self.prompt, self.output.model_dump(exclude_defaults=True)
+        if why := unfit(self.task, prompt.form, self.pooling, output):
+            raise ValueError(why)
+        return self
 
     @property
     def run_date(self) -> date:

@@ -100,11 +100,20 @@ def make_recipe(
         model["lora"] = {name: dict(files) for name, files in lora_identity.items()}
     engine = {k: v for k, v in job.model.engine.items() if k not in SPEED_OPTIONS}
     return {
+        **_task(job),
         "prompt": prompt,
         "model": {**model, **({"engine": engine} if engine else {}), "files": dict(model_identity)},
-        "sampling": _sampling(job),
         **({"form": form} if (form := _form(job)) else {}),
     }
+
+
+def _task(job: JobConfig) -> dict[str, Any]:
+    """How answers are generated, or what is made of rows instead."""
+    if job.task == "generate":
+        return {"sampling": _sampling(job)}
+    # Numbers of another type are other columns; plans keep those apart, see `frozen_job`.
+    pooling = job.pooling.model_dump(exclude_none=True, exclude_defaults=True)
+    return {"task": job.task, "pooling": pooling}
 
 
 def _sampling(job: JobConfig) -> dict[str, Any]:

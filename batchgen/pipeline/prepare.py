@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from batchgen.answers.numbers import number_columns
 from batchgen.answers.output_format import answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, nearest, suggestion
 from batchgen.core.expressions import LATE, check_row_test, parse_row_test
 from batchgen.core.records import EngineSpec, Prompt, RowError, writable_text
+from batchgen.engine.base import task_facts
 from batchgen.engine.vllm.encoder import refuse_model
 from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
@@ -353,7 +355,7 @@ def check(job: JobConfig) -> Checked:
     form = make_format(job.output)
     answer = answer_columns(job, form)
     check_examples(job.prompt.examples, form)
-    check_retries(job.retry, job.sampling, is_chat=job.prompt.text is None)
+    check_retries(job.retry, job.sampling, is_chat=job.prompt.is_chat)
     is_named = not job.model.is_pinned and job.model.backend == "openai"
     loras = {
         name: {"served": name} if is_named else resolve_lora(name, path)
@@ -365,7 +367,11 @@ def check(job: JobConfig) -> Checked:
         model = resolve_model(job.model.name, job.model.revision, allow_pickle=allow_pickle)
     else:
         model = other_model(job.model)
-    if job.model.is_vllm:
+    if job.task != "generate":
+        facts = task_facts(engine_spec(job, model.path))
+        builder = PromptBuilder(job.prompt, facts.prefix, may_be_empty=True)
+        form, answer = number_columns(job, facts)
+    elif job.model.is_vllm:
         refuse_model(engine_spec(job, model.path), builder.probe())
     recipe = recipes.make_recipe(job, model.identity, loras)
     return Checked(job, model, recipe, builder, form, answer)
@@ -424,6 +430,8 @@ def as_text(outcome: Prompt | RowError) -> str:
         return f"{outcome.error_type}: {outcome.error}"
     if isinstance(outcome, str):
         return outcome
+    if isinstance(outcome, tuple):
+        return "[query]\n{}\n[passage]\n{}".format(*outcome)
     return "\n".join(f"[{message['role']}]\n{message.get('content')}" for message in outcome)
 
 
@@ -449,7 +457,7 @@ def engine_spec(
     if structured_outputs is not None:
         params["structured_outputs"] = dict(structured_outputs)
     template = prompt.chat_template_file
-    is_open = model.is_vllm and leaves_open(model.engine)
+    is_open = model.is_vllm and leaves_open(model.engine) and job.task == "generate"
     return EngineSpec(
         backend="auto" if model.is_auto else model.backend,
         model=model_path or model.name,
@@ -465,6 +473,8 @@ def engine_spec(
         max_in_flight=job.run.max_in_flight,
         defaults=job.run.engine_defaults if is_open else "vllm",
         endpoint=_endpoint(job) if model.urls else {},
+        task=job.task,
+        pooling=job.pooling.model_dump(exclude_none=True) if job.task != "generate" else {},
     )
 
 

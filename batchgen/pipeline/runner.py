@@ -464,7 +464,8 @@ class Runner:
         part = self._part
         part.results.extend(results)
         done = [result.completion for result in results if result.completion is not None]
-        num_chars = sum([len(sample.text) for one in done for sample in one.samples])
+        samples = [sample for one in done for sample in one.samples]
+        num_chars = sum([len(sample.text) + len(sample.numbers or "") for sample in samples])
         part.num_bytes += self._row_bytes * len(results) + num_chars
         if part.since_s is None:
             part.since_s = self._clock()

@@ -30,7 +30,7 @@ from batchgen.core.expressions import parse_row_test
 from batchgen.core.records import Ranges, Request, RowError, RowSet
 from batchgen.engine.base import engine_class
 from batchgen.engine.echo import encode_prompt
-from batchgen.engine.vllm.encoder import MAX_BATCH, ChatStyle, encode, find_template
+from batchgen.engine.vllm.encoder import MAX_BATCH, encode, find_template, style_of
 from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
 from batchgen.preview.estimate import (
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from batchgen.store.reuse import KeySet
 
 
+NONE = array("i")
 _MAX_LENGTH = 2**40
 """No model reads so many tokens: a larger number is damage, as are 0 and below."""
 _LENGTH_KEYS = (
@@ -94,13 +95,16 @@ def load_tokenize(spec: EngineSpec) -> Tokenize:
     prepare_environment(is_cpu=is_cpu)
     llm_kwargs(spec, is_cpu=is_cpu)
     tokenizer = _load_tokenizer(spec)
-    style = ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools)
+    style = style_of(spec)
 
     def tokenize(requests: Sequence[EngineRequest]) -> list[Tokens]:
         found: list[Tokens] = []
         for start in range(0, len(requests), MAX_BATCH):
             batch = encode(tokenizer, requests[start : start + MAX_BATCH], style)
-            found += [_checked(encoded.error or encoded.token_ids) for encoded in batch]
+            found += [
+                _checked(one.error or (one.token_ids and one.token_ids + (one.second or NONE)))
+                for one in batch
+            ]
         return found
 
     return tokenize
@@ -181,11 +185,11 @@ LARGE_BYTES = 256 << 20
 
 def first_prompts(prepared: Prepared, num_rows: int) -> Iterator[tuple[str, Prompt | RowError]]:
     """Yield where a row stands and its prompt, or why it has none, for `check`."""
-    is_chat = prepared.job.model.is_vllm and prepared.job.prompt.text is None
+    is_chat = prepared.job.model.is_vllm and prepared.job.prompt.is_chat
     template = find_template(prepared.engine_spec(None)) if is_chat else None
     for row, outcome in islice(first_rows(prepared, num_rows), num_rows):
         why = None
-        if template is not None and not isinstance(outcome, str | RowError):
+        if template is not None and isinstance(outcome, list):
             why = template.refusal(outcome)
         yield f"row {row}", outcome if why is None else RowError("chat_template_error", why)
 
@@ -317,6 +321,8 @@ def _by_characters(text: str) -> int:
 def _tokens(prompt: Prompt, count: Callable[[str], int]) -> int:
     if isinstance(prompt, str):
         return count(prompt)
+    if isinstance(prompt, tuple):
+        return sum(map(count, prompt))
     return sum(MESSAGE_TOKENS + count(_text(message.get("content"))) for message in prompt)
 
 

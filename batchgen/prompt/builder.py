@@ -37,6 +37,8 @@ _TABLE = "[prompt]"
 _GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
 _MAX_ERROR_CHARS = 300
+TEMPLATES = ("user", "system", "template", "query", "passage")
+"""Keys of `[prompt]` that hold one."""
 BYTE_ORDER_MARK = "\ufeff"
 """Where some editors begin a file in UTF-8: no text of it. The recipe has it, prompts do not."""
 _BRACED = re.compile(r"(?<!\{)\{\s*([^{}]+?)\s*\}(?!\})")
@@ -50,16 +52,28 @@ vllm/renderers/chat_utils.py, MM_PARSER_MAP and _parse_chat_message_content_mm_p
 class PromptBuilder:
     """The `[prompt]` table, compiled. Reused for every row; holds no row."""
 
-    def __init__(self, config: PromptConfig) -> None:
+    def __init__(
+        self, config: PromptConfig, prefix: str = "", *, may_be_empty: bool = False
+    ) -> None:
         """Compile the templates.
+
+        Args:
+            config: The table.
+            prefix: Goes before each raw text.
+            may_be_empty: Whether a raw text without any letter is a prompt: it has a vector.
 
         Raises:
             ConfigError: A template has a syntax error.
         """
         self._config = config
-        texts = {"user": config.user, "system": config.system}
-        self._templates = {k: _compile(f"prompt.{k}", v) for k, v in texts.items() if v is not None}
-        self._user, self._system = map(self._templates.get, texts)
+        self._prefix = prefix
+        self._may_be_empty = may_be_empty
+        self._templates = {
+            key: _compile(f"prompt.{key}", text)
+            for key in TEMPLATES
+            if (text := getattr(config, key)) is not None
+        }
+        self._user, self._system = map(self._templates.get, ("user", "system"))
         columns = (config.messages, config.text, config.images)
         templates = self._templates.values()
         self._names = frozenset(name for name in columns if name is not None).union(
@@ -68,7 +82,7 @@ class PromptBuilder:
         self._may_lack = frozenset().union(*(template.may_lack for template in templates))
         self._images = ImageRules(config)
         self._examples = [message for example in config.examples for message in turns(example)]
-        self._globals = _GLOBALS if self._user is not None else frozenset()
+        self._globals = _GLOBALS if self._templates else frozenset()
 
     def columns(self, available: Sequence[str]) -> frozenset[str]:
         """Return the columns that prompts need, out of those available.
@@ -96,7 +110,7 @@ class PromptBuilder:
         Args:
             available: The input's columns.
         """
-        if self._user is None:
+        if not self._templates:
             return []
         found = [
             f"prompt.{key}: {{{name}}} in single braces is text; a column is {{{{ {name} }}}}"
@@ -110,7 +124,7 @@ class PromptBuilder:
         ]
         if self._names.isdisjoint({ROW_VARIABLE, *available}):
             text = "no column is used, so that every row has the same prompt; a column is written"
-            found.append(f"prompt.user: {text} {{{{ name }}}}")
+            found.append(f"prompt.{self._config.form}: {text} {{{{ name }}}}")
         return found
 
     def probe(self) -> Messages | None:
@@ -119,14 +133,14 @@ class PromptBuilder:
         Empty where rows bring their own, None where prompts are no chats.
         """
         if self._user is None:
-            return [] if self._config.text is None else None
+            return [] if self._config.is_chat else None
         system = [{"role": "system", "content": "x"}] if self._system is not None else []
         return [*system, *self._examples, {"role": "user", "content": "x"}]
 
     def build(self, values: Values) -> Prompt | RowError:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
         try:
-            prompt = self._from_column(values) if self._user is None else self._rendered(values)
+            prompt = self._rendered(values) if self._templates else self._from_column(values)
             if self._config.images is not None and isinstance(prompt, list):
                 return with_images(prompt, values.get(self._config.images), self._images)
         except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
@@ -153,12 +167,13 @@ class PromptBuilder:
         return RowError("template_error", _told(error))
 
     def _rendered(self, values: Values) -> Prompt | RowError:
-        assert self._user is not None  # noqa: S101 - else the prompt is a column
         # Templates see the row's columns, and all of them as `row`.
         scope: dict[str, Any] = {ROW_VARIABLE: values, **values}
         for name in self._names:
             if scope.get(name, "") is None:
                 scope[name] = NULL
+        if self._user is None:
+            return self._raw(scope)
         user = self._user.render(scope)
         if not user.strip():
             return RowError("empty_prompt", "prompt.user renders to nothing")
@@ -167,6 +182,15 @@ class PromptBuilder:
         if self._system is not None:
             messages.insert(0, {"role": "system", "content": self._system.render(scope)})
         return messages
+
+    def _raw(self, scope: dict[str, Any]) -> Prompt | RowError:
+        texts = {key: template.render(scope) for key, template in self._templates.items()}
+        empty = [key for key, text in texts.items() if not text.strip()]
+        if empty and not self._may_be_empty:
+            return RowError("empty_prompt", f"prompt.{empty[0]} renders to nothing")
+        if "template" in texts:
+            return self._prefix + texts["template"]
+        return texts["query"], texts["passage"]
 
     def _from_column(self, values: Values) -> Prompt | RowError:
         name = self._config.text or self._config.messages or ""
@@ -180,9 +204,9 @@ class PromptBuilder:
         if not isinstance(value, str):
             found = type(value).__name__
             return RowError("bad_prompt", f"column {name!r} is {found}, expected a string")
-        if not value.strip():
+        if not value.strip() and not self._may_be_empty:
             return RowError("empty_prompt", f"column {name!r} is empty")
-        return value
+        return self._prefix + value
 
 
 class _Template(NamedTuple):

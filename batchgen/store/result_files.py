@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import gather_rows, lazy_frame, with_polars_types
+from batchgen.core.data import column_of, gather_rows, lazy_frame, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
 from batchgen.core.records import Ranges, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
@@ -338,7 +338,7 @@ def _table(ordered: Sequence[Result], context: PartContext, engine: Mapping[str,
         *facts.values(),
     ]
     arrays = [
-        column if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, kind.type)
+        column if isinstance(column, pa.ChunkedArray | pa.Array) else column_of(column, kind.type)
         for column, kind in zip(columns, schema, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=schema)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import keep_rows, parse_json, take_rows
+from batchgen.core.data import keep_rows, parse_json, take_rows, vector_encodings
 from batchgen.core.errors import AccountingError, DamagedPartError, OutputError
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import command, option
@@ -211,6 +211,7 @@ def write_snapshot(
     options = {
         "compression": form.compression,
         "use_dictionary": dictionary_columns(form.prefix, form.labels),
+        "column_encoding": vector_encodings(schema),
     }
     files: list[PublishedFile] = []
     groups: list[list[Chunk]] = []

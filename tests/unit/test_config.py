@@ -249,7 +249,8 @@ MISTAKES = {
     ),
     "two forms of prompt": (
         {"prompt": {"text": "t"}},
-        "prompt: found user and text, expected exactly one of user, messages, text",
+        "prompt: found user and text, "
+        "expected exactly one of user, messages, text, template, query",
     ),
     "system beside a raw text": (
         {"prompt": {"user": None, "text": "t", "system": "s"}},
@@ -294,7 +295,7 @@ MISTAKES = {
     ),
     "no prompt": (
         {"prompt": {"user": None}},
-        "prompt: found none of them, expected exactly one of user, messages, text",
+        "prompt: found none of them, expected exactly one of user, messages, text, template, query",
     ),
     "a model without a name": (
         {"model": {"backend": "vllm"}},
@@ -640,7 +641,7 @@ def test_a_toml_date_is_text_where_text_is_expected(job_file):
 def test_the_json_schema_describes_every_key():
     schema = json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert set(schema["required"]) == {"input", "prompt", "model", "sampling", "output"}
+    assert set(schema["required"]) == {"input", "prompt", "model", "output"}
     for name, table in schema["$defs"].items():
         assert table["additionalProperties"] is False
         for key, value in table["properties"].items():

@@ -24,8 +24,7 @@ from batchgen.engine.vllm.encoder import (
     render_images,
     with_local_images,
 )
-from batchgen.engine.vllm.engine import pass_to_reasoner
-from batchgen.engine.vllm.params import check_grammars_once
+from batchgen.engine.vllm.params import check_grammars_once, pass_to_reasoner
 from batchgen.engine.vllm.settings import llm_kwargs, lora_kwargs
 from tests.fakes import ask
 

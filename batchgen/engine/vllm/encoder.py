@@ -31,7 +31,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from jinja2 import TemplateSyntaxError
@@ -40,6 +40,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from batchgen.core.errors import ConfigError, EngineError, one_line
 from batchgen.core.records import RowError
 from batchgen.engine.base import flatten_parts
+from batchgen.engine.vllm.pooling import Pieces, encode_pair, pairs_of, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from batchgen.core.records import EngineSpec, Messages, Prompt
     from batchgen.engine.base import EngineRequest
 
-_Json = TypeVar("_Json", dict[str, Any], list[Any])
 MAX_BATCH = 256
 MAX_IMAGE_BYTES = 32 << 20
 """Of a local file."""
@@ -68,14 +68,31 @@ class Encoded(NamedTuple):
     lora: str | None = None
     chat: Messages | None = None
     """One with images, which only the engine can render."""
+    second: array[int] | None = None
+    """Tokens of a pair's second text, where it is read by itself."""
+    boundary: int = 0
+    """Where in `token_ids` a pair's second text begins; 0: nowhere."""
+
+
+def pieces_of(encoded: Encoded) -> Pieces:
+    """What numbers are wanted of."""
+    return Pieces(encoded.token_ids or array("i"), encoded.second, encoded.boundary)
 
 
 class ChatStyle(NamedTuple):
-    """How a chat becomes a text; as in `EngineSpec`."""
+    """How a prompt becomes a text; as in `EngineSpec`."""
 
     chat_template: str | None
     chat_template_kwargs: Mapping[str, Any]
     tools: Sequence[Mapping[str, Any]] = ()
+    pairs: str = ""
+    """How a pair of texts becomes tokens, see `pooling.encode_pair`."""
+
+
+def style_of(spec: EngineSpec) -> ChatStyle:
+    """How prompts of a job become texts."""
+    pairs = pairs_of(spec) if spec.task == "score" else ""
+    return ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools, pairs)
 
 
 class Encoder:
@@ -136,6 +153,8 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
     Returns:
         One entry a request, in order.
     """
+    if style.pairs:
+        return [_encode_pair(tokenizer, request, style.pairs) for request in requests]
     texts: dict[int, str] = {}
     results: dict[int, array[int] | RowError] = {}
     is_chat = [not isinstance(request.prompt, str) for request in requests]
@@ -154,10 +173,22 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
     return [_encoded(request, results.get(index)) for index, request in enumerate(requests)]
 
 
+def _encode_pair(tokenizer: Any, request: EngineRequest, how: str) -> Encoded:  # noqa: ANN401
+    given = Encoded(request.request_id, None, None, None, request.params, request.lora)
+    pair: Any = request.prompt
+    try:
+        found = encode_pair(tokenizer, how, pair)
+    except Exception as exc:  # noqa: BLE001 - row border
+        return given._replace(error=RowError("tokenizer_error", one_line(exc)))
+    first, second, boundary = found
+    return given._replace(token_ids=first, second=second, boundary=boundary)
+
+
 def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:  # noqa: ANN401
-    """Turn a prompt into the text that is tokenized."""
+    """Turn a prompt that is no pair into the text that is tokenized."""
     if isinstance(prompt, str):
         return prompt
+    assert not isinstance(prompt, tuple)  # noqa: S101 - see `encode`
     text = tokenizer.apply_chat_template(
         flatten_parts(prompt),
         tools=list(style.tools) or None,
@@ -171,7 +202,7 @@ def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:  # noqa: AN
 
 def has_images(prompt: Prompt) -> bool:
     """Whether any message of a chat has a content part of type `image_url`."""
-    return not isinstance(prompt, str) and any(
+    return not isinstance(prompt, str | tuple) and any(
         isinstance(part, dict) and part.get("type") == "image_url"
         for message in prompt
         if isinstance(content := message.get("content"), list)
@@ -214,7 +245,7 @@ def _encoded(request: EngineRequest, result: array[int] | RowError | None) -> En
         error,
         request.params,
         request.lora,
-        None if result is not None or isinstance(request.prompt, str) else request.prompt,
+        None if result is not None or isinstance(request.prompt, str | tuple) else request.prompt,
     )
 
 
@@ -358,8 +389,8 @@ def _refuse_pooling(folder: Path) -> None:
     Source:
         vllm/config/model.py, _get_default_runner_type, 0.32.
     """
-    has_pooling = any(".Pooling" in str(item) for item in _read_json(folder / "modules.json", list))
-    names = _read_json(folder / "config.json", dict).get("architectures") or []
+    has_pooling = any(".Pooling" in str(item) for item in read_json(folder / "modules.json", list))
+    names = read_json(folder / "config.json", dict).get("architectures") or []
     if has_pooling or (names and all(str(name).endswith(_POOLING) for name in names)):
         what = "modules.json has a pooling layer" if has_pooling else ", ".join(map(str, names))
         problem = f"{str(folder)!r} makes embeddings or scores and generates no text ({what})"
@@ -420,12 +451,12 @@ def find_template(spec: EngineSpec) -> ChatTemplate | None:
         ConfigError: There is none, or the job's is no template.
     """
     folder = Path(spec.model_kwargs.get("tokenizer") or spec.model)
-    config = _read_json(folder / "tokenizer_config.json", dict)
+    config = read_json(folder / "tokenizer_config.json", dict)
     is_plain = spec.model_kwargs.get("tokenizer_mode", "auto") in {"auto", "hf", "slow"}
     if not is_plain or "auto_map" in config or any(any(folder.glob(p)) for p in _OTHER_TOKENIZERS):
         return None
     text = spec.chat_template or _own_template(folder, config, has_tools=bool(spec.tools))
-    sees_images = "vision_config" in _read_json(folder / "config.json", dict)
+    sees_images = "vision_config" in read_json(folder / "config.json", dict)
     if text is None and config and not sees_images:  # For some of these vLLM has one of its own.
         problem = f"{str(folder)!r} has no chat template (a base model?), which chats need"
         advice = "set prompt.chat_template_file, or give whole prompts with prompt.text"
@@ -456,7 +487,7 @@ def _own_template(folder: Path, config: Mapping[str, Any], *, has_tools: bool) -
     """
     with suppress(OSError, UnicodeDecodeError):
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    processor = _read_json(folder / "chat_template.json", dict)
+    processor = read_json(folder / "chat_template.json", dict)
     found = config.get("chat_template") or processor.get("chat_template")
     if isinstance(found, list | dict):
         named = found if isinstance(found, dict) else {}
@@ -468,11 +499,3 @@ def _own_template(folder: Path, config: Mapping[str, Any], *, has_tools: bool) -
 def _token(value: object) -> str:
     """A special token, given as a text or with its properties."""
     return str(value.get("content")) if isinstance(value, dict) else str(value)
-
-
-def _read_json(path: Path, kind: type[_Json]) -> _Json:
-    """A JSON file of a model; empty if it is not there, or not of the kind."""
-    found = None
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes()) if path.is_file() else None
-    return found if isinstance(found, kind) else kind()

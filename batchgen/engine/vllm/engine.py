@@ -40,7 +40,7 @@ from batchgen.engine.vllm.answers import (
     prime_with_prompt_ends,
     tokens_of,
 )
-from batchgen.engine.vllm.encoder import ChatStyle, Encoder, render_images
+from batchgen.engine.vllm.encoder import Encoder, pieces_of, render_images, style_of
 from batchgen.engine.vllm.params import (
     Sampling,
     check_grammars_once,
@@ -48,8 +48,10 @@ from batchgen.engine.vllm.params import (
     load_loras,
     load_tokenizer,
     lora_requests,
+    pass_to_reasoner,
     structured_outputs_config,
 )
+from batchgen.engine.vllm.pooling import Pooler, task_facts
 from batchgen.engine.vllm.settings import (
     choose_settings,
     gpus_of,
@@ -64,7 +66,7 @@ from batchgen.engine.vllm.shares import shared_memory
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from batchgen.core.records import Sample, WorkLeft
+    from batchgen.core.records import Sample, TaskFacts, WorkLeft
     from batchgen.engine.base import EngineRequest
     from batchgen.engine.vllm.encoder import Encoded
 
@@ -110,7 +112,7 @@ class VllmEngine:
         if spec.model_kwargs.get("load_format") != "dummy":
             reader = threading.Thread(target=read_ahead, args=(Path(spec.model),), daemon=True)
             reader.start()
-        self._style = ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools)
+        self._style = style_of(spec)
         self._encoder = Encoder(self._load_tokenizer, self._style)
         self._watch = SchedulerWatch()
         self._closed = threading.Event()
@@ -118,10 +120,18 @@ class VllmEngine:
         self._llm_engine: Any = None
         self._encoded: deque[Encoded] = deque()
         self._admitted: dict[str, _Admitted] = {}
+        self._pooler: Pooler | None = None
+        self._given: dict[str, list[Any]] = {}
+        """Of requests that vLLM is asked for in several parts: what has come, by its place."""
         self._refused: list[Completion] = []
         self._window = 0
         self._num_added = 0
         self._num_returned = 0
+
+    @classmethod
+    def task_facts(cls, spec: EngineSpec) -> TaskFacts:
+        """Say what the model makes of a row, by its files."""
+        return task_facts(spec)
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -223,6 +233,9 @@ class VllmEngine:
             kept = splitter.params if splitter is not None else {}
             self._sampling = Sampling({**kept, **job_fields(llm, spec)})
             self._reader = AnswerReader(*tokens_of(llm, spec), splitter)
+            if spec.task != "generate":
+                limit = int(llm.model_config.max_model_len)
+                self._pooler = Pooler(spec, limit, llm.get_tokenizer())
         except Exception as exc:
             raise start_error(exc) from exc
         self._may_encode.set()  # If it was spawned after all.
@@ -271,12 +284,32 @@ class VllmEngine:
             self._admit_one(encoded, attempt=1)
 
     def _admit_one(self, encoded: Encoded, attempt: int) -> None:
-        prompt = encoded.error or self._prompt(encoded)
-        error = prompt if isinstance(prompt, RowError) else self._refusal(encoded)
-        if error is None:
-            error = self._add_request(encoded, prompt, attempt)
+        error = encoded.error or self._refusal(encoded)
+        if error is None and self._pooler is not None:
+            error = self._add_parts(encoded, self._pooler)
+        elif error is None:
+            prompt = self._prompt(encoded)
+            is_bad = isinstance(prompt, RowError)
+            error = prompt if is_bad else self._add_request(encoded, prompt, attempt)
         if error is not None:
             self._refused.append(failed(encoded.request_id, error))
+
+    def _add_parts(self, encoded: Encoded, pooler: Pooler) -> RowError | None:
+        """Ask for numbers, with a request of vLLM's for each part."""
+        parts = pooler.parts(pieces_of(encoded))
+        if isinstance(parts, RowError):
+            return parts
+        if bad := next((bad for part in parts if (bad := self._bad_ids(part.token_ids))), None):
+            return bad
+        names = [f"{encoded.request_id}/{at}" for at in range(len(parts))]
+        for name, part in zip(names, parts, strict=True):
+            prompt = self._tokens_input(part.token_ids.tolist())
+            if error := self._add(name, prompt, part.params, encoded, aborted=names):
+                return error
+        self._given[str(encoded.request_id)] = [None] * len(parts)
+        now = time.perf_counter()
+        self._admitted |= dict.fromkeys(names, _Admitted(encoded, now, 1, None))
+        return None
 
     def _refusal(self, encoded: Encoded) -> RowError | None:
         if encoded.lora is None or encoded.lora in self._loras:
@@ -294,14 +327,17 @@ class VllmEngine:
         return self._problem(array("i", rendered["prompt_token_ids"])) or rendered
 
     def _problem(self, token_ids: array[int]) -> RowError | None:
-        if not token_ids:
-            return RowError("empty_prompt", "the prompt has no tokens")
         if len(token_ids) >= self._max_model_len:
             return RowError(
                 "prompt_too_long",
                 f"the prompt has {len(token_ids)} tokens, the model takes fewer than "
                 f"{self._max_model_len} (max_model_len)",
             )
+        return self._bad_ids(token_ids)
+
+    def _bad_ids(self, token_ids: array[int]) -> RowError | None:
+        if not token_ids:
+            return RowError("empty_prompt", "the prompt has no tokens")
         if max(token_ids) >= self._vocab_size:
             # A tokenizer with added tokens that the model was never resized for.
             return RowError(
@@ -312,21 +348,38 @@ class VllmEngine:
 
     def _add_request(self, encoded: Encoded, prompt: Any, attempt: int) -> RowError | None:  # noqa: ANN401
         request_id = str(encoded.request_id)
-        lora = self._loras[encoded.lora] if encoded.lora is not None else None
         try:
             params = self._sampling.of(encoded.params)
-            if encoded.seed is not None:
-                # Shallow is enough: nothing of it is changed but this.
-                params = copy(params)
-                params.seed = encoded.seed
-            self._llm_engine.add_request(request_id, prompt, params, lora_request=lora)
+        except Exception as exc:  # noqa: BLE001 - row border: vLLM's own errors share no base class
+            return RowError("bad_request", one_line(exc))
+        if encoded.seed is not None:
+            # Shallow is enough: nothing of it is changed but this.
+            params = copy(params)
+            params.seed = encoded.seed
+        if error := self._add(request_id, prompt, params, encoded, aborted=[request_id]):
+            return error
+        now = time.perf_counter()
+        self._admitted[request_id] = _Admitted(encoded, now, attempt, params.logprobs)
+        return None
+
+    def _add(
+        self,
+        name: str,
+        prompt: Any,  # noqa: ANN401
+        params: Any,  # noqa: ANN401
+        encoded: Encoded,
+        *,
+        aborted: list[str],
+    ) -> RowError | None:
+        """Give vLLM a request; if it refuses it, it has to forget those `aborted`."""
+        lora = self._loras[encoded.lora] if encoded.lora is not None else None
+        try:
+            self._llm_engine.add_request(name, prompt, params, lora_request=lora)
         except self._dead_error as exc:
             raise EngineDeadError(CORE_DIED) from exc
         except Exception as exc:  # noqa: BLE001 - row border: vLLM's own errors share no base class
-            self._llm_engine.abort_request([request_id])
+            self._llm_engine.abort_request(aborted)
             return RowError("bad_request", one_line(exc))
-        now = time.perf_counter()
-        self._admitted[request_id] = _Admitted(encoded, now, attempt, params.logprobs)
         return None
 
     def _run_iteration(self) -> list[Completion]:
@@ -338,8 +391,22 @@ class VllmEngine:
             raise EngineDeadError(one_line(exc)) from exc
         now = time.perf_counter()
         finished = [output for output in outputs if output.finished]
-        completions = [self._completion(output, now) for output in finished]
+        read = self._completion if self._pooler is None else self._pooled
+        completions = [read(output, now) for output in finished]
         return [completion for completion in completions if completion is not None]
+
+    def _pooled(self, output: Any, now: float) -> Completion | None:  # noqa: ANN401
+        """Put a request's parts together; None until the last has come."""
+        assert self._pooler is not None  # noqa: S101 - else it generates
+        admitted = self._admitted.pop(output.request_id)
+        name, _, place = output.request_id.partition("/")
+        given = self._given[name]
+        given[int(place)] = output
+        if None in given:
+            return None
+        del self._given[name]
+        encoded, took_s = admitted.encoded, now - admitted.admitted_at
+        return self._pooler.completion(encoded.request_id, pieces_of(encoded), given, took_s)
 
     def _completion(self, output: Any, now: float) -> Completion | None:  # noqa: ANN401
         """Read vLLM's output; None if the request was given to it once more."""
@@ -518,27 +585,3 @@ def wake_when_dead(core: Any, dead_error: type[Exception], closed: threading.Eve
                 return
 
     threading.Thread(target=watch, name="batchgen-core-watch", daemon=True).start()
-
-
-def pass_to_reasoner(llm_engine: Any, chat_template_kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """Tell the core's reasoning parser how chats are rendered: whether there will be reasoning.
-
-    A grammar binds only what follows the reasoning, and some parsers (deepseek_v3) know from
-    these keywords alone. vLLM's server passes them on, its offline `add_request` cannot.
-
-    Source:
-        EngineCoreRequest.reasoning_parser_kwargs: vllm/v1/engine/async_llm.py, 0.26 to 0.33.
-    """
-    processor = getattr(llm_engine, "input_processor", None)
-    process = getattr(processor, "process_inputs", None)
-    if processor is None or process is None:
-        return
-    kwargs = {"chat_template_kwargs": dict(chat_template_kwargs)}
-
-    def process_and_tell(*args: Any, **named: Any) -> Any:  # noqa: ANN401
-        request = process(*args, **named)
-        if hasattr(request, "reasoning_parser_kwargs"):
-            request.reasoning_parser_kwargs = kwargs
-        return request
-
-    processor.process_inputs = process_and_tell

@@ -222,6 +222,30 @@ def check_grammars_once(llm_engine: Any) -> None:  # noqa: ANN401
     processor._validate_params = check_once
 
 
+def pass_to_reasoner(llm_engine: Any, chat_template_kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Tell the core's reasoning parser how chats are rendered: whether there will be reasoning.
+
+    A grammar binds only what follows the reasoning, and some parsers (deepseek_v3) know from
+    these keywords alone. vLLM's server passes them on, its offline `add_request` cannot.
+
+    Source:
+        EngineCoreRequest.reasoning_parser_kwargs: vllm/v1/engine/async_llm.py, 0.26 to 0.33.
+    """
+    processor = getattr(llm_engine, "input_processor", None)
+    process = getattr(processor, "process_inputs", None)
+    if processor is None or process is None:
+        return
+    kwargs = {"chat_template_kwargs": dict(chat_template_kwargs)}
+
+    def process_and_tell(*args: Any, **named: Any) -> Any:  # noqa: ANN401
+        request = process(*args, **named)
+        if hasattr(request, "reasoning_parser_kwargs"):
+            request.reasoning_parser_kwargs = kwargs
+        return request
+
+    processor.process_inputs = process_and_tell
+
+
 def lora_requests(loras: Mapping[str, str]) -> dict[str, Any]:
     """Give each adapter its vLLM request; their numbers count from 1."""
     from vllm.lora.request import LoRARequest

@@ -1,0 +1,100 @@
+"""The tasks of a job, and what goes with each.
+
+`task` says what the model makes of a row. All but `generate` have `[pooling]` instead of
+`[sampling]`, and give numbers, which become columns in `batchgen.answers.numbers`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from batchgen.job.run_table import PositiveInt, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Word = Annotated[str, Field(min_length=1)]
+Task = Literal["generate", "embed", "classify", "score"]
+NO_SAMPLING: Mapping[str, Any] = {"max_tokens": 1, "temperature": 0.0}
+"""`[sampling]` where nothing is generated: equal requests have equal answers."""
+
+
+class PoolingConfig(Table):
+    """What embed, classify and score make of the model's states, instead of `[sampling]`.
+
+    `use_activation` and `dimensions` are vLLM's PoolingParams.
+    """
+
+    prompt_name: Word | None = None
+    """embed: what goes before each text, by its name in the model's
+    config_sentence_transformers.json, such as query."""
+    prefix: str | None = None
+    """embed: the same in your own words, such as "query: "."""
+    dimensions: PositiveInt | None = None
+    """embed: so many of the first numbers, normalised again; for models that are trained for it
+    (matryoshka)."""
+    use_activation: bool | None = None
+    """false: raw numbers, that is vectors of any length, logits instead of probabilities.
+    Default: the model's."""
+    too_long: Literal["refuse", "truncate", "chunk"] = "refuse"
+    """A text beyond max_model_len: is an error row; or is cut, with verdict `truncated`; or (embed)
+    is embedded in pieces, whose mean, weighted by their tokens, is the row's vector."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """embed: type of the numbers in the output."""
+    threshold: Share = 0.5
+    """classify: labels that hold or not by themselves do so from this probability on."""
+
+    @model_validator(mode="after")
+    def _one_prefix(self) -> Self:
+        if self.prefix is not None and self.prompt_name is not None:
+            msg = "both prefix and prompt_name are given, expected one"
+            raise ValueError(msg)
+        return self
+
+
+class _Fit(NamedTuple):
+    """What goes with a task."""
+
+    prompts: tuple[str, ...]
+    """Keys of `[prompt]`, any one of them."""
+    pooling: tuple[str, ...] = ()
+    """Keys of `[pooling]`."""
+
+
+_EVERY = ("too_long", "use_activation")
+_FITS: Mapping[str, _Fit] = {
+    "generate": _Fit(("user", "messages", "text", "template")),
+    "embed": _Fit(("template", "text"), (*_EVERY, "prompt_name", "prefix", "dimensions", "dtype")),
+    "classify": _Fit(("template", "text"), (*_EVERY, "threshold")),
+    "score": _Fit(("query",), _EVERY),
+}
+_OF_ANSWERS = (
+    *("json_schema", "schema_column", "choice", "regex", "grammar", "json_object"),
+    *("flatten", "with_seed"),
+)
+"""Keys of `[output]` that are for what is generated."""
+
+
+def unfit(task: str, prompt: str, pooling: PoolingConfig, output: Mapping[str, Any]) -> str | None:
+    """Say what of a job does not go with its task; None if all does.
+
+    Args:
+        task: The job's.
+        prompt: The key of `[prompt]` that says what rows become.
+        pooling: The table.
+        output: The keys that are given of `[output]`.
+    """
+    fit = _FITS[task]
+    if prompt not in fit.prompts:
+        return f"prompt.{prompt} does not go with task {task!r}, expected prompt.{fit.prompts[0]}"
+    if other := sorted(pooling.model_fields_set.difference(fit.pooling)):
+        return f"pooling.{other[0]} does not go with task {task!r}"
+    if pooling.too_long == "chunk" and task != "embed":
+        return f"pooling.too_long = 'chunk' is for embed, not for {task!r}"
+    if task != "generate" and (given := [key for key in _OF_ANSWERS if key in output]):
+        key = given[0].removeprefix("json_") if given[0] == "json_schema" else given[0]
+        return f"output.{key} is for answers that are generated, not for {task!r}"
+    return None
