@@ -12,15 +12,24 @@ from batchgen.core import errors
 from batchgen.core.errors import BatchgenError, ExitCode
 
 __version__ = "0.1.0"
-__all__ = ["BatchgenError", "ExitCode", "__version__", "errors", "read", "run", "try_out"]
+__all__ = [
+    "BatchgenError",
+    "ExitCode",
+    "__version__",
+    "compare",
+    "errors",
+    "read",
+    "run",
+    "try_out",
+]
 
 if TYPE_CHECKING:
-    from batchgen.api import read, run, try_out
+    from batchgen.api import compare, read, run, try_out
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have any type
     """Load the verbs when first used, so that importing batchgen loads no Arrow."""
-    if name in {"run", "read", "try_out"}:
+    if name in {"compare", "read", "run", "try_out"}:
         from batchgen import api
 
         return getattr(api, name)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
     from batchgen.preview.estimate import Price
+    from batchgen.quality.compare import Comparison
     from batchgen.quality.try_out import Tried
     from batchgen.report.facts import ReportOptions
 
@@ -128,6 +129,45 @@ def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
         config = load(job, overrides, run_date, tuned=tuned)
     with _called(job, overrides, run_date, config.output.path):
         return run_sample(config, options)
+
+
+def compare(
+    a: str | Path | Mapping[str, Any],
+    b: str | Path | Mapping[str, Any],
+    *,
+    on: Sequence[str] = (),
+    num_examples: int = 5,
+    to: str | Path | None = None,
+) -> Comparison:
+    """Compare the answers of two outputs: two models, two prompts, two nights.
+
+    Args:
+        a: A job or an output folder; a text may end with @N, for snapshot N instead of the newest.
+        b: Another one.
+        on: Columns whose values name a row; none: rows are paired by content and place.
+        num_examples: At most so many rows that differ are shown in full.
+        to: A new Parquet file for all rows that differ, with both answers.
+
+    Raises:
+        OutputError: There are no such snapshots, or they cannot be read.
+        ConfigError: No output, columns that do not name rows, or there is such a file.
+    """
+    from batchgen.quality.compare import compare as compare_outputs
+
+    (first, one), (second, two) = _snapshot_of(a), _snapshot_of(b)
+    columns, path = ([on] if isinstance(on, str) else on), (Path(to) if to is not None else None)
+    roots = output_of(first), output_of(second)
+    return compare_outputs(*roots, (one, two), on=columns, num_examples=num_examples, to=path)
+
+
+def _snapshot_of(
+    source: str | Path | Mapping[str, Any],
+) -> tuple[str | Path | Mapping[str, Any], int | None]:
+    """Split `JOB@N`; what exists as it is written has no number."""
+    if not isinstance(source, str) or Path(source).exists():
+        return source, None
+    name, _, number = source.rpartition("@")
+    return (name, int(number)) if name and number.isdecimal() else (source, None)
 
 
 def _called(

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 
 def test_the_public_names_are_exactly_these() -> None:
-    names = ["BatchgenError", "ExitCode", "__version__", "errors", "read", "run", "try_out"]
+    names = [
+        "BatchgenError",
+        "ExitCode",
+        "__version__",
+        "compare",
+        "errors",
+        "read",
+        "run",
+        "try_out",
+    ]
     assert sorted(batchgen.__all__) == names
     assert all(getattr(batchgen, name) for name in batchgen.__all__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from batchgen.views.diff import Diff
     from batchgen.views.history import Listed
-
-_SHOWN_CHARS = 60
 
 
 @output_command
@@ -159,15 +157,4 @@ def _diff_lines(found: Diff) -> list[str]:
     lines += [f"  columns  {what}: {', '.join(names)}" for what, names in columns.items() if names]
     for moves in found.labels:
         lines += moves.lines()
-    for example in found.examples:
-        lines.append(f"--- {example['where']}: {example['changed']} changed")
-        lines += [
-            f"{name:24} {_short(old)} -> {_short(new)}"
-            for name, (old, new) in example["columns"].items()
-        ]
-    return lines
-
-
-def _short(value: Any) -> str:  # noqa: ANN401 - a column's value has any type
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
+    return lines + found.example_lines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,8 +20,6 @@ from batchgen.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from batchgen.cli.common import Load
 
 
@@ -79,3 +78,37 @@ def try_(
 
 
 try_.name = "try"
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--on",
+    metavar="COL[,COL]",
+    help="Columns that name a row. Default: rows are paired by content and place in the input.",
+)
+@num_rows(5, "Rows that differ to show.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A new Parquet file for all rows that differ, with both answers.",
+)
+@JSON
+def compare(
+    a: str, b: str, *, on: str | None, num_rows: int, to: Path | None, as_json: bool
+) -> None:
+    """Compare the answers of two outputs: two models, two prompts, two nights.
+
+    A and B are jobs or output folders, each with @N for snapshot N instead of the newest. Says how
+    many rows have the same answer, how far labels agree (kappa, confusion, shifts), how long and
+    how many tokens the answers are.
+
+    Example: batchgen compare jobs/quickstart.toml out/other-model --to differ.parquet
+    """
+    from batchgen import api
+
+    columns = [name.strip() for name in on.split(",")] if on else []
+    found = api.compare(a, b, on=columns, num_examples=num_rows, to=to)
+    out(as_line(found.as_dict()) if as_json else found.as_text())

@@ -105,28 +105,32 @@ class RecipeChangedError(BatchgenError):
     def __init__(self, where: str, changes: Sequence[str], *, is_finished: bool = True) -> None:
         self.where = where
         self.changes = tuple(changes)
-        lines = "".join(f"\n  {change}" for change in self.changes)
-        super().__init__(
-            f"{where}: this job is not the one that the output belongs to:{lines}\n"
-            + (_ways_finished() if is_finished else _ways_unfinished())
-        )
+        begun = "made" if is_finished else "begun"
+        lines = [f"{where}: the job has changed since this output was {begun}:"]
+        lines += [f"  {change}" for change in self.changes]
+        super().__init__("\n".join([*lines, *_ways_on(is_finished=is_finished)]))
 
 
-def _ways_finished() -> str:
-    accept, only = option("--accept-recipe"), option("--accept-recipe", "--only-errors")
-    return (
-        f"undo the change; or {accept}: every row again, into a new snapshot; or {only}: only rows "
-        "that are errors, edited or new; or choose another output.path (what is published stays "
-        "until the new snapshot is complete)"
-    )
-
-
-def _ways_unfinished() -> str:
-    return (
-        f"undo the change and finish what was begun; or {option('--accept-recipe')}: go on by the "
-        f"job as it is now; or {option('--fresh')}: begin anew (what is published stays until the "
-        "new snapshot is complete); or choose another output.path"
-    )
+def _ways_on(*, is_finished: bool) -> list[str]:
+    """What to do about another recipe, a line each, what costs least first."""
+    accept = command("run", "--accept-recipe")
+    if is_finished:
+        only = command("run", "--accept-recipe", "--only-errors")
+        ways = {
+            accept: "every row again, into a new snapshot",
+            only: "only rows that are errors, edited or new",
+            "undo the change": "nothing is computed again",
+        }
+    else:
+        ways = {
+            "undo the change": "finish what was begun",
+            accept: "go on by the job as it is now",
+            command("run", "--fresh"): "begin anew",
+        }
+    ways = {command("try"): "see it on some rows first; touches nothing", **ways}
+    ways["another output.path"] = "beside this one"
+    stays = "what is published stays until a new snapshot is complete"
+    return [f"ways on ({stays}):", *(f"  {way}: {what}" for way, what in ways.items())]
 
 
 class OutputError(BatchgenError):
@@ -228,11 +232,16 @@ class GateError(BatchgenError):
         super().__init__(f"{told}; nothing published{lines}\n{'; '.join(_ways(self.gate))}")
 
 
+_OF_THE_WHOLE = ("max_shrink", "min_accuracy")
+"""Limits that no error row is to blame for."""
+
+
 def _ways(gate: Sequence[Mapping[str, Any]]) -> list[str]:
     """What to do about limits that are exceeded."""
     errors = next((entry for entry in gate if entry.get("name") == "max_error_rate"), {})
     ways = [str(entry["hint"]) for entry in gate if "hint" in entry]
-    if errors.get("figure") != 0 and "hint" not in errors:
+    is_of_rows = any(e.get("exceeded", True) and e.get("name") not in _OF_THE_WHOLE for e in gate)
+    if is_of_rows and errors.get("figure") != 0 and "hint" not in errors:
         ways.append(
             f"`{command('show', '--errors')}` shows error rows, "
             f"`{command('run', '--retry-errors')}` tries them again"

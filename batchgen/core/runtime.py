@@ -88,6 +88,8 @@ _UNKNOWN = Caller()
 _CALLER = ContextVar("caller", default=_UNKNOWN)
 _OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff", "report"})
 """Commands that take an output folder as well."""
+_FUNCTIONS = {"run": "run", "try": "try_out"}
+"""Command -> function of the package."""
 _KEYWORDS = {"--set": "overrides", "--date": "run_date", "--no-tuned": "tuned=False"}
 
 
@@ -105,14 +107,15 @@ def command(verb: str, *options: str) -> str:
     """Write a command that does something with the job at work, to be copied as it is.
 
     Args:
-        verb: Of the command line. `run` is a call of `batchgen.run` where Python called.
+        verb: Of the command line. Where Python called, what it has a function for is a call of it.
         options: Words of the command line that follow the job.
     """
     caller = _CALLER.get()
-    if caller.python_job is not None and verb == "run":
+    if caller.python_job is not None and verb in _FUNCTIONS:
         given = {"overrides": list(caller.overrides), "run_date": caller.run_date}
         told = [f"{name}={value!r}" for name, value in given.items() if value]
-        return f"batchgen.run({', '.join([caller.python_job, *told, *map(_keyword, options)])})"
+        given_too = [caller.python_job, *told, *map(_keyword, options)]
+        return f"batchgen.{_FUNCTIONS[verb]}({', '.join(given_too)})"
     words = [caller.job]
     if caller.is_folder and verb not in _OF_FOLDERS:
         words = [_UNKNOWN.job]

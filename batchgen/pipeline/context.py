@@ -327,6 +327,7 @@ class Summary(Told):
         head = self.state.replace("_", " ")
         run = self.run
         limited = [entry for entry in self.gate if entry["limit"] is not None]
+        limited = [e for e in limited if e["name"] != "max_shrink" or e["figure"] is not None]
         lines = {
             "rows": _counts(self),
             "of them": _origins(self),

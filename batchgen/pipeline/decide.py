@@ -172,7 +172,8 @@ def _after(
     job, changes = checked.job, checked.changes(plan)
     if not checked.answers_alike(plan):
         return _with_new_recipe(ledger, checked, plan, manifest, options)
-    if changes and manifest is None and not options.accept_recipe:
+    is_begun = manifest is None and ledger.durable(plan).num_done != plan.num_rows
+    if changes and is_begun and not options.accept_recipe:
         raise RecipeChangedError(job.output.path, changes, is_finished=False)
     before = Before(
         seen=plan,

@@ -46,10 +46,18 @@ _NUM_MOVED = 3
 _TRUNCATED = "are cut off at max_tokens"
 _SHRINK_TO_NOTHING = 0.999
 """Holds without `max_shrink` where no row is left: a filter that matches nothing, an empty file."""
-_MEND_LIMIT = (
-    f"where no row at all is left, gate.max_shrink is {_SHRINK_TO_NOTHING} unless it is set: look "
-    "at input.path and input.where"
+_MEND_INPUT = "unless it is set: look at input.path, input.where and input.limit"
+_MEND_NOTHING = (
+    f"where no row at all is left, gate.max_shrink is {_SHRINK_TO_NOTHING} {_MEND_INPUT}"
 )
+MAX_SHRINK = 0.5
+"""Limit where none is set, in outputs that began with it: a manifest of theirs has a limit, whose
+absence in older ones keeps them as they were.
+
+Half: what an input loses by itself from night to night (rows that are done, a weekend's file that
+is smaller) is less, and what people lose it by (a limit that was left in, one folder of two that
+did not arrive, an export that broke off) mostly is more. A tighter default would hold back nights
+that are right; who knows the input sets one."""
 
 
 def _mend_input() -> str:
@@ -144,7 +152,7 @@ def _shrink(limit: float | None, num_now: int, num_last: int | None) -> Limit:
         return Limit("max_shrink", None, limit, "there is no last snapshot to compare with")
     hint = None
     if limit is None and not num_now:
-        limit, hint = _SHRINK_TO_NOTHING, _MEND_LIMIT
+        limit, hint = _SHRINK_TO_NOTHING, _MEND_NOTHING
     num_gone = max(num_last - num_now, 0)
     text = f"{num_now:,} rows are {num_gone:,} fewer than the {num_last:,} of the last snapshot"
     return Limit("max_shrink", num_gone / num_last if num_last else 0.0, limit, text, hint=hint)
@@ -336,7 +344,23 @@ def gate_figures(
     counts = (durable.num_ok, durable.num_errors)
     tally = last.tally if last is not None else None
     num_last = last.num_ok + last.num_errors if last is not None else None
-    return judge_gate(prepared.job.gate, counts, durable.tally, tally, num_last)
+    gate, is_new = prepared.job.gate, last is None or _had_limit(last)
+    is_default = gate.max_shrink is None and is_new
+    if is_default:
+        gate = gate.model_copy(update={"max_shrink": MAX_SHRINK})
+    limits = judge_gate(gate, counts, durable.tally, tally, num_last)
+    if is_default:
+        hint = f"gate.max_shrink is {MAX_SHRINK} {_MEND_INPUT}"
+        limits = [
+            replace(limit, hint=hint) if limit.name == "max_shrink" else limit for limit in limits
+        ]
+    return limits
+
+
+def _had_limit(last: Manifest) -> bool:
+    """Tell whether a snapshot was held against a limit of `max_shrink`, set or not."""
+    found = (entry["limit"] for entry in last.gate if entry["name"] == "max_shrink")
+    return any(limit is not None for limit in found)
 
 
 def _pass_gate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ class Tried:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        run, moves = self.summary, [(one, asdict(one)) for one in self.labels]
+        run = self.summary
         return {
             "state": run.state,
             "exit_code": run.exit_code,
@@ -123,7 +123,7 @@ class Tried:
             "snapshot": self.snapshot,
             "num_published": self.num_published,
             "num_same": self.num_same,
-            "labels": [told | {"agreement": m.agreement, "kappa": m.kappa} for m, told in moves],
+            "labels": [moves.as_dict() for moves in self.labels],
             "rows": list(self.rows),
             "notes": list(self.notes),
         }
@@ -142,7 +142,7 @@ class Tried:
                 f"{self.num_same:,} have the same answer"
             )
         for moves in self.labels:
-            lines += moves.lines()
+            lines += [moves.agreement_line(), *moves.lines()]
         shown = sorted(self.rows, key=_interest)[:num_rows]
         lines += [line for row in shown for line in _row_lines(row)]
         if len(shown) < num:

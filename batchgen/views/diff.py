@@ -39,12 +39,12 @@ from batchgen.store.result_files import (
     scan,
 )
 from batchgen.store.snapshot import find_snapshot, row_groups
-from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in
+from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in, short
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import polars as pl
 
@@ -105,6 +105,17 @@ class Diff:
         is_by_place = self.matched_by == POSITION
         return "equal content and place in the input" if is_by_place else self.matched_by
 
+    def example_lines(self) -> list[str]:
+        """Write the examples for a person."""
+        lines = []
+        for example in self.examples:
+            lines.append(f"--- {example['where']}: {example['changed']} changed")
+            lines += [
+                f"{name:24} {short(old)} -> {short(new)}"
+                for name, (old, new) in example["columns"].items()
+            ]
+        return lines
+
     @property
     def may_hide_edits(self) -> bool:
         """Whether some of the rows that came and went may be edited ones, which no key tells."""
@@ -141,11 +152,7 @@ def diff(
     old, new = numbers or _two_newest(ledger)
     try:
         both = Both(Side(ledger, old), Side(ledger, new), on)
-        found = _Found(both, num_examples)
-        with tempfile.TemporaryDirectory(prefix="batchgen-diff-") as folder:
-            for pairs in both.pairs(Path(folder)):
-                found.add(pairs)
-        return _compared(root, both, found)
+        return compared(root, both, num_examples)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
         why = str(error).splitlines()[0]
         msg = f"{root}: a snapshot cannot be read ({why}); `{command('verify')}` tells more"
@@ -164,13 +171,19 @@ def _two_newest(ledger: Ledger) -> tuple[int, int]:
 class Side:
     """A snapshot, as it lies on the disk; nothing is held open."""
 
-    def __init__(self, ledger: Ledger, number: int) -> None:
+    def __init__(self, ledger: Ledger, number: int, called: str = "") -> None:
         """Look at its columns; no row is read.
+
+        Args:
+            ledger: The output's books.
+            number: Of the snapshot.
+            called: What texts call it.
 
         Raises:
             OutputError: There is no such snapshot.
         """
         self.storage = ledger.storage
+        self.name = called or f"snapshot {number}"
         self.manifest = find_snapshot(ledger, number)
         self.num_rows = self.manifest.num_ok + self.manifest.num_errors
         self.plan = ledger.plan(number)
@@ -215,8 +228,7 @@ class Side:
         elif isinstance(fields, pl.Struct) and inner in dict(fields):
             value = pl.col(whole).struct.field(inner)
         else:
-            number = self.manifest.number
-            msg = f"snapshot {number} lacks the column {name!r} that its manifest names"
+            msg = f"{self.name} lacks the column {name!r} that its manifest names"
             raise OutputError(msg)
         if isinstance(self.frame.select(value).collect_schema().dtypes()[0], pl.List):
             value = value.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
@@ -283,8 +295,7 @@ class Side:
         import polars as pl
 
         if self.manifest.index is None:
-            number, on = self.manifest.number, option("--on")
-            msg = f"snapshot {number} has no index of rows; name them with {on}"
+            msg = f"{self.name} has no index of rows; name them with {option('--on')}"
             raise OutputError(msg)
         starts = pl.Series(self.starts)
         for _, _, ordinals in row_groups(self.storage, self.manifest):
@@ -311,10 +322,7 @@ class Side:
         twice = rows.group_by(keys).agg(pl.len().alias(AT)).filter(pl.col(AT) > 1).head(1)
         for *values, num_rows in twice.iter_rows():
             row = ", ".join(f"{name} = {value!r}" for name, value in zip(on, values, strict=True))
-            msg = (
-                f"{row} is in {num_rows} rows of snapshot {self.manifest.number}, expected in one; "
-                "name more columns"
-            )
+            msg = f"{row} is in {num_rows} rows of {self.name}, expected in one; name more columns"
             raise _bad_on(msg)
 
 
@@ -355,8 +363,7 @@ class Both:
             for side in (self.old, self.new):
                 if name not in side.schema:
                     known = ", ".join(side.plan.carried)
-                    number = side.manifest.number
-                    msg = f"snapshot {number} has no column {name!r}, expected one of: {known}"
+                    msg = f"{side.name} has no column {name!r}, expected one of: {known}"
                     raise _bad_on(msg)
             was, now = self.old.schema[name], self.new.schema[name]
             if was != now or was.is_nested():
@@ -540,7 +547,26 @@ class _Found:
         return found
 
 
-def _compared(root: Path, both: Both, found: _Found) -> Diff:
+def compared(
+    root: Path, both: Both, num_examples: int, on_pairs: Callable[[pl.DataFrame], object] = len
+) -> Diff:
+    """Pair the rows of two snapshots and sum up.
+
+    Args:
+        root: Output folder that the result names.
+        both: The snapshots.
+        num_examples: At most so many changed rows are shown in full.
+        on_pairs: Gets the pairs, piece by piece, see `Both.pairs`.
+    """
+    found = _Found(both, num_examples)
+    with tempfile.TemporaryDirectory(prefix="batchgen-diff-") as folder:
+        for pairs in both.pairs(Path(folder)):
+            found.add(pairs)
+            on_pairs(pairs)
+    return _summed(root, both, found)
+
+
+def _summed(root: Path, both: Both, found: _Found) -> Diff:
     num = found.num
     was, now = both.old.columns, both.new.columns
     manifests, num_rows = zip(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.runtime import option
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 OLD = "_old"
 """Behind a column's name: that of the old side."""
 _SHOWN_MOVES = 20
+_SHOWN_CHARS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,16 @@ class LabelMoves:
         if num**2 == by_chance:
             return None
         return (num * self._num_same - by_chance) / (num**2 - by_chance)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, with how far old and new agree."""
+        return {**asdict(self), "agreement": self.agreement, "kappa": self.kappa}
+
+    def agreement_line(self) -> str:
+        """Write how far they agree for a person."""
+        share = "unknown" if self.agreement is None else f"{self.agreement:.1%}"
+        kappa = "" if self.kappa is None else f", kappa {self.kappa:.3g}"
+        return f"agree    {self.column}: {share} of {sum(self.confusion.values()):,} rows{kappa}"
 
     def lines(self) -> list[str]:
         """Write it for a person."""
@@ -114,3 +125,9 @@ def added_moves(found: Sequence[pl.DataFrame]) -> list[dict[str, Any]]:
         return []
     added = pl.concat(found).group_by("old", "new").agg(pl.col("num_rows").sum())
     return added.sort("num_rows", "old", "new", descending=[True, False, False]).to_dicts()
+
+
+def short(value: Any) -> str:  # noqa: ANN401 - a column's value has any type
+    """A value of a row on one line, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."

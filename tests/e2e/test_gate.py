@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import batchgen
+from batchgen.core.errors import GateError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Base
 from batchgen.store.ledger import Ledger
@@ -111,6 +112,7 @@ def test_over_the_error_limit_nothing_is_published_and_examples_are_named(job: P
         ("max_error_rate", True),
         ("max_truncated_rate", False),
         ("max_retry_rate", False),
+        ("max_shrink", False),
     ]
     assert gate[0]["figure"] == 54 / 198
 
@@ -139,7 +141,7 @@ def test_publish_anyway_publishes_warns_and_is_recorded(job: Path) -> None:
     assert f"warning: published over a limit of the gate: {text}" in done.stdout
     manifest = ledger_of(job).latest_manifest()
     assert manifest is not None
-    assert [entry.get("overridden") for entry in manifest.gate] == [True, None, None]
+    assert [entry.get("overridden") for entry in manifest.gate] == [True, None, None, None]
     assert manifest.tally["verdict"] == {"ok": 144, "truncated": 50, "error": 4}
     assert len(batchgen.read(job.parent / "out").collect()) == 198
 
@@ -159,6 +161,65 @@ def test_a_shrunk_night_is_held_against_all_rows_of_the_last_errors_too(job: Pat
     (shrink,) = [entry for entry in summary.gate if entry["name"] == "max_shrink"]
     assert summary.num_errors
     assert shrink["text"].endswith(" fewer than the 198 of the last snapshot")
+
+
+def cut(job: Path, num_rows: int) -> None:
+    path = job.parent / "in.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:num_rows]))
+
+
+def test_a_new_output_holds_back_a_night_that_lost_more_than_half_of_its_rows(
+    tmp_path: Path,
+) -> None:
+    job = label_job(tmp_path, ["refund"] * 20)
+    first = batchgen.run(job)
+    assert "shrink" not in str(first)  # There is nothing yet that could.
+    limit = ["input.limit=9"]
+    with pytest.raises(
+        GateError, match=r"11 fewer than .*, over gate\.max_shrink = 0\.5"
+    ) as caught:
+        batchgen.run(job, overrides=limit)
+    assert caught.value.exit_code == 3
+    assert "look at input.path, input.where and input.limit" in str(caught.value)
+    assert len(batchgen.read(job).collect()) == 20
+    # The night without the limit is not bound by the one that was held back.
+    assert batchgen.run(job).state == "complete"
+    cut(job, 10)
+    assert batchgen.run(job).num_ok == 10  # Half is not more than half.
+    cut(job, 4)
+    with pytest.raises(GateError):
+        batchgen.run(job)
+    assert batchgen.run(job, publish_anyway=True).num_ok == 4
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.7, 1.0])
+def test_a_limit_that_is_set_goes_before_the_default(tmp_path: Path, limit: float) -> None:
+    job = label_job(tmp_path, ["refund"] * 20, gate={"max_shrink": limit})
+    batchgen.run(job)
+    cut(job, 8)
+    if limit < 0.6:
+        with pytest.raises(GateError, match=f"over gate.max_shrink = {limit:g}"):
+            batchgen.run(job)
+    else:
+        assert batchgen.run(job).num_ok == 8
+    label_job(tmp_path, ["refund"] * 3)  # Not set any more: the default again.
+    with pytest.raises(GateError, match=r"over gate\.max_shrink = 0\.5"):
+        batchgen.run(job)
+
+
+def test_an_output_of_before_the_default_goes_on_as_it_was(tmp_path: Path) -> None:
+    job = label_job(tmp_path, ["refund"] * 20)
+    batchgen.run(job)
+    path = tmp_path / "out" / STATE / "manifests" / "000001.json"
+    manifest = json.loads(path.read_text())
+    manifest["gate"] = [entry for entry in manifest["gate"] if entry["name"] != "max_shrink"]
+    path.write_text(json.dumps(manifest))
+    for num_rows in (6, 1):
+        cut(job, num_rows)
+        assert batchgen.run(job).num_ok == num_rows
+    cut(job, 0)
+    with pytest.raises(GateError, match=r"over gate.max_shrink = 0.999"):
+        batchgen.run(job)
 
 
 def test_labels_that_drift_from_the_last_snapshot_hold_the_next_one_back(tmp_path: Path) -> None:
@@ -321,7 +382,7 @@ def test_another_recipe_is_refused(job: Path) -> None:
     give_rung(job, prompt={"user": "Say: {{ text }}"})
     done = run_cli("run", job, "--retry-errors")
     assert done.returncode == 2
-    assert "this job is not the one that the output belongs to" in done.stderr
+    assert "the job has changed since this output was made" in done.stderr
     assert "prompt.user: 'Repeat: {{ text }}' -> 'Say: {{ text }}'" in done.stderr
     assert ledger_of(job).latest_plan_number() == 1
 

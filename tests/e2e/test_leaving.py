@@ -65,7 +65,7 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def test_a_limit_on_a_finished_job(job: Path) -> None:
-    note = check(job, 276 - 100, "input.limit=100")
+    note = check(job, 276 - 100, "input.limit=100", "gate.max_shrink=1")
     assert note == "input.limit = 100: 176 rows leave the snapshot"
     assert len(published_texts(job)) == 100
 
@@ -139,7 +139,7 @@ def test_nothing_leaves(job: Path) -> None:
 
 def test_a_new_recipe_over_fewer_rows(job: Path) -> None:
     """As somebody does who tries out a prompt on a finished job."""
-    tried = ("prompt.user=Say again: {{ text }}", "input.limit=100")
+    tried = ("prompt.user=Say again: {{ text }}", "input.limit=100", "gate.max_shrink=1")
     note = check(job, 176, *tried, accept_recipe=True)
     assert note == "input.limit = 100: 176 rows leave the snapshot"
     path = job.parent / "in-0.jsonl"
@@ -177,7 +177,7 @@ def test_an_unfinished_night_is_held_against_the_snapshot_too(job: Path) -> None
 
 
 def test_the_shell_says_it(job: Path) -> None:
-    limit = ("--set", "input.limit=100")
+    limit = ("--set", "input.limit=100", "--set", "gate.max_shrink=1")
     sentence = "warning: input.limit = 100: 176 rows leave the snapshot"
     assert sentence in run_cli("plan", job, *limit).stdout
     assert json.loads(run_cli("plan", job, *limit, "--json").stdout)["num_leaving"] == 176

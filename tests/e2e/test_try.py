@@ -276,12 +276,24 @@ def test_a_try_that_is_stopped_says_so(job: Path) -> None:
     assert tried.as_text().startswith("stopped: on purpose")
 
 
-def test_a_refused_recipe_names_the_try_first(job: Path) -> None:
+def test_a_refused_recipe_says_what_changed_and_each_way_on_the_try_first(job: Path) -> None:
     batchgen.run(job)
-    with pytest.raises(RecipeChangedError):
-        batchgen.run(job, overrides=[OTHER])
     done = run_cli("run", job, "--set", OTHER)
     assert done.returncode == 2
+    run, tried = (f"batchgen {verb} {job} --set '{OTHER}'" for verb in ("run", "try"))
+    assert done.stderr.splitlines() == [
+        f"batchgen: {job.parent / 'out'}: the job has changed since this output was made:",
+        "  prompt.user: 'Repeat: {{ text }}' -> 'Say: {{ text }}'",
+        "ways on (what is published stays until a new snapshot is complete):",
+        f"  {tried}: see it on some rows first; touches nothing",
+        f"  {run} --accept-recipe: every row again, into a new snapshot",
+        f"  {run} --accept-recipe --only-errors: only rows that are errors, edited or new",
+        "  undo the change: nothing is computed again",
+        "  another output.path: beside this one",
+    ]
+    with pytest.raises(RecipeChangedError) as caught:
+        batchgen.run(job, overrides=[OTHER])
+    assert f"batchgen.try_out({str(job)!r}, overrides=[{OTHER!r}]): see it" in str(caught.value)
 
 
 def test_no_hook_and_no_figures_of_a_try(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_night_without_any_row_does_not_replace_one_with_rows_unasked():
     )
     assert last_line(limits) == (
         "where no row at all is left, gate.max_shrink is 0.999 unless it is set: look at "
-        f"input.path and input.where; {PUBLISH}"
+        f"input.path, input.where and input.limit; {PUBLISH}"
     )
     for gate, counts, num_last in [
         ({"max_shrink": 1.0}, (0, 0), 5),

@@ -92,7 +92,7 @@ def test_the_test_finds_what_is_spelled_out(tmp_path: Path, text: str) -> None:
 HOSTILE = "it's a job; $(rm -rf) `x`.toml"
 
 
-@pytest.mark.parametrize("verb", sorted(cli.commands.keys() - {"schema"}))
+@pytest.mark.parametrize("verb", sorted(cli.commands.keys() - {"schema", "compare"}))
 def test_the_shell_gets_the_jobs_name_with_what_was_set(verb: str) -> None:
     given = Caller(HOSTILE, overrides=["prompt.user=a b", "output.path=x"], run_date="2026-01-31")
     with called(given):
