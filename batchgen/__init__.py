@@ -16,20 +16,26 @@ __all__ = [
     "BatchgenError",
     "ExitCode",
     "__version__",
+    "check",
     "compare",
+    "doctor",
     "errors",
+    "plan",
     "read",
+    "report",
     "run",
+    "show",
+    "status",
     "try_out",
 ]
 
 if TYPE_CHECKING:
-    from batchgen.api import compare, read, run, try_out
+    from batchgen.api import check, compare, doctor, plan, read, report, run, show, status, try_out
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have any type
     """Load the verbs when first used, so that importing batchgen loads no Arrow."""
-    if name in {"compare", "read", "run", "try_out"}:
+    if name in __all__:
         from batchgen import api
 
         return getattr(api, name)

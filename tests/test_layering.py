@@ -18,7 +18,7 @@ LAYERS = (
     {"pipeline"},
     {"cluster"},
     {"preview", "tuning", "views", "endpoints"},
-    {"quality", "report"},
+    {"quality", "report_page"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

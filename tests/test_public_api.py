@@ -9,7 +9,8 @@ import subprocess
 import sys
 from dataclasses import fields
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,23 +20,24 @@ from batchgen.core.runtime import Caller, called
 from batchgen.pipeline.context import RunOptions, Summary
 from tests import fakes
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 def test_the_public_names_are_exactly_these() -> None:
     names = [
         "BatchgenError",
         "ExitCode",
         "__version__",
+        "check",
         "compare",
+        "doctor",
         "errors",
-        "read",
-        "run",
-        "try_out",
+        "plan",
     ]
+    names += ["read", "report", "run", "show", "status", "try_out"]
     assert sorted(batchgen.__all__) == names
     assert all(getattr(batchgen, name) for name in batchgen.__all__)
+    # No folder of that name takes a function's place once it is imported.
+    rooms = {path.stem for path in Path(batchgen.__file__).parent.iterdir()} - {"errors"}
+    assert rooms.isdisjoint(batchgen.__all__)
 
 
 def test_python_and_the_shell_take_every_option_of_a_run() -> None:

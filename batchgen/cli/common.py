@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,36 +146,6 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
-
-
-def stop_on_signals(ask: Callable[[], str | None]) -> None:
-    """Have SIGTERM, Ctrl-C and the end of the terminal ask for a stop, and answer at once.
-
-    Args:
-        ask: Asks for it. Returns what is said of it, if anything; `{again}` in it is what the
-            person does once more.
-    """
-
-    def handle(signum: int, _: object) -> None:
-        if text := ask():
-            again = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-            line = f"batchgen: {text.format(again=f'{again} again')}\n"
-            # To the descriptor: sys.stderr may be in the middle of a line of the progress, and
-            # refuses to be entered again.
-            with contextlib.suppress(OSError):
-                os.write(2, ("\n" if os.isatty(2) else "").encode() + line.encode())
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # As under nohup.
-        signal.signal(signal.SIGHUP, handle)
-
-
-def rows_in_flight(grace_s: float) -> str:
-    """Say what a stopping run does about them, for `stop_on_signals`."""
-    if not grace_s:
-        return "rows in flight are left to the next run"
-    return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"
 
 
 def as_line(facts: Mapping[str, Any]) -> str:

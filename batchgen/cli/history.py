@@ -69,7 +69,7 @@ def prune(
     from batchgen.views.history import prune as prune_output
 
     if keep is None and older_than_s is None:
-        msg = "Missing option '--keep' or '--older-than': say what stays."
+        msg = f"Missing option '{option('--keep')}' or '{option('--older-than')}': say what stays."
         raise click.UsageError(msg)
     num_snapshots = len(listed(root))
     found = prune_output(root, keep or 1, older_than_s=older_than_s, dry_run=dry_run)

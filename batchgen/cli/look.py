@@ -20,7 +20,6 @@ from batchgen.cli.common import (
     reading,
 )
 from batchgen.core.errors import ConfigError, ExitCode
-from batchgen.core.runtime import printable
 
 if TYPE_CHECKING:
     from batchgen.cli.common import Load
@@ -36,30 +35,19 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
 
     Example: batchgen check jobs/quickstart.toml -n 1
     """
-    from batchgen.core.records import RowError
-    from batchgen.pipeline.prepare import as_text, prepare
-    from batchgen.preview.sample import first_prompts
+    from batchgen.preview.check import check_job
 
-    prepared = prepare(load())
-    out(f"input    {len(prepared.files)} {prepared.format} file(s), first {prepared.files[:1]}")
-    columns = ", ".join(f"{field.name}: {field.type}" for field in prepared.columns)
-    out(f"columns  {printable(columns, keep='')}")
-    out(f"carried  {printable(', '.join(prepared.carried), keep='')}")
-    out(f"model    {prepared.model.path or prepared.model_name}")
-    out(f"answer   {', '.join(f'{f.name}: {f.type}' for f in prepared.answer.fields)}")
-    for why in prepared.form.fallbacks:
-        out(f"as JSON  {why}")
-    for note in prepared.notes:
-        out(f"note     {note}")
-    out(f"recipe   {prepared.recipe_fingerprint}")
-    shown = []
-    for where, outcome in first_prompts(prepared, num_rows):
-        out(f"--- {where}", dim=True)
-        out(as_text(outcome))
-        shown.append(outcome)
-    if shown and all(isinstance(outcome, RowError) for outcome in shown):
+    found = check_job(load(), num_rows)
+    _out_rows(found.as_text())
+    if found.reason:
         where = "[prompt]"
-        raise ConfigError(where, [f"none of the {len(shown)} row(s) shown has a prompt"])
+        raise ConfigError(where, [found.reason])
+
+
+def _out_rows(text: str) -> None:
+    """Print lines; those that only name a row stand back."""
+    for line in text.split("\n"):
+        out(line, dim=line.startswith("--- "))
 
 
 @job_command
@@ -79,13 +67,9 @@ def doctor(_: Path, load: Load, *, as_json: bool, **planned: Any) -> None:  # no
 
     Example: batchgen doctor jobs/quickstart.toml --gpu "RTX 3090"
     """
-    from batchgen.preview.doctor import examine
-    from batchgen.preview.gpus import planned_machine
-    from batchgen.preview.machine import read_machine
+    from batchgen.preview.doctor import examine_on
 
-    is_planned = any(value is not None for value in planned.values())
-    machine = planned_machine(**planned) if is_planned else read_machine()
-    report = examine(load, lambda: machine)
+    report = examine_on(load, **planned)
     out(as_line(report.as_dict()) if as_json else report.as_text())
     sys.exit(report.exit_code)
 
@@ -188,22 +172,16 @@ def show(
     Example: batchgen show jobs/quickstart.toml --errors --columns text,gen_error
     """
     from batchgen.views import rows as view
-    from batchgen.views.status import not_begun
+    from batchgen.views.results import Rows
 
-    found = view.rows(root, view.Shown(columns=columns or (), **asked))
-    if not found:
-        why = not_begun(root)
-        out(f"{root}: {why}" if why else "no such rows", err=True)
-    for number, row in enumerate(found):
-        if as_json:
+    found = Rows(root, view.rows(root, view.Shown(columns=columns or (), **asked)))
+    if found.reason:
+        out(found.reason, err=True)
+    elif as_json:
+        for row in found:
             out(as_line(view.as_json(row)))
-            continue
-        place = str(row.pop(view.INPUT, f"row {number} of those shown"))
-        out(f"--- {printable(place, keep='')}", dim=True)
-        for name, value in row.items():
-            if value is not None:
-                shown = "line" if name == view.LINE else printable(name, keep="")
-                out(f"{shown:24} {value}")
+    else:
+        _out_rows(found.as_text())
 
 
 @job_command
@@ -232,7 +210,7 @@ def report(
     Example: batchgen report jobs/quickstart.toml --output report.html --no-rows
     """
     from batchgen import api
-    from batchgen.report.page import write_report
+    from batchgen.report_page.page import write_report
 
     config = None if job.is_dir() else load(tuned=False)
     root = api.output_of(job) if config is None else Path(config.output.path)

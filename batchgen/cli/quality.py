@@ -15,8 +15,6 @@ from batchgen.cli.common import (
     job_command,
     num_rows,
     out,
-    rows_in_flight,
-    stop_on_signals,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +57,8 @@ def try_(
 
     Example: batchgen try jobs/quickstart.toml -n 20 --random
     """
-    from batchgen.pipeline.context import StopSwitch
+    from batchgen.core.runtime import stop_on_signals
+    from batchgen.pipeline.context import StopSwitch, rows_in_flight
     from batchgen.quality.try_out import TryOptions, try_out
 
     stop = StopSwitch()

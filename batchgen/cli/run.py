@@ -16,11 +16,9 @@ from batchgen.cli.common import (
     job_command,
     out,
     reading,
-    rows_in_flight,
-    stop_on_signals,
 )
 from batchgen.core.errors import BatchgenError, ExitCode
-from batchgen.core.runtime import say
+from batchgen.core.runtime import say, stop_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from batchgen.cli.common import Load
-    from batchgen.pipeline.context import StopSwitch, Summary
+    from batchgen.pipeline.context import Summary
     from batchgen.tuning.trial import Stops
 
 _INTERRUPTED = "interrupted; run again to go on"
@@ -104,12 +102,12 @@ def run(
     this = None
     try:
         from batchgen.api import job_run
-        from batchgen.pipeline.context import RunOptions, StopSwitch
+        from batchgen.pipeline.context import RunOptions, StopSwitch, ask_to_stop
 
         stop = StopSwitch()
-        _stop_run_on_signals(stop)
+        stop_on_signals(ask_to_stop(stop))
         config = load(tuned=tuned)
-        _stop_run_on_signals(stop, config.run.grace_s)
+        stop_on_signals(ask_to_stop(stop, config.run.grace_s))
         this = job_run(config, stop, RunOptions(**options))
         summary = this.run()
     except BaseException as error:
@@ -145,29 +143,6 @@ def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
         reason = error.format_message()
         ended = Summary("refused", int(ExitCode.REFUSED), reason=reason)
         out(as_line(ended.as_dict()))
-
-
-def _stop_run_on_signals(stop: StopSwitch, grace_s: float = 0.0) -> None:
-    """Signals ask the run to drain, which is said at once; a second one to stop now.
-
-    Args:
-        stop: The run's.
-        grace_s: How long the rows in flight have.
-    """
-    from batchgen.pipeline.context import Stop
-
-    def ask() -> str:
-        is_first = stop.state is Stop.NO
-        stop.ask()
-        if not is_first and not stop.is_heard:
-            raise KeyboardInterrupt  # Planning or publishing: nothing that could be drained.
-        if not is_first:
-            return "stopping now; rows in flight are left to the next run"
-        if stop.is_heard:
-            return f"stopping: {rows_in_flight(grace_s)}"
-        return "stopping after this step; {again} to stop at once"
-
-    stop_on_signals(ask)
 
 
 @job_command
@@ -236,6 +211,7 @@ def _stop_search_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
         stops: The search's.
         grace_s: How long the rows in flight have.
     """
+    from batchgen.pipeline.context import rows_in_flight
 
     def ask() -> str | None:
         is_first = not stops.is_asked

@@ -20,6 +20,7 @@ import html
 import io
 import os
 import shlex
+import signal
 import stat
 import sys
 import unicodedata
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 _YOUNG_OBJECTS = 50_000
@@ -88,9 +89,24 @@ _UNKNOWN = Caller()
 _CALLER = ContextVar("caller", default=_UNKNOWN)
 _OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff", "report"})
 """Commands that take an output folder as well."""
-_FUNCTIONS = {"run": "run", "try": "try_out"}
+_FUNCTIONS = {
+    **{verb: verb for verb in ("run", "check", "plan", "doctor", "status", "show", "report")},
+    "try": "try_out",
+}
 """Command -> function of the package."""
-_KEYWORDS = {"--set": "overrides", "--date": "run_date", "--no-tuned": "tuned=False"}
+_VALUED = (
+    *("--columns", "--error-type", "--on", "--where", "--seed", "--rate", "--gpu-cost"),
+    *("--gpu", "--memory", "--capability", "--count", "--output"),
+)
+_KEYWORDS = {
+    "--set": "overrides",
+    "--date": "run_date",
+    "--no-tuned": "tuned=False",
+    "-n": "num_rows",
+    "--no-rows": "rows=False",
+    **{name: name[2:].replace("-", "_") for name in _VALUED},
+}
+"""Option -> what it is for Python, where it is no flag."""
 
 
 @contextmanager
@@ -112,10 +128,17 @@ def command(verb: str, *options: str) -> str:
     """
     caller = _CALLER.get()
     if caller.python_job is not None and verb in _FUNCTIONS:
-        given = {"overrides": list(caller.overrides), "run_date": caller.run_date}
+        left = iter(options)
+        others, sets = list[str](), list(caller.overrides)
+        for word in left:
+            if word == "--set":
+                sets.append(next(left))
+            else:
+                others.append(word)
+        given = {"overrides": sets, "run_date": caller.run_date}
         told = [f"{name}={value!r}" for name, value in given.items() if value]
-        given_too = [caller.python_job, *told, *map(_keyword, options)]
-        return f"batchgen.{_FUNCTIONS[verb]}({', '.join(given_too)})"
+        arguments = [caller.python_job, *told, *_keywords(others)]
+        return f"batchgen.{_FUNCTIONS[verb]}({', '.join(arguments)})"
     words = [caller.job]
     if caller.is_folder and verb not in _OF_FOLDERS:
         words = [_UNKNOWN.job]
@@ -140,13 +163,21 @@ def _as_bytes(character: str) -> str:
 
 
 def option(*names: str) -> str:
-    """Write options of `batchgen run`, such as `--retry-errors`; for Python as keywords."""
+    """Write options, such as `--retry-errors` or `--rate 250rows/s`; for Python as keywords."""
     is_python = _CALLER.get().python_job is not None
-    return ", ".join(map(_keyword, names)) if is_python else " ".join(names)
+    return ", ".join(_keywords(names)) if is_python else " ".join(names)
 
 
-def _keyword(name: str) -> str:
-    return _KEYWORDS.get(name, f"{name.removeprefix('--').replace('-', '_')}=True")
+def _keywords(words: Sequence[str]) -> list[str]:
+    """Words of a command line as Python's keywords; a value goes to the option before it."""
+    found: list[str] = []
+    for word in words:
+        if not word.startswith("-") and found:
+            found[-1] += f"={int(word) if word.isdecimal() else repr(word)}"
+        else:
+            flag = f"{word.removeprefix('--').replace('-', '_')}=True"
+            found.append(_KEYWORDS.get(word, flag))
+    return found
 
 
 class Told:
@@ -210,6 +241,32 @@ def say(text: str) -> None:
     """Write a line of batchgen's to stderr, if it can be written."""
     STDERR.write(f"batchgen: {printable(text)}\n")
     STDERR.flush()
+
+
+def stop_on_signals(ask: Callable[[], str | None], *, is_shell: bool = True) -> None:
+    """Have SIGTERM, Ctrl-C and the end of the terminal ask for a stop, and answer at once.
+
+    Args:
+        ask: Asks for it. Returns what is said of it, if anything; `{again}` in it is what the
+            person does once more.
+        is_shell: False: Ctrl-C alone, as of a notebook's Stop.
+    """
+
+    def handle(signum: int, _: object) -> None:
+        if text := ask():
+            again = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+            line = f"batchgen: {text.format(again=f'{again} again')}\n"
+            # To the descriptor: sys.stderr may be in the middle of a line of the progress, and
+            # refuses to be entered again.
+            with suppress(OSError):
+                os.write(2, ("\n" if os.isatty(2) else "").encode() + line.encode())
+
+    signal.signal(signal.SIGINT, handle)
+    if not is_shell:
+        return
+    signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # As under nohup.
+        signal.signal(signal.SIGHUP, handle)
 
 
 class _Lossy(io.FileIO):

@@ -103,6 +103,35 @@ class Purse:
         self._left += self._set_aside.pop(completion.request_id, 0) - cost
 
 
+def rows_in_flight(grace_s: float) -> str:
+    """Say what a stopping run does about them, for `stop_on_signals`."""
+    if not grace_s:
+        return "rows in flight are left to the next run"
+    return f"up to {grace_s:g} s for rows in flight; {{again}} to drop them"
+
+
+def ask_to_stop(stop: StopSwitch, grace_s: float = 0.0) -> Callable[[], str]:
+    """Make what a signal asks: the run drains; asked a second time it stops now.
+
+    Args:
+        stop: The run's.
+        grace_s: How long the rows in flight have.
+    """
+
+    def ask() -> str:
+        is_first = stop.state is Stop.NO
+        stop.ask()
+        if not is_first and not stop.is_heard:
+            raise KeyboardInterrupt  # Planning or publishing: nothing that could be drained.
+        if not is_first:
+            return "stopping now; rows in flight are left to the next run"
+        if stop.is_heard:
+            return f"stopping: {rows_in_flight(grace_s)}"
+        return "stopping after this step; {again} to stop at once"
+
+    return ask
+
+
 @dataclass(slots=True)
 class Notes:
     """Warnings: kept for the summary, and shown at once while there is a progress line."""

@@ -21,6 +21,7 @@ from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.prepare import engine_spec, plain_http, prepare
 from batchgen.preview.checkpoint import HuggingFace, find_model
+from batchgen.preview.gpus import planned_machine
 from batchgen.preview.machine import (
     Finding,
     check_device,
@@ -92,6 +93,30 @@ def _of_servers(model: ModelConfig) -> Iterator[Finding]:
         yield warning("servers", text)
     if model.api_key_env is not None and not os.environ.get(model.api_key_env):
         yield problem("key", f"the environment variable {model.api_key_env} is not set")
+
+
+def examine_on(
+    load: Callable[[], JobConfig],
+    gpu: str | None = None,
+    memory: str | None = None,
+    capability: str | None = None,
+    count: int | None = None,
+) -> Report:
+    """Say whether this machine can run a job; or, where a GPU is told of, one that has such GPUs.
+
+    Args:
+        load: See `examine`.
+        gpu: See `planned_machine`, as for the others.
+        memory: Its memory.
+        capability: Its compute capability.
+        count: How many.
+
+    Raises:
+        ConfigError: There is no such GPU.
+    """
+    is_here = gpu is None and memory is None and capability is None and count is None
+    machine = read_machine() if is_here else planned_machine(gpu, memory, capability, count)
+    return examine(load, lambda: machine)
 
 
 def _with_model(job: JobConfig, machine: Machine, hub: Hub) -> Report:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.core.records import RowError, RowSet
-from batchgen.core.runtime import command, option
+from batchgen.core.runtime import Told, command, option
 from batchgen.job.model import GateConfig
 from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
 from batchgen.pipeline.decide import refuse_foreign
@@ -78,8 +78,8 @@ class TryOptions:
             raise ConfigError(where, [f"{self.num_rows} is wrong, expected 1 or more"])
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
+@dataclass(frozen=True, slots=True, repr=False)
+class Tried(Told):
     """What came of a sample."""
 
     summary: Summary

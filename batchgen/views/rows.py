@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from batchgen.core.data import take_rows
 from batchgen.core.errors import ConfigError, OutputError, SourceError, suggestion
 from batchgen.core.records import Ranges
-from batchgen.core.runtime import command
+from batchgen.core.runtime import command, option
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.source.text import read_lines
 from batchgen.source.values import to_python
@@ -276,8 +276,9 @@ def rows(root: Path, asked: Shown) -> list[dict[str, Any]]:
         return []
     known = output.column_names()
     if unknown := [name for name in asked.columns if name not in known]:
-        where = "--columns"
-        raise ConfigError(where, [f"no column {n!r}{suggestion(n, known)}" for n in unknown])
+        raise ConfigError(
+            option("--columns"), [f"no column {n!r}{suggestion(n, known)}" for n in unknown]
+        )
     test: tuple[str, str | None] | None = None
     if asked.errors:
         test = output.column("status"), "error"
@@ -286,9 +287,8 @@ def rows(root: Path, asked: Shown) -> list[dict[str, Any]]:
     places = output.places(asked.num_rows, test)
     if asked.error_type is not None and asked.num_rows and not places:
         kinds = [kind.error_type for kind in output.error_kinds()]
-        where = "--error-type"
         told = f"no error {asked.error_type!r}{suggestion(asked.error_type, kinds)}"
-        raise ConfigError(where, [told])
+        raise ConfigError(option("--error-type"), [told])
     return output.rows(places, asked.columns or None, lines=asked.lines)
 
 

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 
 import batchgen
 from batchgen import cli
-from batchgen.cli.run import _ended, _stop_run_on_signals
-from batchgen.pipeline.context import StopSwitch, Summary
+from batchgen.cli.run import _ended
+from batchgen.core.runtime import stop_on_signals
+from batchgen.pipeline.context import StopSwitch, Summary, ask_to_stop
 from batchgen.store.books import STATE
 from tests.e2e.support import command, run_cli, wait_until, write_job, write_rows
 
@@ -259,7 +260,7 @@ def test_a_signal_is_answered_at_once(
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     stop = StopSwitch()
     try:
-        _stop_run_on_signals(stop, 7.5)
+        stop_on_signals(ask_to_stop(stop, 7.5))
         for is_heard, line in zip(asked, lines, strict=True):
             stop.is_heard = is_heard
             with pytest.raises(KeyboardInterrupt) if line is None else nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import batchgen
 from batchgen.cli import cli
-from batchgen.core.runtime import Caller, called, command, option, printable
+from batchgen.core.runtime import _FUNCTIONS, Caller, _keywords, called, command, option, printable
 
 PACKAGE = Path(batchgen.__file__).parent
 VERBS = "|".join(cli.commands)
@@ -76,7 +77,7 @@ def spelled_out(path: Path) -> list[str]:
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
 def test_no_text_spells_out_a_command_or_an_option(path: Path) -> None:
-    own = {"--set", "--date", "--no-tuned"} if path.name == "runtime.py" else set()
+    own = set(OPTIONS) if path.name == "runtime.py" else set()
     assert set(spelled_out(path)) <= own
 
 
@@ -90,6 +91,24 @@ def test_the_test_finds_what_is_spelled_out(tmp_path: Path, text: str) -> None:
 
 
 HOSTILE = "it's a job; $(rm -rf) `x`.toml"
+
+
+def test_every_function_of_the_package_is_a_command_that_hints_can_name() -> None:
+    verbs = set(_FUNCTIONS.values())
+    assert verbs == {name for name in batchgen.__all__ if name.islower()} - {
+        "errors",
+        "compare",
+        "read",
+        "__version__",
+    }
+    assert set(_FUNCTIONS) <= set(cli.commands)
+    for verb, name in _FUNCTIONS.items():
+        keywords = inspect.signature(getattr(batchgen, name)).parameters
+        flags = [p for p in cli.commands[verb].params if isinstance(p, click.Option)]
+        for flag in flags:
+            if flag.opts[0] not in {"--json", "--max-runtime", "--until", "--show", "--watch"}:
+                told = _keywords([flag.opts[0]])[0].partition("=")[0]
+                assert told in keywords, f"{name} has no {told}"
 
 
 @pytest.mark.parametrize("verb", sorted(cli.commands.keys() - {"schema", "compare"}))
@@ -142,9 +161,17 @@ def test_python_gets_its_own_words() -> None:
         )
         assert option("--accept-recipe", "--only-errors") == "accept_recipe=True, only_errors=True"
         assert (option("--no-tuned"), option("--set")) == ("tuned=False", "overrides")
-        assert command("show", "--errors") == (
-            "batchgen show 'a b.toml' --set output.path=x --date 2026-01-31 --errors"
+        assert command("verify") == (
+            "batchgen verify 'a b.toml' --set output.path=x --date 2026-01-31"
         )
+        assert command("try", "--set", "output.path=y", "-n", "20") == (
+            "batchgen.try_out('a b.toml', overrides=['output.path=x', 'output.path=y'], "
+            "run_date='2026-01-31', num_rows=20)"
+        )
+        assert option("--rate", "250rows/s") == "rate='250rows/s'"
+        assert (option("--error-type"), option("--gpu")) == ("error_type", "gpu")
+    with called(Caller(python_job="job")):
+        assert command("show", "--errors") == "batchgen.show(job, errors=True)"
     with called(given):
         assert option("--accept-recipe", "--only-errors") == "--accept-recipe --only-errors"
     assert command("run") == "batchgen run JOB"

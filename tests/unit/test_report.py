@@ -23,9 +23,9 @@ from batchgen.cli import cli
 from batchgen.core.errors import GateError, OutputError
 from batchgen.job.load import parse_job
 from batchgen.pipeline.context import RunOptions, StopSwitch
-from batchgen.report.charts import charts
-from batchgen.report.facts import ReportOptions, gather
-from batchgen.report.page import MOST_BYTES, Texts, render, write_report
+from batchgen.report_page.charts import charts
+from batchgen.report_page.facts import ReportOptions, gather
+from batchgen.report_page.page import MOST_BYTES, Texts, render, write_report
 from batchgen.store.books import STATE
 
 HOSTILE = [

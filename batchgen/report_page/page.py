@@ -18,8 +18,8 @@ from batchgen import __version__
 from batchgen.core.errors import OutputError
 from batchgen.core.runtime import printable
 from batchgen.pipeline.stats import duration
-from batchgen.report.charts import charts
-from batchgen.report.facts import gather
+from batchgen.report_page.charts import charts
+from batchgen.report_page.facts import gather
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from batchgen.report.facts import Facts, ReportOptions
+    from batchgen.report_page.facts import Facts, ReportOptions
 
 MOST_BYTES = 500_000
 _TEXT_BYTES = 300_000
@@ -71,7 +71,7 @@ def render(facts: Facts, draw: Callable[..., Mapping[str, str]] = charts) -> str
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    folder = files("batchgen.report")
+    folder = files("batchgen.report_page")
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

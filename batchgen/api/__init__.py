@@ -1,44 +1,96 @@
-"""The same verbs as the shell's, for Python."""
+"""The same verbs as the shell's, for Python and notebooks.
+
+Results are shown as the shell prints them. Errors that batchgen raises on purpose come without the
+frames of its inside: their text says all. Ctrl-C, or a notebook's Stop, drains a run as in the
+shell, and is a KeyboardInterrupt then.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import signal
+import threading
 from dataclasses import fields
 from datetime import date, datetime
-from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from batchgen.core.errors import ConfigError
-from batchgen.core.runtime import Caller, called
-from batchgen.engine.devices import device_name
-from batchgen.job.load import as_told, load_job, parse_job
-from batchgen.job.tuned import use_tuned
+from batchgen.api.jobs import day_of, load, loaded, output_of, refuse, texts_of
+from batchgen.core.errors import (
+    AccountingError,
+    BatchgenError,
+    ExitCode,
+    StoppedError,
+)
+from batchgen.core.runtime import Caller, called, stop_on_signals
+from batchgen.job.load import as_told
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import polars as pl
 
+    from batchgen.api.jobs import Overrides
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
+    from batchgen.preview.check import Checked
     from batchgen.preview.estimate import Price
+    from batchgen.preview.model_check import Report
+    from batchgen.preview.plan import Forecast
     from batchgen.quality.compare import Comparison
     from batchgen.quality.try_out import Tried
-    from batchgen.report.facts import ReportOptions
+    from batchgen.report_page.facts import ReportOptions
+    from batchgen.views.results import Rows, Status
+
+__all__ = [
+    "check",
+    "compare",
+    "doctor",
+    "job_run",
+    "load",
+    "output_of",
+    "plan",
+    "read",
+    "report",
+    "run",
+    "show",
+    "status",
+    "try_out",
+]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """Raise what is raised on purpose without its frames and causes; a bug comes whole."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True  # For IPython.
+        try:
+            return function(*args, **kwargs)
+        except AccountingError:
+            raise
+        except (BatchgenError, KeyboardInterrupt) as error:
+            told: BaseException = error
+        told.__cause__ = told.__context__ = None
+        raise told.with_traceback(None)
+
+    return call
+
+
+@_plainly
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     job: str | Path | Mapping[str, Any],
     *,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     run_date: date | str | None = None,
     tuned: bool = True,
     fresh: bool = False,
@@ -56,8 +108,10 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
 
     Args:
         job: Path of a job file, or the same tables as a mapping (paths in it are then relative
-            to the working directory).
-        overrides: `table.key=value` each, as `--set` takes them; a single text is one of them.
+            to the working directory). Its `input.path` may be a table of polars, pandas or Arrow:
+            that is written beside the output, as `OUTPUT.input.parquet`, if it has changed.
+        overrides: A mapping such as `{"sampling.max_tokens": 8}`, or texts as `--set` takes them;
+            a value, which may be a table as well, replaces that of the job.
         run_date: What `{date}` in paths stands for, a date or ISO text; None: today, here.
         tuned: Use what `batchgen tune` found for this job file, if it fits.
         fresh: Begin anew; what is published stays until the new snapshot is complete.
@@ -78,6 +132,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
 
     Raises:
         BatchgenError: Job trouble, see `batchgen.core.errors`; `exit_code` is what the shell gives.
+        KeyboardInterrupt: It was interrupted; what was in flight has had `run.grace_s` to end.
     """
     given = locals()  # The options of a run, by the names that they have in RunOptions.
     from batchgen.pipeline.context import RunOptions, StopSwitch
@@ -87,9 +142,42 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     with _called(job, overrides, run_date):
         config = load(job, overrides, run_date, tuned=tuned)
     with _called(job, overrides, run_date, config.output.path):
-        return job_run(config, StopSwitch(), options).run()
+        stop = StopSwitch()
+        return _to_end(job_run(config, stop, options).run, stop, config.run.grace_s)
 
 
+def _to_end(work: Callable[[], R], stop: StopSwitch, grace_s: float) -> R:
+    """Run something that drains when it is interrupted, and raise the interrupt then.
+
+    Only in the main thread, and where nobody else handles interrupts: else they are left alone.
+    """
+    from batchgen.pipeline.context import ask_to_stop
+
+    ask, asked = ask_to_stop(stop, grace_s), list[bool]()
+
+    def interrupted() -> str:
+        asked.append(True)
+        return ask()
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        return work()
+    stop_on_signals(interrupted, is_shell=False)
+    try:
+        found = work()
+    except StoppedError as error:
+        if not asked:
+            raise
+        raise KeyboardInterrupt(str(error)) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked and getattr(found, "exit_code", 0) == ExitCode.STOPPED:
+        msg = f"\n{found}"
+        raise KeyboardInterrupt(msg)
+    return found
+
+
+@_plainly
 def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
     job: str | Path | Mapping[str, Any],
     num_rows: int = 100,
@@ -98,7 +186,7 @@ def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
     seed: int = 0,
     where: str | None = None,
     errors: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     run_date: date | str | None = None,
     tuned: bool = True,
 ) -> Tried:
@@ -121,6 +209,7 @@ def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
     Raises:
         BatchgenError: As of a run; where there are no error rows to try, ConfigError.
     """
+    from batchgen.pipeline.context import StopSwitch
     from batchgen.quality.try_out import TryOptions
     from batchgen.quality.try_out import try_out as run_sample
 
@@ -128,9 +217,12 @@ def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
     with _called(job, overrides, run_date):
         config = load(job, overrides, run_date, tuned=tuned)
     with _called(job, overrides, run_date, config.output.path):
-        return run_sample(config, options)
+        stop = StopSwitch()
+        sample = functools.partial(run_sample, config, options, stop)
+        return _to_end(sample, stop, config.run.grace_s)
 
 
+@_plainly
 def compare(
     a: str | Path | Mapping[str, Any],
     b: str | Path | Mapping[str, Any],
@@ -170,14 +262,186 @@ def _snapshot_of(
     return (name, int(number)) if name and number.isdecimal() else (source, None)
 
 
+@_plainly
+def check(
+    job: str | Path | Mapping[str, Any],
+    num_rows: int = 3,
+    *,
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Checked:
+    """Check a job and render its first prompts; loads no model.
+
+    Args:
+        job: As `run` takes it.
+        num_rows: So many rows are rendered.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+
+    Returns:
+        What the job reads, asks and answers; `exit_code` is 2 where no row shown has a prompt.
+
+    Raises:
+        BatchgenError: A run would refuse to start.
+    """
+    from batchgen.preview.check import check_job
+
+    with _called(job, overrides, run_date):
+        return check_job(load(job, overrides, run_date), num_rows)
+
+
+@_plainly
+def plan(  # noqa: PLR0913 - the options of `batchgen plan`, by their names
+    job: str | Path | Mapping[str, Any],
+    *,
+    exact: bool = False,
+    rate: str | None = None,
+    gpu_cost: str | None = None,
+    fresh: bool = False,
+    retry_errors: bool = False,
+    accept_recipe: bool = False,
+    only_errors: bool = False,
+    rerender: bool = False,
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Forecast:
+    """Tell what a run would do: rows, tokens, time, cost. Touches nothing and needs no GPU.
+
+    Args:
+        job: As `run` takes it.
+        exact: Look at every row that is to do, not at a sample.
+        rate: How fast it will go: `250rows/s` or `12000tokens/s`; None: as the last run.
+        gpu_cost: Price of a GPU for an hour, for example `2.5EUR`.
+        fresh: Of a run with fresh=True; the other options of a run likewise.
+        retry_errors: See `run`.
+        accept_recipe: See `run`.
+        only_errors: See `run`.
+        rerender: See `run`.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+
+    Returns:
+        The forecast; `state` is `refused`, with a `reason`, where a run would refuse to start.
+
+    Raises:
+        ConfigError: The job, the rate or the price is none.
+    """
+    from batchgen.pipeline.context import RunOptions
+    from batchgen.preview.estimate import read_price, read_rate
+    from batchgen.preview.plan import PlanOptions, foresee
+    from batchgen.preview.sample import SAMPLE_ROWS
+
+    options = PlanOptions(
+        RunOptions(
+            fresh=fresh,
+            retry_errors=retry_errors,
+            accept_recipe=accept_recipe,
+            only_errors=only_errors,
+            rerender=rerender,
+        ),
+        sample_rows=None if exact else SAMPLE_ROWS,
+        rate=read_rate(rate) if rate is not None else None,
+        price=read_price(str(gpu_cost)) if gpu_cost is not None else None,
+    )
+    with _called(job, overrides, run_date):
+        config = load(job, overrides, run_date)
+        return foresee(lambda: config, options)
+
+
+@_plainly
+def doctor(  # noqa: PLR0913 - the options of `batchgen doctor`, by their names
+    job: str | Path | Mapping[str, Any],
+    *,
+    gpu: str | None = None,
+    memory: str | None = None,
+    capability: str | None = None,
+    count: int | None = None,
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Report:
+    """Tell whether this machine can run a job, and how well; or one with GPUs that are not here.
+
+    Args:
+        job: As `run` takes it.
+        gpu: Name of a GPU that is not here, such as `RTX 3090`.
+        memory: Memory of one that has no name here, such as `24GiB`; with capability.
+        capability: Its compute capability, such as `8.6`.
+        count: So many of it.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+    """
+    from batchgen.preview.doctor import examine_on
+
+    with _called(job, overrides, run_date):
+        config = load(job, overrides, run_date)
+        return examine_on(lambda: config, gpu, memory, capability, count)
+
+
+@_plainly
+def status(
+    source: str | Path | Mapping[str, Any],
+    *,
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Status:
+    """Tell the state of a running, interrupted or finished job.
+
+    Args:
+        source: A job (file or mapping), or its output folder.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+    """
+    from batchgen.views.results import Status
+    from batchgen.views.status import status_of
+
+    with _called(source, overrides, run_date):
+        root = output_of(source, overrides, run_date)
+        return Status(root, status_of(root))
+
+
+@_plainly
+def show(  # noqa: PLR0913 - the options of `batchgen show`, by their names
+    source: str | Path | Mapping[str, Any],
+    num_rows: int = 5,
+    *,
+    errors: bool = False,
+    error_type: str | None = None,
+    columns: Sequence[str] = (),
+    snapshot: int | None = None,
+    lines: bool = False,
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Rows:
+    """Look at some rows: published, or durable so far. For all of them see `read`.
+
+    Args:
+        source: A job (file or mapping), or its output folder.
+        num_rows: At most so many.
+        errors: Only rows that are errors.
+        error_type: Only errors of this type.
+        columns: Only these columns; empty: all.
+        snapshot: Of an old snapshot, by its number.
+        lines: With each row's line of the input, where that is JSONL.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+    """
+    from batchgen.views.results import Rows
+    from batchgen.views.rows import Shown, rows
+
+    with _called(source, overrides, run_date):
+        root = output_of(source, overrides, run_date)
+        asked = Shown(num_rows, errors, error_type, columns, snapshot, lines)
+        return Rows(root, rows(root, asked))
+
+
 def _called(
     job: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     run_date: date | str | None = None,
     folder: str = "JOB",
 ) -> AbstractContextManager[None]:
     """Have hints speak of a job that Python gave, of a mapping by its output folder."""
-    texts, day = as_told(_texts(overrides)), _day(run_date)
+    texts, day = as_told(texts_of(overrides)), day_of(run_date)
     told = day.isoformat() if day else None
     if isinstance(job, str | Path):
         return called(Caller(str(job), Path(job).is_dir(), texts, told, repr(str(job))))
@@ -198,7 +462,7 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
         from batchgen.cluster.driver import ManyEngines
 
         this = JobRun(job, stop=stop, options=options, compute=ManyEngines)
-    this.at_end = partial(_look_back, job)
+    this.at_end = functools.partial(_look_back, job)
     return this
 
 
@@ -211,7 +475,7 @@ def _look_back(job: JobConfig, summary: Summary) -> None:
 
 
 def _add_examples(job: JobConfig, summary: Summary) -> None:
-    from batchgen.report.page import write_report
+    from batchgen.report_page.page import write_report
     from batchgen.views.rows import error_lines
 
     root = Path(summary.output)
@@ -226,7 +490,7 @@ def report_options(job: JobConfig | None, price: Price | None, *, with_rows: boo
     """Say what a report tells; without the job no price is known but a given one."""
     from batchgen.engine.vllm.settings import engine_gpus
     from batchgen.preview.estimate import read_price
-    from batchgen.report.facts import ReportOptions
+    from batchgen.report_page.facts import ReportOptions
 
     if price is None and job is not None and job.run.gpu_cost is not None:
         price = read_price(job.run.gpu_cost)
@@ -236,13 +500,14 @@ def report_options(job: JobConfig | None, price: Price | None, *, with_rows: boo
     return ReportOptions(with_rows, (price.per_hour * num_gpus, price.currency))
 
 
+@_plainly
 def report(
     job: str | Path | Mapping[str, Any],
     *,
     output: str | Path | None = None,
     rows: bool = True,
-    price: Price | None = None,
-    overrides: Sequence[str] = (),
+    gpu_cost: str | None = None,
+    overrides: Overrides = (),
     run_date: date | str | None = None,
 ) -> str:
     """Write the report of a job's newest run, and return its path.
@@ -251,23 +516,26 @@ def report(
         job: A job (file or mapping), or its output folder.
         output: The report's file; None: `report.html` in the run's folder.
         rows: Whether texts of rows may be in it.
-        price: Of a GPU for an hour; None: `run.gpu_cost`.
+        gpu_cost: Price of a GPU for an hour, for example `2.5EUR`; None: `run.gpu_cost`.
         overrides: As `run` takes them.
         run_date: As `run` takes it.
 
     Raises:
         BatchgenError: No run has been here, or the file cannot be written.
     """
-    from batchgen.report.page import write_report
+    from batchgen.preview.estimate import read_price
+    from batchgen.report_page.page import write_report
 
     with _called(job, overrides, run_date):
         root = output_of(job, overrides, run_date)
         is_folder = isinstance(job, str | Path) and Path(job).is_dir()
-        config = None if is_folder else load(job, overrides, run_date, tuned=False)
+        config = None if is_folder else loaded(job, overrides, run_date, tuned=False)
+        price = read_price(str(gpu_cost)) if gpu_cost is not None else None
         options = report_options(config, price, with_rows=rows)
         return write_report(root, options, Path(output) if output is not None else None)
 
 
+@_plainly
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:
     """Read a published snapshot, in input order.
 
@@ -289,86 +557,15 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
         return scan(storage, [file.name for file in manifest.files])
 
 
-def load(
-    job: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    run_date: date | str | None = None,
-    *,
-    tuned: bool = True,
-) -> JobConfig:
-    """Load and check a job file, or the same tables as a mapping.
-
-    Args:
-        job: Path of a job file, or the same tables as a mapping.
-        overrides: `table.key=value` each, as `--set` takes them; a single text is one of them.
-        run_date: What `{date}` in paths stands for, a date or ISO text; None: today, here.
-        tuned: Add what `batchgen tune` found for this job file, if it fits.
-
-    Raises:
-        ConfigError: With every problem found.
-    """
-    texts, day = _texts(overrides), _day(run_date)
-    if isinstance(job, str | Path):
-        config = load_job(Path(job), texts, day)
-        return use_tuned(config, Path(job), device_name) if tuned else config
-    return parse_job(job, base=Path.cwd(), where="job", overrides=texts, run_date=day)
-
-
-def _texts(overrides: Sequence[str]) -> Sequence[str]:
-    """List the overrides; a single text, which Python takes for letters, is one of them."""
-    texts = (overrides,) if isinstance(overrides, str) else tuple(overrides)
-    for text in texts:
-        if not isinstance(text, str):
-            _refuse("overrides", text, "texts such as 'run.flush_s=10'")
-    return texts
-
-
-def _day(run_date: date | str | None) -> date | None:
-    if isinstance(run_date, datetime):  # A date too, by its class, but written with its hours.
-        return run_date.date()
-    if run_date is None or isinstance(run_date, date):
-        return run_date
-    try:
-        return date.fromisoformat(run_date)
-    except (TypeError, ValueError):
-        _refuse("run_date", run_date, "a date, or a text such as '2026-01-31'")
-
-
 def _check_end(until: datetime | None, max_runtime_s: float | None) -> None:
     """Refuse an end that could not be held to; what the shell takes is read there."""
     if until is not None and not isinstance(until, datetime):
         expected = "a datetime with a time zone, such as datetime.now(UTC) + timedelta(hours=5)"
-        _refuse("until", until, expected)
+        refuse("until", until, expected)
     if until is not None and until.utcoffset() is None:
-        _refuse("until", until, "a time with a zone, such as until.astimezone()")
+        refuse("until", until, "a time with a zone, such as until.astimezone()")
     if max_runtime_s is None:
         return
     is_number = isinstance(max_runtime_s, Real) and not isinstance(max_runtime_s, bool)
     if not is_number or not math.isfinite(max_runtime_s) or max_runtime_s <= 0:
-        _refuse("max_runtime_s", max_runtime_s, "seconds, more than 0, such as 5 * 3600")
-
-
-def _refuse(name: str, given: object, expected: str) -> NoReturn:
-    raise ConfigError(name, [f"{given!r:.60} is wrong, expected: {expected}"])
-
-
-def output_of(
-    source: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] = (),
-    run_date: date | str | None = None,
-) -> Path:
-    """Find the output folder that a job file, a mapping or a folder stands for.
-
-    Raises:
-        ConfigError: It is no folder of batchgen's and no job either.
-    """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if (path / STATE).is_dir():
-            return path
-        if path.is_dir() or not path.exists():
-            wrong = (
-                f"holds no batchgen job (no {STATE}/ in it)" if path.is_dir() else "does not exist"
-            )
-            raise ConfigError(str(path), [f"{wrong}, expected a job file or an output folder"])
-    return Path(load(source, overrides, run_date, tuned=False).output.path)
+        refuse("max_runtime_s", max_runtime_s, "seconds, more than 0, such as 5 * 3600")

@@ -1,0 +1,174 @@
+"""A job as Python gives it: a file or tables, overrides as texts or values, data as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from batchgen.core.errors import BusyError, ConfigError
+from batchgen.engine.devices import device_name
+from batchgen.job.load import load_job, parse_job
+from batchgen.job.tuned import use_tuned
+from batchgen.source.tables import is_table, write_table
+from batchgen.storage import LocalStorage
+from batchgen.store.books import STATE
+from batchgen.store.runs import RunLock
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchgen.job.model import JobConfig
+
+    Overrides = Sequence[str] | Mapping[str, Any]
+    """`table.key=value` each, or a mapping of `table.key` (or of tables) to values."""
+
+_TABLE = "table.parquet"
+"""Stands for a table in a job until it is known where that is written."""
+
+
+def load(
+    job: str | Path | Mapping[str, Any],
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+    *,
+    tuned: bool = True,
+) -> JobConfig:
+    """Load and check a job file, or the same tables as a mapping; write its table, if it has one.
+
+    Args:
+        job: As `run` takes it.
+        overrides: As `run` takes them.
+        run_date: What `{date}` in paths stands for, a date or ISO text; None: today, here.
+        tuned: Add what `batchgen tune` found for this job file, if it fits.
+
+    Raises:
+        ConfigError: With every problem found.
+        BusyError: A run is at work on the job with another table.
+    """
+    config = loaded(job, overrides, run_date, tuned=tuned)
+    table = _table_of(overrides, _table_of(job, None))
+    if table is None:
+        return config
+    output = Path(config.output.path)
+
+    def may_change() -> None:
+        if RunLock(LocalStorage(output)).is_held():
+            msg = f"{output}: a run is at work on it with another table; wait for its end"
+            raise BusyError(msg)
+
+    path = output.with_name(f"{output.name}.input.parquet")
+    try:
+        write_table(table, path, may_change)
+    except OSError as error:
+        refuse("input.path", path, f"a place that can be written ({error.strerror})")
+    changed = config.input.model_copy(update={"path": [str(path)], "format": "parquet"})
+    return config.model_copy(update={"input": changed})
+
+
+def loaded(
+    job: str | Path | Mapping[str, Any],
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+    *,
+    tuned: bool = True,
+) -> JobConfig:
+    """Load and check a job; a table in it is not written, and its path is not the job's."""
+    texts, day = texts_of(overrides), day_of(run_date)
+    if isinstance(job, str | Path):
+        config = load_job(Path(job), texts, day)
+        return use_tuned(config, Path(job), device_name) if tuned else config
+    if not isinstance(job, Mapping):
+        refuse("job", job, "the path of a job file, or its tables as a mapping")
+    if _table_of(job, None) is not None:
+        job = {**job, "input": {**job["input"], "path": _TABLE}}
+    return parse_job(job, base=Path.cwd(), where="job", overrides=texts, run_date=day)
+
+
+def _table_of(given: object, other: object) -> object:
+    """The table that is given as `input.path`; the other one without it."""
+    if not isinstance(given, Mapping):
+        return other
+    inner = given.get("input")
+    value = inner.get("path") if isinstance(inner, Mapping) else None
+    value = given.get("input.path", value)
+    return value if is_table(value) else other
+
+
+def texts_of(overrides: Overrides) -> Sequence[str]:
+    """List the overrides as `--set` takes them; a single text is one of them, and not letters."""
+    if isinstance(overrides, Mapping):
+        return [text for name, value in overrides.items() for text in _set_texts(name, value)]
+    texts = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    for text in texts:
+        if not isinstance(text, str):
+            refuse("overrides", text, "texts such as 'run.flush_s=10', or a mapping")
+    return texts
+
+
+def _set_texts(name: object, value: object) -> list[str]:
+    """Write `table.key`, or a table whose keys are meant each, with its value in TOML."""
+    if isinstance(name, str) and "." not in name and isinstance(value, Mapping):
+        return [text for key, one in value.items() for text in _set_texts(f"{name}.{key}", one)]
+    if not isinstance(name, str) or "." not in name:
+        refuse("overrides", name, "keys such as 'sampling.max_tokens', or whole tables")
+    return [f"{name}={_TABLE if is_table(value) else _as_toml(value)}"]
+
+
+def _as_toml(value: object) -> str:
+    """Write a value in TOML, as far as that has it; a path and a date are texts."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_as_toml(str(k))} = {_as_toml(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_toml, value))}]"
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
+    if value is None:
+        refuse("overrides", value, "a value, which TOML has no null for; leave the key out")
+    # TOML has JSON's escapes, and wants one sign more escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def day_of(run_date: date | str | None) -> date | None:
+    """Read a date as Python gives it.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if isinstance(run_date, datetime):  # A date too, by its class, but written with its hours.
+        return run_date.date()
+    if run_date is None or isinstance(run_date, date):
+        return run_date
+    try:
+        return date.fromisoformat(run_date)
+    except (TypeError, ValueError):
+        refuse("run_date", run_date, "a date, or a text such as '2026-01-31'")
+
+
+def refuse(name: str, given: object, expected: str) -> NoReturn:
+    """Raise a ConfigError about an argument."""
+    raise ConfigError(name, [f"{given!r:.60} is wrong, expected: {expected}"])
+
+
+def output_of(
+    source: str | Path | Mapping[str, Any],
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Path:
+    """Find the output folder that a job file, a mapping or a folder stands for.
+
+    Raises:
+        ConfigError: It is no folder of batchgen's and no job either.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if (path / STATE).is_dir():
+            return path
+        if path.is_dir() or not path.exists():
+            wrong = (
+                f"holds no batchgen job (no {STATE}/ in it)" if path.is_dir() else "does not exist"
+            )
+            raise ConfigError(str(path), [f"{wrong}, expected a job file or an output folder"])
+    return Path(loaded(source, overrides, run_date, tuned=False).output.path)
