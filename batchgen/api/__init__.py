@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from batchgen.api.jobs import day_of, load, loaded, output_of, refuse, texts_of
+from batchgen.api.jobs import BESIDE, TABLE, day_of, load, loaded, output_of, refuse, texts_of
 from batchgen.core.errors import (
     AccountingError,
     BatchgenError,
@@ -331,19 +331,19 @@ def plan(  # noqa: PLR0913 - the options of `batchgen plan`, by their names
     from batchgen.preview.plan import PlanOptions, foresee
     from batchgen.preview.sample import SAMPLE_ROWS
 
-    options = PlanOptions(
-        RunOptions(
-            fresh=fresh,
-            retry_errors=retry_errors,
-            accept_recipe=accept_recipe,
-            only_errors=only_errors,
-            rerender=rerender,
-        ),
-        sample_rows=None if exact else SAMPLE_ROWS,
-        rate=read_rate(rate) if rate is not None else None,
-        price=read_price(str(gpu_cost)) if gpu_cost is not None else None,
-    )
     with _called(job, overrides, run_date):
+        options = PlanOptions(
+            RunOptions(
+                fresh=fresh,
+                retry_errors=retry_errors,
+                accept_recipe=accept_recipe,
+                only_errors=only_errors,
+                rerender=rerender,
+            ),
+            sample_rows=None if exact else SAMPLE_ROWS,
+            rate=read_rate(rate) if rate is not None else None,
+            price=read_price(str(gpu_cost)) if gpu_cost is not None else None,
+        )
         config = load(job, overrides, run_date)
         return foresee(lambda: config, options)
 
@@ -442,6 +442,7 @@ def _called(
 ) -> AbstractContextManager[None]:
     """Have hints speak of a job that Python gave, of a mapping by its output folder."""
     texts, day = as_told(texts_of(overrides)), day_of(run_date)
+    texts = [text.replace(f"input.path={TABLE}", f"input.path={folder}{BESIDE}") for text in texts]
     told = day.isoformat() if day else None
     if isinstance(job, str | Path):
         return called(Caller(str(job), Path(job).is_dir(), texts, told, repr(str(job))))

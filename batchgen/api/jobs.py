@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     Overrides = Sequence[str] | Mapping[str, Any]
     """`table.key=value` each, or a mapping of `table.key` (or of tables) to values."""
 
-_TABLE = "table.parquet"
+BESIDE = ".input.parquet"
+"""Behind the name of an output: the file of its input, where that was given as a table."""
+TABLE = "table.parquet"
 """Stands for a table in a job until it is known where that is written."""
 
 
@@ -59,7 +61,7 @@ def load(
             msg = f"{output}: a run is at work on it with another table; wait for its end"
             raise BusyError(msg)
 
-    path = output.with_name(f"{output.name}.input.parquet")
+    path = output.with_name(f"{output.name}{BESIDE}")
     try:
         write_table(table, path, may_change)
     except OSError as error:
@@ -83,7 +85,7 @@ def loaded(
     if not isinstance(job, Mapping):
         refuse("job", job, "the path of a job file, or its tables as a mapping")
     if _table_of(job, None) is not None:
-        job = {**job, "input": {**job["input"], "path": _TABLE}}
+        job = {**job, "input": {**job["input"], "path": TABLE}}
     return parse_job(job, base=Path.cwd(), where="job", overrides=texts, run_date=day)
 
 
@@ -114,7 +116,7 @@ def _set_texts(name: object, value: object) -> list[str]:
         return [text for key, one in value.items() for text in _set_texts(f"{name}.{key}", one)]
     if not isinstance(name, str) or "." not in name:
         refuse("overrides", name, "keys such as 'sampling.max_tokens', or whole tables")
-    return [f"{name}={_TABLE if is_table(value) else _as_toml(value)}"]
+    return [f"{name}={TABLE if is_table(value) else _as_toml(value)}"]
 
 
 def _as_toml(value: object) -> str:

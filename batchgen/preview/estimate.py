@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
+from batchgen.core.runtime import option
 from batchgen.job.run_table import PRICE_FORM
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
@@ -293,9 +294,11 @@ def read_rate(text: str) -> Rate:
     """
     found = _RATE.fullmatch(text.strip())
     if found is None or not float(found[1]):
-        raise ConfigError(RATE, [f"{text!r} is no rate, expected 250rows/s or 12000tokens/s"])
+        raise ConfigError(
+            option(RATE), [f"{text!r} is no rate, expected 250rows/s or 12000tokens/s"]
+        )
     unit: Literal["rows", "tokens"] = "tokens" if (found[2] or "").startswith("tok") else "rows"
-    return Rate(float(found[1]), unit, RATE)
+    return Rate(float(found[1]), unit, option(RATE))
 
 
 def read_price(text: str) -> Price:
@@ -306,7 +309,7 @@ def read_price(text: str) -> Price:
     """
     found = _PRICE.fullmatch(text.strip())
     if found is None:
-        raise ConfigError(PRICE, [f"{text!r} is no price of a GPU-hour, expected 2.5EUR"])
+        raise ConfigError(option(PRICE), [f"{text!r} is no price of a GPU-hour, expected 2.5EUR"])
     return Price(float(found[1]), (found[2] or "").upper())
 
 
