@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,9 @@ from batchgen.core.errors import ConfigError, ExitCode
 if TYPE_CHECKING:
     from batchgen.cli.common import Load
     from batchgen.preview.estimate import Price, Rate
+
+
+_WATCH_S = 2.0
 
 
 @job_command
@@ -133,16 +138,30 @@ def plan(
 
 
 @output_command
+@flag("--watch", help="Show it again every 2 s, until no run is at work.")
 @JSON
-def status(root: Path, *, as_json: bool) -> None:
+def status(root: Path, *, watch: bool, as_json: bool) -> None:
     """Tell the state of a running, interrupted or finished job. JOB may be an output folder.
 
-    Example: batchgen status jobs/quickstart.toml
+    Exits with 0 where all is well: complete, at work or never run. Else with what the last run
+    ended with: 1 a fault, or it was killed, or published files are damaged; 2 refused; 3 held
+    back by the gate; 75 stopped with work left.
+
+    Example: batchgen status jobs/quickstart.toml --watch
     """
-    from batchgen.views.status import as_text, status_of
+    from batchgen.views.status import as_text, exit_code_of, status_of
 
     facts = status_of(root)
-    out(as_line(facts) if as_json else as_text(root, facts))
+    with suppress(KeyboardInterrupt):
+        while True:
+            if watch and not as_json:
+                click.clear()  # Nothing where stdout is no terminal.
+            out(as_line(facts) if as_json else as_text(root, facts))
+            if not watch or facts["state"] != "running":
+                break
+            time.sleep(_WATCH_S)
+            facts = status_of(root)
+    sys.exit(exit_code_of(facts))
 
 
 @output_command

@@ -372,7 +372,7 @@ class Summary(Told):
         }
         warnings = [f"warning: {text}" for text in self.warnings]
         return "\n".join(
-            [*warnings, f"{head}: {self.reason}" if self.reason else head, *_table(lines)]
+            [*warnings, f"{head}: {self.reason}" if self.reason else head, *table(lines)]
         )
 
 
@@ -458,7 +458,7 @@ def _log(summary: Summary) -> str:
     return f"{place} ({summary.num_engine_warnings} different warnings)"
 
 
-def _table(rows: Mapping[str, str]) -> list[str]:
+def table(rows: Mapping[str, str]) -> list[str]:
     """Write lines of a name and a text each; those without a text are left out."""
     return [f"  {name:8} {text}" for name, text in rows.items() if text]
 

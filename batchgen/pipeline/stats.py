@@ -442,7 +442,7 @@ class Progress:
             starting: What is shown in place of the figures while no engine is up to have any.
         """
         elapsed_s = float(sample["elapsed_s"])
-        figures = [starting] if starting else _figures(sample)
+        figures = [starting] if starting else figures_of(sample)
         left = [] if starting or eta_s is None else [f"{duration(eta_s)} left"]
         if self._bar is not None:
             if num_done >= self._num_rows:
@@ -488,7 +488,7 @@ def _columns_of(stream: IO[str]) -> int:
         return _COLUMNS
 
 
-def _figures(sample: Mapping[str, Any]) -> list[str]:
+def figures_of(sample: Mapping[str, Any]) -> list[str]:
     """List what a person sees of a run, the most telling first."""
     figures = [
         f"{sample['requests_per_s']:,.0f} rows/s",

@@ -8,9 +8,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.data import parse_state
-from batchgen.core.errors import NoRightError, StorageError
+from batchgen.core.errors import ExitCode, NoRightError, StorageError
 from batchgen.core.runtime import command, option, size_text
-from batchgen.pipeline.stats import duration, num_inside
+from batchgen.pipeline.context import table
+from batchgen.pipeline.stats import RUNNING, duration, figures_of, num_inside
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, number_of
 from batchgen.store.ledger import Ledger
@@ -35,6 +36,14 @@ _COLUMNS = (
     "host",
 )
 _LEFT = {"state", "host"}
+_ENDS = {
+    None: ExitCode.STOPPED,
+    "stopped": ExitCode.STOPPED,
+    "answered": ExitCode.STOPPED,
+    "over_limit": ExitCode.OVER_LIMIT,
+    "refused": ExitCode.REFUSED,
+}
+"""State of the last run -> what `status` exits with; the others are faults."""
 
 
 def status_of(root: Path) -> dict[str, Any]:
@@ -123,32 +132,70 @@ def _sizes(storage: LocalStorage) -> dict[str, int]:
     return dict(sizes)
 
 
+def exit_code_of(facts: Mapping[str, Any]) -> ExitCode:
+    """Return what a monitor goes by: 0, or what the last run ended with."""
+    if facts["state"] in {"held_back", "interrupted"}:
+        return _ENDS.get(facts["last_run"]["state"], ExitCode.FAULT)
+    return ExitCode.FAULT if facts.get("damaged") else ExitCode.COMPLETE
+
+
 def as_text(root: Path, facts: Mapping[str, Any]) -> str:
-    """Write what `status_of` found for people: sentences where a value needs explaining."""
-    shown = dict(facts)
-    run = dict(shown.get("run", {}))
-    replicas = run.pop("replicas", [])
-    age_s = run.pop("sign_of_life_age_s", None)
-    if age_s is not None and age_s >= _SILENT_S:
-        run["last_sign_of_life"] = _silence(run, age_s)
-    shown["run"] = run
-    if shown["state"] == "new" and (why := not_begun(root)):
-        shown["state"] = f"new: {why}"
-    if "published" in shown:
-        shown["published"] = _published_line(shown["published"])
-    if "damaged" in shown:
-        shown["damaged"] = "; ".join(shown["damaged"])
-    shown.pop("files", None)
-    shown["sizes"] = {kind: size_text(num) for kind, num in shown.get("sizes", {}).items()}
-    lines = [f"{name:24} {value}" for name, value in _flat(shown)]
-    return "\n".join([*lines, *replica_lines(replicas)])
+    """Write what `status_of` found for people."""
+    run = facts.get("run", {})
+    age_s = run.get("sign_of_life_age_s") or 0.0
+    sizes = (f"{size_text(num)} {kind}" for kind, num in facts.get("sizes", {}).items() if num)
+    lines = {
+        "state": _state_line(root, facts),
+        "rows": _rows_line(facts),
+        "speed": ", ".join(figures_of(run)) if "requests_per_s" in run else "",
+        "run": _holder_line(run) if run else "",
+        "silent": f"for {_silence(run, age_s)}" if age_s >= _SILENT_S else "",
+        "snapshot": _published_line(facts["published"]) if "published" in facts else "",
+        "damaged": "; ".join(facts.get("damaged", [])),
+        "plan": "{plan}, recipe {recipe}".format_map(facts) if "plan" in facts else "",
+        "sizes": ", ".join(sizes),
+    }
+    return "\n".join([str(root), *table(lines), *replica_lines(run.get("replicas", []))])
+
+
+def _state_line(root: Path, facts: Mapping[str, Any]) -> str:
+    state, run, last = facts["state"], facts.get("run", {}), facts.get("last_run", {})
+    if state == "running":
+        eta_s = run.get("eta_s")
+        left = f", {duration(eta_s)} left" if eta_s and run.get("state") == RUNNING else ""
+        return f"at work: {run.get('state', 'planning')}{left}"
+    if last:
+        reason = str(last["reason"] or "").partition("\n")[0]
+        words = {"held_back": "held back by the gate", "interrupted": "not complete"}
+        return f"{words[state]}; the last run: {last['state']}{reason and f', {reason}'}"
+    if state == "complete":
+        return "complete, published at {published_at} by run {published_by}".format_map(facts)
+    return f"{state}: {why}" if (why := not_begun(root)) else str(state)
+
+
+def _holder_line(run: Mapping[str, Any]) -> str:
+    run_id, pid, host, since = (run.get(name) for name in ("run_id", "pid", "host", "since"))
+    return f"{run_id}, process {pid} on {host}, since {since}"
+
+
+def _rows_line(facts: Mapping[str, Any]) -> str:
+    run, num_rows = facts.get("run", {}), facts.get("num_rows", 0)
+    if "num_ok" in facts:
+        ends = ("num_ok", "ok"), ("num_errors", "errors"), ("num_skipped", "skipped")
+        return ", ".join(f"{facts[name]:,} {word}" for name, word in ends)
+    num_done = num_rows - run["num_left"] if "num_left" in run else facts.get("num_durable")
+    if num_done is None or not num_rows:
+        return ""
+    durable = facts.get("num_durable")
+    told = f"; {durable:,} are durable" if durable is not None else ""
+    return f"{num_done / num_rows:.0%}: {num_done:,} of {num_rows:,} ended{told}"
 
 
 def _published_line(seen: Mapping[str, Any] | None) -> str:
     if seen is None:
-        return "nothing yet"
+        return "nothing is published yet"
     return (
-        f"snapshot {seen['snapshot']} of {seen['published_at']}: {seen['num_ok']:,} ok, "
+        f"{seen['snapshot']} of {seen['published_at']}: {seen['num_ok']:,} ok, "
         f"{seen['num_errors']:,} errors"
     )
 
@@ -161,18 +208,7 @@ def _silence(run: Mapping[str, Any], age_s: float) -> str:
         means = "every row has ended, publishing gives none"
     else:
         means = f"if it is frozen, take the job from it: {command('run', '--steal')}"
-    return f"{duration(age_s)} ago ({means})"
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Name nested facts as `run.pid`; what is unknown is left out."""
-    found: list[tuple[str, Any]] = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found.append((f"{prefix}{name}", f"{value:.1f}" if isinstance(value, float) else value))
-    return found
+    return f"{duration(age_s)} ({means})"
 
 
 def not_begun(root: Path) -> str | None:

@@ -34,7 +34,7 @@ def test_a_job_that_was_never_run_says_so_to_each_command(job: Path) -> None:
     told = {name: run_cli(name, job) for name in ("status", "show", "snapshots", "verify")}
     ends = {name: (done.returncode, done.stdout, done.stderr) for name, done in told.items()}
     assert ends == {
-        "status": (0, f"{'output':24} {out}\n{'state':24} new: {not_yet}\n", ""),
+        "status": (0, f"{out}\n  state    new: {not_yet}\n", ""),
         "show": (0, "", f"{out}: {not_yet}\n"),
         "snapshots": (0, "", f"{out}: {not_yet}\n"),
         "verify": (2, "", f"batchgen: {out}: nothing to verify, {not_yet}\n"),
@@ -64,19 +64,21 @@ def test_a_folder_that_holds_no_job_is_refused_by_that_name(tmp_path: Path) -> N
 def test_status_of_a_job_that_is_held_back_says_what_readers_see(job: Path) -> None:
     with pytest.raises(GateError):
         batchgen.run(job, overrides=OVER)
-    lines = run_cli("status", job).stdout.splitlines()
-    assert f"{'published':24} nothing yet" in lines
+    told = run_cli("status", job)
+    assert told.returncode == 3
+    assert "  snapshot nothing is published yet" in told.stdout.splitlines()
     assert run_cli("snapshots", job).stderr == "nothing is published yet\n"
     batchgen.run(job)
     with pytest.raises(GateError):
         batchgen.run(job, fresh=True, overrides=OVER)
     lines = run_cli("status", job).stdout.splitlines()
-    assert f"{'state':24} held_back" in lines
-    (line,) = [line for line in lines if line.startswith("published ")]
-    assert line.startswith(f"{'published':24} snapshot 1 of 20")
+    assert lines[1].startswith("  state    held back by the gate; the last run: over_limit, ")
+    (line,) = [line for line in lines if line.startswith("  snapshot ")]
+    assert line.startswith("  snapshot 1 of 20")
     assert line.endswith("+00:00: 59 ok, 1 errors")
     batchgen.run(job)
-    assert "published " not in run_cli("status", job).stdout
+    told = run_cli("status", job)
+    assert (told.returncode, "snapshot" in told.stdout) == (0, False)
 
 
 def steering(text: str) -> set[str]:

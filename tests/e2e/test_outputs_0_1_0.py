@@ -153,8 +153,10 @@ def test_a_night_with_one_edited_row_computes_one(
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     job = copied("interrupted", tmp_path)
-    status = facts("status", job)
+    done = CliRunner().invoke(cli, ["status", str(job), "--json"])
+    status = json.loads(done.stdout)
     assert (status["state"], status["num_durable"]) == ("interrupted", 20)
+    assert done.exit_code == 75  # It was stopped.
     assert facts("verify", job)["num_left"] == 20
     summary = batchgen.run(job)
     assert (summary.state, summary.num_ok, num_computed(summary)) == ("complete", 40, 20)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from batchgen.core.records import EngineStats
+from batchgen.pipeline.stats import RunStats
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog
-from batchgen.views.status import as_text, not_begun, status_of
+from batchgen.views.status import as_text, exit_code_of, not_begun, status_of
 from tests.fakes import plan
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ def make_silent(storage: LocalStorage, seconds: float) -> None:
 def sign_of_life(storage: LocalStorage) -> str | None:
     """What a person reads of it."""
     lines = as_text(storage.root, status_of(storage.root)).splitlines()
-    found = [line.split(maxsplit=1)[1] for line in lines if line.startswith("run.last_sign")]
+    found = [line.split(maxsplit=1)[1] for line in lines if line.startswith("  silent ")]
     return found[0] if found else None
 
 
@@ -97,8 +101,8 @@ def test_a_run_that_is_silent_is_told_with_how_long(storage, log, live, means):
     assert status_of(storage.root)["run"]["sign_of_life_age_s"] == pytest.approx(243, abs=5)
     said = sign_of_life(storage)
     assert said is not None
-    assert said.startswith("4 min 0")
-    assert said.endswith(f" s ago ({means})")
+    assert said.startswith("for 4 min 0")
+    assert said.endswith(f" s ({means})")
 
 
 @pytest.mark.usefixtures("held")
@@ -147,3 +151,73 @@ def test_with_the_clock_set_back_the_newest_run_is_the_last_to_claim(storage, lo
     # One that was refused before it claimed anything is newer than what had begun by then.
     RunLog(storage, "20260201T000000-ccc").live({"state": "refused", "reason": "no"})
     assert status_of(storage.root)["last_run"]["run_id"] == "20260201T000000-ccc"
+
+
+LIVE = {
+    **RunStats(0.0, 2000).sample(9.0, 1030, EngineStats(3, 1, 0.42)),
+    "state": "running",
+    "num_rows": 2000,
+    "num_left": 972,
+    "eta_s": 53.0,
+    "num_errors": 21,
+}
+
+
+def test_a_run_at_work_is_told_in_words_with_percent(storage, log, held) -> None:
+    assert held is not None
+    log.live(LIVE)
+    facts = status_of(storage.root)
+    lines = as_text(storage.root, {**facts, "num_rows": 2000, "num_durable": 1000}).splitlines()
+    assert lines[:4] == [
+        str(storage.root),
+        "  state    at work: running, 53 s left",
+        "  rows     51%: 1,028 of 2,000 ended; 1,000 are durable",
+        "  speed    0 rows/s, 0 tok/s in, 0 out, 4 in flight, KV 42%, 21 errors",
+    ]
+    assert exit_code_of(facts) == 0
+
+
+def test_a_run_that_has_only_begun_has_no_figures_yet(storage, log, held) -> None:
+    assert held is not None
+    assert log.run_id
+    assert as_text(storage.root, status_of(storage.root)).splitlines()[1] == (
+        "  state    at work: planning"
+    )
+
+
+@pytest.mark.parametrize(
+    ("live", "code"),
+    [
+        ({"state": "running"}, 1),  # Killed: it has left no word.
+        ({"state": "fault", "reason": "no"}, 1),
+        ({"state": "refused", "reason": "no"}, 2),
+        ({"state": "over_limit", "reason": "no\nmore"}, 3),
+        ({"state": "stopped", "reason": "no"}, 75),
+        ({"state": "answered", "reason": "no"}, 75),
+    ],
+    ids=lambda value: value["state"] if isinstance(value, dict) else None,
+)
+def test_a_monitor_goes_by_what_the_last_run_ended_with(storage, log, live, code) -> None:
+    log.live(live)
+    facts = status_of(storage.root)
+    assert exit_code_of(facts) == code
+    line = as_text(storage.root, facts).splitlines()[1]
+    assert "the last run: " in line
+    assert ("killed" if live["state"] == "running" else live["state"]) in line
+    assert exit_code_of({"state": "complete", "damaged": ["x"]}) == 1
+    assert exit_code_of({"state": "complete"}) == exit_code_of({"state": "new"}) == 0
+
+
+def test_it_is_watched_until_the_run_ends(storage, log, held) -> None:
+    """Each look is printed; when nobody is at work any more, the last one decides."""
+    log.live(LIVE)
+    command = [sys.executable, "-m", "batchgen", "status", str(storage.root), "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        seen = [watching.stdout.readline() for _ in range(2)]
+        log.live({"state": "stopped", "reason": "asked to"})
+        held.release()
+        rest = watching.stdout.read()
+    assert seen[1] == "  state    at work: running, 53 s left\n"
+    assert "not complete; the last run: stopped, asked to" in rest
+    assert watching.returncode == 75
