@@ -156,7 +156,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["status", str(job), "--json"])
     status = json.loads(done.stdout)
     assert (status["state"], status["num_durable"]) == ("interrupted", 20)
-    assert done.exit_code == 75  # It was stopped.
+    assert done.exit_code == 1  # It was killed.
     assert facts("verify", job)["num_left"] == 20
     summary = batchgen.run(job)
     assert (summary.state, summary.num_ok, num_computed(summary)) == ("complete", 40, 20)
