@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
     Sample = Mapping[str, Any]
 
 _CHARTS = {
-    "Rows a second": ({"rows": "requests_per_s"}, "s"),
-    "Tokens a second": ({"in": "prompt_tokens_per_s", "out": "output_tokens_per_s"}, "s"),
-    "KV cache and GPU": ({"KV cache": "kv_cache_usage", "GPU busy": "gpu_busy"}, "%"),
-    "Requests in the engine": ({"running": "num_running", "waiting": "num_waiting"}, "d"),
+    "Rows a second": ({"rows": "requests_per_s"}, "~s"),
+    "Tokens a second": ({"in": "prompt_tokens_per_s", "out": "output_tokens_per_s"}, "~s"),
+    "KV cache and GPU": ({"KV cache": "kv_cache_usage", "GPU busy": "gpu_busy"}, ".0%"),
+    "Requests in the engine": ({"running": "num_running", "waiting": "num_waiting"}, "~s"),
 }
-"""Title -> its lines, name -> column of stats.parquet, and the form of its axis."""
-_FORMS = {"s": "~s", "%": ".0%", "d": "~s"}
+"""Title -> its lines, name -> column of stats.parquet, and the form of its numbers."""
 _LEAST_SAMPLES = 3
 _WAIT_S = 30.0
 
@@ -41,62 +41,29 @@ def charts(samples: Sequence[Sample], deaths: Sequence[float]) -> dict[str, str]
     """
     if len(samples) < _LEAST_SAMPLES:
         return {}
-    unit_s, unit = (60.0, "minutes") if samples[-1]["elapsed_s"] > 300 else (1.0, "seconds")
+    marks = [{"t": death / 60} for death in deaths]
     specs = {}
     for title, (lines, form) in _CHARTS.items():
         points = [
-            {"t": float(sample["elapsed_s"]) / unit_s, "v": float(value), "of": name}
+            {"t": sample["elapsed_s"] / 60, "v": float(sample[column]), "of": name}
             for name, column in lines.items()
             for sample in samples
-            if (value := sample.get(column)) is not None
+            if sample.get(column) is not None
         ]
         if points:
-            marks = [{"t": float(death) / unit_s} for death in deaths]
-            specs[title] = _spec(points, marks, _FORMS[form], unit)
+            specs[title] = _spec(points, marks, form)
     drawn = _drawn(list(specs.values()))
     return dict(zip(specs, drawn, strict=True)) if len(drawn) == len(specs) else {}
 
 
-def _spec(
-    points: Sequence[Sample], marks: Sequence[Sample], form: str, unit: str
-) -> dict[str, Any]:
-    axis = {"grid": False, "tickCount": 5}
-    x = {"field": "t", "type": "quantitative", "title": unit, "axis": axis}
-    y_axis = {"format": form, "tickCount": 4}
-    y = {"field": "v", "type": "quantitative", "title": None, "axis": y_axis}
-    names = list(dict.fromkeys(point["of"] for point in points))
-    colors = {"domain": names, "range": ["var(--one)", "var(--two)"][: len(names)]}
-    legend = {"orient": "top", "title": None, "symbolType": "stroke"} if len(names) > 1 else None
-    color = {"field": "of", "type": "nominal", "scale": colors, "legend": legend}
-    lines = {
-        "data": {"values": points},
-        "mark": {"type": "line", "strokeWidth": 1.5},
-        "encoding": {"x": x, "y": y, "color": color},
-    }
-    rules = {
-        "data": {"values": marks},
-        "mark": {"type": "rule", "color": "var(--bad)", "strokeDash": [4, 3]},
-        "encoding": {"x": {"field": "t", "type": "quantitative"}},
-    }
-    words = {"labelColor": "var(--quiet)", "titleColor": "var(--quiet)"}
-    return {
-        "width": 290,
-        "height": 120,
-        "layer": [lines, rules] if marks else [lines],
-        "config": {
-            "background": None,
-            "font": "system-ui, sans-serif",
-            "view": {"stroke": None},
-            "axis": {
-                **words,
-                "gridColor": "var(--line)",
-                "domainColor": "var(--line)",
-                "tickColor": "var(--line)",
-                "titleFontWeight": "normal",
-            },
-            "legend": words,
-        },
-    }
+def _spec(points: Sequence[Sample], marks: Sequence[Sample], form: str) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(Path(__file__).with_name("chart.json").read_bytes())
+    lines, deaths = spec["layer"]
+    spec["data"]["values"], deaths["data"]["values"] = points, marks
+    lines["encoding"]["y"]["axis"]["format"] = form
+    if len({point["of"] for point in points}) == 1:
+        lines["encoding"]["color"]["legend"] = None
+    return spec
 
 
 def _drawn(specs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -96,46 +96,22 @@ def render(facts: Facts, draw: Callable[..., Mapping[str, str]] = charts) -> str
         digest=digest,
         charts={title: Markup(svg) for title, svg in drawn.items()},  # noqa: S704 - of numbers
         samples=facts.samples[:: max(1, len(facts.samples) // 12)],
-        details=list(_details(facts)),
+        engine=facts.summary.get("engine") or {},
+        cost=_cost(facts),
         recipe=_recipe(facts),
         version=__version__,
     )
 
 
-def _details(facts: Facts) -> Iterator[tuple[str, object]]:
-    """Yield what the run was made with, and what it took."""
-    summary = facts.summary
-    run, engine = summary.get("run") or {}, summary.get("engine") or {}
-    if facts.plan is not None:
-        yield "Model", facts.made_by[0]
-        yield "Answered by", facts.made_by[1]
-        yield "Recipe", facts.plan.recipe_fingerprint
-    if engine:
-        yield "Engine", f"{engine['name']} {engine['version']} on {engine['device']}"
-        yield "Requests at once", f"{engine['max_num_seqs']:,}"
-        yield "Chosen for it", ", ".join(f"{k} = {v}" for k, v in engine["settings"].items())
-    if tuned := summary.get("tuned"):
-        yield "Tuned", ", ".join(f"{k} = {v}" for k, v in tuned["settings"].items())
-    if started := summary.get("started_at"):
-        yield "Started", started
-    yield "Took", duration(summary["elapsed_s"])
-    if run:
-        yield "Engine start", duration(run["ready_after_s"])
-        yield "Work", duration(run["working_s"])
-        yield "Prompt tokens", f"{run['num_prompt_tokens']:,}"
-        yield "From the prefix cache", f"{run['num_cached_tokens']:,}"
-        yield "Answer tokens", f"{run['num_output_tokens']:,}"
-        yield "Attempts more", f"{run['num_retries']:,}"
-        yield "Cost of 1,000 rows", _cost(facts, run)
-
-
-def _cost(facts: Facts, run: Mapping[str, Any]) -> str:
-    num_rows = run["num_ok"] + run["num_errors"]
+def _cost(facts: Facts) -> tuple[float, float, str] | None:
+    """Work out the cost of 1,000 rows, of all that this run computed, and in what currency."""
+    run = facts.summary.get("run") or {}
+    num_rows = run.get("num_ok", 0) + run.get("num_errors", 0)
     if facts.options.price is None or not num_rows:
-        return ""
+        return None
     hourly, currency = facts.options.price
     cost = hourly * run["elapsed_s"] / 3600
-    return f"{1000 * cost / num_rows:,.4g} {currency}, {cost:,.2f} {currency} in all"
+    return 1000 * cost / num_rows, cost, currency
 
 
 def _recipe(facts: Facts) -> list[tuple[str, object]]:

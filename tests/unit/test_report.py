@@ -291,6 +291,7 @@ def test_charts_are_made_of_what_is_known_and_small() -> None:
         assert "style" not in page.attributes
         assert len(svg) < 40_000
         assert "var(--bad)" in svg  # The death.
+        assert ("in" in page.texts) == ("out" in page.texts)  # A legend, where there are two.
     assert "GPU busy" not in drawn["KV cache and GPU"]
     assert charts(SAMPLES[:2], []) == {}
 
