@@ -220,3 +220,27 @@ def _stop_search_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
         return f"stopping with this trial: {rows_in_flight(grace_s)}" if is_first else None
 
     stop_on_signals(ask)
+
+
+@click.group
+def engine() -> None:
+    """Keep an engine up, for many jobs and short nights."""
+
+
+@job_command
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Default: a free one.")
+def up(_: Path, load: Load, *, port: int | None) -> None:
+    """Become vLLM's server, with a job's model and settings, on 127.0.0.1.
+
+    Jobs with model.base_url = "auto" use it if their model and its settings are the same. It works
+    until it is ended, by Ctrl-C, SIGTERM or systemd. The key is in a file that nobody else can
+    read. Exits with vLLM's code, with 2 where the job is refused, or with 75 if it is up already.
+
+    Example: batchgen engine up jobs/quickstart.toml --port 8000
+    """
+    from batchgen.endpoints.warm import serve
+
+    serve(load(), port)
+
+
+engine.add_command(up)

@@ -9,7 +9,7 @@ It lives in a process of its own, where a thread runs the loop that speaks to th
   an error after three attempts that failed while its server answered others; where many attempts
   fail, whosever they are, after more than three, so that chance makes no errors. An attempt that
   ended with all others of its server, as when that is restarted, does not count; a row to which
-  this happens time and again goes last and alone, since it may be what ends the server.
+  this happens time and again goes last, then alone, since it may be what ends the server.
 - Nothing that any server answers for `endpoint_grace_s` ends the run; what is answered stays.
 """
 
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError, one_line
 from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError
 from batchgen.endpoints.messages import LackingError, Unsuitable, unsplit
-from batchgen.endpoints.options import Options
+from batchgen.endpoints.options import Options, started_at
 from batchgen.endpoints.server import (
     AttemptError,
     BusyError,
@@ -59,9 +59,12 @@ READ_AHEAD = 256
 LEAST_FAILURES, MOST_FAILURES = 3, 10
 CHANCE = 1e-5
 """That a row fails by chance so often, as often as attempts fail now, is to be less likely."""
-LOST_BEFORE_ALONE = 3
-ALONE_AT_ONCE = 64
-"""So many that have to go alone do not wait until all else is done."""
+LOST_BEFORE_LAST, LOST_BEFORE_ALONE = 3, 6
+"""Attempts after which a row is kept back, and then goes with no other."""
+FEW = 8
+"""Of those that are kept back, so many go together."""
+MOST_LAST = 64
+"""So many that are kept back do not wait until all else is done."""
 BAD_BEFORE_OUT = 5
 AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BUSY_S = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -83,7 +86,6 @@ class _Row:
     doubts: list[tuple[Endpoint, float]] = field(default_factory=list)
     """Where and when an attempt broke: one of the two, which shows later."""
     said: str = ""
-    ready_s: float = 0.0
     num_tried: int = 0
 
     @property
@@ -93,11 +95,15 @@ class _Row:
     def settle_doubts(self) -> None:
         """Find out whose faults the broken attempts were."""
         for endpoint, at_s in self.doubts:
-            if endpoint.lived_through(at_s):
-                self.failures[endpoint.url] = self.failures.get(endpoint.url, 0) + 1
-            else:
-                self.num_lost += 1
+            self.note_failure(endpoint, is_lost=not endpoint.lived_through(at_s))
         self.doubts.clear()
+
+    def note_failure(self, endpoint: Endpoint, *, is_lost: bool) -> None:
+        """Count an attempt: against the row, or as lost with others."""
+        if is_lost:
+            self.num_lost += 1
+        else:
+            self.failures[endpoint.url] = self.failures.get(endpoint.url, 0) + 1
 
 
 class OpenAIEngine:
@@ -205,10 +211,9 @@ class _Pool:
         self._tokens = Meter(options.tokens_per_minute, self._started_s)
         self._fresh: deque[_Row] = deque()
         self._again: list[_Row] = []
-        self._alone: deque[_Row] = deque()
+        self._last: deque[_Row] = deque()
         self._is_alone = False
         self._trouble_s: float | None = None
-        self._trouble = ""
         self._num_tried = self._num_failed = self._num_answered = 0
         self._sum_tokens = 0
         self._slowest_s = 0.0
@@ -237,7 +242,7 @@ class _Pool:
     def stats(self) -> EngineStats:
         """See `OpenAIEngine.stats`. The beat says that it waits for a server, and is alive."""
         num_running = sum(len(one.tasks) for one in self._endpoints)
-        num_waiting = len(self._fresh) + len(self._again) + len(self._alone)
+        num_waiting = len(self._fresh) + len(self._again) + len(self._last)
         return EngineStats(num_running, num_waiting, num_steps=self._beats, **self._counts)
 
     # In the loop's thread.
@@ -352,7 +357,9 @@ class _Pool:
     def _note_trouble(self, text: str) -> None:
         """A server does not do what it should: if for too long none does, it is over."""
         now_s = _now()
-        self._trouble = text
+        process = self._options.process
+        if process is not None and started_at(process[0]) != process[1]:
+            self.error = EngineDeadError("the warm server has ended")
         if self._trouble_s is None:
             self._trouble_s = now_s
         ready_s = min(one.ready_s for one in self._endpoints)
@@ -404,28 +411,29 @@ class _Pool:
             return None
         if ready := [one.ready_s for one in usable if one.ready_s > now_s]:
             self._wake_in(min(ready) - now_s)
+        roomy = max(usable, key=lambda one: one.room(now_s))
+        if roomy.room(now_s) <= 0:
+            return None
         is_rest = not self._fresh and not self._again
-        if self._alone and (is_rest or len(self._alone) >= ALONE_AT_ONCE):
-            return self._pick_alone(usable, num_running, now_s)
+        if self._last and (is_rest or len(self._last) >= MOST_LAST):
+            return self._pick_last(usable, num_running, now_s)
         for at, row in enumerate(self._again):
-            if row.ready_s > now_s:
-                self._wake_in(row.ready_s - now_s)
-                continue
             best = _best(row, usable, now_s)
             if best.room(now_s) > 0:
                 del self._again[at]
                 return row, best
-        best = max(usable, key=lambda one: one.room(now_s))
-        return (self._fresh.popleft(), best) if self._fresh and best.room(now_s) > 0 else None
+        return (self._fresh.popleft(), roomy) if self._fresh else None
 
-    def _pick_alone(
+    def _pick_last(
         self, usable: list[Endpoint], num_running: int, now_s: float
     ) -> tuple[_Row, Endpoint] | None:
-        best = _best(self._alone[0], usable, now_s)
-        if num_running or best.room(now_s) <= 0:
+        """Choose of those that are kept back: a few at once, or one with no other."""
+        row = self._last[0]
+        best, is_alone = _best(row, usable, now_s), row.num_lost >= LOST_BEFORE_ALONE
+        if num_running >= (1 if is_alone else FEW) or best.room(now_s) <= 0:
             return None
-        self._is_alone = True
-        return self._alone.popleft(), best
+        self._is_alone = is_alone
+        return self._last.popleft(), best
 
     async def _attempt(self, row: _Row, endpoint: Endpoint) -> None:
         """Have a row answered, or see to it that it is asked again."""
@@ -453,7 +461,8 @@ class _Pool:
             self._fail(row, endpoint, error, began_s, is_alone=is_alone)
         except asyncio.CancelledError:
             if not self._stopping.is_set():
-                row.num_lost += 1
+                row.said = f"{endpoint.host}: it hangs"
+                row.note_failure(endpoint, is_lost=not is_alone)
                 self._ask_again(row)
             raise
 
@@ -498,7 +507,7 @@ class _Pool:
         usual_s = BUSY_S[min(endpoint.num_busy, len(BUSY_S) - 1)]
         if now_s >= endpoint.ready_s:
             endpoint.num_busy += 1
-        wait_s = error.wait_s if error.wait_s is not None else usual_s
+        wait_s = max(error.wait_s, BUSY_S[0]) if error.wait_s is not None else usual_s
         endpoint.ready_s = max(endpoint.ready_s, now_s + wait_s)
         endpoint.window.shrink(now_s)
         self._note_trouble(f"{endpoint.host}: {error}")
@@ -511,15 +520,14 @@ class _Pool:
         self._num_failed += 1
         endpoint.num_bad += 1
         is_from_server = isinstance(error, LackingError) or getattr(error, "is_from_server", False)
-        if is_alone or (is_from_server and endpoint.answered_s > began_s):
-            row.failures[endpoint.url] = row.failures.get(endpoint.url, 0) + 1
-        elif is_from_server:
-            row.num_lost += 1
+        if is_alone or is_from_server:
+            is_lost = not is_alone and endpoint.answered_s <= began_s
+            row.note_failure(endpoint, is_lost=is_lost)
         else:
             row.doubts.append((endpoint, now_s))
         self._note_trouble(row.said)
-        is_lost = isinstance(error, WrongServerError) or is_alone
-        if is_lost or endpoint.num_bad >= BAD_BEFORE_OUT or "Connect" in str(error):
+        is_gone = isinstance(error, WrongServerError) or str(error).startswith("ClientConnector")
+        if is_gone or is_alone or endpoint.num_bad >= BAD_BEFORE_OUT:
             self._leave_out(endpoint)
         elif not is_from_server:
             endpoint.window.shrink(now_s)
@@ -527,16 +535,15 @@ class _Pool:
 
     def _ask_again(self, row: _Row) -> None:
         """Let a row wait for its next attempt, unless it has had enough of them."""
-        row.ready_s = _now() + AGAIN_S[min(row.num_tried, 3) - 1]
-        self._loop.call_at(row.ready_s, self._come_back, row)
+        self._loop.call_later(AGAIN_S[min(row.num_tried, 3) - 1], self._come_back, row)
 
     def _come_back(self, row: _Row) -> None:
         row.settle_doubts()
         if row.num_failures >= self._enough(row):
             text = f"{row.num_failures} attempts failed while others succeeded; {row.said}"
             self._settle(row, RowError("endpoint_failed", text))
-        elif row.num_lost >= LOST_BEFORE_ALONE:
-            self._alone.append(row)
+        elif row.num_lost >= LOST_BEFORE_LAST:
+            self._last.append(row)
         else:
             self._again.append(row)
         self._pump()

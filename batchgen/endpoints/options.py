@@ -22,6 +22,9 @@ class Options:
     urls: Sequence[str]
     api_key_env: str | None = None
     key_file: str | None = None
+    process: tuple[int, str] | None = None
+    """Number and start of the server's process, if it is on this machine and without it all is in
+    vain."""
     is_pinned: bool = False
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
@@ -53,3 +56,16 @@ class Options:
         """What a server is tried with."""
         say = [{"role": "user", "content": "Say yes."}]
         return HostedRequest(0, "Say yes." if self.trial is None else list(self.trial) or say, 1)
+
+
+def started_at(pid: int) -> str | None:
+    """When a process was started, in ticks since the machine was; None if it is gone.
+
+    Source:
+        proc_pid_stat(5), field 22; the state, field 3, is Z for one that is dead.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]

@@ -224,6 +224,8 @@ class Http:
             msg = f"HTTP {status}: it sends on to another place, expected model.base_url to be that"
             raise WrongServerError(msg)
         text = f"HTTP {status}: {messages.told(self._clean(data), request)}"
+        if status == 404:
+            text += "; does model.base_url end in /v1?"
         if status in OF_THE_JOB:
             raise WrongServerError(text)
         raise AttemptError(text, is_from_server=True)

@@ -31,6 +31,7 @@ BACKENDS = {
     "vllm": "batchgen.engine.vllm.engine:VllmEngine",
     "echo": "batchgen.engine.echo:EchoEngine",
     "openai": "batchgen.endpoints.engine:OpenAIEngine",
+    "auto": "batchgen.endpoints.warm:engine_for",
 }
 WHERE = "[model]"
 TASK = "task"

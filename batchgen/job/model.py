@@ -321,7 +321,8 @@ class ModelConfig(Table):
         default=None, examples=["http://gpu1:8000/v1"]
     )
     """With `openai`: where the server is, or several that serve the same model: rows go where there
-    is room."""
+    is room. `auto`: the server of `batchgen engine up` on this machine if it was started for this
+    model and these settings, else an engine is started as ever."""
     api_key_env: str | None = Field(default=None, examples=["VLLM_API_KEY"])
     """With `openai`: the environment variable that holds the server's key. Never the key itself."""
     dtype: str | None = None
@@ -384,6 +385,8 @@ class ModelConfig(Table):
 
     @model_validator(mode="after")
     def _is_somewhere(self) -> Self:
+        if self.is_auto and self.backend in ("vllm", "openai"):
+            return self
         if self.backend != "openai":
             for name in ("base_url", "api_key_env"):
                 if getattr(self, name) is not None:

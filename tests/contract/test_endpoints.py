@@ -3,9 +3,13 @@
 import asyncio
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -14,8 +18,9 @@ from batchgen.core.errors import ConfigError, EngineError
 from batchgen.core.records import EngineSpec
 from batchgen.endpoints.engine import OpenAIEngine
 from batchgen.engine.base import HostedRequest
-from tests.servers import StandIn, error, stand_in
+from tests.servers import KEY, StandIn, error, stand_in
 
+ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 120.0
 ids = itertools.count()
 
@@ -255,6 +260,7 @@ def test_rows_go_where_there_is_room_and_on_when_a_server_dies():
         check(engine, asks(100))
 
 
+@pytest.mark.proof
 def test_a_server_that_hangs_costs_no_row():
     with (
         stand_in(delay_s=0.01) as good,
@@ -428,3 +434,102 @@ def test_bounds_hold():
         with closing(OpenAIEngine(spec_of(server, tokens_per_minute=60_000))) as engine:
             check(engine, asks(60))  # Some 30 tokens each, of 1,000 a second.
             assert time.monotonic() - started > 0.5
+
+
+def job_file(folder, server, num=40, **tables):
+    """A job whose rows a server answers; the key's variable is KEY_OF_TEST."""
+    rows = [{"id": n, "text": f"row {n} has a secret: canary-prompt"} for n in range(num)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {
+        "input": {"path": "rows.jsonl", "columns": ["id"]},
+        "prompt": {"user": "{{ text }}"},
+        "model": {
+            "backend": "openai", "name": "m", "base_url": server.url, "api_key_env": "KEY_OF_TEST",
+        },
+        "sampling": {"max_tokens": 8, "temperature": 0},
+        "output": {"path": "out"},
+        "checks": {"allow_truncated": True},
+        "run": {"endpoint_grace_s": 2.0},
+    }  # fmt: skip
+    for name, table in tables.items():
+        given[name] = {**given.get(name, {}), **table}
+    lines = []
+    for name, table in given.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path = folder / "job.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def batchgen(*arguments):
+    command = [sys.executable, "-m", "batchgen", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "KEY_OF_TEST": KEY}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.proof
+def test_a_run_that_no_server_answers_stops_and_goes_on_where_it_was(tmp_path):
+    server = StandIn(key=KEY, faults=lambda *_: hold(server), delay_s=0.0).start()
+
+    def hold(server):
+        return error(503) if server.answered >= 20 else None
+
+    job = job_file(tmp_path, server)
+    first = batchgen("run", job, "--json")
+    summary = json.loads(first.stdout)
+    assert (first.returncode, summary["num_ok"] >= 15, summary["num_left"] > 0) == (1, True, True)
+    assert "no server has answered" in first.stderr
+    server.faults = None
+    before = server.answered
+    second = json.loads(batchgen("run", job, "--json").stdout)
+    assert (second["exit_code"], second["num_ok"], second["num_errors"]) == (0, 40, 0)
+    assert server.answered - before <= 40 - summary["num_ok"] + 1  # And one trial.
+    server.stop()
+
+
+def test_neither_key_nor_prompt_is_anywhere_but_at_the_server(tmp_path):
+    spoilt = itertools.count()
+
+    def spoil(server, request, body):
+        if "row" not in str(body) or next(spoilt) % 3:
+            return None
+        text = f"wrong {request.headers['Authorization']}: {body['messages']}"
+        return error(500 if next(spoilt) % 2 else 400, text)
+
+    with stand_in(key=KEY, faults=spoil) as server:
+        job = job_file(tmp_path, server, gate={"max_error_rate": 1.0}, output={"path": "out"})
+        done = batchgen("run", job, "--json")
+        wrong = batchgen("run", job, "--fresh", "--set", f"model.api_key_env={KEY}")
+        told = [done.stdout, done.stderr, wrong.stdout, wrong.stderr]
+        told += [one.stdout for one in (batchgen("show", job, "--errors"), batchgen("plan", job))]
+    assert json.loads(done.stdout)["num_errors"] > 5
+    assert wrong.returncode == 2
+    texts = [text.encode() for text in told]
+    texts += [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(texts) > 10
+    for text in texts:
+        assert KEY.encode() not in text
+        assert b"canary-prompt" not in text
+
+
+def test_a_budget_is_never_overdrawn(tmp_path):
+    with stand_in(key=KEY) as server:
+        job = job_file(tmp_path, server, num=400, run={"max_tokens_total": 8000})
+        runs = [json.loads(batchgen("run", job, "--json").stdout) for _ in range(2)]
+    for done in runs:
+        spent = done["run"]["num_prompt_tokens"] + done["run"]["num_output_tokens"]
+        assert 7000 < spent <= 8000
+        assert (done["exit_code"], done["state"]) == (75, "stopped")
+        assert "max_tokens_total = 8000 is spent" in done["reason"]
+    assert runs[1]["num_ok"] > 1.5 * runs[0]["num_ok"]
+
+
+@pytest.mark.proof
+def test_plan_check_and_doctor_ask_no_server(tmp_path):
+    server = StandIn(key=KEY).start()
+    server.stop()
+    job = job_file(tmp_path, server)
+    told = {name: batchgen(name, job) for name in ("plan", "check", "doctor")}
+    assert {name: one.returncode for name, one in told.items()} == dict.fromkeys(told, 0)
+    assert "tokens of prompts are told as bytes" in told["plan"].stderr + told["plan"].stdout
+    assert server.url in told["doctor"].stdout

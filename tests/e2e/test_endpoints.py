@@ -1,0 +1,196 @@
+"""Rows by vLLM's own server, started by `batchgen engine up`, are the rows of the engine here."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+MODEL = ROOT / "sample_data" / "model"
+PLACE = {"gen_engine", "gen_run_id", "gen_num_cached_tokens", "gen_latency_s"}
+"""Columns that tell of a run and not of the answer."""
+FORMS = {
+    "schema": {
+        "sampling": {"temperature": 0, "max_tokens": 48, "logprobs": 10},
+        "output": {"schema": str(ROOT / "jobs" / "ticket.schema.json"), "flatten": True},
+    },
+    "retries": {
+        "sampling": {"temperature": 0, "max_tokens": 3, "logprobs": 3},
+        "output": {"schema": str(ROOT / "jobs" / "ticket.schema.json")},
+        "retry": [{"max_tokens": 40, "temperature": 0.7}],
+    },
+    "votes": {
+        "sampling": {"temperature": 0.9, "max_tokens": 8, "n": 3, "logprobs": 5},
+        "output": {"choice": ["billing", "shipping", "account", "bug"]},
+    },
+    "text": {
+        "prompt": {"text": "body"},
+        "sampling": {"temperature": 0, "max_tokens": 12},
+        "output": {},
+        "checks": {"allow_truncated": True},
+    },
+}
+pytestmark = pytest.mark.vllm
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def toml(tables):
+    lines = []
+    for name, table in tables.items():
+        for one in table if isinstance(table, list) else [table]:
+            lines.append(f"[[{name}]]" if isinstance(table, list) else f"[{name}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in one.items()]
+    return "\n".join(lines) + "\n"
+
+
+class Place:
+    """A folder with rows and jobs, and what batchgen says there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        lines = (ROOT / "sample_data" / "tickets.jsonl").read_bytes().splitlines()[:120]
+        (folder / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(folder / "state")}
+        self.env |= {"PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode")}
+        self.env.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def job(self, form, out, **model):
+        system = "Label the support ticket. Answer in JSON with label and urgency."
+        tables = {
+            "input": {"path": "rows.jsonl"},
+            "prompt": {"system": system, "user": "Subject: {{ subject }}\n\n{{ body }}"},
+            "gate": {"max_error_rate": 1.0},
+            **FORMS[form],
+        }
+        shape = {"name": str(MODEL), "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32}
+        tables["model"] = {**shape, **model}
+        tables["model.engine"] = {"enforce_eager": True}
+        tables["output"] = {"path": out, **FORMS[form]["output"]}
+        path = self.folder / f"{form}-{out}-{'-'.join(model)}.toml"
+        path.write_text(toml(tables))
+        return path
+
+    def run(self, job, *options):
+        command = [sys.executable, "-m", "batchgen", "run", str(job), "--json", *options]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
+        assert done.stdout, done.stderr
+        return json.loads(done.stdout)
+
+    def rows(self, out):
+        files = sorted((self.folder / out).glob("part-*.parquet"))
+        table = pa.concat_tables([pq.read_table(file) for file in files])
+        return table.drop_columns(
+            [name for name in PLACE if name in table.column_names]
+        ).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("endpoints"))
+
+
+@pytest.fixture(scope="module")
+def warm(place):
+    """`batchgen engine up`, ready; its key in the environment of the runs."""
+    command = [sys.executable, "-m", "batchgen", "engine", "up", str(place.job("schema", "none"))]
+    command += ["--port", str(free_port())]
+    with (place.folder / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=place.env, stdout=log, stderr=log)
+    try:
+        (path,) = wait_for(lambda: list((place.folder / "state").rglob("*.json")), server)
+        state = json.loads(path.read_bytes())
+        place.env["WARM_KEY"] = Path(state["key_file"]).read_text().strip()
+        wait_for(lambda: models(state["url"], place.env["WARM_KEY"]), server)
+        yield server, state
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+
+
+def wait_for(look, server):
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        assert server.poll() is None
+        if found := look():
+            return found
+        time.sleep(0.2)
+    pytest.fail("the server is not up")
+
+
+def models(url, key):
+    request = urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return reply.read()
+    except OSError:
+        return None
+
+
+def assert_close(mine, theirs):
+    """Equal, but for what float32 leaves to the order of rows in a batch."""
+    if isinstance(mine, float) and isinstance(theirs, float):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    elif isinstance(mine, dict):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert_close(mine[name], theirs[name])
+    elif isinstance(mine, list):
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs, strict=True):
+            assert_close(one, other)
+    else:
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_by_http_are_the_rows_of_the_engine_here(form, place, warm):
+    _, state = warm
+    url = {"backend": "openai", "base_url": state["url"], "api_key_env": "WARM_KEY"}
+    done = place.run(place.job(form, f"{form}-http", **url))
+    assert (done["exit_code"], done["num_ok"] > 100) == (0, True)
+    here = place.run(place.job(form, f"{form}-here"))
+    assert here["engine"]["name"] == "vllm"
+    assert_close(place.rows(f"{form}-http"), place.rows(f"{form}-here"))
+    with (place.folder / "rows.jsonl").open("ab") as file:  # The next night, without the server.
+        file.write(b"\n")
+    again = place.run(place.job(form, f"{form}-http"))
+    assert again["exit_code"] == 0
+    assert again["engine"] == {}
+    assert_nowhere(place.folder / f"{form}-http", place.env["WARM_KEY"])
+
+
+def assert_nowhere(folder, text):
+    for file in folder.rglob("*"):
+        assert not file.is_file() or text.encode() not in file.read_bytes(), file
+
+
+def test_auto_takes_the_warm_engine_and_does_without_it_when_it_is_gone(place, warm):
+    server, state = warm
+    assert Path(state["key_file"]).stat().st_mode & 0o777 == 0o600
+    assert place.env["WARM_KEY"] not in " ".join(Path(f"/proc/{server.pid}/cmdline").read_text())
+    auto = place.job("schema", "auto", backend="openai", base_url="auto")
+    started = time.monotonic()
+    assert place.run(auto)["engine"]["name"] == "openai"
+    print(f"a night of 120 rows on a warm engine: {time.monotonic() - started:.1f} s")
+    command = [sys.executable, "-m", "batchgen", "engine", "up", str(auto)]
+    again = subprocess.run(command, env=place.env, capture_output=True, text=True, check=False)
+    assert (again.returncode, state["url"] in again.stderr) == (75, True)
+    other = place.job("schema", "other", backend="openai", base_url="auto", max_model_len=512)
+    assert place.run(other)["engine"]["name"] == "vllm"
+    server.kill()
+    server.wait(60)
+    assert place.run(auto, "--fresh")["engine"]["name"] == "vllm"
