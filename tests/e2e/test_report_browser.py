@@ -12,8 +12,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 import batchgen
-from batchgen.report.facts import ReportOptions, gather
-from batchgen.report.page import render
+from batchgen.report_page.facts import ReportOptions, gather
+from batchgen.report_page.page import render
 from tests.unit.test_report import HOSTILE, SAMPLES, tables_of
 
 if TYPE_CHECKING:
