@@ -8,7 +8,9 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 quickstart: .venv/ready
 	$(BIN)/batchgen run jobs/quickstart.toml --fresh
-	$(BIN)/python jobs/quickstart_score.py
+	$(BIN)/batchgen score jobs/quickstart.toml
+	@echo "Next: $(BIN)/batchgen show jobs/quickstart.toml --errors; edit jobs/quickstart.toml, then"
+	@echo "  $(BIN)/batchgen try jobs/quickstart.toml -n 20"
 
 # The fast suite, a few minutes: units, contracts without vLLM, golden files, layers, docs.
 test: .venv/ready

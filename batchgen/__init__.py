@@ -24,13 +24,26 @@ __all__ = [
     "read",
     "report",
     "run",
+    "score",
     "show",
     "status",
     "try_out",
 ]
 
 if TYPE_CHECKING:
-    from batchgen.api import check, compare, doctor, plan, read, report, run, show, status, try_out
+    from batchgen.api import (
+        check,
+        compare,
+        doctor,
+        plan,
+        read,
+        report,
+        run,
+        score,
+        show,
+        status,
+        try_out,
+    )
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have any type

@@ -28,6 +28,7 @@ ONLY_IN = {
     "transformers": {"engine/vllm/engine.py", "engine/vllm/encoder.py"},
     "fsspec": {"source/files.py"},
     "ray": {"cluster/ray.py"},
+    "sklearn": {"quality/score.py"},
     "aiohttp": {"endpoints/server.py"},
 }
 

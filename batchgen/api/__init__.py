@@ -8,16 +8,24 @@ shell, and is a KeyboardInterrupt then.
 from __future__ import annotations
 
 import functools
-import math
 import signal
 import threading
 from dataclasses import fields
-from datetime import date, datetime
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from batchgen.api.jobs import BESIDE, TABLE, day_of, load, loaded, output_of, refuse, texts_of
+from batchgen.api.jobs import (
+    BESIDE,
+    TABLE,
+    check_end,
+    day_of,
+    load,
+    loaded,
+    output_of,
+    scored,
+    snapshot_of,
+    texts_of,
+)
 from batchgen.core.errors import (
     AccountingError,
     BatchgenError,
@@ -33,6 +41,7 @@ from batchgen.store.snapshot import find_snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
+    from datetime import date, datetime
 
     import polars as pl
 
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
     from batchgen.preview.model_check import Report
     from batchgen.preview.plan import Forecast
     from batchgen.quality.compare import Comparison
+    from batchgen.quality.score import Score
     from batchgen.quality.try_out import Tried
     from batchgen.report_page.facts import ReportOptions
     from batchgen.views.results import Rows, Status
@@ -60,6 +70,7 @@ __all__ = [
     "read",
     "report",
     "run",
+    "score",
     "show",
     "status",
     "try_out",
@@ -137,7 +148,7 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
     given = locals()  # The options of a run, by the names that they have in RunOptions.
     from batchgen.pipeline.context import RunOptions, StopSwitch
 
-    _check_end(until, max_runtime_s)
+    check_end(until, max_runtime_s)
     options = RunOptions(**{field.name: given[field.name] for field in fields(RunOptions)})
     with _called(job, overrides, run_date):
         config = load(job, overrides, run_date, tuned=tuned)
@@ -246,20 +257,44 @@ def compare(
     """
     from batchgen.quality.compare import compare as compare_outputs
 
-    (first, one), (second, two) = _snapshot_of(a), _snapshot_of(b)
+    (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
     columns, path = ([on] if isinstance(on, str) else on), (Path(to) if to is not None else None)
     roots = output_of(first), output_of(second)
     return compare_outputs(*roots, (one, two), on=columns, num_examples=num_examples, to=path)
 
 
-def _snapshot_of(
-    source: str | Path | Mapping[str, Any],
-) -> tuple[str | Path | Mapping[str, Any], int | None]:
-    """Split `JOB@N`; what exists as it is written has no number."""
-    if not isinstance(source, str) or Path(source).exists():
-        return source, None
-    name, _, number = source.rpartition("@")
-    return (name, int(number)) if name and number.isdecimal() else (source, None)
+@_plainly
+def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
+    job: str | Path | Mapping[str, Any],
+    *,
+    gold: str | None = None,
+    answer: str | None = None,
+    precision: float | None = None,
+    snapshot: int | None = None,
+    overrides: Overrides = (),
+    run_date: date | str | None = None,
+) -> Score:
+    """Score published labels against right ones; needs scikit-learn, the extra `score`.
+
+    Args:
+        job: A job, or an output folder.
+        gold: Column with the right label; None: `score.gold` of the job.
+        answer: Labels to score, by their column; None: `score.answer`, or the only ones.
+        precision: Tell from which probability on answers are so precise; None: `score.precision`.
+        snapshot: Number of an old snapshot; None: the newest.
+        overrides: As `run` takes them.
+        run_date: As `run` takes it.
+
+    Raises:
+        ConfigError: scikit-learn is not installed, or a column is none that can be scored.
+        OutputError: There is no such snapshot, or it cannot be read.
+    """
+    given = {"gold": gold, "answer": answer, "precision": precision}
+    with _called(job, overrides, run_date):
+        is_folder = isinstance(job, str | Path) and Path(job).is_dir()
+        config = None if is_folder else load(job, overrides, run_date, tuned=False)
+        root = output_of(job) if config is None else Path(config.output.path)
+        return scored(root, config.score if config else None, given, snapshot)
 
 
 @_plainly
@@ -556,17 +591,3 @@ def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) ->
         storage = LocalStorage(output_of(source))
         manifest = find_snapshot(Ledger(storage), snapshot)
         return scan(storage, [file.name for file in manifest.files])
-
-
-def _check_end(until: datetime | None, max_runtime_s: float | None) -> None:
-    """Refuse an end that could not be held to; what the shell takes is read there."""
-    if until is not None and not isinstance(until, datetime):
-        expected = "a datetime with a time zone, such as datetime.now(UTC) + timedelta(hours=5)"
-        refuse("until", until, expected)
-    if until is not None and until.utcoffset() is None:
-        refuse("until", until, "a time with a zone, such as until.astimezone()")
-    if max_runtime_s is None:
-        return
-    is_number = isinstance(max_runtime_s, Real) and not isinstance(max_runtime_s, bool)
-    if not is_number or not math.isfinite(max_runtime_s) or max_runtime_s <= 0:
-        refuse("max_runtime_s", max_runtime_s, "seconds, more than 0, such as 5 * 3600")

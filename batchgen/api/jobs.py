@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import date, datetime
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +22,8 @@ from batchgen.store.runs import RunLock
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.job.model import JobConfig
+    from batchgen.job.model import JobConfig, ScoreConfig
+    from batchgen.quality.score import Score
 
     Overrides = Sequence[str] | Mapping[str, Any]
     """`table.key=value` each, or a mapping of `table.key` (or of tables) to values."""
@@ -174,3 +177,41 @@ def output_of(
             )
             raise ConfigError(str(path), [f"{wrong}, expected a job file or an output folder"])
     return Path(loaded(source, overrides, run_date, tuned=False).output.path)
+
+
+def snapshot_of(
+    source: str | Path | Mapping[str, Any],
+) -> tuple[str | Path | Mapping[str, Any], int | None]:
+    """Split `JOB@N`; what exists as it is written has no number."""
+    if not isinstance(source, str) or Path(source).exists():
+        return source, None
+    name, _, number = source.rpartition("@")
+    return (name, int(number)) if name and number.isdecimal() else (source, None)
+
+
+def scored(
+    root: Path, table: ScoreConfig | None, given: Mapping[str, Any], snapshot: int | None
+) -> Score:
+    """Score an output by a job's `[score]`, None without a job, and what is given beside it."""
+    from batchgen.job.model import ScoreConfig
+    from batchgen.quality.score import score as score_output
+
+    share = given["precision"]
+    if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+        refuse("precision", share, "a share, 0 to 1")
+    told = {name: value for name, value in given.items() if value is not None}
+    return score_output(root, (table or ScoreConfig()).model_copy(update=told), snapshot)
+
+
+def check_end(until: datetime | None, max_runtime_s: float | None) -> None:
+    """Refuse an end that could not be held to; what the shell takes is read there."""
+    if until is not None and not isinstance(until, datetime):
+        expected = "a datetime with a time zone, such as datetime.now(UTC) + timedelta(hours=5)"
+        refuse("until", until, expected)
+    if until is not None and until.utcoffset() is None:
+        refuse("until", until, "a time with a zone, such as until.astimezone()")
+    if max_runtime_s is None:
+        return
+    is_number = isinstance(max_runtime_s, Real) and not isinstance(max_runtime_s, bool)
+    if not is_number or not math.isfinite(max_runtime_s) or max_runtime_s <= 0:
+        refuse("max_runtime_s", max_runtime_s, "seconds, more than 0, such as 5 * 3600")

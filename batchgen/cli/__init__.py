@@ -16,7 +16,7 @@ from batchgen import __version__
 from batchgen.cli.common import out
 from batchgen.cli.history import diff, prune, snapshots
 from batchgen.cli.look import check, doctor, plan, report, schema, show, status, verify
-from batchgen.cli.quality import compare, try_
+from batchgen.cli.quality import compare, score, try_
 from batchgen.cli.run import engine, refused_usage, run, tune
 from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
 from batchgen.core.runtime import lost_output, own_streams
@@ -35,7 +35,7 @@ def cli() -> None:
 
 for _command in (
     *(run, tune, check, doctor, plan, status, show, report, verify, schema),
-    *(snapshots, prune, diff, try_, compare, engine),
+    *(snapshots, prune, diff, try_, compare, score, engine),
 ):
     cli.add_command(_command)
 

@@ -10,6 +10,7 @@ import click
 
 from batchgen.cli.common import (
     JSON,
+    Number,
     as_line,
     flag,
     job_command,
@@ -77,6 +78,39 @@ def try_(
 
 
 try_.name = "try"
+
+
+@job_command
+@click.option("--gold", metavar="COLUMN", help="Column with the right label. Default: score.gold.")
+@click.option("--answer", metavar="COLUMN", help="Labels to score. Default: score.answer, or all.")
+@click.option(
+    "--precision",
+    type=Number(min=0, max=1),
+    help="Tell from which probability on answers are so precise. Default: score.precision.",
+)
+@click.option("--snapshot", type=int, metavar="N", help="Of an old snapshot, by its number.")
+@JSON
+def score(
+    job: Path,
+    load: Load,
+    *,
+    snapshot: int | None,
+    as_json: bool,
+    **table: Any,  # noqa: ANN401 - fields of ScoreConfig
+) -> None:
+    """Score published labels against right ones: accuracy, F1 by label, confusion, calibration.
+
+    JOB may be an output folder. Rows whose gold label is null or empty are left out; a row without
+    an answer is wrong. Needs scikit-learn, the extra `score`.
+
+    Example: batchgen score jobs/quickstart.toml --gold gold_label --answer gen_label
+    """
+    from batchgen.api.jobs import output_of, scored
+
+    config = None if job.is_dir() else load(tuned=False)
+    root = output_of(job) if config is None else Path(config.output.path)
+    found = scored(root, config.score if config else None, table, snapshot)
+    out(as_line(found.as_dict()) if as_json else found.as_text())
 
 
 @click.command()

@@ -232,7 +232,7 @@ class GateError(BatchgenError):
         super().__init__(f"{told}; nothing published{lines}\n{'; '.join(_ways(self.gate))}")
 
 
-_OF_THE_WHOLE = ("max_shrink", "min_accuracy")
+OF_THE_WHOLE = ("max_shrink", "min_accuracy")
 """Limits that no error row is to blame for."""
 
 
@@ -240,7 +240,7 @@ def _ways(gate: Sequence[Mapping[str, Any]]) -> list[str]:
     """What to do about limits that are exceeded."""
     errors = next((entry for entry in gate if entry.get("name") == "max_error_rate"), {})
     ways = [str(entry["hint"]) for entry in gate if "hint" in entry]
-    is_of_rows = any(e.get("exceeded", True) and e.get("name") not in _OF_THE_WHOLE for e in gate)
+    is_of_rows = any(e.get("exceeded", True) and e.get("name") not in OF_THE_WHOLE for e in gate)
     if is_of_rows and errors.get("figure") != 0 and "hint" not in errors:
         ways.append(
             f"`{command('show', '--errors')}` shows error rows, "

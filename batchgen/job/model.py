@@ -137,8 +137,22 @@ class GateConfig(Table):
     max_shrink: Share | None = None
     """At most this share of the last snapshot's rows may be gone from the input; what came
     makes up for what went. Default: 0.5; in outputs that began before 0.2: not all of them."""
+    min_accuracy: Share | None = None
+    """At least this share of the rows with a gold label must have that label, see `[score]`."""
     drift_column: str | None = None
     """Which labels, by the column's name. Default: the choice, or each enum of the schema."""
+
+
+class ScoreConfig(Table):
+    """What answers are scored against. Not part of the recipe: change it freely."""
+
+    gold: str | None = None
+    """Column of the input with the right label, carried to the output. Rows where it is null or
+    empty are not scored."""
+    answer: str | None = None
+    """Which labels are scored, by the column's name. Default: the only ones."""
+    precision: Share | None = None
+    """Wanted precision: from which probability on it is reached, and by which share of the rows."""
 
 
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
@@ -508,6 +522,7 @@ class JobConfig(Table):
     checks: ChecksConfig = ChecksConfig()
     retry: list[RetryConfig] = Field(default=[], max_length=10)
     gate: GateConfig = GateConfig()
+    score: ScoreConfig = ScoreConfig()
     run: RunConfig = RunConfig()
     _run_date: date = PrivateAttr(default_factory=today)
     _tuned: Tuned | None = PrivateAttr(default=None)

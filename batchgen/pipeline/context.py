@@ -433,9 +433,10 @@ def _tuned(tuned: Mapping[str, Any]) -> str:
 
 
 def _limit(entry: Mapping[str, Any]) -> str:
-    name = entry["name"].removeprefix("max_").replace("_", " ")
+    most = "least" if entry["name"].startswith("min_") else "most"
+    name = entry["name"].removeprefix("max_").removeprefix("min_").replace("_", " ")
     figure = "unknown" if entry["figure"] is None else f"{entry['figure']:.3g}"
-    return f"{name} {figure} of at most {entry['limit']:g}"
+    return f"{name} {figure} of at {most} {entry['limit']:g}"
 
 
 def _files(summary: Summary) -> str:

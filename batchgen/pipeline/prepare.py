@@ -28,6 +28,7 @@ from batchgen.engine.base import task_facts
 from batchgen.engine.vllm.encoder import refuse_model
 from batchgen.engine.vllm.settings import leaves_open
 from batchgen.job import recipe as recipes
+from batchgen.pipeline.gold import check_score
 from batchgen.pipeline.model_files import other_model, resolve_lora, resolve_model
 from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
@@ -96,6 +97,7 @@ def check_columns(
     for check in (
         lambda: builder.columns(columns.names),
         lambda: check_gate(job, answer),
+        lambda: check_score(job, answer, pa.schema([columns.field(n) for n in carried])),
         lambda: _check_answer_columns(job, answer, pa.schema([columns.field(n) for n in carried])),
     ):
         try:
@@ -200,6 +202,9 @@ class Checked:
             ConfigError: A limit of the gate is for labels that the answer has not.
         """
         check_gate(self.job, self.answer)
+        columns = read_schema(plan.schema)
+        carried = pa.schema([columns.field(name) for name in plan.carried])
+        check_score(self.job, self.answer, carried)
         reader = _reader(self.job, plan.input_format, counts_lines=plan.counts_lines)
         files = [segment.path for segment in plan.segments]
         read_by = (plan.input_format, reader)
@@ -242,6 +247,7 @@ class Checked:
         """Name the columns that the job names and the input, as far as it is seen, lacks."""
         job = self.job
         names = {*(job.input.columns or ()), *RowOptions(job).columns().values()}
+        names |= {job.score.gold} if job.score.gold is not None else set()
         names |= self.builder.missing(columns.names)
         known = rule_schema(columns, self.answer, job.output.prefix).names
         for text in (job.input.where or "TRUE", *job.checks.rules):

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from batchgen import __version__
 from batchgen.core.errors import (
+    OF_THE_WHOLE,
     AccountingError,
     DamagedPartError,
     GateError,
@@ -26,6 +27,8 @@ from batchgen.core.errors import (
 )
 from batchgen.core.runtime import command
 from batchgen.pipeline.frozen import check_unchanged
+from batchgen.pipeline.gold import answer_path, count_gold
+from batchgen.pipeline.sources import ended_rows
 from batchgen.store.books import STATE, Durable, Epoch, Manifest
 from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, ResultFile, num_unasked
 from batchgen.store.runs import utc_now
@@ -85,7 +88,9 @@ class Limit:
     @property
     def is_exceeded(self) -> bool:
         """Whether the figure holds the job back."""
-        return self.limit is not None and self.figure is not None and self.figure > self.limit
+        if self.limit is None or self.figure is None:
+            return False
+        return self.figure < self.limit if is_least(self.name) else self.figure > self.limit
 
     def as_dict(self, *, is_overridden: bool = False) -> dict[str, Any]:
         """Plain values, for JSON; `overridden` if it was exceeded and let through."""
@@ -99,6 +104,15 @@ class Limit:
             "exceeded": self.is_exceeded,
             **({"overridden": True} if is_overridden and self.is_exceeded else {}),
         }
+
+
+def is_least(name: str) -> bool:
+    """Whether a limit is for the least that a figure may be, not for the most."""
+    return name.startswith("min_")
+
+
+def _beyond(name: str) -> str:
+    return "below" if is_least(name) else "over"
 
 
 def judge_gate(
@@ -201,7 +215,7 @@ def _most_moved(now: Mapping[str, int], last: Mapping[str, int]) -> Iterator[str
 def exceeded_text(limits: Sequence[Limit]) -> str:
     """Name the exceeded limits in one sentence; empty if there are none."""
     return "; ".join(
-        f"{limit.text}, over gate.{limit.name} = {limit.limit:g}"
+        f"{limit.text}, {_beyond(limit.name)} gate.{limit.name} = {limit.limit:g}"
         for limit in limits
         if limit.is_exceeded
     )
@@ -354,7 +368,25 @@ def gate_figures(
         limits = [
             replace(limit, hint=hint) if limit.name == "max_shrink" else limit for limit in limits
         ]
+    if prepared.job.score.gold is not None:
+        limits.append(_accuracy(ledger, prepared, durable))
     return limits
+
+
+def _accuracy(ledger: Ledger, prepared: Prepared, durable: Durable) -> Limit:
+    """Count the answers that are right; those of error rows are not."""
+    job, path = prepared.job, answer_path(prepared.job, prepared.answer)
+    gold = job.score.gold
+    assert gold is not None  # noqa: S101 - asked only then
+    assert path is not None  # noqa: S101 - see `check_score`
+    prefix = job.output.prefix
+    columns = list(dict.fromkeys((gold, prefix + path[0], f"{prefix}status")))
+    tables = ended_rows(ledger.storage, durable.parts, None, columns)
+    counts = count_gold(tables, gold, path, prefix)
+    num, num_right = counts.total(), sum(n for (right, told), n in counts.items() if right == told)
+    text = f"{num_right:,} of {num:,} rows with a label in {gold!r} have it in their answer"
+    figure = num_right / num if num else None
+    return Limit("min_accuracy", figure, job.gate.min_accuracy, text)
 
 
 def _had_limit(last: Manifest) -> bool:
@@ -379,7 +411,7 @@ def _pass_gate(
     rows = [
         text
         for limit in exceeded
-        if limit.column is None and limit.name != "max_shrink"
+        if limit.column is None and limit.name not in OF_THE_WHOLE
         for text in example_rows(ledger.storage, plan, durable, prefix, limit.name)
     ]
     examples = list(dict.fromkeys(rows))[:NUM_EXAMPLES]
@@ -389,7 +421,7 @@ def _pass_gate(
 def overridden(manifest: Manifest) -> list[str]:
     """List the limits that a snapshot exceeded and was let through, for its readers."""
     return [
-        f"published over a limit of the gate: {entry['text']}, over "
+        f"published over a limit of the gate: {entry['text']}, {_beyond(entry['name'])} "
         f"gate.{entry['name']} = {entry['limit']:g}"
         for entry in manifest.gate
         if entry.get("overridden")

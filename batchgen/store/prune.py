@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, TRIES, is_numbered, number_of, numbered
 from batchgen.store.ledger import Ledger
@@ -167,6 +168,10 @@ def _changed(storage: LocalStorage, name: str) -> datetime:
 def _remove_tries(storage: LocalStorage, newest: Manifest) -> None:
     """Remove try-outs that are older than what is published, which has what it wanted of them."""
     tries = LocalStorage(storage.path(TRIES))
-    tried = Ledger(tries).latest_plan()
-    if tried and tried.created_at < newest.created_at and not RunLock(tries).is_held():
+    try:
+        tried = Ledger(tries).latest_plan()
+        is_past = tried is not None and tried.created_at < newest.created_at
+    except OutputError:  # Its books are damaged, and of no use to anybody.
+        is_past = True
+    if is_past and not RunLock(tries).is_held():
         storage.remove_folder(TRIES)

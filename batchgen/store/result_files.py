@@ -167,12 +167,12 @@ def tally(
     if labels:
         is_ok = pc.equal(table.column(f"{prefix}status"), "ok")
         for path in labels:
-            values = _column(table, prefix + path[0], path[1:]).filter(is_ok)
+            values = label_column(table, prefix + path[0], path[1:]).filter(is_ok)
             found[prefix + ".".join(path)] = _counts(values)
     return found
 
 
-def _column(table: pa.Table, name: str, path: Sequence[str]) -> pa.ChunkedArray:
+def label_column(table: pa.Table, name: str, path: Sequence[str]) -> pa.ChunkedArray:
     """A column, or a field of a struct. By index: names may hold dots, or be empty."""
     column = table.column(name)
     for at in path:
