@@ -5,13 +5,15 @@ Plus the few values that many tests need: batches, results, plans.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from batchgen.answers.json_schema import row_validator
 from batchgen.answers.output_format import answer_columns, make_format
@@ -33,7 +35,11 @@ from batchgen.job.recipe import Seeds
 from batchgen.prompt.builder import PromptBuilder
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.source.columns import schema_text
-from batchgen.store.books import Manifest, Plan, Segment
+from batchgen.store.books import STATE, Manifest, Plan, PublishedFile, Segment
+from batchgen.store.parts import Parts
+from batchgen.store.published import ORDINALS, PublishedRows, ordinals_of
+from batchgen.store.result_files import GROUPS_KEY
+from batchgen.store.snapshot import write_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +47,10 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import RowError
     from batchgen.engine.supervised import SupervisedEngine
-    from batchgen.store.snapshot import Snapshot
+    from batchgen.storage import LocalStorage
+    from batchgen.store.books import Kept, PartFooter
+    from batchgen.store.ledger import Ledger
+    from batchgen.store.snapshot import SnapshotFormat
 
 ANSWER = (pa.field("text", pa.string()),)
 """The answer's columns of a job for free text."""
@@ -277,23 +286,71 @@ def plan(*num_rows: int, plan_id: str = "plan-a", number: int = 1) -> Plan:
     )
 
 
-def manifest_of(written: Snapshot, **changes: Any) -> Manifest:
+def manifest_of(files: Sequence[PublishedFile], **changes: Any) -> Manifest:
     """Of a snapshot, as if each of its rows were ok."""
-    num_rows = sum(file.num_rows for file in written.files)
+    num_rows = sum(file.num_rows for file in files)
     whole = Manifest(
         number=1,
         plan_id="plan-a",
         epoch=1,
         run_id="run-1",
         created_at="2025-01-01T00:00:00+00:00",
-        files=written.files,
+        files=files,
         num_planned=num_rows,
         num_ok=num_rows,
         num_errors=0,
         num_skipped=0,
-        index=written.index,
     )
     return replace(whole, **changes)
+
+
+def write_parts(
+    storage: LocalStorage,
+    parts: Sequence[tuple[str, PartFooter]],
+    made: Plan,
+    form: SnapshotFormat,
+    kept: Sequence[Kept] = (),
+) -> list[PublishedFile]:
+    """The entries of a snapshot of parts, written under `snap/`."""
+    return write_snapshot(Parts(storage, parts, form.schema), made, kept, form, "snap/e1")
+
+
+def as_version_1(storage: LocalStorage, manifest: Manifest, made: Plan) -> Manifest:
+    """The same snapshot as 0.1 had it: an index of rows, and files that tell nothing."""
+    ordinals, groups = [], []
+    with PublishedRows(storage, manifest, made) as snapshot:
+        for one in snapshot.files():
+            ordinals += [ordinals_of(one.rows(group)) for group in range(one.num_groups)]
+            told = (one.file.metadata or {})[GROUPS_KEY.encode()]
+            groups.append([*json.loads(told), one.entry.chunks[-1]])
+    folder = f"{STATE}/snapshots/e{manifest.epoch:06d}"
+    storage.make_folder(storage.path(folder))
+    path = storage.path(f"{folder}/index.parquet")
+    schema = ORDINALS.with_metadata({GROUPS_KEY: json.dumps(groups)})
+    with pq.ParquetWriter(path, schema) as index:
+        for table in ordinals:
+            index.write_table(table.cast(schema))
+    data = path.read_bytes()
+    files = []
+    for at, file in enumerate(manifest.files):
+        name = f"{folder}/part-{at:05d}.parquet"
+        storage.path(name).hardlink_to(storage.path(file.name))
+        files.append(PublishedFile(name, *astuple(file)[1:4]))
+    digest, num_rows = hashlib.sha256(data).hexdigest(), sum(map(len, ordinals))
+    entry = PublishedFile(f"{folder}/index.parquet", num_rows, len(data), digest)
+    return replace(manifest, files=files, index=entry)
+
+
+def put_version_1(ledger: Ledger, manifest: Manifest) -> None:
+    """Publish a snapshot as 0.1 did."""
+    fields = asdict(manifest)
+    del fields["schema"]
+    for file in (*fields["files"], fields["index"]):
+        for name in [*file][4:]:
+            del file[name]
+    data = json.dumps({"format": 1, **fields}).encode()
+    ledger.storage.remove(f"{STATE}/manifests/{manifest.number:06d}.json")
+    ledger.storage.put_if_absent(f"{STATE}/manifests/{manifest.number:06d}.json", data)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:

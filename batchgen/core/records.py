@@ -400,18 +400,8 @@ class Ranges:
         return Ranges(self.spans + other.spans)
 
     def __and__(self, other: Ranges) -> Ranges:
-        found = []
-        mine, theirs = 0, 0
-        while mine < len(self.spans) and theirs < len(other.spans):
-            start = max(self.spans[mine][0], other.spans[theirs][0])
-            stop = min(self.spans[mine][1], other.spans[theirs][1])
-            if start < stop:
-                found.append((start, stop))
-            if self.spans[mine][1] <= other.spans[theirs][1]:
-                mine += 1
-            else:
-                theirs += 1
-        return Ranges(found)
+        few, many = sorted((self, other), key=lambda one: len(one.spans))
+        return Ranges(span for start, stop in few.spans for span in many.within(start, stop))
 
     def __sub__(self, other: Ranges) -> Ranges:
         left = []

@@ -25,7 +25,7 @@ from batchgen.core.errors import (
     RecipeChangedError,
     StorageError,
 )
-from batchgen.core.records import Verdict
+from batchgen.core.records import RowSet, Verdict
 from batchgen.core.runtime import option
 from batchgen.pipeline.frozen import (
     Before,
@@ -35,6 +35,7 @@ from batchgen.pipeline.frozen import (
     input_changes,
     same_files,
 )
+from batchgen.pipeline.keeping import leave_damaged, with_kept
 from batchgen.pipeline.leaving import NOTHING_LEAVES, Leaving, leaving_rows
 from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
@@ -45,9 +46,9 @@ from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
     digest_reader,
 )
+from batchgen.store.published import PublishedRows
 from batchgen.store.result_files import VERDICT, ResultFile
 from batchgen.store.runs import utc_now
-from batchgen.store.snapshot import Index
 from batchgen.store.visible import is_switching, raise_if_damaged, show
 
 if TYPE_CHECKING:
@@ -274,9 +275,8 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
         OutputError: The snapshot cannot be taken over from.
         StorageError: It cannot be read right now.
     """
-    parts: tuple[str, ...] = ()
     if manifest is not None:
-        with Index(ledger.storage, manifest):
+        with PublishedRows(ledger.storage, manifest, plan):
             pass  # Without it, rows cannot be told apart.
         if not manifest.num_errors and not has_damage(ledger, manifest):
             return NO_ERRORS
@@ -286,8 +286,7 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
             return unfinished()
         if not durable.num_errors:
             return NO_ERRORS
-        parts = tuple(part.name for part in durable.parts)
-    return _plan_after(plan, [Base(plan.number, parts)], retries=True)
+    return _plan_after(plan, _bases(ledger, plan, manifest), retries=True)
 
 
 def _plan_after(plan: Plan, bases: Sequence[Base], *, retries: bool) -> Plan:
@@ -311,7 +310,8 @@ def _old_rows(ledger: Ledger, prepared: Prepared, plan: Plan, hooks: Hooks) -> O
     durable, manifest = ledger.durable(plan), ledger.manifest(plan.number)
     if manifest is not None and (known := recalled(ledger.storage, plan, of)) is not None:
         return known
-    num_unread, sources, todo = 0, [], missing(plan, durable)
+    # Rows of files that are kept are taken over like others, as far as this is concerned.
+    num_unread, sources, todo = 0, [], missing(plan, replace(durable, kept_rows=RowSet()))
     if manifest is not None or durable.parts:
         own = Base(plan.number, tuple(part.name for part in durable.parts))
         sources = [Takeover(ledger, prepared, plan, own, hooks.tell)]
@@ -431,6 +431,7 @@ def _new_plan(
     old = _old_rows(ledger, settled, replace(plan, rendering=least), hooks)
     keeps = old.num > 0 and not options.rerender
     plan = replace(plan, rendering=least if keeps else RENDERING)
+    plan = with_kept(ledger, settled, plan)
     ledger.put_plan(plan)
     return plan, old._replace(is_again=options.rerender)
 
@@ -453,6 +454,9 @@ def _gone_on_with(
             tell(note)
         if not retry_errors:
             raise_if_damaged(shown, ledger.storage)
+    else:
+        for name, why in leave_damaged(ledger, plan):
+            tell(f"{name}: {why}; its rows are done again")
     again: Plan | str
     if old.num and options.rerender:
         bases = _bases(ledger, plan, manifest)
@@ -465,6 +469,7 @@ def _gone_on_with(
         if manifest is None:
             tell(again)
         return manifest, None
+    again = with_kept(ledger, decision.prepared, again)
     ledger.put_plan(again)
     return manifest, again
 

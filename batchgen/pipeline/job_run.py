@@ -275,6 +275,8 @@ class JobRun:
         epoch = self._ledger.claim(begun.plan, context.run_id, self._who())
         durable = epoch.durable
         self._before = (durable.num_ok, durable.num_errors, durable.num_skipped)
+        if begun.plan is not decision.plan:  # Nothing is done yet but what is kept.
+            context.taken.num_rows = durable.num_done
         for text in rejected_notes(durable):
             context.notes.add(text)
         context.stats.num_rows = begun.plan.num_rows

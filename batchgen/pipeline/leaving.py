@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from batchgen.core.errors import OutputError
 from batchgen.core.records import NO_ROWS, Ranges, RowSet
 from batchgen.store.matching import count_common, match_files, pairs
-from batchgen.store.result_files import rows_of
-from batchgen.store.snapshot import row_groups
+from batchgen.store.published import PublishedRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -158,8 +157,8 @@ def _published_rows(storage: LocalStorage, manifest: Manifest, old: Plan) -> Row
     if not manifest.num_skipped:
         return old.rows
     try:
-        tables = (ordinals() for _, _, ordinals in row_groups(storage, manifest))
-        return RowSet.of_spans(span for table in tables for span in rows_of(table).spans())
+        with PublishedRows(storage, manifest, old) as snapshot:
+            return old.rows - snapshot.skipped(old.rows)
     except OutputError:  # Told where rows are taken over.
         return old.rows
 

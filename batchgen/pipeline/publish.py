@@ -28,9 +28,18 @@ from batchgen.core.errors import (
 from batchgen.core.runtime import command
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.pipeline.gold import answer_path, count_gold
+from batchgen.pipeline.keeping import leave_damaged
 from batchgen.pipeline.sources import ended_rows
-from batchgen.store.books import STATE, Durable, Epoch, Manifest
-from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, ResultFile, num_unasked
+from batchgen.store.books import FILES, Durable, Epoch, Manifest
+from batchgen.store.parts import Parts
+from batchgen.store.result_files import (
+    ATTEMPTS,
+    ROW,
+    SEGMENT,
+    VERDICT,
+    num_unasked,
+    schema_digest,
+)
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from batchgen.store.visible import note_as_published, show
@@ -244,7 +253,7 @@ def example_rows(
         ROW,
         *(prefix + name for name in ("status", VERDICT, ATTEMPTS, "error_type", "error")),
     ]
-    for group in islice(_row_groups(storage, durable, columns), _MAX_GROUPS):
+    for group in islice(_row_groups(storage, plan, durable, columns), _MAX_GROUPS):
         table = group.filter(_counting(group, prefix, limit))
         for row in table.slice(0, NUM_EXAMPLES - len(found)).to_pylist():
             why = f"{row[f'{prefix}error_type'] or 'ok'}: {row[f'{prefix}error'] or ''}"
@@ -260,13 +269,14 @@ def example_rows(
 
 
 def _row_groups(
-    storage: LocalStorage, durable: Durable, columns: Sequence[str]
+    storage: LocalStorage, plan: Plan, durable: Durable, columns: Sequence[str]
 ) -> Iterator[pa.Table]:
     """Yield row groups, of parts with most errors first; damage is told at publishing."""
-    for part in sorted(durable.parts, key=lambda part: -part.footer.num_errors):
-        with suppress(StorageError), ResultFile(storage.path(part.name)) as file:
-            for _, table in file.groups(columns):
-                yield table
+    parts = sorted(durable.parts, key=lambda part: -part.footer.num_errors)
+    kept = sorted(durable.kept, key=lambda one: -one.file.num_errors)
+    with suppress(StorageError):
+        found = replace(durable, parts=parts, kept=kept)
+        yield from ended_rows(storage, found, (None, plan), columns[2:])
 
 
 def _counting(rows: pa.Table, prefix: str, limit: str) -> pa.Array:
@@ -316,38 +326,47 @@ def _put_snapshot(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: b
         ledger.check_fence(epoch)
         msg = f"{plan.num_rows} rows planned, {durable.num_done} durable; not published"
         raise AccountingError(msg)
+    for name, why in leave_damaged(ledger, plan):
+        ledger.check_fence(epoch)
+        raise DamagedPartError(name, why)
     limits = _pass_gate(ledger, prepared, plan, durable, anyway=anyway)
     for segment in plan.segments:
         check_unchanged(segment)
+    form = _snapshot_format(prepared, epoch, durable)
     try:
-        snapshot = write_snapshot(
-            ledger.storage,
-            f"{STATE}/snapshots/e{epoch.number:06d}",
-            [(part.name, part.footer) for part in durable.parts],
-            _snapshot_format(prepared, epoch, durable),
+        files = write_snapshot(
+            Parts(
+                ledger.storage,
+                [(part.name, part.footer) for part in durable.parts],
+                prepared.part_schema,
+            ),
+            plan,
+            durable.kept,
+            form,
+            f"{FILES}/e{epoch.number:06d}",
         )
     except DamagedPartError as error:
         ledger.check_fence(epoch)
         ledger.reject(error.name, error.problem)
         raise
     ledger.check_fence(epoch)
-    note_as_published(ledger.storage, snapshot.files)
+    note_as_published(ledger.storage, files)
     manifest = Manifest(
         number=plan.number,
         plan_id=plan.plan_id,
         epoch=epoch.number,
         run_id=epoch.run_id,
         created_at=utc_now().isoformat(timespec="seconds"),
-        files=snapshot.files,
+        files=files,
         num_planned=plan.num_rows,
         num_ok=durable.num_ok,
         num_errors=durable.num_errors,
         num_skipped=durable.num_skipped,
-        index=snapshot.index,
+        schema=schema_digest(form.published),
         tally=durable.tally,
         gate=[limit.as_dict(is_overridden=anyway) for limit in limits],
     )
-    return ledger.put_manifest(manifest)
+    return ledger.put_manifest(manifest, plan.kept_of)
 
 
 def gate_figures(
@@ -369,11 +388,11 @@ def gate_figures(
             replace(limit, hint=hint) if limit.name == "max_shrink" else limit for limit in limits
         ]
     if prepared.job.score.gold is not None:
-        limits.append(_accuracy(ledger, prepared, durable))
+        limits.append(_accuracy(ledger, prepared, plan, durable))
     return limits
 
 
-def _accuracy(ledger: Ledger, prepared: Prepared, durable: Durable) -> Limit:
+def _accuracy(ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable) -> Limit:
     """Count the answers that are right; those of error rows are not."""
     job, path = prepared.job, answer_path(prepared.job, prepared.answer)
     gold = job.score.gold
@@ -381,7 +400,7 @@ def _accuracy(ledger: Ledger, prepared: Prepared, durable: Durable) -> Limit:
     assert path is not None  # noqa: S101 - see `check_score`
     prefix = job.output.prefix
     columns = list(dict.fromkeys((gold, prefix + path[0], f"{prefix}status")))
-    tables = ended_rows(ledger.storage, durable.parts, None, columns)
+    tables = ended_rows(ledger.storage, durable, (None, plan), columns)
     counts = count_gold(tables, gold, path, prefix)
     num, num_right = counts.total(), sum(n for (right, told), n in counts.items() if right == told)
     text = f"{num_right:,} of {num:,} rows with a label in {gold!r} have it in their answer"
@@ -448,7 +467,7 @@ def _snapshot_format(prepared: Prepared, epoch: Epoch, durable: Durable) -> Snap
         prefix=output.prefix,
         compression=output.compression,
         rows_per_file=output.rows_per_file,
-        labels=prepared.answer.labels,
+        labels=prepared.answer.label_paths,
         metadata={
             key.encode(): value.encode(errors="backslashreplace") for key, value in metadata.items()
         },

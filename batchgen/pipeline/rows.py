@@ -39,6 +39,7 @@ from batchgen.store.matching import (
     match,
     restricted,
 )
+from batchgen.store.published import PublishedRows
 from batchgen.store.result_files import ROW, SEGMENT, rows_of
 from batchgen.store.reuse import (
     AnsweredKeys,
@@ -51,7 +52,6 @@ from batchgen.store.reuse import (
     from_snapshot,
     gathered,
 )
-from batchgen.store.snapshot import Index, row_groups
 from batchgen.store.visible import damage
 
 if TYPE_CHECKING:
@@ -113,33 +113,35 @@ class Takeover:
         self._tell = tell
         self.old = ledger.plan(base.plan)
         """The base's plan."""
-        self._manifest = ledger.manifest(base.plan)
+        self.manifest = ledger.manifest(base.plan)
+        """Its snapshot; None while it is unpublished."""
         self._durable = Durable()
         is_same = is_same_reading(self.old, plan)
         self.matched: Sequence[Span] = match(ledger.storage, self.old, plan) if is_same else []
         """Rows that both plans have, answered or not."""
         spans = self.matched
-        if is_same and self._manifest is None:
+        if is_same and self.manifest is None:
             self._durable = self._parts()
             spans = answered_by(spans, self._durable)
-        elif is_same and not self._has_index():
+        elif is_same and not self._tells_rows():
             spans = []
         self._take(spans)
 
     def _take(self, spans: Sequence[Span]) -> None:
-        self._spans = spans
+        self.spans = spans
+        """Rows that are taken, and where they were."""
         self.rows = new_rows(spans)
         """Segment -> rows that the base has ended. Errors among them may not be wanted."""
 
     def restrict(self, todo: RowSet) -> None:
         """Take only rows of `todo`."""
-        self._take(restricted(self._spans, todo))
+        self._take(restricted(self.spans, todo))
 
-    def _has_index(self) -> bool:
+    def _tells_rows(self) -> bool:
         """Tell whether rows of the base can be told apart; if not, their requests still can."""
-        assert self._manifest is not None  # noqa: S101 - asked only of published plans
+        assert self.manifest is not None  # noqa: S101 - asked only of published plans
         try:
-            with Index(self._ledger.storage, self._manifest):
+            with PublishedRows(self._ledger.storage, self.manifest, self.old):
                 return True
         except OutputError as error:
             self._tell(f"{error}; every row is read again, answers are found by key")
@@ -164,13 +166,13 @@ class Takeover:
         wanted = Wanted(
             self._prepared.part_schema,
             self._prepared.job.output.prefix,
-            Renumbering(self._spans, self.old, self._plan),
+            Renumbering(self.spans, self.old, self._plan),
             self._plan.takes_errors,
             self._tell,
             frozenset(self._prepared.carried),
         )
-        if self._manifest is not None:
-            pieces = from_snapshot(storage, self._manifest, wanted)
+        if self.manifest is not None:
+            pieces = from_snapshot(storage, self.manifest, self.old, wanted)
         else:
             pieces = from_parts(storage, self._durable.parts, wanted)
         return gathered(pieces, run.flush_rows, min(run.flush_mib, _PIECE_MIB) * 2**20)
@@ -186,7 +188,7 @@ class Takeover:
         """
         left = self.rows
         if self.rows:
-            moves = Renumbering(self._spans, self.old, self._plan)
+            moves = Renumbering(self.spans, self.old, self._plan)
             errors = () if self._plan.takes_errors else self._errors()
             for unwanted in itertools.chain(errors, self._damaged()):
                 left -= moves.ranges(unwanted)
@@ -194,13 +196,14 @@ class Takeover:
 
     def _damaged(self) -> Iterator[RowSet]:
         """Yield the rows of a snapshot's row groups that are not what was published."""
-        storage, manifest = self._ledger.storage, self._manifest
+        storage, manifest = self._ledger.storage, self.manifest
         if manifest is None or not (names := damage(storage, manifest.files)):
             return
         paths = {storage.path(name) for name in names}
-        for file, group, ordinals in row_groups(storage, manifest):
-            if file.path in paths and file.group(group) is None:
-                yield rows_of(ordinals())
+        with PublishedRows(storage, manifest, self.old) as snapshot:
+            for one in snapshot.files(self.rows):
+                if one.file.path in paths:
+                    yield from one.damaged()
 
     def _errors(self) -> Iterator[RowSet]:
         """Yield the base's rows that are errors, piece by piece."""
@@ -210,7 +213,8 @@ class Takeover:
     def _answers(self, *names: str) -> Iterator[pa.Table]:
         """Yield the base's rows: ordinals, and columns of batchgen's, piece by piece."""
         columns = [f"{self.old.prefix}{name}" for name in names]
-        return ended_rows(self._ledger.storage, self._durable.parts, self._manifest, columns)
+        published = self.manifest, self.old
+        return ended_rows(self._ledger.storage, self._durable, published, columns)
 
     def old_rows(self, on_batch: Callable[[], object] = int) -> RowSet:
         """Map each segment to those of `rows` that were made by another rendering than today's.
@@ -226,7 +230,7 @@ class Takeover:
         """
         if not self.rows or not changes_since(self.old.rendering, self._prepared):
             return RowSet()
-        moves, prefix = Renumbering(self._spans, self.old, self._plan), self.old.prefix
+        moves, prefix = Renumbering(self.spans, self.old, self._plan), self.old.prefix
         tables = (
             moves.table(table, prefix, takes_errors=True).drop([f"{prefix}status"])
             for table in self._answers("status", "request_key", "recipe")

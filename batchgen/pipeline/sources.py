@@ -7,24 +7,25 @@ answers, and never a row of the run.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import PARTS
+from batchgen.store.books import PARTS, Places
 from batchgen.store.ledger import Ledger
+from batchgen.store.published import groups_of, row_groups, stretches
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile, rows_of
 from batchgen.store.reuse import KeySet, Source, key_prefixes, published_sources
-from batchgen.store.snapshot import row_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from batchgen.core.records import RowSet
     from batchgen.pipeline.prepare import Checked
-    from batchgen.store.books import Manifest, Part, Plan
+    from batchgen.store.books import Durable, Manifest, Plan
 
 NUM_TRIES = 5
 """So many of the last try-outs are kept, and looked at."""
@@ -55,8 +56,8 @@ def answered_keys(
 
 def ended_rows(
     storage: LocalStorage,
-    parts: Sequence[Part],
-    manifest: Manifest | None,
+    durable: Durable,
+    published: tuple[Manifest | None, Plan],
     columns: Sequence[str],
     wanted: RowSet | None = None,
 ) -> Iterator[pa.Table]:
@@ -66,8 +67,8 @@ def ended_rows(
 
     Args:
         storage: Where they are.
-        parts: Accepted ones.
-        manifest: The snapshot's; None: there is none.
+        durable: Parts, and files that the plan keeps.
+        published: The snapshot's manifest, None if there is none, and the plan.
         columns: Names in the files.
         wanted: Only pieces with one of these rows; None: all.
 
@@ -76,11 +77,13 @@ def ended_rows(
         StorageError: Something cannot be read right now.
     """
     names = [SEGMENT, ROW, *columns]
-    for part in parts:
+    for part in durable.parts:
         if wanted is None or part.footer.done & wanted:
             with ResultFile(storage.path(part.name)) as file:
                 yield from (table for _, table in file.groups(names))
-    for file, group, ordinals in row_groups(storage, manifest):
+    kept = stretches(storage, durable.kept, Places(published[1]), wanted)
+    groups = chain(groups_of(kept), row_groups(storage, *published, wanted))
+    for file, group, ordinals in groups:
         place = ordinals().select([SEGMENT, ROW])
         if wanted is not None and not rows_of(place) & wanted:
             continue

@@ -412,7 +412,9 @@ def _look_ahead(job: JobConfig, ledger: Ledger, options: RunOptions, warnings: l
     left = todo
     for source in sources:
         left -= source.wanted_rows()
+    num_kept = 0 if is_continued else durable.num_done
     rows = _count_rows(ledger, plan, sources, todo, left)
+    rows = replace(rows, num_reused=rows.num_reused + num_kept, num_done=rows.num_done - num_kept)
     if is_continued and not todo:
         tell(ONLY_PUBLISH)
     tries = None if options.fresh else TRIES

@@ -30,7 +30,7 @@ from batchgen.pipeline.publish import total_variation
 from batchgen.pipeline.sources import NUM_TRIES, ended_rows
 from batchgen.preview.sample import sampled
 from batchgen.storage import LocalStorage
-from batchgen.store.books import TRIES
+from batchgen.store.books import TRIES, Durable
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Renumbering, Span
 from batchgen.store.result_files import ROW, SEGMENT, rows_of
@@ -264,9 +264,9 @@ class _Sample:
         plan = ledger.latest_plan()
         if plan is not None:
             manifest = ledger.manifest(plan.number)
-            parts = ledger.durable(plan).parts if manifest is None else ()
+            durable = ledger.durable(plan) if manifest is None else Durable()
             status = [f"{plan.prefix}status"]
-            tables = ended_rows(ledger.storage, parts, manifest, status)
+            tables = ended_rows(ledger.storage, durable, (manifest, plan), status)
             errors = (table.filter(pc.equal(table.column(2), "error")) for table in tables)
             if found := RowSet.of_spans(span for one in errors for span in rows_of(one).spans()):
                 return plan, found
@@ -381,7 +381,7 @@ def _answers(
     ]
     found = [pl.DataFrame(schema=ordinal)]
     read = [*names, f"{own}error", f"{own}request_key"]
-    for table in ended_rows(side.storage, (), side.manifest, read, wanted):
+    for table in ended_rows(side.storage, Durable(), (side.manifest, side.plan), read, wanted):
         frame = pl.DataFrame(table)
         if wanted is not None:
             each = ((at, row) for at, start, stop in wanted.spans() for row in range(start, stop))

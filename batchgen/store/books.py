@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.data import parse_json
@@ -20,7 +21,7 @@ from batchgen.source.files import InputStat
 from batchgen.storage import raise_if_not_damage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 
@@ -95,6 +96,11 @@ class Plan:
     keys: Sequence[Mapping[str, str]] = ()
     """Of JSONL: what keys files have, key -> kinds of values, joined by commas; each combination
     once."""
+    kept: Sequence[tuple[int, int, int]] = ()
+    """Published files that hold unchanged rows only and are the next snapshot's as they are: runs
+    of files of one base's manifest (first file, file after the last, position in this plan)."""
+    kept_of: int = 0
+    """Number of that base."""
 
     @property
     def prefix(self) -> str:
@@ -117,11 +123,52 @@ class Plan:
         return sum(segment.num_rows for segment in self.segments)
 
 
+class Places:
+    """Where each row of a plan stands among all of them: its position, counted from 0."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Count."""
+        self.starts = [0, *accumulate(segment.num_rows for segment in plan.segments)]
+        """Position of each segment's first row, and of the end."""
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the rows at positions `start` up to, not including, `stop`: segment, row, end."""
+        segment = bisect_right(self.starts, start) - 1
+        while start < stop:
+            first, end = self.starts[segment], min(self.starts[segment + 1], stop)
+            if start < end:
+                yield segment, start - first, end - first
+            start, segment = max(start, end), segment + 1
+
+    def first_of(self, rows: RowSet) -> int:
+        """Return the position of the first row of a set."""
+        segment, row, _ = next(rows.spans())
+        return self.starts[segment] + row
+
+    def nearest_start(self, position: int) -> int:
+        """Return the segment's first row, or the end, that is nearest to a position."""
+        at = bisect_right(self.starts, position)
+        return min(self.starts[max(at - 1, 0) : at + 1], key=lambda start: abs(start - position))
+
+
 class Part(NamedTuple):
     """A part that is durable."""
 
     name: str
     footer: PartFooter
+
+
+class Kept(NamedTuple):
+    """A published file of a base that a plan keeps."""
+
+    file: PublishedFile
+    start: int
+    """Position of its first row in the plan."""
+
+    @property
+    def stop(self) -> int:
+        """Position after its last row."""
+        return self.start + self.file.num_done
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,40 +177,58 @@ class Durable:
 
     parts: Sequence[Part] = ()
     rejected: Mapping[str, str] = field(default_factory=dict)
-    """Part name -> why it does not count; its rows are done again."""
+    """Name of a part or a kept file -> why it does not count; its rows are done again."""
+    kept: Sequence[Kept] = ()
+    """Files that the plan keeps, by position."""
+    kept_rows: RowSet = field(default_factory=RowSet)
+    """Segment -> the rows that are in them, with a result or without."""
 
     def done(self, segment: int) -> Ranges:
         """Rows of a segment that are answered or skipped."""
-        return Ranges(span for part in self.parts for span in part.footer.done[segment].spans)
+        return Ranges((*self.kept_rows[segment].spans, *self._spans_in_parts(segment)))
+
+    def _spans_in_parts(self, segment: int) -> Iterator[tuple[int, int]]:
+        return (span for part in self.parts for span in part.footer.done[segment].spans)
+
+    @property
+    def books(self) -> Iterator[PartFooter | PublishedFile]:
+        """What counts the rows of each part, and of each kept file."""
+        yield from (part.footer for part in self.parts)
+        yield from (kept.file for kept in self.kept)
 
     @property
     def num_ok(self) -> int:
         """Rows answered."""
-        return sum(part.footer.num_ok for part in self.parts)
+        return sum(one.num_ok for one in self.books)
 
     @property
     def num_errors(self) -> int:
         """Rows that ended as errors."""
-        return sum(part.footer.num_errors for part in self.parts)
+        return sum(one.num_errors for one in self.books)
 
     @property
     def num_skipped(self) -> int:
         """Rows that end without a result."""
-        return sum(part.footer.num_skipped for part in self.parts)
+        return sum(one.num_skipped for one in self.books)
 
     @property
     def tally(self) -> dict[str, dict[str, int]]:
-        """Sums of the parts' tallies."""
-        total: dict[str, Counter[str]] = {}
-        for part in self.parts:
-            for name, counts in part.footer.tally.items():
-                total.setdefault(name, Counter()).update(counts)
-        return {name: dict(counts) for name, counts in total.items()}
+        """Sums of all tallies."""
+        return added(one.tally for one in self.books)
 
     @property
     def num_done(self) -> int:
         """Physical rows accounted for."""
         return self.num_ok + self.num_errors + self.num_skipped
+
+
+def added(tallies: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Add tallies up, see `result_files.tally`."""
+    total: dict[str, Counter[str]] = {}
+    for tally in tallies:
+        for name, counts in tally.items():
+            total.setdefault(name, Counter()).update(counts)
+    return {name: dict(counts) for name, counts in total.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,24 +241,64 @@ class Epoch:
     durable: Durable
 
 
+class Chunk(NamedTuple):
+    """Bytes of a file, from the end of the chunk before to `end`."""
+
+    end: int
+    sha256: str
+    """Empty: what proves these bytes is not known yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
-    """A file of a snapshot, or its index, as the manifest names it."""
+    """A file of a snapshot, as the manifest names it; or a version 1 snapshot's index.
+
+    It is a stretch of the input, in order. The files of a snapshot tile all planned rows, so that
+    their order says which rows each has: nothing here does, and a file may be of many snapshots.
+    """
 
     name: str
     num_rows: int
+    """Results."""
     size_bytes: int
     sha256: str
     """Hash of all its bytes, in hex."""
+    num_errors: int = 0
+    """Results that are errors."""
+    num_skipped: int = 0
+    """Rows of its stretch that have ended without a result."""
+    footer_bytes: int = 0
+    """Length of its end, which says what the rest is."""
+    footer_sha256: str = ""
+    tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Counts of its rows, see `result_files.tally`."""
     order: int | None = None
-    """Its place among the snapshot's files; absent of an index, and in outputs of before 0.2."""
+    """Ascends from file to file, with gaps for those to come; None in version 1."""
 
     @property
     def alias(self) -> str:
-        """The name under which the output folder shows it: sorted by place, and for these bytes."""
+        """The name under which the output folder shows it: tells its place and its content."""
         if self.order is None:
             return self.name.rpartition("/")[2]
         return f"part-{self.order:08d}-{self.sha256[:8]}.parquet"
+
+    @property
+    def num_ok(self) -> int:
+        """Results that are answers."""
+        return self.num_rows - self.num_errors
+
+    @property
+    def num_done(self) -> int:
+        """Rows of its stretch of the input."""
+        return self.num_rows + self.num_skipped
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        """What proves its bytes: its footer, which has the rest. None in version 1."""
+        if not self.footer_sha256:
+            return ()
+        end = self.size_bytes
+        return Chunk(end - self.footer_bytes, ""), Chunk(end, self.footer_sha256)
 
     def difference(self, path: Path) -> str | None:
         """How a file is not the one that was published; None if every byte is. Reads it.
@@ -244,25 +349,35 @@ class Manifest:
     num_errors: int
     num_skipped: int
     index: PublishedFile | None = None
-    """The file that says which row of the input each published row is."""
+    """Of version 1: the file that says which row of the input each published row is."""
+    schema: str = ""
+    """Digest of the files' schema, see `result_files.schema_digest`; empty in version 1."""
     tally: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Counts of the published rows, see `result_files.tally`; the next snapshot is compared
     with them."""
     gate: Sequence[Mapping[str, Any]] = field(default_factory=list)
     """The gate's figures, see `Limit.as_dict`; `overridden` where one was let through."""
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether its files tell their rows by their places: not in version 1."""
+        return self.index is None and all(file.order is not None for file in self.files)
+
     def imbalance(self) -> str | None:
         """What does not add up, None if all does."""
         num_results = self.num_ok + self.num_errors
-        num_in_files = sum(file.num_rows for file in self.files)
-        num_in_index = num_results if self.index is None else self.index.num_rows
-        is_planned = num_results + self.num_skipped == self.num_planned
-        if is_planned and num_results == num_in_files == num_in_index:
+        told = [num_results, self.num_errors, self.num_skipped]
+        if not self.is_tiled:
+            found = [sum(file.num_rows for file in self.files), *told[1:]]
+        else:
+            counts = [(file.num_rows, file.num_errors, file.num_skipped) for file in self.files]
+            found = [sum(column) for column in zip(*counts, strict=True)] or [0, 0, 0]
+        if num_results + self.num_skipped == self.num_planned and told == found:
             return None
         return (
             f"{self.num_planned} rows planned, but {self.num_ok} ok + {self.num_errors} errors + "
-            f"{self.num_skipped} skipped, {num_in_files} rows in the files, {num_in_index} in "
-            "the index"
+            f"{self.num_skipped} skipped, and in the files {found[0]} rows with {found[1]} errors, "
+            f"and {found[2]} skipped"
         )
 
 
@@ -279,12 +394,19 @@ def _are_disjoint(parts: Sequence[Part]) -> bool:
     )
 
 
-def disjoint(parts: list[Part], rejected: dict[str, str]) -> list[Part]:
-    """Leave out parts that hold a row of an earlier one, and note them as rejected."""
-    if _are_disjoint(parts):  # Nearly always, which sorting tells faster than adding up.
+def disjoint(parts: list[Part], rejected: dict[str, str], kept: RowSet) -> list[Part]:
+    """Leave out parts that hold a row of an earlier one, or of a kept file; note them as rejected.
+
+    Args:
+        parts: In order.
+        rejected: Gets those that are left out.
+        kept: Rows of kept files.
+    """
+    # Nearly always, which sorting tells faster than adding up.
+    if _are_disjoint(parts) and not any(part.footer.done & kept for part in parts if kept):
         return parts
     accepted: list[Part] = []
-    taken = RowSet()
+    taken = kept
     for part in parts:
         if twice := part.footer.done & taken:
             segment, row, _ = next(twice.spans())
@@ -363,13 +485,10 @@ STATE = "_batchgen"
 PARTS = f"{STATE}/parts"
 TRIES = f"{STATE}/try"
 """Where try-outs have an output of their own, with books of its own."""
+FILES = f"{STATE}/files"
+LISTS = f"{STATE}/lists"
 _NUMBERED = re.compile(r"\d{6}\.json")
 _WORKER = re.compile(r"e\d+-w(\d+)")
-
-
-def folder_of(manifest: Manifest) -> str:
-    """Folder of a snapshot's files."""
-    return f"{STATE}/snapshots/e{manifest.epoch:06d}"
 
 
 def numbered(kind: str, number: int) -> str:
@@ -377,9 +496,10 @@ def numbered(kind: str, number: int) -> str:
     return f"{STATE}/{kind}/{number:06d}.json"
 
 
-def rejection_of(part: str) -> str:
-    """The mark that leaves a part out."""
-    return f"{STATE}/rejected/{part.rpartition('/')[2]}.json"
+def rejection_of(name: str, plan: int = 0) -> str:
+    """The mark that leaves a part out; or a file that plan `plan` keeps, out of that plan only."""
+    of = f"p{plan:06d}-" if plan else ""
+    return f"{STATE}/rejected/{of}{name.rpartition('/')[2]}.json"
 
 
 def seal_of(epoch: int, worker: int) -> str:

@@ -9,6 +9,10 @@ from some kinds of small files, each put once and never changed:
     _batchgen/footers/               what parts said that were opened: a cache, see `footers`
     _batchgen/rejected/PART.json     a part whose footer is whole and whose rows are not
     _batchgen/manifests/NNNNNN.json  the snapshot of plan NNNNNN, put last: its commit point
+    _batchgen/lists/eNNNNNN-SHA.json some of a manifest's files, up to 500; by run and content
+
+Lists are cut by what is in them, so that manifests of snapshots that share most of their files
+share most of their lists.
 
 Fencing needs no clock and no lock: a run that was frozen and wakes up writes parts that the
 later claim does not name, so nobody accepts them. Of a worker that its run has given up, likewise:
@@ -17,27 +21,32 @@ what it writes later its seal does not name.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.data import parse_state
 from batchgen.core.errors import AccountingError, FencedError, OutputError
+from batchgen.core.records import RowSet
 from batchgen.core.runtime import command
 from batchgen.store.books import (
+    FILES,
+    LISTS,
     STATE,
     Base,
     Durable,
     Epoch,
+    Kept,
     Manifest,
     Part,
     PartFooter,
+    Places,
     Plan,
     PublishedFile,
     Segment,
     disjoint,
     epoch_of,
-    folder_of,
     is_numbered,
     number_of,
     numbered,
@@ -50,12 +59,15 @@ from batchgen.store.matching import DIGESTS
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from batchgen.storage import LocalStorage
     from batchgen.store.footers import Told
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = {1, FORMAT}
+_LIST_FILES, _CUT_ONE_IN = 500, 256
+_NOTHING_KEPT = Durable()
 _MAX_CLAIM_TRIES = 100
 
 
@@ -65,6 +77,8 @@ class Ledger:
     def __init__(self, storage: LocalStorage) -> None:
         """Bind; nothing is read or written yet."""
         self.storage = storage
+        self._lists: dict[str, Sequence[PublishedFile]] = {}
+        """Name -> content, of those that were read or written."""
 
     def latest_plan(self) -> Plan | None:
         """The plan that the output is at, None for a new job.
@@ -106,7 +120,8 @@ class Ledger:
             found = fields.pop("bases", ())
             bases = tuple(Base(**{**one, "parts": tuple(one.get("parts", ()))}) for one in found)
             keys = tuple(fields.pop("keys", ()))
-            return Plan(**fields, segments=segments, bases=bases, keys=keys)
+            kept = tuple((first, stop, start) for first, stop, start in fields.pop("kept", ()))
+            return Plan(**fields, segments=segments, bases=bases, keys=keys, kept=kept)
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
 
@@ -129,12 +144,42 @@ class Ledger:
         fields = self._read_json(name)
         try:
             index = fields.pop("index", None)
-            files = [PublishedFile(**file) for file in fields.pop("files")]
+            lists = fields.pop("lists", None)
+            if lists is None:
+                files = [PublishedFile(**file) for file in fields.pop("files")]
+            else:
+                files = [file for one in lists for file in self._list(one)]
             return Manifest(
                 **fields, files=files, index=None if index is None else PublishedFile(**index)
             )
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
+
+    def lists_of(self, number: int) -> Sequence[str]:
+        """Names of the lists of a manifest; none if it is absent, or of version 1."""
+        name = numbered("manifests", number)
+        is_there = self.storage.read(name) is not None
+        return self._read_json(name).get("lists", ()) if is_there else ()
+
+    def _list(self, name: str) -> Sequence[PublishedFile]:
+        if name not in self._lists:
+            fields = self._read_json(name)
+            if not name.endswith(_digest_of_list(self.storage.read(name) or b"")):
+                raise self._not_understood(name, "its bytes are not those that were published")
+            self._lists[name] = [PublishedFile(**file) for file in fields["files"]]
+        return self._lists[name]
+
+    def _put_lists(self, manifest: Manifest, shares_with: int) -> Iterator[str]:
+        """Yield the names of a manifest's lists, those of another manifest where they are equal."""
+        known = {name.rpartition("-")[2]: name for name in self.lists_of(shares_with)}
+        for some in _cut(manifest.files):
+            data = _dumps({"files": [_fields_of(file) for file in some]})
+            digest = _digest_of_list(data)
+            name = known.get(digest) or f"{LISTS}/e{manifest.epoch:06d}-{digest}"
+            if name not in self._lists and not self.storage.put_if_absent(name, data):
+                raise self._not_understood(name, "its bytes are not those that were published")
+            self._lists[name] = some
+            yield name
 
     def manifests(self) -> list[Manifest]:
         """Every published snapshot that was not pruned since, oldest first.
@@ -155,8 +200,12 @@ class Ledger:
         earlier = [found for found in numbers if number is None or found < number]
         return self.manifest(earlier[-1]) if earlier else None
 
-    def put_manifest(self, manifest: Manifest) -> Manifest:
+    def put_manifest(self, manifest: Manifest, shares_with: int = 0) -> Manifest:
         """Publish; return the manifest that holds, which may be another run's equal one.
+
+        Args:
+            manifest: Of files that are durable.
+            shares_with: Number of a manifest that has some of them and that nobody prunes now.
 
         Raises:
             AccountingError: The counts do not balance; nothing is published.
@@ -164,7 +213,11 @@ class Ledger:
         if imbalance := manifest.imbalance():
             msg = f"{self.storage.where}: {imbalance}; not published"
             raise AccountingError(msg)
-        self.storage.put_if_absent(numbered("manifests", manifest.number), _dumps(asdict(manifest)))
+        fields = asdict(replace(manifest, files=()))
+        for name in ("files", "index"):
+            del fields[name]
+        fields["lists"] = list(self._put_lists(manifest, shares_with))
+        self.storage.put_if_absent(numbered("manifests", manifest.number), _dumps(fields))
         held = self.manifest(manifest.number)
         assert held is not None  # noqa: S101 - put-if-absent left a manifest, ours or another's
         return held
@@ -191,13 +244,33 @@ class Ledger:
     def durable(self, plan: Plan, on_opened: Callable[[Told], object] = id) -> Durable:
         """What counts right now, as the next claim would accept it. Reads footers only."""
         number, claim = self.latest_epoch()
-        if not number or claim["plan_id"] != plan.plan_id:
+        names: Sequence[str] = ()
+        if number and claim["plan_id"] == plan.plan_id:
+            names = [*claim["accepted"], *self._parts_of(number)]
+        return self.parts(plan, names, on_opened, self._kept(plan))
+
+    def _kept(self, plan: Plan) -> Durable:
+        """The files that a plan keeps, but for those that a mark leaves out."""
+        manifest = self.manifest(plan.kept_of) if plan.kept else None
+        if manifest is None:  # Or a faster run has published the plan, and pruned its base.
             return Durable()
-        names = [*claim["accepted"], *self._parts_of(number)]
-        return self.parts(plan, names, on_opened)
+        found = []
+        for first, stop, start in plan.kept:
+            for file in manifest.files[first:stop]:
+                found.append(Kept(file, start))
+                start = found[-1].stop  # noqa: PLW2901 - of the next
+        rejected = self._rejected([one.file.name for one in found], plan.number)
+        kept = [one for one in found if one.file.name not in rejected]
+        places = Places(plan)
+        rows = RowSet.of_spans(span for one in kept for span in places.spans(one.start, one.stop))
+        return Durable((), rejected, kept, rows)
 
     def parts(
-        self, plan: Plan, names: Collection[str], on_opened: Callable[[Told], object] = id
+        self,
+        plan: Plan,
+        names: Collection[str],
+        on_opened: Callable[[Told], object] = id,
+        kept: Durable = _NOTHING_KEPT,
     ) -> Durable:
         """Accept those of the named parts that are whole and fit the plan.
 
@@ -205,9 +278,11 @@ class Ledger:
             plan: Whose parts they are.
             names: Of the parts.
             on_opened: Called with what each part says that had to be opened.
+            kept: The files that the plan keeps.
         """
         rejected = self._rejected(names)
         left = set(names) - rejected.keys()
+        rejected |= kept.rejected
         parts: list[Part] = []
         same = Same()
         for told in rolled_up(self.storage, left):
@@ -222,7 +297,7 @@ class Ledger:
                 on_opened(told)
                 _accept(told, plan, same, parts, rejected)
         parts.sort()
-        return Durable(disjoint(parts, rejected), rejected)
+        return replace(kept, parts=disjoint(parts, rejected, kept.kept_rows), rejected=rejected)
 
     def seal(self, epoch: Epoch, worker: int) -> Sequence[str]:
         """Let nothing count that a worker writes from now on; return which of its parts do.
@@ -247,16 +322,22 @@ class Ledger:
             msg = f"{self.storage.where}: worker {worker} was given up; its rows are others' now"
             raise FencedError(msg)
 
-    def reject(self, name: str, why: str) -> None:
-        """Leave a part out of every later claim; for damage that its footer does not show."""
-        self.storage.put_if_absent(rejection_of(name), _dumps({"why": why}))
+    def reject(self, name: str, why: str, plan: int = 0) -> None:
+        """Leave a part out of every later claim; for damage that its footer does not show.
 
-    def _rejected(self, names: Collection[str]) -> dict[str, str]:
+        Args:
+            name: Of the part; or of a file that a plan keeps, which counts in other plans still.
+            why: For people.
+            plan: That plan's number.
+        """
+        self.storage.put_if_absent(rejection_of(name, plan), _dumps({"why": why}))
+
+    def _rejected(self, names: Collection[str], plan: int = 0) -> dict[str, str]:
         marks = set(self.storage.list(f"{STATE}/rejected"))
         return {
             name: str(self._read_json(mark)["why"])
             for name in names
-            if (mark := rejection_of(name)) in marks
+            if (mark := rejection_of(name, plan)) in marks
         }
 
     def _numbered_files(self, kind: str) -> list[str]:
@@ -295,7 +376,6 @@ class Ledger:
             opened = RollUp()
             durable = self.durable(plan, opened.add)
             claim = {
-                "format": FORMAT,
                 "plan": plan.number,
                 "plan_id": plan.plan_id,
                 "run_id": run_id,
@@ -335,14 +415,24 @@ class Ledger:
         """
         folders = (f"{STATE}/parts", f"{STATE}/seals", FOOTERS)
         names = [name for folder in folders for name in self.storage.list(folder)]
-        names += [temp for name in (*folders, DIGESTS, "") for temp in self.storage.temps(name)]
+        names += self._unnamed()
+        for folder in (*folders, DIGESTS, FILES, LISTS, ""):
+            names += self.storage.temps(folder)
         for name in names:
             if epoch_of(name) <= manifest.epoch:
                 self.storage.remove(name)
-        named = {folder_of(manifest) for manifest in self.manifests()}
+        named = {file.name.rpartition("/")[0] for one in self.manifests() for file in one.files}
         for name in self.storage.list(f"{STATE}/snapshots"):
             if epoch_of(name) <= manifest.epoch and name not in named:
                 self.storage.remove_folder(name)
+
+    def _unnamed(self) -> Iterator[str]:
+        """Yield files and lists that no manifest names."""
+        names = [number_of(name) for name in self._numbered_files("manifests")]
+        lists = {name for number in names for name in self.lists_of(number)}
+        files = {file.name for name in lists for file in self._list(name)}
+        for folder, named in ((FILES, files), (LISTS, lists)):
+            yield from (name for name in self.storage.list(folder) if name not in named)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.storage.path(name)
@@ -353,7 +443,7 @@ class Ledger:
             found = fields.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
-        if found != FORMAT:
+        if found not in _READABLE:
             raise self._not_understood(name, f"format {found}, this batchgen reads {FORMAT}")
         return dict(fields)
 
@@ -395,6 +485,24 @@ def _footer(told: Told, plan: Plan, same: Same) -> PartFooter:
         msg = "lacks columns of the plan"
         raise ValueError(msg)
     return footer
+
+
+def _cut(files: Sequence[PublishedFile]) -> Iterator[Sequence[PublishedFile]]:
+    """Yield runs of files, each a list's."""
+    first = 0
+    for at, file in enumerate(files, 1):
+        is_cut = int(file.sha256[:8] or "0", 16) % _CUT_ONE_IN == 0
+        if is_cut or at - first == _LIST_FILES or at == len(files):
+            yield files[first:at]
+            first = at
+
+
+def _fields_of(file: PublishedFile) -> dict[str, Any]:
+    return {name: getattr(file, name) for name in file.__slots__}
+
+
+def _digest_of_list(data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()[:32]}.json"
 
 
 def _dumps(fields: dict[str, Any]) -> bytes:

@@ -29,18 +29,18 @@ import io
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import column_of, gather_rows, lazy_frame, with_polars_types
+from batchgen.core.data import column_of, gather_rows, lazy_frame, parse_json, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
 from batchgen.core.records import Ranges, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
 from batchgen.storage import raise_if_not_damage
-from batchgen.store.books import Part, PartFooter
+from batchgen.store.books import Chunk, Part, PartFooter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -130,6 +130,12 @@ def _check_answer(answer: Sequence[pa.Field], fields: Sequence[pa.Field]) -> Non
 def published_schema(parts: pa.Schema) -> pa.Schema:
     """Schema of published files: that of parts without the ordinal."""
     return pa.schema([field for field in parts if field.name not in {SEGMENT, ROW}])
+
+
+def schema_digest(schema: pa.Schema) -> str:
+    """What tells whether two snapshots may share files: names, types and order of the columns."""
+    text = "\n".join(f"{field.name}: {field.type} {field.nullable}" for field in schema)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def dictionary_columns(prefix: str, labels: Sequence[str] = ()) -> Sequence[str]:
@@ -402,17 +408,10 @@ def _encode(table: pa.Table, footer: PartFooter, context: PartContext) -> bytes:
 
 
 GROUPS_KEY = "batchgen.groups"
-"""In the index's footer: a `Chunk` for each row group and the footer of each file."""
+"""In the footer of a published file: its row groups as `Chunk`s. Of version 1: in the index."""
 OTHER_BYTES = "its bytes are not those that were published"
 # A flipped bit in a footer that has no checksum may also be in a name, or in a type.
 _READ_ERRORS = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, KeyError, TypeError)
-
-
-class Chunk(NamedTuple):
-    """Bytes of a file, from the end of the chunk before to `end`."""
-
-    end: int
-    sha256: str
 
 
 class ResultFile:
@@ -423,7 +422,8 @@ class ResultFile:
 
         Args:
             path: The file.
-            chunks: Of a published file: its row groups in order, and last its footer.
+            chunks: Of a published file: its row groups in order, and last its footer; or what
+                proves the footer alone, see `PublishedFile.chunks`.
         """
         self.path = path
         self.problem: str | None = None
@@ -515,6 +515,9 @@ class ResultFile:
             if not is_all or (self._chunks and not is_whole(self.path, self._chunks, -1)):
                 raise pa.ArrowInvalid(OTHER_BYTES)
             self._file = _parquet_file(self.path, page_checksum_verification=True)
+            if self._chunks and not self._chunks[0].sha256:
+                told = (self._file.metadata.metadata or {})[GROUPS_KEY.encode()]
+                self._chunks = [*(Chunk(*one) for one in parse_json(told)), self._chunks[-1]]
         return self._file
 
     @contextmanager

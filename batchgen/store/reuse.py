@@ -25,8 +25,8 @@ from batchgen.core.errors import OutputError
 from batchgen.core.records import RowSet
 from batchgen.core.runtime import option
 from batchgen.source.columns import retyped
-from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows, rows_of
-from batchgen.store.snapshot import Index
+from batchgen.store.published import PublishedRows, ordinals_of, proofs
+from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import Request
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, Part
+    from batchgen.store.books import Chunk, Manifest, Part, Plan
     from batchgen.store.matching import Renumbering
-    from batchgen.store.result_files import Chunk
 
 
 Dedupe = Literal["auto", "always", "never"]
@@ -289,37 +288,41 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 _ENGINE_KEY = b"batchgen.engine"
 
 
-def from_snapshot(storage: LocalStorage, manifest: Manifest, wanted: Wanted) -> Iterator[Piece]:
+def from_snapshot(
+    storage: LocalStorage, manifest: Manifest, plan: Plan, wanted: Wanted
+) -> Iterator[Piece]:
     """Yield the wanted rows of a snapshot in its ordinal order, and those it skipped last.
 
+    Args:
+        storage: The output.
+        manifest: The snapshot's.
+        plan: The plan that it is of.
+        wanted: Which rows.
+
     Raises:
-        OutputError: Its index is damaged, or it has other columns.
+        OutputError: Rows cannot be told apart, or it has other columns.
         StorageError: Something cannot be read right now.
     """
     moves = wanted.moves
-    seen: list[tuple[int, int, int]] = []
-    with Index(storage, manifest) as index:
-        for entry, file, groups in index.files():
-            num_damaged = 0
-            for at, number in enumerate(groups):
-                ordinals = index.ordinals(number)
-                here = rows_of(ordinals)
-                seen += here.spans() if manifest.num_skipped else ()
-                if not (rows := here & moves.old_rows):
+    with PublishedRows(storage, manifest, plan) as snapshot:
+        for one in snapshot.files(moves.old_rows):
+            num_damaged = 0 if one.num_groups else one.entry.num_rows
+            for group in range(one.num_groups):
+                if not (here := (rows := one.rows(group)) & moves.old_rows):
                     continue
-                found = file.group(at)
+                found = one.file.group(group)
                 if found is None:
-                    num_damaged += rows.num_rows
+                    num_damaged += here.num_rows
                     continue
-                table = wanted.of(_with_ordinals(file, found, ordinals, wanted))
-                engine = file.metadata.get(_ENGINE_KEY, b"").decode()
+                table = wanted.of(_with_ordinals(one.file, found, ordinals_of(rows), wanted))
+                engine = one.file.metadata.get(_ENGINE_KEY, b"").decode()
                 yield Piece(table, RowSet(), engine)
             if num_damaged:
-                why = f"damaged ({file.problem}); {num_damaged:,} rows done again"
-                wanted.tell(f"{entry.name}: {why}")
-    if manifest.num_skipped:
-        skipped = moves.ranges(moves.old_rows - RowSet.of_spans(seen))
-        yield Piece(wanted.schema.empty_table(), skipped, "")
+                why = f"damaged ({one.file.problem}); {num_damaged:,} rows done again"
+                wanted.tell(f"{one.entry.name}: {why}")
+        if manifest.num_skipped:
+            skipped = moves.ranges(snapshot.skipped(moves.old_rows))
+            yield Piece(wanted.schema.empty_table(), skipped, "")
 
 
 def _with_ordinals(
@@ -380,19 +383,7 @@ def published_sources(
     Raises:
         StorageError: Its index cannot be read right now.
     """
-    try:
-        index = Index(storage, manifest)
-    except OutputError:  # Then whole files are believed, or not at all.
-        return [
-            Source(file.name, takes_errors)
-            for file in manifest.files
-            if file.is_intact(storage.path(file.name))
-        ]
-    with index:
-        return [
-            Source(file.name, takes_errors, chunks)
-            for file, chunks in zip(manifest.files, index.chunks, strict=True)
-        ]
+    return [Source(file.name, takes_errors, chunks) for file, chunks in proofs(storage, manifest)]
 
 
 def key_prefixes(

@@ -1,14 +1,12 @@
-"""Snapshots: written of parts, every result once, in input order, with their index.
+"""Snapshots: written of parts, every result once, in input order, and of files kept.
 
-Memory is bounded by one chunk of rows and by what overlaps it: parts are sorted by ordinal and
-their footers name the rows that they hold, so each chunk reads the row groups that it needs.
+A published file is a stretch of the input and knows nothing of its place: it is of each snapshot
+whose input has these rows one after the other. What is between files that are kept is cut into
+stretches of about one size, which can be written independently of each other.
 
 The files are hashed while they are written, as a whole and by row group: the whole file's hash
 proves it, a row group's says what can still be believed of a file that has been damaged since. Page
 checksums alone do not: they leave page headers and the footer out.
-
-The index says what the published files do not: which row of the input each row is, and the hash
-of each row group. It has the row groups of all files, one by one, in order.
 """
 
 from __future__ import annotations
@@ -17,44 +15,44 @@ import hashlib
 import io
 import json
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import keep_rows, parse_json, take_rows, vector_encodings
-from batchgen.core.errors import AccountingError, DamagedPartError, OutputError
+from batchgen.core.data import vector_encodings
+from batchgen.core.errors import OutputError
 from batchgen.core.records import Ranges
-from batchgen.core.runtime import command, option
+from batchgen.core.runtime import command
 from batchgen.storage import saying_where
-from batchgen.store.books import PublishedFile
+from batchgen.store.books import Chunk, Places, PublishedFile, added
+from batchgen.store.published import RESULTS_KEY, lengths_text
 from batchgen.store.result_files import (
     GROUPS_KEY,
-    ROW,
-    SEGMENT,
-    Chunk,
-    ResultFile,
     dictionary_columns,
     published_schema,
+    rows_of,
+    tally,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from batchgen.storage import LocalStorage, PendingFile
-    from batchgen.store.books import Manifest, PartFooter
+    from batchgen.store.books import Kept, Manifest, Plan
     from batchgen.store.ledger import Ledger
+    from batchgen.store.parts import Parts, Sizes
 
 
 class HashedParquet:
-    """Writes one file under its name; a context manager, and nothing is there until it is left."""
+    """Writes one file, named by its content; a context manager, and nothing is there before."""
 
     def __init__(
         self,
         storage: LocalStorage,
-        name: str,
+        stem: str,
         schema: pa.Schema,
         options: Mapping[str, Any],
     ) -> None:
@@ -62,16 +60,16 @@ class HashedParquet:
 
         Args:
             storage: Where the file goes.
-            name: Its name; must not exist.
+            stem: What its name begins with.
             schema: With the metadata for the footer.
             options: For `pq.ParquetWriter`.
 
         Raises:
             StorageError: The temp file cannot be created.
         """
-        self._name = name
+        self._stem = stem
         self._schema = schema
-        self._pending = storage.begin(name)
+        self._pending = storage.begin(stem)
         self._out = _HashedFile(self._pending)
         self._writer = pq.ParquetWriter(self._out, schema, write_page_checksum=True, **options)
         self.num_rows = 0
@@ -94,20 +92,36 @@ class HashedParquet:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Closing writes a valid footer, also after an error: only `commit` makes a file of it.
         try:
+            self.note({GROUPS_KEY: json.dumps(self.chunks)})
             self._writer.close()
             self.chunks.append(self._out.cut())
         except BaseException:
             self._pending.discard()
             raise
-        if kind is None:
-            self._pending.commit()
-        else:
+        if kind is not None:
             self._pending.discard()
+            return
+        # It is taken only by an earlier try of this very run, which wrote the same.
+        self._pending.commit(self.name.rpartition("/")[2])
 
-    def entry(self) -> PublishedFile:
-        """The file's line in the manifest."""
+    @property
+    def name(self) -> str:
+        """Its name, which tells its content once that is complete."""
+        return f"{self._stem}-{self._out.digest.hexdigest()[:16]}.parquet"
+
+    def entry(self, **counts: Any) -> PublishedFile:  # noqa: ANN401 - as `PublishedFile` has them
+        """The file's line in a manifest; `counts` are of its rows."""
         out = self._out
-        return PublishedFile(self._name, self.num_rows, out.size_bytes, out.digest.hexdigest())
+        rest = self.chunks[-2].end if len(self.chunks) > 1 else 0
+        return PublishedFile(
+            self.name,
+            self.num_rows,
+            out.size_bytes,
+            out.digest.hexdigest(),
+            footer_bytes=out.size_bytes - rest,
+            footer_sha256=self.chunks[-1].sha256,
+            **counts,
+        )
 
 
 class _HashedFile(io.RawIOBase):
@@ -142,25 +156,6 @@ class _HashedFile(io.RawIOBase):
         return True
 
 
-# Rows read, sorted and written at once: a row group of what is published.
-_CHUNK_ROWS = 16_384
-_CHUNK_BYTES = 8 * 2**20
-_ORDER_STEP = 1000
-"""So far apart are the places of files, so that later ones fit in between."""
-
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field(SEGMENT, pa.int32(), nullable=False),
-        pa.field(ROW, pa.int64(), nullable=False),
-    ]
-)
-INDEX_OPTIONS = {
-    "compression": "zstd",
-    "use_dictionary": False,
-    "column_encoding": dict.fromkeys((SEGMENT, ROW), "DELTA_BINARY_PACKED"),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class SnapshotFormat:
     """How the published files are written."""
@@ -172,34 +167,39 @@ class SnapshotFormat:
     rows_per_file: int
     metadata: Mapping[bytes, bytes]
     """Entries of every footer: job, recipe, versions."""
-    labels: Sequence[str] = ()
-    """Columns with few distinct values, without the prefix."""
+    labels: Sequence[Sequence[str]] = ()
+    """Paths to labels: a column without the prefix, and the fields of structs in it."""
 
+    @property
+    def published(self) -> pa.Schema:
+        """Schema of the files."""
+        return published_schema(self.schema)
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What was written."""
-
-    files: list[PublishedFile]
-    index: PublishedFile
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `pq.ParquetWriter`."""
+        labels = [".".join(path) for path in self.labels]
+        return {
+            "compression": self.compression,
+            "use_dictionary": dictionary_columns(self.prefix, labels),
+            "column_encoding": vector_encodings(self.published),
+        }
 
 
 def write_snapshot(
-    storage: LocalStorage,
-    folder: str,
-    parts: Sequence[tuple[str, PartFooter]],
-    form: SnapshotFormat,
-) -> Snapshot:
-    """Write all results of `parts` under `folder`, in input order.
+    parts: Parts, plan: Plan, kept: Sequence[Kept], form: SnapshotFormat, stem: str
+) -> list[PublishedFile]:
+    """Write all results of `parts` between the files that are kept, in input order.
 
     Args:
-        storage: Where parts are and files go.
-        folder: Must be this run's own: nobody else writes there.
-        parts: Accepted parts and their footers; their ordinals are disjoint.
+        parts: They have each row of the plan once that is in no kept file.
+        plan: The plan that they are of.
+        kept: By position.
         form: How to write.
+        stem: Of the files' names, with their folder; must be this run's own.
 
     Returns:
-        The entries of the files, in order, and of the index. A job without a row has one file
+        The entries of all files, kept ones among them, in order. A job without a row has one file
         with the schema and no rows.
 
     Raises:
@@ -207,270 +207,176 @@ def write_snapshot(
         DamagedPartError: A part's bytes are not what was written.
         AccountingError: Two parts hold the same row.
     """
-    schema = published_schema(form.schema).with_metadata(dict(form.metadata))
-    options = {
-        "compression": form.compression,
-        "use_dictionary": dictionary_columns(form.prefix, form.labels),
-        "column_encoding": vector_encodings(schema),
-    }
+    places = Places(plan)
+    found = {one.start: [one.file] for one in kept}
+    for number, span in enumerate(cuts(parts, places, kept, form.rows_per_file)):
+        found[span[0]] = write_stretch(parts, places, span, form, f"{stem}-{number:05d}")
+    parts.check_all_read()
+    return in_order([file for start in sorted(found) for file in found[start]])
+
+
+def write_stretch(
+    parts: Parts, places: Places, span: tuple[int, int], form: SnapshotFormat, stem: str
+) -> list[PublishedFile]:
+    """Write the results of a stretch of the plan: one file, or several of `rows_per_file`.
+
+    Args:
+        parts: Among them those that have its rows.
+        places: Of the plan.
+        span: Its first position, and the one after its last.
+        form: How to write.
+        stem: Of the files' names, with their folder; must be this stretch's own.
+
+    Raises:
+        StorageError: A write failed.
+        DamagedPartError: A part's bytes are not what was written.
+        AccountingError: Two parts hold the same row.
+    """
+    start, stop = span
+    schema = form.published.with_metadata(dict(form.metadata))
     files: list[PublishedFile] = []
-    groups: list[list[Chunk]] = []
-    with (
-        saying_where(storage.path(folder)),
-        _open(storage, f"{folder}/index.parquet", INDEX_SCHEMA, INDEX_OPTIONS) as index,
-    ):
-        chunks = _chunks(storage, parts, form.schema)
-        chunk: pa.Table | None = next(chunks, None)
-        while chunk is not None or not files:
-            name = f"{folder}/part-{len(files):05d}.parquet"
-            with _open(storage, name, schema, options) as file:
+    with saying_where(parts.storage.path(stem)):
+        chunks = parts.chunks(places.spans(start, stop))
+        chunk = next(chunks, None)
+        while start < stop or not files:
+            books = _Books(places, start, form)
+            with HashedParquet(parts.storage, stem, schema, form.options) as file:
                 while chunk is not None and file.num_rows < form.rows_per_file:
                     room = form.rows_per_file - file.num_rows
                     rows = chunk.slice(0, room)
                     file.write(rows)
-                    index.write(rows)
+                    books.add(rows)
                     chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
-            order = _ORDER_STEP * (len(files) + 1)
-            files.append(replace(file.entry(), order=order))
-            groups.append(file.chunks)
-        index.note({GROUPS_KEY: json.dumps(groups)})
-    return Snapshot(files, index.entry())
+                start = stop if chunk is None else places.first_of(rows_of(chunk.slice(0, 1)))
+                file.note(books.notes(start))
+            files.append(file.entry(**books.counts(start)))
+    return files
 
 
-def _open(
-    storage: LocalStorage, name: str, schema: pa.Schema, options: Mapping[str, Any]
-) -> HashedParquet:
-    storage.remove(name)  # Left by an earlier try of this very run.
-    return HashedParquet(storage, name, schema, options)
+class _Books:
+    """Counts what goes into a published file."""
 
+    def __init__(self, places: Places, start: int, form: SnapshotFormat) -> None:
+        self._places = places
+        self._start = start
+        self._form = form
+        self._results: list[tuple[int, int]] = []
+        self._num_errors = 0
+        self._tallies: list[Mapping[str, Mapping[str, int]]] = []
 
-def _chunks(
-    storage: LocalStorage, parts: Sequence[tuple[str, PartFooter]], schema: pa.Schema
-) -> Iterator[pa.Table]:
-    """Yield all results in ordinal order, so many at a time as fit into memory with ease."""
-    readers = [_PartReader(storage, name, footer) for name, footer in parts]
-    chunk_rows = _chunk_rows(readers)
-    held: list[pa.Table] = []
-    # Of small files many together: a row group for each would be slow to read.
-    for chunk in _in_turn(readers, chunk_rows, schema):
-        held.append(chunk)
-        if sum(table.num_rows for table in held) >= chunk_rows:
-            yield pa.concat_tables(held)
-            held = []
-    if held:
-        yield pa.concat_tables(held)
-    for reader in readers:
-        reader.check_all_read()
-
-
-def _in_turn(
-    readers: Sequence[_PartReader], chunk_rows: int, schema: pa.Schema
-) -> Iterator[pa.Table]:
-    """Yield the results, segment by segment, at most `chunk_rows` of one at a time."""
-    for segment in sorted({seg for reader in readers for seg in reader.footer.done}):
-        here = [reader for reader in readers if segment in reader.footer.done]
-        stop = max(reader.footer.done[segment].spans[-1][1] for reader in here)
-        for start in range(0, stop, chunk_rows):
-            stop_row = start + chunk_rows
-            tables = [
-                reader.rows(segment, start, stop_row)
-                for reader in here
-                if reader.overlaps(segment, start, stop_row)
-            ]
-            found = [table for table in tables if table.num_rows]
-            if found:
-                chunk = pa.concat_tables(found) if len(found) > 1 else found[0]
-                yield _in_order(chunk.cast(schema))
-
-
-def _chunk_rows(readers: Sequence[_PartReader]) -> int:
-    """How many rows have `_CHUNK_BYTES`, on average of the parts with the widest rows."""
-    widest = max((reader.row_bytes for reader in readers), default=1.0)
-    return int(min(max(_CHUNK_BYTES / max(widest, 1.0), 1), _CHUNK_ROWS))
-
-
-def _in_order(chunk: pa.Table) -> pa.Table:
-    if not _is_ascending(chunk):
-        chunk = take_rows(chunk, pc.sort_indices(chunk.column(ROW)))
-        if not _is_ascending(chunk):
-            msg = "two accepted parts hold the same row; not published"
-            raise AccountingError(msg)
-    return chunk
-
-
-def _is_ascending(chunk: pa.Table) -> bool:
-    rows = chunk.column(ROW).combine_chunks()
-    return bool(pc.all(pc.greater(rows[1:], rows[:-1]), min_count=0).as_py())
-
-
-class _PartReader:
-    """Reads rows of one part by ordinal; the file is open only while it is read."""
-
-    def __init__(self, storage: LocalStorage, name: str, footer: PartFooter) -> None:
-        self.footer = footer
-        self._name = name
-        self._path = storage.path(name)
-        self._groups: list[tuple[int, _Group]] | None = None
-        self._num_read = 0
-        self._row_bytes = 0.0
-
-    @property
-    def row_bytes(self) -> float:
-        """Bytes that a row takes, not compressed; 0 without a row.
-
-        Raises:
-            DamagedPartError: The part is not what was written.
-            StorageError: It cannot be read right now.
-        """
-        self._row_groups()
-        return self._row_bytes
-
-    def overlaps(self, segment: int, start: int, stop: int) -> bool:
-        """Whether the part may hold rows with `start <= row < stop`; cheap, from the footer."""
-        spans = self.footer.done[segment].spans
-        return spans[0][0] < stop and spans[-1][1] > start
-
-    def rows(self, segment: int, start: int, stop: int) -> pa.Table:
-        """Results with `start <= row < stop`.
-
-        Raises:
-            DamagedPartError: The part is not what was written.
-            StorageError: It cannot be read right now.
-        """
-        wanted = [
-            at
-            for at, group in self._row_groups()
-            if group.first < (segment, stop) and group.last >= (segment, start)
+    def add(self, rows: pa.Table) -> None:
+        """Count rows in the part schema."""
+        starts, before = self._places.starts, self._start
+        self._results += [
+            (starts[segment] + first - before, starts[segment] + stop - before)
+            for segment, first, stop in rows_of(rows).spans()
         ]
-        if not wanted:
-            return pa.table({})
-        table = self._read(wanted)
-        row = table.column(ROW)
-        here = pc.and_(pc.greater_equal(row, start), pc.less(row, stop))
-        here = pc.and_(pc.equal(table.column(SEGMENT), segment), here)
-        table = keep_rows(table, here)
-        if Ranges.of(table.column(ROW).to_pylist()) - self.footer.done[segment]:
-            raise DamagedPartError(self._name, "holds a row that its footer does not name")
-        self._num_read += table.num_rows
-        return table
+        is_error = pc.equal(rows.column(f"{self._form.prefix}status"), "error")
+        self._num_errors += pc.sum(is_error).as_py() or 0
+        self._tallies.append(tally(rows, self._form.prefix, self._form.labels))
 
-    def _read(self, groups: Sequence[int]) -> pa.Table:
-        with ResultFile(self._path) as file:
-            tables = [table for at in groups if (table := file.group(at)) is not None]
-            self._check(file)
-        return pa.concat_tables(tables)
+    def notes(self, stop: int) -> dict[str, str]:
+        """What the footer says beside the row groups' hashes."""
+        num_rows, results = stop - self._start, Ranges(self._results)
+        is_whole = len(results) in {0, num_rows}
+        return {} if is_whole else {RESULTS_KEY: lengths_text(results, num_rows)}
 
-    def _row_groups(self) -> list[tuple[int, _Group]]:
-        """Number and extent of each row group, from the footer's statistics."""
-        if self._groups is None:
-            with ResultFile(self._path) as file:
-                metadata = file.footer
-                self._check(file)
-            assert metadata is not None  # noqa: S101 - else it is damaged
-            groups = ((at, metadata.row_group(at)) for at in range(metadata.num_row_groups))
-            found = [(at, group) for at, group in groups if group.num_rows]
-            self._groups = [(at, _extent(group)) for at, group in found]
-            num_bytes = sum(group.total_byte_size for _, group in found)
-            self._row_bytes = num_bytes / max(metadata.num_rows, 1)
-        return self._groups
-
-    def _check(self, file: ResultFile) -> None:
-        if file.problem is not None:
-            raise DamagedPartError(self._name, file.problem)
-
-    def check_all_read(self) -> None:
-        """Every result must have been taken exactly once.
-
-        Raises:
-            DamagedPartError: The part lacks rows that its footer counts.
-        """
-        if self._num_read != self.footer.num_results:
-            problem = f"gave {self._num_read} rows, its footer says {self.footer.num_results}"
-            raise DamagedPartError(self._name, problem)
+    def counts(self, stop: int) -> dict[str, Any]:
+        """What the manifest says beside the number of rows."""
+        num_skipped = stop - self._start - len(Ranges(self._results))
+        self._tallies = [added(self._tallies)]
+        return {
+            "num_errors": self._num_errors,
+            "num_skipped": num_skipped,
+            "tally": self._tallies[0],
+        }
 
 
-class _Group(NamedTuple):
-    """First and last ordinal of a row group."""
-
-    first: tuple[int, int]
-    last: tuple[int, int]
-
-
-def _extent(group: pq.RowGroupMetaData) -> _Group:
-    segments, rows = group.column(0).statistics, group.column(1).statistics
-    if segments.min != segments.max:
-        # Two segments in one group: their row numbers are not ordered together.
-        return _Group((segments.min, 0), (segments.max, 2**62))
-    return _Group((segments.min, rows.min), (segments.max, rows.max))
+# A published file's size, estimated: a sixteenth of all, but for very small and for large ones.
+LEAST_BYTES, _MANY_BYTES, _MOST_BYTES = 128 * 2**10, 16 * 2**20, 128 * 2**20
+_SHARES, _SHARES_OF_MANY = 16, 256
+_NEAR = 0.25
+"""A stretch is so much shorter or longer than it would be, to end where an input file does."""
 
 
-class Index:
-    """Which row of the input each published row is, by row group; a context manager."""
-
-    def __init__(self, storage: LocalStorage, manifest: Manifest) -> None:
-        """Open and check it.
-
-        Raises:
-            OutputError: There is none, or it is not what was written.
-            StorageError: It cannot be read right now.
-        """
-        if manifest.index is None:
-            msg = f"{storage.where}: its snapshot has no index of rows; use {option('--fresh')}"
-            raise OutputError(msg)
-        path = storage.path(manifest.index.name)
-        self._storage = storage
-        self._files = manifest.files
-        self._file = ResultFile(path)
-        if not manifest.index.is_intact(path):
-            why = "sha256 differs"
-            raise self._damaged(why)
-        groups = parse_json(self._file.metadata.get(GROUPS_KEY.encode(), b"[]"))
-        self.chunks = [[Chunk(*chunk) for chunk in chunks] for chunks in groups]
-        """For each published file, its row groups and last its footer."""
-
-    def __enter__(self) -> Index:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def files(self) -> Iterator[tuple[PublishedFile, ResultFile, range]]:
-        """Yield each published file, and the numbers of its row groups, counted over all files."""
-        first = 0
-        for entry, chunks in zip(self._files, self.chunks, strict=True):
-            with ResultFile(self._storage.path(entry.name), chunks) as file:
-                yield entry, file, range(first, first + len(chunks) - 1)
-            first += len(chunks) - 1
-
-    def ordinals(self, group: int) -> pa.Table:
-        """Segments and rows of one published row group, counted over all files."""
-        table = self._file.group(group)
-        if table is None:
-            raise self._damaged(str(self._file.problem))
-        return table
-
-    def _damaged(self, why: str) -> OutputError:
-        return OutputError(
-            f"{self._file.path}: damaged ({why}), and without it rows cannot be told apart; bring "
-            f"it back from a backup, or begin anew with {option('--fresh')}"
-        )
+def target_bytes(num_bytes: float) -> float:
+    """Return how large a file of so large a snapshot is to be."""
+    few = min(num_bytes / _SHARES, _MANY_BYTES)
+    return max(LEAST_BYTES, min(max(few, num_bytes / _SHARES_OF_MANY), _MOST_BYTES))
 
 
-def row_groups(
-    storage: LocalStorage, manifest: Manifest | None
-) -> Iterator[tuple[ResultFile, int, Callable[[], pa.Table]]]:
-    """Yield each row group of a snapshot: its file, its number in it, and what reads its ordinals.
+def cuts(
+    parts: Parts, places: Places, kept: Sequence[Kept], rows_per_file: int
+) -> list[tuple[int, int]]:
+    """Cut what is between kept files into stretches for a file each, of about one size.
 
-    Raises:
-        OutputError: There is no index of rows, or it is damaged.
-        StorageError: The index cannot be read right now.
+    Args:
+        parts: They have each of these rows once.
+        places: Of the plan.
+        kept: By position.
+        rows_per_file: About so many rows at most.
+
+    Returns:
+        First position of each, and the one after its last. One that is empty for a plan without
+        rows.
     """
-    if manifest is None:
-        return
-    with Index(storage, manifest) as index:
-        for _, file, numbers in index.files():
-            for group, number in enumerate(numbers):
-                yield file, group, partial(index.ordinals, number)
+    edges = [0, *(edge for one in kept for edge in (one.start, one.stop)), places.starts[-1]]
+    gaps = [(start, stop) for start, stop in pairwise(edges)][::2]
+    sizes = parts.sizes(places)
+    total = sizes.until(places.starts[-1]) + sum(one.file.size_bytes for one in kept)
+    target = target_bytes(total)
+    found: list[tuple[int, int]] = []
+    for start, stop in gaps:
+        if start < stop:
+            num_bytes = sizes.until(stop) - sizes.until(start)
+            num = max(round(num_bytes / target), -(-(stop - start) // rows_per_file), 1)
+            found += _cut(places, sizes, (start, stop), num)
+    return found or ([] if kept else [(0, 0)])
+
+
+def _cut(places: Places, sizes: Sizes, gap: tuple[int, int], num: int) -> Iterator[tuple[int, int]]:
+    start, stop = gap
+    first_byte, last_byte = sizes.until(start), sizes.until(stop)
+    for number in range(1, num):
+        wanted = first_byte + (last_byte - first_byte) * number / num
+        at = sizes.position(wanted)
+        near = places.nearest_start(at)
+        if abs(near - at) < _NEAR * (stop - gap[0]) / num:
+            at = near
+        if start < at < stop:
+            yield start, at
+            start = at
+    yield start, stop
+
+
+_ORDER_STEP, _MOST_ORDER = 1000, 90_000_000
+
+
+def in_order(files: Sequence[PublishedFile]) -> list[PublishedFile]:
+    """Number the new ones among files so that numbers ascend; all of them where there is no room.
+
+    Args:
+        files: In order; new ones have no number.
+    """
+    step = min(_ORDER_STEP, _MOST_ORDER // max(len(files), 1))
+    orders: list[int] = []
+    num_new = 0
+    for file in files:
+        if file.order is None:
+            num_new += 1
+            continue
+        last = orders[-1] if orders else 0
+        room = (file.order - last) / (num_new + 1)
+        if room < 1:
+            return [replace(one, order=(at + 1) * step) for at, one in enumerate(files)]
+        orders += [last + int(room * number) for number in range(1, num_new + 1)]
+        orders.append(file.order)
+        num_new = 0
+    last = orders[-1] if orders else 0
+    orders += [last + step * number for number in range(1, num_new + 1)]
+    if orders[-1] >= 10**8:
+        return [replace(one, order=(at + 1) * step) for at, one in enumerate(files)]
+    return [replace(one, order=order) for one, order in zip(files, orders, strict=True)]
 
 
 def find_snapshot(ledger: Ledger, number: int | None) -> Manifest:

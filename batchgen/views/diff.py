@@ -29,6 +29,7 @@ from batchgen.core.runtime import command, option
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
+from batchgen.store.published import row_groups
 from batchgen.store.result_files import (
     ATTEMPTS,
     RESULT_FIELDS,
@@ -38,7 +39,7 @@ from batchgen.store.result_files import (
     ResultFile,
     scan,
 )
-from batchgen.store.snapshot import find_snapshot, row_groups
+from batchgen.store.snapshot import find_snapshot
 from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in, short
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
@@ -294,11 +295,11 @@ class Side:
         """Yield for each row group where its rows stand among the planned ones."""
         import polars as pl
 
-        if self.manifest.index is None:
+        if self.manifest.index is None and not self.manifest.is_tiled:
             msg = f"{self.name} has no index of rows; name them with {option('--on')}"
             raise OutputError(msg)
         starts = pl.Series(self.starts)
-        for _, _, ordinals in row_groups(self.storage, self.manifest):
+        for _, _, ordinals in row_groups(self.storage, self.manifest, self.plan):
             segments, rows = (pl.Series(ordinals().column(name)) for name in (SEGMENT, ROW))
             yield (starts.gather(segments) + rows).alias(_PLACE)
 

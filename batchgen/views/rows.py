@@ -24,8 +24,9 @@ from batchgen.source.text import read_lines
 from batchgen.source.values import to_python
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
+from batchgen.store.published import row_groups
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile
-from batchgen.store.snapshot import find_snapshot, row_groups
+from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ class Output:
         else:
             files = {self.storage.path(name): at for at, name in enumerate(self.names)}
             with suppress(OutputError):
-                for file, number, ordinals in row_groups(self.storage, self.manifest):
+                for file, number, ordinals in row_groups(self.storage, self.manifest, self.plan):
                     at = files.get(file.path, -1)
                     if number in among.get(at, ()):
                         tables[at, number] = ordinals()

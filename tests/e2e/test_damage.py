@@ -115,12 +115,13 @@ def test_the_next_night_computes_damaged_rows_again(
 ) -> None:
     out = job.parent / "out"
     whole = published(out)
+    name = own_of(out).name
     harm(out)
     with (job.parent / "in.jsonl").open("a") as lines:
         lines.write('{"id": 1000, "text": "new"}\n')
     summary = batchgen.run(job)
     assert summary.state == "complete"
-    assert any(f"{own_of(out).name}: damaged" in text for text in summary.warnings)
+    assert any(f"{name}: damaged" in text for text in summary.warnings)
     assert verify(out).problems == []
     assert published(out)[:-1] == whole
 

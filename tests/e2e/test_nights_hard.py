@@ -25,8 +25,10 @@ from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.source.files import InputStat
+from batchgen.storage import LocalStorage
+from batchgen.store.ledger import Ledger
 from tests.e2e.support import published, run_cli, write_job
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, as_version_1, put_version_1
 from tests.harm import overwrite
 
 if TYPE_CHECKING:
@@ -262,6 +264,8 @@ def test_without_its_index_a_snapshot_still_answers_by_key_and_a_plan_says_so(
     write_lines(tmp_path / "in.jsonl", numbered(0, 20))
     job = write_job(tmp_path, "in.jsonl")
     batchgen.run(job)
+    ledger = Ledger(LocalStorage(tmp_path / "out"))
+    put_version_1(ledger, as_version_1(ledger.storage, ledger.latest_manifest(), ledger.plan(1)))
     (index,) = (tmp_path / "out" / "_batchgen" / "snapshots").glob("*/index.parquet")
     damaged = bytearray(index.read_bytes())
     damaged[10] ^= 1

@@ -207,7 +207,7 @@ def test_a_place_that_cannot_be_written_costs_only_the_keeping(job: Path) -> Non
 def test_damage_costs_work_and_no_row(job: Path, harm: str) -> None:
     batchgen.try_out(job, 30)
     place = job.parent / "out" / TRIES
-    files = list((place / "_batchgen" / "snapshots").rglob("part-*.parquet"))
+    files = list((place / "_batchgen" / "files").glob("*.parquet"))
     if harm == "flipped":
         for path in files:
             flip(path, path.stat().st_size // 3)
@@ -309,4 +309,4 @@ def test_no_hook_and_no_figures_of_a_try(tmp_path: Path) -> None:
 def test_only_the_last_tries_are_kept(job: Path) -> None:
     for _ in range(7):
         batchgen.try_out(job, 2)
-    assert len(list((job.parent / "out" / TRIES).glob("_batchgen/snapshots/*"))) == 5
+    assert len(list((job.parent / "out" / TRIES).glob("_batchgen/files/*"))) == 5

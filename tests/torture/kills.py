@@ -124,7 +124,7 @@ def _phase(out: Path, num_epochs_before: int) -> str:
     manifest = manifest_of(out)
     if manifest is not None and manifest["epoch"] == number:
         return "after the manifest"
-    if (out / STATE / "snapshots" / f"e{number:06d}").is_dir():
+    if any((out / STATE / "files").glob(f"e{number:06d}-*")):
         return "while publishing"
     return "while computing"
 

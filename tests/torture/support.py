@@ -290,7 +290,11 @@ def _report_path(job: Job) -> Path:
 def manifest_of(out: Path) -> dict[str, Any] | None:
     """The newest manifest, read without batchgen."""
     found = sorted((out / STATE / "manifests").glob("[0-9]*.json"))
-    return json.loads(found[-1].read_bytes()) if found else None
+    if not found:
+        return None
+    manifest = json.loads(found[-1].read_bytes())
+    lists = [json.loads((out / name).read_bytes()) for name in manifest["lists"]]
+    return {**manifest, "files": [file for one in lists for file in one["files"]]}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -390,14 +394,12 @@ def whole_run(job: Job, out: Path) -> list[dict[str, Any]]:
 def leftovers(out: Path) -> dict[str, int]:
     """What lies about and should not, by kind; harmless, but space."""
     manifest = manifest_of(out)
-    named = {file["name"].rpartition("/")[0] for file in manifest["files"]} if manifest else set()
-    snapshots = out / STATE / "snapshots"
+    named = {file["name"] for file in manifest["files"]} if manifest else set()
+    files = (out / STATE / "files").glob("e*")
     return {
         "temp files": sum(1 for _ in out.rglob("*.tmp")),
         "parts": sum(1 for _ in (out / STATE / "parts").glob("*.parquet")),
-        "orphan snapshots": sum(
-            f"{STATE}/snapshots/{path.name}" not in named for path in snapshots.glob("e*")
-        ),
+        "orphan files": sum(f"{STATE}/files/{path.name}" not in named for path in files),
     }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
-from batchgen.store import snapshot
+from batchgen.store import parts as store_parts
 from batchgen.store.books import PartFooter
 from batchgen.store.result_files import PartContext, PartWriter, part_schema
 from batchgen.store.reuse import (
@@ -24,8 +24,8 @@ from batchgen.store.reuse import (
     key_prefixes,
     published_sources,
 )
-from batchgen.store.snapshot import SnapshotFormat, write_snapshot
-from tests.fakes import ANSWER, batch, manifest_of, results
+from batchgen.store.snapshot import SnapshotFormat
+from tests.fakes import ANSWER, as_version_1, batch, manifest_of, plan, results, write_parts
 from tests.harm import overwrite
 from tests.unit.test_known import key, known, requests
 
@@ -60,7 +60,9 @@ class Parts:
             for name in names
         ]
         form = SnapshotFormat(SCHEMA, "gen_", "zstd", rows_per_file, {})
-        return manifest_of(write_snapshot(self.storage, "snap", parts, form))
+        rows = [sum(map(len, footer.done.values())) for _, footer in parts]
+        self.plan = plan(*rows)
+        return manifest_of(write_parts(self.storage, parts, self.plan, form))
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_the_known_keys_are_those_that_have_an_answer(storage, parts):
 
 @pytest.fixture
 def small_groups(monkeypatch):
-    monkeypatch.setattr(snapshot, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(store_parts, "_CHUNK_ROWS", 4)
 
 
 def test_a_snapshot_answers_as_its_parts_do(storage, parts, small_groups):
@@ -288,6 +290,7 @@ def test_wherever_a_part_is_flipped_the_answer_is_right_or_none(storage, parts):
 @pytest.mark.parametrize("harm", ["gone", "flipped"])
 def test_a_snapshot_without_its_index_answers_as_parts_do(storage, parts, harm):
     manifest = parts.published(parts.put(key(1), key(2)), parts.put(key(3)))
+    manifest = as_version_1(storage, manifest, parts.plan)
     path = storage.path(manifest.index.name)
     content = path.read_bytes()
     overwrite(path, content[:9] + b"?" + content[10:])

@@ -14,13 +14,21 @@ from hypothesis import strategies as st
 from batchgen.core.errors import OutputError
 from batchgen.core.records import NO_ROWS, Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
-from batchgen.store import snapshot
+from batchgen.store import parts as store_parts
 from batchgen.store.books import Manifest, Part, PartFooter
 from batchgen.store.matching import Renumbering, Span
-from batchgen.store.result_files import PartContext, PartWriter, part_schema, tally
-from batchgen.store.reuse import Piece, Wanted, from_parts, from_snapshot, gathered, rows_of
-from batchgen.store.snapshot import Index, SnapshotFormat, write_snapshot
-from tests.fakes import ANSWER, batch, plan, results
+from batchgen.store.published import PublishedRows
+from batchgen.store.result_files import (
+    OTHER_BYTES,
+    PartContext,
+    PartWriter,
+    part_schema,
+    rows_of,
+    tally,
+)
+from batchgen.store.reuse import Piece, Wanted, from_parts, from_snapshot, gathered
+from batchgen.store.snapshot import SnapshotFormat
+from tests.fakes import ANSWER, as_version_1, batch, plan, results, write_parts
 from tests.harm import overwrite
 
 SCHEMA = part_schema(pa.schema([("id", pa.string())]), ANSWER, "gen_")
@@ -52,19 +60,20 @@ def footed(storage: LocalStorage, name: str) -> Part:
 
 def put_snapshot(storage: LocalStorage, parts: list[Part], rows_per_file: int = 25) -> Manifest:
     form = SnapshotFormat(SCHEMA, "gen_", "zstd", rows_per_file, {b"batchgen.engine": b"fake 7"})
-    written = write_snapshot(storage, "snap", [(part.name, part.footer) for part in parts], form)
+    files = write_parts(
+        storage, [(part.name, part.footer) for part in parts], plan(*NUM_ROWS), form
+    )
     return Manifest(
         number=1,
         plan_id="plan-a",
         epoch=1,
         run_id="run-1",
         created_at="",
-        files=written.files,
+        files=files,
         num_planned=70,
         num_ok=62,
         num_errors=4,
         num_skipped=4,
-        index=written.index,
     )
 
 
@@ -119,7 +128,7 @@ def parts(storage: LocalStorage) -> list[Part]:
 def test_the_ok_rows_of_a_snapshot_come_back_as_they_were_and_blank_ones_as_skipped(storage, parts):
     told: list[str] = []
     manifest = put_snapshot(storage, parts)
-    rows, skipped = collect(from_snapshot(storage, manifest, wanted(told)))
+    rows, skipped = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted(told)))
     assert ids(rows) == expected_ids() == [row["id"] for row in rows]
     assert {row["gen_text"] for row in rows} == {at.replace("/", ":") for at in expected_ids()}
     assert {row["gen_run_id"] for row in rows} == {"run-1"}
@@ -130,7 +139,7 @@ def test_the_ok_rows_of_a_snapshot_come_back_as_they_were_and_blank_ones_as_skip
 def test_the_ok_rows_of_parts_are_the_same_rows(storage, parts):
     told: list[str] = []
     manifest = put_snapshot(storage, parts)
-    published, _ = collect(from_snapshot(storage, manifest, wanted(told)))
+    published, _ = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted(told)))
     rows, skipped = collect(from_parts(storage, parts, wanted(told)))
     assert sorted(rows, key=lambda row: list(row.values())[:2]) == published
     assert (skipped, told) == (BLANK, [])
@@ -143,7 +152,7 @@ def test_only_wanted_rows_come_back(storage, parts, kind, others):
     want = wanted([], some)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
-        pieces = from_snapshot(storage, manifest, want)
+        pieces = from_snapshot(storage, manifest, plan(*NUM_ROWS), want)
     else:
         pieces = from_parts(storage, parts, want)
     rows, skipped = collect(pieces)
@@ -156,7 +165,7 @@ def test_errors_come_back_too_where_they_are_wanted(storage, parts, kind):
     want = wanted([], takes_errors=True)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
-        pieces = from_snapshot(storage, manifest, want)
+        pieces = from_snapshot(storage, manifest, plan(*NUM_ROWS), want)
     else:
         pieces = from_parts(storage, parts, want)
     rows, skipped = collect(pieces)
@@ -176,7 +185,7 @@ def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind
     want = Wanted(SCHEMA, "gen_", Renumbering(spans, old, new), takes_errors=True, tell=print)
     manifest = put_snapshot(storage, parts)
     if kind == "snapshot":
-        pieces = from_snapshot(storage, manifest, want)
+        pieces = from_snapshot(storage, manifest, plan(*NUM_ROWS), want)
     else:
         pieces = from_parts(storage, parts, want)
     rows, skipped = collect(pieces)
@@ -190,8 +199,10 @@ def test_rows_that_moved_come_back_under_their_new_ordinals(storage, parts, kind
 
 
 def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
-    manifest = put_snapshot(storage, [])
-    rows, skipped = collect(from_snapshot(storage, manifest, wanted([], {
+    writer = PartWriter(storage, "parts", PartContext("plan-a", 1, 0, "run-1", SCHEMA, "gen_"))
+    blank = RowSet((at, Ranges.until(num_rows)) for at, num_rows in enumerate(NUM_ROWS))
+    manifest = put_snapshot(storage, [footed(storage, writer.commit([], blank, {}).name)])
+    rows, skipped = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted([], {
         0: Ranges.until(4), 2: Ranges.until(2)
     })))  # fmt: skip
     assert (rows, skipped) == ([], RowSet({0: Ranges.until(4), 2: Ranges.until(2)}))
@@ -199,13 +210,13 @@ def test_a_snapshot_without_a_row_gives_back_what_was_skipped(storage):
 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(store_parts, "_CHUNK_ROWS", 8)
 
 
 def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, parts, small_groups):
     """Every byte: pages, page headers, statistics, footer."""
     manifest = put_snapshot(storage, parts)
-    true_rows, _ = collect(from_snapshot(storage, manifest, wanted([])))
+    true_rows, _ = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted([])))
     name = manifest.files[1].name
     path = storage.path(name)
     whole = path.read_bytes()
@@ -213,10 +224,10 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
     for at in range(0, len(whole), 61):
         overwrite(path, whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         told: list[str] = []
-        rows, skipped = collect(from_snapshot(storage, manifest, wanted(told)))
+        rows, skipped = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted(told)))
         assert [row for row in true_rows if row in rows] == rows
         assert len(rows) < len(true_rows)
-        assert skipped == BLANK
+        assert RowSet(skipped) - BLANK == {}  # Which were blank, the footer tells.
         (text,) = told
         assert text.startswith(f"{name}: damaged (its bytes are not those that were published); ")
         num_kept.add(len(rows))
@@ -228,27 +239,30 @@ def test_wherever_a_published_file_is_flipped_no_wrong_row_comes_back(storage, p
 @pytest.mark.parametrize("size", [0, 3, 500, -1])
 def test_of_a_torn_published_file_nothing_comes_back_and_of_others_all(storage, parts, size):
     manifest = put_snapshot(storage, parts)
-    path = storage.path(manifest.files[0].name)
+    every, _ = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted([])))
+    lost = manifest.files[0]
+    path = storage.path(lost.name)
     overwrite(path, path.read_bytes()[:size])
     told: list[str] = []
-    rows, _ = collect(from_snapshot(storage, manifest, wanted(told)))
-    assert ids(rows) == expected_ids()[23:]
-    assert "part-00000.parquet: damaged" in told[0]
-    assert "25 rows done again" in told[0]
+    rows, _ = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted(told)))
+    assert ids(rows) == [row["id"] for row in every if row["id"] in ids(rows)]
+    assert told == [f"{lost.name}: damaged ({OTHER_BYTES}); {lost.num_rows} rows done again"]
+    assert len(rows) == len(every) - lost.num_ok
 
 
 def test_a_published_file_that_is_gone_is_damage_too(storage, parts):
     manifest = put_snapshot(storage, parts)
-    storage.remove(manifest.files[2].name)
+    lost = manifest.files[2]
+    storage.remove(lost.name)
     told: list[str] = []
-    rows, _ = collect(from_snapshot(storage, manifest, wanted(told)))
-    assert ids(rows) == expected_ids()[:46]
-    assert "part-00002.parquet: damaged" in told[0]
+    rows, _ = collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), wanted(told)))
+    assert ids(rows) == expected_ids()[: -lost.num_ok]
+    assert told[0].startswith(f"{lost.name}: damaged")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "torn"])
 def test_without_its_index_nothing_is_taken_from_a_snapshot(storage, parts, damage):
-    manifest = put_snapshot(storage, parts)
+    manifest = as_version_1(storage, put_snapshot(storage, parts), plan(*NUM_ROWS))
     assert manifest.index is not None
     path = storage.path(manifest.index.name)
     whole = path.read_bytes()
@@ -256,13 +270,13 @@ def test_without_its_index_nothing_is_taken_from_a_snapshot(storage, parts, dama
     if damage == "gone":
         path.unlink()
     with pytest.raises(OutputError, match=r"index\.parquet: damaged .* or begin anew with --fresh"):
-        Index(storage, manifest)
+        PublishedRows(storage, manifest, plan(*NUM_ROWS))
 
 
 def test_a_snapshot_from_before_there_was_an_index_is_refused(storage, parts):
-    fields = {name: getattr(put_snapshot(storage, parts), name) for name in Manifest.__slots__}
+    manifest = as_version_1(storage, put_snapshot(storage, parts), plan(*NUM_ROWS))
     with pytest.raises(OutputError, match="has no index of rows; use --fresh"):
-        Index(storage, Manifest(**{**fields, "index": None}))
+        PublishedRows(storage, replace(manifest, index=None), plan(*NUM_ROWS))
 
 
 def test_a_snapshot_with_other_columns_is_refused(storage, parts):
@@ -272,7 +286,7 @@ def test_a_snapshot_with_other_columns_is_refused(storage, parts):
         other, "gen_", staying(RowSet({0: Ranges.until(40)})), takes_errors=False, tell=print
     )
     with pytest.raises(OutputError, match="has other columns than this job's parts"):
-        collect(from_snapshot(storage, manifest, want))
+        collect(from_snapshot(storage, manifest, plan(*NUM_ROWS), want))
 
 
 def test_of_a_part_with_a_flipped_page_the_other_row_groups_come_back(storage):
@@ -364,7 +378,10 @@ def test_whatever_is_ok_failed_or_blank_each_row_comes_back_once(tmp_path_factor
     parts.append(footed(storage, writer.commit([], {0: rest}, BY).name))
     want = wanted([], RowSet({0: Ranges.until(31)}))
     manifest = put_snapshot(storage, parts, rows_per_file=data.draw(st.integers(1, 9)))
-    for pieces in (from_parts(storage, parts, want), from_snapshot(storage, manifest, want)):
+    for pieces in (
+        from_parts(storage, parts, want),
+        from_snapshot(storage, manifest, plan(*NUM_ROWS), want),
+    ):
         rows, left_out = collect(pieces)
         assert sorted(row["_batchgen_row"] for row in rows) == sorted(ok)
         assert left_out.get(0, NO_ROWS) == Ranges.of(blank) | rest

@@ -18,11 +18,20 @@ from hypothesis import strategies as st
 from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
 from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store.books import Base, Manifest, Part, PartFooter, PublishedFile, numbered
+from batchgen.store.books import (
+    FILES,
+    LISTS,
+    Base,
+    Manifest,
+    Part,
+    PartFooter,
+    PublishedFile,
+    numbered,
+)
 from batchgen.store.footers import FOOTERS, WORTH_PARTS
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import PartContext, PartWriter, part_schema
-from tests.fakes import batch, plan, results
+from tests.fakes import batch, plan, put_version_1, results
 from tests.harm import overwrite
 
 if TYPE_CHECKING:
@@ -89,7 +98,7 @@ def manifest(**changes: object) -> Manifest:
         epoch=1,
         run_id="run-1",
         created_at="2025-01-01T00:00:00+00:00",
-        files=[PublishedFile("part-00000.parquet", num_rows=12, size_bytes=1, sha256="a")],
+        files=[PublishedFile("a.parquet", 12, 1, "a", num_errors=2, num_skipped=3, order=1000)],
         num_planned=15,
         num_ok=10,
         num_errors=2,
@@ -512,7 +521,8 @@ def test_a_plan_number_that_is_absent_is_refused(ledger):
         (b'{"format": 1', r"Expecting ',' delimiter"),
         (b"[1]", r"'str' object"),
         (b'{"number": 1}', r"'format'"),
-        (b'{"format": 2}', r"format 2, this batchgen reads 1"),
+        (b'{"format": 3}', r"format 3, this batchgen reads 2"),
+        (b'{"format": 2}', r"'segments'"),
         (b'{"format": 1}', r"'segments'"),
         (b'{"format": 1, "segments": [{}]}', r"missing 5 required positional arguments"),
         (b'{"format": 1, "segments": []}', r"missing \d+ required positional arguments"),
@@ -573,8 +583,8 @@ def test_a_manifest_from_before_there_was_an_index_is_read(ledger):
         {"num_skipped": 0},
         {"files": []},
         {"files": [PublishedFile("a", 12, 1, ""), PublishedFile("b", 1, 1, "")]},
-        {"index": PublishedFile("index.parquet", 11, 1, "")},
-        {"index": PublishedFile("index.parquet", 13, 1, "")},
+        {"files": [PublishedFile("a", 12, 1, "", num_errors=1, num_skipped=3, order=1)]},
+        {"files": [PublishedFile("a", 12, 1, "", num_errors=2, num_skipped=2, order=1)]},
         # Too few results and too many skipped rows must not cancel out.
         {"num_ok": 9, "num_skipped": 4},
     ],
@@ -609,12 +619,34 @@ def test_removing_before_there_is_any_part_is_fine(ledger):
 
 
 def test_snapshots_that_no_manifest_names_go_and_named_and_later_ones_stay(ledger):
-    ledger.put_manifest(manifest(epoch=2))
+    old = PublishedFile("_batchgen/snapshots/e000002/part-00000.parquet", 12, 1, "")
+    put_version_1(ledger, manifest(epoch=2, files=[old], index=old))
     for epoch in (1, 2, 3):
         ledger.storage.put_if_absent(f"_batchgen/snapshots/e{epoch:06d}/part-00000.parquet", b"x")
     ledger.tidy(manifest(epoch=2))
     names = [name.rpartition("/")[2] for name in ledger.storage.list("_batchgen/snapshots")]
     assert names == ["e000002", "e000003"]
+
+
+def test_files_and_lists_that_no_manifest_names_go_and_named_and_later_ones_stay(ledger):
+    def entry(epoch, text):
+        name = f"{FILES}/e{epoch:06d}-00000-{text * 16}.parquet"
+        return PublishedFile(name, 12, 1, text, num_errors=2, num_skipped=3, order=1000)
+
+    shared = entry(2, "a")
+    ledger.put_manifest(manifest(number=1, epoch=2, files=[shared]))
+    ledger.put_manifest(manifest(number=2, epoch=3, files=[shared]), shares_with=1)
+    assert ledger.lists_of(1) == ledger.lists_of(2)
+    ledger.put_manifest(manifest(number=3, epoch=5, files=[entry(5, "b")]), shares_with=2)
+    for one in (shared, entry(1, "c"), entry(2, "c"), entry(5, "b"), entry(6, "c")):
+        ledger.storage.put_if_absent(one.name, b"x")
+    for epoch in (1, 6):
+        ledger.storage.put_if_absent(f"{LISTS}/e{epoch:06d}-{'c' * 32}.json", b"x")
+    ledger.tidy(manifest(epoch=5))
+    names = [name.rpartition("/")[2][:13] for name in ledger.storage.list(FILES)]
+    assert names == ["e000002-00000", "e000005-00000", "e000006-00000"]
+    names = [name.rpartition("/")[2][:7] for name in ledger.storage.list(LISTS)]
+    assert names == ["e000002", "e000005", "e000006"]
 
 
 def test_a_run_of_an_older_plan_cannot_claim(ledger):

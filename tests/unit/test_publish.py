@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from batchgen.core.errors import AccountingError, DamagedPartError
 from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
-from batchgen.store import snapshot
-from batchgen.store.books import PartFooter, PublishedFile
+from batchgen.store import parts as store_parts
+from batchgen.store.books import PartFooter
+from batchgen.store.published import PublishedRows
 from batchgen.store.result_files import PartContext, PartWriter, part_schema, published_schema
-from batchgen.store.snapshot import SnapshotFormat, write_snapshot
-from tests.fakes import ANSWER, batch, results
+from batchgen.store.snapshot import SnapshotFormat
+from tests.fakes import ANSWER, batch, manifest_of, plan, results, write_parts
 from tests.harm import overwrite
 
 CARRIED = pa.schema([("id", pa.string())])
@@ -45,12 +46,31 @@ def footed(storage, name):
     return name, PartFooter.from_metadata(pq.read_metadata(storage.path(name)).metadata)
 
 
-def written(storage, folder, parts, how):
-    """The data files' entries; the index is always true to them."""
-    snapshot = write_snapshot(storage, folder, parts, how)
-    index = pq.read_table(storage.path(snapshot.index.name))
-    assert index.num_rows == snapshot.index.num_rows == read(storage, snapshot.files).num_rows
-    return snapshot.files
+def written(storage, parts, how):
+    """The entries; what they say of rows is always true."""
+    num_rows = [0] * 10
+    for _, footer in parts:
+        for segment, _, stop in footer.done.spans():
+            num_rows[segment] = max(num_rows[segment], stop)
+    made = plan(*num_rows)
+    files = write_parts(storage, parts, made, how)
+    done = RowSet.of_spans(span for _, footer in parts for span in footer.done.spans())
+    assert sum(file.num_done for file in files) == made.num_rows
+    manifest = manifest_of(files)
+    with PublishedRows(storage, manifest, made) as rows:
+        seen = [one.rows(group) for one in rows.files() for group in range(one.num_groups)]
+        skipped = rows.skipped(made.rows)
+    whole = RowSet.of_spans(span for found in seen for span in found.spans())
+    assert whole.num_rows == sum(found.num_rows for found in seen)
+    assert (whole - done, whole & skipped, whole | skipped) == ({}, {}, made.rows)
+    named = ids(storage, files) if "id" in read(storage, files).column_names else None
+    told = [f"{segment}/{row}" for segment, row in in_turn(whole)]
+    assert named is None or told == named
+    return files
+
+
+def in_turn(rows):
+    return [(segment, row) for segment, start, stop in rows.spans() for row in range(start, stop)]
 
 
 def put(storage, *parts, skipped=None):
@@ -80,7 +100,7 @@ def test_out_of_order_parts_come_out_in_input_order(storage):
         [(0, 3), (2, 9), (1, 1)],
         [(2, 0), (0, 1), (1, 5)],
     )
-    files = written(storage, "snap", parts, form())
+    files = written(storage, parts, form())
     assert ids(storage, files) == [
         "0/0", "0/1", "0/3", "0/7", "1/0", "1/1", "1/5", "2/0", "2/9",
     ]  # fmt: skip
@@ -89,41 +109,44 @@ def test_out_of_order_parts_come_out_in_input_order(storage):
 
 
 def test_the_published_file_has_our_schema_without_the_ordinal_and_the_metadata(storage):
-    files = written(storage, "snap", put(storage, [(0, 0)]), form())
+    files = written(storage, put(storage, [(0, 0)]), form())
     (file,) = files
     schema = pq.read_schema(storage.path(file.name))
-    assert schema.metadata == {b"batchgen.plan": b"plan-a"}
+    assert schema.metadata[b"batchgen.plan"] == b"plan-a"
     assert schema.remove_metadata() == published_schema(part_schema(CARRIED, ANSWER, "gen_"))
     assert not [name for name in schema.names if name.startswith("_batchgen")]
 
 
 def test_an_entry_tells_name_rows_size_and_hash_of_its_file(storage):
-    (file,) = written(storage, "snap", put(storage, [(0, 0), (0, 1)]), form())
-    data = storage.read("snap/part-00000.parquet")
+    (file,) = written(storage, put(storage, [(0, 0), (0, 1)]), form())
+    data = storage.read(file.name)
     digest = hashlib.sha256(data).hexdigest()
-    assert file == PublishedFile("snap/part-00000.parquet", 2, len(data), digest, order=1000)
-    assert storage.list("snap") == ["snap/index.parquet", "snap/part-00000.parquet"]
+    assert file.name == f"snap/e1-00000-{digest[:16]}.parquet"
+    assert (file.num_rows, file.size_bytes, file.sha256) == (2, len(data), digest)
+    assert (file.num_errors, file.num_skipped, file.order) == (0, 0, 1000)
+    assert file.tally == {"verdict": {"ok": 2}, "attempts": {"1": 2}}
+    assert hashlib.sha256(data[-file.footer_bytes :]).hexdigest() == file.footer_sha256
+    assert file.alias == f"part-00001000-{digest[:8]}.parquet"
+    assert storage.list("snap") == [file.name]
     assert not storage.temps("snap")
 
 
 @pytest.mark.parametrize(
     ("rows_per_file", "sizes"),
-    [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (6, [6, 1]), (7, [7]), (8, [7])],
+    [(1, [1] * 7), (2, [1, 2, 2, 2]), (3, [2, 2, 3]), (6, [3, 4]), (7, [7]), (8, [7])],
 )
 def test_files_hold_at_most_rows_per_file_across_segments(storage, rows_per_file, sizes):
     parts = put(storage, [(0, 2), (1, 0), (1, 3)], [(0, 0), (0, 1), (1, 1), (1, 2)])
-    files = written(storage, "snap", parts, form(rows_per_file=rows_per_file))
+    files = written(storage, parts, form(rows_per_file=rows_per_file))
     assert [file.num_rows for file in files] == sizes
-    assert [file.name for file in files] == [
-        f"snap/part-{at:05d}.parquet" for at in range(len(sizes))
-    ]
+    assert [file.order for file in files] == [1000 * (at + 1) for at in range(len(sizes))]
     for file in files:
         assert pq.read_metadata(storage.path(file.name)).num_rows == file.num_rows
     assert ids(storage, files) == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2", "1/3"]
 
 
 def test_a_job_without_a_row_has_one_file_with_the_schema(storage):
-    (file,) = written(storage, "snap", [], form())
+    (file,) = written(storage, [], form())
     table = pq.read_table(storage.path(file.name))
     assert (file.num_rows, table.num_rows) == (0, 0)
     assert table.schema.remove_metadata() == published_schema(part_schema(CARRIED, ANSWER, "gen_"))
@@ -131,19 +154,19 @@ def test_a_job_without_a_row_has_one_file_with_the_schema(storage):
 
 def test_skipped_rows_leave_no_trace(storage):
     parts = put(storage, [(0, 1)], skipped=RowSet({0: Ranges.of([0, 2]), 3: Ranges.until(4)}))
-    assert ids(storage, written(storage, "snap", parts, form())) == ["0/1"]
+    assert ids(storage, written(storage, parts, form())) == ["0/1"]
 
 
 def test_a_job_of_skipped_rows_alone_has_one_empty_file(storage):
     parts = put(storage, skipped=RowSet({0: Ranges.until(3)}))
-    (file,) = written(storage, "snap", parts, form())
+    (file,) = written(storage, parts, form())
     assert file.num_rows == 0
 
 
 def test_error_rows_stand_where_their_input_stood(storage):
     done = results(batch([0, 1, 2]), errors={1: BAD})
     name = writer(storage).commit(done[::-1], {}, {}).name
-    files = written(storage, "snap", [footed(storage, name)], form())
+    files = written(storage, [footed(storage, name)], form())
     table = read(storage, files)
     assert table["gen_status"].to_pylist() == ["ok", "error", "ok"]
     assert table["gen_text"].to_pylist() == ["0:0", None, "0:2"]
@@ -152,7 +175,7 @@ def test_error_rows_stand_where_their_input_stood(storage):
 def test_two_parts_with_the_same_row_are_never_published(storage):
     parts = put(storage, [(0, 0), (0, 1)], [(0, 1), (0, 2)])
     with pytest.raises(AccountingError, match="two accepted parts hold the same row; not pub"):
-        written(storage, "snap", parts, form())
+        written(storage, parts, form())
     assert storage.list("snap") == []
     assert not storage.temps("snap")
 
@@ -162,7 +185,7 @@ def test_one_part_with_the_same_row_twice_is_never_published(storage):
     name = writer(storage).commit(done, {}, {}).name
     claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
     with pytest.raises(AccountingError, match="hold the same row; not published"):
-        written(storage, "snap", [(name, claimed)], form())
+        written(storage, [(name, claimed)], form())
 
 
 def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
@@ -171,7 +194,7 @@ def test_a_part_that_lacks_a_row_its_footer_names_is_never_published(storage):
     with pytest.raises(
         DamagedPartError, match=r"s000000\.parquet: damaged \(gave 2 rows, its footer says 3\)"
     ):
-        written(storage, "snap", [(name, claimed)], form())
+        written(storage, [(name, claimed)], form())
     assert not storage.temps("snap")
 
 
@@ -179,19 +202,19 @@ def test_a_part_with_a_row_of_a_segment_its_footer_does_not_name_is_never_publis
     ((name, _),) = put(storage, [(0, 0), (0, 1), (1, 0)])
     claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
     with pytest.raises(DamagedPartError, match="gave 2 rows, its footer says 3"):
-        written(storage, "snap", [(name, claimed)], form())
+        written(storage, [(name, claimed)], form())
 
 
 def test_a_part_with_another_row_than_its_footer_names_is_never_published(storage):
     ((name, _),) = put(storage, [(0, 0), (0, 1), (0, 9)])
     claimed = PartFooter("plan-a", 1, "run-1", RowSet({0: Ranges.until(3)}), 3, 0, 0, {})
-    with pytest.raises(DamagedPartError, match="holds a row that its footer does not name"):
-        written(storage, "snap", [(name, claimed)], form())
+    with pytest.raises(DamagedPartError, match="gave 2 rows, its footer says 3"):
+        written(storage, [(name, claimed)], form())
 
 
-def test_what_an_earlier_try_of_this_run_left_is_replaced(storage):
-    storage.put_if_absent("snap/part-00000.parquet", b"torn")
-    files = written(storage, "snap", put(storage, [(0, 0)]), form())
+def test_what_an_earlier_try_of_this_run_left_is_taken(storage):
+    parts = put(storage, [(0, 0)])
+    assert written(storage, parts, form()) == (files := written(storage, parts, form()))
     assert ids(storage, files) == ["0/0"]
 
 
@@ -199,7 +222,7 @@ def test_a_part_that_is_gone_is_named(storage):
     parts = put(storage, [(0, 0)])
     storage.remove(parts[0][0])
     with pytest.raises(DamagedPartError, match=r"s000000\.parquet: damaged .*No such file"):
-        written(storage, "snap", parts, form())
+        written(storage, parts, form())
 
 
 def flipped(storage):
@@ -215,14 +238,14 @@ def flipped(storage):
 
 def test_a_part_with_a_flipped_bit_is_named_and_never_published(storage):
     with pytest.raises(DamagedPartError, match=r"s000000\.parquet: damaged \(could not"):
-        written(storage, "snap", [flipped(storage)], form())
+        written(storage, [flipped(storage)], form())
     assert storage.list("snap") == []
     assert not storage.temps("snap")
 
 
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "lz4", "gzip", "none"])
 def test_every_compression_that_the_job_file_offers_is_written(storage, compression):
-    (file,) = written(storage, "s", put(storage, [(0, 0)]), form(compression=compression))
+    (file,) = written(storage, put(storage, [(0, 0)]), form(compression=compression))
     column = pq.read_metadata(storage.path(file.name)).row_group(0).column(0)
     wanted = {"none": "UNCOMPRESSED"}.get(compression, compression.upper())
     assert column.compression == wanted
@@ -256,7 +279,7 @@ def test_carried_types_are_published_from_several_parts(storage, data_type):
         part = pa.record_batch({"x": column.take(pa.array(rows))})
         name = out.commit(results(batch(rows, carried=part)), {}, {}).name
         parts.append(footed(storage, name))
-    files = written(storage, "snap", parts, form(carried))
+    files = written(storage, parts, form(carried))
     table = read(storage, files)
     assert table.schema.field("x").type == data_type
     assert table["x"].to_pylist() == column.to_pylist()
@@ -269,7 +292,7 @@ def test_a_dictionary_with_small_indices_is_published(storage):
     name = (
         writer(storage, carried.schema).commit(results(batch([0, 1], carried=carried)), {}, {}).name
     )
-    files = written(storage, "snap", [footed(storage, name)], form(carried.schema))
+    files = written(storage, [footed(storage, name)], form(carried.schema))
     assert read(storage, files)["x"].to_pylist() == ["a", "b"]
 
 
@@ -288,13 +311,13 @@ def test_any_rows_in_any_parts_come_out_once_and_in_order(tmp_path_factory, draw
         if new:
             disjoint.append(new)
     parts = put(storage, *disjoint)
-    files = written(storage, "snap", parts, form(rows_per_file=rows_per_file))
+    files = written(storage, parts, form(rows_per_file=rows_per_file))
     assert ids(storage, files) == [f"{seg}/{row}" for seg, row in sorted(seen)]
     assert sum(file.num_rows for file in files) == len(seen)
 
 
 # More rows than one chunk and one row group hold, with stragglers committed at the very end.
-CHUNK_ROWS = snapshot._CHUNK_ROWS
+CHUNK_ROWS = store_parts._CHUNK_ROWS
 NUM_ROWS = CHUNK_ROWS + 9000
 
 
@@ -310,6 +333,6 @@ def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
         others = results(batch([5], segment=1)) if rows[0] == on_time[cut] else []
         name = out.commit([*others, *results(batch(rows))], {}, {}).name
         parts.append(footed(storage, name))
-    files = written(storage, "snap", parts, form(rows_per_file=20_000))
-    assert [file.num_rows for file in files] == [20_000, NUM_ROWS + 1 - 20_000]
+    files = written(storage, parts, form(rows_per_file=20_000))
+    assert max(file.num_rows for file in files) <= 20_000
     assert ids(storage, files) == [*(f"0/{row}" for row in range(NUM_ROWS)), "1/5"]

@@ -163,7 +163,7 @@ def test_what_cannot_be_looked_at_is_a_warning_and_no_end(
 ) -> None:
     summary = batchgen.run(job)
     root = Path(summary.output)
-    (snapshot,) = (root / STATE / "snapshots").glob("*/part-*.parquet")
+    (snapshot,) = (root / STATE / "files").glob("*.parquet")
     snapshot.chmod(0o644)
     snapshot.write_bytes(b"x" * snapshot.stat().st_size)
     summary.error_examples.clear()

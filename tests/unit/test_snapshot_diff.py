@@ -17,7 +17,6 @@ from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, PublishedFile, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Span, digests_of
-from batchgen.store.result_files import GROUPS_KEY
 from batchgen.views.diff import diff
 from batchgen.views.pairing import edited, paired
 from batchgen.views.rows import Shown, rows
@@ -136,10 +135,6 @@ class Nights:
             self._put(f"{folder}/part-{at:05d}.parquet", table.slice(at, size), size)
             for at in range(0, max(len(lines), 1), size)
         ]
-        ordinals = {"_batchgen_segment": pa.array([0] * len(lines), pa.int32())}
-        index = pa.table({**ordinals, "_batchgen_row": range(len(lines))})
-        groups = [[(0, ""), (part.size_bytes, "")] for part in parts]
-        index = index.replace_schema_metadata({GROUPS_KEY: json.dumps(groups)})
         self.ledger.put_manifest(
             Manifest(
                 number=self._number,
@@ -152,7 +147,6 @@ class Nights:
                 num_ok=len(lines),
                 num_errors=0,
                 num_skipped=0,
-                index=self._put(f"{folder}/index.parquet", index, size),
                 tally=tally or {},
             )
         )
@@ -172,7 +166,8 @@ class Nights:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path, row_group_size=size)
         data = path.read_bytes()
-        return PublishedFile(name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        order, digest = int(name[-13:-8]) + 1, hashlib.sha256(data).hexdigest()
+        return PublishedFile(name, table.num_rows, len(data), digest, order=order)
 
 
 @pytest.fixture

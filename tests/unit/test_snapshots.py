@@ -16,7 +16,7 @@ from batchgen.store.runs import RunLock
 from batchgen.store.snapshot import find_snapshot
 from batchgen.views.history import listed
 from batchgen.views.history import prune as prune_output
-from tests.fakes import plan
+from tests.fakes import plan, put_version_1
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +72,7 @@ def publish(ledger: Ledger, number: int, epoch: int = 0) -> None:
         num_skipped=0,
         index=entries[1],
     )
-    ledger.put_manifest(manifest)
+    put_version_1(ledger, manifest)
 
 
 def put_nights(ledger: Ledger, *numbers: int) -> None:
