@@ -82,7 +82,9 @@ try_.name = "try"
 
 @job_command
 @click.option("--gold", metavar="COLUMN", help="Column with the right label. Default: score.gold.")
-@click.option("--answer", metavar="COLUMN", help="Labels to score. Default: score.answer, or all.")
+@click.option(
+    "--answer", metavar="COLUMN", help="Labels to score. Default: score.answer, or the only."
+)
 @click.option(
     "--precision",
     type=Number(min=0, max=1),

@@ -168,8 +168,9 @@ def _row_lines(row: Mapping[str, Any]) -> Iterator[str]:
     for name, value in row["answer"].items():
         if value is None and was.get(name) is None:
             continue
-        old = f"   (published: {was[name]})" if name in was and was[name] != value else ""
-        yield f"{name:24} {value}{old}"
+        is_other = name in was and was[name] != value
+        old = f"   (published: {str(was[name])[:_SHOWN_CHARS]})" if is_other else ""
+        yield f"{name:24} {str(value)[:_SHOWN_CHARS]}{old}"
 
 
 def try_out(job: JobConfig, options: TryOptions, stop: StopSwitch | None = None) -> Tried:
@@ -407,7 +408,7 @@ def _moved(rows: pl.DataFrame, was: pl.DataFrame) -> list[LabelMoves]:
     for name in rows.columns:
         if name.startswith(_LABEL) and name + OLD in both.columns:
             before, after = (
-                dict(both[column].drop_nulls().value_counts(sort=True).iter_rows())
+                dict(sorted(both[column].drop_nulls().value_counts().iter_rows()))
                 for column in (name + OLD, name)
             )
             moves = counted_moves(both.lazy(), name)

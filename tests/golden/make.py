@@ -202,6 +202,7 @@ def situations(folder: Path) -> Situations:
     _nights(at)
     _refused(at)
     _damage(at)
+    _deciding(at)
     return at
 
 
@@ -312,6 +313,33 @@ def _damage(at: Situations) -> None:
     at.note("damaged", "verify", job, "--json")
     at.note("damaged", "run", job, "--retry-errors", "--json")
     at.note("mended", "verify", job, "--json")
+
+
+def _deciding(at: Situations) -> None:
+    folder = at.folder / "deciding"
+    write_rows(
+        folder,
+        *(
+            {"text": text, "gold": gold}
+            for text, gold in zip("xxyz", ["x", "y", "", "x"], strict=True)
+        ),
+    )
+    job = job_of(folder, output={"choice": ["x", "y"]}, gate={"max_error_rate": 0.5})
+    other = ("--set", "prompt.user={{ gold }}")
+    at.note("nothing was run", "try", job, "-n", "0")
+    at.note("nothing was run", "try", job, "-n", "2", "--json")
+    at.note("nothing was run", "try", job, "--errors", "--json")
+    at.note("nothing was run", "compare", job, job, "--json")
+    at.note("nothing was run", "score", job, "--gold", "gold", "--json")
+    at.note("after two were tried", "run", job, "--json")
+    at.note("another recipe", "try", job, *other, "--json")
+    at.note("another recipe", "try", job, *other)
+    at.note("another recipe", "run", job, *other, "--accept-recipe", "--publish-anyway", "--json")
+    at.note("two snapshots", "compare", f"{job}@1", job, "--json")
+    at.note("two snapshots", "compare", f"{job}@1", f"{job}@9")
+    at.note("two snapshots", "score", job, "--gold", "gold", "--snapshot", "1", "--json")
+    at.note("two snapshots", "score", job, "--gold", "golt")
+    at.note("two snapshots", "score", job)
 
 
 # Output folders ---------------------------------------------------------------------------------
