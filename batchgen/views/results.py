@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.runtime import Told, printable
 from batchgen.views import rows as view
-from batchgen.views.status import as_text, not_begun
+from batchgen.views.status import as_text, exit_code_of, not_begun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from batchgen.core.errors import ExitCode
 
 PLACE = "--- "
 """Begins the line that names a row."""
@@ -26,6 +28,11 @@ class Status(Told):
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - a fact of any type
         return self.facts[name]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What the shell gives, for monitors."""
+        return exit_code_of(self.facts)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

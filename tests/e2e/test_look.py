@@ -144,9 +144,10 @@ def test_in_python_a_hint_is_pythons(job: Path) -> None:
     tables["output"]["path"] = str(job.parent / "mapped")
     with pytest.raises(GateError) as caught:
         batchgen.run(tables, overrides=over)
-    (shows,) = re.findall(r"`batchgen (show[^`]*)`", str(caught.value))
-    assert shows == f"show {job.parent / 'mapped'} --errors"
-    assert "error" in run_cli(*shlex.split(shows)).stdout
+    (shows,) = re.findall(r"`batchgen\.(show[^`]*)`", str(caught.value))
+    assert shows == f"show(job, overrides={over!r}, errors=True)"
+    found = batchgen.show(tables, overrides=over, errors=True)
+    assert "truncated" in str(found)
 
 
 def test_what_of_the_input_is_left_out_is_said_when_there_is_nothing_to_do(tmp_path: Path) -> None:
