@@ -90,7 +90,8 @@ _CALLER = ContextVar("caller", default=_UNKNOWN)
 _OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff", "report"})
 """Commands that take an output folder as well."""
 _FUNCTIONS = {
-    **{verb: verb for verb in ("run", "check", "plan", "doctor", "status", "show", "report")},
+    **{verb: verb for verb in ("run", "check", "plan", "doctor", "status", "show")},
+    **{verb: verb for verb in ("report", "score")},
     "try": "try_out",
 }
 """Command -> function of the package."""
