@@ -23,7 +23,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "vllm": {f"engine/vllm/{name}.py" for name in ("engine", "params", "answers", "pooling")},
+    "vllm": {
+        f"engine/vllm/{name}.py" for name in ("engine", "params", "answers", "pooling", "images")
+    },
     "torch": {"engine/vllm/engine.py"},
     "transformers": {"engine/vllm/engine.py", "engine/vllm/encoder.py"},
     "fsspec": {"source/files.py"},

@@ -19,7 +19,7 @@ import orjson
 from batchgen.core.records import RowError, Sample, TokenLogprobs
 from batchgen.engine.base import flatten_parts
 from batchgen.engine.vllm.answers import MIN_LOGPROB
-from batchgen.engine.vllm.encoder import with_local_images
+from batchgen.engine.vllm.images import with_local_images
 from batchgen.engine.vllm.settings import MAX_LOGPROBS
 
 if TYPE_CHECKING:

@@ -49,6 +49,7 @@ SPEED_OPTIONS = frozenset(
         "optimization_level",
         "performance_mode",
         "pipeline_parallel_size",
+        "renderer_num_workers",
         "swap_space",
         "tensor_parallel_size",
     }

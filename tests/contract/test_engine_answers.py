@@ -4,12 +4,15 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -19,6 +22,7 @@ from safetensors.numpy import save_file
 from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.base import HostedRequest
 from batchgen.engine.process import EngineProcess
+from batchgen.engine.vllm.images import UP
 from tests.contract.test_engine import (
     MODEL,
     ROOT,
@@ -30,6 +34,7 @@ from tests.contract.test_engine import (
     step_until_dead,
     wait_until_up,
 )
+from tests.e2e.support import wait_until
 
 pytestmark = pytest.mark.vllm
 
@@ -315,14 +320,58 @@ def look_at(*urls):
 
 
 @pytest.fixture(scope="module")
-def seeing_engine(tmp_path_factory):
+def seeing_spec(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeing")
     command = [sys.executable, "-m", "tests.contract.vision_model", str(folder / "model")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     spec = make_spec("vllm", folder / "log", temperature=0.0)
-    with closing(EngineProcess(replace(spec, model=str(folder / "model")))) as engine:
+    return replace(spec, model=str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def seeing_engine(seeing_spec):
+    with closing(EngineProcess(seeing_spec)) as engine:
         wait_until_up(engine)
         yield engine
+
+
+def renderers_of(engine):
+    """Process ids of those that render for an engine: of its group, as all that it starts."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            is_one = b"batchgen.engine.vllm.images" in path.read_bytes()
+            if is_one and os.getpgid(int(path.parent.name)) == engine.pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_images_rendered_in_processes_get_the_same_answers(seeing_engine, seeing_spec, tmp_path):
+    for number, colour in enumerate(("red", "blue", "green", "white")):
+        (tmp_path / f"{number}.png").write_bytes(picture(colour))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    names = ["0.png", "1.png", "bad.png", "2.png", "0.png", "3.png"]
+    asked = [request(look_at(str(tmp_path / name)), seed=None) for name in names * 20]
+    here = run(seeing_engine, asked)
+    many = replace(
+        seeing_spec, model_kwargs={**seeing_spec.model_kwargs, "renderer_num_workers": 2}
+    )
+    with closing(EngineProcess(many)) as engine:
+        engine.add(asked[:1])  # At its first image it starts them.
+        wait_until_up(engine)
+        while engine.num_in_flight:
+            engine.step(1.0)
+        log = Path(seeing_spec.log_path)
+        wait_until(lambda: log.read_text(errors="replace").count(UP) == 2, 300)
+        first = run(engine, asked)
+        for pid in renderers_of(engine):
+            os.kill(pid, signal.SIGKILL)
+        again = run(engine, asked)
+    assert log.read_text(errors="replace").count(UP) == 4
+    for found in (here, first, again):
+        assert [one.text for one in found] == [one.text for one in here]
+        failed = [one.error.error_type for one in found if one.error]
+        assert failed == ["image_error"] * 20
 
 
 def test_images_reach_the_model(seeing_engine, tmp_path):

@@ -17,13 +17,8 @@ from batchgen.engine.base import HostedRequest
 from batchgen.engine.process import last_words
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.answers import AnswerReader, prompt_end, special_token_ids
-from batchgen.engine.vllm.encoder import (
-    ChatStyle,
-    encode,
-    has_images,
-    render_images,
-    with_local_images,
-)
+from batchgen.engine.vllm.encoder import ChatStyle, encode, has_images
+from batchgen.engine.vllm.images import render_images, with_local_images
 from batchgen.engine.vllm.params import check_grammars_once, pass_to_reasoner
 from batchgen.engine.vllm.settings import llm_kwargs, lora_kwargs
 from tests.fakes import ask

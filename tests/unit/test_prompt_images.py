@@ -13,8 +13,9 @@ from PIL import Image
 
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import RowError
-from batchgen.engine.vllm import encoder
-from batchgen.engine.vllm.encoder import ChatStyle, render_images, with_local_images
+from batchgen.engine.vllm import images
+from batchgen.engine.vllm.encoder import ChatStyle
+from batchgen.engine.vllm.images import render_images, with_local_images
 from batchgen.job.load import load_job
 from batchgen.job.model import PromptConfig
 from batchgen.prompt.builder import PromptBuilder
@@ -224,7 +225,7 @@ def rendered(url):
 
 def test_a_file_that_is_too_large_or_never_ends_is_that_rows_error(tmp_path):
     with (tmp_path / "large.png").open("wb") as file:
-        file.truncate(encoder.MAX_IMAGE_BYTES + 1)
+        file.truncate(images.MAX_IMAGE_BYTES + 1)
     os.mkfifo(tmp_path / "pipe.png")
     for name, why in (("large.png", "larger than 32 MiB"), ("pipe.png", "no plain file")):
         error = rendered(tmp_path / name)

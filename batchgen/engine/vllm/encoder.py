@@ -7,9 +7,7 @@ is up, so that the first thousand prompts are ready when the weights are.
 
 It must not share vLLM's tokenizer: truncation and padding are state of the Rust object.
 
-Chats with images vLLM itself has to render: it knows how many tokens an image takes. That is slow
-(an image is fetched, decoded and scaled, on the engine's own thread, as vLLM's offline entry
-points do it) and only for chats that hold one.
+Chats with images vLLM itself has to render, see `images`: it knows how many tokens an image takes.
 
 `refuse_model` tells by a model's files, before anything is loaded, what would make every row an
 error: no chat template, one that refuses the job's messages, a model that generates no text.
@@ -19,12 +17,9 @@ Imports neither vLLM nor transformers: `load_tokenizer` and the `LLM` object bri
 
 from __future__ import annotations
 
-import base64
 import json
-import mimetypes
 import queue
 import re
-import stat
 import threading
 from array import array
 from contextlib import suppress
@@ -32,7 +27,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -49,10 +43,6 @@ if TYPE_CHECKING:
     from batchgen.engine.base import EngineRequest
 
 MAX_BATCH = 256
-MAX_IMAGE_BYTES = 32 << 20
-"""Of a local file."""
-MAX_IMAGE_PIXELS = 64 << 20
-"""8192 x 8192; three bytes each once it is decoded. A file of some KiB can hold far more."""
 _CLOSE = None
 
 
@@ -98,9 +88,22 @@ def style_of(spec: EngineSpec) -> ChatStyle:
 class Encoder:
     """Takes requests from one thread, gives `Encoded` to another, in order."""
 
-    def __init__(self, load_tokenizer: Callable[[], Any], style: ChatStyle) -> None:
+    def __init__(
+        self,
+        load_tokenizer: Callable[[], Any],
+        style: ChatStyle,
+        on_images: Callable[[], object] = int,
+    ) -> None:
+        """Begin.
+
+        Args:
+            load_tokenizer: Called in the thread.
+            style: The chat template to use.
+            on_images: Called for each batch in which a chat has images.
+        """
         self._load_tokenizer = load_tokenizer
         self._style = style
+        self._on_images = on_images
         self._inbox: queue.SimpleQueue[Sequence[EngineRequest] | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[list[Encoded] | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batchgen-encoder", daemon=True)
@@ -138,8 +141,10 @@ class Encoder:
             return
         while (requests := self._inbox.get()) is not _CLOSE:
             for start in range(0, len(requests), MAX_BATCH):
-                batch = requests[start : start + MAX_BATCH]
-                self._ready.put(encode(tokenizer, batch, self._style))
+                encoded = encode(tokenizer, requests[start : start + MAX_BATCH], self._style)
+                if any(one.chat is not None for one in encoded):
+                    self._on_images()
+                self._ready.put(encoded)
 
 
 def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) -> list[Encoded]:  # noqa: ANN401
@@ -247,93 +252,6 @@ def _encoded(request: EngineRequest, result: array[int] | RowError | None) -> En
         request.lora,
         None if result is not None or isinstance(request.prompt, str | tuple) else request.prompt,
     )
-
-
-def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:  # noqa: ANN401
-    """Render a chat with images to what vLLM's `add_request` takes.
-
-    Args:
-        llm: vLLM's LLM.
-        chat: Its images are `image_url` parts, as OpenAI's API has them; the URL is one of
-            http, https or data, or a path of a local file.
-        style: The chat template to use.
-
-    Source:
-        LLM._preprocess_chat_one: vllm/entrypoints/offline_utils.py in 0.26,
-        vllm/entrypoints/common/offline.py in 0.32 and 0.33.
-    """
-    if not getattr(llm.model_config, "is_multimodal_model", False):
-        try:
-            flatten_parts(chat)
-        except TypeError as exc:
-            return RowError("chat_template_error", f"{exc} by this model")
-    try:
-        limit_pixels()
-        messages = with_local_images(chat)
-        return llm._preprocess_chat_one(  # `LLM.chat` would wait for the answer.
-            messages,
-            chat_template=style.chat_template,
-            chat_template_kwargs=dict(style.chat_template_kwargs),
-            tools=list(style.tools) or None,
-            # As 0.32 does by itself: a chat template writes them (vllm#55197).
-            tokenization_kwargs={"add_special_tokens": False},
-        )
-    except Exception as exc:  # noqa: BLE001 - row border: the network, PIL, the template
-        return RowError("image_error", one_line(exc))
-
-
-def limit_pixels() -> None:
-    """Make Pillow refuse images of more than `MAX_IMAGE_PIXELS`, before it decodes them.
-
-    For this whole process: vLLM opens them, however they came (vllm/multimodal/media/image.py).
-
-    Source:
-        PIL/Image.py, _decompression_bomb_check, 13.0: an error from twice this number on.
-    """
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2
-
-
-def with_local_images(chat: Messages) -> list[dict[str, Any]]:
-    """Put the images that are local files into the chat: vLLM reads none without a setting.
-
-    Raises:
-        OSError: A file cannot be read.
-        ValueError: It is no plain file, or larger than `MAX_IMAGE_BYTES`.
-        TypeError, KeyError: A part is not what OpenAI's API describes.
-    """
-    return [
-        {**message, "content": [_with_image(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else dict(message)
-        for message in chat
-    ]
-
-
-def _with_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    if part.get("type") != "image_url":
-        return part
-    image = part["image_url"]
-    given = {"url": image} if isinstance(image, str) else dict(image)
-    url = str(given["url"])
-    if url.startswith(("data:", "http://", "https://")):
-        return {**part, "image_url": given}
-    path = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    data = base64.b64encode(_read_image(path)).decode("ascii")
-    return {**part, "image_url": {**given, "url": f"data:{kind};base64,{data}"}}
-
-
-def _read_image(path: Path) -> bytes:
-    facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode):  # A pipe would be waited for, for ever.
-        msg = f"{path} is no plain file"
-        raise ValueError(msg)
-    if facts.st_size > MAX_IMAGE_BYTES:
-        msg = f"{path} is larger than {MAX_IMAGE_BYTES >> 20} MiB"
-        raise ValueError(msg)
-    return path.read_bytes()
 
 
 _POOLING = (

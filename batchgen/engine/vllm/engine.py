@@ -40,7 +40,8 @@ from batchgen.engine.vllm.answers import (
     prime_with_prompt_ends,
     tokens_of,
 )
-from batchgen.engine.vllm.encoder import Encoder, pieces_of, render_images, style_of
+from batchgen.engine.vllm.encoder import Encoder, pieces_of, style_of
+from batchgen.engine.vllm.images import Rendered, Renderers, num_renderers, render_images
 from batchgen.engine.vllm.params import (
     Sampling,
     check_grammars_once,
@@ -113,7 +114,9 @@ class VllmEngine:
             reader = threading.Thread(target=read_ahead, args=(Path(spec.model),), daemon=True)
             reader.start()
         self._style = style_of(spec)
-        self._encoder = Encoder(self._load_tokenizer, self._style)
+        num = num_renderers(spec.model_kwargs, spec.num_sharing, is_cpu=self._is_cpu)
+        self._renderers = Renderers(num, self._style)
+        self._encoder = Encoder(self._load_tokenizer, self._style, self._renderers.start)
         self._watch = SchedulerWatch()
         self._closed = threading.Event()
         self._facts: EngineFacts | None = None
@@ -244,6 +247,7 @@ class VllmEngine:
         check_grammars_once(engine)
         if spec.reasoning_parser is not None and spec.chat_template_kwargs:
             pass_to_reasoner(engine, spec.chat_template_kwargs)
+        self._renderers.configure(engine.vllm_config)
         self._watch.attach(engine)
         wake_when_dead(engine.engine_core, self._dead_error, self._closed)
         self._facts = self._read_facts(engine.vllm_config)
@@ -274,21 +278,35 @@ class VllmEngine:
         for _ in range(min(MAX_AT_ONCE, self._window - len(self._admitted))):
             if is_slow and self._admitted and time.perf_counter() - started > RENDERING_S:
                 return
-            if not self._encoded:
-                idle = not self._admitted and not self._refused and self.num_in_flight
-                self._encoded.extend(self._encoder.take(timeout_s if idle else 0))
-            if not self._encoded:
+            idle = not self._admitted and not self._refused and self.num_in_flight
+            found = self._next(timeout_s if idle else 0)
+            if found is None:
                 return
-            encoded = self._encoded.popleft()
-            is_slow = is_slow or encoded.chat is not None
-            self._admit_one(encoded, attempt=1)
+            is_slow = is_slow or (found.encoded.chat is not None and found.prompt is None)
+            self._admit_one(found, attempt=1)
 
-    def _admit_one(self, encoded: Encoded, attempt: int) -> None:
+    def _next(self, timeout_s: float) -> Rendered | None:
+        """The next request for vLLM; chats with images go to be rendered, and come back here."""
+        renderers = self._renderers
+        if renderers.num_out and (ready := renderers.take(0)):
+            return ready
+        if not self._encoded:
+            self._encoded.extend(self._encoder.take(0 if renderers.num_out else timeout_s))
+        while self._encoded:
+            if self._encoded[0].chat is None or not renderers.are_up:
+                return Rendered(self._encoded.popleft())
+            if not renderers.has_room:
+                break
+            renderers.put(self._encoded.popleft())
+        return renderers.take(timeout_s) if renderers.num_out else None
+
+    def _admit_one(self, found: Rendered, attempt: int) -> None:
+        encoded = found.encoded
         error = encoded.error or self._refusal(encoded)
         if error is None and self._pooler is not None:
             error = self._add_parts(encoded, self._pooler)
         elif error is None:
-            prompt = self._prompt(encoded)
+            prompt = self._prompt(found)
             is_bad = isinstance(prompt, RowError)
             error = prompt if is_bad else self._add_request(encoded, prompt, attempt)
         if error is not None:
@@ -316,12 +334,14 @@ class VllmEngine:
             return None
         return unknown_adapter(encoded.lora, self._loras)
 
-    def _prompt(self, encoded: Encoded) -> Any | RowError:  # noqa: ANN401
+    def _prompt(self, found: Rendered) -> Any | RowError:  # noqa: ANN401
         """Return what vLLM takes as a prompt, if it is one that the model can take."""
+        encoded, rendered = found
         if encoded.chat is None:
             token_ids = encoded.token_ids or array("i")
             return self._problem(token_ids) or self._tokens_input(token_ids.tolist())
-        rendered = render_images(self._llm, encoded.chat, self._style)
+        if rendered is None:
+            rendered = render_images(self._llm, encoded.chat, self._style)
         if isinstance(rendered, RowError):
             return rendered
         return self._problem(array("i", rendered["prompt_token_ids"])) or rendered
@@ -415,7 +435,7 @@ class VllmEngine:
         error = None
         if unfinished := reasons & NOT_ANSWERS:
             if admitted.attempt < MAX_ATTEMPTS:
-                self._admit_one(admitted.encoded, admitted.attempt + 1)
+                self._admit_one(Rendered(admitted.encoded), admitted.attempt + 1)
                 return None
             reason = sorted(unfinished, key=str)[0] or "error"
             error = RowError(

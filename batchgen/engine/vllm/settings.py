@@ -92,7 +92,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_OFFLINE": "1",
     # Five seconds by default; workers that need longer are killed with the process group.
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
-    # As local images may have, see `encoder.MAX_IMAGE_BYTES`; 256 by default (0.32).
+    # As local images may have, see `images.MAX_IMAGE_BYTES`; 256 by default (0.32).
     "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "32",
     # A host that the job allows would send on to any other, those of the own network too.
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
@@ -239,6 +239,8 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         **spec.model_kwargs,
         "model": _without_pattern(spec.model),
     }
+    # For our own processes, see `images`; vLLM's offline engine warns that it takes no notice.
+    kwargs.pop("renderer_num_workers", None)
     if spec.reasoning_parser is not None:
         # So that a grammar binds the answer only (vllm/engine/arg_utils.py, 0.26 to 0.33).
         kwargs.setdefault("reasoning_parser", spec.reasoning_parser)
