@@ -20,14 +20,15 @@ from batchgen.core.records import EngineSpec, WorkLeft
 from batchgen.engine.death import may_be_by_settings
 from batchgen.engine.process import _exit_text
 from batchgen.engine.supervised import SupervisedEngine
-from batchgen.engine.vllm.engine import READ_BYTES, read_ahead
 from batchgen.engine.vllm.settings import (
     CAPTURED,
     OWN_CHOICE,
+    READ_BYTES,
     capture_sizes,
     choose_settings,
     known_keywords,
     pays_to_compile,
+    read_ahead,
     settings_text,
 )
 from batchgen.job.recipe import SPEED_OPTIONS, diff, fingerprint, without_speed

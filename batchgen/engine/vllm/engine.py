@@ -17,7 +17,6 @@ others import vLLM.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -59,6 +58,7 @@ from batchgen.engine.vllm.settings import (
     is_cpu_build,
     llm_kwargs,
     prepare_environment,
+    read_ahead,
     set_when_forked,
     start_error,
 )
@@ -87,7 +87,6 @@ CORE_DIED = "vLLM's engine core died"
 NOT_ANSWERS = frozenset({"abort", "error", None})
 
 WATCH_S = 0.2
-READ_BYTES = 8 << 20
 
 
 class _Admitted(NamedTuple):
@@ -457,23 +456,6 @@ class VllmEngine:
             latency_s=now - admitted.admitted_at,
             error=error,
         )
-
-
-def read_ahead(model: Path) -> None:
-    """Read a model's weights into the page cache, while vLLM is imported: both take long.
-
-    Not what would fill half of the machine's memory, of which others may need what is cached.
-    """
-    with contextlib.suppress(OSError):
-        paths = sorted(model.glob("*.safetensors"))
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        if sum(path.stat().st_size for path in paths) > most:
-            return
-        buffer = bytearray(READ_BYTES)
-        for path in paths:
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
 
 
 def _ask_for_amx() -> None:

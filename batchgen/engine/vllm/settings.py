@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,6 +121,7 @@ _UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")
 _PREFIX = re.compile(r"^(Value error|Assertion failed), ")
 _MACHINES = re.compile(r"available GPUs|device count", re.IGNORECASE)
 """Of a GPU that is gone, not of the job: vllm/config/parallel.py, _verify_args, 0.26 to 0.33."""
+READ_BYTES = 8 << 20
 _short = Repr()
 _short.maxstring = 60
 
@@ -168,6 +170,23 @@ def prepare_environment(*, is_cpu: bool) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     keep_bytecode()
+
+
+def read_ahead(model: Path) -> None:
+    """Read a model's weights into the page cache, while vLLM is imported: both take long.
+
+    Not what would fill half of the machine's memory, of which others may need what is cached.
+    """
+    with suppress(OSError):
+        paths = sorted(model.glob("*.safetensors"))
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        if sum(path.stat().st_size for path in paths) > most:
+            return
+        buffer = bytearray(READ_BYTES)
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def forks_core() -> bool:
