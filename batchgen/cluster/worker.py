@@ -29,8 +29,8 @@ from batchgen.pipeline.stats import Counts, RunStats
 from batchgen.source.text import LineIndexes
 from batchgen.storage import LocalStorage
 from batchgen.store.books import Durable, Epoch, numbered
+from batchgen.store.keys import prefix_of
 from batchgen.store.ledger import Ledger
-from batchgen.store.reuse import prefix_of
 from batchgen.store.runs import RunLog, memory_mib
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.prompt.builder import BYTE_ORDER_MARK
 from batchgen.source.values import holds_bytes
 from batchgen.store.books import STATE
-from batchgen.store.reuse import prefix_of, prefixes_of
+from batchgen.store.keys import prefix_of, prefixes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

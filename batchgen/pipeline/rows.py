@@ -44,7 +44,6 @@ from batchgen.store.result_files import ROW, SEGMENT, rows_of
 from batchgen.store.reuse import (
     AnsweredKeys,
     Deduper,
-    KeySet,
     Piece,
     Source,
     Wanted,
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Base, Epoch, Plan, Segment
+    from batchgen.store.keys import KeySet
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
 
@@ -75,7 +75,7 @@ _PIECE_MIB = 8
 
 def missing(plan: Plan, durable: Durable) -> RowSet:
     """Map each segment to its rows that no accepted part accounts for, if there are any."""
-    return RowSet((number, rows - durable.done(number)) for number, rows in plan.rows.items())
+    return plan.rows - durable.rows
 
 
 def rejected_notes(durable: Durable) -> list[str]:
@@ -371,7 +371,7 @@ class Computation:
             durable = context.ledger.durable(plan)
         for source in sources:
             todo -= source.rows
-        deduper = self._deduper(durable)
+        deduper = self._deduper(durable) if todo else None
         take_over = partial(self._take_over, sources) if sources else None
         if not self._compute.answer(self._work, todo, deduper, take_over):
             return False

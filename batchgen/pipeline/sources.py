@@ -15,10 +15,11 @@ import pyarrow as pa
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
 from batchgen.store.books import PARTS, Places
+from batchgen.store.keys import KeySet
 from batchgen.store.ledger import Ledger
 from batchgen.store.published import groups_of, row_groups, stretches
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile, rows_of
-from batchgen.store.reuse import KeySet, Source, key_prefixes, published_sources
+from batchgen.store.reuse import Source, key_prefixes, published_sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from batchgen.preview.estimate import Estimate, PastRun
     from batchgen.preview.sample import Survey
     from batchgen.store.books import Durable, Plan
-    from batchgen.store.reuse import KeySet
+    from batchgen.store.keys import KeySet
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from batchgen.preview.estimate import (
 )
 from batchgen.source.files import stat_input
 from batchgen.storage import LocalStorage
-from batchgen.store.reuse import prefix_of
+from batchgen.store.keys import prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from batchgen.preview.estimate import Lengths
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.books import Plan
-    from batchgen.store.reuse import KeySet
+    from batchgen.store.keys import KeySet
 
 
 NONE = array("i")

@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.data import parse_json
@@ -183,12 +183,15 @@ class Durable:
     kept_rows: RowSet = field(default_factory=RowSet)
     """Segment -> the rows that are in them, with a result or without."""
 
+    @property
+    def rows(self) -> RowSet:
+        """Segment -> its rows that are answered or skipped."""
+        in_parts = (part.footer.done.spans() for part in self.parts)
+        return RowSet.of_spans(chain(self.kept_rows.spans(), chain.from_iterable(in_parts)))
+
     def done(self, segment: int) -> Ranges:
         """Rows of a segment that are answered or skipped."""
-        return Ranges((*self.kept_rows[segment].spans, *self._spans_in_parts(segment)))
-
-    def _spans_in_parts(self, segment: int) -> Iterator[tuple[int, int]]:
-        return (span for part in self.parts for span in part.footer.done[segment].spans)
+        return self.rows[segment]
 
     @property
     def books(self) -> Iterator[PartFooter | PublishedFile]:

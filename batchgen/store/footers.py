@@ -29,7 +29,7 @@ from batchgen.store.books import FOOTER_KEY, STATE, PartFooter, epoch_of
 from batchgen.store.result_files import ResultFile
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
 
     from batchgen.storage import LocalStorage
 
@@ -88,14 +88,18 @@ def _mark(storage: LocalStorage, name: str) -> tuple[int, int, int]:
     return -1, -1, -1
 
 
-def rolled_up(storage: LocalStorage, names: Collection[str]) -> Iterator[Told]:
-    """Yield what is known of parts without opening them; each at most once, not all of them."""
-    left = set(names)
+def rolled_up(storage: LocalStorage, left: dict[str, str]) -> Iterator[Told]:
+    """Yield what is known of parts without opening them.
+
+    Args:
+        storage: The output.
+        left: Names of parts, each its own value, so that no second text of a million is made;
+            loses those that are yielded.
+    """
     for place in storage.list(FOOTERS) if len(left) >= WORTH_PARTS else ():
         for told in _rows(storage, place):
             if told.name in left and _mark(storage, told.name) == told[4:]:
-                left.remove(told.name)
-                yield told
+                yield told._replace(name=left.pop(told.name))
 
 
 def _rows(storage: LocalStorage, place: str) -> Iterator[Told]:

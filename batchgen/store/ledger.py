@@ -55,6 +55,7 @@ from batchgen.store.books import (
     worker_of,
 )
 from batchgen.store.footers import FOOTERS, RollUp, Same, read_footer, rolled_up
+from batchgen.store.keys import KEYS, keys_of
 from batchgen.store.matching import DIGESTS
 from batchgen.store.runs import RunLock
 
@@ -281,12 +282,11 @@ class Ledger:
             kept: The files that the plan keeps.
         """
         rejected = self._rejected(names)
-        left = set(names) - rejected.keys()
+        left = {name: name for name in names if name not in rejected}
         rejected |= kept.rejected
         parts: list[Part] = []
         same = Same()
         for told in rolled_up(self.storage, left):
-            left.remove(told.name)
             _accept(told, plan, same, parts, rejected)
         for name in sorted(left):
             try:
@@ -416,7 +416,7 @@ class Ledger:
         folders = (f"{STATE}/parts", f"{STATE}/seals", FOOTERS)
         names = [name for folder in folders for name in self.storage.list(folder)]
         names += self._unnamed()
-        for folder in (*folders, DIGESTS, FILES, LISTS, ""):
+        for folder in (*folders, DIGESTS, FILES, LISTS, KEYS, ""):
             names += self.storage.temps(folder)
         for name in names:
             if epoch_of(name) <= manifest.epoch:
@@ -431,7 +431,8 @@ class Ledger:
         names = [number_of(name) for name in self._numbered_files("manifests")]
         lists = {name for number in names for name in self.lists_of(number)}
         files = {file.name for name in lists for file in self._list(name)}
-        for folder, named in ((FILES, files), (LISTS, lists)):
+        keys = set(map(keys_of, files))
+        for folder, named in ((FILES, files), (LISTS, lists), (KEYS, keys)):
             yield from (name for name in self.storage.list(folder) if name not in named)
 
     def _read_json(self, name: str) -> dict[str, Any]:

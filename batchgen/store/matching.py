@@ -386,7 +386,7 @@ def restricted(spans: Iterable[Span], todo: RowSet) -> list[Span]:
 def answered_by(spans: Sequence[Span], durable: Durable) -> list[Span]:
     """The parts of spans whose old rows have ended in the parts of an unfinished plan."""
     found = []
-    done = {span.old_segment: durable.done(span.old_segment) for span in spans}
+    done = durable.rows
     for span in spans:
         stop = span.old_start + span.length
         for first, end in done[span.old_segment].within(span.old_start, stop):

@@ -92,6 +92,21 @@ class Parts:
                 chunk = pa.concat_tables(found) if len(found) > 1 else found[0]
                 yield _in_order(chunk.cast(self._schema))
 
+    def within(self, places: Places, span: tuple[int, int]) -> Parts:
+        """Return those that have rows at positions of a span, for another process to read."""
+        spans = list(places.spans(*span))
+        here = [
+            (reader.name, reader.footer)
+            for reader in self._readers
+            if any(reader.overlaps(*rows) for rows in spans)
+        ]
+        return Parts(self.storage, here, self._schema)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files together."""
+        return sum(reader.size_bytes for reader in self._readers)
+
     @property
     def num_read(self) -> dict[str, int]:
         """Name of a part -> results that were read of it."""
@@ -108,7 +123,7 @@ class Parts:
         """
         told = self.num_read if num_read is None else num_read
         for reader in self._readers:
-            reader.check_all_read(told[reader.name])
+            reader.check_all_read(told.get(reader.name, 0))
 
     def sizes(self, places: Places) -> Sizes:
         """Return how many bytes a published file of their rows has, estimated."""

@@ -5,9 +5,7 @@ snapshot. Of other rows, equal requests are computed once: in memory is where ea
 bytes a row; the answers stay on the disk. What is damaged is left out and told of: its rows are
 then computed again.
 
-Of requests that are answered, or being answered, the key is known by its first 64 bits, 8 bytes of
-memory each. Two keys that share them are told apart where the answer is copied, by all 128; until
-then the second row merely waits.
+Of requests that are answered, or being answered, the key is known by its first 64 bits, see `keys`.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from batchgen.core.errors import OutputError
 from batchgen.core.records import RowSet
 from batchgen.core.runtime import option
 from batchgen.source.columns import retyped
+from batchgen.store.keys import KeySet, prefix_of, prefixes_of, read_keys
 from batchgen.store.published import PublishedRows, ordinals_of, proofs
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows
 
@@ -41,81 +40,6 @@ if TYPE_CHECKING:
 
 
 Dedupe = Literal["auto", "always", "never"]
-
-_MERGE_KEYS, _RUN_KEYS = 2**18, 2**20
-_HEX = 16
-
-
-class KeySet:
-    """A growing set of request keys."""
-
-    def __init__(self) -> None:
-        self._runs: list[pl.Series] = []
-        """Sorted, each of `_RUN_KEYS` or a little more: so that no sort needs much memory."""
-        self._loaded: list[pl.Series] = []
-        """Not sorted yet."""
-        self._recent: set[int] = set()
-
-    def __len__(self) -> int:
-        return sum(map(len, [*self._runs, *self._loaded])) + len(self._recent)
-
-    def load(self, prefixes: pl.Series) -> None:
-        """Add many, see `prefixes_of`; repeats are fine."""
-        self._loaded.append(prefixes)
-        if sum(map(len, self._loaded)) >= _RUN_KEYS:
-            self._sort()
-
-    def _sort(self) -> None:
-        import polars as pl
-
-        # The last run may have room: many small loads must not become as many runs.
-        if self._runs and len(self._runs[-1]) < _RUN_KEYS:
-            self._loaded.append(self._runs.pop())
-        if self._loaded:
-            self._runs.append(pl.concat(self._loaded).sort())
-            self._loaded.clear()
-
-    def know(self, prefixes: Sequence[int]) -> list[bool]:
-        """Whether each is in the set."""
-        if not self:
-            return [False] * len(prefixes)
-        import polars as pl
-
-        if len(self._recent) >= _MERGE_KEYS:
-            self.load(pl.Series(list(self._recent), dtype=pl.UInt64))
-            self._recent.clear()
-        if self._loaded:
-            self._sort()
-        wanted = pl.Series(prefixes, dtype=pl.UInt64)
-        found = pl.Series([prefix in self._recent for prefix in prefixes], dtype=pl.Boolean)
-        for run in self._runs:
-            if len(run):
-                at = run.search_sorted(wanted).clip(0, len(run) - 1)
-                found |= run.gather(at) == wanted
-        return found.to_list()
-
-    def add(self, prefix: int) -> bool:
-        """Add one that `know` does not know; False if it was added since `know` was asked."""
-        if prefix in self._recent:
-            return False
-        self._recent.add(prefix)
-        return True
-
-    def forget(self, prefix: int) -> None:
-        """Remove one that was added lately."""
-        self._recent.discard(prefix)
-
-
-def prefixes_of(keys: pl.Series) -> pl.Series:
-    """The first 64 bits of request keys; null for what is none."""
-    import polars as pl
-
-    return keys.str.head(_HEX).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
-
-
-def prefix_of(key: str) -> int:
-    """The first 64 bits of a request key."""
-    return int(key[:_HEX], 16)
 
 
 class Deduper:
@@ -395,6 +319,10 @@ def key_prefixes(
         StorageError: A source cannot be read right now.
     """
     for source in sources:
+        known = read_keys(storage, source.name, takes_errors=source.takes_errors)
+        if known is not None:
+            yield known
+            continue
         for _, keys in _key_groups(storage, source, prefix, tell):
             yield keys["prefix"]
 

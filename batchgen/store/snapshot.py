@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,12 @@ import pyarrow.parquet as pq
 
 from batchgen.core.data import vector_encodings
 from batchgen.core.errors import OutputError
+from batchgen.core.processes import Crew, num_processes
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import command
 from batchgen.storage import saying_where
 from batchgen.store.books import Chunk, Places, PublishedFile, added
+from batchgen.store.keys import KeyFile
 from batchgen.store.published import RESULTS_KEY, lengths_text
 from batchgen.store.result_files import (
     GROUPS_KEY,
@@ -186,8 +189,17 @@ class SnapshotFormat:
         }
 
 
+_WORTH_BYTES = 128 << 20
+"""Parts of so many bytes together are worth processes, which take half a second to start."""
+
+
 def write_snapshot(
-    parts: Parts, plan: Plan, kept: Sequence[Kept], form: SnapshotFormat, stem: str
+    parts: Parts,
+    plan: Plan,
+    kept: Sequence[Kept],
+    form: SnapshotFormat,
+    stem: str,
+    worth_bytes: int = _WORTH_BYTES,
 ) -> list[PublishedFile]:
     """Write all results of `parts` between the files that are kept, in input order.
 
@@ -197,6 +209,7 @@ def write_snapshot(
         kept: By position.
         form: How to write.
         stem: Of the files' names, with their folder; must be this run's own.
+        worth_bytes: From so many bytes of parts on, by processes.
 
     Returns:
         The entries of all files, kept ones among them, in order. A job without a row has one file
@@ -206,13 +219,37 @@ def write_snapshot(
         StorageError: A write failed; nothing is published by it.
         DamagedPartError: A part's bytes are not what was written.
         AccountingError: Two parts hold the same row.
+        ProcessDiedError: A process was killed; nothing is published by it.
     """
     places = Places(plan)
+    spans = cuts(parts, places, kept, form.rows_per_file)
+    stems = [f"{stem}-{number:05d}" for number in range(len(spans))]
     found = {one.start: [one.file] for one in kept}
-    for number, span in enumerate(cuts(parts, places, kept, form.rows_per_file)):
-        found[span[0]] = write_stretch(parts, places, span, form, f"{stem}-{number:05d}")
-    parts.check_all_read()
+    num = num_processes(len(spans))
+    if num > 1 and parts.storage.is_plain and parts.num_bytes >= worth_bytes:
+        num_read = Counter[str]()
+        with Crew(num) as crew:
+            pieces = (
+                (parts.within(places, span), places, span, form, stem)
+                for span, stem in zip(spans, stems, strict=True)
+            )
+            for span, (files, counts) in zip(spans, crew.map(_stretch, pieces), strict=True):
+                found[span[0]] = files
+                num_read.update(counts)
+        parts.check_all_read(num_read)
+    else:
+        for span, own in zip(spans, stems, strict=True):
+            found[span[0]] = write_stretch(parts, places, span, form, own)
+        parts.check_all_read()
     return in_order([file for start in sorted(found) for file in found[start]])
+
+
+def _stretch(
+    parts: Parts, places: Places, span: tuple[int, int], form: SnapshotFormat, stem: str
+) -> tuple[list[PublishedFile], dict[str, int]]:
+    """Write a stretch in a process of its own; return what was read of each part, too."""
+    files = write_stretch(parts, places, span, form, stem)
+    return files, parts.num_read
 
 
 def write_stretch(
@@ -239,17 +276,19 @@ def write_stretch(
         chunks = parts.chunks(places.spans(start, stop))
         chunk = next(chunks, None)
         while start < stop or not files:
-            books = _Books(places, start, form)
+            books, keys = _Books(places, start, form), KeyFile(form.prefix)
             with HashedParquet(parts.storage, stem, schema, form.options) as file:
                 while chunk is not None and file.num_rows < form.rows_per_file:
                     room = form.rows_per_file - file.num_rows
                     rows = chunk.slice(0, room)
                     file.write(rows)
                     books.add(rows)
+                    keys.add(rows)
                     chunk = chunk.slice(room) if chunk.num_rows > room else next(chunks, None)
                 start = stop if chunk is None else places.first_of(rows_of(chunk.slice(0, 1)))
                 file.note(books.notes(start))
             files.append(file.entry(**books.counts(start)))
+            keys.put(parts.storage, file.name)
     return files
 
 

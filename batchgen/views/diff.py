@@ -58,7 +58,7 @@ POSITION = "position"
 AT, _PLACE, _KEY, INPUT, ANSWER = "at", "place", "key", "input", "answer"
 """Columns of `Side.rows`: number of the row among the published ones, where it stands among the
 planned ones of its snapshot and of the old one, and hashes of what is compared."""
-_BUCKET_ROWS, _MOST_BUCKETS = 2**18, 1024
+_BUCKET_ROWS, _MOST_BUCKETS = 2**17, 1024
 _CHUNK_ROWS = 2**13
 _COMPARED = {"status", "verdict", "error_type"}
 """Compared of what batchgen says of a row; the rest differs from run to run."""

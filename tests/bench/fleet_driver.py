@@ -46,8 +46,9 @@ from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
 from batchgen.pipeline.stats import Progress, RunStats
 from batchgen.storage import LocalStorage
+from batchgen.store.keys import KeySet
 from batchgen.store.ledger import Ledger
-from batchgen.store.reuse import Deduper, KeySet
+from batchgen.store.reuse import Deduper
 from batchgen.store.runs import RunLock, RunLog
 from tests.bench.echo_rows import _write_rows
 from tests.bench.fleet_sim import bound_s

@@ -102,7 +102,12 @@ MUTANTS = (
     Mutant(
         "resume by count",
         "batchgen/pipeline/rows.py",
-        (("rows - durable.done(number))", "rows - type(rows).until(len(durable.done(number))))"),),
+        (
+            (
+                "plan.rows - durable.rows",
+                "plan.rows - {n: type(r).until(len(r)) for n, r in durable.rows.items()}",
+            ),
+        ),
         SWEEP,
         "new/kill before",
     ),

@@ -15,15 +15,9 @@ from batchgen.core.records import RowError
 from batchgen.storage import LocalStorage
 from batchgen.store import parts as store_parts
 from batchgen.store.books import PartFooter
+from batchgen.store.keys import KeySet
 from batchgen.store.result_files import PartContext, PartWriter, part_schema
-from batchgen.store.reuse import (
-    AnsweredKeys,
-    Deduper,
-    KeySet,
-    Source,
-    key_prefixes,
-    published_sources,
-)
+from batchgen.store.reuse import AnsweredKeys, Deduper, Source, key_prefixes, published_sources
 from batchgen.store.snapshot import SnapshotFormat
 from tests.fakes import ANSWER, as_version_1, batch, manifest_of, plan, results, write_parts
 from tests.harm import overwrite

@@ -24,7 +24,7 @@ from batchgen.preview.sample import (
     survey,
 )
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.store.reuse import KeySet, prefix_of
+from batchgen.store.keys import KeySet, prefix_of
 from tests.unit.test_forecast_cost import past_run
 
 SPEC = EngineSpec("echo", "", {}, {"max_tokens": 8})

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.core.records import Ordinal, Request
-from batchgen.store.reuse import Deduper, KeySet, prefix_of, prefixes_of
+from batchgen.store.keys import KeySet, prefix_of, prefixes_of
+from batchgen.store.reuse import Deduper
 from tests.fakes import batch
 
 MERGE_KEYS = 2**18

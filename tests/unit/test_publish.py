@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,10 +15,13 @@ from batchgen.core.errors import AccountingError, DamagedPartError
 from batchgen.core.records import Ranges, RowError, RowSet
 from batchgen.storage import LocalStorage
 from batchgen.store import parts as store_parts
-from batchgen.store.books import PartFooter
+from batchgen.store.books import FILES, PartFooter
+from batchgen.store.keys import keys_of
+from batchgen.store.parts import Parts
 from batchgen.store.published import PublishedRows
 from batchgen.store.result_files import PartContext, PartWriter, part_schema, published_schema
-from batchgen.store.snapshot import SnapshotFormat
+from batchgen.store.reuse import Source, key_prefixes
+from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, manifest_of, plan, results, write_parts
 from tests.harm import overwrite
 
@@ -336,3 +340,77 @@ def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
     files = written(storage, parts, form(rows_per_file=20_000))
     assert max(file.num_rows for file in files) <= 20_000
     assert ids(storage, files) == [*(f"0/{row}" for row in range(NUM_ROWS)), "1/5"]
+
+
+def test_processes_write_what_one_writes(storage):
+    parts = put(
+        storage,
+        [(0, row) for row in range(0, 90, 2)],
+        [(0, row) for row in range(1, 90, 2)],
+        [(1, row) for row in range(40) if row != 7],
+        skipped={1: Ranges([(7, 8)])},
+    )
+    how, made = form(rows_per_file=10), plan(90, 40)
+    read_by = Parts(storage, parts, how.schema)
+    alone = write_snapshot(read_by, made, (), how, "snap/e1")
+    together = write_snapshot(Parts(storage, parts, how.schema), made, (), how, "snap/e2", 0)
+    assert len(together) > 10
+    assert [replace(file, name="") for file in together] == [
+        replace(file, name="") for file in alone
+    ]
+    assert ids(storage, together) == [
+        *(f"0/{row}" for row in range(90)),
+        *(f"1/{row}" for row in range(40) if row != 7),
+    ]
+
+
+@pytest.mark.parametrize("worth_bytes", [0, 1 << 40])
+def test_a_part_that_lacks_rows_is_told_of_whoever_reads_it(storage, worth_bytes):
+    parts = put(storage, [(0, row) for row in range(40)], [(0, row) for row in range(40, 60)])
+    name, footer = parts[0]
+    told = replace(footer, done=RowSet({0: Ranges.until(41)}), num_ok=41)
+    read_by = Parts(storage, [(name, told), parts[1]], form().schema)
+    with pytest.raises((DamagedPartError, AccountingError)):
+        write_snapshot(
+            read_by, plan(60), (), form(rows_per_file=10), "snap/e1", worth_bytes=worth_bytes
+        )
+
+
+def keyed(storage, *, takes_errors):
+    """Keys that a snapshot of 60 rows answers, each of its files named beside the folder's keys."""
+    error = RowError("bad_output", "x")
+    done = [
+        result._replace(request_key=f"{at:016x}{0:016x}")
+        for at, result in enumerate(results(batch(range(60)), errors={5: error, 50: error}))
+    ]
+    parts = [footed(storage, writer(storage).commit(done, {}, {}).name)]
+    read_by = Parts(storage, parts, form().schema)
+    stem = f"{FILES}/e000001"
+    files = write_snapshot(read_by, plan(60), (), form(rows_per_file=20), stem)
+    sources = [Source(file.name, takes_errors=takes_errors, chunks=file.chunks) for file in files]
+
+    def found():
+        known = key_prefixes(storage, sources, "gen_", pytest.fail)
+        return sorted(key for prefixes in known for key in prefixes)
+
+    return files, found
+
+
+@pytest.mark.parametrize("takes_errors", [True, False])
+def test_keys_of_published_files_are_known_without_reading_them(storage, takes_errors):
+    files, found = keyed(storage, takes_errors=takes_errors)
+    expected = [at for at in range(60) if takes_errors or at not in {5, 50}]
+    assert found() == expected
+    for file in files:
+        storage.path(file.name).chmod(0o600)
+        overwrite(storage.path(file.name), b"x" * file.size_bytes)
+    assert found() == expected
+
+
+@pytest.mark.parametrize("harm", [None, b"", b"torn", b"\0" * 8 * 22])
+def test_where_keys_are_gone_or_torn_the_files_are_read(storage, harm):
+    files, found = keyed(storage, takes_errors=False)
+    storage.remove(keys_of(files[1].name))
+    if harm is not None:
+        storage.path(keys_of(files[1].name)).write_bytes(harm)
+    assert found() == [at for at in range(60) if at not in {5, 50}]
