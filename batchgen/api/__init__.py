@@ -259,8 +259,9 @@ def compare(
 
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
     columns, path = ([on] if isinstance(on, str) else on), (Path(to) if to is not None else None)
-    roots = output_of(first), output_of(second)
-    return compare_outputs(*roots, (one, two), on=columns, num_examples=num_examples, to=path)
+    with _called(first):
+        roots = output_of(first), output_of(second)
+        return compare_outputs(*roots, (one, two), on=columns, num_examples=num_examples, to=path)
 
 
 @_plainly

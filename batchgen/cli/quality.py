@@ -142,8 +142,11 @@ def compare(
 
     Example: batchgen compare jobs/quickstart.toml out/other-model --to differ.parquet
     """
-    from batchgen import api
+    from batchgen.api.jobs import output_of, snapshot_of
+    from batchgen.quality.compare import compare as compare_outputs
 
     columns = [name.strip() for name in on.split(",")] if on else []
-    found = api.compare(a, b, on=columns, num_examples=num_rows, to=to)
+    (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
+    roots = output_of(first), output_of(second)
+    found = compare_outputs(*roots, (one, two), on=columns, num_examples=num_rows, to=to)
     out(as_line(found.as_dict()) if as_json else found.as_text())

@@ -98,6 +98,7 @@ _FUNCTIONS = {
 _VALUED = (
     *("--columns", "--error-type", "--on", "--where", "--seed", "--rate", "--gpu-cost"),
     *("--gpu", "--memory", "--capability", "--count", "--output"),
+    *("--gold", "--answer", "--precision", "--snapshot", "--to"),
 )
 _KEYWORDS = {
     "--set": "overrides",
@@ -105,6 +106,7 @@ _KEYWORDS = {
     "--no-tuned": "tuned=False",
     "-n": "num_rows",
     "--no-rows": "rows=False",
+    "--json": "as_dict()",
     **{name: name[2:].replace("-", "_") for name in _VALUED},
 }
 """Option -> what it is for Python, where it is no flag."""

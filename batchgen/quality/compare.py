@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
-from batchgen.core.runtime import option
+from batchgen.core.runtime import Told, option
 from batchgen.job import recipe as recipes
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
@@ -77,8 +77,8 @@ class Figures:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(Told):
     """Two outputs, compared: A first, B second."""
 
     a: Figures

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, OutputError, suggestion
-from batchgen.core.runtime import option
+from batchgen.core.runtime import Told, option
 from batchgen.pipeline.gold import MOST_LABELS
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
@@ -66,8 +66,8 @@ class Calibration:
     """Share of all rows with a gold label that it leaves."""
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+@dataclass(frozen=True, slots=True, repr=False)
+class Score(Told):
     """A snapshot's labels, scored."""
 
     output: str

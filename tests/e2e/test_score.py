@@ -201,7 +201,7 @@ def test_fields_of_a_schema_are_scored_one_by_one(tmp_path: Path) -> None:
         job = job_of(tmp_path, rows, output=output, score=score)
         batchgen.run(job)
         assert batchgen.score(job).accuracy == pytest.approx(2 / 3)
-        with pytest.raises(ConfigError, match="answer: missing, expected"):
+        with pytest.raises(ConfigError, match="answer: missing, expected answer with one of gen_"):
             batchgen.score(tmp_path / f"out{flatten}", gold="gold")
 
 
