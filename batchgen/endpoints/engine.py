@@ -16,14 +16,12 @@ It lives in a process of its own, where a thread runs the loop that speaks to th
 from __future__ import annotations
 
 import asyncio
-import math
 import queue
 import resource
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,7 +29,9 @@ from batchgen.core.errors import ConfigError, EngineDeadError, EngineError, one_
 from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError
 from batchgen.endpoints.messages import LackingError, Unsuitable, unsplit
 from batchgen.endpoints.options import Options, started_at
+from batchgen.endpoints.rows import Row, best_for, enough_failures
 from batchgen.endpoints.server import (
+    NO_ANSWER,
     AttemptError,
     BusyError,
     Endpoint,
@@ -43,7 +43,8 @@ from batchgen.endpoints.window import Meter, Window
 from batchgen.engine.base import failed, unknown_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
+    from typing import Any
 
     from batchgen.core.records import EngineSpec
     from batchgen.endpoints.messages import Asked, Reply
@@ -56,15 +57,16 @@ FIRST_AT_ONCE, FIRST_AT_VLLM = 8, 256
 SPARE_FILES = 128
 """Open files that are left to everything else."""
 READ_AHEAD = 256
-LEAST_FAILURES, MOST_FAILURES = 3, 10
-CHANCE = 1e-5
-"""That a row fails by chance so often, as often as attempts fail now, is to be less likely."""
 LOST_BEFORE_LAST, LOST_BEFORE_ALONE = 3, 6
 """Attempts after which a row is kept back, and then goes with no other."""
 FEW = 8
 """Of those that are kept back, so many go together."""
 MOST_LAST = 64
 """So many that are kept back do not wait until all else is done."""
+MOST_BLAMED = 3
+"""Rows that fail one after the other, while none is answered, are not to blame any more."""
+MOST_BUSY = 8
+"""Refusals of a row, over longer than the grace, that are enough where others are answered."""
 BAD_BEFORE_OUT = 5
 AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 BUSY_S = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -72,38 +74,6 @@ QUIET_S = 30.0
 """A server that has not answered for so long, nor for three times its slowest answer, is asked
 whether it is there."""
 BEAT_S = 1.0
-
-
-@dataclass(slots=True)
-class _Row:
-    """A request that is not answered yet."""
-
-    request: EngineRequest
-    failures: dict[str, int] = field(default_factory=dict)
-    """Server -> attempts that failed there while it answered others."""
-    num_lost: int = 0
-    """Attempts that ended with all others of the server."""
-    doubts: list[tuple[Endpoint, float]] = field(default_factory=list)
-    """Where and when an attempt broke: one of the two, which shows later."""
-    said: str = ""
-    num_tried: int = 0
-
-    @property
-    def num_failures(self) -> int:
-        return sum(self.failures.values())
-
-    def settle_doubts(self) -> None:
-        """Find out whose faults the broken attempts were."""
-        for endpoint, at_s in self.doubts:
-            self.note_failure(endpoint, is_lost=not endpoint.lived_through(at_s))
-        self.doubts.clear()
-
-    def note_failure(self, endpoint: Endpoint, *, is_lost: bool) -> None:
-        """Count an attempt: against the row, or as lost with others."""
-        if is_lost:
-            self.num_lost += 1
-        else:
-            self.failures[endpoint.url] = self.failures.get(endpoint.url, 0) + 1
 
 
 class OpenAIEngine:
@@ -209,9 +179,10 @@ class _Pool:
         ]
         self._requests = Meter(options.requests_per_minute, self._started_s)
         self._tokens = Meter(options.tokens_per_minute, self._started_s)
-        self._fresh: deque[_Row] = deque()
-        self._again: list[_Row] = []
-        self._last: deque[_Row] = deque()
+        self._fresh: deque[Row] = deque()
+        self._again: list[Row] = []
+        self._last: deque[Row] = deque()
+        self._num_waiting = 0
         self._is_alone = False
         self._trouble_s: float | None = None
         self._num_tried = self._num_failed = self._num_answered = 0
@@ -221,7 +192,8 @@ class _Pool:
         self._beats = 0
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
-        self._reviving: set[asyncio.Task[None]] = set()
+        self._helpers: set[asyncio.Task[None]] = set()
+        self._blamed: list[tuple[Row, RowError]] = []
         self._timer: asyncio.TimerHandle | None = None
         self.facts: EngineFacts | None = None
         self.error: EngineError | ConfigError | None = None
@@ -256,14 +228,28 @@ class _Pool:
                 self.error = EngineDeadError(one_line(error))
 
     async def _run(self) -> None:
-        helpers = [asyncio.create_task(self._open_all()), asyncio.create_task(self._watch())]
+        self._begin(self._open_all())
+        self._begin(self._watch())
         await self._stopping.wait()
-        for task in (*helpers, *(task for one in self._endpoints for task in one.tasks)):
+        for task in (*self._helpers, *(task for one in self._endpoints for task in one.tasks)):
             task.cancel()
         await self._http.close()
 
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something beside the rows."""
+        task = self._loop.create_task(work)
+        self._helpers.add(task)
+        task.add_done_callback(self._helpers.discard)
+        task.add_done_callback(self._note_fault)
+        return task
+
+    def _note_fault(self, task: asyncio.Task[None]) -> None:
+        """What nobody has thought of ends the engine, lest it wait for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.error = self.error or EngineDeadError(one_line(error))
+
     def _take(self, requests: Sequence[EngineRequest]) -> None:
-        self._fresh.extend(map(_Row, requests))
+        self._fresh.extend(map(Row, requests))
         self._pump()
 
     # Servers.
@@ -274,8 +260,7 @@ class _Pool:
         if wrong := [text for text in found if text is not None]:
             self.error = ConfigError(WHERE, wrong)
             return
-        again = [self._revive(one) for one in self._endpoints if one.is_out]
-        await asyncio.gather(*again)
+        await asyncio.gather(*(self._revive(one) for one in self._endpoints if one.is_out))
 
     async def _open(self, endpoint: Endpoint) -> str | None:
         """Try a server; return what is wrong for good."""
@@ -325,22 +310,19 @@ class _Pool:
             return
         endpoint.is_out = True
         endpoint.window.shrink(_now())
-        task = self._loop.create_task(self._revive(endpoint))
-        self._reviving.add(task)
-        task.add_done_callback(self._reviving.discard)
+        self._begin(self._revive(endpoint))
 
     async def _watch(self) -> None:
         """Beat, and look after servers that are silent though they have work."""
-        looking: set[asyncio.Task[None]] = set()
+        looking: dict[str, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(BEAT_S)
             self._beats += 1
             patience_s = max(QUIET_S, 3 * self._slowest_s)
             for one in self._endpoints:
                 is_silent = one.tasks and not one.is_out and _now() - one.answered_s > patience_s
-                if is_silent and not any(task.get_name() == one.url for task in looking):
-                    looking.add(asyncio.create_task(self._look(one), name=one.url))
-            looking = {task for task in looking if not task.done()}
+                if is_silent and (one.url not in looking or looking[one.url].done()):
+                    looking[one.url] = self._begin(self._look(one))
 
     async def _look(self, endpoint: Endpoint) -> None:
         """Ask a silent server whether it is there; twice no means that its requests are lost."""
@@ -385,9 +367,10 @@ class _Pool:
             if picked is None:
                 return None
             row, endpoint = picked
+            num_tokens = self._usual_tokens()
             self._requests.take(1)
-            self._tokens.take(self._usual_tokens())
-            task = self._loop.create_task(self._attempt(row, endpoint))
+            self._tokens.take(num_tokens)
+            task = self._loop.create_task(self._attempt(row, endpoint, num_tokens))
             endpoint.tasks.add(task)
             task.add_done_callback(partial(self._end, endpoint))
         return None
@@ -395,15 +378,18 @@ class _Pool:
     def _end(self, endpoint: Endpoint, task: asyncio.Task[None]) -> None:
         endpoint.tasks.discard(task)
         self._is_alone = False
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.error = self.error or EngineDeadError(one_line(error))
+        self._note_fault(task)
         self._pump()
 
     def _wake_in(self, wait_s: float) -> None:
-        if self._timer is None or self._timer.cancelled() or self._timer.when() <= _now():
-            self._timer = self._loop.call_later(wait_s, self._pump)
+        now_s, timer = self._loop.time(), self._timer
+        if timer is not None and now_s < timer.when() <= now_s + wait_s:
+            return
+        if timer is not None:
+            timer.cancel()
+        self._timer = self._loop.call_later(wait_s, self._pump)
 
-    def _pick(self, now_s: float) -> tuple[_Row, Endpoint] | None:
+    def _pick(self, now_s: float) -> tuple[Row, Endpoint] | None:
         """Choose a row and its server: who has failed first, and not where it did."""
         usable = [one for one in self._endpoints if not one.is_out]
         num_running = sum(len(one.tasks) for one in self._endpoints)
@@ -418,7 +404,7 @@ class _Pool:
         if self._last and (is_rest or len(self._last) >= MOST_LAST):
             return self._pick_last(usable, num_running, now_s)
         for at, row in enumerate(self._again):
-            best = _best(row, usable, now_s)
+            best = best_for(row, usable, now_s)
             if best.room(now_s) > 0:
                 del self._again[at]
                 return row, best
@@ -426,19 +412,18 @@ class _Pool:
 
     def _pick_last(
         self, usable: list[Endpoint], num_running: int, now_s: float
-    ) -> tuple[_Row, Endpoint] | None:
+    ) -> tuple[Row, Endpoint] | None:
         """Choose of those that are kept back: a few at once, or one with no other."""
         row = self._last[0]
-        best, is_alone = _best(row, usable, now_s), row.num_lost >= LOST_BEFORE_ALONE
+        best, is_alone = best_for(row, usable, now_s), row.num_lost >= LOST_BEFORE_ALONE
         if num_running >= (1 if is_alone else FEW) or best.room(now_s) <= 0:
             return None
         self._is_alone = is_alone
         return self._last.popleft(), best
 
-    async def _attempt(self, row: _Row, endpoint: Endpoint) -> None:
+    async def _attempt(self, row: Row, endpoint: Endpoint, num_tokens: float) -> None:
         """Have a row answered, or see to it that it is asked again."""
-        began_s, is_alone = _now(), self._is_alone
-        num_tokens = self._usual_tokens()
+        began_s, is_alone, num_spent = _now(), self._is_alone, 0
         row.num_tried += 1
         self._num_tried += 1
         try:
@@ -446,17 +431,16 @@ class _Pool:
                 self._settle(row, unknown_adapter(row.request.lora, self._spec.loras))
                 return
             reply, asked = await self._http.ask(endpoint, row.request, self._spec)
-            self._tokens.take(_tokens_of(reply) - num_tokens)
-            self._note_answer(endpoint, began_s, _tokens_of(reply))
+            num_spent = _tokens_of(reply)
+            self._note_answer(endpoint, began_s, num_spent)
             self._answer(row, reply, asked, _now() - began_s)
         except RowRefusedError as error:
             self._note_answer(endpoint, began_s, 0)
             self._settle(row, error.error)
-        except (Unsuitable, OSError, ValueError, TypeError, LookupError) as error:
-            self._settle(row, RowError("bad_request", one_line(error)))
+        except Unsuitable as error:
+            self._settle(row, RowError("bad_request", str(error)))
         except BusyError as error:
-            self._busy(endpoint, error)
-            self._again.append(row)
+            self._busy(row, endpoint, error)
         except (AttemptError, LackingError, WrongServerError) as error:
             self._fail(row, endpoint, error, began_s, is_alone=is_alone)
         except asyncio.CancelledError:
@@ -465,6 +449,8 @@ class _Pool:
                 row.note_failure(endpoint, is_lost=not is_alone)
                 self._ask_again(row)
             raise
+        finally:
+            self._tokens.take(num_spent - num_tokens)
 
     def _usual_tokens(self) -> float:
         return self._sum_tokens / self._num_answered if self._num_answered else 100.0
@@ -472,12 +458,13 @@ class _Pool:
     def _note_answer(self, endpoint: Endpoint, began_s: float, num_tokens: int) -> None:
         now_s = _now()
         self._trouble_s = None
+        self._tell_blamed()
         self._slowest_s = max(self._slowest_s, now_s - began_s)
         endpoint.note_answer(began_s, now_s)
         is_full = len(endpoint.tasks) >= endpoint.window.size
         endpoint.window.note(now_s, num_tokens, is_full=is_full)
 
-    def _answer(self, row: _Row, reply: Reply, asked: Asked, latency_s: float) -> None:
+    def _answer(self, row: Row, reply: Reply, asked: Asked, latency_s: float) -> None:
         self._num_answered += 1
         self._sum_tokens += _tokens_of(reply)
         self._counts["num_prompt_tokens"] += reply.num_prompt_tokens or 0
@@ -499,21 +486,28 @@ class _Pool:
                 )
             )
 
-    def _settle(self, row: _Row, error: RowError) -> None:
+    def _settle(self, row: Row, error: RowError) -> None:
         self._done.put(failed(row.request.request_id, error))
 
-    def _busy(self, endpoint: Endpoint, error: BusyError) -> None:
+    def _busy(self, row: Row, endpoint: Endpoint, error: BusyError) -> None:
         now_s = _now()
+        row.num_busy += 1
+        row.busy_s = row.busy_s or now_s
+        is_long = now_s - row.busy_s > self._options.endpoint_grace_s
+        if is_long and row.num_busy > MOST_BUSY and endpoint.answered_s > row.busy_s:
+            text = f"{endpoint.host} was busy {row.num_busy} times, and answered others meanwhile"
+            return self._settle(row, RowError("endpoint_failed", text))
+        self._again.append(row)
         usual_s = BUSY_S[min(endpoint.num_busy, len(BUSY_S) - 1)]
         if now_s >= endpoint.ready_s:
             endpoint.num_busy += 1
         wait_s = max(error.wait_s, BUSY_S[0]) if error.wait_s is not None else usual_s
         endpoint.ready_s = max(endpoint.ready_s, now_s + wait_s)
         endpoint.window.shrink(now_s)
-        self._note_trouble(f"{endpoint.host}: {error}")
+        return self._note_trouble(f"{endpoint.host}: {error}")
 
     def _fail(
-        self, row: _Row, endpoint: Endpoint, error: Exception, began_s: float, *, is_alone: bool
+        self, row: Row, endpoint: Endpoint, error: Exception, began_s: float, *, is_alone: bool
     ) -> None:
         now_s = _now()
         row.said = f"{endpoint.host}: {error}"
@@ -529,36 +523,47 @@ class _Pool:
         is_gone = isinstance(error, WrongServerError) or str(error).startswith("ClientConnector")
         if is_gone or is_alone or endpoint.num_bad >= BAD_BEFORE_OUT:
             self._leave_out(endpoint)
-        elif not is_from_server:
+        elif str(error).startswith(NO_ANSWER):
             endpoint.window.shrink(now_s)
         self._ask_again(row)
 
-    def _ask_again(self, row: _Row) -> None:
+    def _ask_again(self, row: Row) -> None:
         """Let a row wait for its next attempt, unless it has had enough of them."""
+        self._num_waiting += 1
         self._loop.call_later(AGAIN_S[min(row.num_tried, 3) - 1], self._come_back, row)
 
-    def _come_back(self, row: _Row) -> None:
+    def _come_back(self, row: Row) -> None:
+        self._num_waiting -= 1
         row.settle_doubts()
-        if row.num_failures >= self._enough(row):
+        if row.num_failures >= enough_failures(row, self._num_failed, self._num_tried):
             text = f"{row.num_failures} attempts failed while others succeeded; {row.said}"
-            self._settle(row, RowError("endpoint_failed", text))
+            self._blame(row, RowError("endpoint_failed", text))
         elif row.num_lost >= LOST_BEFORE_LAST:
             self._last.append(row)
         else:
             self._again.append(row)
         self._pump()
 
-    def _enough(self, row: _Row) -> int:
-        """After how many failures a row is to blame, as often as those of others fail."""
-        others = max(0, self._num_failed - row.num_failures - row.num_lost)
-        share = min(0.5, others / (self._num_tried + 20))
-        num = math.ceil(math.log(CHANCE) / math.log(share)) if share > 0 else 0
-        return min(MOST_FAILURES, max(LEAST_FAILURES, num))
+    def _blame(self, row: Row, error: RowError) -> None:
+        """Make a row an error once another is answered: a server that answers none proves nothing.
 
+        Where no other is left, a few are to blame all the same: a trial has been answered.
+        """
+        self._blamed.append((row, error))
+        is_rest = not (self._fresh or self._again or self._last)
+        is_rest = is_rest and not any(one.tasks for one in self._endpoints)
+        if len(self._blamed) > MOST_BLAMED:
+            self.error = self.error or EngineError(
+                f"no server has answered any of {len(self._blamed)} rows alone; the last one: "
+                f"{row.said}; what was answered stays, run again to go on"
+            )
+        elif is_rest and self._num_waiting == 0:
+            self._tell_blamed()
 
-def _best(row: _Row, usable: Sequence[Endpoint], now_s: float) -> Endpoint:
-    """Where a row has failed least; of these, where there is most room."""
-    return min(usable, key=lambda one: (row.failures.get(one.url, 0), -one.room(now_s)))
+    def _tell_blamed(self) -> None:
+        for row, error in self._blamed:
+            self._settle(row, error)
+        self._blamed.clear()
 
 
 def _tokens_of(reply: Reply) -> int:

@@ -23,6 +23,7 @@ import aiohttp
 import orjson
 
 from batchgen.core.errors import one_line
+from batchgen.core.records import RowError
 from batchgen.endpoints import messages
 from batchgen.endpoints.messages import BadReplyError, LackingError, Server, Unsuitable
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
-    from batchgen.core.records import EngineSpec, RowError
+    from batchgen.core.records import EngineSpec
     from batchgen.endpoints.messages import Asked, Reply
     from batchgen.endpoints.window import Window
     from batchgen.engine.base import EngineRequest
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 LOOK_S = 10.0
 """How long a server may take to say which models it has."""
 TRIAL_S = 120.0
+NO_ANSWER = "no answer in"
 TRIAL_TOKENS = 8
 LEAST_MOST_BYTES = 16 << 20
 """No answer is larger but by what was asked for: beyond, it is not read to its end."""
@@ -191,11 +193,18 @@ class Http:
             Unsuitable: It cannot be asked.
         """
         assert endpoint.server is not None  # noqa: S101 - by the caller
-        asked = messages.ask(request, spec, endpoint.server)
+        try:
+            asked = messages.ask(request, spec, endpoint.server)
+            data = orjson.dumps(asked.body)
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise RowRefusedError(RowError("bad_request", one_line(error))) from None
         self._num += 1
         nonce = f"{self._nonce}{self._num:09x}"
         timeout_s = timeout_s or self._timeout_s
-        status, headers, data = await self._send(endpoint, asked.path, timeout_s, asked, nonce)
+        most_bytes = _most_bytes(asked)
+        status, headers, data = await self._send(
+            endpoint, asked.path, timeout_s, data, nonce, most_bytes
+        )
         try:
             self._check_status(status, headers, data, request)
             reply = messages.read(data, asked)
@@ -249,8 +258,9 @@ class Http:
         endpoint: Endpoint,
         path: str,
         timeout_s: float,
-        asked: Asked | None = None,
+        data: bytes | None = None,
         nonce: str = "",
+        most_bytes: int = LEAST_MOST_BYTES,
     ) -> tuple[int, Mapping[str, str], bytes]:
         if self._session is None:
             self._connector = _Connector(limit=self._most, ttl_dns_cache=60)
@@ -260,25 +270,25 @@ class Http:
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         headers = {**self._headers, "X-Request-Id": nonce} if nonce else self._headers
-        most_bytes = LEAST_MOST_BYTES + (_most_bytes(asked) if asked else 0)
         try:
             async with self._session.request(
-                "POST" if asked else "GET",
+                "GET" if data is None else "POST",
                 f"{endpoint.url}/{path}",
-                data=orjson.dumps(asked.body) if asked else None,
+                data=data,
                 headers=headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=LOOK_S),
             ) as response:
-                data = await _body(response, most_bytes)
-                return response.status, response.headers, data
+                return response.status, response.headers, await _body(response, most_bytes)
         except aiohttp.ClientConnectorCertificateError:
             msg = "its certificate is not trusted; SSL_CERT_FILE may name the authority's"
             raise WrongServerError(msg) from None
         except TimeoutError:
-            msg = f"no answer in {timeout_s:.0f} s"
+            msg = f"{NO_ANSWER} {timeout_s:.0f} s"
             raise AttemptError(msg) from None
-        except (aiohttp.ClientError, OSError) as error:
+        except AttemptError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the library, and whatever came
             raise AttemptError(one_line(error, 200)) from None
 
     async def open(self, endpoint: Endpoint, spec: EngineSpec, *, is_pinned: bool) -> None:
@@ -379,7 +389,7 @@ async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
 def _most_bytes(asked: Asked) -> int:
     """Room for each token that may be in an answer, and for those listed beside it."""
     tokens = asked.body.get("max_tokens") or asked.body.get("max_completion_tokens") or 0
-    return int(asked.n * tokens * (256 + 512 * (1 + (asked.num_logprobs or 0))))
+    return LEAST_MOST_BYTES + int(asked.n * tokens * (256 + 512 * (1 + (asked.num_logprobs or 0))))
 
 
 def _find_models(cards: Mapping[str, Mapping[str, Any]], spec: EngineSpec) -> dict[str | None, str]:

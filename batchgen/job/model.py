@@ -544,6 +544,13 @@ class JobConfig(Table):
             raise ValueError(why)
         return self
 
+    @model_validator(mode="after")
+    def _has_one_place(self) -> Self:
+        if self.model.urls and self.run.is_cluster:
+            msg = "model.base_url does not go with run.replicas: one process keeps servers busy"
+            raise ValueError(msg)
+        return self
+
     @property
     def run_date(self) -> date:
         """The day that dates in paths are counted from; no key of the file, not in the recipe."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
-from batchgen.core.errors import EngineError, ExitCode, OutputError
+from batchgen.core.errors import ConfigError, EngineError, ExitCode, OutputError
 from batchgen.core.runtime import command, option
 from batchgen.engine.devices import device_name, read_devices, vllm_version
 from batchgen.job.tuned import PLACES, key_of, tuned_path, value_of
@@ -283,6 +283,9 @@ class Tuning:
         Raises:
             BatchgenError: The job fails. What was answered stays.
         """
+        if self._job.model.urls and not self._job.model.is_auto:
+            where = "model.base_url"
+            raise ConfigError(where, ["how much servers get at once finds itself, in every run"])
         check_writable(tuned_path(self._path))
         for settings in self._search.candidates():
             if self._search.trials and not self._may_try(num_after=2):

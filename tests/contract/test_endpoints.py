@@ -354,6 +354,31 @@ def test_nothing_for_too_long_ends_it_and_says_so():
             never(engine)
 
 
+@pytest.mark.proof
+def test_a_server_that_answers_trials_and_no_row_makes_no_errors():
+    """It ends the run: nothing is proven against its rows."""
+    with (
+        stand_in(faults=Every(oops, each=1)) as server,
+        closing(OpenAIEngine(spec_of(server, endpoint_grace_s=10.0))) as engine,
+    ):
+        engine.add(asks(40))
+        with pytest.raises(EngineError, match="no server has answered"):
+            never(engine)
+
+
+def test_a_row_that_is_always_too_much_is_an_error_in_the_end():
+    def spoil(server, request, body):
+        return error(429, **{"Retry-After": "0"}) if "poison" in str(body) else None
+
+    with (
+        stand_in(delay_s=0.02, faults=spoil) as server,
+        closing(OpenAIEngine(spec_of(server, endpoint_grace_s=3.0))) as engine,
+    ):
+        much, *others = answers(engine, [*asks(1, "poison {}"), *asks(300)])
+    assert much.error.error_type == "endpoint_failed"
+    assert all(answer.error is None for answer in others)
+
+
 def test_a_server_that_is_not_there_yet_is_waited_for():
     server = StandIn().start()
     server.stop()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,7 +69,7 @@ class Place:
         self.env |= {"PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode")}
         self.env.pop("PYTHONDONTWRITEBYTECODE", None)
 
-    def job(self, form, out, **model):
+    def job(self, form, out, more=None, **model):
         system = "Label the support ticket. Answer in JSON with label and urgency."
         tables = {
             "input": {"path": "rows.jsonl"},
@@ -80,6 +81,7 @@ class Place:
         tables["model"] = {**shape, **model}
         tables["model.engine"] = {"enforce_eager": True}
         tables["output"] = {"path": out, **FORMS[form]["output"]}
+        tables |= more or {}
         path = self.folder / f"{form}-{out}-{'-'.join(model)}.toml"
         path.write_text(toml(tables))
         return path
@@ -103,15 +105,17 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("endpoints"))
 
 
-@pytest.fixture(scope="module")
-def warm(place):
+@contextmanager
+def engine_up(place, job):
     """`batchgen engine up`, ready; its key in the environment of the runs."""
-    command = [sys.executable, "-m", "batchgen", "engine", "up", str(place.job("schema", "none"))]
+    before = set((place.folder / "state").rglob("*.json"))
+    command = [sys.executable, "-m", "batchgen", "engine", "up", str(job)]
     command += ["--port", str(free_port())]
-    with (place.folder / "server.log").open("wb") as log:
+    with (place.folder / "server.log").open("ab") as log:
         server = subprocess.Popen(command, env=place.env, stdout=log, stderr=log)
     try:
-        (path,) = wait_for(lambda: list((place.folder / "state").rglob("*.json")), server)
+        states = place.folder / "state"
+        (path,) = wait_for(lambda: set(states.rglob("*.json")) - before, server)
         state = json.loads(path.read_bytes())
         place.env["WARM_KEY"] = Path(state["key_file"]).read_text().strip()
         wait_for(lambda: models(state["url"], place.env["WARM_KEY"]), server)
@@ -119,6 +123,12 @@ def warm(place):
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def warm(place):
+    with engine_up(place, place.job("schema", "none")) as found:
+        yield found
 
 
 def wait_for(look, server):
@@ -191,6 +201,47 @@ def test_auto_takes_the_warm_engine_and_does_without_it_when_it_is_gone(place, w
     assert (again.returncode, state["url"] in again.stderr) == (75, True)
     other = place.job("schema", "other", backend="openai", base_url="auto", max_model_len=512)
     assert place.run(other)["engine"]["name"] == "vllm"
-    server.kill()
-    server.wait(60)
-    assert place.run(auto, "--fresh")["engine"]["name"] == "vllm"
+
+
+def test_adapters_and_a_warm_engine_that_is_killed_under_a_run(place):
+    adapters = ROOT / "sample_data" / "adapters"
+    loras = {name: str(adapters / name) for name in ("teams", "urgency")}
+    model = {"lora_column": "adapter"}
+    lines = (place.folder / "rows.jsonl").read_bytes().splitlines()
+    rows = [row for row in lines if is_json(row)][:90]
+    given = [
+        json.dumps({**json.loads(row), "n": n, "adapter": name})
+        for n in range(12)
+        for row in rows
+        for name in ("teams", "urgency", None)
+    ]
+    (place.folder / "adapters.jsonl").write_text("\n".join(given) + "\n")
+    shape = {"input": {"path": "adapters.jsonl"}, "model.lora": loras, "run": {"dedupe": "never"}}
+    auto = place.job("schema", "lora", shape, backend="openai", base_url="auto", **model)
+    few = ("--set", "input.limit=90")
+    with engine_up(place, auto) as (server, _):
+        assert place.run(auto, *few)["engine"]["name"] == "openai"
+        command = [sys.executable, "-m", "batchgen", "run", str(auto), "--fresh", "--json"]
+        run = subprocess.Popen(command, env=place.env, stdout=subprocess.PIPE)
+        wait_for(lambda: num_ended(place.folder / "lora") > 200, run)
+        server.kill()
+        done = json.loads(run.communicate(timeout=300)[0])
+    assert (done["exit_code"], done["num_planned"]) == (0, len(given))
+    assert done["engine"]["name"] == "vllm"
+    assert any("the warm server has ended" in text for text in done["warnings"])
+    place.run(place.job("schema", "lora-here", shape, **model))
+    assert_close(place.rows("lora"), place.rows("lora-here"))
+
+
+def is_json(row):
+    try:
+        return isinstance(json.loads(row), dict)
+    except ValueError:
+        return False
+
+
+def num_ended(out):
+    """Rows that the newest run has ended so far."""
+    newest = max(out.glob("_batchgen/runs/*/live.json"), key=lambda path: path.parent.name)
+    live = json.loads(newest.read_bytes())
+    return live.get("num_ok", 0) + live.get("num_errors", 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,9 @@ from batchgen.endpoints.messages import (
 from batchgen.endpoints.options import Options, started_at
 from batchgen.endpoints.server import retry_after_s
 from batchgen.engine.base import HostedRequest
+from batchgen.pipeline.prepare import check, plain_http
+
+MODEL = Path(__file__).parent.parent.parent / "sample_data" / "model"
 
 VLLM = Server({None: "m", "style": "style"}, is_vllm=True)
 PLAIN = Server({None: "m"}, is_vllm=False)
@@ -190,3 +194,54 @@ def test_a_warm_engine_counts_only_while_it_runs_and_if_nobody_else_wrote_it(tmp
 )
 def test_a_keyword_is_written_as_the_command_line_has_it(value, words):
     assert warm.argument("a_b", value) == words
+
+
+SERVER = {"backend": "openai", "name": "m", "base_url": "http://gpu1:8000/v1"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "problem"),
+    [
+        ({"model": {**SERVER, "base_url": "ftp://x"}}, "base_url = 'ftp://x' is wrong"),
+        ({"model": {**SERVER, "base_url": "http://x/v1?k=1"}}, "base_url = .* is wrong"),
+        ({"model": {"backend": "openai", "name": "m"}}, "base_url = '' is wrong"),
+        ({"model": {**SERVER, "name": ""}}, "name is missing"),
+        ({"model": {"backend": "echo", "base_url": "http://x/v1"}}, "base_url goes with backend"),
+        ({"model": {**SERVER, "api_key_env": "my-Secret"}}, "api_key_env is no name"),
+        ({"model": {**SERVER, "base_url": "https://me:pw@x/v1"}}, "has a password in a URL"),
+        ({"model": SERVER, "run": {"replicas": 2}}, "does not go with run.replicas"),
+        ({"run": {"replicas": 2, "max_tokens_total": 5}}, "max_tokens_total is counted in one"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_no_key_repeated(make_job, tables, problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        make_job(**tables)
+    assert "Secret" not in str(caught.value)
+    assert "pw" not in str(caught.value)
+
+
+def recipe_of(make_job, **model):
+    return check(make_job(model=model)).recipe
+
+
+def test_the_recipe_says_what_is_served_and_not_where(make_job):
+    there = recipe_of(make_job, **SERVER)
+    assert there["model"]["files"] == {"served": "m"}
+    elsewhere = {**SERVER, "base_url": ["https://a/v1", "https://b/v1"], "api_key_env": "KEY"}
+    assert recipe_of(make_job, **elsewhere) == there
+    assert recipe_of(make_job, **{**SERVER, "name": "other"}) != there
+    commit = recipe_of(make_job, **{**SERVER, "name": "a/b", "revision": "0" * 40})["model"]
+    assert (commit["backend"], commit["files"]) == ("vllm", {"hub": "a/b", "commit": "0" * 40})
+    here = {"name": str(MODEL), "max_model_len": 512}
+    assert recipe_of(make_job, **{**SERVER, **here}) == recipe_of(make_job, backend="vllm", **here)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_told"),
+    [
+        *(("http://gpu1/v1", True), ("https://gpu1/v1", False), ("http://127.0.0.1:8/v1", False)),
+        *(("http://127.0.0.1.evil.net/v1", True), ("http://[::1]:8/v1", False)),
+    ],
+)
+def test_what_everybody_on_the_way_can_read_is_told(url, is_told):
+    assert bool(plain_http([url])) is is_told
