@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command, reading
-from batchgen.core.runtime import option, size_text
+from batchgen.core.runtime import command, option, size_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,7 +85,7 @@ def prune(
 
 
 @output_command
-@click.argument("numbers", type=int, nargs=-1, metavar="[OLD NEW]")
+@click.argument("numbers", nargs=-1, metavar="[OLD NEW]")
 @click.option(
     "--on",
     metavar="COL[,COL]",
@@ -97,7 +97,7 @@ def prune(
 def diff(
     root: Path,
     *,
-    numbers: tuple[int, ...],
+    numbers: tuple[str, ...],
     on: str | None,
     num_rows: int,
     as_json: bool,
@@ -110,10 +110,13 @@ def diff(
     """
     from batchgen.views.diff import diff as diff_output
 
+    if others := [number for number in numbers if not number.isdecimal()]:
+        msg = "diff compares snapshots of one output, by their numbers; for two outputs: "
+        raise click.UsageError(msg + command("compare", others[0]))
     if len(numbers) not in {0, 2}:
         msg = f"{len(numbers)} snapshot given, expected none or two: OLD NEW"
         raise click.UsageError(msg)
-    both = (numbers[0], numbers[1]) if numbers else None
+    both = (int(numbers[0]), int(numbers[1])) if numbers else None
     columns = [name.strip() for name in on.split(",")] if on else []
     found = diff_output(root, both, on=columns, num_examples=num_rows)
     out(as_line(found.as_dict()) if as_json else "\n".join(_diff_lines(found)))

@@ -134,6 +134,7 @@ def check_row_test(name: str, text: str, columns: pa.Schema) -> None:
             raise ValueError(msg)
         if column not in columns.names:
             found = suggestion(column, columns.names)
+            found += f"; a text is written '{column}'" if f'"{column}"' in text else ""
             msg = f"{name} = {text!r}: unknown column {column!r}{found}"
             raise ValueError(msg)
     _check_row_wise(test)

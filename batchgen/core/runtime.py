@@ -87,7 +87,9 @@ class Caller:
 
 _UNKNOWN = Caller()
 _CALLER = ContextVar("caller", default=_UNKNOWN)
-_OF_FOLDERS = frozenset({"status", "show", "verify", "snapshots", "prune", "diff", "report"})
+_OF_FOLDERS = frozenset(
+    {"status", "show", "verify", "snapshots", "prune", "diff", "report", "compare"}
+)
 """Commands that take an output folder as well."""
 _FUNCTIONS = {
     **{verb: verb for verb in ("run", "check", "plan", "doctor", "status", "show")},

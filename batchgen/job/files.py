@@ -167,7 +167,10 @@ def _output(job: JobConfig, named: _Named) -> dict[str, Any]:
     changes: dict[str, Any] = {"path": named.place("output.path", job.output.path, is_dated=True)}
     if is_url(changes["path"]):
         named.problems.append(f"output.path: {_no_folder(changes['path'])}")
-    if isinstance(job.output.json_schema, str):
+    if isinstance(job.output.json_schema, str) and job.output.json_schema.lstrip()[:1] == "{":
+        text = "output.schema: looks like JSON text, expected the name of a file, or a TOML table"
+        named.problems.append(text)
+    elif isinstance(job.output.json_schema, str):
         found = named.json("output.schema", job.output.json_schema)
         if found is not None and not isinstance(found, dict):
             named.problems.append("output.schema: expected a JSON object that is a JSON Schema")

@@ -87,16 +87,32 @@ def load_job(path: Path, overrides: Sequence[str] = (), run_date: date | None = 
         ConfigError: With every problem found.
     """
     where = str(path)
+    text = ""
     try:
-        tables = tomllib.loads(read_text(path, "utf-8-sig"))
+        text = read_text(path, "utf-8-sig")
+        tables = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ConfigError(where, ["does not exist, expected a job file"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, [f"cannot be read as UTF-8 text: {error}"]) from error
     except (ValueError, RecursionError) as error:  # A number of 5,000 digits, 1,000 brackets.
-        raise ConfigError(where, [f"is not TOML: {error}"]) from error
+        raise ConfigError(where, [f"is not TOML: {error}{_bad_line(str(error), text)}"]) from error
     base = path.parent.resolve()
     return parse_job(tables, base=base, where=where, overrides=overrides, run_date=run_date)
+
+
+def _bad_line(problem: str, text: str) -> str:
+    """Show the line of a TOML text that a problem is about, and what it most often lacks."""
+    found = re.search(r"at line (\d+)", problem)
+    lines = text.splitlines()
+    if found is None or not 0 < int(found[1]) <= len(lines):
+        return ""
+    line = lines[int(found[1]) - 1].strip()
+    bare = re.fullmatch(r"([\w.-]+)\s*=\s*([^\s\"'\[{#][^\"'#]*?)\s*(?:#.*)?", line)
+    shown = redacted(line[:200])
+    if bare is None or shown != repr(line):
+        return f": {shown}"
+    return f': {shown}; a text needs quotes: {bare[1]} = "{bare[2]}"'
 
 
 def parse_job(

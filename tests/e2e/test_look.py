@@ -166,3 +166,9 @@ def test_what_of_the_input_is_left_out_is_said_when_there_is_nothing_to_do(tmp_p
 def test_fewer_rows_than_none_are_refused(job: Path, verb: str) -> None:
     done = run_cli(verb, job, "-n", -1)
     assert (done.returncode, "-1 is not in the range" in done.stderr) == (2, True), done
+
+
+def test_diff_of_folders_names_compare(job: Path) -> None:
+    done = run_cli("diff", job, "out/a", "out/b")
+    assert done.returncode == 2
+    assert f"for two outputs: batchgen compare {job} out/a" in " ".join(done.stderr.split())

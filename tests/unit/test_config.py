@@ -14,6 +14,7 @@ from batchgen.job.load import json_schema, load_job, parse_job
 from batchgen.job.model import JobConfig
 from batchgen.job.recipe import make_recipe
 from batchgen.pipeline.prepare import frozen_job
+from tests.fakes import tables_of_job
 
 MINIMAL = """
 [input]
@@ -896,3 +897,29 @@ def test_examples_end_at_line_feeds_alone(make_job, tmp_path, end):
     (tmp_path / "e.jsonl").write_bytes("".join(lines).encode())
     made = make_job(prompt={"examples_file": "e.jsonl"})
     assert [example.user for example in made.prompt.examples] == texts
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "path = tickets.jsonl",
+            r"'path = tickets.jsonl'; a text needs quotes: path = \"tickets.jsonl\"",
+        ),
+        ("path = a b # why", r"'path = a b # why'; a text needs quotes: path = \"a b\""),
+        ('path = "x', "'path = \"x'"),
+        ("api_key = hf_abcdefghijklmnopqrstuvwxyz0123456789", r"\(not shown\)"),
+    ],
+)
+def test_a_line_that_is_no_toml_is_shown(tmp_path: Path, line: str, told: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(f"[input]\n{line}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"is not TOML: .*\(at line 2, .*\): {told}$") as caught:
+        load_job(path)
+    assert "hf_abc" not in str(caught.value)
+
+
+def test_a_schema_that_is_json_text_is_told(tmp_path: Path) -> None:
+    tables = {"output": {"path": "out", "schema": ' {"type": "object"}'}}
+    with pytest.raises(ConfigError, match=r"output\.schema: looks like JSON text"):
+        parse_job(tables_of_job(**tables), base=tmp_path, where="job.toml")

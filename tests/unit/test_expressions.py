@@ -87,6 +87,7 @@ def test_tests_of_one_row_are_accepted(text):
         ("", "is not an SQL expression"),
         ("random() > 0.5", "is not an SQL expression"),
         ("idd = 'a'", r"unknown column 'idd'; did you mean 'id'\?"),
+        ('id = "web"', "unknown column 'web'; there are .*; a text is written 'web'"),
         ("zzzzz = 1", "unknown column 'zzzzz'; there are 'id', 'n', 'good', 'at', 'tags'"),
         ("n + 1", "gives Int64, expected a boolean"),
         ("id", "gives String, expected a boolean"),
