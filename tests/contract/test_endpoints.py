@@ -516,10 +516,9 @@ def test_neither_key_nor_prompt_is_anywhere_but_at_the_server(tmp_path):
     spoilt = itertools.count()
 
     def spoil(server, request, body):
-        if "row" not in str(body) or next(spoilt) % 3:
-            return None
-        text = f"wrong {request.headers['Authorization']}: {body['messages']}"
-        return error(500 if next(spoilt) % 2 else 400, text)
+        number = next(spoilt) if "row" in str(body) else 1
+        texts = [f"wrong {request.headers['Authorization']}", f"cannot: {body['messages']}"]
+        return error(400 + 100 * (number % 4 > 1), texts[number % 2]) if number % 3 == 0 else None
 
     with stand_in(key=KEY, faults=spoil) as server:
         job = job_file(tmp_path, server, gate={"max_error_rate": 1.0}, output={"path": "out"})
