@@ -46,6 +46,14 @@ _NOT_EMPTY = {
     "path": "at least one path",
 }
 
+_MEANT = {
+    **dict.fromkeys(("output.dir", "output.folder"), "path"),
+    "model.model": "name",
+    "prompt.prompt": "user",
+    "sampling.temp": "temperature",
+}
+"""Keys that others call so -> what they are here."""
+
 _SECRET_KEY = re.compile(
     r"(?:.*[_-])?(?:api_?key|secret|password|passwd|credentials?|private_key|authorization"
     r"|access_key|access_key_id|secret_key|account_key|connection_string)"
@@ -240,7 +248,7 @@ def _did_you_mean(location: Sequence[str]) -> str:
     homes = [name for name in JobConfig.model_fields if _has_key(_table_at([name]), last)]
     if homes:
         return f", did you mean '{homes[0]}.{last}'?"
-    if near := nearest(last, _fields(table)):
+    if near := _MEANT.get(".".join(location)) or nearest(last, _fields(table)):
         return f", did you mean {near!r}?"
     if list(parents) == ["model"]:
         return "; vLLM's other options go in [model.engine]"

@@ -923,3 +923,14 @@ def test_a_schema_that_is_json_text_is_told(tmp_path: Path) -> None:
     tables = {"output": {"path": "out", "schema": ' {"type": "object"}'}}
     with pytest.raises(ConfigError, match=r"output\.schema: looks like JSON text"):
         parse_job(tables_of_job(**tables), base=tmp_path, where="job.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("output.dir", "path"), ("model.model", "name"), ("sampling.temp", "temperature")],
+)
+def test_a_key_that_others_call_so_is_known(tmp_path: Path, key: str, meant: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(key)}: unknown key, did you mean '{meant}'"
+    ):
+        parse_job(tables_of_job(), base=tmp_path, where="job.toml", overrides=[f"{key}=x"])
