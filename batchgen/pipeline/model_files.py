@@ -50,7 +50,9 @@ def resolve_model(name: str, revision: str | None, *, allow_pickle: bool = False
         return ModelFiles(str(folder), identity)
     if folder.is_absolute() or name.count("/") > 1:
         where = "model.name"
-        raise ConfigError(where, [f"{name!r} does not exist, expected a model's folder or hub id"])
+        server = "; for a server: model.backend = 'openai' and model.base_url"
+        text = f"{name!r} does not exist, expected a model's folder or hub id"
+        raise ConfigError(where, [text + (server if "://" in name else "")])
     found = _from_hub(name, revision, allow_pickle=allow_pickle)
     _refuse_pickles(Path(found.path), allow_pickle=allow_pickle, is_complete=False)
     return found

@@ -13,7 +13,7 @@ from batchgen.core.errors import ConfigError
 from batchgen.job.load import json_schema, load_job, parse_job
 from batchgen.job.model import JobConfig
 from batchgen.job.recipe import make_recipe
-from batchgen.pipeline.prepare import frozen_job
+from batchgen.pipeline.prepare import frozen_job, prepare
 from tests.fakes import tables_of_job
 
 MINIMAL = """
@@ -934,3 +934,11 @@ def test_a_key_that_others_call_so_is_known(tmp_path: Path, key: str, meant: str
         ConfigError, match=rf"{re.escape(key)}: unknown key, did you mean '{meant}'"
     ):
         parse_job(tables_of_job(), base=tmp_path, where="job.toml", overrides=[f"{key}=x"])
+
+
+def test_a_model_that_is_a_url_is_told_of_servers(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    model = {"backend": "vllm", "name": "http://10.0.0.5:8000/v1"}
+    job = parse_job(tables_of_job(model=model), base=tmp_path, where="job.toml")
+    with pytest.raises(ConfigError, match=r"model\.backend = 'openai' and model\.base_url"):
+        prepare(job)
