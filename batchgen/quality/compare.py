@@ -21,17 +21,9 @@ from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
-from batchgen.views.diff import (
-    ANSWER,
-    AT,
-    CLASS,
-    KINDS,
-    Both,
-    Diff,
-    Side,
-    compared,
-)
+from batchgen.views.diff import Diff, compared
 from batchgen.views.labels import OLD
+from batchgen.views.sides import ANSWER, AT, CLASS, KINDS, Both, Side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ from batchgen.pipeline.gold import MOST_LABELS
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
-from batchgen.views.diff import Side
+from batchgen.views.sides import Side
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -34,10 +34,10 @@ from batchgen.store.books import TRIES, Durable
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Renumbering, Span
 from batchgen.store.result_files import ROW, SEGMENT, rows_of
-from batchgen.views.diff import ANSWER, Side
 from batchgen.views.labels import OLD, LabelMoves, counted_moves
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
+from batchgen.views.sides import ANSWER, Side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

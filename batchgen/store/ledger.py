@@ -70,6 +70,7 @@ _READABLE = {1, FORMAT}
 _LIST_FILES, _CUT_ONE_IN = 500, 256
 _NOTHING_KEPT = Durable()
 _MAX_CLAIM_TRIES = 100
+_LONG = 10_000
 
 
 class Ledger:
@@ -507,4 +508,6 @@ def _digest_of_list(data: bytes) -> str:
 
 
 def _dumps(fields: dict[str, Any]) -> bytes:
-    return json.dumps({"format": FORMAT, **fields}, indent=1).encode() + b"\n"
+    # For people, but for what nobody reads: a million lines would take their size in memory twice.
+    is_long = any(isinstance(value, list) and len(value) > _LONG for value in fields.values())
+    return json.dumps({"format": FORMAT, **fields}, indent=None if is_long else 1).encode() + b"\n"
