@@ -529,12 +529,26 @@ def report_options(job: JobConfig | None, price: Price | None, *, with_rows: boo
     from batchgen.preview.estimate import read_price
     from batchgen.report_page.facts import ReportOptions
 
+    score = _score_text(job, with_labels=with_rows) if job is not None else ""
     if price is None and job is not None and job.run.gpu_cost is not None:
         price = read_price(job.run.gpu_cost)
     if price is None or (job is not None and job.run.replicas == "auto"):
-        return ReportOptions(with_rows)
+        return ReportOptions(with_rows, score=score)
     num_gpus = engine_gpus(job) * int(job.run.replicas) if job is not None else 1
-    return ReportOptions(with_rows, (price.per_hour * num_gpus, price.currency))
+    return ReportOptions(with_rows, (price.per_hour * num_gpus, price.currency), score)
+
+
+def _score_text(job: JobConfig, *, with_labels: bool) -> str:
+    """Write the score of what is published; gold labels are rows' own, unlike those of the job."""
+    from batchgen.quality.score import score as score_output
+
+    if job.score.gold is None:
+        return ""
+    try:
+        text = score_output(Path(job.output.path), job.score).as_text()
+    except BatchgenError as error:
+        text = f"not scored: {error}"
+    return text if with_labels else "\n".join(text.splitlines()[:2])
 
 
 @_plainly

@@ -107,6 +107,8 @@ class ReportOptions:
     """Whether texts of rows may be in it, and messages that may quote them."""
     price: tuple[float, str] | None = None
     """Of all GPUs for an hour, and its currency."""
+    score: str = ""
+    """How good the labels are, in lines; empty without gold labels."""
 
 
 @dataclass(slots=True)

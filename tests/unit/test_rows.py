@@ -16,6 +16,7 @@ import batchgen
 from batchgen.api import _look_back
 from batchgen.cli import cli
 from batchgen.core.errors import ConfigError
+from batchgen.job.load import parse_job
 from batchgen.store.books import STATE
 from batchgen.views.rows import INPUT, LINE, Output, Shown, as_json, error_lines, output_of, rows
 
@@ -167,6 +168,6 @@ def test_what_cannot_be_looked_at_is_a_warning_and_no_end(
     snapshot.chmod(0o644)
     snapshot.write_bytes(b"x" * snapshot.stat().st_size)
     summary.error_examples.clear()
-    _look_back(summary)
+    _look_back(parse_job(job, base=root, where="job"), summary)
     assert summary.error_examples == []
-    assert "cannot be shown" in summary.warnings[-1]
+    assert "report could not be written" in summary.warnings[-1]
