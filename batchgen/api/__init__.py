@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from batchgen.api.endings import look_back, report_options
 from batchgen.api.jobs import (
     BESIDE,
     TABLE,
@@ -50,13 +51,11 @@ if TYPE_CHECKING:
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
     from batchgen.preview.check import Checked
-    from batchgen.preview.estimate import Price
     from batchgen.preview.model_check import Report
     from batchgen.preview.plan import Forecast
     from batchgen.quality.compare import Comparison
     from batchgen.quality.score import Score
     from batchgen.quality.try_out import Tried
-    from batchgen.report_page.facts import ReportOptions
     from batchgen.views.results import Rows, Status
 
 __all__ = [
@@ -499,56 +498,8 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
         from batchgen.cluster.driver import ManyEngines
 
         this = JobRun(job, stop=stop, options=options, compute=ManyEngines)
-    this.at_end = functools.partial(_look_back, job)
+    this.at_end = functools.partial(look_back, job)
     return this
-
-
-def _look_back(job: JobConfig, summary: Summary) -> None:
-    """Add what people look at once a run has ended: trouble with it is not the run's."""
-    try:
-        _add_examples(job, summary)
-    except Exception as error:  # noqa: BLE001 - of whatever library: the run is over
-        summary.warnings.append(f"the run's report could not be written: {error!r:.200}")
-
-
-def _add_examples(job: JobConfig, summary: Summary) -> None:
-    from batchgen.report_page.page import write_report
-    from batchgen.views.rows import error_lines
-
-    root = Path(summary.output)
-    if summary.num_errors:
-        summary.error_examples.extend(error_lines(root))
-    if summary.summary_path is not None and job.run.report != "none":
-        options = report_options(job, None, with_rows=job.run.report == "full")
-        write_report(root, options, run_id=summary.run_id)
-
-
-def report_options(job: JobConfig | None, price: Price | None, *, with_rows: bool) -> ReportOptions:
-    """Say what a report tells; without the job no price is known but a given one."""
-    from batchgen.engine.vllm.settings import engine_gpus
-    from batchgen.preview.estimate import read_price
-    from batchgen.report_page.facts import ReportOptions
-
-    score = _score_text(job, with_labels=with_rows) if job is not None else ""
-    if price is None and job is not None and job.run.gpu_cost is not None:
-        price = read_price(job.run.gpu_cost)
-    if price is None or (job is not None and job.run.replicas == "auto"):
-        return ReportOptions(with_rows, score=score)
-    num_gpus = engine_gpus(job) * int(job.run.replicas) if job is not None else 1
-    return ReportOptions(with_rows, (price.per_hour * num_gpus, price.currency), score)
-
-
-def _score_text(job: JobConfig, *, with_labels: bool) -> str:
-    """Write the score of what is published; gold labels are rows' own, unlike those of the job."""
-    from batchgen.quality.score import score as score_output
-
-    if job.score.gold is None:
-        return ""
-    try:
-        text = score_output(Path(job.output.path), job.score).as_text()
-    except BatchgenError as error:
-        text = f"not scored: {error}"
-    return text if with_labels else "\n".join(text.splitlines()[:2])
 
 
 @_plainly

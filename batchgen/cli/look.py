@@ -229,11 +229,12 @@ def report(
     Example: batchgen report jobs/quickstart.toml --output report.html --no-rows
     """
     from batchgen import api
+    from batchgen.api.endings import report_options
     from batchgen.report_page.page import write_report
 
     config = None if job.is_dir() else load(tuned=False)
     root = api.output_of(job) if config is None else Path(config.output.path)
-    options = api.report_options(config, price, with_rows=not no_rows)
+    options = report_options(config, price, with_rows=not no_rows)
     out(write_report(root, options, Path(output) if output is not None else None))
 
 

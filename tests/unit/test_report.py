@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchgen
-from batchgen.api import _look_back, job_run
+from batchgen.api import job_run
+from batchgen.api.endings import look_back
 from batchgen.cli import cli
 from batchgen.core.errors import GateError, OutputError
 from batchgen.job.load import parse_job
@@ -260,7 +261,7 @@ def test_a_damaged_output_is_told_with_the_rest(tmp_path: Path) -> None:
     shutil.rmtree(Path(summary.summary_path or "").parent)
     before = list(summary.warnings)
     summary.error_examples.clear()
-    _look_back(config, summary)  # Its folder is gone: a report may fail, a run does not.
+    look_back(config, summary)  # Its folder is gone: a report may fail, a run does not.
     assert summary.exit_code == 0
     assert len(summary.warnings) - len(before) <= 1
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import batchgen
-from batchgen.api import _look_back
+from batchgen.api.endings import look_back
 from batchgen.cli import cli
 from batchgen.core.errors import ConfigError
 from batchgen.job.load import parse_job
@@ -168,6 +168,6 @@ def test_what_cannot_be_looked_at_is_a_warning_and_no_end(
     snapshot.chmod(0o644)
     snapshot.write_bytes(b"x" * snapshot.stat().st_size)
     summary.error_examples.clear()
-    _look_back(parse_job(job, base=root, where="job"), summary)
+    look_back(parse_job(job, base=root, where="job"), summary)
     assert summary.error_examples == []
     assert "report could not be written" in summary.warnings[-1]
