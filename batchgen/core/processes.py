@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _WAIT_S = 0.2
 _MOST = 32
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
+"""There are as many processes as cores. Arrow goes by the first."""
 _AHEAD = 4
 """Pieces that may be done, a process, while an earlier one is not."""
 
@@ -135,7 +137,7 @@ def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
         process = subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-P", "-m", "batchgen.core.processes", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
-            env=child_environment("batchgen"),
+            env={**child_environment("batchgen"), **_ONE_THREAD},
             pass_fds=(theirs.fileno(),),
             start_new_session=True,  # Ctrl-C is its parent's to hear.
         )
