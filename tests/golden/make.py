@@ -367,7 +367,7 @@ def outputs(folder: Path) -> str:
         out = at / "out"
         names = (str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
         names = (_SHOWN.sub(r"\1-<hash>", _RUN.sub("<run>", name)) for name in names)
-        lines += sorted({_HASH.sub(r"<hash>\1", name) for name in names})
+        lines += sorted({_HASH.sub("<hash>", name) for name in names})
         lines += _schema(min(out.glob("part-*.parquet")))
     lines += _schema(next(out.glob("_batchgen/runs/*/stats.parquet")))
     return "\n".join(lines) + "\n"
@@ -375,7 +375,7 @@ def outputs(folder: Path) -> str:
 
 _RUN = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 _SHOWN = re.compile(r"(part-\d{8})-[0-9a-f]{8}")
-_HASH = re.compile(r"[0-9a-f]{64}(\.\w+)")
+_HASH = re.compile(r"(?<=[/-])(?:[0-9a-f]{64}|[0-9a-f]{32}|[0-9a-f]{16})(?=\.\w+)")
 
 
 def _schema(path: Path) -> list[str]:

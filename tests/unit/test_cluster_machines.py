@@ -102,6 +102,7 @@ def all_errors() -> list[BatchgenError]:
         RecipeChangedError: ("out", ["model.name: a -> b"]),
         errors.StorageError: ("out/part", "no space"),
         errors.DamagedPartError: ("part", "torn"),
+        errors.ProcessDiedError: (-9,),
         GateError: ("2 % errors", [{"name": "max_error_rate"}]),
     }
     kinds = [

@@ -102,7 +102,10 @@ def prints_of(path: Path) -> list[str]:
 
 
 ELSEWHERE = {
+    "endpoints/warm.py": ["print"],  # Fixed words, a model's name and a path.
+    "engine/vllm/images.py": ["print"],  # Fixed words, into the engine's log.
     "engine/process.py": ["sys.stderr.flush", "sys.stdout.flush", "sys.stderr.flush"],
+    "report_page/charts.py": ["sys.stdout.write"],  # JSON, to the process that asked for charts.
     "pipeline/notify.py": ["STDERR.write"],  # What the job's own program says.
     "pipeline/stats.py": ["print"],  # With `printable`.
 }

@@ -370,7 +370,7 @@ def test_status_shows_the_table_and_json_has_all_of_it(storage):
     finally:
         lock.release()
     head, row = text.splitlines()[-2:]
-    assert "run.num_replicas_up" in text
+    assert "1/1 replicas" in text
     assert "look_age_s" not in text
     assert head.split()[:3] == ["replica", "worker", "state"]
     assert row.split()[-1] == "node-a"

@@ -11,7 +11,7 @@ from batchgen.engine.process import build_engine
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
-from batchgen.tuning.trial import Stops, Times, _for_trial, run_trial
+from batchgen.tuning.trial import Stops, Times, run_trial
 from tests.faulty import BACKEND
 
 TIMES = Times(settle_s=0.05, settle_most_s=0.1, least_s=0.2, most_s=0.2)
@@ -19,9 +19,9 @@ TIMES = Times(settle_s=0.05, settle_most_s=0.1, least_s=0.2, most_s=0.2)
 
 def test_nobody_is_told_of_a_trial_and_one_engine_is_enough(make_job):
     hook = {"on_finish": ["true"], "metrics_file": "x.prom"}
-    job = _for_trial(make_job(run=hook | {"replicas": 4}), {"max_num_seqs": 3})
+    job = make_job(run=hook | {"replicas": 4}).quiet()
     assert (job.run.on_finish, job.run.metrics_file, job.run.replicas) == ([], None, 1)
-    assert (job.model.max_num_seqs, job.run.order) == (3, "auto")
+    assert job.run.order == "auto"
 
 
 class Recorder:
