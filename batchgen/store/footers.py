@@ -106,7 +106,7 @@ def _rows(storage: LocalStorage, place: str) -> Iterator[Told]:
     with suppress(StorageError, pa.ArrowException):
         data = storage.read(place) or b""
         if _place(epoch_of(place), data) == place:
-            file = pq.ParquetFile(io.BytesIO(data))
+            file = pq.ParquetFile(pa.BufferReader(data))
             for batch in file.iter_batches(_ROWS, columns=_SCHEMA.names):
                 yield from map(Told, *(column.to_pylist() for column in batch.columns))
 
@@ -165,7 +165,7 @@ class Same:
             ValueError: They are none, or do not balance.
         """
         footer = PartFooter.from_metadata({FOOTER_KEY: text.encode()})
-        for name in ("plan", "run_id", "engine", "tally"):
+        for name in ("plan", "run_id", "engine", "tally", "num_ok"):
             value = getattr(footer, name)
             object.__setattr__(footer, name, self._seen.setdefault(repr(value), value))
         return footer

@@ -189,8 +189,9 @@ class SnapshotFormat:
         }
 
 
-_WORTH_BYTES = 128 << 20
-"""Parts of so many bytes together are worth processes, which take half a second to start."""
+_WORTH_BYTES, _OWN_CORES = 256 << 20, 1.5
+"""What processes write that one would not have written meanwhile must be so many bytes of parts: to
+start takes them half a second each, and one alone uses so many cores."""
 
 
 def write_snapshot(
@@ -209,7 +210,7 @@ def write_snapshot(
         kept: By position.
         form: How to write.
         stem: Of the files' names, with their folder; must be this run's own.
-        worth_bytes: From so many bytes of parts on, by processes.
+        worth_bytes: By processes, if more than so many bytes of parts are gained by it.
 
     Returns:
         The entries of all files, kept ones among them, in order. A job without a row has one file
@@ -226,7 +227,8 @@ def write_snapshot(
     stems = [f"{stem}-{number:05d}" for number in range(len(spans))]
     found = {one.start: [one.file] for one in kept}
     num = num_processes(len(spans))
-    if num > 1 and parts.storage.is_plain and parts.num_bytes >= worth_bytes:
+    is_worth = num > 1 and parts.num_bytes * (1 - _OWN_CORES / num) >= worth_bytes
+    if is_worth and parts.storage.is_plain:
         num_read = Counter[str]()
         with Crew(num) as crew:
             pieces = (
