@@ -12,7 +12,9 @@ import pytest
 import batchgen
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
+from batchgen.store.keys import KEYS, keys_of
 from batchgen.store.ledger import Ledger
+from batchgen.store.prune import Keep, prune
 from batchgen.views.diff import diff
 from tests.harm import flip
 
@@ -86,6 +88,19 @@ def test_files_that_two_nights_share_are_not_read_and_counted_all_the_same(world
     assert diff(world / "out") == by_place
     with pytest.raises(OutputError, match="cannot be read"):
         diff(world / "out", on=["id"])
+
+
+def test_keys_of_files_go_with_the_files(world: Path) -> None:
+    night(world)
+    rows = read(world, 2)
+    write(world, 2, [{**row, "label": "no"} for row in rows])
+    night(world)
+    ledger = Ledger(LocalStorage(world / "out"))
+    old, new = (set(map(keys_of, names(world, number))) for number in (1, 2))
+    assert old - new
+    assert set(ledger.storage.list(KEYS)) == old | new
+    prune(ledger, Keep(1))
+    assert set(ledger.storage.list(KEYS)) == new
 
 
 def names(folder: Path, number: int) -> list[str]:
