@@ -19,7 +19,7 @@ from batchgen.store.result_files import ResultFile, check_rows
 from batchgen.store.visible import shown_problems, told_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import pyarrow as pa
@@ -52,7 +52,9 @@ class Verdict:
 
 
 def verify(root: Path, *, patience_s: float = _PATIENCE_S) -> Verdict:
-    """Check the newest snapshot, what the folder shows of it, and the parts of an unfinished plan.
+    """Check all snapshots, what the folder shows of the newest, and parts of an unfinished plan.
+
+    A file that several snapshots have is read once; its damage names all of them.
 
     A part that is not what was written is marked, so that the next run redoes its rows; nothing
     else is changed.
@@ -74,10 +76,10 @@ def verify(root: Path, *, patience_s: float = _PATIENCE_S) -> Verdict:
     return verdict
 
 
-def _where(ledger: Ledger) -> tuple[int, int]:
-    """How far the job is, in plans and in snapshots."""
-    manifest = ledger.latest_manifest()
-    return ledger.latest_plan_number(), manifest.number if manifest is not None else 0
+def _where(ledger: Ledger) -> tuple[int, int, int]:
+    """How far the job is, in plans and in snapshots, and how many of them there are."""
+    numbers = [manifest.number for manifest in ledger.manifests()]
+    return ledger.latest_plan_number(), max(numbers, default=0), len(numbers)
 
 
 def _look(ledger: Ledger, patience_s: float) -> Verdict:
@@ -110,16 +112,19 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
     if plan.plan_id != manifest.plan_id:
         verdict.problems.append(f"manifest {manifest.number}: belongs to another plan")
     counted = {"ok": 0, "error": 0}
+    numbers_of = _numbers_of(older := ledger.manifests())
     for file in manifest.files:
         try:
             _check_published(ledger, file, plan, counted, verdict)
         except (ValueError, OSError, StorageError) as error:
             damaged.append(file.name)
             why = str(error).splitlines()[0]
+            also = _and_of(numbers_of[file.name][:-1])
             verdict.problems.append(
-                f"{file.name}: {why}; published rows are damaged: {_remedy(ledger, file)}"
+                f"{file.name}: {why}; published rows are damaged{also}: {_remedy(ledger, file)}"
             )
     _check_index(ledger, manifest, verdict)
+    _check_older(ledger, older, {file.name for file in manifest.files}, verdict)
     if not verdict.problems and (counted["ok"], counted["error"]) != (
         manifest.num_ok,
         manifest.num_errors,
@@ -129,6 +134,36 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
             f"errors, the files hold {counted['ok']} and {counted['error']}"
         )
     return damaged
+
+
+def _numbers_of(manifests: Iterable[Manifest]) -> dict[str, list[int]]:
+    """Name of each published file -> the snapshots that have it."""
+    found: dict[str, list[int]] = {}
+    for manifest in manifests:
+        for file in manifest.files:
+            found.setdefault(file.name, []).append(manifest.number)
+    return found
+
+
+def _and_of(numbers: Sequence[int]) -> str:
+    told = ", ".join(map(str, numbers))
+    return f", of snapshot{'s' * (len(numbers) > 1)} {told} too" if numbers else ""
+
+
+def _check_older(
+    ledger: Ledger, manifests: Sequence[Manifest], checked: set[str], verdict: Verdict
+) -> None:
+    """Check the files that only older snapshots have, each once."""
+    numbers_of = _numbers_of(manifests)
+    files = {file.name: file for manifest in manifests for file in manifest.files}
+    for name, file in files.items():
+        path = ledger.storage.path(name)
+        if name in checked or (why := told_difference(path, file)) is None:
+            continue
+        of = ", ".join(map(str, numbers_of[name]))
+        verdict.problems.append(
+            f"{name}: {why}; damages snapshot {of}: bring the file back from a backup, or prune it"
+        )
 
 
 def _remedy(ledger: Ledger, file: PublishedFile) -> str:

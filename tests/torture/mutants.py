@@ -24,6 +24,7 @@ class Mutant:
     """Restricts a sweep, see `sweep`."""
 
 
+KEEPING = "batchgen/pipeline/keeping.py"
 STORAGE, LEDGER = "batchgen/storage.py", "batchgen/store/ledger.py"
 SNAPSHOT, SHOWN = "batchgen/pipeline/publish.py", "batchgen/store/visible.py"
 RAISED = "            raise AccountingError(msg)\n"
@@ -151,8 +152,8 @@ MUTANTS = (
         LEDGER,
         (
             (
-                "            raise AccountingError(msg)\n        self.storage.put_if_absent(",
-                "        self.storage.put_if_absent(",
+                "            raise AccountingError(msg)\n        fields = asdict(",
+                "        fields = asdict(",
             ),
         ),
         (*PYTEST, "tests/unit/test_ledger.py"),
@@ -162,10 +163,10 @@ MUTANTS = (
         SNAPSHOT,
         (
             (
-                "    return ledger.put_manifest(manifest)\n",
+                "    return ledger.put_manifest(manifest, plan.kept_of)\n",
                 "    for name in ledger.storage.list(f'{STATE}/parts'):\n"
                 "        ledger.storage.remove(name)\n"
-                "    return ledger.put_manifest(manifest)\n",
+                "    return ledger.put_manifest(manifest, plan.kept_of)\n",
             ),
         ),
         SWEEP,
@@ -316,6 +317,54 @@ MUTANTS = (
         SNAPSHOT,
         (("        check_unchanged(segment)\n", "        assert segment\n"),),
         (*PYTEST, "tests/unit/test_nights_decide.py"),
+    ),
+    Mutant(
+        "a file is kept though a row in it changed",
+        KEEPING,
+        (("if at < 0 or start + num_rows > runs[at].old + runs[at].length:", "if at < 0:"),),
+        NIGHTS,
+    ),
+    Mutant(
+        "a file is kept though its errors name other lines",
+        KEEPING,
+        (("if not file.num_errors else still if", "if not file.num_errors else runs if"),),
+        NIGHTS,
+    ),
+    Mutant(
+        "order is lost where files are kept",
+        "batchgen/store/snapshot.py",
+        (("for start in sorted(found) for file", "for start in found for file"),),
+        NIGHTS,
+    ),
+    Mutant(
+        "a file that an older snapshot shares is removed",
+        LEDGER,
+        (("for number in names for name in", "for number in names[-1:] for name in"),),
+        (*PYTEST, "tests/unit/test_ledger.py", "-k", "lists"),
+    ),
+    Mutant(
+        "a split doubles a row",
+        "batchgen/store/snapshot.py",
+        (("            start = at\n", "            start = at - 1\n"),),
+        (*PYTEST, "tests/unit/test_publish.py"),
+    ),
+    Mutant(
+        "files of another schema are kept",
+        KEEPING,
+        (
+            (
+                "if manifest is not None and manifest.is_tiled and manifest.schema == schema:",
+                "if manifest is not None and manifest.is_tiled:",
+            ),
+            ("one.is_tiled and one.schema == schema for one", "one.is_tiled for one"),
+        ),
+        (*PYTEST, "tests/e2e/test_sharing.py", "-k", "schema"),
+    ),
+    Mutant(
+        "damage of a shared file is told of the newest snapshot only",
+        "batchgen/store/verify.py",
+        (("numbers_of[file.name][:-1]", "()"),),
+        (*PYTEST, "tests/e2e/test_sharing.py", "-k", "damage"),
     ),
     Mutant(
         "keys of a dead worker's rows stay known to dedupe",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from batchgen.store import matching, reuse
+from batchgen.store import matching, reuse, snapshot
 from batchgen.store.books import STATE
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
@@ -93,10 +93,14 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
 
 
 def _set_sizes(number: int) -> None:
-    """In some worlds, blocks so small that a dozen lines are several, and keys that collide."""
+    """In some worlds, blocks so small that a dozen lines are several, and keys that collide.
+
+    In most, published files are of some rows each, so that snapshots share them.
+    """
     matching._BLOCK_ROWS = matching._AHEAD_ROWS = 3 if number % 2 else 2**18
     matching.MAX_SPANS = 4 if number % 6 == 1 else 500_000
     reuse._HEX = 1 if number % 4 == 3 else 16
+    snapshot.LEAST_BYTES = 128 * 2**10 if number % 5 == 4 else 2**9
 
 
 class World:
@@ -188,6 +192,15 @@ class World:
             raise ProofError(_difference(rows, expected))
         shutil.rmtree(whole)
         self.counts["nights"] += 1
+        self.count_written()
+
+    def count_written(self) -> None:
+        """Count rows of the newest snapshot by whether its own run wrote their files."""
+        manifest = manifest_of(self.out)
+        assert manifest is not None
+        for file in manifest["files"]:
+            is_new = f"/e{manifest['epoch']:06d}-" in file["name"]
+            self.counts["rows written" if is_new else "rows shared"] += file["num_rows"]
 
     def is_accepted(self) -> bool:
         """Whether columns can be made of the input, which only its rows tell."""

@@ -1,0 +1,115 @@
+"""Snapshots that share files: a night writes what changed, and is as a first run over its input."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+import batchgen
+from batchgen.storage import LocalStorage
+from batchgen.store import snapshot
+from batchgen.store.ledger import Ledger
+from batchgen.store.verify import verify
+from tests.e2e.support import published, write_job
+from tests.harm import overwrite
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from batchgen.store.books import Manifest
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "LEAST_BYTES", 512)
+
+
+def line(number: int, **more: object) -> str:
+    return json.dumps({"id": number, "text": f"row {number}", **more})
+
+
+def write(folder: Path, *files: list[str]) -> None:
+    for at, lines in enumerate(files):
+        (folder / f"in-{at}.jsonl").write_text("".join(f"{one}\n" for one in lines))
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """After its first night: 160 rows in two files."""
+    write(tmp_path, [line(n) for n in range(80)], [line(n) for n in range(80, 160)])
+    path = write_job(tmp_path, "in-*.jsonl")
+    batchgen.run(path)
+    return path
+
+
+def manifests(job: Path) -> list[Manifest]:
+    return Ledger(LocalStorage(job.parent / "out")).manifests()
+
+
+def names(manifest: Manifest) -> list[str]:
+    return [file.name for file in manifest.files]
+
+
+def test_one_edited_row_costs_one_file(job: Path) -> None:
+    lines = [line(n) for n in range(80)]
+    lines[40] = line(40, text="edited")
+    write(job.parent, lines)
+    summary = batchgen.run(job)
+    old, new = manifests(job)
+    assert len(old.files) > 10
+    assert len(set(names(new)) - set(names(old))) == 1
+    assert (summary.num_carried, summary.run["num_ok"]) == (159, 1)
+    assert [row["id"] for row in published(job.parent / "out")] == list(range(160))
+    assert verify(job.parent / "out").problems == []
+
+
+@pytest.mark.parametrize("number", [0, 80, 159])
+def test_a_row_that_goes_or_comes_moves_others_without_writing_them(job: Path, number: int) -> None:
+    rows = [n for n in range(160) if n != number]
+    write(job.parent, [line(n) for n in rows[:80]], [line(n) for n in rows[80:]])
+    batchgen.run(job)
+    old, new = manifests(job)
+    # Where a row has come to another input file, that is the other file's.
+    assert len(set(names(new)) - set(names(old))) <= 4
+    assert [row["id"] for row in published(job.parent / "out")] == rows
+
+
+def test_input_files_that_change_places_cost_nothing(job: Path) -> None:
+    write(job.parent, [line(n) for n in range(80, 160)], [line(n) for n in range(80)])
+    batchgen.run(job)
+    old, new = manifests(job)
+    assert set(names(new)) == set(names(old))
+    assert names(new) != names(old)
+    shown = sorted(path.name for path in (job.parent / "out").glob("part-*"))
+    assert shown == [file.alias for file in new.files]
+    assert [row["id"] for row in published(job.parent / "out")] == [*range(80, 160), *range(80)]
+
+
+def test_a_new_column_changes_the_schema_of_all_files(job: Path) -> None:
+    write(job.parent, [*(line(n) for n in range(80)), line(1000, note="new")])
+    batchgen.run(job)
+    old, new = manifests(job)
+    assert not set(names(new)) & set(names(old))
+    rows = published(job.parent / "out")
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}
+    assert "note" in rows[0]
+
+
+def test_damage_of_a_shared_file_names_all_its_snapshots_and_is_mended_once(job: Path) -> None:
+    out = job.parent / "out"
+    write(job.parent, [line(1040 if n == 40 else n) for n in range(80)])
+    batchgen.run(job)
+    old, new = manifests(job)
+    (shared, *_) = [file for file in new.files if file.name in names(old)]
+    (gone, *_) = [file for file in old.files if file.name not in names(new)]
+    whole = {file.name: (out / file.name).read_bytes() for file in (shared, gone)}
+    for name, data in whole.items():
+        overwrite(out / name, data[:-1] + b"?")
+    told = verify(out).problems
+    assert any(text.startswith(f"{shared.name}: ") and "of snapshot 1 too" in text for text in told)
+    assert any(text.startswith(f"{gone.name}: ") and "damages snapshot 1" in text for text in told)
+    for name, data in whole.items():
+        overwrite(out / name, data)
+    assert verify(out).problems == []
