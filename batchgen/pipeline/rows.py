@@ -457,7 +457,11 @@ class Computation:
         return [*base_sources(context.ledger, self._plan), *tried]
 
     def _own_sources(self, durable: Durable) -> list[Source]:
-        return [Source(part.name, takes_errors=True) for part in durable.parts]
+        own = [Source(part.name, takes_errors=True) for part in durable.parts]
+        if not self._all_share():  # Else the base's answers are shared, kept or not.
+            files = (one.file for one in durable.kept)
+            own += [Source(file.name, takes_errors=True, chunks=file.chunks) for file in files]
+        return own
 
     def _copy(self, todo: Rows) -> Rows:
         """Give rows that were set aside the answers that they waited for; return what is left."""

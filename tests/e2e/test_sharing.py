@@ -97,6 +97,17 @@ def test_a_new_column_changes_the_schema_of_all_files(job: Path) -> None:
     assert "note" in rows[0]
 
 
+def test_a_row_like_one_that_is_kept_has_a_draw_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, [line(n) for n in range(160)])
+    job = write_job(tmp_path, "in-*.jsonl")
+    warm = {"sampling.temperature": 1.0}
+    batchgen.run(job, overrides=warm)
+    write(tmp_path, [line(n) for n in (*range(160), 3)])
+    summary = batchgen.run(job, overrides=warm)
+    assert set(names(manifests(job)[0])) & set(names(manifests(job)[1]))
+    assert (summary.num_carried, summary.num_copied, summary.run["num_ok"]) == (160, 0, 1)
+
+
 def test_damage_of_a_shared_file_names_all_its_snapshots_and_is_mended_once(job: Path) -> None:
     out = job.parent / "out"
     write(job.parent, [line(1040 if n == 40 else n) for n in range(80)])
