@@ -38,7 +38,7 @@ def make(folder: Path) -> None:
     )
 
     torch.manual_seed(7)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "max_position_embeddings": MAX_LEN}
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
     kinds: dict[str, tuple[type[Any], dict[str, Any]]] = {

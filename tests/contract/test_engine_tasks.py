@@ -63,7 +63,7 @@ def numbers(completions: Sequence[Completion]) -> Any:
 
 def test_vectors_are_those_of_transformers(models: Path) -> None:
     spec = spec_of("embed", models / "embed", too_long="truncate")
-    assert task_facts(spec) == TaskFacts(32)
+    assert task_facts(spec) == TaskFacts(64)
     completions = ask(spec, TEXTS)
     found, wanted = numbers(completions), np.load(models / "embed.npy")
     assert (found * wanted).sum(1).min() > 0.9999
