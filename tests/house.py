@@ -153,6 +153,7 @@ def traced() -> dict[str, Any]:
             "model": {"backend": "echo"},
             "sampling": {"max_tokens": 40, "temperature": 0},
             "output": {"path": "out"},
+            "run": {"report": "none"},
         }
         lines = []
         for table, keys in tables.items():
@@ -170,7 +171,7 @@ def _trace(folder: Path) -> None:
 
     A row's way begins with the first read of rows in the thread that feeds the engine, and ends
     with the run; it is what the threads that rows go through have called by then. The command
-    line's own printing is no part of it.
+    line's own printing is no part of it, nor is the report of what has ended.
     """
 
     passed: set[str] = set()

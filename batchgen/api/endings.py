@@ -23,13 +23,14 @@ def look_back(job: JobConfig, summary: Summary) -> None:
 
 
 def _add_examples(job: JobConfig, summary: Summary) -> None:
-    from batchgen.report_page.page import write_report
-    from batchgen.views.rows import error_lines
-
     root = Path(summary.output)
     if summary.num_errors:
+        from batchgen.views.rows import error_lines
+
         summary.error_examples.extend(error_lines(root))
     if summary.summary_path is not None and job.run.report != "none":
+        from batchgen.report_page.page import write_report
+
         options = report_options(job, None, with_rows=job.run.report == "full")
         write_report(root, options, run_id=summary.run_id)
 
