@@ -6,8 +6,18 @@ import pytest
 
 from tests.house import Figure, code_lines, figures, table, traced
 
-OPEN: dict[str, float] = {}
-"""Goals not reached yet -> today's figure: it may only become smaller."""
+OPEN: dict[str, float] = {
+    "lines of code": 28_700,
+    "modules": 156,
+    "layers": 9,
+    "modules of a room": 15,
+    "modules of engine, of pipeline": 19,
+    "modules that an echo job imports": 97,
+    "modules that a row passes": 47,
+    "modules that open result files": 2,
+}
+"""Goals not reached yet -> today's figure: it may only become smaller. The goals are of the house
+without its later doors; what each of these cost is in docs/internals, "What the lines are for"."""
 
 NAMES = (
     *("lines of code", "modules", "layers", "modules of a room"),

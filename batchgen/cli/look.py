@@ -244,7 +244,8 @@ def verify(root: Path, *, as_json: bool) -> None:
     """Read every byte of a job's output and prove the books. JOB may be an output folder.
 
     Exits 0 if all is well, 1 if something is damaged or the folder shows other files than the
-    newest snapshot's; the next run redoes what can be redone.
+    newest snapshot's; the next run redoes what can be redone. Damage that only older snapshots have
+    is told, and no reason to fail.
 
     Example: batchgen verify jobs/quickstart.toml
     """
@@ -254,13 +255,14 @@ def verify(root: Path, *, as_json: bool) -> None:
     if as_json:
         out(as_line(verdict.as_dict()))
     else:
-        for problem in verdict.problems:
+        for problem in [*verdict.problems, *verdict.older_problems]:
             out(problem, fg="red")
         out(
             f"{verdict.num_planned:,} planned = {verdict.num_ok:,} ok + {verdict.num_errors:,} "
             f"errors + {verdict.num_skipped:,} skipped + {verdict.num_left:,} left; "
             f"{verdict.num_files} files, {verdict.num_bytes:,} bytes, "
             f"{len(verdict.problems)} problems"
+            + (f", {len(verdict.older_problems)} of older snapshots" * bool(verdict.older_problems))
         )
     sys.exit(ExitCode.FAULT if verdict.problems else ExitCode.COMPLETE)
 

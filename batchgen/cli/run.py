@@ -224,7 +224,10 @@ def _stop_search_on_signals(stops: Stops, grace_s: float = 0.0) -> None:
 
 @click.group
 def engine() -> None:
-    """Keep an engine up, for many jobs and short nights."""
+    """Keep an engine up, for many jobs and short nights.
+
+    Example: batchgen engine up jobs/quickstart.toml
+    """
 
 
 @job_command

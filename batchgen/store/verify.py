@@ -45,6 +45,8 @@ class Verdict:
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     """`file: what is wrong; what happens next`; empty if all is well."""
+    older_problems: list[str] = field(default_factory=list)
+    """The same of files that only older snapshots have: no reader of what is published meets it."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -161,7 +163,7 @@ def _check_older(
         if name in checked or (why := told_difference(path, file)) is None:
             continue
         of = ", ".join(map(str, numbers_of[name]))
-        verdict.problems.append(
+        verdict.older_problems.append(
             f"{name}: {why}; damages snapshot {of}: bring the file back from a backup, or prune it"
         )
 

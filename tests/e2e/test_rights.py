@@ -60,7 +60,7 @@ def test_another_user_reads_what_is_published_and_nothing_else(place: Path) -> N
     assert status["sizes"]["published"] > 0
     assert not {"parts", "runs"} & status["sizes"].keys()
     read = act(GUEST, "read", place / "out")
-    assert read.stdout == "59 59\n", read.stderr
+    assert read.stdout == "60 60\n", read.stderr
     closed = place / "out" / STATE
     for name in ("parts", "rows", "runs"):
         assert stat.S_IMODE((closed / name).stat().st_mode) & 0o777 == 0o700

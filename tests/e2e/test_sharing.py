@@ -118,9 +118,12 @@ def test_damage_of_a_shared_file_names_all_its_snapshots_and_is_mended_once(job:
     whole = {file.name: (out / file.name).read_bytes() for file in (shared, gone)}
     for name, data in whole.items():
         overwrite(out / name, data[:-1] + b"?")
-    told = verify(out).problems
-    assert any(text.startswith(f"{shared.name}: ") and "of snapshot 1 too" in text for text in told)
-    assert any(text.startswith(f"{gone.name}: ") and "damages snapshot 1" in text for text in told)
+    found = verify(out)
+    (told,) = [text for text in found.problems if text.startswith(f"{shared.name}: ")]
+    assert "of snapshot 1 too" in told
+    (older,) = found.older_problems
+    assert older.startswith(f"{gone.name}: ")
+    assert "damages snapshot 1" in older
     for name, data in whole.items():
         overwrite(out / name, data)
     assert verify(out).problems == []
