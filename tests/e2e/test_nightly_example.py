@@ -126,7 +126,7 @@ def crontab() -> tuple[str, str]:
 def test_the_job_passes_its_check():
     done = run_cli("check", NIGHTLY / "nightly.toml")
     assert done.returncode == 0, done.stderr
-    assert "3 jsonl file(s)" in done.stdout
+    assert "3 JSONL files" in done.stdout
 
 
 def test_the_job_is_run_with_a_gate_a_hook_and_metrics():
