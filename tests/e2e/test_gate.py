@@ -15,7 +15,6 @@ from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Base
 from batchgen.store.ledger import Ledger
 from tests.e2e.support import (
-    alias_of,
     command,
     only_shown,
     published,
