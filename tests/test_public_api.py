@@ -32,7 +32,7 @@ def test_the_public_names_are_exactly_these() -> None:
         "errors",
         "plan",
     ]
-    names += ["read", "report", "run", "score", "show", "status", "try_out"]
+    names += ["read", "report", "rollback", "run", "score", "show", "status", "try_out"]
     assert sorted(batchgen.__all__) == names
     assert all(getattr(batchgen, name) for name in batchgen.__all__)
     # No folder of that name takes a function's place once it is imported.

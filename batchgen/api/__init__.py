@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
+    from batchgen.pipeline.rollback import RolledBack
     from batchgen.preview.check import Checked
     from batchgen.preview.model_check import Report
     from batchgen.preview.plan import Forecast
@@ -538,6 +539,26 @@ def report(
 
 
 @_plainly
+def rollback(
+    source: str | Path | Mapping[str, Any], snapshot: int | None = None, *, for_now: bool = False
+) -> RolledBack:
+    """Publish an older snapshot again, as a new one; nothing is computed, copied or removed.
+
+    Args:
+        source: A job (file or mapping), or its output folder.
+        snapshot: Its number, as `batchgen snapshots` lists them; None: the one before the newest.
+        for_now: The next run goes on from what was newest before, as if there had been no
+            rollback. Else it compares its input with the snapshot that was rolled back to.
+
+    Raises:
+        BatchgenError: A run is at work on the job, or there is no such snapshot, or it is damaged.
+    """
+    from batchgen.pipeline.rollback import roll_back
+
+    with _called(source):
+        return roll_back(LocalStorage(output_of(source)), snapshot, for_now=for_now)
+
+
 def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:
     """Read a published snapshot, in input order.
 

@@ -14,7 +14,7 @@ import click
 
 from batchgen import __version__
 from batchgen.cli.common import out
-from batchgen.cli.history import diff, prune, snapshots
+from batchgen.cli.history import diff, prune, rollback, snapshots
 from batchgen.cli.look import check, doctor, plan, report, schema, show, status, verify
 from batchgen.cli.quality import compare, score, try_
 from batchgen.cli.run import engine, refused_usage, run, tune
@@ -35,7 +35,7 @@ def cli() -> None:
 
 for _command in (
     *(run, tune, check, doctor, plan, status, show, report, verify, schema),
-    *(snapshots, prune, diff, try_, compare, score, engine),
+    *(snapshots, rollback, prune, diff, try_, compare, score, engine),
 ):
     cli.add_command(_command)
 
@@ -69,7 +69,7 @@ def main() -> None:
     own_streams()
     code = _run()
     # What these did is done, and their code tells of it; the others only had to print.
-    acts = {"run", "tune", "prune"}.intersection(sys.argv[1:2])
+    acts = {"run", "tune", "prune", "rollback"}.intersection(sys.argv[1:2])
     if not code and not acts and (why := lost_output()):
         _fail(f"stdout cannot be written: {why}")
         code = ExitCode.FAULT

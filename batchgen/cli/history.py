@@ -85,6 +85,27 @@ def prune(
 
 
 @output_command
+@click.argument("number", type=int, required=False, metavar="[N]")
+@flag("--for-now", help="The next run goes on from the newest, as if there had been no rollback.")
+@JSON
+def rollback(root: Path, *, number: int | None, for_now: bool, as_json: bool) -> None:
+    """Publish an older snapshot again: N, or the one before the newest.
+
+    JOB may be an output folder, N is a number as `batchgen snapshots` lists them. It becomes the
+    newest under a number of its own; nothing is computed, copied or removed. The next run compares
+    its input with it, and computes what has changed since, unless --for-now is given. Exits 75
+    while a run is at work on the job.
+
+    Example: batchgen rollback jobs/quickstart.toml 3
+    """
+    from batchgen.pipeline.rollback import roll_back
+    from batchgen.storage import LocalStorage
+
+    done = roll_back(LocalStorage(root), number, for_now=for_now)
+    out(as_line(done.as_dict()) if as_json else done.as_text())
+
+
+@output_command
 @click.argument("numbers", nargs=-1, metavar="[OLD NEW]")
 @click.option(
     "--on",

@@ -107,9 +107,13 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
     plan = ledger.latest_plan()
     if plan is None or options.fresh:
         return Decision(checked.with_input(plan), None, Before(seen=plan))
+    if plan.continues:  # Rolled back for now: as if the plan before were the newest.
+        plan = replace(ledger.plan(plan.continues[0].plan), continues=plan.continues)
     checked = checked.by_recipe_of(plan)
     changes = checked.changes(plan)
     manifest = ledger.manifest(plan.number)
+    if plan.continues:
+        return _after(ledger, checked, plan, manifest, options)
     is_outgrown = options.retry_errors and manifest is not None and _has_old_misfits(plan, manifest)
     if not changes and not is_outgrown and (found := same_files(plan, job)) is not None:
         prepared = checked.with_plan(plan)
@@ -178,7 +182,7 @@ def _after(
         raise RecipeChangedError(job.output.path, changes, is_finished=False)
     before = Before(
         seen=plan,
-        bases=_bases(ledger, plan, manifest),
+        bases=bases_of(ledger, plan, manifest),
         takes_errors=not options.retry_errors and (manifest is not None or plan.takes_errors),
         generation=plan.generation + options.retry_errors,
     )
@@ -200,7 +204,7 @@ def _with_new_recipe(
         return Decision(prepared, None, Before(seen=plan))
     if wrong := _other_columns(plan, prepared):
         raise RecipeChangedError(output, [*changes, wrong], is_finished=manifest is not None)
-    bases = _bases(ledger, plan, manifest)
+    bases = bases_of(ledger, plan, manifest)
     before = Before(plan, bases, takes_errors=False, generation=plan.generation + 1)
     return Decision(prepared, None, before, _run_whole(ledger, plan, prepared))
 
@@ -246,8 +250,10 @@ _DECIDE_COLUMNS: Sequence[Callable[[Mapping[str, Any]], Any]] = (
 )
 
 
-def _bases(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Base]:
+def bases_of(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Sequence[Base]:
     """List the plans to take rows from: the newest first, then the bases of an unfinished one."""
+    if plan.continues:
+        return plan.continues
     if manifest is not None:
         return (Base(plan.number),)
     parts = tuple(part.name for part in ledger.durable(plan).parts)
@@ -286,7 +292,7 @@ def retry_plan(ledger: Ledger, plan: Plan, manifest: Manifest | None) -> Plan | 
             return unfinished()
         if not durable.num_errors:
             return NO_ERRORS
-    return _plan_after(plan, _bases(ledger, plan, manifest), retries=True)
+    return _plan_after(plan, bases_of(ledger, plan, manifest), retries=True)
 
 
 def _plan_after(plan: Plan, bases: Sequence[Base], *, retries: bool) -> Plan:
@@ -299,6 +305,8 @@ def _plan_after(plan: Plan, bases: Sequence[Base], *, retries: bool) -> Plan:
         bases=tuple(bases),
         takes_errors=not retries,
         generation=plan.generation + retries,
+        rolled_back=0,
+        continues=(),
     )
 
 
@@ -459,7 +467,7 @@ def _gone_on_with(
             tell(f"{name}: {why}; its rows are done again")
     again: Plan | str
     if old.num and options.rerender:
-        bases = _bases(ledger, plan, manifest)
+        bases = bases_of(ledger, plan, manifest)
         again = replace(_plan_after(plan, bases, retries=retry_errors), rendering=RENDERING)
     elif not retry_errors or (manifest is None and _is_retried(ledger, plan, decision.prepared)):
         return manifest, None

@@ -101,6 +101,10 @@ class Plan:
     of files of one base's manifest (first file, file after the last, position in this plan)."""
     kept_of: int = 0
     """Number of that base."""
+    rolled_back: int = 0
+    """Number of the snapshot that this plan only publishes again; 0: it is no rollback."""
+    continues: Sequence[Base] = ()
+    """Of a rollback for now: the bases of the next plan, in place of this one."""
 
     @property
     def prefix(self) -> str:

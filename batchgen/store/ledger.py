@@ -119,11 +119,18 @@ class Ledger:
         try:
             segments = [Segment(**segment) for segment in fields.pop("segments")]
             fields.pop("base", None)  # As it was before there could be several.
-            found = fields.pop("bases", ())
-            bases = tuple(Base(**{**one, "parts": tuple(one.get("parts", ()))}) for one in found)
+            bases = _bases(fields.pop("bases", ()))
+            continues = _bases(fields.pop("continues", ()))
             keys = tuple(fields.pop("keys", ()))
             kept = tuple((first, stop, start) for first, stop, start in fields.pop("kept", ()))
-            return Plan(**fields, segments=segments, bases=bases, keys=keys, kept=kept)
+            return Plan(
+                **fields,
+                segments=segments,
+                bases=bases,
+                continues=continues,
+                keys=keys,
+                kept=kept,
+            )
         except (KeyError, TypeError) as error:
             raise self._not_understood(name, str(error)) from error
 
@@ -419,13 +426,22 @@ class Ledger:
         names += self._unnamed()
         for folder in (*folders, DIGESTS, FILES, LISTS, KEYS, ""):
             names += self.storage.temps(folder)
+        wanted = self._wanted_parts(manifest)
         for name in names:
-            if epoch_of(name) <= manifest.epoch:
+            if epoch_of(name) <= manifest.epoch and name not in wanted:
                 self.storage.remove(name)
         named = {file.name.rpartition("/")[0] for one in self.manifests() for file in one.files}
         for name in self.storage.list(f"{STATE}/snapshots"):
             if epoch_of(name) <= manifest.epoch and name not in named:
                 self.storage.remove_folder(name)
+
+    def _wanted_parts(self, manifest: Manifest) -> set[str]:
+        """Parts that the next plan takes rows over from, though a rollback came between."""
+        plan = self.latest_plan()
+        if plan is None:
+            return set()
+        in_work = plan.bases if plan.number > manifest.number else ()
+        return {name for base in (*plan.continues, *in_work) for name in base.parts}
 
     def _unnamed(self) -> Iterator[str]:
         """Yield files and lists that no manifest names."""
@@ -505,6 +521,10 @@ def _fields_of(file: PublishedFile) -> dict[str, Any]:
 
 def _digest_of_list(data: bytes) -> str:
     return f"{hashlib.sha256(data).hexdigest()[:32]}.json"
+
+
+def _bases(found: Sequence[Mapping[str, Any]]) -> tuple[Base, ...]:
+    return tuple(Base(**{**one, "parts": tuple(one.get("parts", ()))}) for one in found)
 
 
 def _dumps(fields: dict[str, Any]) -> bytes:

@@ -123,6 +123,7 @@ def _in_work(ledger: Ledger) -> Iterable[Plan]:
         seen.add(number)
         plan = ledger.plan(number)
         yield plan
+        numbers += [base.plan for base in plan.continues]
         if ledger.manifest(number) is None:  # A published plan has taken over what it needed.
             numbers += [base.plan for base in plan.bases]
 

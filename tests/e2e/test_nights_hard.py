@@ -361,7 +361,9 @@ def test_a_filter_that_matched_nothing_is_mended_without_ado(tmp_path: Path) -> 
     job = write_job(tmp_path, "in.jsonl")
     batchgen.run(job)
     write_job(tmp_path, "in.jsonl", input={"where": "id > 100"})
-    with pytest.raises(GateError, match=r"look at input\.path and input\.where; to publish"):
+    with pytest.raises(
+        GateError, match=r"look at input\.path, input\.where and input\.limit; to publish"
+    ):
         batchgen.run(job)
     write_job(tmp_path, "in.jsonl", input={"where": "id > 1"})
     mended = batchgen.run(job)

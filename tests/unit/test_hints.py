@@ -99,6 +99,7 @@ def test_every_function_of_the_package_is_a_command_that_hints_can_name() -> Non
         "errors",
         "compare",
         "read",
+        "rollback",
         "__version__",
     }
     assert set(_FUNCTIONS) <= set(cli.commands)
