@@ -215,7 +215,7 @@ def test_prune_keeps_the_newest_and_what_is_left_is_whole(job: Path) -> None:
     assert len(from_json("snapshots", job)["snapshots"]) == 3
     done = run_cli("prune", job.parent / "out", "--keep", "2")
     assert done.returncode == 0
-    assert done.stdout.splitlines()[-1].startswith("1 of 3 snapshots removed, ")
+    assert done.stdout.splitlines()[-1].startswith("1 of 3 snapshots and 1 run folder removed, ")
     assert [entry["number"] for entry in from_json("snapshots", job)["snapshots"]] == [2, 3]
     files = (job.parent / "out" / STATE / "files").iterdir()
     assert {path.name[:7] for path in files} == {"e000002", "e000003"}

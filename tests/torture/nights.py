@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from batchgen.store import matching, reuse, snapshot
+from batchgen.store import keys, matching, snapshot
 from batchgen.store.books import STATE
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
@@ -99,7 +99,7 @@ def _set_sizes(number: int) -> None:
     """
     matching._BLOCK_ROWS = matching._AHEAD_ROWS = 3 if number % 2 else 2**18
     matching.MAX_SPANS = 4 if number % 6 == 1 else 500_000
-    reuse._HEX = 1 if number % 4 == 3 else 16
+    keys._HEX = 1 if number % 4 == 3 else 16
     snapshot.LEAST_BYTES = 128 * 2**10 if number % 5 == 4 else 2**9
 
 
@@ -255,7 +255,7 @@ class World:
             # What an unfinished run left answers for equal rows only in another plan.
             least = len(new) if is_whole else least
             most = sum(text not in shown for text in texts)
-        if reuse._HEX < 16:
+        if keys._HEX < 16:
             most = len(texts)  # Whose key meets another's may be computed once more.
         if self.rules != "[]":
             least, most = 0, len(texts)  # The same text may stand in an error row.
