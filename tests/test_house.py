@@ -11,7 +11,7 @@ OPEN: dict[str, float] = {
     "modules": 156,
     "layers": 9,
     "modules of a room": 15,
-    "modules of engine, of pipeline": 19,
+    "modules of engine, of pipeline": 20,
     "modules that an echo job imports": 97,
     "modules that a row passes": 47,
     "modules that open result files": 2,
