@@ -134,7 +134,8 @@ class RunLock:
     def is_held(self) -> bool:
         """Whether some process holds it right now."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            # Not to wait where a pipe is in its place.
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             return False
         try:
