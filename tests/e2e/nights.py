@@ -63,7 +63,7 @@ class World:
             **{
                 "model": {"backend": "echo", "engine": ENGINE},
                 "sampling": {"max_tokens": 60},
-                "gate": {"max_error_rate": 1.0},
+                "gate": {"max_error_rate": 1.0, "max_shrink": 1.0},
                 "run": {"flush_rows": 20, **tables.pop("run", {})},
                 **tables,
             },

@@ -373,7 +373,9 @@ def test_a_plan_of_parquet_keeps_the_files_types(tmp_path, make_job):
     )
     plan = freeze(job, 1)
     kept = json.loads(json.dumps(asdict(plan)))
-    sequences = {name: getattr(plan, name) for name in ("segments", "bases", "keys", "kept", "continues")}
+    sequences = {
+        name: getattr(plan, name) for name in ("segments", "bases", "keys", "kept", "continues")
+    }
     assert Plan(**kept | sequences) == plan
     assert read_schema(plan.schema).field("chat").type == data_type
     (found,) = read_rows(plan, RowSet({0: Ranges.of([1])}), job.reader, job.spec())
