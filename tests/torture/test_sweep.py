@@ -32,8 +32,8 @@ needs_strace = pytest.mark.skipif(STRACE is None, reason="strace is not installe
 
 @pytest.mark.timeout(1200)
 def test_every_call_failed_once_in_every_way_costs_no_row():
-    told = prove("tests.torture.sweep", "--percent", "2", timeout_s=1100)
-    assert int(re.search(r"([\d,]+)  points\n", told)[1].replace(",", "")) > 1500
+    told = prove("tests.torture.sweep", "--percent", "1", timeout_s=1100)
+    assert int(re.search(r"([\d,]+)  points\n", told)[1].replace(",", "")) > 700
 
 
 @pytest.fixture(scope="module")
