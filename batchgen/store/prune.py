@@ -130,10 +130,15 @@ def _in_work(ledger: Ledger) -> Iterable[Plan]:
 
 def _old_runs(storage: LocalStorage, keep: Keep, left: Sequence[Manifest]) -> Sequence[str]:
     published = {manifest.run_id for manifest in left}
-    folders = storage.list(f"{STATE}/runs")[: -keep.num]  # Names sort by time.
+
+    def begun(folder: str) -> tuple[str, datetime]:
+        """When a run began: its name tells the second."""
+        return folder.rpartition("-")[0], _changed(storage, folder)
+
+    folders = sorted(storage.list(f"{STATE}/runs"), key=begun)
     return [
         folder
-        for folder in folders
+        for folder in folders[: -keep.num]
         if folder.rpartition("/")[2] not in published and keep.is_old(_changed(storage, folder))
     ]
 
@@ -167,11 +172,14 @@ def _changed(storage: LocalStorage, name: str) -> datetime:
 
 
 def _remove_tries(storage: LocalStorage, newest: Manifest) -> None:
-    """Remove try-outs that are older than what is published, which has what it wanted of them."""
+    """Remove try-outs that are older than what is published, which has what it wanted of them.
+
+    Books tell the second: those of the same one go too, since what they said may have been deleted.
+    """
     tries = LocalStorage(storage.path(TRIES))
     try:
         tried = Ledger(tries).latest_plan()
-        is_past = tried is not None and tried.created_at < newest.created_at
+        is_past = tried is not None and tried.created_at <= newest.created_at
     except OutputError:  # Its books are damaged, and of no use to anybody.
         is_past = True
     if is_past and not RunLock(tries).is_held():

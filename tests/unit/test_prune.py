@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pytest
 
 from batchgen.core.errors import FencedError, StorageError
 from batchgen.storage import Disk, LocalStorage
-from batchgen.store.books import STATE, Epoch
+from batchgen.store.books import STATE, TRIES, Epoch
 from batchgen.store.ledger import Ledger
 from batchgen.store.prune import Keep, outdated, prune
 from tests.unit.test_snapshots import make_plan, publish, put_digests
@@ -35,12 +36,12 @@ def make_night(ledger: Ledger, number: int) -> None:
     made = make_plan(number)
     ledger.put_plan(made)
     put_digests(ledger, made)
-    for run in ("broken", "run"):
-        run_id = f"{run}-{number}" if run == "run" else f"2026010{number}T000000-{run}"
+    for at, run in enumerate(("broken", "run")):
+        run_id = f"2026010{number}T00000{at}-{run}"
         ledger.claim(made, run_id, {})
         for name in ("summary.json", "vllm.log"):
             ledger.storage.replace(f"{STATE}/runs/{run_id}/{name}", b"row 17 said")
-    publish(ledger, number, epoch=2 * number)
+    publish(ledger, number, epoch=2 * number, run_id=run_id)
 
 
 def numbers_in(ledger: Ledger, kind: str) -> list[int]:
@@ -56,7 +57,7 @@ def test_with_a_snapshot_stay_its_plan_its_claim_and_its_run(ledger: Ledger) -> 
     prune(ledger, Keep(2))
     assert numbers_in(ledger, "manifests") == numbers_in(ledger, "plan") == [4, 5]
     assert numbers_in(ledger, "epochs") == [8, 9, 10]  # Of a snapshot, and the two newest.
-    assert {"run-4", "run-5"} <= set(runs(ledger))
+    assert {"20260104T000001-run", "20260105T000001-run"} <= set(runs(ledger))
     assert len(runs(ledger)) <= 4
     assert ledger.storage.list(f"{STATE}/rows") == [f"{STATE}/rows/content-{n}.bin" for n in (4, 5)]
 
@@ -96,6 +97,30 @@ def test_a_run_that_wakes_when_all_that_it_knew_is_pruned_is_refused(
     if old.number < NUM:
         with pytest.raises(FencedError):
             ledger.claim(old, "late", {})
+
+
+def test_of_runs_of_one_second_the_last_ones_stay(ledger: Ledger) -> None:
+    for run in runs(ledger):
+        ledger.storage.remove_folder(f"{STATE}/runs/{run}")
+    for at, run in enumerate(("20260109T000000-b", "20260109T000000-c", "20260109T000000-a")):
+        name = f"{STATE}/runs/{run}"
+        ledger.storage.replace(f"{name}/summary.json", b"{}")
+        os.utime(ledger.storage.path(name), (1000.0 + at, 1000.0 + at))
+    prune(ledger, Keep(1))
+    assert runs(ledger) == ["20260109T000000-a"]
+
+
+@pytest.mark.parametrize(("tried_at", "stays"), [(-1, False), (0, False), (1, True)])
+def test_try_outs_of_before_the_newest_snapshot_go_and_of_the_same_second_too(
+    ledger: Ledger, tried_at: int, *, stays: bool
+) -> None:
+    newest = ledger.latest_manifest()
+    assert newest is not None
+    made_at = datetime.fromisoformat(newest.created_at) + timedelta(seconds=tried_at)
+    tries = Ledger(LocalStorage(ledger.storage.path(TRIES)))
+    tries.put_plan(replace(make_plan(1), created_at=made_at.isoformat(timespec="seconds")))
+    prune(ledger, Keep(1))
+    assert ledger.storage.path(TRIES).exists() == stays
 
 
 def test_an_unpublished_plan_keeps_what_it_is_based_on(ledger: Ledger) -> None:

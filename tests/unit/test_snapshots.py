@@ -50,7 +50,7 @@ def put_plan(ledger: Ledger, number: int, *, inputs: str = "", bases: tuple[int,
     put_digests(ledger, made)
 
 
-def publish(ledger: Ledger, number: int, epoch: int = 0) -> None:
+def publish(ledger: Ledger, number: int, epoch: int = 0, run_id: str = "") -> None:
     """A snapshot of ten bytes and an index of five, by epoch 10 * `number` unless it is given."""
     epoch = epoch or 10 * number
     folder = f"{STATE}/snapshots/e{epoch:06d}"
@@ -63,7 +63,7 @@ def publish(ledger: Ledger, number: int, epoch: int = 0) -> None:
         number=number,
         plan_id=f"plan-{number}",
         epoch=epoch,
-        run_id=f"run-{number}",
+        run_id=run_id or f"run-{number}",
         created_at=f"2026-01-0{number}T00:00:00+00:00",
         files=entries[:1],
         num_planned=1,
