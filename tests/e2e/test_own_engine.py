@@ -90,7 +90,7 @@ def test_it_answers_every_row_in_the_process_that_it_should(tmp_path: Path, in_p
     [
         ("nowhere.at_all:Engine", "ModuleNotFoundError: No module named 'nowhere'"),
         ("shout:Whisper", "AttributeError: module 'shout' has no attribute 'Whisper'"),
-        ("shout", "model.backend: 'shout' is wrong, expected: 'vllm', 'echo' or"),
+        ("shout", "model.backend: 'shout' is wrong, expected: 'vllm', 'openai', 'echo' or"),
     ],
 )
 def test_one_that_is_not_there_is_refused_before_anything_starts(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec.implementations.local  # noqa: F401 - children are forked warm
+import pandas  # noqa: F401 - half a second that pyarrow's first array takes where it is
 import polars as pl  # noqa: F401 - its threads begin with its first work, which is a child's
 import pyarrow as pa
 import pyarrow.parquet as pq
