@@ -27,12 +27,7 @@ from batchgen.api.jobs import (
     snapshot_of,
     texts_of,
 )
-from batchgen.core.errors import (
-    AccountingError,
-    BatchgenError,
-    ExitCode,
-    StoppedError,
-)
+from batchgen.core.errors import AccountingError, BatchgenError, ExitCode, StoppedError
 from batchgen.core.runtime import Caller, called, stop_on_signals
 from batchgen.job.load import as_told
 from batchgen.storage import LocalStorage

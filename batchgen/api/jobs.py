@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from numbers import Real
 from pathlib import Path
@@ -20,8 +20,6 @@ from batchgen.store.books import STATE
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from batchgen.job.model import JobConfig, ScoreConfig
     from batchgen.quality.score import Score
 

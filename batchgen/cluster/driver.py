@@ -20,7 +20,7 @@ from batchgen.cluster import messages, pacing
 from batchgen.cluster.leases import LeaseBook, Packer, count
 from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.cluster.ray import ray_cluster
-from batchgen.cluster.workers import ReplicaStats, WorkerPool
+from batchgen.cluster.workers import ReplicaStats, WorkerHandle, WorkerPool
 from batchgen.core.errors import (
     AccountingError,
     BatchgenError,
@@ -30,12 +30,12 @@ from batchgen.core.errors import (
     OutputError,
     StorageError,
 )
-from batchgen.core.records import Ranges, Request, RowError
+from batchgen.core.records import EngineFacts, EngineStats, Ranges, Request, RowError
 from batchgen.engine.base import failed
 from batchgen.pipeline.compute import watching
-from batchgen.pipeline.context import Stop
+from batchgen.pipeline.context import RunContext, Stop
 from batchgen.pipeline.frozen import input_changes
-from batchgen.pipeline.runner import OpenPart
+from batchgen.pipeline.runner import Feeder, OpenPart
 from batchgen.pipeline.stats import RUNNING, Counts
 from batchgen.store.books import PARTS
 
@@ -43,13 +43,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.cluster.messages import Cluster, Event, Report
-    from batchgen.cluster.workers import WorkerHandle
-    from batchgen.core.records import EngineFacts, EngineStats
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.compute import Rows, TakeOver, Work
-    from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.runner import Feeder
     from batchgen.pipeline.stats import Look
     from batchgen.store.reuse import Deduper
 

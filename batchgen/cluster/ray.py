@@ -43,7 +43,7 @@ from batchgen.cluster.machines import (
     start_guard,
     worker_environment,
 )
-from batchgen.cluster.messages import Capacity, Failed, Gone, Report
+from batchgen.cluster.messages import Capacity, Failed, Gone, Order, Report, WorkerInit
 from batchgen.cluster.worker import Worker
 from batchgen.core.errors import BatchgenError, ConfigError, EngineError
 
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.cluster.machines import Resources
-    from batchgen.cluster.messages import Order, WorkerInit
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.runner import FeedBatch
 

@@ -18,17 +18,15 @@ from batchgen import __version__
 from batchgen.cluster.messages import Gone, StartEngine, WorkerInit
 from batchgen.cluster.pacing import Meter, Pace
 from batchgen.core.errors import ConfigError, EngineDeadError
-from batchgen.core.records import EngineStats, Verdict
+from batchgen.core.records import EngineFacts, EngineStats, Verdict
 from batchgen.engine.group import combined
-from batchgen.pipeline.stats import Counts
+from batchgen.pipeline.stats import Counts, RunStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.cluster.messages import Asked, Capacity, Cluster, Committed, Look, Order, Report
-    from batchgen.core.records import EngineFacts
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.stats import RunStats
 
 _WHERE = "[run]"
 RETRY_WAITS_S = (0.0, 2.0, 10.0, 30.0)

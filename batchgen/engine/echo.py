@@ -18,27 +18,18 @@ import time
 import zlib
 from array import array
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import (
-    Completion,
-    EngineFacts,
-    EngineStats,
-    RowError,
-    Sample,
-    TaskFacts,
-)
-from batchgen.engine.base import failed, flatten_parts, unknown_adapter
+from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError, Sample, TaskFacts
+from batchgen.engine.base import EngineRequest, failed, flatten_parts, unknown_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any
 
     from batchgen.core.records import EngineSpec, Messages, Prompt
-    from batchgen.engine.base import EngineRequest
 
 VERSION = "1"
 WHERE = "model.engine (backend echo)"

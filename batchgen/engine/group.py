@@ -22,13 +22,12 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import EngineDeadError, EngineError
-from batchgen.core.records import EngineStats
+from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Request, WorkLeft
 from batchgen.engine.supervised import STALL_S, SupervisedEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from batchgen.core.records import EngineFacts, EngineSpec, Request, WorkLeft
     from batchgen.engine.base import Engine
     from batchgen.engine.death import EngineDeath
     from batchgen.engine.supervised import Answered

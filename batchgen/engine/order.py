@@ -22,21 +22,18 @@ import pickle
 import tempfile
 from collections import deque
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
 import pyarrow as pa
 
 from batchgen.core.data import gather_rows
 from batchgen.core.errors import StorageError
-from batchgen.core.records import Ranges, Request, RowBatch
+from batchgen.core.records import Prompt, Ranges, Request, RowBatch
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
-    from typing import Literal
-
-    from batchgen.core.records import Prompt
 
     Mode = Literal["auto", "prefix"]
 

@@ -41,29 +41,20 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from batchgen.core.errors import (
-    BatchgenError,
-    ConfigError,
-    EngineDeadError,
-    EngineError,
-    one_line,
-)
+from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError, one_line
 from batchgen.core.processes import child_environment
-from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats
+from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, WorkLeft
 from batchgen.core.runtime import collect_rarely, own_streams
-from batchgen.engine.base import HostedRequest, engine_class, expect
+from batchgen.engine.base import Engine, EngineRequest, HostedRequest, engine_class, expect
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
 from batchgen.engine.devices import GpuLoad
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import IO, NoReturn
 
-    from batchgen.core.records import WorkLeft
-    from batchgen.engine.base import Engine, EngineRequest
 
 CLOSE_S = 2.0
 LINGER_S, KILL_S = 0.3, 2.0

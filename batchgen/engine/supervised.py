@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
 from batchgen.core.records import EngineStats, RowError
-from batchgen.engine.base import expect, failed
+from batchgen.engine.base import Engine, expect, failed
 from batchgen.engine.death import (
     MAX_LOG_LINES,
     SOLO_DEATHS,
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from batchgen.core.records import Completion, EngineFacts, EngineSpec, Request, WorkLeft
-    from batchgen.engine.base import Engine
 
     Answered = tuple[Request, Completion]
     Build = Callable[[EngineSpec], Engine]

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from batchgen.core.errors import ExitCode
-from batchgen.core.records import RowError
+from batchgen.core.records import Prompt, RowError
 from batchgen.core.runtime import Told, printable
-from batchgen.pipeline.prepare import as_text, prepare
+from batchgen.pipeline.prepare import Prepared, as_text, prepare
 from batchgen.preview.sample import first_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchgen.core.records import Prompt
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.prepare import Prepared
 
 PLACE = "--- "
 """Begins the line that names a row."""

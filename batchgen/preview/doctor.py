@@ -16,11 +16,11 @@ from batchgen.core.errors import BatchgenError, ConfigError, nearest
 from batchgen.core.runtime import command
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.engine.vllm.shares import cost_of, engines_that_pay, share_of, this_host
-from batchgen.job.model import ModelConfig
+from batchgen.job.model import JobConfig, ModelConfig
 from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.decide import refuse_foreign
-from batchgen.pipeline.prepare import engine_spec, plain_http, prepare
-from batchgen.preview.checkpoint import HuggingFace, find_model
+from batchgen.pipeline.prepare import Prepared, engine_spec, plain_http, prepare
+from batchgen.preview.checkpoint import Found, Hub, HuggingFace, find_model
 from batchgen.preview.gpus import planned_machine
 from batchgen.preview.machine import (
     Finding,
@@ -36,18 +36,14 @@ from batchgen.preview.machine import (
     warning,
 )
 from batchgen.preview.model_check import Report, check_model
-from batchgen.preview.sample import LARGE_BYTES, max_model_len, row_lengths
+from batchgen.preview.sample import LARGE_BYTES, RowLengths, max_model_len, row_lengths
 from batchgen.source.files import stat_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from batchgen.core.records import EngineSpec
-    from batchgen.job.model import JobConfig
-    from batchgen.pipeline.prepare import Prepared
-    from batchgen.preview.checkpoint import Found, Hub
     from batchgen.preview.machine import Machine
-    from batchgen.preview.sample import RowLengths
 
 DTYPES = frozenset({"auto", "half", "float16", "bfloat16", "float", "float32"})
 """What vLLM takes as `dtype`: vllm/config/model.py, ModelDType, 0.26 to 0.33."""

@@ -16,7 +16,7 @@ from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.core.runtime import option
 from batchgen.job.run_table import PRICE_FORM
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, Plan
 from batchgen.store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,12 @@ from batchgen import __version__
 from batchgen.cluster.machines import fit, resources_of
 from batchgen.core.errors import ConfigError, StorageError
 from batchgen.core.runtime import printable
-from batchgen.engine.devices import Devices, read_devices, vllm_build, vllm_version
+from batchgen.engine.devices import Devices, Gpu, read_devices, vllm_build, vllm_version
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.engine.devices import Gpu
     from batchgen.job.model import JobConfig
 
 

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
-from batchgen.preview.checkpoint import DTYPE_BYTES
+from batchgen.preview.checkpoint import DTYPE_BYTES, Shape
 from batchgen.preview.machine import GIB, gib
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.engine.devices import Gpu
-    from batchgen.preview.checkpoint import Shape
     from batchgen.preview.sample import RowLengths
 
 NO_FLOAT16 = frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"})

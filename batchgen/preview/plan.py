@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, OutputError
-from batchgen.core.records import RowSet
+from batchgen.core.records import EngineSpec, RowSet, WorkLeft
 from batchgen.core.runtime import Told, command, option
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
@@ -23,13 +23,7 @@ from batchgen.pipeline.context import RunOptions
 from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
 from batchgen.pipeline.frozen import request_builder
 from batchgen.pipeline.job_run import tuned_notes
-from batchgen.pipeline.rows import (
-    missing,
-    new_rows,
-    rejected_notes,
-    takeovers,
-    unread_rows,
-)
+from batchgen.pipeline.rows import missing, new_rows, rejected_notes, takeovers, unread_rows
 from batchgen.pipeline.sources import answered_keys, base_sources, tried_sources
 from batchgen.pipeline.stats import duration
 from batchgen.preview.estimate import (
@@ -42,9 +36,9 @@ from batchgen.preview.estimate import (
     last_run,
     read_price,
 )
-from batchgen.preview.sample import SAMPLE_ROWS, load_tokenize, max_model_len, survey
+from batchgen.preview.sample import SAMPLE_ROWS, Survey, load_tokenize, max_model_len, survey
 from batchgen.storage import LocalStorage
-from batchgen.store.books import TRIES
+from batchgen.store.books import TRIES, Durable, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.reuse import Source
 from batchgen.store.runs import RunLock
@@ -52,13 +46,10 @@ from batchgen.store.runs import RunLock
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.core.records import EngineSpec, WorkLeft
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.rows import Takeover
     from batchgen.preview.estimate import Estimate, PastRun
-    from batchgen.preview.sample import Survey
-    from batchgen.store.books import Durable, Plan
     from batchgen.store.keys import KeySet
 
 

@@ -27,40 +27,30 @@ import pyarrow.compute as pc
 
 from batchgen.core.errors import EngineError, one_line
 from batchgen.core.expressions import parse_row_test
-from batchgen.core.records import Ranges, Request, RowError, RowSet
-from batchgen.engine.base import engine_class
+from batchgen.core.records import EngineSpec, Prompt, Ranges, Request, Result, RowError, RowSet
+from batchgen.engine.base import EngineRequest, engine_class
 from batchgen.engine.echo import encode_prompt
 from batchgen.engine.vllm.encoder import MAX_BATCH, encode, find_template, style_of
 from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
-from batchgen.preview.estimate import (
-    estimate_duplicates,
-    last_run,
-    lengths_of,
-)
+from batchgen.preview.estimate import Lengths, PastRun, estimate_duplicates, last_run, lengths_of
 from batchgen.source.files import stat_input
 from batchgen.storage import LocalStorage
-from batchgen.store.keys import prefix_of
+from batchgen.store.keys import KeySet, prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from batchgen.core.records import EngineSpec
-    from batchgen.engine.base import EngineRequest
     from batchgen.job.model import JobConfig
-    from batchgen.preview.estimate import PastRun
 
     Tokens = array[int] | RowError | None
     """Token ids; why there are none; or None, for prompts that only the engine can render."""
     Tokenize = Callable[[Sequence[EngineRequest]], list[Tokens]]
     from collections.abc import Callable, Iterable, Mapping
 
-    from batchgen.core.records import Prompt, Result
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.preview.estimate import Lengths
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.store.books import Plan
-    from batchgen.store.keys import KeySet
 
 
 NONE = array("i")

@@ -21,18 +21,16 @@ from batchgen.core.data import parse_state
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, Manifest, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, VERDICT, ResultFile
-from batchgen.views.rows import INPUT, MOST_GROUPS, Place, as_json, output_of
+from batchgen.views.rows import INPUT, MOST_GROUPS, Output, Place, as_json, output_of
 from batchgen.views.status import live_view, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.store.books import Manifest, Plan
-    from batchgen.views.rows import Output
 
 _MOST_ROWS, _MOST_KINDS, _MOST_COLUMNS = 5, 12, 24
 _MOST_LABELS, _MOST_LABEL_COLUMNS = 12, 8

@@ -19,7 +19,7 @@ from batchgen.core.errors import OutputError
 from batchgen.core.runtime import printable
 from batchgen.pipeline.stats import duration
 from batchgen.report_page.charts import charts
-from batchgen.report_page.facts import gather
+from batchgen.report_page.facts import Facts, ReportOptions, gather
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from batchgen.report_page.facts import Facts, ReportOptions
 
 MOST_BYTES = 500_000
 _TEXT_BYTES = 300_000

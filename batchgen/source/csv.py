@@ -33,16 +33,9 @@ import pyarrow as pa
 
 from batchgen.core.data import parse_json
 from batchgen.core.errors import SourceError
-from batchgen.core.records import Ranges, RowError
+from batchgen.core.records import Ranges, RowBatch, RowError
 from batchgen.source.columns import fits, is_json, override, parse_field
-from batchgen.source.reading import (
-    Rows,
-    make_batch,
-    mismatch,
-    shape_of,
-    to_arrays,
-    to_values,
-)
+from batchgen.source.reading import Rows, make_batch, mismatch, shape_of, to_arrays, to_values
 from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
     MAX_BATCH_BYTES,
@@ -58,7 +51,6 @@ from batchgen.source.text import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec, Shape
 
 Record = tuple[int, list[str], RowError | None, int]

@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from batchgen.core.errors import SourceError
-from batchgen.core.records import Ranges, RowError
-from batchgen.source.columns import (
-    BIG,
-    Census,
-    is_too_deep,
-    kind_word,
-    planned,
-)
+from batchgen.core.records import Ranges, RowBatch, RowError
+from batchgen.source.columns import BIG, Census, is_too_deep, kind_word, planned
 from batchgen.source.reading import Rows, make_batch, shape_of, to_arrays, to_values
 from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
@@ -45,7 +39,6 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from batchgen.core.records import RowBatch
     from batchgen.source.reading import ReadSpec, Shape
     from batchgen.source.text import Lines, Scan
 

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.core.errors import SourceError
-from batchgen.core.records import Ranges, RowError
+from batchgen.core.records import Ranges, RowBatch, RowError
 from batchgen.source import text as lines
 from batchgen.source.columns import JSON_METADATA, differing, is_differing, is_json, override
 from batchgen.source.files import open_input, stat_input
-from batchgen.source.reading import Rows, make_batch, shape_of, taken, to_values
+from batchgen.source.reading import ReadSpec, Rows, Shape, make_batch, shape_of, taken, to_values
 from batchgen.source.shards import common_type
 from batchgen.source.sniff import PARQUET_MAGIC, binary_looks_like
 from batchgen.source.text import Scan
@@ -30,8 +30,6 @@ from batchgen.source.values import to_python
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 
-    from batchgen.core.records import RowBatch
-    from batchgen.source.reading import ReadSpec, Shape
 
 _STREAM_BYTES = 8 << 20
 _MAX_GROUP_BYTES = 256 << 20

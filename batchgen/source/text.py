@@ -25,13 +25,12 @@ import pyarrow as pa
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges
 from batchgen.job.model import is_url
-from batchgen.source.files import open_input, stat_input
+from batchgen.source.files import InputStat, open_input, stat_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from batchgen.source.columns import Kinds
-    from batchgen.source.files import InputStat
 
 
 BLOCK_BYTES = 4 << 20

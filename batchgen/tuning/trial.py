@@ -36,14 +36,13 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, EngineError
 from batchgen.job.tuned import with_settings
-from batchgen.pipeline.context import Stop, StopSwitch
+from batchgen.pipeline.context import Moment, Stop, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.context import Moment
 
 
 PROMPT_WEIGHT = 0.2

@@ -24,14 +24,13 @@ from batchgen.job.tuned import PLACES, key_of, tuned_path, value_of
 from batchgen.pipeline.stats import duration
 from batchgen.storage import LocalStorage
 from batchgen.tuning.search import MOST_MEMORY, Search
-from batchgen.tuning.trial import Stops, Times, Trial, run_trial
+from batchgen.tuning.trial import Measure, Stops, Times, Trial, run_trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from batchgen.job.model import JobConfig
-    from batchgen.tuning.trial import Measure, Trial
 
 
 OWN = "the job's own settings"

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, nearest, one_line
-from batchgen.core.records import Sample, TokenLogprobs
+from batchgen.core.records import EngineSpec, Sample, TokenLogprobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.core.records import EngineSpec
 
 MIN_LOGPROB = math.log(1e-5)
 """Below it a token was no real alternative: under a grammar nearly all have none at all."""

@@ -32,15 +32,13 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchgen.core.errors import ConfigError, EngineError, one_line
-from batchgen.core.records import RowError
-from batchgen.engine.base import flatten_parts
+from batchgen.core.records import EngineSpec, Messages, Prompt, RowError
+from batchgen.engine.base import EngineRequest, flatten_parts
 from batchgen.engine.vllm.pooling import Pieces, encode_pair, pairs_of, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from batchgen.core.records import EngineSpec, Messages, Prompt
-    from batchgen.engine.base import EngineRequest
 
 MAX_BATCH = 256
 _CLOSE = None

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import EngineDeadError, EngineError, one_line
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
-from batchgen.engine.base import failed, unknown_adapter
+from batchgen.engine.base import EngineRequest, failed, unknown_adapter
 from batchgen.engine.devices import turn_file, turn_to_start
 from batchgen.engine.vllm.answers import (
     AnswerReader,
@@ -39,7 +39,7 @@ from batchgen.engine.vllm.answers import (
     prime_with_prompt_ends,
     tokens_of,
 )
-from batchgen.engine.vllm.encoder import Encoder, pieces_of, style_of
+from batchgen.engine.vllm.encoder import Encoded, Encoder, pieces_of, style_of
 from batchgen.engine.vllm.images import Rendered, Renderers, num_renderers, render_images
 from batchgen.engine.vllm.params import (
     Sampling,
@@ -68,8 +68,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from batchgen.core.records import Sample, TaskFacts, WorkLeft
-    from batchgen.engine.base import EngineRequest
-    from batchgen.engine.vllm.encoder import Encoded
 
 READ_AHEAD = 1024
 """Requests kept tokenized, or on their way there, beyond the window inside vLLM."""

@@ -34,14 +34,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from batchgen.core.errors import one_line
-from batchgen.core.records import RowError
+from batchgen.core.records import Messages, RowError
 from batchgen.engine.base import flatten_parts
 from batchgen.engine.vllm.settings import is_cpu_build, prepare_environment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from batchgen.core.records import Messages
     from batchgen.engine.vllm.encoder import ChatStyle, Encoded
 
 MAX_IMAGE_BYTES = 32 << 20

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from batchgen.core.errors import ConfigError, one_line, suggestion
-from batchgen.core.records import Completion, RowError, Sample, TaskFacts
+from batchgen.core.records import Completion, EngineSpec, RowError, Sample, TaskFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
-
-    from batchgen.core.records import EngineSpec
 
     Tokens = array[int]
     Vector = np.ndarray[Any, np.dtype[np.float32]]

@@ -17,14 +17,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.engine.devices import Devices, read_devices, vllm_build
+from batchgen.engine.devices import Devices, Gpu, read_devices, vllm_build
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION, TYPICAL_ANSWER, gpus_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from batchgen.core.records import EngineSpec, WorkLeft
-    from batchgen.engine.devices import Gpu
 
 MOST_ENGINES = 2
 """Three bring nothing over two, four less."""
