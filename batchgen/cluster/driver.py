@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -57,31 +58,26 @@ _LATELY = 5000
 """Parts that some folder may not show yet: 256 workers commit so many in eight minutes."""
 
 
+@dataclass(eq=False)
 class ManyEngines:
     """`Compute` by the workers of one run: started when it is sure that there is work."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        *,
-        connect: Callable[[JobConfig], Cluster] = ray_cluster,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Bind; nothing is started.
+    context: RunContext
+    """The run."""
+    _: KW_ONLY
+    connect: Callable[[JobConfig], Cluster] = ray_cluster
+    """Makes what places workers."""
+    clock: Callable[[], float] = time.monotonic
+    """Monotonic seconds."""
 
-        Args:
-            context: The run.
-            connect: Makes what places workers.
-            clock: Monotonic seconds.
+    def __post_init__(self) -> None:
+        """Begin.
 
         Raises:
             ConfigError: Replicas of a size that cannot be had.
         """
-        self._context = context
-        self._job = share_gpu(context.job, resources_of(context.job))
-        self._connect = connect
-        self._clock = clock
-        self._replicas = ReplicaStats(context.stats, clock=clock)
+        self._job = share_gpu(self.context.job, resources_of(self.context.job))
+        self._replicas = ReplicaStats(self.context.stats, clock=self.clock)
         self._pool: WorkerPool | None = None
 
     @property
@@ -121,12 +117,12 @@ class ManyEngines:
     def _workers(self) -> WorkerPool:
         if self._pool is None:
             self._pool = WorkerPool(
-                self._connect(self._job),
+                self.connect(self._job),
                 self._job,
-                self._context.run_id,
+                self.context.run_id,
                 stats=self._replicas,
-                tell=self._context.notes.add,
-                clock=self._clock,
+                tell=self.context.notes.add,
+                clock=self.clock,
             )
         return self._pool
 
@@ -134,7 +130,7 @@ class ManyEngines:
         self, work: Work, rows: Rows, deduper: Deduper | None, take_over: TakeOver | None = None
     ) -> bool:
         """Lease the rows to workers. See `Compute`; rows are taken over first."""
-        context = self._context
+        context = self.context
         if take_over is not None:
             rows = take_over(lambda: None)
         if context.is_stopped() or not rows:
@@ -160,7 +156,7 @@ class ManyEngines:
         For an order over the whole job; or where a worker would have to read a file from its
         start for each lease.
         """
-        if self._context.job.run.order == "prefix":
+        if self.context.job.run.order == "prefix":
             return True
         reader, segments = work.prepared.reader, work.epoch.plan.segments
         return not all(reader.is_seekable(segments[number].path) for number in rows)
@@ -183,37 +179,27 @@ class ManyEngines:
             self._pool.cluster.close()
 
 
+@dataclass(eq=False)
 class Driver:
     """One task: these rows, by these workers. Use once: `Driver(...).run(...)`."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        work: Work,
-        pool: WorkerPool,
-        *,
-        deduper: Deduper | None,
-        feed: Callable[[Rows], Feeder],
-        is_packed: bool,
-    ) -> None:
-        """Bind.
+    context: RunContext
+    """The run."""
+    work: Work
+    """Whose rows they are."""
+    pool: WorkerPool
+    """The workers."""
+    _: KW_ONLY
+    deduper: Deduper | None
+    """Which requests are to be computed; None: all."""
+    feed: Callable[[Rows], Feeder]
+    """Reads rows here."""
+    is_packed: bool
+    """Whether rows travel by way of the driver."""
 
-        Args:
-            context: The run.
-            work: Whose rows they are.
-            pool: The workers.
-            deduper: Which requests are to be computed; None: all.
-            feed: Reads rows here.
-            is_packed: Whether rows travel by way of the driver.
-        """
-        self._context = context
-        self._work = work
-        self._pool = pool
-        self._deduper = deduper
-        self._feed = feed
-        self._is_packed = is_packed
-        self._clock = pool.clock
-        self._stats = pool.stats
+    def __post_init__(self) -> None:
+        self._clock = self.pool.clock
+        self._stats = self.pool.stats
         self._book = LeaseBook({})
         self._packers: list[Packer] = []
         self._error: BatchgenError | None = None
@@ -242,12 +228,12 @@ class Driver:
         Raises:
             BatchgenError: Job error. What finished before it is durable, if it can be.
         """
-        stop = self._context.stop
+        stop = self.context.stop
         stop.is_heard = True
-        self._pool.begin(count(rows))
-        self._book = LeaseBook({} if self._is_packed else rows)
+        self.pool.begin(count(rows))
+        self._book = LeaseBook({} if self.is_packed else rows)
         self._book.is_fed = True
-        if self._is_packed:
+        if self.is_packed:
             self._pack(rows)
         try:
             while not self._is_through():
@@ -267,7 +253,7 @@ class Driver:
     def _turn(self) -> None:
         if self._halted[0] is Stop.NO:
             self._try(self._lease)
-        for worker, news in self._pool.talk():
+        for worker, news in self.pool.talk():
             self._try(partial(self._hear, worker, news))
         for rows in self._book.guilty():
             self._disk_jobs.append(partial(self._end_guilty, rows))
@@ -281,14 +267,14 @@ class Driver:
             self._error = self._error or error
 
     def _is_through(self) -> bool:
-        is_idle = not self._disk_jobs and not any(one.is_at_work for one in self._pool.workers)
+        is_idle = not self._disk_jobs and not any(one.is_at_work for one in self.pool.workers)
         return self._book.is_through and is_idle and self._error is None
 
     # Stopping.
 
     def _is_to_stop(self) -> bool:
         """Tell the workers, once, how far to stop; whether they are to."""
-        stop = self._context.stop
+        stop = self.context.stop
         wanted = (stop.state, stop.is_patient)
         if self._error is not None and stop.state is Stop.NO:
             wanted = (Stop.DRAIN, False)
@@ -296,37 +282,35 @@ class Driver:
             return False
         if wanted != self._halted:
             self._halted = wanted
-            wait_s = 0.0 if wanted[0] is Stop.NOW else self._context.job.run.grace_s
+            wait_s = 0.0 if wanted[0] is Stop.NOW else self.context.job.run.grace_s
             is_patient = wanted == (Stop.DRAIN, True)
             self._give_up_s = None if is_patient else self._clock() + wait_s + _COMMIT_GRACE_S
-            for worker in self._pool.workers:
+            for worker in self.pool.workers:
                 worker.orders.append(messages.Halt(*wanted))
         return True
 
     def _has_stopped(self) -> bool:
         if self._give_up_s is not None and self._clock() >= self._give_up_s:
             return True
-        return not any(worker.is_at_work for worker in self._pool.up)
+        return not any(worker.is_at_work for worker in self.pool.up)
 
     # Rows to workers.
 
     def _lease(self) -> None:
-        self._pool.care()
-        up = self._pool.up
+        self.pool.care()
+        up = self.pool.up
         for packer in list(self._packers):
             packer.fill(self._book, _PACKS_AHEAD_ROWS * max(1, len(up)))
             if packer.is_done:
                 packer.close()
                 self._packers.remove(packer)
         self._book.is_fed = not self._packers
-        asks, epoch = self._deduper is not None and not self._is_packed, self._work.epoch
+        asks, epoch = self.deduper is not None and not self.is_packed, self.work.epoch
         for worker in up:
             if not worker.is_begun:
                 worker.is_begun = True
-                worker.orders.append(
-                    messages.Begin(epoch.plan, epoch.number, asks, self._is_packed)
-                )
-        ready = [worker for worker in up if self._is_packed or worker.sees_input]
+                worker.orders.append(messages.Begin(epoch.plan, epoch.number, asks, self.is_packed))
+        ready = [worker for worker in up if self.is_packed or worker.sees_input]
         outlook = self._look_at(ready)
         if not outlook.is_held_up:
             now_s = self._clock()
@@ -341,7 +325,7 @@ class Driver:
             return before
         paces = [worker.pace(now_s) for worker in ready]
         num_pending = self._book.num_pending + sum(packer.num_left for packer in self._packers)
-        outlook = pacing.outlook(paces, num_pending, self._pool.num_expected)
+        outlook = pacing.outlook(paces, num_pending, self.pool.num_expected)
         self._outlook, self._num_seen = outlook, len(ready)
         # Before a speed is known, the next worker to tell one would seem to have time for ever.
         self._look_again_s = now_s + (_OUTLOOK_S if outlook.mean_rate else 0.0)
@@ -372,7 +356,7 @@ class Driver:
     def _pack(self, rows: Rows) -> None:
         """Read these here."""
         if rows:
-            self._packers.append(Packer(self._feed(rows), self._pool.cluster.put, count(rows)))
+            self._packers.append(Packer(self.feed(rows), self.pool.cluster.put, count(rows)))
             self._book.is_fed = False
 
     # What workers say.
@@ -391,7 +375,7 @@ class Driver:
             worker.orders.append(self._set_aside(worker, event))
         elif isinstance(event, messages.Committed):
             self._settle(worker, event)
-            self._context.note_commit(event.seconds)
+            self.context.note_commit(event.seconds)
         elif isinstance(event, messages.Finished):
             worker.num_finishing = max(0, worker.num_finishing - 1)
             if not event.is_complete:
@@ -400,20 +384,20 @@ class Driver:
             self._see(worker, sees_input=event.sees_input)
         elif isinstance(event, messages.EngineDied):
             self._stats.note_engine_death(worker)
-            self._context.note_death(event.death, f", replica {worker.replica}")
+            self.context.note_death(event.death, f", replica {worker.replica}")
         elif isinstance(event, messages.Failed):
             self._fail(worker, event.error)
         elif isinstance(event, messages.Noted):
-            self._context.notes.add(event.text)
+            self.context.notes.add(event.text)
 
     def _see(self, worker: WorkerHandle, *, sees_input: bool) -> None:
         """Rows go by way of the driver from now on, if one worker does not see the input."""
         worker.sees_input = sees_input
-        if sees_input or self._is_packed:
+        if sees_input or self.is_packed:
             return
         host = worker.look.host if worker.look is not None else "?"
-        self._context.notes.add(f"the input is not to be seen on {host}: rows are sent from here")
-        self._is_packed = True
+        self.context.notes.add(f"the input is not to be seen on {host}: rows are sent from here")
+        self.is_packed = True
         self._pack(self._book.withdraw())
 
     def _fail(self, worker: WorkerHandle, error: BatchgenError) -> None:
@@ -422,25 +406,25 @@ class Driver:
         if isinstance(error, ConfigError):
             is_own = self._stats.has_seen_engine  # The job's settings are good where it is up.
         if isinstance(error, InputChangedError):  # Is it that node that has lost it?
-            is_own = not input_changes(self._work.epoch.plan)
+            is_own = not input_changes(self.work.epoch.plan)
         if isinstance(error, EngineError) and not self._stats.has_seen_engine:
             # One may have a bad GPU; if it is all of them, it is the job.
             self._num_not_started += 1
-            is_own = self._num_not_started < self._pool.num_replicas
+            is_own = self._num_not_started < self.pool.num_replicas
         if not is_own:
             self._error = self._error or error
         self._give_up(worker, str(error), has_died=False)
 
     def _give_up(self, worker: WorkerHandle, reason: str, *, has_died: bool) -> None:
-        self._pool.dismiss(worker, reason)
+        self.pool.dismiss(worker, reason)
         self._disk_jobs.append(partial(self._close_books, worker, reason, has_died=has_died))
 
     # What is durable: by the words of workers and, once one is gone, by its files.
 
     def _set_aside(self, worker: WorkerHandle, asked: messages.Asked) -> messages.Answer:
         """Say which requests are to be computed; the rows of the others wait for their answers."""
-        assert self._deduper is not None  # noqa: S101 - else nobody asks
-        passes = self._deduper.let_pass(asked.prefixes, asked.has_seed)
+        assert self.deduper is not None  # noqa: S101 - else nobody asks
+        passes = self.deduper.let_pass(asked.prefixes, asked.has_seed)
         worker.passed.append((asked, passes))
         aside = [row for row, passed in zip(asked.rows, passes, strict=True) if not passed]
         if aside:
@@ -460,7 +444,7 @@ class Driver:
         if self._book.settle(worker.number, committed.done):
             msg = f"{committed.name}: holds rows that worker {worker.number} was not given"
             raise AccountingError(msg)
-        if self._deduper is None:
+        if self.deduper is None:
             return
         left = self._book.rows_out(worker.number)
 
@@ -477,7 +461,7 @@ class Driver:
             StorageError: It cannot be sealed yet: its rows stay where they are.
         """
         if worker.is_begun:
-            ledger, epoch = self._context.ledger, self._work.epoch
+            ledger, epoch = self.context.ledger, self.work.epoch
             names = ledger.seal(epoch, worker.number)
             # Those that count and that it has not told of.
             for part in ledger.parts(epoch.plan, set(names) - worker.parts).parts:
@@ -486,16 +470,16 @@ class Driver:
                 self._settle(worker, messages.Committed(part.name, footer.done, counts, 0.0))
         self._stats.note_gone(worker, reason)
         rows = self._book.take_back(worker.number, has_died=has_died)
-        if self._deduper is not None:
+        if self.deduper is not None:
             for asked, passes in worker.passed:
                 mine = rows[asked.segment]
                 those = zip(asked.rows, asked.prefixes, asked.has_seed, passes, strict=True)
-                self._deduper.take_back(
+                self.deduper.take_back(
                     (prefix, seeded)
                     for row, prefix, seeded, passed in those
                     if passed and row in mine
                 )
-        if self._is_packed:  # Whoever gets its rows may not see the input.
+        if self.is_packed:  # Whoever gets its rows may not see the input.
             self._pack(self._book.withdraw())
 
     def _end_guilty(self, rows: Rows) -> None:
@@ -504,7 +488,7 @@ class Driver:
         Raises:
             StorageError: Not durable; may be tried again.
         """
-        stages, judge = self._work.stages, self._work.prepared.judge()
+        stages, judge = self.work.stages, self.work.prepared.judge()
         part = OpenPart(since_s=time.monotonic())
         error = RowError("engine_crash", "workers died with this row alone in them")
         for batch in stages.read(rows):
@@ -514,8 +498,8 @@ class Driver:
                     continue
                 (result,) = judge.judge([(outcome, failed(outcome.request_id, error))])
                 part.results.append(final(outcome, result))
-        self._work.commits.computed(part, self._pool.facts)
-        self._context.stats.note_ends(part.results)
+        self.work.commits.computed(part, self.pool.facts)
+        self.context.stats.note_ends(part.results)
 
     def _do_disk_jobs(self) -> None:
         """Do what touches the output; what the disk refuses is tried again for `disk_grace_s`."""
@@ -525,9 +509,9 @@ class Driver:
                 job()
             except StorageError as error:
                 self._disk_jobs.append(job)
-                self._context.tell_disk_trouble(error)
+                self.context.tell_disk_trouble(error)
                 if self._disk_give_up_s is None:
-                    self._disk_give_up_s = self._clock() + self._context.job.run.disk_grace_s
+                    self._disk_give_up_s = self._clock() + self.context.job.run.disk_grace_s
                 if self._clock() >= self._disk_give_up_s:
                     self._error = self._error or error
             except BatchgenError as error:
@@ -544,9 +528,8 @@ class Driver:
         Raises:
             OutputError: One is not there.
         """
-        storage, until_s = self._context.ledger.storage, time.monotonic() + _LISTING_S
+        storage, until_s = self.context.ledger.storage, time.monotonic() + _LISTING_S
         while missing := set(self._committed) - set(storage.list(PARTS)):
             if time.monotonic() >= until_s:
-                msg = f"{storage.where}: {min(missing)} was committed and is not there"
-                raise OutputError(msg)
+                raise OutputError(f"{storage.where}: {min(missing)} was committed and is not there")
             time.sleep(_LISTING_WAIT_S)

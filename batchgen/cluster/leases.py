@@ -107,8 +107,7 @@ class LeaseBook:
             AccountingError: The book is fed.
         """
         if self.is_fed:
-            msg = f"{count(rows)} rows were added to a lease book after its end"
-            raise AccountingError(msg)
+            raise AccountingError(f"{count(rows)} rows were added to a lease book after its end")
         for segment in sorted(rows):
             for start, stop in rows[segment].spans:
                 self._packed.append(RowSpan(segment, start, stop, payload))

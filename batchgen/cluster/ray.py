@@ -130,8 +130,7 @@ def ray_cluster(job: JobConfig) -> RayCluster:
         told = f"replicas = {run.replicas}"
         if run.ray_address is not None:
             told = f"ray_address = {run.ray_address!r}"
-        where = "[run]"
-        raise ConfigError(where, [f"{told} needs Ray: pip install ray"])
+        raise ConfigError("[run]", [f"{told} needs Ray: pip install ray"])
     room_for = 0 if run.replicas == "auto" else run.replicas
     return RayCluster(run.ray_address, resources_of(job), room_for=room_for)
 
@@ -300,8 +299,7 @@ def _told(what: str) -> Iterator[None]:
         yield
     except (ray.exceptions.RayError, ConnectionError) as exc:
         told = f"Ray cannot {what}: {one_line(str(exc))}"
-        msg = f"{told}; what was finished stays, run again to go on"
-        raise EngineError(msg) from exc
+        raise EngineError(f"{told}; what was finished stays, run again to go on") from exc
 
 
 class _Session:

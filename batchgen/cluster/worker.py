@@ -245,11 +245,10 @@ class Worker:
         """Bind to a plan, once it is sure that this machine sees what the driver sees."""
         ledger = self._ledger
         if ledger.storage.read(numbered("epochs", begin.epoch)) is None:
-            msg = (
+            raise OutputError(
                 f"{self._where}: {ledger.storage.where} is not the folder that the driver sees; "
                 "set output.path to one that all nodes share"
             )
-            raise OutputError(msg)
         if changes := self._checked.changes(begin.plan):
             raise RecipeChangedError(self._where, changes, is_finished=False)
         prepared = self._checked.with_plan(begin.plan)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
@@ -159,42 +159,32 @@ class Place:
     """Too many of them: nobody is there for a while."""
 
 
+@dataclass(eq=False)
 class WorkerPool:
     """The workers of one run. For the driver's one thread."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        job: JobConfig,
-        run_id: str,
-        *,
-        stats: ReplicaStats,
-        tell: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Bind; nobody is started before `care`.
+    cluster: Cluster
+    """Places workers; closed by whoever made it."""
+    job: JobConfig
+    """What they work on."""
+    run_id: str
+    """Of this run."""
+    _: KW_ONLY
+    stats: ReplicaStats
+    """Gets the figures of each worker."""
+    tell: Callable[[str], None]
+    """Told what is worth a warning."""
+    clock: Callable[[], float] = time.monotonic
+    """Monotonic seconds."""
 
-        Args:
-            cluster: Places workers; closed by whoever made it.
-            job: What they work on.
-            run_id: Of this run.
-            stats: Gets the figures of each worker.
-            tell: Told what is worth a warning.
-            clock: Monotonic seconds.
-        """
-        self.cluster = cluster
-        self.stats = stats
-        self.clock = clock
-        self._job = job
-        self._run_id = run_id
-        self._tell = tell
+    def __post_init__(self) -> None:
         self._places: dict[int, Place] = {}
         self._num_started = 0
         self._room_at_s = 0.0
         self._num_room = 0
         self._last_trouble = ""
         self._facts: EngineFacts | None = None
-        self._max_silent_s = min(MAX_SILENT_S, job.run.stall_s)
+        self._max_silent_s = min(MAX_SILENT_S, self.job.run.stall_s)
         self._is_starting_engines = False
         self._max_replicas: int | None = None
         """More would have next to nothing to do."""
@@ -257,23 +247,22 @@ class WorkerPool:
             if place.worker is None and now_s >= place.start_at_s:
                 self._start(place)
         if self._places and not self.num_replicas:
-            msg = (
+            raise EngineDeadError(
                 f"every replica has failed; the last one: {self._last_trouble}; what was finished "
                 "stays, run again to go on"
             )
-            raise EngineDeadError(msg)
 
     def _open_places(self) -> None:
-        replicas = self._job.run.replicas
+        replicas = self.job.run.replicas
         capacity = self.cluster.capacity()
         self._num_room = capacity.num_now
         wanted = capacity.num_now if replicas == "auto" else replicas
         wanted = min(wanted, self._max_replicas or wanted)
-        if not self._places and self._job.run.ray_address is None:
+        if not self._places and self.job.run.ray_address is None:
             self._refuse_too_many(capacity)
         if not self._places and capacity.num_now < max(wanted, 1):
             told = f"of {replicas} replicas {capacity.num_now} have room now"
-            self._tell(f"{told} ({capacity.told}); the others wait for it")
+            self.tell(f"{told} ({capacity.told}); the others wait for it")
         for replica in range(1, wanted + 1):
             self._places.setdefault(replica, self.stats.place(replica))
         for replica, place in list(self._places.items()):
@@ -286,7 +275,7 @@ class WorkerPool:
 
     def _refuse_too_many(self, capacity: Capacity) -> None:
         """A cluster may grow; this machine alone does not."""
-        replicas = self._job.run.replicas
+        replicas = self.job.run.replicas
         if capacity.num_now < (1 if replicas == "auto" else replicas):
             told = f"replicas = {replicas}, but this machine has room for {capacity.num_now}"
             raise ConfigError(_WHERE, [f"{told} ({capacity.told}); set fewer, or ray_address"])
@@ -298,7 +287,7 @@ class WorkerPool:
         if self._is_starting_engines or place.num_failures:  # All that is left may go alone.
             worker.orders.append(StartEngine())
         self.cluster.start(
-            WorkerInit(worker.number, worker.replica, self._job, self._run_id, __version__)
+            WorkerInit(worker.number, worker.replica, self.job, self.run_id, __version__)
         )
         self.stats.note_started(worker)
 
@@ -344,16 +333,18 @@ class WorkerPool:
         else:
             wait_s, told = RETRY_WAITS_S[place.num_failures - 1], "replaced"
         place.start_at_s = self.clock() + wait_s
-        self._tell(f"{self._last_trouble}; {told}")
+        self.tell(f"{self._last_trouble}; {told}")
 
 
+@dataclass(eq=False)
 class ReplicaStats:
     """The replicas of one run. For one thread."""
 
-    def __init__(self, stats: RunStats, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Bind; `clock` is the one of `stats`' times."""
-        self._stats = stats
-        self._clock = clock
+    stats: RunStats
+    _: KW_ONLY
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self._places: dict[int, Place] = {}
 
     def place(self, replica: int) -> Place:
@@ -369,19 +360,19 @@ class ReplicaStats:
         """Count what is new in a worker's newest look. One that is gone is not listened to."""
         if worker.is_gone:
             return
-        now_s, num_ended = self._clock(), worker.num_ended
+        now_s, num_ended = self.clock(), worker.num_ended
         worker.look, worker.seen_s = look, now_s
         worker.host, worker.pid = look.host, look.pid
         change = look.counts.minus(worker.counts)
-        self._stats.count(change)
+        self.stats.count(change)
         self._add(worker, change)
         self._count_kinds(worker, look)
         if (num_new := min(look.num_ended - num_ended, _LATENCIES_A_LOOK)) > 0:
-            self._stats.latencies_s.extend(look.latencies_s[-num_new:])
-        if self._stats.engine_ready_s is None and look.facts is not None:
-            self._stats.engine_ready_s = now_s
+            self.stats.latencies_s.extend(look.latencies_s[-num_new:])
+        if self.stats.engine_ready_s is None and look.facts is not None:
+            self.stats.engine_ready_s = now_s
         if any(change._replace(num_skipped=0)):
-            self._stats.note_progress(now_s)
+            self.stats.note_progress(now_s)
 
     def note_committed(self, worker: WorkerHandle, committed: Committed) -> None:
         """A worker's part is durable. May come after the news that the worker is gone.
@@ -391,11 +382,11 @@ class ReplicaStats:
         rows = committed.counts
         worker.durable = worker.durable.plus(rows)
         worker.durable_errors.update(committed.error_types)
-        self._stats.num_committed += rows.num_rows
-        self._stats.num_parts += 1
+        self.stats.num_committed += rows.num_rows
+        self.stats.num_parts += 1
         self._places[worker.replica].num_committed += rows.num_rows
         if worker.is_gone:
-            self._stats.correct(rows)
+            self.stats.correct(rows)
             self._add(worker, rows)
 
     def note_gone(self, worker: WorkerHandle, reason: str) -> None:
@@ -408,18 +399,18 @@ class ReplicaStats:
         place = self._places[worker.replica]
         worker.is_gone, worker.look = True, None
         lost = Counter(worker.error_types) - worker.durable_errors
-        self._stats.error_types = self._stats.error_types - lost
+        self.stats.error_types = self.stats.error_types - lost
         worker.error_types, worker.verdicts = {}, {}
         place.restarts += 1
         place.lost = reason
         change = Counts(*worker.durable.minus(worker.counts)[:3])  # Rows come first in it.
-        self._stats.correct(change)
+        self.stats.correct(change)
         self._add(worker, change)
 
     @property
     def has_seen_engine(self) -> bool:
         """Whether any engine was ever up."""
-        return self._stats.engine_ready_s is not None
+        return self.stats.engine_ready_s is not None
 
     def note_engine_death(self, worker: WorkerHandle) -> None:
         """A worker's engine died; the worker starts another one."""
@@ -432,7 +423,7 @@ class ReplicaStats:
         None while there is none. `look_age_s` is how long ago it was heard of, `lost` why the last
         one that is gone is gone.
         """
-        elapsed_s = now_s - self._stats.started_s
+        elapsed_s = now_s - self.stats.started_s
         return [
             {"replica": at, "elapsed_s": elapsed_s, **_row(self._places[at], now_s)}
             for at in sorted(self._places)
@@ -445,7 +436,7 @@ class ReplicaStats:
         """
         places = self._places.values()
         return {
-            **self._stats.sample(now_s, self.num_in_flight, self.engines()),
+            **self.stats.sample(now_s, self.num_in_flight, self.engines()),
             "restarts": sum([place.restarts for place in places]),
             "num_replicas": len(places),
             "num_replicas_up": sum([look.facts is not None for look in self._looks()]),
@@ -473,12 +464,12 @@ class ReplicaStats:
     def _count_kinds(self, worker: WorkerHandle, look: Look) -> None:
         """Errors by type, attempts by verdict. What came may change at its sender: copied."""
         if look.error_types != worker.error_types:
-            self._stats.error_types.update(_new(look.error_types, worker.error_types))
+            self.stats.error_types.update(_new(look.error_types, worker.error_types))
             worker.error_types = dict(look.error_types)
         if look.verdicts != worker.verdicts:
             for attempt, found in look.verdicts.items():
                 new = _new(found, worker.verdicts.get(attempt, {}))
-                counter = self._stats.verdicts.setdefault(attempt, Counter())
+                counter = self.stats.verdicts.setdefault(attempt, Counter())
                 counter.update({Verdict(name): num for name, num in new.items()})
             worker.verdicts = {attempt: dict(found) for attempt, found in look.verdicts.items()}
 

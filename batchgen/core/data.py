@@ -289,8 +289,7 @@ def parse_json(text: str | bytes) -> Any:  # noqa: ANN401 - any JSON
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # Half a character: UnicodeEncodeError.
     except RecursionError:
-        msg = "too many levels, beside an integer of 19 digits or more"
-        raise ValueError(msg) from None
+        raise ValueError("too many levels, beside an integer of 19 digits or more") from None
     return value
 
 
@@ -303,15 +302,13 @@ def parse_state(data: bytes) -> Any:  # noqa: ANN401 - any JSON
     try:
         return json.loads(data)
     except RecursionError:
-        msg = "too many levels"
-        raise ValueError(msg) from None
+        raise ValueError("too many levels") from None
 
 
 def _finite(written: str) -> float:
     number = float(written)
     if not math.isfinite(number):
-        msg = f"{written} is no JSON number of 64 bits"
-        raise ValueError(msg)
+        raise ValueError(f"{written} is no JSON number of 64 bits")
     return number
 
 
@@ -326,8 +323,7 @@ def check_levels(value: object) -> None:
         level = [item for parent in level for item in _children(parent)]
         if not level:
             return
-    msg = f"more than {MAX_LEVELS} objects and arrays inside each other"
-    raise ValueError(msg)
+    raise ValueError(f"more than {MAX_LEVELS} objects and arrays inside each other")
 
 
 def _children(value: object) -> list[Any]:

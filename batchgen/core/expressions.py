@@ -135,8 +135,7 @@ def check_row_test(name: str, text: str, columns: pa.Schema) -> None:
         if column not in columns.names:
             found = suggestion(column, columns.names)
             found += f"; a text is written '{column}'" if f'"{column}"' in text else ""
-            msg = f"{name} = {text!r}: unknown column {column!r}{found}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} = {text!r}: unknown column {column!r}{found}")
     _check_row_wise(test)
     if not any(LATE in (columns.field(column).metadata or {}) for column in test.columns):
         _check_result(test, columns)
@@ -146,11 +145,10 @@ def _check_row_wise(test: RowTest) -> None:
     name, text = test.name, test.text
     clock = _CLOCK.search(_QUOTED.sub("", text))
     if clock:
-        msg = (
+        raise ValueError(
             f"{name} = {text!r} reads the clock ({clock[0]}), so that a resumed run would choose "
             "other rows; write the time out"
         )
-        raise ValueError(msg)
     for node in _looking_at_other_rows(json.loads(test.expression.meta.serialize(format="json"))):
         msg = f"{name} = {text!r} looks at other rows ({node}), expected a test of one row"
         raise ValueError(msg)
@@ -192,15 +190,13 @@ def _check_result(test: RowTest, columns: pa.Schema) -> None:
         except pl.exceptions.PolarsError as error:
             if row is rows[1] and _may_be_the_value(error):
                 continue
-            msg = f"{where}: {_first_line(error)}"
-            raise ValueError(msg) from error
+            raise ValueError(f"{where}: {_first_line(error)}") from error
         except pl.exceptions.PanicException as error:
             read = ", ".join(f"{n!r} ({k})" for n, k in zip(test.columns, kinds, strict=True))
             msg = f"{where}: polars cannot read column {read}: {_first_line(error)}"
             raise ValueError(msg) from error
         if found != pl.Boolean:
-            msg = f"{where} gives {found}, expected a boolean"
-            raise ValueError(msg)
+            raise ValueError(f"{where} gives {found}, expected a boolean")
 
 
 def _may_be_the_value(error: Exception) -> bool:

@@ -123,8 +123,7 @@ class Crew:
         try:
             is_good, answer = connection.recv()
         except (EOFError, OSError) as error:
-            status = self._members[connection].wait()
-            raise ProcessDiedError(status) from error
+            raise ProcessDiedError(self._members[connection].wait()) from error
         if not is_good:
             raise answer
         return answer

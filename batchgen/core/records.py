@@ -439,8 +439,7 @@ class Ranges:
         """
         good = isinstance(flat, list) and len(flat) % 2 == 0 and all(type(n) is int for n in flat)
         if not good or any(a >= b for a, b in pairwise(flat)) or (flat and flat[0] < 0):
-            msg = f"not a list of ranges: {flat!r:.80}"
-            raise ValueError(msg)
+            raise ValueError(f"not a list of ranges: {flat!r:.80}")
         return cls(zip(flat[::2], flat[1::2], strict=True))
 
 

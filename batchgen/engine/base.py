@@ -201,13 +201,11 @@ def flatten_parts(messages: Messages) -> list[dict[str, Any]]:
         content = message.get("content")
         if isinstance(content, list):
             if not all(isinstance(part, dict) for part in content):
-                problem = "a content part is no object, expected {type, text}"
-                raise TypeError(problem)
+                raise TypeError("a content part is no object, expected {type, text}")
             kinds = {part.get("type") for part in content}
             if kinds - {"text"}:
                 kind = sorted(map(str, kinds - {"text"}))[0]
-                problem = f"a content part of type {kind!r}, only 'text' is supported"
-                raise TypeError(problem)
+                raise TypeError(f"a content part of type {kind!r}, only 'text' is supported")
             content = "\n".join([part["text"] for part in content])
             flat.append({**message, "content": content})
         else:

@@ -100,8 +100,7 @@ def read_limits(params: Mapping[str, Any]) -> _Limits:
     max_tokens, n = params.get("max_tokens", DEFAULT_MAX_TOKENS), params.get("n", 1)
     for name, value in (("max_tokens", 1 if max_tokens is None else max_tokens), ("n", n)):
         if not isinstance(value, int) or value < 1:
-            problem = f"{name} = {value!r} is not a whole number of 1 or more"
-            raise ValueError(problem)
+            raise ValueError(f"{name} = {value!r} is not a whole number of 1 or more")
     return _Limits(2**62 if max_tokens is None else max_tokens, n)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import EngineDeadError, EngineError
@@ -48,37 +48,28 @@ _COMBINED_BY: Mapping[str, Callable[[list[Any]], Any]] = {
 }
 
 
+@dataclass(eq=False)
 class EngineGroup:
     """One owner thread; others may look at its properties."""
 
-    def __init__(
-        self,
-        build: BuildMember,
-        specs: Callable[[], Sequence[EngineSpec]],
-        *,
-        is_enough: Callable[[WorkLeft], bool] | None = None,
-        on_death: Callable[[EngineDeath, str], None] = lambda death, whose: None,
-        stall_s: float = STALL_S,
-    ) -> None:
-        """Bind; nothing is started.
+    build: BuildMember
+    """Builds a member's engine; returns at once. The engine calls its argument, from any thread,
+    when `step` may have something new."""
+    make_specs: Callable[[], Sequence[EngineSpec]]
+    """Of the members, asked when they are built. One that has all of the devices is made by
+    `replace(spec, num_sharing=1)`."""
+    _: KW_ONLY
+    is_enough: Callable[[WorkLeft], bool] | None = None
+    """Whether there is so much to do that all should start. Until it is known how much that is, one
+    does. None: all start at once."""
+    on_death: Callable[[EngineDeath, str], None] = lambda death, whose: None
+    """Told of every death, and of which member."""
+    stall_s: float = STALL_S
+    """How long an engine with work may show no progress."""
 
-        Args:
-            build: Builds a member's engine; returns at once. The engine calls its argument, from
-                any thread, when `step` may have something new.
-            specs: Of the members, asked when they are built. One that has all of the devices is
-                made by `replace(spec, num_sharing=1)`.
-            is_enough: Whether there is so much to do that all should start. Until it is known how
-                much that is, one does. None: all start at once.
-            on_death: Told of every death, and of which member.
-            stall_s: How long an engine with work may show no progress.
-        """
-        self._build = build
-        self._make_specs = specs
-        self._is_enough = is_enough
+    def __post_init__(self) -> None:
         self._work: WorkLeft | None = None
         self._num_started = 0
-        self._on_death = on_death
-        self._stall_s = stall_s
         self._bell = threading.Event()
         self._specs: Sequence[EngineSpec] = ()
         self._members: list[SupervisedEngine] = []
@@ -134,7 +125,7 @@ class EngineGroup:
         if not self._specs:
             if self._error is not None:
                 raise self._error
-            self._specs = self._make_specs()
+            self._specs = self.make_specs()
             if self._is_too_little():
                 self._specs = [replace(self._specs[0], num_sharing=1)]
             self._start_next()
@@ -153,12 +144,12 @@ class EngineGroup:
 
     def _is_too_little(self) -> bool:
         """Whether it is known that there is too little to do for all engines."""
-        enough, work = self._is_enough, self._work
+        enough, work = self.is_enough, self._work
         return enough is not None and work is not None and not enough(work)
 
     def _start_others(self) -> None:
         """Build the other engines, unless it has to be known first how much there is to do."""
-        if self._work is not None or self._is_enough is None:
+        if self._work is not None or self.is_enough is None:
             while 0 < self._num_started < len(self._specs):
                 self._start_next()
         if self._work is not None and (num := len(self._specs)):
@@ -170,10 +161,10 @@ class EngineGroup:
         self._num_started += 1
         whose = f" of engine {self._num_started}" if spec.num_sharing > 1 else ""
         member = SupervisedEngine(
-            lambda spec: self._build(spec, self._bell.set),
+            lambda spec: self.build(spec, self._bell.set),
             lambda: spec,
-            on_death=lambda death: self._on_death(death, whose),
-            stall_s=self._stall_s,
+            on_death=lambda death: self.on_death(death, whose),
+            stall_s=self.stall_s,
         )
         self._members.append(member)
         member.start()

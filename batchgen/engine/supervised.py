@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError
@@ -98,39 +98,29 @@ class _Life:
         return num <= 0 and is_idle and quiet_s >= LOST_S
 
 
+@dataclass(eq=False)
 class SupervisedEngine:
     """One owner thread; others may look at its properties."""
 
-    def __init__(
-        self,
-        build: Build,
-        spec: Callable[[], EngineSpec],
-        *,
-        on_death: Callable[[EngineDeath], None] = lambda death: None,
-        stall_s: float = STALL_S,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """Bind; nothing is started.
+    build: Build
+    """Builds an engine; returns at once. If one does not start, here or in its first steps: the
+    first time the caller is told, later it is tried again."""
+    make_spec: Callable[[], EngineSpec]
+    """Of the first engine, asked when it is built; later ones may be asked for less."""
+    _: KW_ONLY
+    on_death: Callable[[EngineDeath], None] = lambda death: None
+    """Told of every death, before the next engine is built."""
+    stall_s: float = STALL_S
+    """How long an engine with work may show no progress."""
+    clock: Callable[[], float] = time.monotonic
+    """Monotonic seconds."""
+    sleep: Callable[[float], None] = time.sleep
+    """Waits between attempts to build."""
 
-        Args:
-            build: Builds an engine; returns at once. If one does not start, here or in its first
-                steps: the first time the caller is told, later it is tried again.
-            spec: Of the first engine, asked when it is built; later ones may be asked for less.
-            on_death: Told of every death, before the next engine is built.
-            stall_s: How long an engine with work may show no progress.
-            clock: Monotonic seconds.
-            sleep: Waits between attempts to build.
-        """
-        self._build_engine = build
-        self._make_spec = spec
+    def __post_init__(self) -> None:
         self._spec: EngineSpec | None = None
         self._work: WorkLeft | None = None
         self._log_path: str | None = None
-        self._on_death = on_death
-        self._stall_s = stall_s
-        self._clock = clock
-        self._sleep = sleep
         self._life: _Life | None = None
         self._queue: deque[Request] = deque()
         self._blamed: list[Answered] = []
@@ -205,7 +195,7 @@ class SupervisedEngine:
         """
         self._check_over()
         if self._spec is None:
-            spec = self._make_spec()
+            spec = self.make_spec()
             spec = replace(spec, work=self._work or spec.work)
             self._build(spec)
             self._spec = spec
@@ -298,7 +288,7 @@ class SupervisedEngine:
 
     def _let_in(self, life: _Life, requests: Sequence[Request]) -> None:
         if not life.held:
-            life.progress_s = self._clock()
+            life.progress_s = self.clock()
         life.engine.add(requests)
         life.held.update((request.request_id, request) for request in requests)
 
@@ -313,15 +303,15 @@ class SupervisedEngine:
             life.num_strays += strays
             self._num_strays += strays
         if answered:
-            life.progress_s = self._clock()
+            life.progress_s = self.clock()
         return answered
 
     def _look_after(self, life: _Life) -> list[Answered]:
         """Nothing came back though the engine has work: has it lost it, or does it hang?"""
-        quiet_s = life.quiet_s(self._clock())
+        quiet_s = life.quiet_s(self.clock())
         if life.has_lost(quiet_s):
             return self._add_lost_again(life)
-        if quiet_s >= self._stall_s:
+        if quiet_s >= self.stall_s:
             problem = f"the engine hangs: no row finished, nothing changed for {quiet_s:.0f} s"
             raise EngineDeadError(problem)
         return []
@@ -330,7 +320,7 @@ class SupervisedEngine:
         given_up = [life.held.pop(number) for number in sorted(life.lost_once & life.held.keys())]
         if again := list(life.held.values()):
             life.lost_once.update(life.held)
-            life.progress_s = self._clock()
+            life.progress_s = self.clock()
             self._num_lost += len(again)
             life.engine.add(again)
         return [(request, failed(request.request_id, LOST)) for request in given_up]
@@ -387,7 +377,7 @@ class SupervisedEngine:
             blamed=row_in_flight(blamed) if blamed is not None else None,
             log_tail=tuple(log_lines[-MAX_LOG_LINES:]),
         )
-        self._on_death(death)
+        self.on_death(death)
         if is_out_of_memory(reason):
             self._ask_less(life.spec)
         if problem := self._tally.problem():
@@ -426,9 +416,9 @@ class SupervisedEngine:
         """Build the next engine if it is time to; wait up to `timeout_s` if not."""
         if self._spec is None:
             return None  # Nothing was ever to do.
-        wait_s = self._build_s - self._clock()
+        wait_s = self._build_s - self.clock()
         if wait_s > 0:
-            self._sleep(min(wait_s, timeout_s))
+            self.sleep(min(wait_s, timeout_s))
             return None
         try:
             return self._build(self._spec)
@@ -438,7 +428,7 @@ class SupervisedEngine:
 
     def _build(self, spec: EngineSpec) -> _Life:
         self._log_path, log_start = spec.log_path, log_size(spec.log_path)
-        self._life = _Life(self._build_engine(spec), spec, log_start, self._clock())
+        self._life = _Life(self.build(spec), spec, log_start, self.clock())
         return self._life
 
     def _postpone(self, error: EngineError | ConfigError) -> None:
@@ -453,7 +443,7 @@ class SupervisedEngine:
             num = self._num_failed_builds
             problem = f"and {num} attempts to start another one failed"
             raise self._end(problem, str(error)) from error
-        self._build_s = self._clock() + REBUILD_WAITS_S[self._num_failed_builds - 1]
+        self._build_s = self.clock() + REBUILD_WAITS_S[self._num_failed_builds - 1]
 
     def _leave_to_vllm(self, life: _Life, reason: str) -> bool:
         """Try once more by vLLM's own settings, if memory was short for those chosen here."""

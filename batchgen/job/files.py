@@ -268,17 +268,14 @@ def _resolved(path: str, found: re.Match[str], run_date: date) -> str:
     token = _TOKEN.fullmatch(body)
     if token is None or token[1] not in NAMES:
         if meant := _meant(body):
-            msg = f"{found[0]!r} is no date, did you mean {'{' + meant + '}'!r}?"
-            raise ValueError(msg)
+            raise ValueError(f"{found[0]!r} is no date, did you mean {'{' + meant + '}'!r}?")
         return found[0]
     if path[: found.start()].endswith("{") and path[found.end() :].startswith("}"):
-        msg = f"'{{{found[0]}}}' has two pairs of braces, expected one: {found[0]!r}"
-        raise ValueError(msg)
+        raise ValueError(f"'{{{found[0]}}}' has two pairs of braces, expected one: {found[0]!r}")
     try:
         day = run_date + timedelta(days=NAMES[token[1]] + int((token[2] or "0d")[:-1]))
     except OverflowError:
-        msg = f"{found[0]!r} is outside of the calendar, expected fewer days"
-        raise ValueError(msg) from None
+        raise ValueError(f"{found[0]!r} is outside of the calendar, expected fewer days") from None
     return day.isoformat() if token[3] is None else _written(day, token[3], found[0])
 
 
@@ -326,8 +323,7 @@ def absolute(base: Path, path: str) -> str:
     path = _with_variables(base, path)
     encoded = os.fsencode(path)
     if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
-        msg = f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)"
-        raise ValueError(msg)
+        raise ValueError(f"{path[:40]!r}... is too long for a path ({len(encoded)} bytes)")
     first = path.partition("/")[0]
     is_there = first.startswith("~") and (
         os.path.lexists(base / first) or any(char in first for char in "*?[")
@@ -335,8 +331,7 @@ def absolute(base: Path, path: str) -> str:
     try:
         full = base / (path if is_there else Path(path).expanduser())
     except RuntimeError:
-        msg = f"{path!r}: there is no such user"
-        raise ValueError(msg) from None
+        raise ValueError(f"{path!r}: there is no such user") from None
     # normpath, not resolve: a symlinked input keeps the name that the user gave it.
     normal = os.path.normpath(full)
     if ".." in full.parts and os.path.realpath(full) != os.path.realpath(normal):

@@ -272,8 +272,7 @@ class RunOptions:
             ),
         }
         if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
-            where = "run"
-            raise ConfigError(where, problems)
+            raise ConfigError("run", problems)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,23 +66,20 @@ def parse_until(text: str, now: datetime, local: tzinfo | None = None) -> dateti
     """
     found = _WHEN.fullmatch(text.strip())
     if found is None:
-        msg = f"{text!r} is no time, {_EXPECTED}"
-        raise ValueError(msg)
+        raise ValueError(f"{text!r} is no time, {_EXPECTED}")
     zone = _zone(found["zone"], text) if found["zone"] else local
     try:
         clock = dt_time(int(found["hour"]), int(found["minute"]), int(found["second"] or 0))
         day = date.fromisoformat(found["date"]) if found["date"] else None
     except ValueError as error:
-        msg = f"{text!r} is no time ({error}), {_EXPECTED}"
-        raise ValueError(msg) from None
+        raise ValueError(f"{text!r} is no time ({error}), {_EXPECTED}") from None
     today = now.astimezone(zone).date()
     for candidate in [day] if day else [today, today + timedelta(days=1)]:
         for instant in _instants(datetime.combine(candidate, clock), zone):
             if instant > now:
                 return instant
     shown = now.astimezone(zone).isoformat(sep=" ", timespec="seconds")
-    msg = f"{text!r} is past, now is {shown}; expected a time to come"
-    raise ValueError(msg)
+    raise ValueError(f"{text!r} is past, now is {shown}; expected a time to come")
 
 
 def _zone(name: str, text: str) -> tzinfo:
@@ -92,8 +89,7 @@ def _zone(name: str, text: str) -> tzinfo:
         sign = -1 if name[0] == "-" else 1
         offset = sign * timedelta(hours=int(name[1:3]), minutes=int(name[-2:]))
         if abs(offset) >= timedelta(days=1):
-            msg = f"{text!r}: {name} is no offset from UTC, expected for example +01:00"
-            raise ValueError(msg)
+            raise ValueError(f"{text!r}: {name} is no offset from UTC, expected for example +01:00")
         return timezone(offset)
     try:
         return zoneinfo.ZoneInfo(name)
@@ -136,8 +132,7 @@ def parse_duration(text: str) -> float:
     units = _UNITS_S.values()
     seconds = sum(float(n) * unit for n, unit in zip(numbers, units, strict=False) if n)
     if not seconds and any(numbers):
-        msg = f"{text!r} is nothing, expected more than 0, such as 5h or 90m"
-        raise ValueError(msg)
+        raise ValueError(f"{text!r} is nothing, expected more than 0, such as 5h or 90m")
     if not seconds or not math.isfinite(seconds):
         msg = f"{text!r} is no length of time, expected for example 5h, 90m, 1h30m or 45s"
         raise ValueError(msg)

@@ -71,8 +71,7 @@ def refuse_foreign(root: Path) -> None:
             raise OutputError(msg)
     nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        msg = f"{nearest}: is a file, expected a folder; choose another output.path"
-        raise OutputError(msg)
+        raise OutputError(f"{nearest}: is a file, expected a folder; choose another output.path")
     # In this order: a run that starts beside this one makes STATE before anything else.
     if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():
         msg = f"{root}: holds files that are not batchgen's; choose another output.path"

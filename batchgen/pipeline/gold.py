@@ -64,8 +64,7 @@ def check_score(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> No
         else:
             problems.append(f"answer: {wanted!r} holds no labels{suggestion(wanted, labels)}")
     if problems:
-        where = "[score]"
-        raise ConfigError(where, problems)
+        raise ConfigError("[score]", problems)
 
 
 def _holds_labels(kind: pa.DataType) -> bool:

@@ -285,8 +285,7 @@ class JobRun:
 
     def _check_not_stopped(self) -> None:
         if self._context.is_stopped():
-            msg = f"{self._context.storage.where}: stopped while the input was read"
-            raise StoppedError(msg)
+            raise StoppedError(f"{self._context.storage.where}: stopped while the input was read")
 
     def moment(self) -> Moment:
         """Return where the run is; waits for nobody, may be asked from another thread."""

@@ -134,8 +134,7 @@ def _from_hub(name: str, revision: str | None, *, allow_pickle: bool) -> ModelFi
     try:
         path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
     except errors.HFValidationError as error:
-        problem = f"{name!r} is neither a folder nor a hub id"
-        raise ConfigError(where, [problem]) from error
+        raise ConfigError(where, [f"{name!r} is neither a folder nor a hub id"]) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         why = str(error).splitlines()[0]
         problem = (

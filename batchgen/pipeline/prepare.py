@@ -73,8 +73,7 @@ def check_examples(examples: Sequence[Example], form: OutputFormat) -> None:
         if error is not None:
             problems.append(f"examples[{at}]: {error.error_type}: {error.error}")
     if problems:
-        where = "[prompt]"
-        raise ConfigError(where, problems)
+        raise ConfigError("[prompt]", problems)
 
 
 def check_columns(
@@ -107,8 +106,7 @@ def check_columns(
     if problems:
         hint = delimiter_hint(columns.names) if job.input.delimiter is None else None
         problems += [hint] if hint else []
-        where = "job"
-        raise ConfigError(where, problems)
+        raise ConfigError("job", problems)
 
 
 def check_gate(job: JobConfig, answer: AnswerColumns) -> None:
@@ -128,8 +126,7 @@ def check_gate(job: JobConfig, answer: AnswerColumns) -> None:
         expected = "expected output.choice or an enum in output.schema"
         problems.append(f"max_drift: the answer has no labels, {expected}")
     if problems:
-        where = "[gate]"
-        raise ConfigError(where, problems)
+        raise ConfigError("[gate]", problems)
 
 
 def _check_answer_columns(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> None:

@@ -113,14 +113,12 @@ def _target(ledger: Ledger, newest: Manifest, number: int | None) -> Manifest:
         raise OutputError(msg)
     old = before or find_snapshot(ledger, number)
     if old.number == newest.number:
-        msg = f"{where}: snapshot {old.number} is the newest, readers see it already"
-        raise OutputError(msg)
+        raise OutputError(f"{where}: snapshot {old.number} is the newest, readers see it already")
     for name, why in damage(ledger.storage, old.files).items():
-        msg = (
+        raise OutputError(
             f"{ledger.storage.path(name)}: {why}, so there is no way back to snapshot {old.number};"
             " bring the file back from a backup, or choose another snapshot"
         )
-        raise OutputError(msg)
     return old
 
 
@@ -130,12 +128,11 @@ def _plan_again(ledger: Ledger, old: Manifest, *, for_now: bool) -> Plan:
     last = ledger.plan(number)
     manifest = ledger.manifest(number)
     if manifest is None and not for_now and not has_come_to_nothing(ledger, last):
-        msg = (
+        raise OutputError(
             f"{ledger.storage.where}: plan {number} is not published yet and has answers, which "
             f"this would drop; finish it with `{command('run')}`, or roll back with "
             f"{option('--for-now')}, which leaves them to the next run"
         )
-        raise OutputError(msg)
     continues: Sequence[Base] = bases_of(ledger, last, manifest) if for_now else ()
     return replace(
         ledger.plan(old.number),

@@ -147,8 +147,7 @@ class HuggingFace:
         try:
             from huggingface_hub import HfApi, hf_hub_download
         except ImportError as error:
-            msg = "huggingface_hub is not installed"
-            raise OSError(msg) from error
+            raise OSError("huggingface_hub is not installed") from error
         try:
             info = HfApi().model_info(
                 name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
@@ -161,8 +160,7 @@ class HuggingFace:
             # Of its own, of requests, httpx or httpx2, as its version has it.
             raise OSError(one_line(error)) from error
         if not here:
-            msg = f"{name} has no config.json"
-            raise OSError(msg)
+            raise OSError(f"{name} has no config.json")
         return Path(here[0]).parent, weight_bytes(files)
 
     def free_bytes(self) -> int | None:

@@ -107,8 +107,7 @@ def told_gpu(memory: str, capability: str) -> Gpu:
         expected = "expected such as 8.6; developer.nvidia.com/cuda-gpus lists them"
         wrong.append(f"{option('--capability')} {capability!r:.40} is wrong, {expected}")
     if wrong:
-        where = "GPU"
-        raise ConfigError(where, wrong)
+        raise ConfigError("GPU", wrong)
     return _gpu(f"a GPU with {memory.strip()}", gib * _SHOWN, capability.strip())
 
 

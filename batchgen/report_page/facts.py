@@ -154,8 +154,7 @@ def gather(root: Path, options: ReportOptions, run_id: str | None = None) -> Fac
     ledger = Ledger(storage)
     run_id = run_id or live_view(storage, None).get("run_id")
     if run_id is None:
-        msg = f"{root}: {ledger.why_no_plan() or 'its runs have left no figures'}"
-        raise OutputError(msg)
+        raise OutputError(f"{root}: {ledger.why_no_plan() or 'its runs have left no figures'}")
     folder = f"{STATE}/runs/{run_id}"
     summary = _json(storage, f"{folder}/summary.json") or _unfinished(root, run_id)
     plan = ledger.latest_plan()

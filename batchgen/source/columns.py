@@ -76,8 +76,7 @@ def parse_field(name: str, word: Word) -> pa.Field:
         ValueError: An unknown word.
     """
     if word not in _TYPES:
-        msg = f"unknown type {word!r} for column {name!r}{suggestion(word, _TYPES)}"
-        raise ValueError(msg)
+        raise ValueError(f"unknown type {word!r} for column {name!r}{suggestion(word, _TYPES)}")
     metadata = {_TYPE_KEY: word.encode()} if word in {"json", "text"} else None
     return pa.field(name, _TYPES[word], metadata=metadata)
 
@@ -312,8 +311,7 @@ def override(
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        key = "input.types"
-        raise ConfigError(key, problems)
+        raise ConfigError("input.types", problems)
     return pa.schema(list(fields.values()))
 
 
@@ -400,8 +398,7 @@ def json_text(value: object) -> str:
         return orjson.dumps(value).decode()
     except TypeError:  # an integer over 64 bits, or too many levels
         if is_too_deep(value):
-            msg = "value nested too deeply"
-            raise ValueError(msg) from None
+            raise ValueError("value nested too deeply") from None
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -27,6 +27,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -61,31 +62,22 @@ blank line is a row."""
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 
 
+@dataclass(eq=False)
 class CsvReader:
     """See `Reader`."""
 
-    def __init__(
-        self,
-        delimiter: str | None = None,
-        encoding: str | None = None,
-        *,
-        counts_lines: bool = True,
-    ) -> None:
-        """Fix how a file is cut.
-
-        Args:
-            delimiter: Ends fields; None: a tab in .tsv, a comma in the rest.
-            encoding: See `text_blocks`.
-            counts_lines: See `Plan.counts_lines`.
-        """
-        self._delimiter = delimiter
-        self._encoding = encoding
-        self._counts_lines = counts_lines
+    delimiter: str | None = None
+    """Ends fields; None: a tab in .tsv, a comma in the rest."""
+    encoding: str | None = None
+    """See `text_blocks`."""
+    _: KW_ONLY
+    counts_lines: bool = True
+    """See `Plan.counts_lines`."""
 
     def sniff(self, path: str) -> None:
         """See `Reader`."""
-        refuse_other_content(path, self._encoding)
-        first = lines_of(next(iter_bodies(path, self._encoding), b""))[0] or b""
+        refuse_other_content(path, self.encoding)
+        first = lines_of(next(iter_bodies(path, self.encoding), b""))[0] or b""
         looks = text_looks_like(first)
         if looks not in (None, "CSV or TSV") or first.startswith(b"{"):
             text = f"not CSV? it looks like {looks or 'JSONL'}, expected a header and records"
@@ -102,7 +94,7 @@ class CsvReader:
                 only = sorted(set(header) ^ set(first))
                 text = f"has other columns than {first_path}: {only} are in one of them only"
                 raise SourceError(path, text)
-        hint = delimiter_hint(first) if self._delimiter is None else None
+        hint = delimiter_hint(first) if self.delimiter is None else None
         if hint and not types.keys() <= set(first):
             raise SourceError(first_path, hint)
         return override(
@@ -127,7 +119,7 @@ class CsvReader:
             on_block()
             has_quote = has_quote or b'"' in block
 
-        lines = scan_blocks(path, look, self._encoding)
+        lines = scan_blocks(path, look, self.encoding)
         if has_quote:
             num_rows = 0
             for record in self._header(path)[1]:
@@ -149,9 +141,9 @@ class CsvReader:
 
     def _header(self, path: str) -> tuple[list[str], Iterator[Record]]:
         is_tsv = ".tsv" in path.rpartition("/")[2].lower()
-        delimiter = self._delimiter or ("\t" if is_tsv else ",")
-        raw = _raw_records(path, delimiter, self._encoding)
-        return _header(path, raw, delimiter, counts_lines=self._counts_lines)
+        delimiter = self.delimiter or ("\t" if is_tsv else ",")
+        raw = _raw_records(path, delimiter, self.encoding)
+        return _header(path, raw, delimiter, counts_lines=self.counts_lines)
 
 
 def delimiter_hint(names: Sequence[str]) -> str | None:
@@ -557,6 +549,5 @@ def parse_text(field: pa.Field, text: str) -> Any:  # noqa: ANN401 - of the fiel
     elif field.type == pa.float64() and _NUMBER.fullmatch(text):
         value = float(text)
     if value is None or not fits(field.type, value) or value in (math.inf, -math.inf):
-        msg = f"not a {field.type}"
-        raise ValueError(msg)
+        raise ValueError(f"not a {field.type}")
     return float(value) if field.type == pa.float64() else value

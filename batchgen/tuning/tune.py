@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
@@ -241,37 +241,28 @@ class TuneOptions:
     """False: in a temporary output, each trial over the same rows; nothing is kept."""
 
 
+@dataclass(eq=False)
 class Tuning:
     """One search. Use once: `Tuning(...).run()`."""
 
-    def __init__(
-        self,
-        job: JobConfig,
-        job_path: Path,
-        options: TuneOptions,
-        *,
-        stops: Stops,
-        tell: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        """Bind; nothing is touched yet.
+    job: JobConfig
+    """As loaded, with its own settings: without a tuned file's."""
+    job_path: Path
+    """The job file; what is found is written beside it."""
+    options: TuneOptions
+    """What `batchgen tune` was asked for."""
+    _: KW_ONLY
+    stops: Stops
+    """Asked by signal handlers."""
+    tell: Callable[[str], None] = lambda line: None
+    """Gets a line before and after each trial."""
 
-        Args:
-            job: As loaded, with its own settings: without a tuned file's.
-            job_path: The job file; what is found is written beside it.
-            options: What `batchgen tune` was asked for.
-            stops: Asked by signal handlers.
-            tell: Gets a line before and after each trial.
-        """
-        self._job = job
-        self._path = job_path
-        self._options = options
-        self._stops = stops
-        self._tell = tell
+    def __post_init__(self) -> None:
         self._began_s = time.monotonic()
-        device = device_name() if job.model.is_vllm else job.model.backend
-        self._is_gpu = job.model.is_vllm and device != "cpu"
+        device = device_name() if self.job.model.is_vllm else self.job.model.backend
+        self._is_gpu = self.job.model.is_vllm and device != "cpu"
         most_memory = _free_share() - 0.03 if self._is_gpu else MOST_MEMORY
-        self._search = Search(job, is_gpu=self._is_gpu, most_memory=most_memory)
+        self._search = Search(self.job, is_gpu=self._is_gpu, most_memory=most_memory)
         self._is_searched = False  # To its end: nothing more is worth a trial.
         self._repeats: list[Trial] = []
         self._notes: list[str] = []
@@ -282,10 +273,10 @@ class Tuning:
         Raises:
             BatchgenError: The job fails. What was answered stays.
         """
-        if self._job.model.urls and not self._job.model.is_auto:
+        if self.job.model.urls and not self.job.model.is_auto:
             where = "model.base_url"
             raise ConfigError(where, ["how much servers get at once finds itself, in every run"])
-        check_writable(tuned_path(self._path))
+        check_writable(tuned_path(self.job_path))
         for settings in self._search.candidates():
             if self._search.trials and not self._may_try(num_after=2):
                 break
@@ -296,8 +287,7 @@ class Tuning:
             self._is_searched = True
         own = self._search.own
         if own.failure is not None:
-            msg = f"the engine died with the job's own settings: {own.failure}"
-            raise EngineError(msg)
+            raise EngineError(f"the engine died with the job's own settings: {own.failure}")
         if self._search.best.settings and not self._is_over():
             self._confirm()
         return self._report()
@@ -321,29 +311,29 @@ class Tuning:
         trials, num = self._trials, 1 + num_after
         cost_s = max(trial.wall_s for trial in trials[-2:])  # The first may have compiled kernels.
         spent_s = time.monotonic() - self._began_s
-        has_time = spent_s + num * cost_s <= self._options.budget_s
+        has_time = spent_s + num * cost_s <= self.options.budget_s
         num_rows = max(trial.num_answered for trial in trials)
-        has_rows = not self._options.keeps_rows or trials[-1].num_left >= num * num_rows
+        has_rows = not self.options.keeps_rows or trials[-1].num_left >= num * num_rows
         if has_time and not has_rows:
             self._notes.append("not all was tried: the rows would have run out")
         return has_time and has_rows
 
     def _is_over(self) -> bool:
         """Whether no other trial can follow."""
-        is_answered = self._options.keeps_rows and self._trials[-1].is_answered
-        return self._stops.is_asked or is_answered
+        is_answered = self.options.keeps_rows and self._trials[-1].is_answered
+        return self.stops.is_asked or is_answered
 
     def _try(self, settings: Mapping[str, Any], *, again: bool = False) -> Trial:
         number = len(self._trials) + 1
-        self._tell(f"trial {number}: {settings_text(settings)}{', again' if again else ''}")
+        self.tell(f"trial {number}: {settings_text(settings)}{', again' if again else ''}")
         best = self._search.best.measure if self._search.trials and not again else None
-        rules = (self._stops, self._options.times, best.speed if best else 0.0)
-        if self._options.keeps_rows:
-            trial = run_trial(self._job, settings, *rules)
+        rules = (self.stops, self.options.times, best.speed if best else 0.0)
+        if self.options.keeps_rows:
+            trial = run_trial(self.job, settings, *rules)
         else:
-            with _scratch(self._job) as job:
+            with _scratch(self.job) as job:
                 trial = replace(run_trial(job, settings, *rules), num_answered=0)
-        self._tell(f"trial {number}: {self._outcome(trial)}")
+        self.tell(f"trial {number}: {self._outcome(trial)}")
         return trial
 
     def _outcome(self, trial: Trial) -> str:
@@ -373,21 +363,21 @@ class Tuning:
             state=state,
             exit_code=int(ExitCode.STOPPED if state == "stopped" else ExitCode.COMPLETE),
             reason=reason,
-            job=str(self._path),
+            job=str(self.job_path),
             settings=settings,
             gain=gain,
             is_confirmed=is_confirmed,
             trials=self._trials,
             num_answered=sum(trial.num_answered for trial in self._trials),
-            is_answered=self._options.keeps_rows and self._trials[-1].is_answered,
-            keeps_rows=self._options.keeps_rows,
+            is_answered=self.options.keeps_rows and self._trials[-1].is_answered,
+            keeps_rows=self.options.keeps_rows,
             elapsed_s=time.monotonic() - self._began_s,
             notes=[*dict.fromkeys(self._notes), *self._shadowed(settings)],
         )
         if state != "tuned":
             return report
-        path = tuned_path(self._path)
-        key = key_of(self._job, self._path.parent, device_name())
+        path = tuned_path(self.job_path)
+        key = key_of(self.job, self.job_path.parent, device_name())
         versions = {"vllm": vllm_version() or "", "batchgen": __version__}
         LocalStorage(path.parent).replace(path.name, report.file_text(key | versions).encode())
         return replace(report, tuned_file=str(path))
@@ -396,7 +386,7 @@ class Tuning:
         """State, and the reason for every state but `tuned`."""
         own, scratch = self._search.own, option("--scratch")
         more = f"more {option('--minutes')}, a shorter {option('--trial-s')}, or {scratch}"
-        if self._stops.is_asked:
+        if self.stops.is_asked:
             reason = f"stopped on purpose; run again to tune, or `{command('run')}` to go on"
             return "stopped", reason
         if own.state == "nothing_to_do":
@@ -414,7 +404,7 @@ class Tuning:
         return [
             f"the job itself says {name} = {own}, which wins: change it there to {value}"
             for name, value in settings.items()
-            if (own := value_of(self._job, name)) is not None
+            if (own := value_of(self.job, name)) is not None
         ]
 
 

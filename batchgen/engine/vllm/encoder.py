@@ -23,6 +23,7 @@ import re
 import threading
 from array import array
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -83,25 +84,18 @@ def style_of(spec: EngineSpec) -> ChatStyle:
     return ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools, pairs)
 
 
+@dataclass(eq=False)
 class Encoder:
     """Takes requests from one thread, gives `Encoded` to another, in order."""
 
-    def __init__(
-        self,
-        load_tokenizer: Callable[[], Any],
-        style: ChatStyle,
-        on_images: Callable[[], object] = int,
-    ) -> None:
-        """Begin.
+    load_tokenizer: Callable[[], Any]
+    """Called in the thread."""
+    style: ChatStyle
+    """The chat template to use."""
+    on_images: Callable[[], object] = int
+    """Called for each batch in which a chat has images."""
 
-        Args:
-            load_tokenizer: Called in the thread.
-            style: The chat template to use.
-            on_images: Called for each batch in which a chat has images.
-        """
-        self._load_tokenizer = load_tokenizer
-        self._style = style
-        self._on_images = on_images
+    def __post_init__(self) -> None:
         self._inbox: queue.SimpleQueue[Sequence[EngineRequest] | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[list[Encoded] | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="batchgen-encoder", daemon=True)
@@ -122,8 +116,7 @@ class Encoder:
         except queue.Empty:
             return []
         if isinstance(ready, Exception):
-            problem = f"the tokenizer cannot be loaded: {one_line(ready)}"
-            raise EngineError(problem) from ready
+            raise EngineError(f"the tokenizer cannot be loaded: {one_line(ready)}") from ready
         return ready
 
     def close(self) -> None:
@@ -133,15 +126,15 @@ class Encoder:
 
     def _run(self) -> None:
         try:
-            tokenizer = self._load_tokenizer()
+            tokenizer = self.load_tokenizer()
         except Exception as exc:  # noqa: BLE001 - carried to the engine's thread, raised there
             self._ready.put(exc)
             return
         while (requests := self._inbox.get()) is not _CLOSE:
             for start in range(0, len(requests), MAX_BATCH):
-                encoded = encode(tokenizer, requests[start : start + MAX_BATCH], self._style)
+                encoded = encode(tokenizer, requests[start : start + MAX_BATCH], self.style)
                 if any(one.chat is not None for one in encoded):
-                    self._on_images()
+                    self.on_images()
                 self._ready.put(encoded)
 
 
@@ -295,8 +288,7 @@ def refuse_model(spec: EngineSpec, chat: Messages | None) -> None:
         advice = f"write what prompt.system says into prompt.user, or {advice}"
     elif len(turns) > 1 and template.refusal(turns[-1:]) is None:
         advice = f"write prompt.examples and prompt.system into prompt.user, or {advice}"
-    where = "[prompt]"
-    raise ConfigError(where, [f"the model's chat template refuses every row: {why}; {advice}"])
+    raise ConfigError("[prompt]", [f"the model's chat template refuses every row: {why}; {advice}"])
 
 
 def _refuse_pooling(folder: Path) -> None:
@@ -311,8 +303,7 @@ def _refuse_pooling(folder: Path) -> None:
         what = "modules.json has a pooling layer" if has_pooling else ", ".join(map(str, names))
         problem = f"{str(folder)!r} makes embeddings or scores and generates no text ({what})"
         advice = "name a model that generates, or set model.engine.runner if this one does"
-        where = "model.name"
-        raise ConfigError(where, [f"{problem}; {advice}"])
+        raise ConfigError("model.name", [f"{problem}; {advice}"])
 
 
 class ChatTemplate:
@@ -376,8 +367,7 @@ def find_template(spec: EngineSpec) -> ChatTemplate | None:
     if text is None and config and not sees_images:  # For some of these vLLM has one of its own.
         problem = f"{str(folder)!r} has no chat template (a base model?), which chats need"
         advice = "set prompt.chat_template_file, or give whole prompts with prompt.text"
-        where = "[prompt]"
-        raise ConfigError(where, [f"{problem}; {advice}"])
+        raise ConfigError("[prompt]", [f"{problem}; {advice}"])
     variables = {
         **{k: _token(v) for k, v in config.items() if _SPECIAL_TOKEN.fullmatch(k) and v},
         "tools": list(spec.tools) or None,

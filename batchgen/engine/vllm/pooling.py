@@ -106,8 +106,7 @@ def task_facts(spec: EngineSpec) -> TaskFacts:
     if spec.task not in can:
         can_do = f"can do {' and '.join(can)}" if can else "can do none of batchgen's tasks"
         advice = "name a model that does, or set model.engine.convert if this one can be made to"
-        problem = f"{spec.task!r}: by its files {spec.model!r} {can_do}; {advice}"
-        raise ConfigError(TASK, [problem])
+        raise ConfigError(TASK, [f"{spec.task!r}: by its files {spec.model!r} {can_do}; {advice}"])
     if spec.task == "embed":
         return TaskFacts(_size(spec), prefix=_prefix(spec))
     if spec.task == "score":

@@ -427,11 +427,9 @@ def read_lora_rank(name: str, folder: Path) -> int:
     try:
         return int(json.loads(path.read_bytes())["r"])
     except OSError as exc:
-        problem = f"adapter {name!r}: {path} cannot be read: {exc.strerror}"
-        raise EngineError(problem) from exc
+        raise EngineError(f"adapter {name!r}: {path} cannot be read: {exc.strerror}") from exc
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
-        problem = f"adapter {name!r}: {path} does not say its rank, 'r'"
-        raise EngineError(problem) from exc
+        raise EngineError(f"adapter {name!r}: {path} does not say its rank, 'r'") from exc
 
 
 def known_keywords() -> frozenset[str] | None:
