@@ -26,6 +26,7 @@ from batchgen.core.errors import (
     ExitCode,
     FencedError,
     GateError,
+    OutputError,
     StoppedError,
     StorageError,
 )
@@ -212,7 +213,11 @@ class JobRun:
                 lock.wait(context.is_stopped)
                 stack.callback(lock.release)
             num_plans = self._ledger.latest_plan_number()
-            decision = decide(self._ledger, self._job, options)
+            self._telling_late = partial(
+                self._ledger.telling_late, context.run_id, self._ledger.at_work()
+            )
+            with self._telling_late():
+                decision = decide(self._ledger, self._job, options)
             lock.acquire(steal=options.steal)
             stack.callback(lock.release)
             stack.callback(self._compute.close)
@@ -227,7 +232,7 @@ class JobRun:
     def _recording_end(self) -> Iterator[None]:
         """Write down how the run ended where it ends by an exception."""
         try:
-            with naming_tuned(self._job, self._compute):
+            with naming_tuned(self._job, self._compute), self._telling_late():
                 yield
         except BatchgenError as error:
             gate = error.gate if isinstance(error, GateError) else ()
@@ -317,7 +322,7 @@ class JobRun:
         if keep := epoch.plan.keeps if keep is None else keep:
             try:
                 prune(self._ledger, Keep(keep))
-            except StorageError as error:  # The night is published; the next one prunes.
+            except (OutputError, StorageError) as error:  # Published it is; the next one prunes.
                 self._context.notes.add(f"old snapshots are not removed yet: {error}")
         return self._finish("complete", ExitCode.COMPLETE, manifest=manifest)
 

@@ -82,15 +82,16 @@ def roll_back(
     lock = RunLock(storage, run_id)
     lock.acquire(advice="stop it, or roll back when it has ended")
     try:
-        ledger.settle()
-        newest = find_snapshot(ledger, None)
-        old = _target(ledger, newest, number)
-        plan = _plan_again(ledger, old, for_now=for_now)
-        ledger.put_plan(plan)
-        epoch = ledger.claim(plan, run_id, {"host": socket.gethostname(), "pid": os.getpid()})
-        ledger.check_fence(epoch)
-        manifest = ledger.put_manifest(_manifest_again(old, epoch), old.number)
-        show(ledger, manifest)
+        with ledger.telling_late(run_id, ledger.at_work()):
+            ledger.settle()
+            newest = find_snapshot(ledger, None)
+            old = _target(ledger, newest, number)
+            plan = _plan_again(ledger, old, for_now=for_now)
+            ledger.put_plan(plan)
+            epoch = ledger.claim(plan, run_id, {"host": socket.gethostname(), "pid": os.getpid()})
+            ledger.check_fence(epoch)
+            manifest = ledger.put_manifest(_manifest_again(old, epoch), old.number)
+            show(ledger, manifest)
     finally:
         lock.release()
     return RolledBack(

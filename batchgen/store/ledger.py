@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.data import parse_state
-from batchgen.core.errors import AccountingError, FencedError, OutputError
+from batchgen.core.errors import AccountingError, FencedError, OutputError, StorageError
 from batchgen.core.records import RowSet
 from batchgen.core.runtime import command
 from batchgen.store.books import (
@@ -218,6 +219,7 @@ class Ledger:
 
         Raises:
             AccountingError: The counts do not balance; nothing is published.
+            FencedError: A newer snapshot is published.
         """
         if imbalance := manifest.imbalance():
             msg = f"{self.storage.where}: {imbalance}; not published"
@@ -226,10 +228,45 @@ class Ledger:
         for name in ("files", "index"):
             del fields[name]
         fields["lists"] = list(self._put_lists(manifest, shares_with))
-        self.storage.put_if_absent(numbered("manifests", manifest.number), _dumps(fields))
+        name = numbered("manifests", manifest.number)
+        self.storage.put_if_absent(name, _dumps(fields))
         held = self.manifest(manifest.number)
-        assert held is not None  # noqa: S101 - put-if-absent left a manifest, ours or another's
+        # What a newer snapshot does not share may be gone by now, and this one's plan, too: so who
+        # slept before the put takes it back.
+        if held is None or self._numbered_files("manifests")[-1:] != [name]:
+            if held is not None and held.run_id == manifest.run_id:
+                self.storage.remove(name)
+            msg = f"{self.storage.where}: another run has published a newer snapshot"
+            raise FencedError(msg)
         return held
+
+    def at_work(self) -> Collection[str]:
+        """Return the names of what tells who was at work so far: claims and manifests."""
+        return {name for kind in ("epochs", "manifests") for name in self._numbered_files(kind)}
+
+    @contextmanager
+    def telling_late(self, run_id: str, before: Collection[str]) -> Iterator[None]:
+        """Tell a run that has slept what it is, where it misses what others have removed meanwhile.
+
+        Args:
+            run_id: The run's.
+            before: `at_work` when it began. If others have claimed the job, published it or pruned
+                it since, what is missing is no damage; where it is, the next run tells so.
+
+        Raises:
+            FencedError: Others were at work; in place of another error of the output.
+        """
+        try:
+            yield
+        except FencedError:
+            raise
+        except (OutputError, StorageError) as error:
+            now, own = self.at_work(), run_id.encode()
+            others = (name for name in now if own not in (self.storage.read(name) or b""))
+            if set(before) == {*others}:
+                raise
+            msg = f"{self.storage.where}: another run has taken this job over; run again ({error})"
+            raise FencedError(msg) from error
 
     def settle(self) -> None:
         """Make durable the records that this run found and builds on, or reports.

@@ -78,7 +78,9 @@ def outdated(ledger: Ledger, keep: Keep) -> Outdated:
         if one.number not in needed and keep.is_old(datetime.fromisoformat(one.created_at))
     ]
     left = [one for one in manifests if one not in gone]
-    plans = [*work, *(ledger.plan(one.number) for one in left)]
+    there = {number_of(name) for name in _numbered(ledger.storage, "plan")}
+    # A run that slept and was killed at once may have left a manifest whose plan is gone.
+    plans = [*work, *(ledger.plan(one.number) for one in left if one.number in there)]
     books = _old_books(ledger.storage, keep, left, plans)
     return Outdated(gone, _old_runs(ledger.storage, keep, left), list(books))
 
@@ -151,7 +153,11 @@ def _old_books(
         if number_of(name) not in claimed and keep.is_old(_changed(storage, name)):
             yield name
     planned = {plan.number for plan in plans}
-    yield from (name for name in _numbered(storage, "plan") if number_of(name) not in planned)
+    newest = max((manifest.number for manifest in left), default=0)
+    for name in _numbered(storage, "plan"):
+        # A run that sleeps may still publish a later one, which is the newest snapshot then.
+        if number_of(name) not in planned and number_of(name) < newest:
+            yield name
     named = {digests_of(segment.digest) for plan in plans for segment in plan.segments}
     for name in storage.list(DIGESTS):
         if name.endswith(".bin") and name not in named:

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 import batchgen
-from batchgen.core.errors import GateError
-from batchgen.storage import LocalStorage
+from batchgen.api import load
+from batchgen.core.errors import FencedError, GateError
+from batchgen.pipeline.context import RunOptions, StopSwitch
+from batchgen.pipeline.job_run import JobRun
+from batchgen.storage import Disk, LocalStorage
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
+from batchgen.store.verify import verify
 from batchgen.store.visible import show
 from tests.e2e.support import write_job, write_rows
 
@@ -64,3 +68,47 @@ def test_a_run_that_slept_while_showing_its_snapshot_shows_the_newest(tmp_path: 
     assert old is not None
     show(sleeper, old)
     assert {path.name: path.read_bytes() for path in out.glob("part-*.parquet")} == files
+
+
+class Overtaken(Disk):
+    """Falls asleep before a file of some kind gets its name, and wakes when another run is through.
+
+    That one begins anew and keeps one snapshot, so that it removes all that the sleeper knew.
+    """
+
+    def __init__(self, job: Path, kind: str) -> None:
+        self._job = job
+        self._kind = kind
+        self.has_slept = False
+
+    def link(self, source: Path, target: Path) -> None:
+        if target.parent.name == self._kind and not self.has_slept:
+            self.has_slept = True
+            keep = ["output.keep_snapshots=1"]
+            batchgen.run(self._job, fresh=True, steal=True, overrides=keep)
+        super().link(source, target)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fresh"),
+    [("plan", True), ("files", True), ("manifests", True), ("epochs", False), ("parts", False)],
+)
+def test_a_run_that_wakes_when_all_that_it_knew_is_pruned_is_told_so(
+    tmp_path: Path, kind: str, fresh: bool
+) -> None:
+    write_rows(tmp_path / "in.jsonl", NUM_ROWS)
+    job = write_job(tmp_path, "in.jsonl")
+    batchgen.run(job)
+    write_rows(tmp_path / "in.jsonl", NUM_ROWS, start=50)
+    disk = Overtaken(job, kind)
+    late = JobRun(load(job), stop=StopSwitch(), options=RunOptions(fresh=fresh), disk=disk)
+    with pytest.raises(FencedError):
+        late.run()
+    assert disk.has_slept
+    assert late.summary is not None
+    assert late.summary.state == "stopped"
+    books = tmp_path / "out" / STATE
+    assert len(list((books / "manifests").iterdir())) == 1  # Not the sleeper's, of no plan.
+    checked = verify(tmp_path / "out")
+    assert not checked.problems + checked.older_problems
+    assert batchgen.run(job).state == "nothing_to_do"

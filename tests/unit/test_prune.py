@@ -75,6 +75,20 @@ def test_nothing_that_is_young_goes(ledger: Ledger) -> None:
     assert not outdated(ledger, Keep(8, week_ago)).runs[2:]
 
 
+def test_a_plan_that_a_run_may_still_publish_late_stays(ledger: Ledger) -> None:
+    for number in (NUM + 1, NUM + 2):
+        ledger.put_plan(make_plan(number))
+    prune(ledger, Keep(1))
+    assert numbers_in(ledger, "plan") == [NUM, NUM + 1, NUM + 2]
+
+
+def test_a_snapshot_whose_plan_is_gone_stays_and_stops_no_pruning(ledger: Ledger) -> None:
+    ledger.storage.remove(f"{STATE}/plan/000004.json")
+    prune(ledger, Keep(2))
+    assert numbers_in(ledger, "manifests") == [4, 5]
+    assert numbers_in(ledger, "plan") == [5]
+
+
 def test_however_old_the_newest_of_each_kind_stays_so_that_no_number_comes_twice(
     ledger: Ledger,
 ) -> None:
