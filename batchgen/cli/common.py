@@ -82,9 +82,11 @@ def output_command(function: Callable[..., None]) -> click.Command:
 
 
 def _caller(job: Path, overrides: tuple[str, ...], run_date: datetime | None) -> Caller:
+    from batchgen.core.data import spare_pandas
     from batchgen.core.runtime import Caller
     from batchgen.job.load import as_told
 
+    spare_pandas()
     day = run_date.date().isoformat() if run_date else None
     return Caller(str(job), job.is_dir(), as_told(overrides), day)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import polars as pl
+
+
+class _NoPandas:
+    """Finds everything but pandas."""
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name=name)
+
+
+def spare_pandas() -> None:
+    """Keep pyarrow from importing pandas, half a second of every command that never uses it.
+
+    pyarrow tries once in a process, with the first array that is made of Python values (its
+    `pandas-shim.pxi`); whoever asks for pandas by name, or for `to_pandas`, gets it all the same.
+    """
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        pa.array([None])
+    finally:
+        sys.meta_path.remove(finder)
 
 
 class NotTextError(ValueError):

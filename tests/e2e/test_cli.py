@@ -38,6 +38,19 @@ def test_help_loads_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_pandas_is_imported_for_nobody_but_who_asks_for_it(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 20)
+    job = write_job(tmp_path, "in.jsonl")
+    code = (
+        "import contextlib, sys; from batchgen.cli import cli\n"
+        f"with contextlib.suppress(SystemExit): cli(['run', {str(job)!r}])\n"
+        "assert 'pandas' not in sys.modules; "
+        "import pyarrow; print(pyarrow.table({'a': [7]}).to_pandas())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "7"), done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(cli.cli.commands))
 def test_every_command_has_a_sentence_and_an_example(name: str) -> None:
     text = cli.cli.commands[name].help or ""
