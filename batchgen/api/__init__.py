@@ -12,7 +12,7 @@ import signal
 import threading
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from batchgen.api.endings import look_back, report_options
 from batchgen.api.jobs import (
@@ -35,13 +35,13 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
-    from datetime import date, datetime
+    from datetime import datetime
 
     import polars as pl
 
-    from batchgen.api.jobs import Overrides
+    from batchgen.api.jobs import AnyJob, Day, Overrides
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
     from batchgen.pipeline.job_run import JobRun
@@ -94,10 +94,10 @@ def _plainly(function: Callable[P, R]) -> Callable[P, R]:
 
 @_plainly
 def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
-    job: str | Path | Mapping[str, Any],
+    job: AnyJob,
     *,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
     tuned: bool = True,
     fresh: bool = False,
     steal: bool = False,
@@ -185,7 +185,7 @@ def _to_end(work: Callable[[], R], stop: StopSwitch, grace_s: float) -> R:
 
 @_plainly
 def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
-    job: str | Path | Mapping[str, Any],
+    job: AnyJob,
     num_rows: int = 100,
     *,
     random: bool = False,
@@ -193,7 +193,7 @@ def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
     where: str | None = None,
     errors: bool = False,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
     tuned: bool = True,
 ) -> Tried:
     """Run some rows of a job, and see their answers beside the published ones.
@@ -230,8 +230,8 @@ def try_out(  # noqa: PLR0913 - the options of `batchgen try`, by their names
 
 @_plainly
 def compare(
-    a: str | Path | Mapping[str, Any],
-    b: str | Path | Mapping[str, Any],
+    a: AnyJob,
+    b: AnyJob,
     *,
     on: Sequence[str] = (),
     num_examples: int = 5,
@@ -261,14 +261,14 @@ def compare(
 
 @_plainly
 def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
-    job: str | Path | Mapping[str, Any],
+    job: AnyJob,
     *,
     gold: str | None = None,
     answer: str | None = None,
     precision: float | None = None,
     snapshot: int | None = None,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
 ) -> Score:
     """Score published labels against right ones; needs scikit-learn, the extra `score`.
 
@@ -295,11 +295,7 @@ def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
 
 @_plainly
 def check(
-    job: str | Path | Mapping[str, Any],
-    num_rows: int = 3,
-    *,
-    overrides: Overrides = (),
-    run_date: date | str | None = None,
+    job: AnyJob, num_rows: int = 3, *, overrides: Overrides = (), run_date: Day = None
 ) -> Checked:
     """Check a job and render its first prompts; loads no model.
 
@@ -323,7 +319,7 @@ def check(
 
 @_plainly
 def plan(  # noqa: PLR0913 - the options of `batchgen plan`, by their names
-    job: str | Path | Mapping[str, Any],
+    job: AnyJob,
     *,
     exact: bool = False,
     rate: str | None = None,
@@ -334,7 +330,7 @@ def plan(  # noqa: PLR0913 - the options of `batchgen plan`, by their names
     only_errors: bool = False,
     rerender: bool = False,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
 ) -> Forecast:
     """Tell what a run would do: rows, tokens, time, cost. Touches nothing and needs no GPU.
 
@@ -381,14 +377,14 @@ def plan(  # noqa: PLR0913 - the options of `batchgen plan`, by their names
 
 @_plainly
 def doctor(  # noqa: PLR0913 - the options of `batchgen doctor`, by their names
-    job: str | Path | Mapping[str, Any],
+    job: AnyJob,
     *,
     gpu: str | None = None,
     memory: str | None = None,
     capability: str | None = None,
     count: int | None = None,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
 ) -> Report:
     """Tell whether this machine can run a job, and how well; or one with GPUs that are not here.
 
@@ -409,12 +405,7 @@ def doctor(  # noqa: PLR0913 - the options of `batchgen doctor`, by their names
 
 
 @_plainly
-def status(
-    source: str | Path | Mapping[str, Any],
-    *,
-    overrides: Overrides = (),
-    run_date: date | str | None = None,
-) -> Status:
+def status(source: AnyJob, *, overrides: Overrides = (), run_date: Day = None) -> Status:
     """Tell the state of a running, interrupted or finished job.
 
     Args:
@@ -432,7 +423,7 @@ def status(
 
 @_plainly
 def show(  # noqa: PLR0913 - the options of `batchgen show`, by their names
-    source: str | Path | Mapping[str, Any],
+    source: AnyJob,
     num_rows: int = 5,
     *,
     errors: bool = False,
@@ -441,7 +432,7 @@ def show(  # noqa: PLR0913 - the options of `batchgen show`, by their names
     snapshot: int | None = None,
     lines: bool = False,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
 ) -> Rows:
     """Look at some rows: published, or durable so far. For all of them see `read`.
 
@@ -466,10 +457,7 @@ def show(  # noqa: PLR0913 - the options of `batchgen show`, by their names
 
 
 def _called(
-    job: str | Path | Mapping[str, Any],
-    overrides: Overrides = (),
-    run_date: date | str | None = None,
-    folder: str = "JOB",
+    job: AnyJob, overrides: Overrides = (), run_date: Day = None, folder: str = "JOB"
 ) -> AbstractContextManager[None]:
     """Have hints speak of a job that Python gave, of a mapping by its output folder."""
     texts, day = as_told(texts_of(overrides)), day_of(run_date)
@@ -500,13 +488,13 @@ def job_run(job: JobConfig, stop: StopSwitch, options: RunOptions) -> JobRun:
 
 @_plainly
 def report(
-    job: str | Path | Mapping[str, Any],
+    job: AnyJob,
     *,
     output: str | Path | None = None,
     rows: bool = True,
     gpu_cost: str | None = None,
     overrides: Overrides = (),
-    run_date: date | str | None = None,
+    run_date: Day = None,
 ) -> str:
     """Write the report of a job's newest run, and return its path.
 
@@ -534,9 +522,7 @@ def report(
 
 
 @_plainly
-def rollback(
-    source: str | Path | Mapping[str, Any], snapshot: int | None = None, *, for_now: bool = False
-) -> RolledBack:
+def rollback(source: AnyJob, snapshot: int | None = None, *, for_now: bool = False) -> RolledBack:
     """Publish an older snapshot again, as a new one; nothing is computed, copied or removed.
 
     Args:
@@ -554,7 +540,7 @@ def rollback(
         return roll_back(LocalStorage(output_of(source)), snapshot, for_now=for_now)
 
 
-def read(source: str | Path | Mapping[str, Any], snapshot: int | None = None) -> pl.LazyFrame:
+def read(source: AnyJob, snapshot: int | None = None) -> pl.LazyFrame:
     """Read a published snapshot, in input order.
 
     Reads exactly the files that its manifest names, so that a snapshot being published right now

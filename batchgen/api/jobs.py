@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig, ScoreConfig
     from batchgen.quality.score import Score
 
+    AnyJob = str | Path | Mapping[str, Any]
+    """A job file, or the same tables as a mapping."""
+    Day = date | str | None
+    """A date, or ISO text; None: today, here."""
     Overrides = Sequence[str] | Mapping[str, Any]
     """`table.key=value` each, or a mapping of `table.key` (or of tables) to values."""
 
@@ -33,11 +37,7 @@ TABLE = "table.parquet"
 
 
 def load(
-    job: str | Path | Mapping[str, Any],
-    overrides: Overrides = (),
-    run_date: date | str | None = None,
-    *,
-    tuned: bool = True,
+    job: AnyJob, overrides: Overrides = (), run_date: Day = None, *, tuned: bool = True
 ) -> JobConfig:
     """Load and check a job file, or the same tables as a mapping; write its table, if it has one.
 
@@ -72,11 +72,7 @@ def load(
 
 
 def loaded(
-    job: str | Path | Mapping[str, Any],
-    overrides: Overrides = (),
-    run_date: date | str | None = None,
-    *,
-    tuned: bool = True,
+    job: AnyJob, overrides: Overrides = (), run_date: Day = None, *, tuned: bool = True
 ) -> JobConfig:
     """Load and check a job; a table in it is not written, and its path is not the job's."""
     texts, day = texts_of(overrides), day_of(run_date)
@@ -134,7 +130,7 @@ def _as_toml(value: object) -> str:
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def day_of(run_date: date | str | None) -> date | None:
+def day_of(run_date: Day) -> date | None:
     """Read a date as Python gives it.
 
     Raises:
@@ -155,11 +151,7 @@ def refuse(name: str, given: object, expected: str) -> NoReturn:
     raise ConfigError(name, [f"{given!r:.60} is wrong, expected: {expected}"])
 
 
-def output_of(
-    source: str | Path | Mapping[str, Any],
-    overrides: Overrides = (),
-    run_date: date | str | None = None,
-) -> Path:
+def output_of(source: AnyJob, overrides: Overrides = (), run_date: Day = None) -> Path:
     """Find the output folder that a job file, a mapping or a folder stands for.
 
     Raises:
@@ -177,9 +169,7 @@ def output_of(
     return Path(loaded(source, overrides, run_date, tuned=False).output.path)
 
 
-def snapshot_of(
-    source: str | Path | Mapping[str, Any],
-) -> tuple[str | Path | Mapping[str, Any], int | None]:
+def snapshot_of(source: AnyJob) -> tuple[AnyJob, int | None]:
     """Split `JOB@N`; what exists as it is written has no number."""
     if not isinstance(source, str) or Path(source).exists():
         return source, None

@@ -18,6 +18,7 @@ import errno
 import gc
 import html
 import io
+import json
 import os
 import shlex
 import signal
@@ -27,12 +28,13 @@ import unicodedata
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+Json = TypeVar("Json", dict[str, Any], list[Any])
 _YOUNG_OBJECTS = 50_000
 _UNHEARD = (OSError, ValueError)
 """What a stream raises that cannot be written: ValueError, if it is closed."""
@@ -403,6 +405,14 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     """
     with io.TextIOWrapper(open_file(path), encoding=encoding) as file:
         return file.read()
+
+
+def read_json(path: Path, kind: type[Json]) -> Json:
+    """Read a JSON file of a model; empty if it is not there, damaged, or not of the kind."""
+    found = None
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(read_file(path))
+    return found if isinstance(found, kind) else kind()
 
 
 def size_text(num_bytes: float) -> str:

@@ -17,7 +17,7 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,49 +80,42 @@ class Loading(Protocol):
         """What the engine is; None until it is up."""
 
 
+@dataclass(eq=False)
 class Stages:
     """Makes the stages of loops that work on one plan in one epoch."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        plan: Plan,
-        ledger: Ledger,
-        *,
-        epoch: int,
-        worker: int,
-        run_id: str,
-    ) -> None:
-        """Bind; nothing is read or written but the lengths of past answers.
+    prepared: Prepared
+    """The job."""
+    plan: Plan
+    """Whose rows they are."""
+    ledger: Ledger
+    """Of the output."""
+    _: KW_ONLY
+    epoch: int
+    """The run's claim."""
+    worker: int
+    """In the names of parts: 0 for the process that runs the job."""
+    run_id: str
+    """Of the run."""
 
-        Args:
-            prepared: The job.
-            plan: Whose rows they are.
-            ledger: Of the output.
-            epoch: The run's claim.
-            worker: In the names of parts: 0 for the process that runs the job.
-            run_id: Of the run.
-        """
-        self._prepared = prepared
-        self._plan = plan
+    def __post_init__(self) -> None:
         self._ids = itertools.count()
-        self._seeds = Seeds(prepared.job.sampling, plan.seed_generation)
-        self._ledger = ledger
-        self._lengths = lengths_of(prepared.job, ledger)
-        output = prepared.job.output
+        self._seeds = Seeds(self.prepared.job.sampling, self.plan.seed_generation)
+        self._lengths = lengths_of(self.prepared.job, self.ledger)
+        output = self.prepared.job.output
         context = PartContext(
-            plan_id=plan.plan_id,
-            epoch=epoch,
-            worker=worker,
-            run_id=run_id,
-            schema=prepared.part_schema,
+            plan_id=self.plan.plan_id,
+            epoch=self.epoch,
+            worker=self.worker,
+            run_id=self.run_id,
+            schema=self.prepared.part_schema,
             prefix=output.prefix,
-            num_answer_columns=len(prepared.answer.columns),
-            origin={"model": prepared.model_name, "recipe": plan.recipe_fingerprint},
-            labels=prepared.answer.label_paths,
+            num_answer_columns=len(self.prepared.answer.columns),
+            origin={"model": self.prepared.model_name, "recipe": self.plan.recipe_fingerprint},
+            labels=self.prepared.answer.label_paths,
             with_seed=output.with_seed,
         )
-        self.writer = PartWriter(ledger.storage, PARTS, context)
+        self.writer = PartWriter(self.ledger.storage, PARTS, context)
 
     def read(self, rows: RowSet, indexes: LineIndexes | None = None) -> Iterator[RowBatch]:
         """Yield rows of the plan, as they were planned.
@@ -134,12 +127,12 @@ class Stages:
         Raises:
             InputChangedError: A file changed or vanished.
         """
-        spec = replace(self._prepared.spec(), line_indexes=indexes)
-        return read_rows(self._plan, rows, self._prepared.reader, spec)
+        spec = replace(self.prepared.spec(), line_indexes=indexes)
+        return read_rows(self.plan, rows, self.prepared.reader, spec)
 
     def builder(self) -> RequestBuilder:
         """Return what makes requests of rows."""
-        return request_builder(self._prepared, self._plan, self._ids)
+        return request_builder(self.prepared, self.plan, self._ids)
 
     def feed(self, rows: Iterable[RowBatch], deduper: Passing | None) -> Iterator[FeedBatch]:
         """Make requests of rows; `deduper` says which are to be computed."""
@@ -147,7 +140,7 @@ class Stages:
 
     def work_of(self, num_rows: int) -> WorkLeft:
         """Say how much some rows are."""
-        return work_of(num_rows, self._prepared.job, self._lengths, self._ledger)
+        return work_of(num_rows, self.prepared.job, self._lengths, self.ledger)
 
     def own(self, request: Request) -> Request:
         """Give a request that another process has made an id of this one's."""
@@ -169,7 +162,7 @@ class Stages:
             is_ordered: They are in the job's order already.
             long_first: Whether rows with long answers may go first, where that order says so.
         """
-        mode, lengths = self._prepared.job.run.order, self._lengths if long_first else None
+        mode, lengths = self.prepared.job.run.order, self._lengths if long_first else None
         return Feeder(
             batches,
             order=None if is_ordered or mode == "input" else AdmissionOrder(mode, lengths),
@@ -185,14 +178,14 @@ class Stages:
         on_retry: Callable[[StorageError], None],
     ) -> Runner:
         """Make the loop over all stages; `commit` runs in the committer's thread."""
-        job = self._prepared.job
+        job = self.prepared.job
         budget = job.run.max_tokens_total
         return Runner(
             engine,
             feeder,
             Committer(commit, job.run.disk_grace_s, on_retry),
             stats,
-            judge=self._prepared.judge(),
+            judge=self.prepared.judge(),
             retries=Retries(job.retry, self._seeds, self._ids),
             config=job.run,
             clock=time.monotonic,
@@ -243,19 +236,20 @@ def _past_lengths(ledger: Ledger, prefix: str) -> Iterator[tuple[int | None, int
                 yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
 
+@dataclass(eq=False)
 class Commits:
     """Makes rows of this process durable, in the committer's thread."""
 
-    def __init__(self, context: RunContext, epoch: Epoch, writer: PartWriter) -> None:
-        """Bind to the run's claim; `writer` numbers the parts."""
-        self._context = context
-        self._epoch = epoch
-        self._writer = writer
-        self._stats = context.stats
+    context: RunContext
+    epoch: Epoch
+    writer: PartWriter
+
+    def __post_init__(self) -> None:
+        self._stats = self.context.stats
 
     def _check(self) -> None:
-        self._context.lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
-        self._context.ledger.check_fence(self._epoch)
+        self.context.lock.acquire(steal=True)  # A stolen lock is free once its holder is gone.
+        self.context.ledger.check_fence(self.epoch)
 
     def computed(self, part: OpenPart, facts: EngineFacts | None) -> None:
         """Commit results of the engine.
@@ -266,11 +260,11 @@ class Commits:
         """
         began_s = time.monotonic()
         self._check()
-        self._writer.commit(part.results, part.skipped, footer_facts(facts))
+        self.writer.commit(part.results, part.skipped, footer_facts(facts))
         self._stats.num_committed += len(part.results)
         self._stats.num_committed += part.skipped.num_rows
         self._stats.num_parts += 1
-        self._context.note_commit(time.monotonic() - began_s)
+        self.context.note_commit(time.monotonic() - began_s)
 
     def taken(self, piece: Piece) -> None:
         """Commit rows that another row or plan has had answered.
@@ -283,8 +277,8 @@ class Commits:
             return
         self._check()
         facts = {"batchgen": __version__, **({"engine": piece.engine} if piece.engine else {})}
-        footer = self._writer.commit_table(piece.table, piece.skipped, facts).footer
-        taken, num_rows = self._context.taken, footer.num_results + footer.num_skipped
+        footer = self.writer.commit_table(piece.table, piece.skipped, facts).footer
+        taken, num_rows = self.context.taken, footer.num_results + footer.num_skipped
         taken.num_ok += footer.num_ok
         taken.num_errors += footer.num_errors
         taken.num_skipped += footer.num_skipped
@@ -295,14 +289,8 @@ class Commits:
 
 def footer_facts(facts: EngineFacts | None) -> dict[str, str]:
     """Who answered, for the footer of a part; `facts` is None where no engine was ever up."""
-    if facts is None:
-        return {"batchgen": __version__}
-    return {
-        "batchgen": __version__,
-        "engine": facts.name,
-        "version": facts.version,
-        "device": facts.device,
-    }
+    told = {"engine": facts.name, "version": facts.version, "device": facts.device} if facts else {}
+    return {"batchgen": __version__, **told}
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,51 +364,43 @@ class Compute(Protocol):
         """Close all engines, and wait for it. Idempotent."""
 
 
+@dataclass(eq=False)
 class Monitor:
     """Looks at a run at its own pace and shows what it sees; never changes the run."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        look: Callable[[float], Look],
-        progress: Progress,
-        deduper: Deduper | None = None,
-    ) -> None:
-        """Bind.
+    context: RunContext
+    """The run."""
+    look: Callable[[float], Look]
+    """Looks at the engines at this time, in monotonic seconds."""
+    progress: Progress
+    """Is shown to a person."""
+    deduper: Deduper | None = None
+    """Knows which rows wait for another row's answer, if any can."""
 
-        Args:
-            context: The run.
-            look: Looks at the engines at this time, in monotonic seconds.
-            progress: Is shown to a person.
-            deduper: Knows which rows wait for another row's answer, if any can.
-        """
-        self._context = context
-        self._deduper = deduper
-        self._look = look
-        self._progress = progress
+    def __post_init__(self) -> None:
         self._next_s = 0.0
-        self._next_sample_s = time.monotonic() + context.job.run.stats_s
+        self._next_sample_s = time.monotonic() + self.context.job.run.stats_s
 
     def tick(self) -> None:
         """Show the run if it is time to; called at every turn of the loop."""
         now_s = time.monotonic()
         if now_s >= self._next_s:
-            self._next_s = now_s + min(_LIVE_EVERY_S, self._context.job.run.stats_s)
+            self._next_s = now_s + min(_LIVE_EVERY_S, self.context.job.run.stats_s)
             self.show(now_s, is_last=False)
 
     def show(self, now_s: float, *, is_last: bool) -> None:
         """Show where the run is; the last look is always sampled."""
-        stats, log = self._context.stats, self._context.log
-        sample, state, replicas = self._look(now_s)
-        num_aside = self._deduper.num_set_aside if self._deduper is not None else 0
+        stats, log = self.context.stats, self.context.log
+        sample, state, replicas = self.look(now_s)
+        num_aside = self.deduper.num_set_aside if self.deduper is not None else 0
         eta_s = stats.eta_s(now_s, num_aside)
         starting = None if state == RUNNING else state
         num_done = stats.num_rows - stats.num_left + num_aside
-        self._progress.update(sample, num_done, eta_s, starting)
+        self.progress.update(sample, num_done, eta_s, starting)
         live = {"state": state, "num_rows": stats.num_rows, "num_left": stats.num_left}
         log.live({**live, "eta_s": eta_s, **sample}, replicas)
         if is_last or now_s >= self._next_sample_s:
-            self._next_sample_s = now_s + self._context.job.run.stats_s
+            self._next_sample_s = now_s + self.context.job.run.stats_s
             log.sample(sample)
             log.sample_replicas(replicas or (), is_last=is_last)
 

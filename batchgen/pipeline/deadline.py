@@ -18,7 +18,7 @@ import re
 import threading
 import time
 import zoneinfo
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from datetime import time as dt_time
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -208,39 +208,32 @@ def estimate_lead(latencies_s: Iterable[float], commits_s: Iterable[float]) -> L
     return Lead(finish_s, _FIRST_COMMIT_S + 2 * max(commits, default=0.0))
 
 
+@dataclass(eq=False)
 class Deadline:
     """Asks a run to stop in time, from a thread of its own. Without an end it does nothing."""
 
-    def __init__(
-        self,
-        stop: StopSwitch,
-        end: End,
-        lead: Callable[[], Lead],
-        *,
-        wall: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Bind; nothing is asked before `with`.
+    stop: StopSwitch
+    """Asked once when what is in flight has just time enough to finish and be committed, and once
+    more when only the commit has."""
+    end: End
+    """When to be through."""
+    lead: Callable[[], Lead]
+    """Called in the thread, again and again: the answer may change."""
+    _: KW_ONLY
+    wall: Callable[[], float] = time.time
+    """A clock in seconds; only tests bring their own."""
+    monotonic: Callable[[], float] = time.monotonic
+    """Likewise."""
 
-        Args:
-            stop: Asked once when what is in flight has just time enough to finish and be
-                committed, and once more when only the commit has.
-            end: When to be through.
-            lead: Called in the thread, again and again: the answer may change.
-            wall: A clock in seconds; only tests bring their own.
-            monotonic: Likewise.
-        """
-        self._stop = stop
-        self._end = end
-        self._lead = lead
-        self._clocks = wall, monotonic
+    def __post_init__(self) -> None:
+        self._clocks = self.wall, self.monotonic
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
         self.reason: str | None = None
         """Why the run was stopped, if it was this that asked first."""
 
     def __enter__(self) -> Self:
-        if self._end.until is not None or self._end.max_runtime_s is not None:
+        if self.end.until is not None or self.end.max_runtime_s is not None:
             self.look()  # An end that is past already does not wait for a thread to start.
             self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
             self._thread.start()
@@ -254,14 +247,14 @@ class Deadline:
     def look(self) -> float:
         """Ask if it is time to; return the seconds until the next look."""
         now = self._clocks[0](), self._clocks[1]()
-        left_s = self._end.left_s(*now)
-        lead = self._lead()
-        if left_s <= lead.finish_s + lead.commit_s and self._stop.state == "no":
-            self.reason = self._end.reason(*now)
-            self._stop.drain()
-        if left_s <= lead.commit_s and self._stop.state == "drain":
-            self._stop.now()
-        next_s = lead.commit_s if self._stop.state != "no" else lead.finish_s + lead.commit_s
+        left_s = self.end.left_s(*now)
+        lead = self.lead()
+        if left_s <= lead.finish_s + lead.commit_s and self.stop.state == "no":
+            self.reason = self.end.reason(*now)
+            self.stop.drain()
+        if left_s <= lead.commit_s and self.stop.state == "drain":
+            self.stop.now()
+        next_s = lead.commit_s if self.stop.state != "no" else lead.finish_s + lead.commit_s
         return min(max(left_s - next_s, 0.05), _LOOK_EVERY_S)
 
     def _watch(self) -> None:

@@ -287,25 +287,22 @@ def _is_much(paths: Sequence[str]) -> bool:
     return sum(sizes) >= _WORTH_BYTES and sum(sizes[:-1]) >= _WORTH_BYTES // 4
 
 
+@dataclass(eq=False)
 class _Scanner:
     """Makes segments of input files."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        seen: Plan | None,
-        storage: LocalStorage | None,
-        on_block: Callable[[], object],
-    ) -> None:
-        self._prepared = prepared
-        self._storage = storage
-        self._on_block = on_block
+    prepared: Prepared
+    seen: Plan | None
+    storage: LocalStorage | None
+    on_block: Callable[[], object]
+
+    def __post_init__(self) -> None:
         segments: Sequence[Segment] = ()
         self._keys: Sequence[Mapping[str, str]] = ()
-        if seen is not None and _counts_alike(seen, prepared):
+        if self.seen is not None and _counts_alike(self.seen, self.prepared):
             # The last file of a cut plan was not counted to its end.
-            segments = seen.segments[:-1] if seen.is_cut else seen.segments
-            self._keys = seen.keys
+            segments = self.seen.segments[:-1] if self.seen.is_cut else self.seen.segments
+            self._keys = self.seen.keys
         self._seen = {segment.path: segment for segment in segments}
         self.found: dict[str, Mapping[str, Kinds]] = {}
         """What the keys of each file hold that was read now."""
@@ -316,10 +313,10 @@ class _Scanner:
         fresh = [path for path in paths if path not in found]
         num = num_processes(len(fresh))
         if num > 1 and self._is_plain() and _is_much(fresh):
-            reader, pieces = self._prepared.reader, [(path,) for path in fresh]
+            reader, pieces = self.prepared.reader, [(path,) for path in fresh]
             with Crew(num) as crew:
-                scan = partial(scan_file, reader, self._storage)
-                for scanned in crew.map(scan, pieces, self._on_block):
+                scan = partial(scan_file, reader, self.storage)
+                for scanned in crew.map(scan, pieces, self.on_block):
                     found[scanned.path] = self._segment(scanned)
         else:
             with ThreadPoolExecutor(_SCAN_THREADS) as pool:
@@ -328,20 +325,20 @@ class _Scanner:
 
     def _is_plain(self) -> bool:
         """Whether another process can write digests as this one would."""
-        return self._storage is None or self._storage.is_plain
+        return self.storage is None or self.storage.is_plain
 
     def segment(self, path: str) -> Segment:
         """A whole file."""
         if (seen := self._known(path)) is not None:
             return seen
         return self._segment(
-            scan_file(self._prepared.reader, self._storage, path, on_block=self._on_block)
+            scan_file(self.prepared.reader, self.storage, path, on_block=self.on_block)
         )
 
     def _known(self, path: str) -> Segment | None:
         """A file that has not changed since it was read."""
         seen = self._seen.get(path)
-        is_known = seen is not None and (seen.keys is not None or self._prepared.format != "jsonl")
+        is_known = seen is not None and (seen.keys is not None or self.prepared.format != "jsonl")
         if seen is not None and is_known and stat_input(path).is_still(seen.stat):
             return seen
         return None

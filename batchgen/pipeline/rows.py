@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -86,38 +87,29 @@ def rejected_notes(durable: Durable) -> list[str]:
     ]
 
 
+@dataclass(eq=False)
 class Takeover:
     """Rows that a plan takes from one of its bases."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        prepared: Prepared,
-        plan: Plan,
-        base: Base,
-        tell: Callable[[str], None],
-    ) -> None:
-        """Find the rows that the base has ended, without reading the input.
+    ledger: Ledger
+    """The job's books."""
+    prepared: Prepared
+    """The job."""
+    plan: Plan
+    """The plan that takes, which need not be put yet."""
+    base: Base
+    """The plan that it takes from."""
+    tell: Callable[[str], None]
+    """Hears of damage."""
 
-        Args:
-            ledger: The job's books.
-            prepared: The job.
-            plan: The plan that takes, which need not be put yet.
-            base: The plan that it takes from.
-            tell: Hears of damage.
-        """
-        self._ledger = ledger
-        self._prepared = prepared
-        self._plan = plan
-        self._base = base
-        self._tell = tell
-        self.old = ledger.plan(base.plan)
+    def __post_init__(self) -> None:
+        self.old = self.ledger.plan(self.base.plan)
         """The base's plan."""
-        self.manifest = ledger.manifest(base.plan)
+        self.manifest = self.ledger.manifest(self.base.plan)
         """Its snapshot; None while it is unpublished."""
         self._durable = Durable()
-        is_same = is_same_reading(self.old, plan)
-        self.matched: Sequence[Span] = match(ledger.storage, self.old, plan) if is_same else []
+        is_same, storage = is_same_reading(self.old, self.plan), self.ledger.storage
+        self.matched: Sequence[Span] = match(storage, self.old, self.plan) if is_same else []
         """Rows that both plans have, answered or not."""
         spans = self.matched
         if is_same and self.manifest is None:
@@ -141,16 +133,16 @@ class Takeover:
         """Tell whether rows of the base can be told apart; if not, their requests still can."""
         assert self.manifest is not None  # noqa: S101 - asked only of published plans
         try:
-            with PublishedRows(self._ledger.storage, self.manifest, self.old):
+            with PublishedRows(self.ledger.storage, self.manifest, self.old):
                 return True
         except OutputError as error:
-            self._tell(f"{error}; every row is read again, answers are found by key")
+            self.tell(f"{error}; every row is read again, answers are found by key")
             return False
 
     def _parts(self) -> Durable:
-        durable = self._ledger.parts(self.old, self._base.parts)
+        durable = self.ledger.parts(self.old, self.base.parts)
         for name, why in durable.rejected.items():
-            self._tell(f"{name} cannot be taken over ({why}); its rows are done again")
+            self.tell(f"{name} cannot be taken over ({why}); its rows are done again")
         return durable
 
     def pieces(self) -> Iterator[Piece]:
@@ -162,14 +154,14 @@ class Takeover:
         """
         if not self.rows:
             return iter(())
-        storage, run = self._ledger.storage, self._prepared.job.run
+        storage, run = self.ledger.storage, self.prepared.job.run
         wanted = Wanted(
-            self._prepared.part_schema,
-            self._prepared.job.output.prefix,
-            Renumbering(self.spans, self.old, self._plan),
-            self._plan.takes_errors,
-            self._tell,
-            frozenset(self._prepared.carried),
+            self.prepared.part_schema,
+            self.prepared.job.output.prefix,
+            Renumbering(self.spans, self.old, self.plan),
+            self.plan.takes_errors,
+            self.tell,
+            frozenset(self.prepared.carried),
         )
         if self.manifest is not None:
             pieces = from_snapshot(storage, self.manifest, self.old, wanted)
@@ -188,15 +180,15 @@ class Takeover:
         """
         left = self.rows
         if self.rows:
-            moves = Renumbering(self.spans, self.old, self._plan)
-            errors = () if self._plan.takes_errors else self._errors()
+            moves = Renumbering(self.spans, self.old, self.plan)
+            errors = () if self.plan.takes_errors else self._errors()
             for unwanted in itertools.chain(errors, self._damaged()):
                 left -= moves.ranges(unwanted)
         return left
 
     def _damaged(self) -> Iterator[RowSet]:
         """Yield the rows of a snapshot's row groups that are not what was published."""
-        storage, manifest = self._ledger.storage, self.manifest
+        storage, manifest = self.ledger.storage, self.manifest
         if manifest is None or not (names := damage(storage, manifest.files)):
             return
         paths = {storage.path(name) for name in names}
@@ -214,7 +206,7 @@ class Takeover:
         """Yield the base's rows: ordinals, and columns of batchgen's, piece by piece."""
         columns = [f"{self.old.prefix}{name}" for name in names]
         published = self.manifest, self.old
-        return ended_rows(self._ledger.storage, self._durable, published, columns)
+        return ended_rows(self.ledger.storage, self._durable, published, columns)
 
     def old_rows(self, on_batch: Callable[[], object] = int) -> RowSet:
         """Map each segment to those of `rows` that were made by another rendering than today's.
@@ -228,18 +220,18 @@ class Takeover:
             SourceError: They cannot be read.
             StorageError: Their keys cannot be read right now.
         """
-        if not self.rows or not changes_since(self.old.rendering, self._prepared):
+        if not self.rows or not changes_since(self.old.rendering, self.prepared):
             return RowSet()
-        moves, prefix = Renumbering(self.spans, self.old, self._plan), self.old.prefix
+        moves, prefix = Renumbering(self.spans, self.old, self.plan), self.old.prefix
         tables = (
             moves.table(table, prefix, takes_errors=True).drop([f"{prefix}status"])
             for table in self._answers("status", "request_key", "recipe")
         )
-        return old_rows(self._prepared, self._plan, self.rows, tables, on_batch)
+        return old_rows(self.prepared, self.plan, self.rows, tables, on_batch)
 
     def leave_old_rows(self) -> None:
         """Take none of a rendering that is older than the plan's, unless the prompt is the same."""
-        if self.old.rendering < self._plan.rendering:
+        if self.old.rendering < self.plan.rendering:
             self.restrict(self.rows - self.old_rows())
 
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from batchgen.answers.validate import final
@@ -82,6 +82,7 @@ class _End:
     error: BaseException | None
 
 
+@dataclass(eq=False)
 class Feeder:
     """Reads and renders ahead, in a thread, into a bounded queue.
 
@@ -89,32 +90,25 @@ class Feeder:
     held, so that an engine with room never waits for the reader.
     """
 
-    def __init__(
-        self,
-        batches: Iterable[FeedBatch],
-        *,
-        order: AdmissionOrder | None = None,
-        is_loading: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Start reading at once.
+    batches: Iterable[FeedBatch]
+    """The rows, see `feed_batches`; drawn in the thread."""
+    _: KW_ONLY
+    order: AdmissionOrder | None = None
+    """In which order; None: as they come. Belongs to the feeder from now on."""
+    is_loading: Callable[[], bool] = lambda: False
+    """Whether the engine is about to come up: until then looking ahead, for a better order, costs
+    nothing."""
 
-        Args:
-            batches: The rows, see `feed_batches`; drawn in the thread.
-            order: In which order; None: as they come. Belongs to the feeder from now on.
-            is_loading: Whether the engine is about to come up: until then looking ahead, for a
-                better order, costs nothing.
-        """
+    def __post_init__(self) -> None:
         self._queue: queue.Queue[FeedBatch | _End] = queue.Queue(_FEED_BATCHES)
         self._end: _End | None = None
         self._stopped = threading.Event()
         self.is_done = False
         self.has_requests = False
         """One was read, taken or not; may be asked by any thread."""
-        self._order = order
         self._ordering = threading.Condition()  # Who touches the order holds it.
-        self._is_loading = is_loading
         self._thread = threading.Thread(
-            target=self._work, args=(iter(batches),), name="feeder", daemon=True
+            target=self._work, args=(iter(self.batches),), name="feeder", daemon=True
         )
         self._thread.start()
 
@@ -140,7 +134,7 @@ class Feeder:
         return batch
 
     def _is_holding(self) -> bool:
-        return self._order is not None and self._order.num_held > 0
+        return self.order is not None and self.order.num_held > 0
 
     def _next(self, timeout_s: float) -> FeedBatch | None:
         """From the queue; None for nothing, for a wake-up, and for the end, which is noted."""
@@ -157,14 +151,14 @@ class Feeder:
 
     def _next_in_order(self) -> FeedBatch | None:
         """The best of what was read. An engine that waits gets it; one that loads can wait."""
-        order = self._order
+        order = self.order
         if order is None or not order.num_held:
             return None
         # Sorting takes a moment, merging files seconds: no engine waits for that.
         if not self._ordering.acquire(blocking=False):
             return None
         try:
-            if self._is_loading() and not order.is_full and self._end is None:
+            if self.is_loading() and not order.is_full and self._end is None:
                 return None
             requests = order.take()
             self._ordering.notify()
@@ -179,8 +173,8 @@ class Feeder:
         """
         self._stopped.set()
         self._thread.join()
-        if self._order is not None:
-            self._order.close()
+        if self.order is not None:
+            self.order.close()
 
     def _work(self, batches: Iterator[FeedBatch]) -> None:
         error: BaseException | None = None
@@ -197,7 +191,7 @@ class Feeder:
         """Hand a batch on, its requests by way of the order; False if the feeder was stopped."""
         if not (batch.requests or batch.results or batch.skipped):
             return not self._stopped.is_set()
-        order = self._order
+        order = self.order
         if order is None:
             return self._put(batch)
         with self._ordering:
@@ -275,32 +269,25 @@ class OpenPart:
         )
 
 
+@dataclass(eq=False)
 class Runner:
-    """Keeps the engine full and the books straight. One run, one instance, one thread."""
+    """Keeps the engine full and the books straight. One run, one instance, one thread.
 
-    def __init__(  # noqa: PLR0913 - the one place where all stages meet
-        self,
-        engine: Supervised,
-        feeder: Feeder,
-        committer: Committer[OpenPart],
-        stats: RunStats,
-        *,
-        judge: Judge,
-        retries: Retries,
-        config: RunConfig,
-        clock: Callable[[], float],
-        purse: Purse | None = None,
-    ) -> None:
-        """Bind the stages; they belong to the caller, who closes them."""
-        self._engine = engine
-        self._feeder = feeder
-        self._committer = committer
-        self.stats = stats
-        self._judge = judge
-        self._retries = retries
-        self._config = config
-        self._clock = clock
-        self._purse = purse
+    The stages belong to the caller, who closes them.
+    """
+
+    engine: Supervised
+    feeder: Feeder
+    committer: Committer[OpenPart]
+    stats: RunStats
+    _: KW_ONLY
+    judge: Judge
+    retries: Retries
+    config: RunConfig
+    clock: Callable[[], float]
+    purse: Purse | None = None
+
+    def __post_init__(self) -> None:
         self._is_broke = False
         self._waiting: deque[Request] = deque()
         self._part = OpenPart()
@@ -312,7 +299,7 @@ class Runner:
     @property
     def num_in_flight(self) -> int:
         """Requests that the engine holds."""
-        return self._engine.num_in_flight
+        return self.engine.num_in_flight
 
     def run(self, stop: StopSwitch, on_tick: Callable[[], None]) -> bool:
         """Run until the input is used up or the switch stops it; commit all that finished.
@@ -330,24 +317,24 @@ class Runner:
         give_up_s: float | None = None
         with rare_collection(), self._committing(stop):
             while not self._is_through():
-                now_s = self._clock()
+                now_s = self.clock()
                 if stop.state is Stop.NO and self._error is None:
                     if not self._is_held_up:
                         self._admit()
                     if self._is_broke:
-                        budget = self._config.max_tokens_total
+                        budget = self.config.max_tokens_total
                         stop.reason = f"run.max_tokens_total = {budget} is spent"
                         stop.drain()
                 else:
-                    give_up_s = give_up_s or now_s + self._config.grace_s
+                    give_up_s = give_up_s or now_s + self.config.grace_s
                     is_over = now_s >= give_up_s and not stop.is_patient
                     if stop.state is Stop.NOW or is_over or not self._may_still_finish():
                         break
                 if self.num_in_flight:
-                    self._settle(self._engine.step(self._patience_s()), now_s)
-                if self._part.is_due(self._clock(), self._config):
+                    self._settle(self.engine.step(self._patience_s()), now_s)
+                if self._part.is_due(self.clock(), self.config):
                     self._is_held_up = not self._flush(_STEP_WAIT_S)
-                self._committer.check()
+                self.committer.check()
                 on_tick()
             if not self.num_in_flight and not self._waiting and self._error is None:
                 self._hear_the_end()
@@ -367,12 +354,12 @@ class Runner:
         finally:
             stop.is_heard = False
         if stop.state is not Stop.NO:
-            self._committer.hurry()
+            self.committer.hurry()
         self._flush()
-        self._committer.close()
+        self.committer.close()
 
     def _is_through(self) -> bool:
-        is_at_end = self._feeder.is_done and not self._has_dropped
+        is_at_end = self.feeder.is_done and not self._has_dropped
         return is_at_end and not self._waiting and not self.num_in_flight
 
     def _hear_the_end(self) -> None:
@@ -384,11 +371,11 @@ class Runner:
         """While stopping: whether waiting is of use. An engine that is not up answers nothing."""
         if not self.num_in_flight and not self._waiting and self._error is None:
             self._hear_the_end()
-        return bool(self.num_in_flight) and self._engine.facts is not None
+        return bool(self.num_in_flight) and self.engine.facts is not None
 
     def _admit(self) -> None:
         """Top the engine up with what is ready; wait only if the engine has nothing to do."""
-        room = self._engine.capacity - self.num_in_flight
+        room = self.engine.capacity - self.num_in_flight
         while room > 0:
             if not self._waiting:
                 batch = self._take()
@@ -402,20 +389,20 @@ class Runner:
             if not chunk:
                 self._is_broke = not self.num_in_flight
                 return
-            self._engine.add(chunk)
+            self.engine.add(chunk)
             room -= len(chunk)
 
     def _affordable(self, num: int) -> Iterator[Request]:
         """Take the next requests that the budget is good for, up to `num`."""
         for _ in range(num):
-            if self._purse is not None and not self._purse.pay(self._waiting[0]):
+            if self.purse is not None and not self.purse.pay(self._waiting[0]):
                 return
             yield self._waiting.popleft()
 
     def _take(self) -> FeedBatch | None:
         """What the feeder has ready; its error waits until what is in flight has finished."""
         try:
-            return self._feeder.take(0 if self.num_in_flight else _IDLE_WAIT_S)
+            return self.feeder.take(0 if self.num_in_flight else _IDLE_WAIT_S)
         except BatchgenError as error:
             self._error = error
             return None
@@ -429,28 +416,28 @@ class Runner:
             self._end(batch.results)
         if batch.skipped:
             self._part.skipped |= RowSet({batch.segment: batch.skipped})
-            self._part.since_s = self._part.since_s or self._clock()
+            self._part.since_s = self._part.since_s or self.clock()
             self.stats.num_skipped += len(batch.skipped)
 
     def _patience_s(self) -> float:
         """How long to wait for the engine: not for long while it has room for more."""
-        is_full = self.num_in_flight >= self._engine.capacity or self._feeder.is_done
+        is_full = self.num_in_flight >= self.engine.capacity or self.feeder.is_done
         return _STEP_WAIT_S if is_full else _IDLE_WAIT_S / 5
 
     def _settle(self, answered: Sequence[tuple[Request, Completion]], now_s: float) -> None:
         """Judge what came back: it ends its row, or the row goes to the end of the queue."""
-        if self.stats.engine_ready_s is None and self._engine.facts is not None:
+        if self.stats.engine_ready_s is None and self.engine.facts is not None:
             self.stats.engine_ready_s = now_s
         if not answered:
             return
-        if self._purse is not None:
+        if self.purse is not None:
             for _, completion in answered:
-                self._purse.settle(completion)
-        results = self._judge.judge(answered)
+                self.purse.settle(completion)
+        results = self.judge.judge(answered)
         self.stats.note_attempts(results)
         ended = []
         for (request, _), result in zip(answered, results, strict=True):
-            again = self._retries.next(request, result)
+            again = self.retries.next(request, result)
             if again is not None:
                 self._waiting.append(again)
             else:
@@ -468,25 +455,26 @@ class Runner:
         num_chars = sum([len(sample.text) + len(sample.numbers or "") for sample in samples])
         part.num_bytes += self._row_bytes * len(results) + num_chars
         if part.since_s is None:
-            part.since_s = self._clock()
+            part.since_s = self.clock()
         self.stats.note_ends(results)
 
     def _flush(self, timeout_s: float | None = None) -> bool:
         """Hand the open part over; False if the committer is still busy with earlier ones."""
-        if self._part and not self._committer.put(self._part, timeout_s):
+        if self._part and not self.committer.put(self._part, timeout_s):
             return False
         self._part = OpenPart()
         return True
 
     def _salvage(self) -> None:
         """On an error: commit what finished, unless committing is what failed."""
-        self._committer.hurry()
+        self.committer.hurry()
         with suppress(BatchgenError):  # The first error is the one to tell.
             self._flush()
         with suppress(BatchgenError):
-            self._committer.close()
+            self.committer.close()
 
 
+@dataclass(eq=False)
 class Committer(Generic[Pending]):
     """Makes parts durable in a thread, so that no disk ever makes the engine wait.
 
@@ -494,22 +482,14 @@ class Committer(Generic[Pending]):
     memory and its commit is tried again, which is safe because a put is idempotent.
     """
 
-    def __init__(
-        self,
-        commit: Callable[[Pending], None],
-        grace_s: float,
-        on_retry: Callable[[StorageError], None],
-    ) -> None:
-        """Start the thread.
+    commit: Callable[[Pending], None]
+    """Runs in the thread, one part at a time; may be repeated for the same part."""
+    grace_s: float
+    """How long to go on trying a commit that the disk refuses."""
+    on_retry: Callable[[StorageError], None]
+    """Told of each refusal, in the thread."""
 
-        Args:
-            commit: Runs in the thread, one part at a time; may be repeated for the same part.
-            grace_s: How long to go on trying a commit that the disk refuses.
-            on_retry: Told of each refusal, in the thread.
-        """
-        self._commit = commit
-        self._grace_s = grace_s
-        self._on_retry = on_retry
+    def __post_init__(self) -> None:
         # One part waiting while one is written: more would only be memory.
         self._queue: queue.Queue[Pending | None] = queue.Queue(1)
         self._error: BaseException | None = None
@@ -559,15 +539,15 @@ class Committer(Generic[Pending]):
                 self._error = error
 
     def _commit_patiently(self, part: Pending) -> None:
-        give_up_s = time.monotonic() + self._grace_s
+        give_up_s = time.monotonic() + self.grace_s
         wait_s = _RETRY_FIRST_S
         while True:
             try:
-                self._commit(part)
+                self.commit(part)
             except StorageError as error:
                 if time.monotonic() + wait_s > give_up_s or self._give_up.wait(wait_s):
                     raise
-                self._on_retry(error)
+                self.on_retry(error)
                 wait_s = min(2 * wait_s, _RETRY_MOST_S)
             else:
                 return

@@ -25,7 +25,14 @@ from batchgen import __version__
 from batchgen.cluster.machines import fit, resources_of
 from batchgen.core.errors import ConfigError, StorageError
 from batchgen.core.runtime import printable
-from batchgen.engine.devices import Devices, Gpu, read_devices, vllm_build, vllm_version
+from batchgen.engine.devices import (
+    Devices,
+    Gpu,
+    proc_fields,
+    read_devices,
+    vllm_build,
+    vllm_version,
+)
 from batchgen.storage import LocalStorage
 
 if TYPE_CHECKING:
@@ -153,7 +160,7 @@ def read_machine() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=memory,
         free_memory_bytes=free,
-        cpu=_fields("/proc/cpuinfo").get("model name") or platform.machine(),
+        cpu=proc_fields("/proc/cpuinfo").get("model name") or platform.machine(),
         shm_free_bytes=_shm(),
         open_files=None if open_files == resource.RLIM_INFINITY else open_files,
     )
@@ -176,20 +183,11 @@ def _cuda_built(torch: str) -> tuple[int, int] | None:
     return None
 
 
-def _fields(path: str) -> dict[str, str]:
-    """Read a file of `key: value` lines from /proc; of equal keys the last."""
-    with suppress(OSError):
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        pairs = (line.partition(":") for line in lines)
-        return {key.strip(): value.strip() for key, _, value in pairs}
-    return {}
-
-
 def _memory() -> tuple[int | None, int | None]:
     """In all and available, in bytes; of the container where it has a limit."""
     total = free = None
     with suppress(KeyError, ValueError):
-        found = _fields("/proc/meminfo")
+        found = proc_fields("/proc/meminfo")
         total, free = (int(found[n].split()[0]) * 1024 for n in ("MemTotal", "MemAvailable"))
     with suppress(OSError, ValueError):
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))

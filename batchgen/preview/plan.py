@@ -431,11 +431,7 @@ def _known(
 
 
 def _count_rows(
-    ledger: Ledger,
-    plan: Plan,
-    sources: list[Takeover],
-    todo: RowSet,
-    left: RowSet,
+    ledger: Ledger, plan: Plan, sources: list[Takeover], todo: RowSet, left: RowSet
 ) -> Rows:
     """Say of each physical row what a run would do with it, before it reads any.
 

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from batchgen.core.errors import EngineError, one_line
 from batchgen.core.expressions import parse_row_test
 from batchgen.core.records import EngineSpec, Prompt, Ranges, Request, Result, RowError, RowSet
+from batchgen.core.runtime import read_json
 from batchgen.engine.base import EngineRequest, engine_class
 from batchgen.engine.echo import encode_prompt
 from batchgen.engine.vllm.encoder import MAX_BATCH, encode, find_template, style_of
@@ -154,13 +155,7 @@ def config_max_len(path: Path) -> int | None:
 
     None also of a file that is damaged: what loads the model says what is wrong with it.
     """
-    try:
-        # Not a pipe, which would be waited for.
-        config: Any = json.loads(path.read_bytes()) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(config, dict):
-        return None
+    config = read_json(path, dict)
     inner = config.get("text_config")
     config = {**config, **inner} if isinstance(inner, dict) else config
     told = [value for key in _LENGTH_KEYS if type(value := config.get(key)) is int]

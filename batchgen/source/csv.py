@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from batchgen.source.reading import ReadSpec, Shape
+    from batchgen.source.text import OnBlock, OnRows
 
 Record = tuple[int, list[str], RowError | None, int]
 """Physical line, from 1; fields, none for blank lines; why it cannot be read; number of lines. Each
@@ -105,12 +106,7 @@ class CsvReader:
         """See `Reader`."""
         return True
 
-    def scan(
-        self,
-        path: str,
-        on_rows: Callable[[bytes], object] | None = None,
-        on_block: Callable[[], object] = int,
-    ) -> Scan:
+    def scan(self, path: str, on_rows: OnRows = None, on_block: OnBlock = int) -> Scan:
         """See `Reader`. Takes a second pass if there is any quote."""
         has_quote = False
 
@@ -186,11 +182,7 @@ def _raw_records(path: str, delimiter: str, encoding: str | None) -> Iterator[Re
 
 
 def _records(
-    raw: Iterator[Record],
-    header: Sequence[str],
-    delimiter: str,
-    *,
-    counts_lines: bool,
+    raw: Iterator[Record], header: Sequence[str], delimiter: str, *, counts_lines: bool
 ) -> Iterator[Record]:
     """Yield the records after the header, and each line of what cannot be told apart."""
     before: Sequence[str] = ()

@@ -35,12 +35,12 @@ from batchgen.source.text import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import pyarrow as pa
 
     from batchgen.source.reading import ReadSpec, Shape
-    from batchgen.source.text import Lines, Scan
+    from batchgen.source.text import Lines, OnBlock, OnRows, Scan
 
 SAMPLE_FILES = 20
 SAMPLE_ROWS = 1000
@@ -79,12 +79,7 @@ class JsonlReader:
             len(self._sample(path, SAMPLE_ROWS + 1)) <= SAMPLE_ROWS for path in paths
         )
 
-    def scan(
-        self,
-        path: str,
-        on_rows: Callable[[bytes], object] | None = None,
-        on_block: Callable[[], object] = int,
-    ) -> Scan:
+    def scan(self, path: str, on_rows: OnRows = None, on_block: OnBlock = int) -> Scan:
         """See `Reader`."""
         census = Census()
 

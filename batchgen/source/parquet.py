@@ -28,7 +28,9 @@ from batchgen.source.text import Scan
 from batchgen.source.values import to_python
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+    from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+
+    from batchgen.source.text import OnBlock, OnRows
 
 
 _STREAM_BYTES = 8 << 20
@@ -63,12 +65,7 @@ class ParquetReader:
         """See `Reader`."""
         return True
 
-    def scan(
-        self,
-        path: str,
-        on_rows: Callable[[bytes], object] | None = None,
-        on_block: Callable[[], object] = int,
-    ) -> Scan:
+    def scan(self, path: str, on_rows: OnRows = None, on_block: OnBlock = int) -> Scan:
         """See `Reader`. The footer alone would not tell values that were changed in place."""
         with _opened(path) as file:
             num_rows = file.metadata.num_rows
@@ -194,11 +191,7 @@ def _wanted(
 
 
 def _in_group(
-    file: pq.ParquetFile,
-    group: int,
-    first: int,
-    wanted: Ranges,
-    what: tuple[Sequence[str], int],
+    file: pq.ParquetFile, group: int, first: int, wanted: Ranges, what: tuple[Sequence[str], int]
 ) -> Iterator[tuple[list[int], pa.RecordBatch]]:
     names, batch_rows = what
     end = wanted.spans[-1][1]

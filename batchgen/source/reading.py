@@ -22,7 +22,7 @@ from batchgen.source.partitions import partition_values
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.source.text import LineIndexes, Scan
+    from batchgen.source.text import LineIndexes, OnBlock, OnRows, Scan
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,7 @@ class Reader(Protocol):
             SourceError: A file cannot be read.
         """
 
-    def scan(
-        self,
-        path: str,
-        on_rows: Callable[[bytes], object] | None = None,
-        on_block: Callable[[], object] = int,
-    ) -> Scan:
+    def scan(self, path: str, on_rows: OnRows = None, on_block: OnBlock = int) -> Scan:
         """Count physical rows and hash the content in one pass.
 
         Args:

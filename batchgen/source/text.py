@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
     from batchgen.source.columns import Kinds
 
+    OnRows = Callable[[bytes], object] | None
+    """Called with the digests of rows that follow each other, `DIGEST_BYTES` each."""
+    OnBlock = Callable[[], object]
+    """Called now and then while a file is read; what it raises ends the work."""
 
 BLOCK_BYTES = 4 << 20
 
@@ -216,7 +220,7 @@ def scan_blocks(
 
 def scan_lines(
     path: str,
-    on_rows: Callable[[bytes], object] | None = None,
+    on_rows: OnRows = None,
     on_lines: Callable[[int, list[bytes | None]], object] = lambda row, lines: None,
     encoding: str | None = None,
 ) -> Scan:
@@ -275,7 +279,7 @@ def _digest(line: bytes | None) -> bytes:
     return hashlib.sha256(line).digest()[:DIGEST_BYTES]
 
 
-def digest_prefix(path: str, size_bytes: int, on_block: Callable[[], object] = int) -> str:
+def digest_prefix(path: str, size_bytes: int, on_block: OnBlock = int) -> str:
     """Hash the first `size_bytes` raw bytes as a scan does the whole file.
 
     Raises:

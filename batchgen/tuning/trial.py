@@ -335,11 +335,7 @@ def _watch(
 
 
 def run_trial(
-    job: JobConfig,
-    settings: Mapping[str, Any],
-    stops: Stops,
-    times: Times,
-    best_speed: float = 0.0,
+    job: JobConfig, settings: Mapping[str, Any], stops: Stops, times: Times, best_speed: float = 0.0
 ) -> Trial:
     """Run the job with other settings until enough is measured or no row is left.
 

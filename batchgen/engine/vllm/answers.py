@@ -5,7 +5,6 @@ Only for `vllm.py`, in the engine's process.
 
 from __future__ import annotations
 
-import json
 import math
 from copy import copy
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, nearest, one_line
 from batchgen.core.records import EngineSpec, Sample, TokenLogprobs
+from batchgen.core.runtime import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ def prime_with_prompt_ends() -> None:
     if getattr(begin, "sees_prompt_end", False):
         return
 
-    def begin_with_end(self: Any, tokenizer: Any, request: Any) -> None:  # noqa: ANN401
+    def begin_with_end(self: Any, tokenizer: Any, request: Any) -> None:
         if request.prompt_token_ids is not None:
             skips = request.sampling_params.skip_special_tokens
             end = prompt_end(request.prompt_token_ids, tokenizer._tokenizer, skips=skips)
@@ -63,7 +63,7 @@ def prime_with_prompt_ends() -> None:
     Fast.__init__ = begin_with_end
 
 
-def prompt_end(token_ids: list[int], tokenizer: Any, *, skips: bool) -> list[int]:  # noqa: ANN401
+def prompt_end(token_ids: list[int], tokenizer: Any, *, skips: bool) -> list[int]:
     """Cut off what an answer's text cannot depend on.
 
     A tokenizer's decoder looks back to the beginning of a character, to that of a run of byte
@@ -90,10 +90,7 @@ class AnswerReader:
     """Reads the outputs of one engine."""
 
     def __init__(
-        self,
-        tokenizer: Any,  # noqa: ANN401
-        special_ids: frozenset[int],
-        splitter: Splitter | None,
+        self, tokenizer: Any, special_ids: frozenset[int], splitter: Splitter | None
     ) -> None:
         """Take what reading needs.
 
@@ -106,7 +103,7 @@ class AnswerReader:
         self._special_ids = special_ids
         self._splitter = splitter
 
-    def read(self, output: Any, num_logprobs: int | None) -> list[Sample]:  # noqa: ANN401
+    def read(self, output: Any, num_logprobs: int | None) -> list[Sample]:
         """Read a finished RequestOutput.
 
         Args:
@@ -122,12 +119,7 @@ class AnswerReader:
         prompt_ids = output.prompt_token_ids
         return [self._sample(answer, num_logprobs, prompt_ids) for answer in answers]
 
-    def _sample(
-        self,
-        answer: Any,  # noqa: ANN401
-        num_logprobs: int | None,
-        prompt_ids: Sequence[int],
-    ) -> Sample:
+    def _sample(self, answer: Any, num_logprobs: int | None, prompt_ids: Sequence[int]) -> Sample:
         logprobs = None
         if num_logprobs is not None and answer.logprobs is not None:
             logprobs = self.token_logprobs(answer.token_ids, answer.logprobs, num_logprobs)
@@ -137,10 +129,7 @@ class AnswerReader:
         return Sample(text, answer.finish_reason, logprobs, reasoning, calls)
 
     def token_logprobs(
-        self,
-        token_ids: Sequence[int],
-        positions: Sequence[Mapping[int, Any]],
-        num_logprobs: int,
+        self, token_ids: Sequence[int], positions: Sequence[Mapping[int, Any]], num_logprobs: int
     ) -> list[TokenLogprobs]:
         """Turn vLLM's log probabilities into ours.
 
@@ -172,14 +161,14 @@ class AnswerReader:
         sampled = found[token_id]
         return TokenLogprobs(self._token(token_id, sampled), sampled.logprob, top)
 
-    def _token(self, token_id: int, entry: Any) -> str | None:  # noqa: ANN401
+    def _token(self, token_id: int, entry: Any) -> str | None:
         if token_id in self._special_ids:
             return None
         token: str | None = entry.decoded_token
         return token if token is not None else self._decode([token_id])
 
 
-def tokens_of(llm: Any, spec: EngineSpec) -> tuple[Any, frozenset[int]]:  # noqa: ANN401
+def tokens_of(llm: Any, spec: EngineSpec) -> tuple[Any, frozenset[int]]:
     """Return the tokenizer, and the ids that are no text."""
     tokenizer = llm.get_tokenizer()
     ends = (llm.model_config.try_get_generation_config() or {}).get("eos_token_id")
@@ -187,7 +176,7 @@ def tokens_of(llm: Any, spec: EngineSpec) -> tuple[Any, frozenset[int]]:  # noqa
     return tokenizer, special_token_ids(tokenizer, ends, stops)
 
 
-def special_token_ids(tokenizer: Any, *more: int | Sequence[int] | None) -> frozenset[int]:  # noqa: ANN401
+def special_token_ids(tokenizer: Any, *more: int | Sequence[int] | None) -> frozenset[int]:
     """Collect the token ids that are no text: the tokenizer's special ones, and `more`.
 
     Args:
@@ -210,7 +199,7 @@ class Splitter:
         vllm/parser, 0.26 to 0.33.
     """
 
-    def __init__(self, spec: EngineSpec, tokenizer: Any) -> None:  # noqa: ANN401
+    def __init__(self, spec: EngineSpec, tokenizer: Any) -> None:
         """Take the parsers, which there are (`has_parser`), and try them with the tokenizer.
 
         Raises:
@@ -245,7 +234,7 @@ class Splitter:
         }
         """SamplingParams fields without which the parsers would miss their marks."""
 
-    def _parser(self) -> Any:  # noqa: ANN401
+    def _parser(self) -> Any:
         # Parsers keep state: vLLM's server, too, takes a new one for each text.
         return self._parser_type(
             self._tokenizer, self._request.tools, chat_template_kwargs=self._kwargs
@@ -312,9 +301,5 @@ def _unfit(spec: EngineSpec, exc: Exception) -> str:
 
 def _model_type(spec: EngineSpec) -> str | None:
     """Read it before vLLM does; a model without config.json is vLLM's to refuse."""
-    try:
-        config = json.loads((Path(spec.model) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    found = config.get("model_type")
+    found = read_json(Path(spec.model) / "config.json", dict).get("model_type")
     return found if isinstance(found, str) else None

@@ -34,8 +34,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchgen.core.errors import ConfigError, EngineError, one_line
 from batchgen.core.records import EngineSpec, Messages, Prompt, RowError
+from batchgen.core.runtime import read_json
 from batchgen.engine.base import EngineRequest, flatten_parts
-from batchgen.engine.vllm.pooling import Pieces, encode_pair, pairs_of, read_json
+from batchgen.engine.vllm.pooling import Pieces, encode_pair, pairs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -138,7 +139,7 @@ class Encoder:
                 self._ready.put(encoded)
 
 
-def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) -> list[Encoded]:  # noqa: ANN401
+def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) -> list[Encoded]:
     """Render and tokenize; a request that fails is its own error and no one else's.
 
     Args:
@@ -169,7 +170,7 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
     return [_encoded(request, results.get(index)) for index, request in enumerate(requests)]
 
 
-def _encode_pair(tokenizer: Any, request: EngineRequest, how: str) -> Encoded:  # noqa: ANN401
+def _encode_pair(tokenizer: Any, request: EngineRequest, how: str) -> Encoded:
     given = Encoded(request.request_id, None, None, None, request.params, request.lora)
     pair: Any = request.prompt
     try:
@@ -180,7 +181,7 @@ def _encode_pair(tokenizer: Any, request: EngineRequest, how: str) -> Encoded:  
     return given._replace(token_ids=first, second=second, boundary=boundary)
 
 
-def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:  # noqa: ANN401
+def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:
     """Turn a prompt that is no pair into the text that is tokenized."""
     if isinstance(prompt, str):
         return prompt
@@ -207,10 +208,7 @@ def has_images(prompt: Prompt) -> bool:
 
 
 def _encode_texts(
-    tokenizer: Any,  # noqa: ANN401
-    texts: Sequence[str],
-    *,
-    add_special_tokens: bool,
+    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool
 ) -> list[array[int] | RowError]:
     if not texts:
         return []
@@ -225,7 +223,7 @@ def _encode_texts(
     return [array("i", encoding.ids) for encoding in encodings]
 
 
-def _encode_one(tokenizer: Any, text: str, add_special_tokens: bool) -> array[int] | RowError:  # noqa: ANN401, FBT001
+def _encode_one(tokenizer: Any, text: str, add_special_tokens: bool) -> array[int] | RowError:  # noqa: FBT001
     try:
         return array("i", tokenizer.encode(text, add_special_tokens=add_special_tokens))
     except Exception as exc:  # noqa: BLE001 - row border

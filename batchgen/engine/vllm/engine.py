@@ -191,13 +191,13 @@ class VllmEngine:
         if core is not None and hasattr(core, "resources"):
             core.shutdown()
 
-    def _load_tokenizer(self) -> Any:  # noqa: ANN401
+    def _load_tokenizer(self) -> Any:
         # Two threads that import vLLM at once would meet half-made modules: it is full of cycles.
         # And none may hold a lock when vLLM forks its core.
         self._may_encode.wait()
         return load_tokenizer(self._spec)
 
-    def _import(self) -> Any:  # noqa: ANN401
+    def _import(self) -> Any:
         try:
             import vllm.tokenizers  # noqa: F401 - for the encoder's thread
             from vllm import LLM
@@ -252,7 +252,7 @@ class VllmEngine:
         self._window = spec.max_in_flight or num
         self._llm, self._llm_engine = llm, engine
 
-    def _read_facts(self, config: Any) -> EngineFacts:  # noqa: ANN401
+    def _read_facts(self, config: Any) -> EngineFacts:
         import vllm
         from vllm.platforms import current_platform
 
@@ -330,7 +330,7 @@ class VllmEngine:
             return None
         return unknown_adapter(encoded.lora, self._loras)
 
-    def _prompt(self, found: Rendered) -> Any | RowError:  # noqa: ANN401
+    def _prompt(self, found: Rendered) -> Any | RowError:
         """Return what vLLM takes as a prompt, if it is one that the model can take."""
         encoded, rendered = found
         if encoded.chat is None:
@@ -362,7 +362,7 @@ class VllmEngine:
             )
         return None
 
-    def _add_request(self, encoded: Encoded, prompt: Any, attempt: int) -> RowError | None:  # noqa: ANN401
+    def _add_request(self, encoded: Encoded, prompt: Any, attempt: int) -> RowError | None:
         request_id = str(encoded.request_id)
         try:
             params = self._sampling.of(encoded.params)
@@ -379,13 +379,7 @@ class VllmEngine:
         return None
 
     def _add(
-        self,
-        name: str,
-        prompt: Any,  # noqa: ANN401
-        params: Any,  # noqa: ANN401
-        encoded: Encoded,
-        *,
-        aborted: list[str],
+        self, name: str, prompt: Any, params: Any, encoded: Encoded, *, aborted: list[str]
     ) -> RowError | None:
         """Give vLLM a request; if it refuses it, it has to forget those `aborted`."""
         lora = self._loras[encoded.lora] if encoded.lora is not None else None
@@ -411,7 +405,7 @@ class VllmEngine:
         completions = [read(output, now) for output in finished]
         return [completion for completion in completions if completion is not None]
 
-    def _pooled(self, output: Any, now: float) -> Completion | None:  # noqa: ANN401
+    def _pooled(self, output: Any, now: float) -> Completion | None:
         """Put a request's parts together; None until the last has come."""
         assert self._pooler is not None  # noqa: S101 - else it generates
         admitted = self._admitted.pop(output.request_id)
@@ -424,7 +418,7 @@ class VllmEngine:
         encoded, took_s = admitted.encoded, now - admitted.admitted_at
         return self._pooler.completion(encoded.request_id, pieces_of(encoded), given, took_s)
 
-    def _completion(self, output: Any, now: float) -> Completion | None:  # noqa: ANN401
+    def _completion(self, output: Any, now: float) -> Completion | None:
         """Read vLLM's output; None if the request was given to it once more."""
         admitted = self._admitted.pop(output.request_id)
         reasons = {answer.finish_reason for answer in output.outputs}
@@ -506,7 +500,7 @@ class SchedulerWatch:
         self._num_preemptions = self._num_prompt_tokens = self._num_generated_tokens = 0
         self._max_num_batched_tokens: int | None = None
 
-    def attach(self, llm_engine: Any) -> None:  # noqa: ANN401
+    def attach(self, llm_engine: Any) -> None:
         """Take the front end's seat, if the job has not switched statistics off."""
         if llm_engine.logger_manager is None:
             return
@@ -517,14 +511,14 @@ class SchedulerWatch:
         core = llm_engine.engine_core
         get_output = core.get_output
 
-        def get_output_counting() -> Any:  # noqa: ANN401
+        def get_output_counting() -> Any:
             outputs = get_output()
             self._count(outputs.outputs)
             return outputs
 
         core.get_output = get_output_counting
 
-    def record(self, scheduler_stats: Any = None, **_: object) -> None:  # noqa: ANN401
+    def record(self, scheduler_stats: Any = None, **_: object) -> None:
         """Take one step's statistics: vLLM calls this on its `logger_manager`."""
         if scheduler_stats is None:
             return
@@ -560,7 +554,7 @@ class SchedulerWatch:
                     self._num_prompt_tokens += output.prefill_stats.num_prompt_tokens
 
 
-def wake_when_dead(core: Any, dead_error: type[Exception], closed: threading.Event) -> None:  # noqa: ANN401
+def wake_when_dead(core: Any, dead_error: type[Exception], closed: threading.Event) -> None:
     """Make `step()` raise when the core's process is gone; vLLM itself would wait for ever.
 
     Args:

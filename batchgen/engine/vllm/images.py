@@ -92,7 +92,7 @@ class Renderers:
             for inbox in self._inboxes:
                 threading.Thread(target=self._serve, args=(inbox,), daemon=True).start()
 
-    def configure(self, config: Any) -> None:  # noqa: ANN401
+    def configure(self, config: Any) -> None:
         """Tell them vLLM's VllmConfig, once the engine has made it."""
         if self._inboxes:
             light = copy(config)  # Where the core is in this process, its layers hang on the other.
@@ -216,7 +216,7 @@ def main(fd: int) -> None:
             engine.send_bytes(pickle.dumps(render_images(llm, chat, style)))
 
 
-def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:  # noqa: ANN401
+def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:
     """Render a chat with images to what vLLM's `add_request` takes.
 
     Args:

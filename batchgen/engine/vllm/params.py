@@ -26,7 +26,7 @@ SOURCE_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 """What xgrammar writes before an error's text."""
 
 
-def load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401
+def load_tokenizer(spec: EngineSpec) -> Any:
     """Load a tokenizer for us alone, the way that vLLM loads its own.
 
     vLLM's loader and not `AutoTokenizer`: it corrects the class for some model types
@@ -65,7 +65,7 @@ class Sampling:
         self.default = build_params(fields)
         self._variant = lru_cache(MAX_VARIANTS)(self._build)
 
-    def of(self, params: Mapping[str, Any] | None) -> Any:  # noqa: ANN401
+    def of(self, params: Mapping[str, Any] | None) -> Any:
         """Return the job's with `params` over them; shared, so not to be changed.
 
         Raises:
@@ -76,11 +76,11 @@ class Sampling:
         # Not sorted: a model answers in the order of the schema's properties.
         return self._variant(json.dumps(params))
 
-    def _build(self, text: str) -> Any:  # noqa: ANN401
+    def _build(self, text: str) -> Any:
         return build_params({**self._fields, **json.loads(text)})
 
 
-def job_fields(llm: Any, spec: EngineSpec) -> dict[str, Any]:  # noqa: ANN401
+def job_fields(llm: Any, spec: EngineSpec) -> dict[str, Any]:
     """Overlay the job's sampling on the model's own (generation_config.json).
 
     Explicit `SamplingParams` inherit nothing of the model's but its end tokens
@@ -89,7 +89,7 @@ def job_fields(llm: Any, spec: EngineSpec) -> dict[str, Any]:  # noqa: ANN401
     return {**(llm.model_config.get_diff_sampling_param() or {}), **spec.sampling_params}
 
 
-def build_params(fields: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def build_params(fields: Mapping[str, Any]) -> Any:
     """Build SamplingParams; `structured_outputs` may be a mapping.
 
     Raises:
@@ -190,7 +190,7 @@ def grammar_problem(backend: str, fields: Mapping[str, Any] | None) -> str | Non
     return None
 
 
-def check_grammars_once(llm_engine: Any) -> None:  # noqa: ANN401
+def check_grammars_once(llm_engine: Any) -> None:
     """Have each grammar checked with the first request that brings it, not with every one.
 
     vLLM compiles it in the front end each time, only to see that it can: 0.05 ms for a small
@@ -207,7 +207,7 @@ def check_grammars_once(llm_engine: Any) -> None:  # noqa: ANN401
         return
     checked: dict[int, tuple[Any, Any]] = {}
 
-    def check_once(params: Any, *args: Any, **named: Any) -> Any:  # noqa: ANN401
+    def check_once(params: Any, *args: Any, **named: Any) -> Any:
         grammar = getattr(params, "structured_outputs", None)
         if grammar is None:
             return check(params, *args, **named)
@@ -222,7 +222,7 @@ def check_grammars_once(llm_engine: Any) -> None:  # noqa: ANN401
     processor._validate_params = check_once
 
 
-def pass_to_reasoner(llm_engine: Any, chat_template_kwargs: Mapping[str, Any]) -> None:  # noqa: ANN401
+def pass_to_reasoner(llm_engine: Any, chat_template_kwargs: Mapping[str, Any]) -> None:
     """Tell the core's reasoning parser how chats are rendered: whether there will be reasoning.
 
     A grammar binds only what follows the reasoning, and some parsers (deepseek_v3) know from
@@ -237,7 +237,7 @@ def pass_to_reasoner(llm_engine: Any, chat_template_kwargs: Mapping[str, Any]) -
         return
     kwargs = {"chat_template_kwargs": dict(chat_template_kwargs)}
 
-    def process_and_tell(*args: Any, **named: Any) -> Any:  # noqa: ANN401
+    def process_and_tell(*args: Any, **named: Any) -> Any:
         request = process(*args, **named)
         if hasattr(request, "reasoning_parser_kwargs"):
             request.reasoning_parser_kwargs = kwargs
@@ -256,7 +256,7 @@ def lora_requests(loras: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def load_loras(llm_engine: Any, requests: Mapping[str, Any]) -> None:  # noqa: ANN401
+def load_loras(llm_engine: Any, requests: Mapping[str, Any]) -> None:
     """Load every adapter once: a bad one that a row brought would end vLLM's core.
 
     Raises:

@@ -8,14 +8,14 @@ Imports nothing of vLLM but what `Pooler` needs when an engine is up.
 
 from __future__ import annotations
 
-import json
 from array import array
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import ConfigError, one_line, suggestion
 from batchgen.core.records import Completion, EngineSpec, RowError, Sample, TaskFacts
+from batchgen.core.runtime import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     Tokens = array[int]
     Vector = np.ndarray[Any, np.dtype[np.float32]]
 
-Json = TypeVar("Json", dict[str, Any], list[Any])
 _CLASSIFIERS = ("ForSequenceClassification", "ClassificationModel")
 _OTHERS = ("ForTokenClassification", "ForAudioClassification", "ForImageClassification")
 _GENERATORS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
@@ -34,14 +33,6 @@ _SIZES = ("hidden_size", "n_embd", "d_model", "dim")
 _UNIT = 1e-2
 """Vectors this near to length 1 have been made so; float16 and bfloat16 are no exacter."""
 TASK, MODEL, WHERE = "task", "model.name", "[pooling]"
-
-
-def read_json(path: Path, kind: type[Json]) -> Json:
-    """Read a JSON file of a model; empty if it is not there, or not of the kind."""
-    found = None
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_bytes()) if path.is_file() else None
-    return found if isinstance(found, kind) else kind()
 
 
 def read_config(spec: EngineSpec) -> dict[str, Any]:
@@ -195,7 +186,7 @@ class Pieces(NamedTuple):
         return len(self.first) + len(self.second or ())
 
 
-def encode_pair(tokenizer: Any, how: str, pair: tuple[str, str]) -> Pieces:  # noqa: ANN401
+def encode_pair(tokenizer: Any, how: str, pair: tuple[str, str]) -> Pieces:
     """Make tokens of a pair: `apart` for vectors of both, `joined` by the model's marks, or not.
 
     Source:
@@ -218,11 +209,7 @@ class Fit:
     """Makes texts fit, by their tokens."""
 
     def __init__(
-        self,
-        tokenizer: Any,  # noqa: ANN401
-        limit: int,
-        pooling: Mapping[str, Any],
-        prefix: str = "",
+        self, tokenizer: Any, limit: int, pooling: Mapping[str, Any], prefix: str = ""
     ) -> None:
         """Find the special tokens that the tokenizer puts around a text.
 
@@ -274,7 +261,7 @@ class Part(NamedTuple):
 class Pooler:
     """Asks one engine for what requests want, and puts the answers together. Holds no request."""
 
-    def __init__(self, spec: EngineSpec, limit: int, tokenizer: Any) -> None:  # noqa: ANN401
+    def __init__(self, spec: EngineSpec, limit: int, tokenizer: Any) -> None:
         """Bind to an engine that is up.
 
         Args:
@@ -329,7 +316,7 @@ class Pooler:
         return Completion(request_id, (sample,), num, cached, 0, latency_s)
 
 
-def _vector(output: Any) -> Vector:  # noqa: ANN401
+def _vector(output: Any) -> Vector:
     found: Vector = output.outputs.data.float().numpy().reshape(-1)
     return found
 

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from batchgen.core.errors import ConfigError, EngineError, nearest, one_line
+from batchgen.core.runtime import read_json
 from batchgen.engine.devices import vllm_build
 
 if TYPE_CHECKING:
@@ -311,10 +312,7 @@ def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
 def _is_fused(spec: EngineSpec) -> bool:
     if spec.model_kwargs.get("quantization") or gpus_of(spec.model_kwargs, is_cpu=False) > 1:
         return True
-    try:
-        return b'"quantization_config"' in (Path(spec.model) / "config.json").read_bytes()
-    except OSError:
-        return False
+    return "quantization_config" in read_json(Path(spec.model) / "config.json", dict)
 
 
 def pays_to_compile(work: WorkLeft, num_answers: int, gain: float = COMPILED_GAIN) -> bool:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from batchgen.engine.devices import Devices, Gpu, read_devices, vllm_build
+from batchgen.engine.devices import Devices, Gpu, proc_fields, read_devices, vllm_build
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION, TYPICAL_ANSWER, gpus_of
 
 if TYPE_CHECKING:
@@ -222,13 +223,9 @@ def _devices() -> Devices:
 
 def this_host(num_gpus: int) -> Host:
     """The share of one of `num_gpus` GPUs of the machine as it is now."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        free_bytes = int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, LookupError, ValueError):
-        free_bytes = 0
-    num = max(1, num_gpus)
+    num, free_bytes = max(1, num_gpus), 0
+    with suppress(LookupError, ValueError):
+        free_bytes = int(proc_fields("/proc/meminfo")["MemAvailable"].split()[0]) << 10
     return Host(len(os.sched_getaffinity(0)) // num, free_bytes // num)
 
 
