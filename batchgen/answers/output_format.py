@@ -4,7 +4,8 @@ vLLM's constrained decoding makes most answers right already. They are checked a
 answer can be cut off, a backend can leave parts of a schema out, an engine can be another one.
 
 With `n = 1` a column of the answer holds a value; with more samples it is a list of them, null
-where a sample is not of its form, except for the vote. Types are fixed at plan time.
+where a sample is not of its form, except for the vote; `samples` says what became of each. Types
+are fixed at plan time.
 """
 
 from __future__ import annotations
@@ -213,6 +214,18 @@ _TOP = pa.struct([("token", pa.string()), ("logprob", pa.float32())])
 _TOKEN = pa.struct([("token", pa.string()), ("logprob", pa.float32()), ("top", pa.list_(_TOP))])
 
 
+SAMPLE = pa.struct(
+    [
+        ("verdict", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_output_tokens", pa.int32()),
+        ("cumulative_logprob", pa.float32()),
+        ("error", pa.string()),
+    ]
+)
+"""What a row's `samples` say of each."""
+
+
 class Column(NamedTuple):
     """One column of the answer."""
 
@@ -229,6 +242,8 @@ class AnswerColumns:
     columns: Sequence[Column]
     label_paths: Sequence[Sequence[str]]
     """Those that hold labels, for the gate: a column, or a column and a field of its struct."""
+    of_one: AnswerColumns | None = None
+    """Of samples that are judged one by one: the columns as each has them, which rules read."""
 
     @property
     def labels(self) -> Sequence[str]:
@@ -280,7 +295,22 @@ def answer_columns(job: JobConfig, output: OutputFormat) -> AnswerColumns:
         columns.append(each("tool_calls", pa.list_(_CALL), lambda s, _: _calls(s)))
     if has_logprobs and not output.enums:
         columns.append(each("logprobs", pa.list_(_TOKEN), lambda s, _: _logprobs(s)))
-    return AnswerColumns(columns, _label_paths(job, output))
+    columns += [each("samples", SAMPLE, _told)] * job.tells_samples
+    one = job.model_copy(update={"sampling": job.sampling.model_copy(update={"n": 1})})
+    of_one = answer_columns(one, output) if job.tells_samples else None
+    return AnswerColumns(columns, _label_paths(job, output), of_one)
+
+
+def _told(sample: Sample, reading: Reading) -> dict[str, Any]:
+    """As `SAMPLE` has it."""
+    logprobs = sample.logprobs
+    return {
+        "verdict": reading.verdict.value,
+        "finish_reason": sample.finish_reason,
+        "num_output_tokens": sample.num_tokens,
+        "cumulative_logprob": logprobs and math.fsum(token.logprob for token in logprobs),
+        "error": reading.error and reading.error.error,
+    }
 
 
 def _label_paths(job: JobConfig, output: OutputFormat) -> list[tuple[str, ...]]:
@@ -305,8 +335,13 @@ def _flattened(kind: pa.DataType, *, is_many: bool) -> list[Column]:
 
 
 def _majority(readings: Readings) -> tuple[str | None, float | None]:
-    """The label that most samples have, the first of equals, and its share of all samples."""
-    votes = Counter(reading.value for reading in readings if reading.value is not None)
+    """The label that most samples have, the first of equals, and its share of all samples.
+
+    Samples that a rule refused only vote where it refused all.
+    """
+    given = [reading for reading in readings if reading.value is not None]
+    votes = Counter(reading.value for reading in given if reading.error is None)
+    votes = votes or Counter(reading.value for reading in given)
     if not votes:
         return None, None
     label, num = votes.most_common(1)[0]

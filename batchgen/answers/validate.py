@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.core.expressions import RowTest
     from batchgen.core.records import Completion, Prompt, Request, Sample
-    from batchgen.job.model import JobConfig, RetryConfig, SamplingConfig
+    from batchgen.job.model import JobConfig
     from batchgen.job.recipe import Seeds
+    from batchgen.job.sampling import RetryConfig, SamplingConfig
 
 _CHECKS = "[checks]"
 TELL_ERROR = "This answer was refused: {error}. Answer again, without this mistake."
@@ -42,6 +43,7 @@ _FACTS: dict[str, tuple[pa.DataType, Callable[[Completion], Any]]] = {
 
 def rule_schema(carried: pa.Schema, columns: AnswerColumns, prefix: str) -> pa.Schema:
     """Everything that a rule may read."""
+    columns = columns.of_one or columns
     facts = [pa.field(prefix + name, kind) for name, (kind, _) in _FACTS.items()]
     ours = [field.with_name(prefix + field.name) for field in columns.fields]
     return pa.schema([*carried, *ours, *facts])
@@ -70,26 +72,55 @@ class Judge:
         """Bind to a job, with what an answer has to be and what it becomes."""
         allow_cut = job.checks.allow_truncated or bool(job.sampling.ignore_eos)
         self._read_sample = _read_any if allow_cut and output_format.is_free else output_format.read
-        self._columns = columns
+        self._columns, self._seen = columns, columns.of_one or columns
+        self._min_ok = job.checks.min_ok_samples
         rules = enumerate(job.checks.rules)
         self._rules = [parse_row_test(f"rules[{at}]", text) for at, text in rules]
         self._prefix = job.output.prefix
 
     def judge(self, asked: Sequence[tuple[Request, Completion]]) -> list[Result]:
         """One result each, in order; `error` says why an answer does not count."""
-        results = [self._read(request, completion) for request, completion in asked]
-        for rule in self._rules:
+        readings = [
+            [self._read_sample(sample, request) for sample in completion.samples]
+            for request, completion in asked
+        ]
+        if self._seen is not self._columns and self._rules:
+            alone = [
+                (request, completion._replace(samples=[one], num_output_tokens=one.num_tokens))
+                for request, completion in asked
+                for one in completion.samples
+            ]
+            flat = [[reading] for each in readings for reading in each]
+            ruled = iter(self._results(alone, flat, self._seen))
+            readings = [[_ruled(reading, next(ruled)) for reading in each] for each in readings]
+        return self._results(asked, readings, self._columns)
+
+    def _results(
+        self,
+        asked: Sequence[tuple[Request, Completion]],
+        readings: Sequence[Sequence[Reading]],
+        columns: AnswerColumns,
+    ) -> list[Result]:
+        """Put together what was read, by the rules if they are for these columns."""
+        results = [
+            self._result(*one, read, columns) for one, read in zip(asked, readings, strict=True)
+        ]
+        for rule in self._rules if columns is self._seen else ():
             self._apply(rule, results)
         return results
 
-    def _read(self, request: Request, completion: Completion) -> Result:
-        samples = completion.samples
+    def _result(
+        self,
+        request: Request,
+        completion: Completion,
+        readings: Sequence[Reading],
+        columns: AnswerColumns,
+    ) -> Result:
         error, verdict, values = completion.error, Verdict.ERROR, None
         if error is None:
-            readings = [self._read_sample(sample, request) for sample in samples]
-            best = _best(readings)
+            best = _best(readings, min(self._min_ok, len(readings)))
             verdict, error = best.verdict, best.error
-            values = self._columns.values(samples, readings)
+            values = columns.values(completion.samples, readings)
         return Result(
             ordinal=request.ordinal,
             batch=request.batch,
@@ -120,7 +151,7 @@ class Judge:
 
     def _array(self, name: str, results: Sequence[Result]) -> pa.Array:
         ours = name.removeprefix(self._prefix) if name.startswith(self._prefix) else None
-        for at, field in enumerate(self._columns.fields):
+        for at, field in enumerate(self._seen.fields):
             if field.name == ours:
                 return column_of([r.values[at] for r in results if r.values], field.type)
         if ours in _FACTS:
@@ -128,6 +159,10 @@ class Judge:
             return pa.array([fact(r.completion) for r in results if r.completion], kind)
         places = [(result.batch.carried, result.index) for result in results]
         return gather_rows(places, [name])[0].combine_chunks()
+
+
+def _ruled(reading: Reading, result: Result) -> Reading:
+    return Reading(result.verdict, reading.value, result.error)
 
 
 def refusal(rule: RowTest) -> str:
@@ -140,12 +175,17 @@ def _read_any(sample: Sample, _: Request | None) -> Reading:
     return _CUT if sample.finish_reason == "length" else _OK
 
 
-def _best(readings: Sequence[Reading]) -> Reading:
-    """Of several samples: the first that is ok, since one good answer is an answer."""
-    for reading in readings:
-        if reading.verdict is Verdict.OK:
-            return reading
-    return readings[0]
+def _best(readings: Sequence[Reading], min_ok: int) -> Reading:
+    """Of several samples: the first that is ok if enough are, else the first that is not."""
+    good = [reading for reading in readings if reading.error is None]
+    if len(good) >= min_ok:
+        return next((one for one in good if one.verdict is Verdict.OK), good[0])
+    at, bad = next((at, one) for at, one in enumerate(readings) if one.error is not None)
+    if min_ok > 1 and bad.error is not None:
+        found = f"{len(good)} of {len(readings)} samples are ok, expected {min_ok}"
+        text = f"{found}; sample {at}: {bad.error.error}"
+        return bad._replace(error=RowError(bad.error.error_type, text))
+    return bad
 
 
 class Retries:

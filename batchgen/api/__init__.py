@@ -540,7 +540,7 @@ def rollback(source: AnyJob, snapshot: int | None = None, *, for_now: bool = Fal
         return roll_back(LocalStorage(output_of(source)), snapshot, for_now=for_now)
 
 
-def read(source: AnyJob, snapshot: int | None = None) -> pl.LazyFrame:
+def read(source: AnyJob, snapshot: int | None = None, *, explode: bool = False) -> pl.LazyFrame:
     """Read a published snapshot, in input order.
 
     Reads exactly the files that its manifest names, so that a snapshot being published right now
@@ -549,13 +549,18 @@ def read(source: AnyJob, snapshot: int | None = None) -> pl.LazyFrame:
     Args:
         source: A job (file or mapping), or its output folder.
         snapshot: Its number, as `batchgen snapshots` lists them; None: the newest.
+        explode: A row for each sample of a job with `sampling.n` > 1, with its own verdict,
+            finish reason, tokens and error, and its place in `gen_sample`.
 
     Raises:
-        OutputError: Nothing is published there, or not that snapshot.
+        OutputError: Nothing is published there, or not that snapshot; or, to be exploded, it does
+            not tell samples one by one.
     """
     from batchgen.store.result_files import scan
+    from batchgen.views.results import exploded
 
     with _called(source):
-        storage = LocalStorage(output_of(source))
-        manifest = find_snapshot(Ledger(storage), snapshot)
-        return scan(storage, [file.name for file in manifest.files])
+        ledger = Ledger(LocalStorage(output_of(source)))
+        manifest = find_snapshot(ledger, snapshot)
+        frame = scan(ledger.storage, [file.name for file in manifest.files])
+        return exploded(frame, ledger.plan(manifest.number).prefix) if explode else frame

@@ -249,9 +249,10 @@ class Worker:
                 f"{self._where}: {ledger.storage.where} is not the folder that the driver sees; "
                 "set output.path to one that all nodes share"
             )
-        if changes := self._checked.changes(begin.plan):
+        checked = self._checked.by_recipe_of(begin.plan)
+        if changes := checked.changes(begin.plan):
             raise RecipeChangedError(self._where, changes, is_finished=False)
-        prepared = self._checked.with_plan(begin.plan)
+        prepared = checked.with_plan(begin.plan)
         if self._stages is None:
             self._stages = Stages(
                 prepared,

@@ -144,6 +144,8 @@ class Sample(NamedTuple):
     cut to fit."""
     num_chunks: int = 1
     """Pieces of the text of which `numbers` is the mean."""
+    num_tokens: int | None = None
+    """Tokens generated, that which ends the answer among them; None: nobody said."""
 
 
 class Completion(NamedTuple):

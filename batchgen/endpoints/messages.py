@@ -241,6 +241,7 @@ def _sample(choice: Mapping[str, Any], asked: Asked) -> Sample:
         logprobs,
         reasoning,
         calls if asked.has_tools else None,
+        num_tokens=None if logprobs is None else len(logprobs),
     )
 
 

@@ -286,7 +286,7 @@ class EchoEngine:
         latency_s = time.perf_counter() - running.admitted_at
         return Completion(
             running.request_id,
-            (Sample(text, finish_reason),) * n,
+            (Sample(text, finish_reason, num_tokens=num_output_tokens),) * n,
             num_prompt_tokens,
             0,
             num_output_tokens * n,

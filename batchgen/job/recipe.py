@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from batchgen.core.records import Ordinal
-    from batchgen.job.model import JobConfig, SamplingConfig
+    from batchgen.job.model import JobConfig
+    from batchgen.job.sampling import SamplingConfig
 
 
 # Options of [model.engine] that only move time and memory about. Any other option is taken to

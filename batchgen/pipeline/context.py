@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from batchgen.core.errors import StorageError
     from batchgen.core.records import Completion, EngineFacts, EngineStats, Request, RowSet
-    from batchgen.job.model import JobConfig, SamplingConfig, Tuned
+    from batchgen.job.model import JobConfig, Tuned
+    from batchgen.job.sampling import SamplingConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.stats import RunStats
     from batchgen.storage import LocalStorage

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from batchgen.store.books import Plan
 
 
+SAMPLES = "samples"
+"""Key of a plan's `output`: samples are told one by one. Absent in plans of before 0.2."""
+
+
 def job_schema(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> pa.Schema:
     """Schema of the job's parts.
 
@@ -177,9 +181,15 @@ class Checked:
         """Return the job by the very recipe of a plan that it does not change.
 
         An older batchgen may have counted something to the recipe that only changes the speed; the
-        keys of its rows are made of that.
+        keys of its rows are made of that. Nor had it a column that says what became of each sample.
         """
-        recipe = plan.job["recipe"]
+        recipe, job = plan.job["recipe"], self.job
+        had_many = recipe.get("sampling", {}).get("n", 1) > 1 and SAMPLES not in plan.job["output"]
+        if had_many and job.output.samples is None and job.tells_samples:
+            output = job.output.model_copy(update={SAMPLES: False})
+            job = job.model_copy(update={"output": output})
+            told = replace(self, job=job, answer=answer_columns(job, self.form))
+            return told.by_recipe_of(plan)
         is_same = recipes.without_speed(recipe) == recipes.without_speed(self.recipe)
         return replace(self, recipe=recipe) if is_same else self
 
@@ -340,11 +350,15 @@ def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
     """Return what must not change under a plan: recipe, choice of rows, checks, output layout."""
     # Plans of before there was a delimiter have no such key.
     absent = {key for key in ("delimiter", "encoding") if getattr(job.input, key) is None}
+    output = job.output.model_dump(include={"prefix", "flatten", "with_seed"})
+    checks = job.checks.model_dump(exclude={"min_ok_samples"})
+    if job.checks.min_ok_samples > 1:
+        checks["min_ok_samples"] = job.checks.min_ok_samples
     return {
         "recipe": recipe,
         "input": job.input.model_dump(exclude={"path", *absent}),
-        "output": job.output.model_dump(include={"prefix", "flatten", "with_seed"}),
-        "checks": job.checks.model_dump(),
+        "output": output | ({SAMPLES: True} if job.tells_samples else {}),
+        "checks": checks,
     }
 
 
@@ -395,9 +409,10 @@ def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
     checked = check(job)
     if plan is None:
         return checked.with_input()
+    checked = checked.by_recipe_of(plan)
     if changes := checked.changes(plan):
         raise RecipeChangedError(job.output.path, changes)
-    return checked.by_recipe_of(plan).with_plan(plan)
+    return checked.with_plan(plan)
 
 
 def find_input(job: JobConfig) -> InputFiles:

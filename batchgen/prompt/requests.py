@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from batchgen.core.data import check_levels, parse_json
 from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Request, Result, RowError
-from batchgen.job.model import SamplingFields
+from batchgen.job.sampling import SamplingFields
 from batchgen.prompt.builder import shortened
 
 if TYPE_CHECKING:

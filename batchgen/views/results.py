@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.errors import OutputError
 from batchgen.core.runtime import Told, printable
 from batchgen.views import rows as view
 from batchgen.views.status import as_text, exit_code_of, not_begun
@@ -12,6 +13,8 @@ from batchgen.views.status import as_text, exit_code_of, not_begun
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    import polars as pl
 
     from batchgen.core.errors import ExitCode
 
@@ -78,3 +81,49 @@ class Rows(Told):
                     shown = "line" if name == view.LINE else printable(name, keep="")
                     lines.append(f"{shown:24} {value}")
         return "\n".join(lines) or str(self.reason)
+
+
+_LISTS = ("output", "text", "reasoning", "tool_calls", "logprobs")
+"""Columns that may have a value for each sample."""
+
+
+def exploded(frame: pl.LazyFrame, prefix: str) -> pl.LazyFrame:
+    """Return a row for each sample, in order; a row without any answer stays one row.
+
+    This is a way to read and not to publish: a published file has one row for each row of the
+    input, which is what nights, `diff` and the books of a run go by.
+
+    What `samples` tells goes to the columns of the same names, and its place to `sample`.
+
+    Args:
+        frame: A snapshot's rows.
+        prefix: Of batchgen's columns.
+
+    Raises:
+        OutputError: They do not tell their samples one by one.
+    """
+    import polars as pl
+
+    names, samples = frame.collect_schema().names(), f"{prefix}samples"
+    if samples not in names:
+        msg = f"explode: no column {samples!r}, expected an output with sampling.n > 1 that has it"
+        raise OutputError(msg)
+    lists = [prefix + name for name in _LISTS if prefix + name in names]
+    one, number = pl.col(samples).struct, pl.int_ranges(pl.col(samples).list.len())
+    error = pl.when(one.field("error").is_not_null())
+    told = {name: one.field(name) for name in ("verdict", "finish_reason", "num_output_tokens")}
+    told |= {"error": one.field("error"), "error_type": error.then(one.field("verdict"))}
+    told["status"] = error.then(pl.lit("error")).otherwise(pl.lit("ok"))
+    is_one = pl.col(samples).is_not_null()
+    return (
+        frame.with_columns(number.alias(f"{prefix}sample"))
+        .explode(*lists, samples, f"{prefix}sample")
+        .with_columns(
+            one.field("cumulative_logprob").alias(f"{prefix}cumulative_logprob"),
+            *(
+                pl.when(is_one).then(value).otherwise(pl.col(prefix + name)).alias(prefix + name)
+                for name, value in told.items()
+            ),
+        )
+        .drop(samples)
+    )

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 import batchgen
+from batchgen.core.errors import OutputError
 from tests.e2e.support import published, run_cli, summary_of, write_job
 
 if TYPE_CHECKING:
@@ -135,6 +136,38 @@ def test_samples_are_lists_and_vote(tmp_path: Path):
     assert len(set(column(job, "gen_seed"))) == 2
 
 
+def test_samples_are_read_a_row_each(tmp_path: Path):
+    rows = [{"text": "a" * 9}, {"text": "ok"}, {"text": None}]
+    sampling = {"n": 2, "temperature": 1.0, "max_tokens": 5}
+    checks = {"allow_truncated": False, "rules": ["gen_text <> 'no'"]}
+    job = job_of(tmp_path, [*rows, {"text": "no"}], sampling=sampling, checks=checks)
+    summary_of(job)
+    names = ["text", *(f"gen_{n}" for n in ("sample", "text", "verdict", "status", "error_type"))]
+    frame = batchgen.read(job, explode=True).collect()
+    assert frame.select(names).rows() == [
+        ("a" * 9, 0, "a" * 5, "truncated", "error", "truncated"),
+        ("a" * 9, 1, "a" * 5, "truncated", "error", "truncated"),
+        ("ok", 0, "ok", "ok", "ok", None),
+        ("ok", 1, "ok", "ok", "ok", None),
+        (None, None, None, "error", "error", "null_value"),
+        *[("no", at, "no", "refused", "error", "refused") for at in range(2)],
+    ]
+    assert frame["gen_num_output_tokens"].to_list() == [5, 5, 2, 2, None, 2, 2]
+
+
+def test_an_output_of_before_samples_were_told_goes_on_without(tmp_path: Path):
+    sampling = {"n": 2, "temperature": 1.0}
+    job = job_of(tmp_path, ["a", "b"], sampling=sampling, output={"samples": False})
+    summary_of(job)
+    rows = ["a", "b", "c"]
+    assert summary_of(job_of(tmp_path, rows, sampling=sampling))["run"]["num_ok"] == 1
+    with pytest.raises(OutputError, match="no column 'gen_samples'"):
+        batchgen.read(job, explode=True)
+    told = job_of(tmp_path, rows, sampling=sampling, output={"samples": True})
+    refused = run_cli("run", told)
+    assert "output.samples: not set -> True" in refused.stderr
+
+
 def test_rows_bring_their_own_sampling_and_schema(tmp_path: Path):
     rows = [
         {"text": "x" * 60, "own": {"max_tokens": 100}},
@@ -173,9 +206,14 @@ def test_origin_is_in_every_row(tmp_path: Path):
         ({"gate": {"drift_column": "gen_label"}}, "drift_column"),
         ({"gate": {"max_drift": 0.1}}, "max_drift: the answer has no labels"),
         (
-            {"sampling": {"n": 2}, "checks": {"rules": ["len(gen_text) < 400"]}},
+            {
+                "sampling": {"n": 2},
+                "output": {"samples": False},
+                "checks": {"rules": ["len(gen_text) < 400"]},
+            },
             "rules[0] = 'len(gen_text) < 400': invalid series dtype",
         ),
+        ({"checks": {"min_ok_samples": 2}}, "checks.min_ok_samples = 2, expected at most"),
         ({"checks": {"rules": ["gen_text ~ '('"]}}, "regex error"),
         ({"retry": [{}]}, "retry[0]: changes nothing at temperature 0"),
         ({"sampling": {"column": "owns"}}, "sampling.column: no column 'owns'"),

@@ -90,6 +90,52 @@ def test_bad_samples_do_not_vote_but_count_in_the_share():
     )
 
 
+FOUR = {"sampling": {"n": 4, "temperature": 1.0, "logprobs": 0}}
+
+
+def test_of_each_sample_it_is_told_what_became_of_it():
+    logprobs = [TokenLogprobs("a", -0.25, []), TokenLogprobs(None, -0.5, [])]
+    cut = Sample("hell", "length", num_tokens=4)
+    result, values = judged(Sample("a", "stop", logprobs, num_tokens=2), cut, cut, cut, **FOUR)
+    assert (result.verdict, result.error) == ("ok", None)
+    good, *bad = values["samples"]
+    assert good == {
+        "verdict": "ok",
+        "finish_reason": "stop",
+        "num_output_tokens": 2,
+        "cumulative_logprob": -0.75,
+        "error": None,
+    }
+    assert [one["verdict"] for one in bad] == ["truncated"] * 3
+    assert bad[0]["error"].startswith("cut off at max_tokens")
+    _, values = judged("a", "b", output={"samples": False}, sampling={"n": 2})
+    assert values.keys() == {"text"}
+
+
+@pytest.mark.parametrize(("min_ok", "is_ok"), [(1, True), (2, True), (3, False), (4, False)])
+def test_a_row_is_ok_if_enough_of_its_samples_are(min_ok, is_ok):
+    tables = {**FOUR, "checks": {"min_ok_samples": min_ok, "rules": ["gen_text <> 'bad'"]}}
+    result, values = judged("a", "bad", "c", Sample("d", "length"), **tables)
+    assert (result.error is None) == is_ok
+    assert [one["verdict"] for one in values["samples"]] == ["ok", "refused", "ok", "truncated"]
+    if not is_ok:
+        text = f"2 of 4 samples are ok, expected {min_ok}; sample 1: rules[0] = \"gen_text <> 'bad'"
+        assert (result.verdict, result.error.error[: len(text)]) == ("refused", text)
+
+
+def test_a_rule_reads_a_sample_as_if_it_were_alone_and_what_it_refuses_has_no_vote():
+    many = {"sampling": {"n": 4}, "output": {"choice": ["yes", "no"]}}
+    samples = [Sample(text, "stop", num_tokens=at) for at, text in enumerate(["no", "no", "yes"])]
+    for rule, label, agreement in (
+        ("gen_label = 'yes'", "yes", 1 / 3),
+        ("gen_num_output_tokens > 0 AND len(id) > 0", "no", 1 / 3),
+        ("gen_finish_reason = 'length'", "no", 2 / 3),
+    ):
+        _, values = judged(*samples, checks={"rules": [rule]}, **many)
+        assert values["label"] == label
+        assert values["agreement"] == pytest.approx(agreement)
+
+
 def test_a_schema_gives_a_struct_or_a_column_for_each_field():
     good = '{"label":"b","n":4}'
     _, values = judged(good, output={"schema": OBJECT})
@@ -327,7 +373,7 @@ def test_rungs_that_cannot_help_are_refused():
 
 
 def test_a_rule_that_cannot_work_is_refused_before_a_row_is_asked():
-    made = job(sampling={"n": 2})
+    made = job(sampling={"n": 2}, output={"samples": False})
     columns = answer_columns(made, make_format(made.output))
     schema = rule_schema(pa.schema({"id": pa.int64()}), columns, "gen_")
     with pytest.raises(ConfigError) as caught:

@@ -220,7 +220,8 @@ MISTAKES = {
     "nothing near": (
         {"output": {"zzz": 1}},
         "output.zzz: unknown key, expected one of: path, prefix, schema, schema_column, "
-        "choice, regex, grammar, json_object, flatten, with_seed, compression, rows_per_file, "
+        "choice, regex, grammar, json_object, flatten, with_seed, samples, compression, "
+        "rows_per_file, "
         "keep_snapshots",
     ),
     "wrong type": (

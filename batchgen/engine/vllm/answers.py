@@ -115,7 +115,10 @@ class AnswerReader:
         """
         answers = sorted(output.outputs, key=lambda answer: answer.index)
         if self._splitter is None and num_logprobs is None:
-            return [Sample(answer.text, answer.finish_reason) for answer in answers]
+            return [
+                Sample(answer.text, answer.finish_reason, num_tokens=len(answer.token_ids))
+                for answer in answers
+            ]
         prompt_ids = output.prompt_token_ids
         return [self._sample(answer, num_logprobs, prompt_ids) for answer in answers]
 
@@ -123,10 +126,11 @@ class AnswerReader:
         logprobs = None
         if num_logprobs is not None and answer.logprobs is not None:
             logprobs = self.token_logprobs(answer.token_ids, answer.logprobs, num_logprobs)
+        num = len(answer.token_ids)
         if self._splitter is None:
-            return Sample(answer.text, answer.finish_reason, logprobs)
+            return Sample(answer.text, answer.finish_reason, logprobs, num_tokens=num)
         text, reasoning, calls = self._splitter.split(answer.text, answer.token_ids, prompt_ids)
-        return Sample(text, answer.finish_reason, logprobs, reasoning, calls)
+        return Sample(text, answer.finish_reason, logprobs, reasoning, calls, num_tokens=num)
 
     def token_logprobs(
         self, token_ids: Sequence[int], positions: Sequence[Mapping[int, Any]], num_logprobs: int
