@@ -54,8 +54,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes have 
         from batchgen import api
 
         return getattr(api, name)
-    msg = f"module 'batchgen' has no attribute {name!r}"
-    raise AttributeError(msg)
+    raise AttributeError(f"module 'batchgen' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

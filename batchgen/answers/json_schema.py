@@ -111,8 +111,7 @@ def checked_schema(schema: dict[str, Any], *, may_backtrack: bool = True) -> Any
         _check_form(draft, schema, "$")
         places = list(_places(draft, schema))
     except RecursionError:
-        msg = "the schema is nested too deeply"
-        raise ValueError(msg) from None
+        raise ValueError("the schema is nested too deeply") from None
     has_unevaluated = any("unevaluatedProperties" in place.schema for place in places)
     for place in places:
         _check_patterns(place, may_backtrack=may_backtrack, has_unevaluated=has_unevaluated)
@@ -125,8 +124,7 @@ def _check_form(draft: Any, schema: Any, path: str) -> None:  # noqa: ANN401
         # Formats are left out: "regex" there is Python's, patterns here are RE2's.
         draft.check_schema(schema, format_checker=None)
     except jsonschema.SchemaError as error:
-        msg = f"{path}{error.json_path[1:]}: {error.message}"[:_MAX_CHARS]
-        raise ValueError(msg) from error
+        raise ValueError(f"{path}{error.json_path[1:]}: {error.message}"[:_MAX_CHARS]) from error
 
 
 class _Place(NamedTuple):
@@ -172,8 +170,7 @@ def _targets(place: _Place) -> Iterator[_Place]:
             continue
         what = f"{place.path}: {keyword} {name!r:.120}"
         if not name.startswith("#"):
-            msg = f"{what} is another document, expected one that begins with #"
-            raise ValueError(msg)
+            raise ValueError(f"{what} is another document, expected one that begins with #")
         try:
             found = place.resolver.lookup(name)
         except (Unresolvable, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -214,14 +211,12 @@ def _check_patterns(place: _Place, *, may_backtrack: bool, has_unevaluated: bool
             reason = "together with unevaluatedProperties, which could run for ever"
             if why is not None:
                 reason = f"needs backtracking, which could run for ever, or is wrong (RE2: {why})"
-            msg = f"{what} {reason}"
-            raise ValueError(msg[:_MAX_CHARS])
+            raise ValueError(f"{what} {reason}"[:_MAX_CHARS])
         try:
             re.compile(pattern)
         except (re.error, OverflowError) as error:
             also = ": beside unevaluatedProperties it has to be Python's, too" if is_shared else ""
-            msg = f"{what}: {error}{also}"
-            raise ValueError(msg[:_MAX_CHARS]) from error
+            raise ValueError(f"{what}: {error}{also}"[:_MAX_CHARS]) from error
 
 
 @lru_cache(maxsize=1024)
@@ -275,8 +270,7 @@ def _counted(apply: Keyword) -> Keyword:
     def counted(*args: Any) -> Iterator[Any]:  # noqa: ANN401
         _effort.num_left -= 1
         if _effort.num_left < 0:
-            msg = f"more than {MAX_KEYWORDS} keywords to apply"
-            raise TooMuchWorkError(msg)
+            raise TooMuchWorkError(f"more than {MAX_KEYWORDS} keywords to apply")
         yield from apply(*args) or ()
 
     return counted

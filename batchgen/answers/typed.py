@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,8 +26,6 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
-
     Place = tuple["Place", str | int] | None
     """Where a value stands: what holds it, and its key there; written down only if it is wrong."""
 
@@ -117,8 +115,7 @@ def typed_schema(schema: Mapping[str, Any]) -> TypedSchema:
     try:
         return _Compiler(schema).compile((Bound(schema, frozenset({"#"})),), "$", 0)
     except RecursionError:
-        msg = "$: the schema is nested too deeply"
-        raise ValueError(msg) from None
+        raise ValueError("$: the schema is nested too deeply") from None
 
 
 _TYPES_OF: Mapping[str, type] = {
@@ -147,8 +144,7 @@ def _of_other_type(kind: str, value: Any, place: Place) -> Any:  # noqa: ANN401
             return int(value)
         raise _larger(kind, place)
     found = _WORDS.get(type(value), type(value).__name__)
-    msg = f"{_written(place)}: expected {_WORDS[_TYPES_OF[kind]]}, found {found}"
-    raise ValueError(msg)
+    raise ValueError(f"{_written(place)}: expected {_WORDS[_TYPES_OF[kind]]}, found {found}")
 
 
 def _larger(kind: str, place: Place) -> ValueError:

@@ -60,8 +60,7 @@ def _check_limits() -> None:
         limit, _ = resource.getrlimit(kind)
         if 0 <= limit < least:
             told = f"{what} limited to {limit // unit}, expected at least {least // unit}"
-            where = f"ulimit {option}"
-            raise ConfigError(where, [f"{told}, or unlimited; raise it in the shell"])
+            raise ConfigError(f"ulimit {option}", [f"{told}, or unlimited; raise it in the shell"])
 
 
 def main() -> None:

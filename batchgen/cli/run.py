@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import (
-    JSON,
-    Number,
-    as_line,
-    flag,
-    job_command,
-    out,
-    reading,
-)
+from batchgen.cli.common import JSON, Number, as_line, flag, job_command, out, reading
 from batchgen.core.errors import BatchgenError, ExitCode
 from batchgen.core.runtime import say, stop_on_signals
 

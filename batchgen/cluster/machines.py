@@ -12,16 +12,17 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import ConfigError
+from batchgen.core.processes import start_guard, stat_of
 from batchgen.engine.vllm.settings import engine_gpus, is_cpu_build
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator, Mapping
 
     from batchgen.job.model import JobConfig
@@ -181,25 +182,18 @@ def options_alone(folder: Path, num_cpus: int) -> dict[str, Any]:
     }
 
 
-def start_guard() -> subprocess.Popen[bytes] | None:
+def guard_raylet() -> subprocess.Popen[bytes] | None:
     """Start a shell that kills what a raylet of ours has started, if we are killed.
 
     The raylet itself dies with us then, its workers within 2 s; but its two agents (200 MB) would
     wait for it for a minute. Without a shell (a bare container) they do.
     """
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(OSError):
-            # proc_pid_stat(5): pid (name) state ppid ...
-            pid, name, rest = re.split(r" \(|\) ", path.read_text(), maxsplit=2)
-            state, parent = rest.split()[:2]
-            if name == "raylet" and state not in "ZX" and int(parent) == os.getpid():
-                return subprocess.Popen(  # noqa: S603 - fixed text, one integer
-                    ["/bin/sh", "-c", _GUARD, "batchgen-ray-guard", pid],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+            is_raylet = path.read_text().strip() == "raylet"
+            state, parent = (stat_of(path.parent.name) or ["X", "0"])[:2]
+            if is_raylet and state not in "ZX" and int(parent) == os.getpid():
+                return start_guard(_GUARD, "batchgen-ray-guard", path.parent.name)
     return None
 
 

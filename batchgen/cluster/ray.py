@@ -32,6 +32,7 @@ from batchgen.cluster.machines import (
     death_told,
     end_of_traceback,
     fit,
+    guard_raylet,
     handlers_kept,
     head_refuses,
     make_folder,
@@ -40,7 +41,6 @@ from batchgen.cluster.machines import (
     prepare_environment,
     refusal,
     resources_of,
-    start_guard,
     worker_environment,
 )
 from batchgen.cluster.messages import Capacity, Failed, Gone, Order, Report, WorkerInit
@@ -340,7 +340,7 @@ class _Session:
             self.end()
             raise
         if address is None:
-            self._guard = start_guard()
+            self._guard = guard_raylet()
 
     def end(self) -> None:
         """Leave the cluster, or stop it. Idempotent."""

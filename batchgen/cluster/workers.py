@@ -20,7 +20,7 @@ from batchgen.cluster.pacing import Meter, Pace
 from batchgen.core.errors import ConfigError, EngineDeadError
 from batchgen.core.records import EngineFacts, EngineStats, Verdict
 from batchgen.engine.group import combined
-from batchgen.pipeline.stats import Counts, RunStats
+from batchgen.pipeline.stats import Counts, RunStats, engine_figures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -478,7 +478,6 @@ def _row(place: Place, now_s: float) -> dict[str, Any]:
     worker = place.last
     assert worker is not None  # noqa: S101 - nobody opens a place for nobody
     look = worker.look
-    engine = look.engine if look is not None else EngineStats()
     rates = look.rates if look is not None else _NO_RATES
     return {
         "worker": worker.number,
@@ -489,11 +488,7 @@ def _row(place: Place, now_s: float) -> dict[str, Any]:
         "num_committed": place.num_committed,
         **{name: rates.get(name, 0.0) for name in _NO_RATES},
         "num_in_flight": look.num_in_flight if look is not None else 0,
-        "num_running": engine.num_running,
-        "num_waiting": engine.num_waiting,
-        "kv_cache_usage": engine.kv_cache_usage,
-        "gpu_busy": engine.gpu_busy,
-        "num_preemptions": engine.num_preemptions,
+        **engine_figures(look.engine if look is not None else EngineStats()),
         "restarts": place.restarts,
         "memory_mib": look.memory_mib if look is not None else None,
         "look_age_s": now_s - worker.seen_s if look is not None else None,

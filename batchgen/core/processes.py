@@ -51,6 +51,34 @@ def _folder_of(module: str) -> str:
     return str(Path(place).parent)
 
 
+def start_guard(script: str, name: str, argument: str) -> subprocess.Popen[bytes] | None:
+    """Start a shell that acts once this process is gone: its stdin ends then.
+
+    Told `orderly` it ends and does nothing. None without a shell, as in a bare container.
+    """
+    with suppress(FileNotFoundError):
+        return subprocess.Popen(  # noqa: S603 - fixed text, one number
+            ["/bin/sh", "-c", script, name, argument],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return None
+
+
+def stat_of(pid: int | str) -> list[str]:
+    """Fields of a process from its state on; empty if it is gone (Linux; elsewhere always).
+
+    Source:
+        proc_pid_stat(5): the state is field 3, the parent 4, the group 5, the start 22.
+    """
+    with suppress(OSError):
+        # The name, field 2, may hold spaces and parentheses; what follows the last is plain.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
 class Crew:
     """Processes that work for this one; a context manager."""
 

@@ -23,11 +23,11 @@ import time
 from collections import deque
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError, one_line
-from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError
-from batchgen.endpoints.messages import LackingError, Unsuitable, unsplit
+from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
+from batchgen.endpoints.messages import Asked, LackingError, Reply, Unsuitable, unsplit
 from batchgen.endpoints.options import Options, started_at
 from batchgen.endpoints.rows import Row, best_for, enough_failures
 from batchgen.endpoints.server import (
@@ -40,15 +40,11 @@ from batchgen.endpoints.server import (
     WrongServerError,
 )
 from batchgen.endpoints.window import Meter, Window
-from batchgen.engine.base import failed, unknown_adapter
+from batchgen.engine.base import EngineRequest, failed, unknown_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
-    from typing import Any
 
-    from batchgen.core.records import EngineSpec
-    from batchgen.endpoints.messages import Asked, Reply
-    from batchgen.engine.base import EngineRequest
 
 WHERE = "model.base_url"
 MOST_AT_ONCE = 2048

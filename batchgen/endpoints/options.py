@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import ConfigError
+from batchgen.core.processes import stat_of
 from batchgen.engine.base import HostedRequest
 
 if TYPE_CHECKING:
@@ -59,13 +60,6 @@ class Options:
 
 
 def started_at(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; None if it is gone.
-
-    Source:
-        proc_pid_stat(5), field 22; the state, field 3, is Z for one that is dead.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
+    """When a process was started, in ticks since the machine was; None if it is gone."""
+    fields = stat_of(pid)
+    return fields[19] if fields and fields[0] != "Z" else None

@@ -23,7 +23,7 @@ import aiohttp
 import orjson
 
 from batchgen.core.errors import one_line
-from batchgen.core.records import RowError
+from batchgen.core.records import EngineSpec, RowError
 from batchgen.endpoints import messages
 from batchgen.endpoints.messages import BadReplyError, LackingError, Server, Unsuitable
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
 
-    from batchgen.core.records import EngineSpec
     from batchgen.endpoints.messages import Asked, Reply
     from batchgen.endpoints.window import Window
     from batchgen.engine.base import EngineRequest
@@ -244,11 +243,9 @@ class Http:
 
     def _check_id(self, endpoint: Endpoint, reply: Reply, nonce: str) -> None:
         if endpoint.is_tied and nonce not in reply.reply_id:
-            msg = "an answer to another request"
-            raise BadReplyError(msg)
+            raise BadReplyError("an answer to another request")
         if reply.reply_id in endpoint.seen:
-            msg = "an answer that came before"
-            raise BadReplyError(msg)
+            raise BadReplyError("an answer that came before")
         endpoint.seen[reply.reply_id] = None
         if len(endpoint.seen) > 20_000:
             del endpoint.seen[next(iter(endpoint.seen))]
@@ -284,8 +281,7 @@ class Http:
             msg = "its certificate is not trusted; SSL_CERT_FILE may name the authority's"
             raise WrongServerError(msg) from None
         except TimeoutError:
-            msg = f"{NO_ANSWER} {timeout_s:.0f} s"
-            raise AttemptError(msg) from None
+            raise AttemptError(f"{NO_ANSWER} {timeout_s:.0f} s") from None
         except AttemptError:
             raise
         except Exception as error:  # noqa: BLE001 - the library, and whatever came
@@ -308,14 +304,12 @@ class Http:
             msg = "the job pins the very model, which can be relied upon only with vLLM's server"
             raise WrongServerError(msg)
         if is_pinned and is_hub and root != name:
-            msg = f"its model {found[None]!r} is {root!r}, expected {name!r}"
-            raise WrongServerError(msg)
+            raise WrongServerError(f"its model {found[None]!r} is {root!r}, expected {name!r}")
         length = card.get("max_model_len")
         endpoint.max_model_len = length if isinstance(length, int) else None
         wanted = spec.model_kwargs.get("max_model_len")
         if wanted is not None and length is not None and length != wanted:
-            msg = f"its max_model_len is {length}, and the job's {wanted}"
-            raise WrongServerError(msg)
+            raise WrongServerError(f"its max_model_len is {length}, and the job's {wanted}")
         endpoint.server = Server(found, is_vllm)
         endpoint.version = await self._version(endpoint) if is_vllm else ""
         await self._try(endpoint, spec)
@@ -334,8 +328,7 @@ class Http:
             return {card["id"]: card for card in orjson.loads(data)["data"]}
         except (ValueError, TypeError, LookupError):
             self._distrust()
-            msg = "its list of models is none"
-            raise AttemptError(msg, is_from_server=True) from None
+            raise AttemptError("its list of models is none", is_from_server=True) from None
 
     async def _version(self, endpoint: Endpoint) -> str:
         """Of vLLM; empty where a proxy does not let it through."""
@@ -380,8 +373,7 @@ async def _body(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
         num_bytes += len(chunk)
         if num_bytes > most_bytes:
             response.close()
-            msg = f"an answer of more than {most_bytes:,} bytes"
-            raise AttemptError(msg, is_from_server=True)
+            raise AttemptError(f"an answer of more than {most_bytes:,} bytes", is_from_server=True)
         chunks.append(chunk)
     return b"".join(chunks)
 

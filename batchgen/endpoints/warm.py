@@ -85,8 +85,7 @@ def serve(job: JobConfig, port: int | None) -> NoReturn:
         raise ConfigError(where, [f"{job.model.backend!r} is no model that this machine loads"])
     digest = fingerprint(checked.recipe["model"])
     if (state := read_state(digest)) is not None:
-        msg = f"this engine is up at {state['url']}, process {state['process'][0]}"
-        raise BusyError(msg)
+        raise BusyError(f"this engine is up at {state['url']}, process {state['process'][0]}")
     port = port or _free_port()
     key = secrets.token_urlsafe(32)
     spec = checked.engine_spec(None)

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError, one_line
-from batchgen.core.processes import child_environment
+from batchgen.core.processes import child_environment, start_guard, stat_of
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, WorkLeft
 from batchgen.core.runtime import collect_rarely, own_streams
 from batchgen.engine.base import Engine, EngineRequest, HostedRequest, engine_class, expect
@@ -85,7 +85,8 @@ class _Child:
         with ours, theirs:
             self.process = _start_host(theirs.fileno(), spec)
             self.connection = Connection(ours.detach())
-        self.guard = _start_guard(self.process.pid)
+        # Without a shell the child watches the socket alone.
+        self.guard = start_guard(GUARD, "batchgen-guard", str(self.process.pid))
         self.post(spec)
         self._is_stopped = False
         self._owner_pid = os.getpid()
@@ -191,7 +192,8 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec, on_news: Callable[[], None] = _no_news) -> None:
         self._child = _Child(spec, on_news)
         self._expected_capacity = _expected_capacity(spec)
-        self._num_in_flight = 0
+        self.num_in_flight = 0
+        """Requests added and not yet returned."""
         self._death: BatchgenError | None = None
         # Also runs at interpreter exit; bound to the child, so that it does not keep self alive.
         self._stop = weakref.finalize(self, self._child.stop, orderly=False)
@@ -212,11 +214,6 @@ class EngineProcess:
         return self._child.capacity or self._expected_capacity
 
     @property
-    def num_in_flight(self) -> int:
-        """Requests added and not yet returned."""
-        return self._num_in_flight
-
-    @property
     def stats(self) -> EngineStats:
         """The latest that the child reported, at most half a second old while it works."""
         return self._child.stats
@@ -230,7 +227,7 @@ class EngineProcess:
         """
         if self._death is not None:
             raise EngineDeadError(str(self._death))
-        self._num_in_flight += len(requests)
+        self.num_in_flight += len(requests)
         hosted = [HostedRequest(r.request_id, r.prompt, r.seed, r.params, r.lora) for r in requests]
         self._child.post(("add", hosted))
 
@@ -248,7 +245,7 @@ class EngineProcess:
         if self._death is not None:
             raise self._death
         completions = self._take(timeout_s)
-        self._num_in_flight -= len(completions)
+        self.num_in_flight -= len(completions)
         if not completions and self._death is not None:
             raise self._death
         return completions
@@ -258,7 +255,7 @@ class EngineProcess:
         if self._stop.detach():
             # While it loads it would not hear the request, and has nothing to lose.
             self._child.stop(orderly=self._death is None and self.facts is not None)
-        self._num_in_flight = 0
+        self.num_in_flight = 0
         self._death = self._death or EngineDeadError("the engine is closed")
 
     def _take(self, timeout_s: float) -> list[Completion]:
@@ -300,17 +297,9 @@ def is_group_alive(pgid: int) -> bool:
 
     Zombies do not count: in a container nobody may ever reap those that lost their parent, and
     a signal to the group cannot tell (Linux; elsewhere /proc finds nothing, and nobody waits).
-
-    Source:
-        Fields 3 (state) and 5 (pgrp) of /proc/PID/stat: proc_pid_stat(5).
     """
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # The name, field 2, may hold spaces and parentheses; what follows the last is plain.
-            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == pgid and state not in "ZX":
-                return True
-    return False
+    found = (stat_of(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return any(one and int(one[2]) == pgid and one[0] not in "ZX" for one in found)
 
 
 def _start_host(fd: int, spec: EngineSpec) -> subprocess.Popen[bytes]:
@@ -336,20 +325,6 @@ def _start_host(fd: int, spec: EngineSpec) -> subprocess.Popen[bytes]:
             pass_fds=(fd,),
             start_new_session=True,
         )
-
-
-def _start_guard(pgid: int) -> subprocess.Popen[bytes] | None:
-    """Start the guard; without a shell (a bare container) the child watches the socket alone."""
-    try:
-        return subprocess.Popen(  # noqa: S603 - fixed text, one integer
-            ["/bin/sh", "-c", GUARD, "batchgen-guard", str(pgid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        return None
 
 
 def _expected_capacity(spec: EngineSpec) -> int:

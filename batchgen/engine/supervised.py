@@ -134,7 +134,8 @@ class SupervisedEngine:
         self._build_s = 0.0
         self._last_facts: EngineFacts | None = None
         self._last_capacity = _FIRST_REQUESTS
-        self._is_admitting = True
+        self.is_admitting = True
+        """Whether requests go to the engine, and do not wait here for the next one."""
 
     @property
     def is_started(self) -> bool:
@@ -145,11 +146,6 @@ class SupervisedEngine:
     def num_members(self) -> int:
         """Engines that work at once: this one."""
         return 1
-
-    @property
-    def is_admitting(self) -> bool:
-        """Whether requests go to the engine, and do not wait here for the next one."""
-        return self._is_admitting
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -216,7 +212,7 @@ class SupervisedEngine:
             EngineDeadError: It died too often, or is closed.
         """
         self.start()
-        if not self._is_admitting or self._life is None:
+        if not self.is_admitting or self._life is None:
             self._queue.extend(requests)
             return
         try:
@@ -243,7 +239,7 @@ class SupervisedEngine:
         if life is None:
             return []
         try:
-            if not self._is_admitting:
+            if not self.is_admitting:
                 self._fill(life)
             completions = life.engine.step(timeout_s)
             answered = self._accept(life, completions) if completions else []
@@ -350,7 +346,7 @@ class SupervisedEngine:
             except EngineDeadError:
                 self._queue.extendleft(reversed(chunk))
                 raise
-        self._is_admitting = not self._queue
+        self.is_admitting = not self._queue
 
     def _bury(self, life: _Life, reason: str) -> None:
         """Close a dead engine, draw the conclusions, tell of its death.
@@ -359,7 +355,7 @@ class SupervisedEngine:
             EngineDeadError: It was one death too many.
         """
         self._let_go()
-        self._is_admitting = False
+        self.is_admitting = False
         number = self._tally.note_death()
         unfinished = list(life.held.values())
         is_search = self._search.is_on
@@ -451,7 +447,7 @@ class SupervisedEngine:
             return False
         self._let_go()
         self._queue.extendleft(reversed(life.held.values()))
-        self._is_admitting = False
+        self.is_admitting = False
         self._spec = replace(life.spec, defaults="vllm")
         self._notes.append(f"started again with vLLM's own settings: {reason}")
         return True

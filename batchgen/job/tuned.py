@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from batchgen.core.runtime import command, read_text
-from batchgen.job.model import Tuned
+from batchgen.job.model import JobConfig, Tuned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from batchgen.job.model import JobConfig
 
 
 def above_batched_tokens(

@@ -27,17 +27,17 @@ from batchgen.core.data import parse_state
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowSet, WorkLeft
 from batchgen.core.runtime import say
-from batchgen.engine.group import supervise
+from batchgen.engine.group import Supervised, supervise
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.engine.process import build_engine
 from batchgen.engine.vllm.settings import engine_gpus, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
-from batchgen.pipeline.context import Purse
+from batchgen.pipeline.context import Purse, RunContext
 from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
 from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
-from batchgen.store.books import PARTS, STATE
+from batchgen.store.books import PARTS, STATE, Epoch, Plan
 from batchgen.store.result_files import PartContext, PartWriter, ResultFile
 
 if TYPE_CHECKING:
@@ -45,15 +45,12 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import EngineFacts, EngineSpec, EngineStats, Request, RowBatch
     from batchgen.engine.base import Engine
-    from batchgen.engine.group import Supervised
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
     from batchgen.pipeline.runner import FeedBatch, OpenPart, Passing
     from batchgen.pipeline.stats import Look, RunStats
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.source.text import LineIndexes
-    from batchgen.store.books import Epoch, Plan
     from batchgen.store.ledger import Ledger
     from batchgen.store.reuse import Deduper, Piece
 

@@ -26,32 +26,25 @@ from batchgen.answers.json_schema import row_validator
 from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.expressions import parse_row_test
 from batchgen.core.processes import Crew, num_processes
-from batchgen.core.records import Ranges, RowSet
-from batchgen.job.model import is_url
+from batchgen.core.records import Ranges, RowBatch, RowSet
+from batchgen.job.model import JobConfig, is_url
 from batchgen.job.recipe import Seeds
-from batchgen.pipeline.prepare import check_columns
+from batchgen.pipeline.prepare import Prepared, check_columns
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.source.columns import kinds_of, planned, read_schema, schema_text, type_word
+from batchgen.source.columns import Kinds, kinds_of, planned, read_schema, schema_text, type_word
 from batchgen.source.files import InputStat, stat_input
-from batchgen.source.formats import find_files
+from batchgen.source.formats import InputFiles, find_files
 from batchgen.source.partitions import is_partition
-from batchgen.source.text import digest_prefix
-from batchgen.store.books import Plan, Segment
+from batchgen.source.text import Scan, digest_prefix
+from batchgen.store.books import Base, Plan, Segment
 from batchgen.store.matching import DigestFile
 from batchgen.store.runs import utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from batchgen.core.records import RowBatch
-    from batchgen.job.model import JobConfig
-    from batchgen.pipeline.prepare import Prepared
-    from batchgen.source.columns import Kinds
-    from batchgen.source.formats import InputFiles
     from batchgen.source.reading import Reader, ReadSpec
-    from batchgen.source.text import Scan
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Base
 
 
 # Reading and hashing a file leave the GIL, digests of its lines do not.

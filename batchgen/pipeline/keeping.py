@@ -10,8 +10,8 @@ from bisect import bisect_right
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.pipeline.rows import takeovers
-from batchgen.store.books import Places
+from batchgen.pipeline.rows import Takeover, takeovers
+from batchgen.store.books import Manifest, Places, Plan, PublishedFile
 from batchgen.store.result_files import published_schema, schema_digest
 from batchgen.store.snapshot import target_bytes
 from batchgen.store.visible import damage
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.rows import Takeover
-    from batchgen.store.books import Manifest, Plan, PublishedFile
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span
 

@@ -11,16 +11,13 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.core.runtime import STDERR, printable, read_file
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
 
 _STATES = ("complete", "nothing_to_do", "stopped", "over_limit", "refused", "fault")
 _LAST_SUCCESS = "batchgen_last_success_timestamp_seconds"

@@ -34,7 +34,7 @@ from batchgen.core.runtime import option
 from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.prompt.builder import BYTE_ORDER_MARK
 from batchgen.source.values import holds_bytes
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, Plan
 from batchgen.store.keys import prefix_of, prefixes_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Plan
 
 _COUNTED = f"{STATE}/rendering.json"
 RENDERING = 1

@@ -26,12 +26,12 @@ from batchgen.answers.validate import refusal
 from batchgen.core.data import gather_rows
 from batchgen.core.errors import AccountingError, BatchgenError, OutputError
 from batchgen.core.expressions import RowTest, parse_row_test
-from batchgen.core.records import Request, RowSet
+from batchgen.core.records import Ordinal, Request, RowBatch, RowSet
 from batchgen.pipeline.compute import Commits, Stages, Work
 from batchgen.pipeline.rendering import changes_since, old_rows
 from batchgen.pipeline.runner import Committer
 from batchgen.pipeline.sources import answered_keys, base_sources, ended_rows, tried_sources
-from batchgen.store.books import Durable
+from batchgen.store.books import Base, Durable, Epoch, Plan, Segment
 from batchgen.store.matching import (
     Renumbering,
     answered_by,
@@ -57,13 +57,11 @@ from batchgen.store.visible import damage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from batchgen.core.records import Ordinal, RowBatch
     from batchgen.pipeline.compute import Compute, Rows
     from batchgen.pipeline.context import RunContext
     from batchgen.pipeline.prepare import Prepared
     from batchgen.prompt.requests import RequestBuilder
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Base, Epoch, Plan, Segment
     from batchgen.store.keys import KeySet
     from batchgen.store.ledger import Ledger
     from batchgen.store.matching import Span

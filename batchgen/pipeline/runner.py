@@ -23,22 +23,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from batchgen.answers.validate import final
+from batchgen.answers.validate import Judge, Retries, final
 from batchgen.core.errors import BatchgenError, StorageError
-from batchgen.core.records import Ranges, Request, Result, RowSet
+from batchgen.core.records import Completion, Ranges, Request, Result, RowBatch, RowSet
 from batchgen.core.runtime import rare_collection
-from batchgen.engine.order import carried_bytes
-from batchgen.pipeline.context import Stop
+from batchgen.engine.order import AdmissionOrder, carried_bytes
+from batchgen.pipeline.context import Purse, Stop, StopSwitch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from batchgen.answers.validate import Judge, Retries
-    from batchgen.core.records import Completion, RowBatch
     from batchgen.engine.group import Supervised
-    from batchgen.engine.order import AdmissionOrder
     from batchgen.job.run_table import RunConfig
-    from batchgen.pipeline.context import Purse, StopSwitch
     from batchgen.pipeline.stats import RunStats
     from batchgen.prompt.requests import RequestBuilder
 

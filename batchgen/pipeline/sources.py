@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import PARTS, Places
+from batchgen.store.books import PARTS, Durable, Manifest, Places, Plan
 from batchgen.store.keys import KeySet
 from batchgen.store.ledger import Ledger
 from batchgen.store.published import groups_of, row_groups, stretches
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from batchgen.core.records import RowSet
     from batchgen.pipeline.prepare import Checked
-    from batchgen.store.books import Durable, Manifest, Plan
 
 NUM_TRIES = 5
 """So many of the last try-outs are kept, and looked at."""

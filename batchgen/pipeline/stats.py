@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     `RUNNING` from when the first engine is up; and a row for each replica, if there are any."""
 
 
+_SAMPLED = (
+    *("num_ok", "num_errors", "num_skipped", "num_committed"),
+    *("prompt_tokens", "cached_tokens", "output_tokens"),
+)
+"""What `RunStats` counts and samples have."""
+_OF_ENGINE = ("num_running", "num_waiting", "kv_cache_usage", "gpu_busy", "num_preemptions")
 # Rates that a person reads are over the last so many seconds.
 _WINDOW_S = 30.0
 _LATENCIES = 2000
@@ -179,20 +185,10 @@ class RunStats:
         """One row of stats.parquet. `memory_mib` is added by whoever may ask the system."""
         return {
             "elapsed_s": now_s - self.started_s,
-            "num_ok": self.num_ok,
-            "num_errors": self.num_errors,
-            "num_skipped": self.num_skipped,
-            "num_committed": self.num_committed,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "output_tokens": self.output_tokens,
+            **{name: getattr(self, name) for name in _SAMPLED},
             **self.rates(now_s),
             "num_in_flight": in_flight,
-            "num_running": engine.num_running,
-            "num_waiting": engine.num_waiting,
-            "kv_cache_usage": engine.kv_cache_usage,
-            "gpu_busy": engine.gpu_busy,
-            "num_preemptions": engine.num_preemptions,
+            **engine_figures(engine),
         }
 
     def totals(self, now_s: float) -> dict[str, Any]:
@@ -223,6 +219,11 @@ class RunStats:
             "output_tokens_per_s": self.output_tokens / working_s,
             "total_tokens_per_s": total_tokens / working_s,
         }
+
+
+def engine_figures(engine: EngineStats) -> dict[str, Any]:
+    """What a look at an engine's scheduler has in a row of stats.parquet."""
+    return {name: getattr(engine, name) for name in _OF_ENGINE}
 
 
 LEAST_S = 60.0

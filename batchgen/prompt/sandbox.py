@@ -301,8 +301,7 @@ def _as_json(value: Any) -> Any:  # noqa: ANN401
         case bytes():
             return value.decode()
     if not hasattr(value, "tolist"):
-        msg = f"{type(value).__name__} is not JSON"
-        raise TypeError(msg)
+        raise TypeError(f"{type(value).__name__} is not JSON")
     return value.tolist()  # NumPy's.
 
 
@@ -413,8 +412,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         is_text = not callable(value) and not isinstance(value, Iterator)
         if not is_text and not isinstance(value, Undefined):
             # As text they would be an address, another one in every run.
-            msg = f"the template prints a {type(value).__name__}, expected text"
-            raise TypeError(msg)
+            raise TypeError(f"the template prints a {type(value).__name__}, expected text")
         self.spend(_weigh(value))
         return value
 
@@ -438,8 +436,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         __self._step()
         owner = getattr(__obj, "__self__", None)
         if owner is not None and name in _CLOCK:
-            msg = f"{name}() reads the clock: the prompt would differ in every run"
-            raise TypeError(msg)
+            raise TypeError(f"{name}() reads the clock: the prompt would differ in every run")
         if isinstance(owner, str | bytes | int) and name != "format":  # `_PayingFormatter` pays.
             _, *args = __self._paid(name, (owner, *args), kwargs)  # type: ignore[assignment]
         return __self._charge(super().call(__context, __obj, *args, **kwargs))

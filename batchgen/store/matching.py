@@ -23,7 +23,7 @@ from batchgen.core.runtime import open_file
 from batchgen.source.columns import read_schema
 from batchgen.source.partitions import partition_texts
 from batchgen.source.text import DIGEST_BYTES
-from batchgen.storage import storage_error
+from batchgen.storage import LocalStorage, storage_error
 from batchgen.store.result_files import ROW, SEGMENT
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-    from batchgen.storage import LocalStorage
     from batchgen.store.books import Durable, Plan, Segment
 
     ReadDigests = Callable[[int, int], bytes]

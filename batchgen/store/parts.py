@@ -175,8 +175,7 @@ def _in_order(chunk: pa.Table) -> pa.Table:
     if not _is_ascending(chunk):
         chunk = take_rows(chunk, pc.sort_indices(chunk.column(ROW)))
         if not _is_ascending(chunk):
-            msg = "two accepted parts hold the same row; not published"
-            raise AccountingError(msg)
+            raise AccountingError("two accepted parts hold the same row; not published")
     return chunk
 
 

@@ -24,14 +24,13 @@ from batchgen.core.data import parse_json
 from batchgen.core.errors import OutputError
 from batchgen.core.records import Ranges, RowSet
 from batchgen.core.runtime import option
-from batchgen.store.books import Chunk, Kept, Places
+from batchgen.store.books import Chunk, Kept, Manifest, Places, Plan, PublishedFile
 from batchgen.store.result_files import GROUPS_KEY, ROW, SEGMENT, ResultFile, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, Plan, PublishedFile
 
 RESULTS_KEY = "batchgen.results"
 """In a published file's footer, if its stretch has rows without a result: see `lengths_text`."""

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from batchgen.core.data import take_rows
 from batchgen.core.errors import OutputError
-from batchgen.core.records import RowSet
+from batchgen.core.records import Request, RowSet
 from batchgen.core.runtime import option
 from batchgen.source.columns import retyped
 from batchgen.store.keys import KeySet, prefix_of, prefixes_of, read_keys
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from batchgen.core.records import Request
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Chunk, Manifest, Part, Plan
     from batchgen.store.matching import Renumbering
@@ -254,11 +253,10 @@ def _with_ordinals(
 ) -> pa.Table:
     """Published rows with their ordinals."""
     if {*wanted.schema.names[ordinals.num_columns :]} - {*rows.column_names, *wanted.carried}:
-        msg = (
+        raise OutputError(
             f"{file.path}: has other columns than this job's parts; use the batchgen that wrote "
             f"it, or begin anew with {option('--fresh')}"
         )
-        raise OutputError(msg)
     for at, name in enumerate((SEGMENT, ROW)):
         rows = rows.add_column(at, ordinals.schema.field(at).with_name(name), ordinals.column(at))
     return _in_part_schema(rows, wanted)

@@ -28,8 +28,8 @@ from batchgen.core.errors import OutputError
 from batchgen.core.processes import Crew, num_processes
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import command
-from batchgen.storage import saying_where
-from batchgen.store.books import Chunk, Places, PublishedFile, added
+from batchgen.storage import LocalStorage, PendingFile, saying_where
+from batchgen.store.books import Chunk, Kept, Manifest, Places, Plan, PublishedFile, added
 from batchgen.store.keys import KeyFile
 from batchgen.store.published import RESULTS_KEY, lengths_text
 from batchgen.store.result_files import (
@@ -43,8 +43,6 @@ from batchgen.store.result_files import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.storage import LocalStorage, PendingFile
-    from batchgen.store.books import Kept, Manifest, Plan
     from batchgen.store.ledger import Ledger
     from batchgen.store.parts import Parts, Sizes
 

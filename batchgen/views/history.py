@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, Manifest, PublishedFile
 from batchgen.store.ledger import Ledger
-from batchgen.store.prune import Keep, outdated
+from batchgen.store.prune import Keep, Outdated, outdated
 from batchgen.store.prune import prune as remove_outdated
 from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.visible import Fault, faults
@@ -18,9 +18,6 @@ from batchgen.store.visible import Fault, faults
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    from batchgen.store.books import Manifest, PublishedFile
-    from batchgen.store.prune import Outdated
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +114,7 @@ def prune(
     """
     storage = LocalStorage(root)
     if not storage.path(STATE).is_dir():
-        msg = f"{root}: there is no job here to prune"
-        raise OutputError(msg)
+        raise OutputError(f"{root}: there is no job here to prune")
     ledger = Ledger(storage)
     since = None if older_than_s is None else utc_now() - timedelta(seconds=older_than_s)
     what = Keep(keep, since)

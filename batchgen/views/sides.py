@@ -22,7 +22,6 @@ from batchgen.store.result_files import (
     scan,
 )
 from batchgen.store.snapshot import find_snapshot
-from batchgen.views.buckets import Buckets
 from batchgen.views.labels import OLD
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
@@ -113,8 +112,7 @@ class Side:
         elif isinstance(fields, pl.Struct) and inner in dict(fields):
             value = pl.col(whole).struct.field(inner)
         else:
-            msg = f"{self.name} lacks the column {name!r} that its manifest names"
-            raise OutputError(msg)
+            raise OutputError(f"{self.name} lacks the column {name!r} that its manifest names")
         if isinstance(self.frame.select(value).collect_schema().dtypes()[0], pl.List):
             value = value.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
         is_ok = pl.col(f"{self.plan.prefix}status") == "ok"
@@ -206,8 +204,7 @@ class Side:
         import polars as pl
 
         if self.manifest.index is None and not self.manifest.is_tiled:
-            msg = f"{self.name} has no index of rows; name them with {option('--on')}"
-            raise OutputError(msg)
+            raise OutputError(f"{self.name} has no index of rows; name them with {option('--on')}")
         starts = pl.Series(self.starts)
         paths = {self.storage.path(name) for name in left_out}
         for file, _, ordinals in row_groups(self.storage, self.manifest, self.plan):
@@ -240,6 +237,39 @@ class Side:
             raise bad_on(msg)
 
 
+class Buckets:
+    """Rows spread over temporary files by number: what belongs together is in one of them."""
+
+    def __init__(self, folder: Path, schema: pl.Schema) -> None:
+        """Begin, in a folder that is made."""
+        folder.mkdir()
+        self.numbers: set[int] = set()
+        """Of buckets that have rows."""
+        self._folder = folder
+        self._schema = schema
+
+    def add(self, rows: pl.DataFrame, number: pl.Expr) -> None:
+        """Append rows to the buckets that `number` tells."""
+        parts = rows.with_columns(number.cast(int).alias("bucket")).partition_by(
+            "bucket", as_dict=True, include_key=False
+        )
+        for (bucket,), some in parts.items():
+            self.numbers.add(bucket)
+            with (self._folder / str(bucket)).open("ab") as file:
+                some.select(*self._schema).write_ipc_stream(file, compression="lz4")
+
+    def rows(self, number: int) -> pl.DataFrame:
+        """Read a bucket."""
+        import polars as pl
+
+        found = [pl.DataFrame(schema=self._schema)]
+        if number in self.numbers:
+            with (self._folder / str(number)).open("rb") as file:
+                while file.peek(1):
+                    found.append(pl.DataFrame(pa.ipc.open_stream(file).read_all()))
+        return pl.concat(found)
+
+
 def label_name(number: int) -> str:
     """Name the column of `Both.pairs` with the new side's label of a number; `OLD` behind it."""
     return f"label_{number}"
@@ -247,8 +277,7 @@ def label_name(number: int) -> str:
 
 def bad_on(problem: str) -> ConfigError:
     """Refuse columns that are to name rows."""
-    where = "--on"
-    return ConfigError(where, [problem])
+    return ConfigError("--on", [problem])
 
 
 class Both:

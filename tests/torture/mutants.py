@@ -135,8 +135,8 @@ MUTANTS = (
         "batchgen/engine/supervised.py",
         (
             (
-                "        self._let_go()\n        self._is_admitting = False\n",
-                "        self._is_admitting = False\n",
+                "        self._let_go()\n        self.is_admitting = False\n",
+                "        self.is_admitting = False\n",
             ),
         ),
         (*PYTEST, "tests/unit/test_engine_supervised.py"),

@@ -78,7 +78,9 @@ class Renderers:
             style: The chat template to use.
         """
         self._style = style
-        self._num_up = self._num_out = 0
+        self._num_up = 0
+        self.num_out = 0
+        """Chats that were put and not taken yet."""
         self._config = b""
         self._is_configured = threading.Event()
         self._inboxes = [queue.SimpleQueue[Any]() for _ in range(num)]
@@ -108,16 +110,11 @@ class Renderers:
     @property
     def has_room(self) -> bool:
         """Whether another chat may be put."""
-        return self._num_out < AHEAD * len(self._inboxes)
-
-    @property
-    def num_out(self) -> int:
-        """Chats that were put and not taken yet."""
-        return self._num_out
+        return self.num_out < AHEAD * len(self._inboxes)
 
     def put(self, encoded: Encoded) -> None:
         """Hand a chat over; never waits."""
-        self._num_out += 1
+        self.num_out += 1
         number = zlib.crc32(_first_image(encoded.chat or ()).encode()) % len(self._inboxes)
         self._inboxes[number].put(encoded)
 
@@ -127,7 +124,7 @@ class Renderers:
             ready = self._ready.get(block=timeout_s > 0, timeout=timeout_s or None)
         except queue.Empty:
             return None
-        self._num_out -= 1
+        self.num_out -= 1
         return ready
 
     def _serve(self, inbox: queue.SimpleQueue[Any]) -> None:
