@@ -9,16 +9,14 @@ have gone on, and those labels have no figure.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json import JSONDecoder
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchgen.core.records import TokenLogprobs
+from batchgen.core.records import TokenLogprobs
 
 MAX_AMBIGUOUS = 0.005
 """Probability that may lie between a label and others."""

@@ -13,10 +13,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 HORIZON_S = 10.0
 """Of work that a worker has at least, besides what its engine holds, while rows are plenty."""

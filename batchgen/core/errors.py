@@ -24,13 +24,11 @@ Texts read `where: what is wrong, what was expected; what to do`, on one line, v
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Mapping, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.core.runtime import command, option, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
 
 
 class ExitCode(IntEnum):

@@ -21,9 +21,10 @@ import resource
 import threading
 import time
 from collections import deque
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError, one_line
 from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
@@ -41,10 +42,6 @@ from batchgen.endpoints.server import (
 )
 from batchgen.endpoints.window import Meter, Window
 from batchgen.engine.base import EngineRequest, failed, unknown_adapter
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
-
 
 WHERE = "model.base_url"
 MOST_AT_ONCE = 2048

@@ -8,24 +8,22 @@ slow row: there is no batch and no barrier at this seam.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from batchgen.core.errors import ConfigError, one_line
-from batchgen.core.records import Completion, RowError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from batchgen.core.records import (
-        EngineFacts,
-        EngineSpec,
-        EngineStats,
-        Messages,
-        Prompt,
-        TaskFacts,
-        WorkLeft,
-    )
+from batchgen.core.records import (
+    Completion,
+    EngineFacts,
+    EngineSpec,
+    EngineStats,
+    Messages,
+    Prompt,
+    RowError,
+    TaskFacts,
+    WorkLeft,
+)
 
 BACKENDS = {
     "vllm": "batchgen.engine.vllm.engine:VllmEngine",

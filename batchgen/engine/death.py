@@ -22,16 +22,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from batchgen.core.records import EngineFacts, EngineSpec, Request
+from batchgen.core.records import EngineFacts, EngineSpec, Request
 
 MAX_PIECES = 8
 """More pieces find a lone culprit in fewer deaths; fewer keep the engine fuller on the way."""

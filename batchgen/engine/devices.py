@@ -27,16 +27,13 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.core.runtime import say
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
 
 NVML_MEMORY_V2 = 0x2000028
 """nvmlMemory_v2: size of the struct, 40 bytes, and its version in the top byte. All drivers have it

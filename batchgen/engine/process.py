@@ -37,11 +37,12 @@ import threading
 import time
 import traceback
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from batchgen.core.errors import BatchgenError, ConfigError, EngineDeadError, EngineError, one_line
 from batchgen.core.processes import child_environment, start_guard, stat_of
@@ -51,10 +52,6 @@ from batchgen.engine.base import Engine, EngineRequest, HostedRequest, engine_cl
 from batchgen.engine.death import find_cause, is_vague, log_size, log_tail
 from batchgen.engine.devices import GpuLoad
 from batchgen.engine.vllm.settings import gpus_of, is_cpu_build
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
 
 CLOSE_S = 2.0
 LINGER_S, KILL_S = 0.3, 2.0

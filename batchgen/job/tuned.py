@@ -14,14 +14,12 @@ import errno
 import json
 import os
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from batchgen.core.runtime import command, read_text
 from batchgen.job.model import JobConfig, Tuned
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 
 def above_batched_tokens(

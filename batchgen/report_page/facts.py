@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,11 +28,6 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, VERDICT, ResultFile
 from batchgen.views.rows import INPUT, MOST_GROUPS, Output, Place, as_json, output_of
 from batchgen.views.status import live_view, status_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
 
 _MOST_ROWS, _MOST_KINDS, _MOST_COLUMNS = 5, 12, 24
 _MOST_LABELS, _MOST_LABEL_COLUMNS = 12, 8

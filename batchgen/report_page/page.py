@@ -11,8 +11,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from batchgen import __version__
 from batchgen.core.errors import OutputError
@@ -22,11 +24,6 @@ from batchgen.report_page.charts import charts
 from batchgen.report_page.facts import Facts, ReportOptions, gather
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
-
 
 MOST_BYTES = 500_000
 _TEXT_BYTES = 300_000

@@ -23,18 +23,16 @@ import glob
 import hashlib
 import os
 import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from batchgen.core.errors import SourceError
 from batchgen.core.runtime import open_file
 from batchgen.job.model import is_url
 from batchgen.source.partitions import is_partition_folder, partition_keys
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,16 +15,13 @@ In a plan, such a column is marked in the metadata of its field.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 
 from batchgen.core.errors import SourceError
 from batchgen.source.columns import is_differing, parse_field
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _MARK = b"batchgen.partition"
 _NULL = "__HIVE_DEFAULT_PARTITION__"

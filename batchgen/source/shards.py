@@ -11,13 +11,10 @@ file's types, so that its prompt is the same whatever lies beside it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pyarrow as pa
 from pyarrow import types
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _TEXT = {pa.string(), pa.large_string(), pa.string_view()}
 _BYTES = {pa.binary(), pa.large_binary(), pa.binary_view()}

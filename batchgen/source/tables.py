@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import filecmp
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
 
 _ARROW = "__arrow_c_stream__"
 """What Arrow reads a table by: arrow.apache.org/docs/format/CDataInterface/PyCapsuleInterface."""

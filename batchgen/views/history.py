@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
@@ -14,10 +16,6 @@ from batchgen.store.prune import Keep, Outdated, outdated
 from batchgen.store.prune import prune as remove_outdated
 from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.visible import Fault, faults
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,10 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.core.errors import ConfigError, EngineError, one_line
-
-if TYPE_CHECKING:
-    from batchgen.core.records import EngineSpec
+from batchgen.core.records import EngineSpec
 
 MAX_VARIANTS = 64
 """Rungs of a retry ladder, say; each more than that is built anew when it comes again."""

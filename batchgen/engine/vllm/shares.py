@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from batchgen.core.records import EngineSpec, WorkLeft
 from batchgen.engine.devices import Devices, Gpu, proc_fields, read_devices, vllm_build
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION, TYPICAL_ANSWER, gpus_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from batchgen.core.records import EngineSpec, WorkLeft
 
 MOST_ENGINES = 2
 """Three bring nothing over two, four less."""
