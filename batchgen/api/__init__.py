@@ -54,22 +54,6 @@ if TYPE_CHECKING:
     from batchgen.quality.try_out import Tried
     from batchgen.views.results import Rows, Status
 
-__all__ = [
-    "check",
-    "compare",
-    "doctor",
-    "job_run",
-    "load",
-    "output_of",
-    "plan",
-    "read",
-    "report",
-    "run",
-    "score",
-    "show",
-    "status",
-    "try_out",
-]
 P = ParamSpec("P")
 R = TypeVar("R")
 

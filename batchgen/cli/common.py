@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ def job_command(function: Callable[..., None]) -> click.Command:
         job: Path, overrides: tuple[str, ...], run_date: datetime | None, **options: object
     ) -> None:
         def load(*, tuned: bool = True) -> JobConfig:
-            from batchgen import api
+            from batchgen.api.jobs import load as load_job
 
-            return api.load(job, overrides, run_date, tuned=tuned)
+            return load_job(job, overrides, run_date, tuned=tuned)
 
         with called(_caller(job, overrides, run_date)):
             function(job, load, **options)
@@ -73,7 +74,7 @@ def output_command(function: Callable[..., None]) -> click.Command:
     def command(
         job: Path, overrides: tuple[str, ...], run_date: datetime | None, **options: object
     ) -> None:
-        from batchgen.api import output_of
+        from batchgen.api.jobs import output_of
 
         with called(_caller(job, overrides, run_date)):
             function(output_of(job, overrides, run_date), **options)
@@ -94,6 +95,15 @@ def _caller(job: Path, overrides: tuple[str, ...], run_date: datetime | None) ->
 def out(text: str, *, err: bool = False, **style: Any) -> None:  # noqa: ANN401 - click's
     """Print, with what would steer a terminal escaped: every command prints through here."""
     click.secho(printable(text), err=err, **style)
+
+
+def reads_by(module: str, name: str) -> Callable[..., Any]:
+    """Make a callback of an option whose text a function reads that is imported only then."""
+
+    def parse(text: str) -> Any:  # noqa: ANN401 - whatever the function reads
+        return getattr(import_module(module), name)(text)
+
+    return reading(parse)
 
 
 def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command, reading
+from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_command, reads_by
 from batchgen.core.runtime import command, option, size_text
 
 if TYPE_CHECKING:
@@ -37,18 +37,12 @@ def snapshots(root: Path, *, as_json: bool) -> None:
         out(_snapshot_line(line))
 
 
-def _seconds(text: str) -> float:
-    from batchgen.pipeline.deadline import parse_duration
-
-    return parse_duration(text)
-
-
 @output_command
 @click.option("--keep", type=click.IntRange(min=1), metavar="N", help="So many newest stay.")
 @click.option(
     "--older-than",
     "older_than_s",
-    callback=reading(_seconds),
+    callback=reads_by("batchgen.pipeline.deadline", "parse_duration"),
     metavar="DURATION",
     help="Only what is older goes, for example 30d; with --keep, N newest stay even so.",
 )

@@ -20,12 +20,13 @@ from batchgen.cli.common import (
     out,
     output_command,
     reading,
+    reads_by,
 )
 from batchgen.core.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from batchgen.cli.common import Load
-    from batchgen.preview.estimate import Price, Rate
+    from batchgen.preview.estimate import Price
 
 
 _WATCH_S = 2.0
@@ -79,23 +80,14 @@ def doctor(_: Path, load: Load, *, as_json: bool, **planned: Any) -> None:  # no
     sys.exit(report.exit_code)
 
 
-def _rate(text: str) -> Rate:
-    from batchgen.preview.estimate import read_rate
-
-    return read_rate(text)
-
-
-def _price(text: str) -> Price:
-    from batchgen.preview.estimate import read_price
-
-    return read_price(text)
+_PRICE = reads_by("batchgen.preview.estimate", "read_price")
 
 
 @job_command
 @flag("--exact", "is_exact", help="Look at every row that is to do, not at a sample.")
 @click.option(
     "--rate",
-    callback=reading(_rate),
+    callback=reads_by("batchgen.preview.estimate", "read_rate"),
     metavar="RATE",
     help="How fast it will go: 250rows/s, or 12000tokens/s of prompts and answers together. "
     "Default: as fast as the last run of this output.",
@@ -103,7 +95,7 @@ def _price(text: str) -> Price:
 @click.option(
     "--gpu-cost",
     "price",
-    callback=reading(_price),
+    callback=_PRICE,
     metavar="PRICE",
     help="Price of a GPU for an hour, for example 2.5EUR.",
 )
@@ -214,7 +206,7 @@ def show(
 @click.option(
     "--gpu-cost",
     "price",
-    callback=reading(_price),
+    callback=_PRICE,
     metavar="PRICE",
     help="Price of a GPU for an hour. Default: run.gpu_cost.",
 )
@@ -228,12 +220,12 @@ def report(
 
     Example: batchgen report jobs/quickstart.toml --output report.html --no-rows
     """
-    from batchgen import api
     from batchgen.api.endings import report_options
+    from batchgen.api.jobs import output_of
     from batchgen.report_page.page import write_report
 
     config = None if job.is_dir() else load(tuned=False)
-    root = api.output_of(job) if config is None else Path(config.output.path)
+    root = output_of(job) if config is None else Path(config.output.path)
     options = report_options(config, price, with_rows=not no_rows)
     out(write_report(root, options, Path(output) if output is not None else None))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import JSON, Number, as_line, flag, job_command, out, reading
+from batchgen.cli.common import JSON, Number, as_line, flag, job_command, out, reading, reads_by
 from batchgen.core.errors import BatchgenError, ExitCode
 from batchgen.core.runtime import say, stop_on_signals
 
@@ -31,10 +31,7 @@ def _until(text: str) -> datetime:
     return parse_until(text, utc_now())
 
 
-def _seconds(text: str) -> float:
-    from batchgen.pipeline.deadline import parse_duration
-
-    return parse_duration(text)
+_SECONDS = reads_by("batchgen.pipeline.deadline", "parse_duration")
 
 
 @job_command
@@ -65,7 +62,7 @@ def _seconds(text: str) -> float:
 @click.option(
     "--max-runtime",
     "max_runtime_s",
-    callback=reading(_seconds),
+    callback=_SECONDS,
     metavar="DURATION",
     help="Stop in time to have committed after that long, for example 5h; exit 75 likewise.",
 )
@@ -79,14 +76,7 @@ def _seconds(text: str) -> float:
     help="Do not use what `batchgen tune` found for this job.",
 )
 @JSON
-def run(
-    job: Path,
-    load: Load,
-    *,
-    tuned: bool,
-    as_json: bool,
-    **options: Any,  # noqa: ANN401 - each is a field of RunOptions
-) -> None:
+def run(job: Path, load: Load, *, tuned: bool, as_json: bool, **options: Any) -> None:
     """Run a job, or go on with it: what the last snapshot has is taken over, the rest computed.
 
     Example: batchgen run jobs/quickstart.toml --set input.limit=100
@@ -158,13 +148,7 @@ def refused_usage(error: click.ClickException, args: Sequence[str]) -> None:
     "--scratch", help="Measure in a temporary output and keep no row: for a job that has none left."
 )
 @JSON
-def tune(
-    job: Path,
-    load: Load,
-    *,
-    as_json: bool,
-    **asked: Any,  # noqa: ANN401 - see TuneOptions
-) -> None:
+def tune(job: Path, load: Load, *, as_json: bool, **asked: Any) -> None:
     """Find the fastest engine settings for a job, with its own rows; their answers are kept.
 
     Writes JOB.tuned.toml beside the job file, which `batchgen run` uses from then on. Publishes

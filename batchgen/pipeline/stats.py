@@ -198,10 +198,7 @@ class RunStats:
         working_s = max((self.last_done_s or now_s) - begun_s, 1e-3)
         total_tokens = self.prompt_tokens + self.output_tokens
         return {
-            "num_ok": self.num_ok,
-            "num_errors": self.num_errors,
-            "num_skipped": self.num_skipped,
-            "num_resumed": self.num_resumed,
+            **{name: getattr(self, name) for name in (*_SAMPLED[:3], "num_resumed")},
             "error_types": dict(self.error_types.most_common()),
             "num_retries": self.num_retries,
             "verdicts": {

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.api import load
+from batchgen.api.jobs import load
 from batchgen.cluster.driver import Driver
 from batchgen.cluster.leases import LeaseBook
 from batchgen.cluster.workers import ReplicaStats, WorkerPool

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from batchgen.api import load
+from batchgen.api.jobs import load
 from batchgen.cluster.driver import ManyEngines
 from batchgen.cluster.machines import resources_of
 from batchgen.cluster.messages import Report, StartEngine

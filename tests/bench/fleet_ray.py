@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.api import load
+from batchgen.api.jobs import load
 from batchgen.cluster.driver import ManyEngines
 from batchgen.cluster.machines import resources_of
 from batchgen.cluster.ray import RayCluster
