@@ -16,7 +16,7 @@ import json
 import zlib
 from functools import partial
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
@@ -74,28 +74,6 @@ def ordinals_of(rows: RowSet) -> pa.Table:
     return pa.Table.from_arrays([one.to_arrow() for one in columns], schema=ORDINALS)
 
 
-class OpenFile(Protocol):
-    """A published file, and which rows of the plan are in it."""
-
-    @property
-    def entry(self) -> PublishedFile:
-        """The manifest's."""
-
-    @property
-    def file(self) -> ResultFile:
-        """Itself; opened with the first read."""
-
-    @property
-    def num_groups(self) -> int:
-        """Row groups; 0 if it cannot be told."""
-
-    def rows(self, group: int) -> RowSet:
-        """Segment -> the rows of a row group, in this order."""
-
-    def damaged(self) -> Iterator[RowSet]:
-        """Yield rows that are not what was published; reads all row groups."""
-
-
 def _damaged_groups(one: OpenFile) -> Iterator[RowSet]:
     for group in range(one.num_groups):
         if one.file.group(group) is None:
@@ -122,13 +100,16 @@ class _Stretch:
 
     @property
     def num_groups(self) -> int:
+        """Row groups; 0 if it cannot be told."""
         return self.file.num_groups
 
     def rows(self, group: int) -> RowSet:
+        """Segment -> the rows of a row group, in this order."""
         self._look()
         return self._between(self._edges[group], self._edges[group + 1])
 
     def damaged(self) -> Iterator[RowSet]:
+        """Yield rows that are not what was published; reads all row groups."""
         if self.num_groups or not self.entry.num_rows:
             return _damaged_groups(self)
         return iter([self.planned])
@@ -183,6 +164,10 @@ class _Indexed(NamedTuple):
 
     def damaged(self) -> Iterator[RowSet]:
         return _damaged_groups(self)
+
+
+OpenFile = _Stretch | _Indexed
+"""A published file, and which rows of the plan are in it."""
 
 
 class _Index:
