@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from batchgen import __version__
 from batchgen.answers.validate import Retries
-from batchgen.core.data import parse_state
 from batchgen.core.errors import StorageError
 from batchgen.core.records import RowSet, WorkLeft
 from batchgen.core.runtime import say
@@ -39,6 +38,7 @@ from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
 from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
 from batchgen.store.books import PARTS, STATE, Epoch, Plan
 from batchgen.store.result_files import PartContext, PartWriter, ResultFile
+from batchgen.store.runs import figures_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -212,10 +212,9 @@ def _last_speed(ledger: Ledger) -> tuple[float | None, bool]:
     """Rows per second of the last run, and whether its engine had the model compiled."""
     storage = ledger.storage
     for name in reversed(storage.list(f"{STATE}/epochs")[-_MAX_EPOCHS:]):
-        with suppress(StorageError, ValueError, LookupError, TypeError, AttributeError):
-            claim = parse_state(storage.read(name) or b"{}")
-            path = f"{STATE}/runs/{claim['run_id']}/summary.json"
-            found = parse_state(storage.read(path) or b"{}")
+        claim = figures_in(storage, name)
+        found = figures_in(storage, f"{STATE}/runs/{claim.get('run_id')}/summary.json")
+        with suppress(LookupError, TypeError):
             run, settings = found["run"], found["engine"]["settings"]
             speed, is_long = run["requests_per_s"], run["working_s"] >= _LEAST_WORKING_S
             if speed > 0 and is_long and not claim.get("is_trial"):

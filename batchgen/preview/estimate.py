@@ -12,12 +12,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.core.runtime import option
 from batchgen.job.run_table import PRICE_FORM
 from batchgen.store.books import STATE, Plan
 from batchgen.store.ledger import Ledger
+from batchgen.store.runs import figures_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,7 +67,7 @@ def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[tuple[PastRun, 
     ledger = Ledger(storage)
     plans: dict[int, Plan | None] = {}
     for name in reversed(storage.list(f"{STATE}/epochs")):
-        claim = _read(storage, name)
+        claim = figures_in(storage, name)
         number = claim.get("plan")
         if not isinstance(number, int):
             continue
@@ -80,7 +80,7 @@ def _runs(storage: LocalStorage, prepared: Prepared) -> Iterator[tuple[PastRun, 
         if recipe.get("model") != prepared.recipe["model"]:
             continue
         is_same = plan is not None and plan.recipe_fingerprint == prepared.recipe_fingerprint
-        summary = _read(storage, f"{STATE}/runs/{claim.get('run_id')}/summary.json")
+        summary = figures_in(storage, f"{STATE}/runs/{claim.get('run_id')}/summary.json")
         with suppress(KeyError, TypeError, ValueError):
             if (past := _past_run(summary, claim, is_same_recipe=is_same)) is not None:
                 yield past, claim.get("is_trial") is True
@@ -110,12 +110,6 @@ def _past_run(
         startup_s=float(engine["startup_s"]),
         max_num_seqs=engine.get("max_num_seqs"),
     )
-
-
-def _read(storage: LocalStorage, name: str) -> dict[str, Any]:
-    with suppress(StorageError, ValueError, TypeError):
-        return dict(parse_json(storage.read(name) or b"{}"))
-    return {}
 
 
 _MANY = 10

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.core.data import parse_state
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage import LocalStorage
 from batchgen.store.books import STATE, Manifest, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, VERDICT, ResultFile
+from batchgen.store.runs import figures_in
 from batchgen.views.rows import INPUT, MOST_GROUPS, Output, Place, as_json, output_of
 from batchgen.views.status import live_view, status_of
 
@@ -153,7 +153,7 @@ def gather(root: Path, options: ReportOptions, run_id: str | None = None) -> Fac
     if run_id is None:
         raise OutputError(f"{root}: {ledger.why_no_plan() or 'its runs have left no figures'}")
     folder = f"{STATE}/runs/{run_id}"
-    summary = _json(storage, f"{folder}/summary.json") or _unfinished(root, run_id)
+    summary = figures_in(storage, f"{folder}/summary.json") or _unfinished(root, run_id)
     plan = ledger.latest_plan()
     facts = Facts(str(root), run_id, options, summary, plan)
     facts.samples = _samples(storage, folder)
@@ -171,12 +171,6 @@ def gather(root: Path, options: ReportOptions, run_id: str | None = None) -> Fac
         except OutputError as error:  # The rest is worth telling all the same.
             facts.trouble = str(error)
     return facts
-
-
-def _json(storage: LocalStorage, name: str) -> Mapping[str, Any]:
-    with suppress(ValueError, TypeError, StorageError):
-        return dict(parse_state(storage.read(name) or b""))
-    return {}
 
 
 def _unfinished(root: Path, run_id: str) -> Mapping[str, Any]:
@@ -207,7 +201,7 @@ def _deaths(
     storage: LocalStorage, folder: str, summary: Mapping[str, Any]
 ) -> Iterator[tuple[float, str]]:
     for name in storage.list(folder):
-        if "/engine-death-" in name and (death := _json(storage, name)):
+        if "/engine-death-" in name and (death := figures_in(storage, name)):
             with suppress(ValueError, TypeError, KeyError):
                 began = datetime.fromisoformat(summary["started_at"])
                 after = datetime.fromisoformat(death["died_at"]) - began

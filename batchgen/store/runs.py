@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.core.data import parse_json
+from batchgen.core.data import parse_json, parse_state
 from batchgen.core.errors import BusyError, OutputError, StorageError
 from batchgen.core.runtime import option, read_file
 from batchgen.store.books import STATE
@@ -162,6 +162,13 @@ def _try_lock(descriptor: int) -> bool:
         else:
             return True
     return False
+
+
+def figures_in(storage: LocalStorage, name: str) -> dict[str, Any]:
+    """Read a claim, or figures of a run's folder; empty if they are gone, torn or closed to us."""
+    with suppress(StorageError, ValueError, TypeError):
+        return dict(parse_state(storage.read(name) or b"{}"))
+    return {}
 
 
 # vLLM's lines: `WARNING 11-22 18:06:31 [cpu_worker.py:140] text` (vllm/logger.py, 0.26 to 0.33).
