@@ -354,35 +354,30 @@ def _tell_of(file: ResultFile, tell: Callable[[str], None]) -> None:
         tell(f"{file.path.name}: damaged ({file.problem}); its answers are not used again")
 
 
+@dataclass(eq=False)
 class AnsweredKeys:
     """Finds the answer of each request key. Its files must stay while it is in use."""
 
-    def __init__(
-        self,
-        storage: LocalStorage,
-        sources: Sequence[Source],
-        columns: Sequence[pa.Field],
-        prefix: str,
-        tell: Callable[[str], None],
-    ) -> None:
-        """Read the keys.
+    storage: LocalStorage
+    """Where the sources are."""
+    sources: Sequence[Source]
+    """Where two have a key, the earlier one answers; an ok row before an error."""
+    columns: Sequence[pa.Field]
+    """What to return of an answer, in the part schema: nothing carried, no ordinal."""
+    prefix: str
+    """Of batchgen's columns."""
+    tell: Callable[[str], None]
+    """Hears of damage."""
 
-        Args:
-            storage: Where the sources are.
-            sources: Where two have a key, the earlier one answers; an ok row before an error.
-            columns: What to return of an answer, in the part schema: nothing carried, no ordinal.
-            prefix: Of batchgen's columns.
-            tell: Hears of damage.
+    def __post_init__(self) -> None:
+        """Begin.
 
         Raises:
             StorageError: A source cannot be read right now.
         """
-        self._storage = storage
-        self._columns = pa.schema(columns)
-        self._prefix = prefix
-        self._tell = tell
+        self._columns = pa.schema(self.columns)
         self._groups: list[tuple[Source, int]] = []
-        self._index = self._read(sources)
+        self._index = self._read(self.sources)
 
     def _read(self, sources: Sequence[Source]) -> pl.DataFrame:
         """Read where the answers are, those that are ok first.
@@ -395,7 +390,7 @@ class AnsweredKeys:
         kinds = {"prefix": pl.UInt64, "group": pl.UInt32, "row": pl.UInt32}
         found = {is_ok: [pl.DataFrame(schema=kinds)] for is_ok in (True, False)}
         for source in sources:
-            for group, keys in _key_groups(self._storage, source, self._prefix, self._tell):
+            for group, keys in _key_groups(self.storage, source, self.prefix, self.tell):
                 self._groups.append((source, group))
                 number = pl.lit(len(self._groups) - 1, pl.UInt32)
                 rows = keys.with_columns(group=number)
@@ -427,17 +422,17 @@ class AnsweredKeys:
         # Mostly many row groups of one file are asked for in a row.
         by_group = hits.partition_by("group", maintain_order=True)
         for source, those in groupby(by_group, lambda rows: self._groups[rows["group"][0]][0]):
-            with ResultFile(self._storage.path(source.name), source.chunks) as file:
+            with ResultFile(self.storage.path(source.name), source.chunks) as file:
                 for rows in those:
                     answers = self._answers(file, self._groups[rows["group"][0]][1])
                     if answers is None:
                         continue
                     table = take_rows(answers, rows["row"].cast(pl.Int64).to_arrow())
-                    found = pl.Series(table.column(f"{self._prefix}request_key"), dtype=pl.String)
+                    found = pl.Series(table.column(f"{self.prefix}request_key"), dtype=pl.String)
                     is_same = found == rows["key"]
                     tables.append(table.filter(is_same.to_arrow()))
                     places += rows["at"].filter(is_same).to_list()
-                _tell_of(file, self._tell)
+                _tell_of(file, self.tell)
         order = sorted(range(len(places)), key=places.__getitem__)
         answers = take_rows(pa.concat_tables(tables), pa.array(order, pa.int64()))
         return [places[at] for at in order], answers
@@ -447,5 +442,5 @@ class AnsweredKeys:
         try:
             return None if table is None else table.cast(self._columns)
         except pa.ArrowException:  # The footer of a part has no checksum: its types may lie.
-            self._tell(f"{file.path.name}: damaged; answers in it are not used again")
+            self.tell(f"{file.path.name}: damaged; answers in it are not used again")
             return None
