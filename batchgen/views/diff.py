@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import pyarrow as pa
 
 from batchgen.core.errors import OutputError
@@ -46,8 +47,6 @@ from batchgen.views.sides import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import polars as pl
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,6 @@ def diff(
         OutputError: There are no such snapshots, or they cannot be read.
         ConfigError: A column of `on` does not name rows.
     """
-    import polars as pl
-
     ledger = Ledger(LocalStorage(root))
     old, new = numbers or _two_newest(ledger)
     try:
@@ -168,8 +165,6 @@ class _Found:
 
     def add(self, pairs: pl.DataFrame) -> None:
         """Add some."""
-        import polars as pl
-
         self.num.update(dict(pairs[CLASS].value_counts().iter_rows()))
         for side, name in enumerate((AT + OLD, AT)):
             self.num_named[side] += pairs[name].count()

@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from batchgen.core.runtime import option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import polars as pl
 
 OLD = "_old"
 """Behind a column's name: that of the old side."""
@@ -110,8 +111,6 @@ def counted_moves(pairs: pl.LazyFrame, name: str) -> list[dict[str, Any]]:
 
 def moves_in(pairs: pl.LazyFrame, name: str) -> pl.DataFrame:
     """Count some of the pairs, for `added_moves`."""
-    import polars as pl
-
     labels = pl.col(name + OLD).alias("old"), pl.col(name).alias("new")
     counted = pairs.group_by(labels).agg(pl.len().cast(pl.Int64).alias("num_rows"))
     return counted.with_columns(pl.col("old", "new").cast(pl.String)).collect(engine="streaming")
@@ -119,8 +118,6 @@ def moves_in(pairs: pl.LazyFrame, name: str) -> pl.DataFrame:
 
 def added_moves(found: Sequence[pl.DataFrame]) -> list[dict[str, Any]]:
     """Add up what `moves_in` counted."""
-    import polars as pl
-
     if not found:
         return []
     added = pl.concat(found).group_by("old", "new").agg(pl.col("num_rows").sum())

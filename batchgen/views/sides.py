@@ -6,6 +6,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import pyarrow as pa
 
 from batchgen.core.data import to_polars
@@ -29,8 +30,6 @@ from batchgen.views.rows import readable
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
-
-    import polars as pl
 
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Plan
@@ -102,8 +101,6 @@ class Side:
         Raises:
             OutputError: The snapshot has no such column.
         """
-        import polars as pl
-
         whole = f"{self.plan.prefix}output"  # Fields of it are labels, too; names may hold dots.
         fields = self.schema.get(whole)
         inner = name.removeprefix(f"{whole}.")
@@ -120,8 +117,6 @@ class Side:
 
     def compared(self, both: Both) -> list[pl.Expr]:
         """What is read of each row: its keys, hashes, labels."""
-        import polars as pl
-
         hashes = []
         for kind in (INPUT, ANSWER):
             names = [self.columns[key] for key in both.shared if key[0] == kind]
@@ -140,8 +135,6 @@ class Side:
         Raises:
             OutputError: It is not known which planned row each is, and no column names it.
         """
-        import polars as pl
-
         ahead = pl.Series(PLACE, [], pl.Int64)
         places = None if both.on else self._places(both.shared_files)
         wanted = self.compared(both)
@@ -157,8 +150,6 @@ class Side:
 
     def shared_rows(self, both: Both) -> Iterator[pl.DataFrame]:
         """Read the labels of rows that stand in files of both snapshots, see `rows`."""
-        import polars as pl
-
         labels = [one for one in self.compared(both) if one.meta.output_name() not in _HASHES]
         others = {file.name for file in self.manifest.files} - both.shared_files
         for at, frame in self._frames(labels, others):
@@ -201,8 +192,6 @@ class Side:
 
     def _places(self, left_out: Collection[str]) -> Iterator[pl.Series]:
         """Yield for each row group where its rows stand among the planned ones."""
-        import polars as pl
-
         if self.manifest.index is None and not self.manifest.is_tiled:
             raise OutputError(f"{self.name} has no index of rows; name them with {option('--on')}")
         starts = pl.Series(self.starts)
@@ -228,8 +217,6 @@ class Side:
         Raises:
             ConfigError: There are such.
         """
-        import polars as pl
-
         twice = rows.group_by(keys).agg(pl.len().alias(AT)).filter(pl.col(AT) > 1).head(1)
         for *values, num_rows in twice.iter_rows():
             row = ", ".join(f"{name} = {value!r}" for name, value in zip(on, values, strict=True))
@@ -260,8 +247,6 @@ class Buckets:
 
     def rows(self, number: int) -> pl.DataFrame:
         """Read a bucket."""
-        import polars as pl
-
         found = [pl.DataFrame(schema=self._schema)]
         if number in self.numbers:
             with (self._folder / str(number)).open("rb") as file:
@@ -342,8 +327,6 @@ class Both:
 
         Nothing of them differs, so that no more than their labels is read.
         """
-        import polars as pl
-
         ends = pl.col("first") + pl.col("length"), pl.col("was") + pl.col("length")
         is_new = (pl.col("first") != ends[0].shift()) | (pl.col("was") != ends[1].shift())
         run = is_new.fill_null(value=True).cum_sum().alias("run")
@@ -366,8 +349,6 @@ class Both:
 
     def _spread(self, side: Side, folder: Path, moves: pl.DataFrame | None) -> Buckets:
         """Read the rows of a snapshot; both rows of a pair go into buckets of one number."""
-        import polars as pl
-
         num_rows = max(
             one.manifest.num_ok + one.manifest.num_errors for one in (self.old, self.new)
         )
@@ -387,8 +368,6 @@ class Both:
 
     def _moves(self) -> pl.DataFrame:
         """Where runs of rows of the new snapshot stand, and where they stood in the old."""
-        import polars as pl
-
         was, now = self.old.starts, self.new.starts
         spans = paired(self.old.place, self.new.place)
         moves = (
@@ -399,8 +378,6 @@ class Both:
         return pl.DataFrame(moves, schema=dict.fromkeys(names, pl.Int64), orient="row")
 
     def _joined(self, old: pl.DataFrame, new: pl.DataFrame) -> pl.DataFrame:
-        import polars as pl
-
         kind = (
             pl.when(pl.col(AT).is_null())
             .then(REMOVED)
@@ -422,8 +399,6 @@ class Both:
 
 def _rekeyed(rows: pl.DataFrame, moves: pl.DataFrame | None) -> pl.DataFrame:
     """Give rows the keys that they had in the old snapshot; null: not there."""
-    import polars as pl
-
     if moves is None:
         return rows.with_columns(pl.col(PLACE).alias(KEY))
     offset = pl.col(PLACE) - pl.col("first")
