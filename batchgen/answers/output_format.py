@@ -26,13 +26,12 @@ from batchgen.answers.probabilities import label_probabilities, value_span
 from batchgen.answers.typed import typed_schema
 from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError
-from batchgen.core.records import RowError, Sample, Verdict
+from batchgen.core.records import Request, RowError, Sample, TokenLogprobs, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from batchgen.answers.typed import TypedSchema
-    from batchgen.core.records import Request, TokenLogprobs
     from batchgen.job.model import JobConfig, OutputConfig
 
     Samples = Sequence[Sample]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from batchgen.core.errors import OutputError
 from batchgen.core.runtime import Told, command, option
 from batchgen.pipeline.decide import bases_of, has_come_to_nothing
-from batchgen.store.books import Base
+from batchgen.store.books import Base, Epoch, Manifest, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.snapshot import find_snapshot
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Epoch, Manifest, Plan
 
 
 @dataclass(frozen=True, slots=True, repr=False)

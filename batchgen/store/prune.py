@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE, TRIES, is_numbered, number_of, numbered
+from batchgen.store.books import STATE, TRIES, Manifest, Plan, is_numbered, number_of, numbered
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import DIGESTS, digests_of
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-
-    from batchgen.store.books import Manifest, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +37,7 @@ class Keep:
 
     def __post_init__(self) -> None:
         if self.num < 1:
-            msg = f"keep is {self.num}, expected 1 or more"
-            raise ValueError(msg)
+            raise ValueError(f"keep is {self.num}, expected 1 or more")
 
     def is_old(self, made: datetime) -> bool:
         """Whether what was made then is not kept for its age."""
