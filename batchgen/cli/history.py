@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -28,7 +29,7 @@ def snapshots(root: Path, *, as_json: bool) -> None:
 
     found = listed(root)
     if as_json:
-        out(as_line({"output": str(root), "snapshots": [line.as_dict() for line in found]}))
+        out(as_line({"output": str(root), "snapshots": [asdict(line) for line in found]}))
         return
     if not found:
         why = not_begun(root)
@@ -68,7 +69,7 @@ def prune(
     num_snapshots = len(listed(root))
     found = prune_output(root, keep or 1, older_than_s=older_than_s, dry_run=dry_run)
     if as_json:
-        out(as_line({"output": str(root), "dry_run": dry_run, **found.as_dict()}))
+        out(as_line({"output": str(root), "dry_run": dry_run, **asdict(found)}))
         return
     for line in found.removed:
         out(_snapshot_line(line))
@@ -134,7 +135,7 @@ def diff(
     both = (int(numbers[0]), int(numbers[1])) if numbers else None
     columns = [name.strip() for name in on.split(",")] if on else []
     found = diff_output(root, both, on=columns, num_examples=num_rows)
-    out(as_line(found.as_dict()) if as_json else "\n".join(_diff_lines(found)))
+    out(as_line(asdict(found)) if as_json else "\n".join(_diff_lines(found)))
 
 
 def _snapshot_line(line: Listed) -> str:

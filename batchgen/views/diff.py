@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +104,6 @@ class Diff:
     def may_hide_edits(self) -> bool:
         """Whether some of the rows that came and went may be edited ones, which no key tells."""
         return self.matched_by == POSITION and self.num_added > 0 and self.num_removed > 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def diff(

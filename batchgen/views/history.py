@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
@@ -38,10 +37,6 @@ class Listed:
     """Whether `part-*.parquet` in the output folder are its files."""
     overridden: list[str]
     """Limits of the gate that it exceeds and was published over."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def listed(root: Path) -> list[Listed]:
@@ -89,10 +84,6 @@ class Pruned:
     """Runs whose logs and figures went."""
     freed_bytes: int
     """Size of the files that no other snapshot shares, and of those runs' folders."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def prune(

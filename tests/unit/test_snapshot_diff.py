@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -426,7 +426,7 @@ def test_many_rows_in_many_files_keep_their_places(nights):
 def test_a_diff_is_plain_json(nights):
     nights.publish("ab", {"id": [1, 2], "gen_text": ["a", "b"]}, tally={})
     nights.publish("ab", {"id": [1, 2], "gen_text": ["a", "c"]}, tally={})
-    found = json.loads(json.dumps(diff(nights.root).as_dict()))
+    found = json.loads(json.dumps(asdict(diff(nights.root))))
     assert (found["old"], found["new"], found["matched_by"]) == (1, 2, "position")
 
 
