@@ -14,7 +14,7 @@ from batchgen.answers.output_format import Reading
 from batchgen.core.data import column_of, gather_rows
 from batchgen.core.errors import ConfigError
 from batchgen.core.expressions import check_row_test, parse_row_test
-from batchgen.core.records import Result, Retry, RowError, Verdict
+from batchgen.core.records import Result, Retry, RowError, Verdict, is_continued
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -237,10 +237,14 @@ def _with_error(prompt: Prompt, result: Result) -> Prompt:
     completion, error = result.completion, result.error
     answer = (completion.text if completion is not None else None) or ""
     text = TELL_ERROR.format(error=error.error if error is not None else "")
+    begun = list(prompt[-1:]) if is_continued(prompt) else []
+    if begun and isinstance(said := begun[0]["content"], str):
+        answer = said + answer
     return [
-        *prompt,
+        *prompt[: len(prompt) - len(begun)],
         {"role": "assistant", "content": answer[:_MAX_QUOTED_CHARS]},
         {"role": "user", "content": text},
+        *begun,
     ]
 
 

@@ -34,6 +34,13 @@ Prompt = str | Messages | Pair
 a tuple; or, for the tasks that take it, a pair."""
 
 
+def is_continued(prompt: Prompt) -> bool:
+    """Tell whether a chat ends within the assistant's turn, with which the model is to go on."""
+    last = prompt[-1] if prompt and not isinstance(prompt, str | tuple) else {}
+    is_said = last.get("role") == "assistant" and not last.get("tool_calls")
+    return is_said and bool(last.get("content"))
+
+
 class Ordinal(NamedTuple):
     """A row's identity in its plan: which segment, and which physical row of it, from 0."""
 

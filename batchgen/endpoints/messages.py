@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from batchgen.core.records import RowError, Sample, TokenLogprobs
-from batchgen.engine.base import flatten_parts
+from batchgen.core.records import RowError, Sample, TokenLogprobs, is_continued
+from batchgen.engine.base import end_of, flatten_parts
 from batchgen.engine.vllm.answers import MIN_LOGPROB
 from batchgen.engine.vllm.images import with_local_images
 from batchgen.engine.vllm.settings import MAX_LOGPROBS
@@ -148,6 +148,10 @@ def _chat(request: EngineRequest, spec: EngineSpec, server: Server) -> dict[str,
     except TypeError:
         messages = with_local_images(request.prompt)
     body: dict[str, Any] = {"messages": messages}
+    if is_continued(request.prompt):
+        if not server.is_vllm:
+            raise Unsuitable("only vLLM's server goes on with the assistant's turn")
+        body |= end_of(request.prompt)
     if spec.tools:
         choice = "auto" if spec.tool_call_parser else "none"
         body |= {"tools": list(spec.tools), "tool_choice": choice}

@@ -23,6 +23,7 @@ from batchgen.core.records import (
     RowError,
     TaskFacts,
     WorkLeft,
+    is_continued,
 )
 
 BACKENDS = {
@@ -181,6 +182,17 @@ def unknown_adapter(name: str, known: Iterable[str]) -> RowError:
     """Say which LoRA adapters there are."""
     names = ", ".join(known) or "none"
     return RowError("unknown_adapter", f"no LoRA adapter {name!r}; the job has {names}")
+
+
+def end_of(chat: Messages) -> dict[str, bool]:
+    """Say how a chat template is to end a chat: where the assistant's next text begins.
+
+    vLLM's words: without `add_generation_prompt` and with `continue_final_message` a last turn of
+    the assistant is left open, else its end is written and a new turn begins.
+    """
+    if is_continued(chat):
+        return {"add_generation_prompt": False, "continue_final_message": True}
+    return {"add_generation_prompt": True}
 
 
 def flatten_parts(messages: Messages) -> list[dict[str, Any]]:

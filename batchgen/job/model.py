@@ -162,6 +162,10 @@ class PromptConfig(Table):
     """Few-shot: questions and answers between system and user, the same for every row."""
     examples_file: str | None = None
     """The same from a JSONL file of {"user": ..., "assistant": ...}."""
+    prefill: str | None = None
+    """Jinja template: how the assistant's answer begins, which the model goes on with. A form holds
+    for what follows, and only that is the answer. Chats of `messages` that end with the assistant
+    are gone on with as well."""
     images: str | None = None
     """Column with a row's images (path, URL or bytes, or a list), for vision models. A path counts
     by its name: another image under the same name is no other request."""
@@ -222,9 +226,10 @@ class PromptConfig(Table):
         if self.examples and self.examples_file is not None:
             msg = "both examples and examples_file are given, expected one"
             raise ValueError(msg)
-        if self.images is not None and not self.is_chat:
-            msg = f"images go with user or messages, not with {given[0]}"
-            raise ValueError(msg)
+        for name in ("images", "prefill"):
+            if getattr(self, name) is not None and not self.is_chat:
+                msg = f"prompt.{name} goes with user or messages, not with {given[0]}"
+                raise ValueError(msg)
         return self
 
 

@@ -87,6 +87,8 @@ CHANGES = (
             r"\bdefault\b|\|\s*d\b|['\"]d['\"]|[.\]]\w*\s+is\s+(not\s+)?(un)?defined\b"
         ),
     ),
+    # A new turn was begun after them.
+    Change(1, "chats that end with the assistant", lambda job, _: job.prompt.messages is not None),
     Change(1, "a byte order mark", _templates_match(f"^{BYTE_ORDER_MARK}")),
 )
 

@@ -19,7 +19,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
 from batchgen.core.data import NotText, NotTextError
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import Messages, Prompt, RowError, writable_text
+from batchgen.core.records import Messages, Prompt, RowError, is_continued, writable_text
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _TABLE = "[prompt]"
 _GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
 _MAX_ERROR_CHARS = 300
-TEMPLATES = ("user", "system", "template", "query", "passage")
+TEMPLATES = ("user", "system", "prefill", "template", "query", "passage")
 """Keys of `[prompt]` that hold one."""
 BYTE_ORDER_MARK = "\ufeff"
 """Where some editors begin a file in UTF-8: no text of it. The recipe has it, prompts do not."""
@@ -73,7 +73,7 @@ class PromptBuilder:
             for key in TEMPLATES
             if (text := getattr(config, key)) is not None
         }
-        self._user, self._system = map(self._templates.get, ("user", "system"))
+        self._user, self._system, self._prefill = map(self._templates.get, TEMPLATES[:3])
         columns = (config.messages, config.text, config.images)
         templates = self._templates.values()
         self._names = frozenset(name for name in columns if name is not None).union(
@@ -134,13 +134,17 @@ class PromptBuilder:
         """
         if self._user is None:
             return [] if self._config.is_chat else None
+        begun = [{"role": "assistant", "content": "x"}] if self._prefill is not None else []
         system = [{"role": "system", "content": "x"}] if self._system is not None else []
-        return [*system, *self._examples, {"role": "user", "content": "x"}]
+        return [*system, *self._examples, {"role": "user", "content": "x"}, *begun]
 
     def build(self, values: Values) -> Prompt | RowError:
         """Return the row's prompt, or why it has none. Never raises for a row's fault."""
         try:
-            prompt = self._rendered(values) if self._templates else self._from_column(values)
+            is_column = self._config.text is not None or self._config.messages is not None
+            prompt = self._from_column(values) if is_column else self._rendered(self._scope(values))
+            if self._prefill is not None and isinstance(prompt, list):
+                prompt = _begun(prompt, self._prefill.render(self._scope(values)))
             if self._config.images is not None and isinstance(prompt, list):
                 return with_images(prompt, values.get(self._config.images), self._images)
         except Exception as error:  # noqa: BLE001 - the row border: templates run users' code
@@ -166,12 +170,15 @@ class PromptBuilder:
                 return RowError("template_error", str(error))
         return RowError("template_error", _told(error))
 
-    def _rendered(self, values: Values) -> Prompt | RowError:
-        # Templates see the row's columns, and all of them as `row`.
+    def _scope(self, values: Values) -> dict[str, Any]:
+        """What templates see: the row's columns, and all of them as `row`."""
         scope: dict[str, Any] = {ROW_VARIABLE: values, **values}
         for name in self._names:
             if scope.get(name, "") is None:
                 scope[name] = NULL
+        return scope
+
+    def _rendered(self, scope: dict[str, Any]) -> Prompt | RowError:
         if self._user is None:
             return self._raw(scope)
         user = self._user.render(scope)
@@ -207,6 +214,14 @@ class PromptBuilder:
         if not value.strip() and not self._may_be_empty:
             return RowError("empty_prompt", f"column {name!r} is empty")
         return self._prefix + value
+
+
+def _begun(chat: Messages, text: str) -> Prompt | RowError:
+    """A chat with the beginning of the assistant's turn; an empty one begins nothing."""
+    if is_continued(chat):
+        problem = "the chat ends with the assistant already, and prompt.prefill begins its turn"
+        return RowError("bad_messages", problem)
+    return [*chat, {"role": "assistant", "content": text}] if text else chat
 
 
 class _Template(NamedTuple):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from batchgen.core.data import check_levels, parse_json
 from batchgen.core.errors import one_line, suggestion
-from batchgen.core.records import Ordinal, Request, Result, RowError
+from batchgen.core.records import Ordinal, Request, Result, RowError, is_continued
 from batchgen.job.sampling import SamplingFields
 from batchgen.prompt.builder import shortened
 
@@ -224,7 +224,9 @@ class RequestBuilder:
         )
 
     def _request_key(self, prompt: Prompt, own: Own) -> str | RowError:
-        content = prompt if own == NOTHING else [prompt, _ordered(own.params), own.lora]
+        content: object = prompt if own == NOTHING else [prompt, _ordered(own.params), own.lora]
+        if is_continued(prompt):  # Up to 0.1.0 a new turn was begun after it.
+            content = ["continued", content]
         try:
             data = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
         except orjson.JSONEncodeError as error:

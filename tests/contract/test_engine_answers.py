@@ -112,6 +112,24 @@ def test_a_schema_gives_only_what_it_allows_and_compactly_if_told_so(engine):
         assert completion.text in {json.dumps(answer, separators=s) for s in ((",", ":"), None)}
 
 
+def test_a_turn_of_the_assistant_goes_on_and_a_form_holds_for_what_follows(engine):
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(MODEL).apply_chat_template(
+        chat(TEXTS[0]), tokenize=False, add_generation_prompt=True
+    )
+    begun = [*chat(TEXTS[0]), {"role": "assistant", "content": "It is "}]
+    for params in ({"temperature": 0}, one_of(LABELS, temperature=0)):
+        goes_on, raw, new = run(
+            engine,
+            [request(prompt, **params) for prompt in (begun, f"{text}It is ", chat(TEXTS[0]))],
+        )
+        assert (goes_on.text, goes_on.num_prompt_tokens) == (raw.text, raw.num_prompt_tokens)
+        assert goes_on.num_prompt_tokens > new.num_prompt_tokens
+        assert [sample.num_tokens for sample in goes_on.samples] == [goes_on.num_output_tokens]
+    assert goes_on.text in LABELS
+
+
 def test_a_rows_own_schema_is_answered_in_its_own_order(engine):
     for names in (("z", "a"), ("a", "z")):
         schema = {"type": "object", "properties": {name: {"enum": ["x"]} for name in names}}

@@ -220,6 +220,11 @@ OTHERS = {
         ],
     ),
     "mark": ("a byte order mark", 2, ["Say a", "Say b"]),
+    "turns": (
+        "chats that end with the assistant",
+        2,
+        ["How?", "How?\nSo:", "How?", "How?\nThus: "],
+    ),
 }
 
 

@@ -349,6 +349,15 @@ def test_telling_the_error_adds_the_answer_and_what_is_wrong_with_it():
     assert len(third.prompt) == len(second.prompt)
 
 
+def test_telling_the_error_of_an_answer_that_was_begun_begins_the_next_alike():
+    made = job(retry=[{"tell_error": True}], prompt={"user": "{{ text }}", "prefill": "So "})
+    request, result = failing(made)
+    asked, answer, told, begun = ladder_of(made).next(request, result).prompt
+    assert [asked, begun] == request.prompt
+    assert answer == {"role": "assistant", "content": "So abc"}
+    assert told["role"] == "user"
+
+
 def test_a_last_attempt_without_an_answer_leaves_the_failed_one():
     made = job(retry=[{"max_tokens": 64}])
     request, result = failing(made)

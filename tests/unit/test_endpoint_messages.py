@@ -72,6 +72,15 @@ def test_a_request_says_all_that_the_job_says():
     assert text.body["structured_outputs"] == {"regex": "a+"}
 
 
+def test_only_vllms_server_goes_on_with_the_assistants_turn():
+    begun = [*CHAT, {"role": "assistant", "content": "So"}]
+    body = asked(begun).body
+    assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
+    assert not {"add_generation_prompt", "continue_final_message"} & asked().body.keys()
+    with pytest.raises(Unsuitable, match="goes on with the assistant's turn"):
+        asked(begun, server=PLAIN)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

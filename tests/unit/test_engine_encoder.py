@@ -18,7 +18,8 @@ class Letters:
         self, messages, *, chat_template, tokenize, add_generation_prompt, **kw
     ):
         assert tokenize is False
-        assert add_generation_prompt is True
+        goes_on = messages[-1]["role"] == "assistant"
+        assert kw.get("continue_final_message", False) == goes_on != add_generation_prompt
         prefix = chat_template or ""
         return prefix + "".join(message["content"] for message in messages) + kw.get("suffix", "")
 
@@ -64,6 +65,12 @@ def test_raw_texts_get_special_tokens_and_chats_bring_their_own(tokenizer):
 def test_the_jobs_chat_template_and_its_arguments_reach_the_tokenizer():
     (encoded,) = encode(Letters(), requests(chat("b")), ChatStyle("a", {"suffix": "c"}))
     assert list(encoded.token_ids) == [97, 98, 99]
+
+
+def test_a_chat_that_ends_with_the_assistant_is_left_open():
+    begun = [*chat("a"), {"role": "assistant", "content": "b"}]
+    (encoded,) = encode(Letters(), requests(begun), PLAIN)
+    assert list(encoded.token_ids) == [97, 98]
 
 
 @pytest.mark.parametrize("tokenizer", [Letters(), FastLetters()], ids=["slow", "fast"])

@@ -10,9 +10,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from batchgen.core.errors import ConfigError
-from batchgen.core.records import Ordinal, Request, Result, RowBatch, RowError
+from batchgen.core.records import Ordinal, Request, Result, RowBatch, RowError, is_continued
 from batchgen.job.model import Example, PromptConfig
 from batchgen.job.recipe import Seeds, row_seed
 from batchgen.prompt.builder import PromptBuilder, turns
@@ -278,6 +279,44 @@ def test_a_messages_column_is_the_chat_without_its_nulls():
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
         {"role": "assistant", "tool_calls": []},
     ]
+
+
+def test_a_prefill_begins_the_assistants_turn():
+    begun = {"role": "assistant", "content": "x is "}
+    ask = {"role": "user", "content": "x"}
+    for form in ({"user": "{{ a }}"}, {"messages": "m"}):
+        made = {"prefill": "{{ b }}", **form}
+        values = {"a": "x", "b": "x is ", "m": [ask]}
+        assert built(values, **made) == [ask, begun]
+        assert built({**values, "b": ""}, **made) == [ask]
+        assert error_of({**values, "b": None}, **made)[0] == "null_value"
+    text = "the chat ends with the assistant already, and prompt.prefill begins its turn"
+    assert error_of({"m": [ask, begun]}, messages="m", prefill="y") == ("bad_messages", text)
+    with pytest.raises(ValidationError, match=r"prompt\.prefill goes with user or messages, not"):
+        PromptConfig(template="x", prefill="y")
+    builder = PromptBuilder(PromptConfig(messages="m", prefill="{{ b }}"))
+    assert builder.columns(["m", "b", "c"]) == {"m", "b"}
+    probe = PromptBuilder(PromptConfig(user="x", prefill="y")).probe()
+    assert [message["role"] for message in probe] == ["user", "assistant"]
+
+
+def test_a_chat_that_the_assistant_goes_on_with_has_another_key_than_before_it_did():
+    asked, begun = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    old = b'recipe[{"content":"a","role":"user"},{"content":"b","role":"assistant"}]'
+    assert key_of([asked, begun], messages="text") == key_of("a", user="{{ text }}", prefill="b")
+    assert (
+        key_of([asked, begun], messages="text") != hashlib.blake2b(old, digest_size=16).hexdigest()
+    )
+    called = {**begun, "tool_calls": [{"name": "f"}]}
+    for chat, is_one in (
+        ([asked, begun], True),
+        ([begun, asked], False),
+        ([asked, called], False),
+        ([asked, {**begun, "content": ""}], False),
+        ("text", False),
+        (("a", "b"), False),
+    ):
+        assert is_continued(chat) == is_one
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from batchgen.core.errors import ConfigError, EngineError, one_line
 from batchgen.core.records import EngineSpec, Messages, Prompt, RowError
 from batchgen.core.runtime import read_json
-from batchgen.engine.base import EngineRequest, flatten_parts
+from batchgen.engine.base import EngineRequest, end_of, flatten_parts
 from batchgen.engine.vllm.pooling import Pieces, encode_pair, pairs_of
 
 if TYPE_CHECKING:
@@ -191,8 +191,7 @@ def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:
         tools=list(style.tools) or None,
         chat_template=style.chat_template,
         tokenize=False,
-        add_generation_prompt=True,
-        **style.chat_template_kwargs,
+        **{**end_of(prompt), **style.chat_template_kwargs},
     )
     return str(text)
 
@@ -330,7 +329,8 @@ class ChatTemplate:
     def refusal(self, chat: Messages) -> str | None:
         """What the template itself says against a chat; None if it says nothing."""
         try:
-            self._template.render(messages=flatten_parts(chat), **self._variables)
+            how = {**end_of(chat), **self._variables}
+            self._template.render(messages=flatten_parts(chat), **how)
         except _RefusedError as error:
             return " ".join(str(error).split())[:MAX_REFUSAL_CHARS]
         except Exception:  # noqa: BLE001 - row border: whether it is an error there the engine says
@@ -370,7 +370,6 @@ def find_template(spec: EngineSpec) -> ChatTemplate | None:
         **{k: _token(v) for k, v in config.items() if _SPECIAL_TOKEN.fullmatch(k) and v},
         "tools": list(spec.tools) or None,
         "documents": None,
-        "add_generation_prompt": True,
         **spec.chat_template_kwargs,
     }
     try:

@@ -35,7 +35,7 @@ from urllib.parse import unquote, urlsplit
 
 from batchgen.core.errors import one_line
 from batchgen.core.records import Messages, RowError
-from batchgen.engine.base import flatten_parts
+from batchgen.engine.base import end_of, flatten_parts
 from batchgen.engine.vllm.settings import is_cpu_build, prepare_environment
 
 if TYPE_CHECKING:
@@ -239,6 +239,7 @@ def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:
             chat_template=style.chat_template,
             chat_template_kwargs=dict(style.chat_template_kwargs),
             tools=list(style.tools) or None,
+            **end_of(chat),
             # As 0.32 does by itself: a chat template writes them (vllm#55197).
             tokenization_kwargs={"add_special_tokens": False},
         )

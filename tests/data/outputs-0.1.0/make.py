@@ -12,6 +12,7 @@ is in them:
 - csv, parquet: one night each.
 - binary: text in a binary column, which 0.1.0 printed as Python does: b'Caf\\xc3...'.
 - tojson: a template that writes JSON, which 0.1.0 escaped for HTML, and asks for a default.
+- turns: chats, some of which end with the assistant: 0.1.0 began a new turn after it.
 - mark: a prompt file with a byte order mark, which 0.1.0 put into every prompt.
 """
 
@@ -148,6 +149,7 @@ TOJSON = BINARY.replace("in.parquet", "in.jsonl").replace(
 MARK = BINARY.replace("in.parquet", "in.jsonl").replace(
     'user = "{{ text }}"', 'user_file = "prompt.jinja"'
 )
+TURNS = TOJSON[: TOJSON.index("user =")] + 'messages = "chat"\n\n' + TOJSON[TOJSON.index(ECHO) :]
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -263,6 +265,17 @@ def make_mark() -> None:
     subprocess.run(batchgen("run", "job.toml"), cwd=WORK, check=True)
 
 
+def make_turns() -> None:
+    """Three chats; with two of them 0.1.0 did not go on."""
+    (WORK / "job.toml").write_text(TURNS)
+    asks = {"role": "user", "content": "How?"}
+    said = [[], [{"role": "assistant", "content": "So:"}]]
+    rows: list[object] = [{"id": at, "chat": [asks, *said[at % 2]]} for at in range(3)]
+    rows.append({"id": 3, "chat": [asks, {"role": "assistant", "content": "Thus: "}]})
+    write_tickets(WORK / "in.jsonl", rows)
+    subprocess.run(batchgen("run", "job.toml"), cwd=WORK, check=True)
+
+
 def make_parquet() -> None:
     """Nested and temporal types; two answers a row; several published files."""
     (WORK / "data").mkdir()
@@ -304,7 +317,7 @@ def make_parquet() -> None:
 def main() -> None:
     """Make every folder that is not there."""
     made = (make_nights, make_interrupted, make_csv, make_parquet, make_binary)
-    for make in (*made, make_tojson, make_mark):
+    for make in (*made, make_tojson, make_mark, make_turns):
         target = HERE / make.__name__.removeprefix("make_")
         if target.exists():
             continue
