@@ -287,6 +287,7 @@ def answer_columns(job: JobConfig, output: OutputFormat) -> AnswerColumns:
         columns.append(each("output", output.typed.type, lambda _, r: r.value))
     if output.enums and has_logprobs:
         columns.append(_probabilities(output.enums, is_json=output.choice is None))
+    columns += _of_given(job, output)
     columns.append(each("text", pa.string(), lambda s, _: s.text))
     if job.model.reasoning_parser is not None:
         columns.append(each("reasoning", pa.string(), lambda s, _: s.reasoning))
@@ -368,6 +369,32 @@ def _probabilities(enums: Mapping[str, Sequence[str]], *, is_json: bool) -> Colu
         return found[""] if is_whole else found
 
     return Column(pa.field("probabilities", kind), make)
+
+
+def _of_given(job: JobConfig, output: OutputFormat) -> list[Column]:
+    """With `label_probability` a column for each enum: that of the label which the answer has."""
+    if not job.output.label_probability:
+        return []
+    if not output.enums or job.sampling.logprobs is None or job.sampling.n > 1:
+        problem = "label_probability: expected a choice or enums, sampling.logprobs, and n = 1"
+        raise ConfigError(_WHERE, [problem])
+    is_json = output.choice is None
+
+    def of(name: str) -> Make:
+        def make(samples: Samples, readings: Readings) -> float | None:
+            value = readings[0].value
+            given = value.get(name) if name and value else value
+            if given is None or samples[0].logprobs is None:
+                return None
+            return (_of_labels(samples[0], name, output.enums[name], is_json) or {}).get(given)
+
+        return make
+
+    whole = "output" if is_json else "label"
+    kind = pa.float32()
+    return [
+        Column(pa.field(f"{name or whole}_probability", kind), of(name)) for name in output.enums
+    ]
 
 
 def _of_labels(

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
     import polars as pl
 
@@ -72,6 +72,24 @@ jsonschema recurses, some ten frames a level, and Python stops at a thousand."""
 
 _LONG_INTEGER = re.compile(r"[0-9]{19}")  # orjson makes floats of those over 64 bits,
 _HUGE_INTEGER = re.compile(r"[0-9]{300}")  # and refuses those over what a float can be.
+
+
+def holder_of(name: str, columns: Container[str]) -> str:
+    """Name the column that a name means: the one of that name, or of what is before a dot of it.
+
+    The name itself where there is none.
+    """
+    heads = (name[:at] for at in range(len(name), 0, -1) if name[at : at + 1] in ("", "."))
+    return next((head for head in heads if head in columns), name)
+
+
+def value_at(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - of any column
+    """Look a name up: `body.messages` is in the object `body`, unless a key is called so."""
+    head = holder_of(name, values)
+    value, rest = values.get(head), name[len(head) + 1 :]
+    if not rest:
+        return value
+    return value_at(value, rest) if isinstance(value, dict) else None
 
 
 def column_of(values: Sequence[Any], kind: pa.DataType) -> pa.Array:

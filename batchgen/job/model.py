@@ -149,7 +149,8 @@ class PromptConfig(Table):
     system_file: str | None = None
     """The same, from a file."""
     messages: str | None = None
-    """Name of a column that holds a whole chat: a list of {role, content}."""
+    """Name of a column that holds a whole chat: a list of {role, content}, or of {from, value}.
+    `body.messages` is looked up in the column `body`."""
     text: str | None = None
     """Name of a column that holds the raw prompt; no chat template is applied."""
     template: str | None = None
@@ -228,7 +229,7 @@ class PromptConfig(Table):
             raise ValueError(msg)
         for name in ("images", "prefill"):
             if getattr(self, name) is not None and not self.is_chat:
-                msg = f"prompt.{name} goes with user or messages, not with {given[0]}"
+                msg = f"{name} goes with user or messages, not with {given[0]}"
                 raise ValueError(msg)
         return self
 
@@ -380,6 +381,9 @@ class OutputConfig(Table):
     """The answer is some JSON object."""
     flatten: bool = False
     """With `schema`: a column for each of its fields, instead of one struct."""
+    label_probability: bool = False
+    """With `sampling.logprobs` and a choice or enums: the probability of the label that was given,
+    as a column, such as `gen_label_probability`."""
     with_seed: bool = False
     """A column with the seed that each row was sampled with."""
     samples: bool | None = None

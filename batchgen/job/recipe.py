@@ -122,6 +122,8 @@ def _sampling(job: JobConfig) -> dict[str, Any]:
     sampling = job.sampling.model_dump(exclude_none=True)
     if sampling["n"] == 1:
         del sampling["n"]
+    if not sampling["extra"]:
+        del sampling["extra"]
     return sampling
 
 

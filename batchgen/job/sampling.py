@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ class SamplingFields(Table):
     max_tokens: PositiveInt | None = None
     """Longest answer, in tokens."""
     temperature: Annotated[float, Field(ge=0)] | None = None
-    """0 is greedy."""
+    """0 is greedy. Default: that of the model's generation_config.json, else 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Nucleus sampling."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -74,6 +74,25 @@ class SamplingConfig(SamplingFields):
     """Column with a row's own values for keys of this table: an object, or JSON text."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Seed of the job; each row's own is derived from it and the row's position."""
+    extra: dict[str, Any] = Field(default={}, examples=[{"logit_bias": {"42": -5.0}}])
+    """Any other field of vLLM's SamplingParams, such as logit_bias, passed as it is."""
+
+    @model_validator(mode="after")
+    def _has_keys_of_their_own(self) -> Self:
+        if clash := sorted(self.extra.keys() & type(self).model_fields.keys()):
+            msg = f"extra.{clash[0]} has a key of its own, set sampling.{clash[0]}"
+            raise ValueError(msg)
+        if clash := sorted(self.extra.keys() & _OURS.keys()):
+            msg = f"extra.{clash[0]} is batchgen's to set, {_OURS[clash[0]]}"
+            raise ValueError(msg)
+        return self
+
+
+_OURS = {
+    "structured_outputs": "see [output]",
+    **dict.fromkeys(("output_kind", "detokenize", "skip_clone"), "leave it out"),
+}
+"""Fields that `extra` cannot have, and what to do."""
 
 
 class ChecksConfig(Table):

@@ -26,7 +26,7 @@ from batchgen.core.expressions import LATE, check_row_test, parse_row_test
 from batchgen.core.records import EngineSpec, Prompt, RowError, writable_text
 from batchgen.engine.base import task_facts
 from batchgen.engine.vllm.encoder import refuse_model
-from batchgen.engine.vllm.settings import leaves_open
+from batchgen.engine.vllm.settings import leaves_open, refuse_sampling
 from batchgen.job import recipe as recipes
 from batchgen.pipeline.gold import check_score
 from batchgen.pipeline.model_files import other_model, resolve_lora, resolve_model
@@ -253,7 +253,7 @@ class Checked:
     def _named_beyond(self, columns: pa.Schema) -> list[str]:
         """Name the columns that the job names and the input, as far as it is seen, lacks."""
         job = self.job
-        names = {*(job.input.columns or ()), *RowOptions(job).columns().values()}
+        names = {*(job.input.columns or ()), *RowOptions(job).columns(columns.names).values()}
         names |= {job.score.gold} if job.score.gold is not None else set()
         names |= self.builder.missing(columns.names)
         known = rule_schema(columns, self.answer, job.output.prefix).names
@@ -264,7 +264,9 @@ class Checked:
 
     def reads(self, available: Sequence[str]) -> frozenset[str]:
         """Name the columns that requests are made of; raises ConfigError if one is not there."""
-        return self.builder.columns(available) | set(RowOptions(self.job).columns().values())
+        return self.builder.columns(available) | set(
+            RowOptions(self.job).columns(available).values()
+        )
 
     def _prepared(
         self,
@@ -351,13 +353,17 @@ def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
     # Plans of before there was a delimiter have no such key.
     absent = {key for key in ("delimiter", "encoding") if getattr(job.input, key) is None}
     output = job.output.model_dump(include={"prefix", "flatten", "with_seed"})
+    optional = {
+        SAMPLES: job.tells_samples,
+        "label_probability": job.output.label_probability,
+    }
     checks = job.checks.model_dump(exclude={"min_ok_samples"})
     if job.checks.min_ok_samples > 1:
         checks["min_ok_samples"] = job.checks.min_ok_samples
     return {
         "recipe": recipe,
         "input": job.input.model_dump(exclude={"path", *absent}),
-        "output": output | ({SAMPLES: True} if job.tells_samples else {}),
+        "output": output | {key: True for key, is_set in optional.items() if is_set},
         "checks": checks,
     }
 
@@ -389,6 +395,7 @@ def check(job: JobConfig) -> Checked:
         builder = PromptBuilder(job.prompt, facts.prefix, may_be_empty=True)
         form, answer = number_columns(job, facts)
     elif job.model.is_vllm:
+        refuse_sampling(job.sampling.extra)
         refuse_model(engine_spec(job, model.path), builder.probe())
     recipe = recipes.make_recipe(job, model.identity, loras)
     return Checked(job, model, recipe, builder, form, answer)
@@ -471,7 +478,8 @@ def engine_spec(
     names = {"dtype", "quantization", "max_model_len", "max_num_seqs", "gpu_memory_utilization"}
     names |= {"tensor_parallel_size", "trust_remote_code"}
     kwargs = model.model_dump(include=names, exclude_none=True, exclude_defaults=True)
-    params = job.sampling.model_dump(exclude={"seed", "column"}, exclude_none=True)
+    params = job.sampling.model_dump(exclude={"seed", "column", "extra"}, exclude_none=True)
+    params |= job.sampling.extra
     if structured_outputs is not None:
         params["structured_outputs"] = dict(structured_outputs)
     template = prompt.chat_template_file

@@ -36,7 +36,14 @@ from batchgen.preview.estimate import (
     last_run,
     read_price,
 )
-from batchgen.preview.sample import SAMPLE_ROWS, Survey, load_tokenize, max_model_len, survey
+from batchgen.preview.sample import (
+    SAMPLE_ROWS,
+    Survey,
+    load_tokenize,
+    max_model_len,
+    survey,
+    temperature_of,
+)
 from batchgen.storage import LocalStorage
 from batchgen.store.books import TRIES, Durable, Plan
 from batchgen.store.ledger import Ledger
@@ -93,6 +100,8 @@ class Forecast(Told):
     survey: Survey | None = None
     max_model_len: int | None = None
     max_model_len_source: str = ""
+    temperature: str = ""
+    """Of the rows, and who says so; empty where a server does, or nothing is generated."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """That a run would choose for its engine, as far as that is known without it."""
     past: PastRun | None = None
@@ -207,6 +216,8 @@ def _answers(forecast: Forecast, survey: Survey) -> Iterator[str]:
             f"{forecast.past.run_id}"
         )
     yield line
+    if forecast.temperature:
+        yield f"    temperature {forecast.temperature}"
 
 
 def _cost(estimate: Estimate | None) -> Iterator[str]:
@@ -352,6 +363,7 @@ def _foresee(job: JobConfig, ledger: Ledger, options: PlanOptions, warnings: lis
         survey=found,
         max_model_len=max_len,
         max_model_len_source=source,
+        temperature=temperature_of(spec),
         settings=_settings(job, spec, past, work),
         past=past,
         estimate=_estimate(found, spec, past, options) if found is not None else None,

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import orjson
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
-from batchgen.core.data import NotText, NotTextError
+from batchgen.core.data import NotText, NotTextError, holder_of, value_at
 from batchgen.core.errors import ConfigError, nearest
 from batchgen.core.records import Messages, Prompt, RowError, is_continued, writable_text
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
@@ -98,11 +98,15 @@ class PromptBuilder:
         ]
         if problems:
             raise ConfigError(_TABLE, problems)
-        return self._names.intersection(available)
+        return self._held(available)
+
+    def _held(self, available: Sequence[str]) -> frozenset[str]:
+        return frozenset(holder_of(name, available) for name in self._names).intersection(available)
 
     def missing(self, available: Sequence[str]) -> frozenset[str]:
         """Return the columns that are named and not available, those with a default too."""
-        return self._names.difference(available) - self._globals - {ROW_VARIABLE}
+        known = {*available, ROW_VARIABLE, *self._globals}
+        return frozenset(name for name in self._names if holder_of(name, available) not in known)
 
     def notes(self, available: Sequence[str]) -> list[str]:
         """Tell what makes prompts more alike than they are likely meant to be, one line each.
@@ -122,7 +126,7 @@ class PromptBuilder:
             f"prompt: no column {name!r} in the input, so that its default stands in every row"
             for name in sorted(self._may_lack.difference(available))
         ]
-        if self._names.isdisjoint({ROW_VARIABLE, *available}):
+        if ROW_VARIABLE not in self._names and not self._held(available):
             text = "no column is used, so that every row has the same prompt; a column is written"
             found.append(f"prompt.{self._config.form}: {text} {{{{ name }}}}")
         return found
@@ -201,7 +205,7 @@ class PromptBuilder:
 
     def _from_column(self, values: Values) -> Prompt | RowError:
         name = self._config.text or self._config.messages or ""
-        value = values.get(name)
+        value = value_at(values, name)
         if value is None:
             return RowError("null_value", f"column {name!r} is null, expected a prompt")
         if isinstance(value, NotText):
@@ -314,7 +318,7 @@ def _checked_messages(name: str, value: object, images: ImageRules) -> Prompt | 
             "bad_messages", f"column {name!r} is {found}, expected a list of {{role, content}}"
         )
     messages = []
-    for at, message in enumerate(value):
+    for at, message in enumerate(map(_with_role, value)):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             problem = f"column {name!r}[{at}] has no role, expected {{role, content}}"
             return RowError("bad_messages", problem)
@@ -328,6 +332,24 @@ def _checked_messages(name: str, value: object, images: ImageRules) -> Prompt | 
             kept["content"] = [_checked_part(part, images) for part in content]
         messages.append(kept)
     return messages
+
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    **{role: role for role in ("user", "assistant", "system", "tool")},
+}
+"""Of those who speak in ShareGPT's `conversations`."""
+
+
+def _with_role(message: object) -> object:
+    """A message as OpenAI's API has it, if it is one of ShareGPT's: {from, value}."""
+    if not isinstance(message, dict) or message.get("role") is not None:
+        return message
+    role = _ROLES.get(str(message.get("from")))
+    return message if role is None else {"role": role, "content": message.get("value")}
 
 
 def _is_content(content: object) -> bool:

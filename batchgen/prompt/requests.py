@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 from pydantic import ValidationError
 
-from batchgen.core.data import check_levels, parse_json
+from batchgen.core.data import check_levels, holder_of, parse_json, value_at
 from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Request, Result, RowError, is_continued
 from batchgen.job.sampling import SamplingFields
@@ -62,14 +62,16 @@ class RowOptions:
         self._lora_of_all = None if self._lora or not self._loras else self._loras[0]
         self._is_empty = not self.columns() and self._lora_of_all is None
 
-    def columns(self) -> Mapping[str, str]:
-        """Key in the job file -> column that it names."""
+    def columns(self, available: Sequence[str] = ()) -> Mapping[str, str]:
+        """Key in the job file -> column that it names, out of those available if one is."""
         keys = {
             "sampling.column": self._sampling,
             "output.schema_column": self._schema,
             "model.lora_column": self._lora,
         }
-        return {key: column for key, column in keys.items() if column is not None}
+        return {
+            key: holder_of(column, available) for key, column in keys.items() if column is not None
+        }
 
     def of(self, values: Values, check_schema: CheckSchema) -> Own | RowError:
         """What this row asks for, or why it cannot be had."""
@@ -77,16 +79,16 @@ class RowOptions:
             return NOTHING
         params: dict[str, Any] = {}
         if self._sampling is not None:
-            found = _sampling_of(self._sampling, values.get(self._sampling))
+            found = _sampling_of(self._sampling, value_at(values, self._sampling))
             if isinstance(found, RowError):
                 return found
             params |= found
         if self._schema is not None:
-            schema = _schema_of(self._schema, values.get(self._schema), check_schema)
+            schema = _schema_of(self._schema, value_at(values, self._schema), check_schema)
             if isinstance(schema, RowError):
                 return schema
             params["structured_outputs"] = {"json": schema}
-        lora = self._lora_of_all if self._lora is None else values.get(self._lora)
+        lora = self._lora_of_all if self._lora is None else value_at(values, self._lora)
         if lora is not None and lora not in self._loras:
             found_text = suggestion(str(lora), self._loras)
             return RowError("unknown_adapter", f"no LoRA adapter {lora!r:.60}{found_text}")
@@ -253,6 +255,6 @@ def wrong_option_columns(job: JobConfig, available: Sequence[str]) -> list[str]:
     """One line for each named column that the input lacks."""
     return [
         f"{key}: no column {column!r} in the input{suggestion(column, available)}"
-        for key, column in RowOptions(job).columns().items()
+        for key, column in RowOptions(job).columns(available).items()
         if column not in available
     ]

@@ -168,6 +168,26 @@ def test_an_output_of_before_samples_were_told_goes_on_without(tmp_path: Path):
     assert "output.samples: not set -> True" in refused.stderr
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_and_sampling_may_be_inside_a_column(tmp_path: Path, kind: str):
+    told = [
+        {"messages": [{"role": "user", "content": "x" * 50}], "own": {"max_tokens": size}}
+        for size in (9, 99)
+    ]
+    job = job_of(
+        tmp_path,
+        [{"body": body} for body in told],
+        input={"path": f"in.{kind}"},
+        prompt={"messages": "body.messages", "prefill": "{{ body.own.max_tokens }}"},
+        sampling={"column": "body.own", "max_tokens": 40},
+    )
+    job.write_text(job.read_text().replace('user = "Repeat: {{ text }}"\n', ""))
+    pl.read_ndjson(tmp_path / "in.jsonl").write_parquet(tmp_path / "in.parquet")
+    summary_of(job)
+    assert column(job, "gen_verdict") == ["truncated", "ok"]
+    assert column(job, "gen_text") == ["x" * 9, "x" * 50 + "\n99"]
+
+
 def test_rows_bring_their_own_sampling_and_schema(tmp_path: Path):
     rows = [
         {"text": "x" * 60, "own": {"max_tokens": 100}},

@@ -204,6 +204,33 @@ def test_an_enum_of_a_schema_has_a_probability_for_each_label():
     assert values["probabilities"] == {"label": pytest.approx({"a": 0.4, "b": 0.6})}
 
 
+def test_the_probability_of_the_label_that_was_given_is_a_column_by_option():
+    labels = [step("no", yes=0.3, no=0.7), step(None, END=1.0)]
+    whole = [step('"', **{'"': 1.0}), step("b", a=0.4, b=0.6), step('"', **{'"': 1.0})]
+    field = [step('{"label":"', **{'{"label":"': 1.0}), step("b", a=0.4, b=0.6)]
+    field += [step('"}', **{'"}': 1.0}), step(None, END=1.0)]
+    for text, tokens, form, name, probability in (
+        ("no", labels, CHOICE["output"], "label_probability", 0.7),
+        ("maybe", labels, CHOICE["output"], "label_probability", None),
+        ("no", None, CHOICE["output"], "label_probability", None),
+        ('"b"', whole, {"schema": {"enum": ["a", "b"]}}, "output_probability", 0.6),
+        ('{"label":"b"}', field, {"schema": OBJECT}, "label_probability", 0.6),
+        ('{"label":"b"}', field, {"schema": OBJECT, "flatten": True}, "label_probability", 0.6),
+        ("{}", field, {"schema": OBJECT}, "label_probability", None),
+    ):
+        tables = {"sampling": {"logprobs": 5}, "output": {**form, "label_probability": True}}
+        _, values = judged(Sample(text, "stop", tokens), **tables)
+        assert values[name] == (probability and pytest.approx(probability))
+    for tables in (
+        {"sampling": {"logprobs": 5}},
+        CHOICE,
+        {"sampling": {"logprobs": 5, "n": 2}, **CHOICE},
+    ):
+        made = job(**{**tables, "output": {**tables.get("output", {}), "label_probability": True}})
+        with pytest.raises(ConfigError, match="label_probability: expected a choice or enums"):
+            answer_columns(made, make_format(made.output))
+
+
 def test_an_answer_that_is_an_enum_as_a_whole_has_a_probability_for_each_label():
     tokens = [step('"', **{'"': 1.0}), step("b", a=0.4, b=0.6), step('"', **{'"': 1.0})]
     tables = {"sampling": {"logprobs": 5}, "output": {"schema": {"enum": ["a", "b"]}}}

@@ -220,7 +220,8 @@ MISTAKES = {
     "nothing near": (
         {"output": {"zzz": 1}},
         "output.zzz: unknown key, expected one of: path, prefix, schema, schema_column, "
-        "choice, regex, grammar, json_object, flatten, with_seed, samples, compression, "
+        "choice, regex, grammar, json_object, flatten, label_probability, with_seed, "
+        "samples, compression, "
         "rows_per_file, "
         "keep_snapshots",
     ),
@@ -281,7 +282,7 @@ MISTAKES = {
     ),
     "images beside a raw text": (
         {"prompt": {"user": None, "text": "t", "images": "i"}},
-        "prompt: images go with user or messages, not with text",
+        "prompt: images goes with user or messages, not with text",
     ),
     "a column of adapters without adapters": (
         {"model": {"lora_column": "a"}},
@@ -393,6 +394,14 @@ MISTAKES = {
         {"output": {"path": "file:///srv/out"}},
         "output.path: 'file:///srv/out' is a URL, expected a folder such as '/srv/out'; object "
         "stores are not supported yet",
+    ),
+    "a key of its own": (
+        {"sampling": {"extra": {"top_k": 3}}},
+        "sampling: extra.top_k has a key of its own, set sampling.top_k",
+    ),
+    "not for a job to set": (
+        {"sampling": {"extra": {"structured_outputs": {}}}},
+        "sampling: extra.structured_outputs is batchgen's to set, see [output]",
     ),
     "no snapshot to keep": (
         {"output": {"keep_snapshots": -1}},

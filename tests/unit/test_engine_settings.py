@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.core.errors import EngineError
+from batchgen.core.errors import ConfigError, EngineError
 from batchgen.core.records import EngineSpec, WorkLeft
 from batchgen.engine.death import may_be_by_settings
 from batchgen.engine.process import _exit_text
@@ -29,6 +29,7 @@ from batchgen.engine.vllm.settings import (
     known_keywords,
     pays_to_compile,
     read_ahead,
+    refuse_sampling,
     settings_text,
 )
 from batchgen.job.recipe import SPEED_OPTIONS, diff, fingerprint, without_speed
@@ -150,6 +151,14 @@ def test_what_is_chosen_is_no_part_of_the_recipe_and_known_to_vllm():
     assert OWN_CHOICE - {"speculative_config", "runner"} <= SPEED_OPTIONS
     known = known_keywords()
     assert known is None or known >= chosen
+
+
+def test_a_field_that_vllms_sampling_params_lack_is_refused_before_a_start():
+    refuse_sampling(["logit_bias", "allowed_token_ids"])
+    refuse_sampling([])
+    if known_keywords() is not None:
+        with pytest.raises(ConfigError, match=r"extra\.logit_bais: .* did you mean 'logit_bias'"):
+            refuse_sampling(["logit_bais"])
 
 
 def test_a_recipe_that_holds_what_is_now_known_as_speed_is_the_same():

@@ -22,6 +22,7 @@ from batchgen.preview.sample import (
     max_model_len,
     sampled,
     survey,
+    temperature_of,
 )
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.keys import KeySet, prefix_of
@@ -253,3 +254,16 @@ def test_the_smallest_of_several_limits_holds(tmp_path):
 def test_a_folder_without_a_tokenizer_is_told(tmp_path):
     with pytest.raises(EngineError, match="the tokenizer cannot be loaded"):
         load_tokenize(EngineSpec("vllm", str(tmp_path), {}, {"max_tokens": 4}))
+
+
+def test_the_temperature_is_the_jobs_or_the_models_or_vllms(tmp_path):
+    def told(sampling=None, backend="vllm", **kwargs):
+        return temperature_of(EngineSpec(backend, str(tmp_path), kwargs, sampling or {}))
+
+    assert told() == "1.0 (vLLM's default)"
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    assert told() == "0.6 (the model's generation_config.json)"
+    assert told(generation_config="vllm") == "1.0 (vLLM's default)"
+    assert told(override_generation_config={"temperature": 0.2}).startswith("0.2 (the model's")
+    assert told({"temperature": 0}) == "0 (sampling.temperature)"
+    assert told(backend="openai") == ""

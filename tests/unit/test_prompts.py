@@ -281,6 +281,44 @@ def test_a_messages_column_is_the_chat_without_its_nulls():
     ]
 
 
+def test_sharegpts_conversations_are_chats():
+    told = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b", "role": None, "content": None},
+        {"role": "user", "content": "c", "from": None},
+    ]
+    assert [tuple(one.values()) for one in built({"c": told}, messages="c")] == [
+        *[("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    ]
+    for wrong in ({"from": "mars", "value": "x"}, {"from": ["human"], "value": "x"}):
+        assert error_of({"c": [wrong]}, messages="c")[1].startswith("column 'c'[0] has no role")
+    error = error_of({"c": [{"from": "human", "value": 3}]}, messages="c")[1]
+    assert error.startswith("column 'c'[0].content is neither text nor parts")
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"a": {"b": {"c": "x"}}}, "x"),
+        ({"a.b": {"c": "x"}, "a": {"b": {"c": "y"}}}, "x"),
+        ({"a.b.c": "x", "a": None}, "x"),
+        ({"a": {"b.c": "x"}}, "x"),
+        ({"a": {"b": None}}, None),
+        ({"a": None}, None),
+        ({"a": ["b"]}, None),
+    ],
+)
+def test_a_name_with_dots_is_looked_up_inside(values, wanted):
+    builder = PromptBuilder(PromptConfig(text="a.b.c"))
+    found = builder.build(values)
+    assert found == (wanted or RowError("null_value", "column 'a.b.c' is null, expected a prompt"))
+    (column,) = builder.columns(list(values)[:1])
+    assert column == next(iter(values))
+    with pytest.raises(ConfigError, match=r"no column 'a\.b\.c' in the input"):
+        builder.columns(["b", "ab"])
+
+
 def test_a_prefill_begins_the_assistants_turn():
     begun = {"role": "assistant", "content": "x is "}
     ask = {"role": "user", "content": "x"}
@@ -292,7 +330,7 @@ def test_a_prefill_begins_the_assistants_turn():
         assert error_of({**values, "b": None}, **made)[0] == "null_value"
     text = "the chat ends with the assistant already, and prompt.prefill begins its turn"
     assert error_of({"m": [ask, begun]}, messages="m", prefill="y") == ("bad_messages", text)
-    with pytest.raises(ValidationError, match=r"prompt\.prefill goes with user or messages, not"):
+    with pytest.raises(ValidationError, match=r"prefill goes with user or messages, not"):
         PromptConfig(template="x", prefill="y")
     builder = PromptBuilder(PromptConfig(messages="m", prefill="{{ b }}"))
     assert builder.columns(["m", "b", "c"]) == {"m", "b"}

@@ -46,6 +46,8 @@ CHANGES = [
     {"sampling": {"stop": ["\n"]}},
     {"sampling": {"seed": 1}},
     {"sampling": {"n": 2}},
+    {"sampling": {"extra": {"logit_bias": {"1": 2.0}}}},
+    {"prompt": {"prefill": "So"}},
     {"sampling": {"logprobs": 5}},
     {"sampling": {"column": "own"}},
     {"prompt": {"examples": [{"user": "a", "assistant": "b"}]}},

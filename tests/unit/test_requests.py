@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from batchgen.core.records import Ranges, Request, RowBatch
+from batchgen.pipeline.prepare import engine_spec
 from batchgen.prompt.requests import wrong_option_columns
 from tests.fakes import job, request_builder
 
@@ -34,6 +35,28 @@ def params(row, **tables):
 )
 def test_a_column_may_give_sampling_parameters(own):
     assert params({"own": own}, sampling={"column": "own"}) == {"max_tokens": 5}
+
+
+def test_columns_of_a_rows_own_may_be_inside_others():
+    own = {"body": {"own": {"max_tokens": 5}, "schema": SCHEMA, "who": "formal"}}
+    made = outcome(
+        own,
+        sampling={"column": "body.own"},
+        output={"schema_column": "body.schema"},
+        model={**LORA, "lora_column": "body.who"},
+    )
+    assert made.params == {"max_tokens": 5, "structured_outputs": {"json": SCHEMA}}
+    assert made.lora == "formal"
+    assert wrong_option_columns(job(sampling={"column": "body.own"}), ["body"]) == []
+    (problem,) = wrong_option_columns(job(sampling={"column": "body.own"}), ["bodies"])
+    assert problem.startswith("sampling.column: no column 'body.own'")
+
+
+def test_other_fields_of_vllms_sampling_params_go_to_the_engine_as_they_are():
+    extra = {"logit_bias": {"7": -1.5}, "allowed_token_ids": [7, 8]}
+    given = engine_spec(job(sampling={"extra": extra, "top_k": 3}), "m").sampling_params
+    assert given.keys() == {*extra, "top_k", "n", "max_tokens", "temperature"}
+    assert given["logit_bias"] == {"7": -1.5}
 
 
 @pytest.mark.parametrize("own", [None, "{}", {}])

@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from batchgen.core.errors import ConfigError, EngineError, nearest, one_line
+from batchgen.core.errors import ConfigError, EngineError, nearest, one_line, suggestion
 from batchgen.core.runtime import read_json
 from batchgen.engine.devices import vllm_build
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from batchgen.core.records import EngineSpec, WorkLeft
@@ -543,3 +543,37 @@ def _problems(exc: Exception) -> list[str]:
         why = _PREFIX.sub("", error["msg"])
         told.setdefault(name or error["msg"], f"vLLM refuses {what}: {why}")
     return list(told.values())
+
+
+def refuse_sampling(fields: Iterable[str]) -> None:
+    """Refuse fields that the installed vLLM's SamplingParams lack; without vLLM nothing is known.
+
+    Raises:
+        ConfigError: With every such field.
+    """
+    known = next(map(sampling_fields, _vllm_folders()), ()) if fields else ()
+    if problems := [
+        f"extra.{field}: vLLM's SamplingParams have no such field{suggestion(field, known)}"
+        for field in fields
+        if known and field not in known
+    ]:
+        raise ConfigError(SAMPLING, problems)
+
+
+@cache
+def sampling_fields(package: Path) -> Sequence[str]:
+    """List the fields that SamplingParams are made of in a vLLM; none where it cannot be told.
+
+    Source:
+        SamplingParams.from_optional: vllm/sampling_params.py, 0.26 to 0.33.
+    """
+    try:
+        tree = ast.parse((package / "sampling_params.py").read_bytes())
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return ()
+    return [
+        parameter.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "from_optional"
+        for parameter in (*node.args.args, *node.args.kwonlyargs)
+    ]
