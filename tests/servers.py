@@ -4,6 +4,11 @@ A stand-in answers with the beginning of the last message, as the echo engine do
 through it has known rows. It behaves like vLLM's (`vllm`) or like one that knows OpenAI's API and
 no more (`plain`), as vllm/entrypoints/openai, 0.32, and OpenAI's reference describe them. What of
 a server's behaviour is to be proven is proven on vLLM's own.
+
+`ollama` and `llama.cpp` are stand-ins for those two, by what their public source says, and no
+proof of how they behave: ollama of 2026-08 (llm/llama_server.go, completionPromptForRequest; its
+issue 17427; server/routes.go, PsHandler; openai/openai.go, ToUsage) and llama.cpp of 2026-10
+(tools/server: `exceed_context_size_error`, and 503 while the model is loaded).
 """
 
 from __future__ import annotations
@@ -21,8 +26,13 @@ KEY = "canary-key-7f3a91"
 class StandIn:
     """One server, in a thread of its own; `faults` may answer a request in its place."""
 
-    def __init__(self, kind="vllm", model="m", key=None, delay_s=0.0, faults=None, port=0):
+    def __init__(self, kind="vllm", model="m", key=None, delay_s=0.0, faults=None, port=0, **more):
         self.kind, self.model, self.key, self.delay_s = kind, model, key, delay_s
+        self.version, self.root = more.get("version", "0.32.0"), more.get("root", model)
+        self.logprob = more.get("logprob", -0.5)
+        """Of each token, which is a letter."""
+        self.context, self.shifts = more.get("context"), more.get("shifts", True)
+        """Tokens that fit; what is longer is cut (`ollama`, `plain`), or refused."""
         self.faults = faults
         self.port = port
         self.asked = []
@@ -58,6 +68,7 @@ class StandIn:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/version", self._version)
+        app.router.add_get("/api/ps", self._loaded)
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/v1/completions", self._answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
@@ -75,15 +86,21 @@ class StandIn:
         return web.json_response({"error": {"message": "wrong key"}}, status=401)
 
     async def _models(self, request):
-        owner = "vllm" if self.kind == "vllm" else "someone"
-        card = {"id": self.model, "owned_by": owner, "root": self.model}
+        owner = {"ollama": "library", "llama.cpp": "llamacpp"}.get(self.kind, self.kind)
+        card = {"id": self.model, "owned_by": owner, "root": self.root}
         card |= {"max_model_len": 4096} if self.kind == "vllm" else {}
         return self._refused(request) or web.json_response({"data": [card]})
 
     async def _version(self, request):
         if self.kind != "vllm":
             return web.Response(status=404)
-        return web.json_response({"version": "0.32.0"})
+        return web.json_response({"version": self.version})
+
+    async def _loaded(self, request):
+        if self.kind != "ollama":
+            return web.Response(status=404)
+        model = {"name": self.model, "model": self.model, "digest": self.root}
+        return web.json_response({"models": [{**model, "context_length": self.context}]})
 
     async def _answer(self, request):
         self.at_once += 1
@@ -106,6 +123,10 @@ class StandIn:
             found = await found
         if found is not None:
             return found
+        num = len(body["messages"][-1]["content"] if "messages" in body else body["prompt"])
+        if self.context and num >= self.context and (self.kind == "llama.cpp" or not self.shifts):
+            text = f"request ({num} tokens) exceeds the available context size"
+            return error(400, f"{text} ({self.context} tokens), try increasing it")
         self.answered += 1
         return web.json_response(self.reply(request, body))
 
@@ -121,11 +142,23 @@ class StandIn:
         for index in range(body.get("n", 1)):
             said = {"message": {"role": "assistant", "content": answer}} if is_chat else {}
             said = said or {"text": answer}
+            if self.kind == "vllm" and body.get("logprobs") is not None:
+                said["logprobs"] = self._logprobs(answer, is_chat=is_chat)
             choices.append({"index": index, "finish_reason": why, **said})
         number = request.headers.get("X-Request-Id") if self.kind == "vllm" else None
-        usage = {"prompt_tokens": len(data), "completion_tokens": len(answer.encode())}
+        num = len(data)
+        if self.context and num >= self.context:
+            num = self.context // 2 + 1
+        usage = {"prompt_tokens": num, "completion_tokens": len(answer.encode())}
         self._num = getattr(self, "_num", 0) + 1
         return {"id": f"chatcmpl-{number or self._num}", "choices": choices, "usage": usage}
+
+    def _logprobs(self, answer, *, is_chat):
+        if is_chat:
+            entry = {"logprob": self.logprob, "top_logprobs": []}
+            return {"content": [{"token": letter, **entry} for letter in answer]}
+        values = [self.logprob] * len(answer)
+        return {"tokens": list(answer), "token_logprobs": values, "top_logprobs": None}
 
 
 @contextmanager

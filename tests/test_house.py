@@ -8,7 +8,7 @@ from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
     "lines of code": 28_700,
-    "modules": 156,
+    "modules": 157,
     "layers": 9,
     "modules of a room": 15,
     "modules of engine, of pipeline": 20,

@@ -212,8 +212,9 @@ def up(_: Path, load: Load, *, port: int | None) -> None:
     """Become vLLM's server, with a job's model and settings, on 127.0.0.1.
 
     Jobs with model.base_url = "auto" use it if their model and its settings are the same. It works
-    until it is ended, by Ctrl-C, SIGTERM or systemd. The key is in a file that nobody else can
-    read. Exits with vLLM's code, with 2 where the job is refused, or with 75 if it is up already.
+    until it is ended, by Ctrl-C, SIGTERM or systemd. The key is that of VLLM_API_KEY, else a new
+    one, in a file that nobody else can read. Exits with vLLM's code, with 2 where the job is
+    refused, or with 75 if it is up already.
 
     Example: batchgen engine up jobs/quickstart.toml --port 8000
     """

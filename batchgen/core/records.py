@@ -229,6 +229,9 @@ class EngineFacts:
     startup_s: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keywords that batchgen chose for it, since the job says nothing of them."""
+    served: Mapping[str, Any] = field(default_factory=dict)
+    """By what a server's model is known again, to be kept beside the plan: its name, root and
+    version, and its answer to a fixed question."""
 
     @property
     def num_engines(self) -> int:

@@ -17,19 +17,28 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import resource
 import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from batchgen.core.errors import ConfigError, EngineDeadError, EngineError, one_line
-from batchgen.core.records import Completion, EngineFacts, EngineSpec, EngineStats, RowError
+from batchgen.core.records import (
+    Completion,
+    EngineFacts,
+    EngineSpec,
+    EngineStats,
+    RowError,
+    TaskFacts,
+)
+from batchgen.core.runtime import option
+from batchgen.endpoints.identity import difference
 from batchgen.endpoints.messages import Asked, LackingError, Reply, Unsuitable, unsplit
-from batchgen.endpoints.options import Options, started_at
+from batchgen.endpoints.options import Options, most_at_once, started_at
 from batchgen.endpoints.rows import Row, best_for, enough_failures
 from batchgen.endpoints.server import (
     NO_ANSWER,
@@ -42,13 +51,10 @@ from batchgen.endpoints.server import (
 )
 from batchgen.endpoints.window import Meter, Window
 from batchgen.engine.base import EngineRequest, failed, unknown_adapter
+from batchgen.engine.vllm.pooling import task_facts
 
 WHERE = "model.base_url"
-MOST_AT_ONCE = 2048
-"""Of a server, if the job does not say; vLLM runs 1,024 at once on the largest GPUs."""
 FIRST_AT_ONCE, FIRST_AT_VLLM = 8, 256
-SPARE_FILES = 128
-"""Open files that are left to everything else."""
 READ_AHEAD = 256
 LOST_BEFORE_LAST, LOST_BEFORE_ALONE = 3, 6
 """Attempts after which a row is kept back, and then goes with no other."""
@@ -82,6 +88,22 @@ class OpenAIEngine:
         self._num_added = 0
         self._num_returned = 0
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+
+    @classmethod
+    def task_facts(cls, spec: EngineSpec) -> TaskFacts:
+        """Say what a model makes of a row, by its files here; no server is asked.
+
+        Raises:
+            ConfigError: They are not here, or servers do not do it.
+        """
+        if spec.pooling.get("too_long") == "chunk":
+            where = "too_long = 'chunk': a server makes no pieces, expected 'truncate' or 'refuse'"
+            raise ConfigError("[pooling]", [where])
+        if not (Path(spec.model) / "config.json").is_file():
+            what = f"{spec.model!r} is no folder here that has a config.json: for task = "
+            what += f"{spec.task!r}, expected the model's (weights need not be in it)"
+            raise ConfigError("model.name", [what])
+        return task_facts(spec)
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -146,14 +168,6 @@ class OpenAIEngine:
         return pool
 
 
-def most_at_once(spec: EngineSpec, options: Options) -> tuple[int, int]:
-    """How many requests a server may have at once, and all of them."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    whole = spec.max_in_flight or MOST_AT_ONCE * len(options.urls)
-    whole = max(1, min(whole, files - SPARE_FILES))
-    return min(whole, MOST_AT_ONCE), whole
-
-
 class _Pool:
     """The servers and the rows that are not answered; all but `hand_over` in the loop's thread."""
 
@@ -164,7 +178,7 @@ class _Pool:
         self._started_s = time.monotonic()
         self._most, self._whole = most_at_once(spec, options)
         self._http = Http(
-            options.key(), options.request(), self._whole + 8, options.request_timeout_s
+            options.key(), options.request(spec.task), self._whole + 8, options.request_timeout_s
         )
         first = min(FIRST_AT_ONCE, self._most)
         self._endpoints = [
@@ -188,6 +202,7 @@ class _Pool:
         self._helpers: set[asyncio.Task[None]] = set()
         self._blamed: list[tuple[Row, RowError]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._known = options.known
         self.facts: EngineFacts | None = None
         self.error: EngineError | ConfigError | None = None
 
@@ -259,6 +274,8 @@ class _Pool:
         """Try a server; return what is wrong for good."""
         try:
             await self._http.open(endpoint, self._spec, is_pinned=self._options.is_pinned)
+            if self._options.process is None:
+                await self._know_again(endpoint)
         except WrongServerError as error:
             self._note_trouble(f"{endpoint.host}: {error}")
             return f"{endpoint.url}: {error}"
@@ -271,6 +288,16 @@ class _Pool:
             self._let_in(endpoint)
         return None
 
+    async def _know_again(self, endpoint: Endpoint) -> None:
+        """Refuse a server whose model is not that of the others, or of the runs before."""
+        answer = await self._http.question(endpoint, self._spec)
+        endpoint.served = {**endpoint.served, **answer}
+        self._known = self._known or endpoint.served
+        if text := difference(self._known, endpoint.served):
+            raise WrongServerError(
+                f"{text}: another model; {option('--fresh')} has it answer all rows"
+            )
+
     def _let_in(self, endpoint: Endpoint) -> None:
         endpoint.is_out, endpoint.num_bad, endpoint.num_busy = False, 0, 0
         server, window = endpoint.server, endpoint.window
@@ -278,12 +305,13 @@ class _Pool:
             lengths = [one.max_model_len for one in self._endpoints if one.max_model_len]
             self.facts = EngineFacts(
                 name="openai",
-                version=f"vllm {endpoint.version}" if server and server.is_vllm else "",
+                version=f"vllm {endpoint.served['version']}" if server and server.is_vllm else "",
                 device="none",
                 max_model_len=min(lengths, default=None),
                 max_num_seqs=self._whole,
                 startup_s=time.monotonic() - self._started_s,
                 settings={"endpoints": [one.host for one in self._endpoints]},
+                served=endpoint.served,
             )
         if server is not None and server.is_vllm and not endpoint.answered_s:
             window.size = min(FIRST_AT_VLLM, self._most)

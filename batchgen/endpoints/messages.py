@@ -12,6 +12,8 @@ Source:
 from __future__ import annotations
 
 import re
+from array import array
+from base64 import b64decode
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -35,6 +37,8 @@ OF_ALL = frozenset(
     }
 )
 """Sampling that any server has; of the rest only vLLM's is known to obey."""
+NUMBERS = {"embed": "embeddings", "classify": "../classify", "score": "score"}
+"""Task -> path of vLLM's server."""
 WRAPPED = "answer"
 """Key of the object that holds a choice where a server has JSON schemas only."""
 NOT_ANSWERS = frozenset({None, "abort", "error"})
@@ -66,6 +70,8 @@ class Server(NamedTuple):
     """Adapter, or None for the model itself -> the server's name for it."""
     is_vllm: bool
     max_tokens_key: str = "max_tokens"
+    limit: int | None = None
+    """Tokens that it takes, if it says so."""
 
 
 class Asked(NamedTuple):
@@ -73,11 +79,13 @@ class Asked(NamedTuple):
 
     path: str
     body: Mapping[str, Any]
-    n: int
-    num_logprobs: int | None
-    is_wrapped: bool
-    has_tools: bool
-    has_reasoning: bool
+    n: int = 1
+    num_logprobs: int | None = None
+    is_wrapped: bool = False
+    has_tools: bool = False
+    has_reasoning: bool = False
+    cut_at: int | None = None
+    """Where numbers are asked for: a text of so many tokens was cut to fit."""
 
     @property
     def is_chat(self) -> bool:
@@ -102,13 +110,14 @@ def ask(request: EngineRequest, spec: EngineSpec, server: Server) -> Asked:
         Unsuitable: The server has not what it takes.
         OSError, ValueError, TypeError, KeyError: A message, or an image of it, is none.
     """
+    if spec.task != "generate":
+        return _ask_numbers(request, spec, server)
     fields = {**spec.sampling_params, **(request.params or {})}
     fields = {name: value for name, value in fields.items() if value is not None}
     form = fields.pop("structured_outputs", None)
     num_logprobs = fields.pop("logprobs", None)
     if not server.is_vllm and (unknown := sorted(fields.keys() - OF_ALL)):
-        msg = f"sampling.{unknown[0]} is vLLM's, and the server is another"
-        raise Unsuitable(msg)
+        raise Unsuitable(f"sampling.{unknown[0]} is vLLM's, and the server is another")
     fields[server.max_tokens_key] = fields.pop("max_tokens")
     body = {"model": server.models[request.lora], **fields}
     if request.seed is not None:
@@ -136,6 +145,31 @@ def ask(request: EngineRequest, spec: EngineSpec, server: Server) -> Asked:
     )
 
 
+def _ask_numbers(request: EngineRequest, spec: EngineSpec, server: Server) -> Asked:
+    """Ask for a vector, for probabilities of labels, or for a score.
+
+    Source:
+        vllm/entrypoints/pooling, protocol.py and api_router.py of each, 0.32.
+    """
+    if not server.is_vllm:
+        raise Unsuitable(f"task = {spec.task!r} needs vLLM's server, and this is another")
+    named = {
+        key: spec.pooling[key] for key in spec.pooling.keys() & {"dimensions", "use_activation"}
+    }
+    body: dict[str, Any] = {"model": server.models[request.lora], **named}
+    if isinstance(request.prompt, tuple):
+        body["text_1"], body["text_2"] = request.prompt
+    else:
+        body["input"] = request.prompt
+    if spec.task == "embed":
+        body["encoding_format"] = "base64"
+    cuts = spec.pooling.get("too_long") == "truncate"
+    if cuts:
+        body["truncate_prompt_tokens"] = -1
+    cut_at = server.limit if cuts else None
+    return Asked(NUMBERS[spec.task], body, cut_at=cut_at)
+
+
 def _asked_logprobs(num: int) -> int:
     """One more: vLLM's server lists the token taken first, also where it is not so likely."""
     return min(num + 1, MAX_LOGPROBS) if num else 0
@@ -161,8 +195,7 @@ def _chat(request: EngineRequest, spec: EngineSpec, server: Server) -> dict[str,
     }
     given = {name: value for name, value in own.items() if value is not None}
     if given and not server.is_vllm:
-        msg = f"prompt.{next(iter(given))} is vLLM's, and the server is another"
-        raise Unsuitable(msg)
+        raise Unsuitable(f"prompt.{next(iter(given))} is vLLM's, and the server is another")
     return {**body, **given}
 
 
@@ -179,8 +212,9 @@ def _form(form: Mapping[str, Any], server: Server, *, has_logprobs: bool) -> dic
         whole = {"type": "object", "properties": {WRAPPED: label}, "required": [WRAPPED]}
         return _json_schema({**whole, "additionalProperties": False})
     what = next(iter(form)) + (" with sampling.logprobs" if has_logprobs else "")
-    msg = f"output.{what} needs vLLM's server (`structured_outputs`), and this is another"
-    raise Unsuitable(msg)
+    raise Unsuitable(
+        f"output.{what} needs vLLM's server (`structured_outputs`), and this is another"
+    )
 
 
 def _json_schema(schema: object) -> dict[str, Any]:
@@ -196,32 +230,44 @@ def read(data: bytes, asked: Asked) -> Reply:
     """
     try:
         reply = orjson.loads(data)
-        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         usage = reply.get("usage") or {}
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        if asked.path in NUMBERS.values():
+            num = _count(usage["prompt_tokens"])
+            why = "length" if num == asked.cut_at else "stop"
+            sample = Sample("", why, numbers=_numbers(reply["data"]))
+            return Reply(str(reply["id"]), [sample], num, _count(cached) or 0, 0)
+        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         if [choice["index"] for choice in choices] != list(range(asked.n)):
-            msg = f"{len(choices)} of {asked.n} answers (sampling.n)"
-            raise LackingError(msg)
+            raise LackingError(f"{len(choices)} of {asked.n} answers (sampling.n)")
         samples = [_sample(choice, asked) for choice in choices]
         counts = (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
         return Reply(str(reply["id"]), samples, *map(_count, counts))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        msg = f"no answer as OpenAI's API has it ({type(error).__name__}, {len(data):,} bytes)"
-        raise BadReplyError(msg) from None
+        raise BadReplyError(
+            f"no answer as OpenAI's API has it ({type(error).__name__}, {len(data):,} bytes)"
+        ) from None
+
+
+def _numbers(data: Any) -> bytes:  # noqa: ANN401 - as it came
+    """Take a row's numbers, as `Sample.numbers` has them."""
+    (one,) = data
+    if "embedding" in one:
+        found = b64decode(one["embedding"], validate=True)
+        return array("f", found).tobytes()  # Whole ones only.
+    return array("f", one["probs"] if "probs" in one else [one["score"]]).tobytes()
 
 
 def _count(value: object) -> int | None:
     if value is None or (type(value) is int and 0 <= value < 1 << 40):
         return value
-    msg = "usage"
-    raise ValueError(msg)
+    raise ValueError("usage")
 
 
 def _sample(choice: Mapping[str, Any], asked: Asked) -> Sample:
     why = choice["finish_reason"]
     if why in NOT_ANSWERS or not isinstance(why, str):
-        msg = "an answer that the server has broken off"
-        raise BadReplyError(msg)
+        raise BadReplyError("an answer that the server has broken off")
     message = choice["message"] if asked.is_chat else {"content": choice["text"]}
     text = message["content"] or ""
     reasoning = message.get("reasoning") or message.get("reasoning_content") or None
@@ -235,8 +281,7 @@ def _sample(choice: Mapping[str, Any], asked: Asked) -> Sample:
     if asked.num_logprobs is not None:
         listed = choice.get("logprobs")
         if not listed:
-            msg = "no log probabilities (sampling.logprobs)"
-            raise LackingError(msg)
+            raise LackingError("no log probabilities (sampling.logprobs)")
         tokens = _chat_tokens(listed) if asked.is_chat else _text_tokens(listed)
         logprobs = _token_logprobs(tokens, text, asked.num_logprobs, is_ended=why == "stop")
     return Sample(
@@ -308,6 +353,31 @@ def unsplit(samples: Sequence[Sample], asked: Asked) -> str | None:
             return "the server splits reasoning from answers: say model.reasoning_parser, too"
         if asked.has_reasoning and sample.reasoning is None and "</think>" in sample.text:
             return "the server does not split reasoning from answers: it has no --reasoning-parser"
+    return None
+
+
+def cut(request: EngineRequest, num_tokens: int | None, cut_at: int | None) -> RowError | None:
+    """Notice that a server has read only a part of a prompt, and has not said so.
+
+    Args:
+        request: What was asked.
+        num_tokens: Of the prompt, as the server counts them; 0 or None: it does not say.
+        cut_at: What it counts of a prompt that it has surely cut. Ollama cuts to a length that
+            depends on its context alone, so that this is told of all that it cuts.
+
+    Source:
+        ollama, llm/llama_server.go, completionPromptForRequest and contextShiftPromptLimit, and
+        server/prompt.go, chatPrompt, of 2026-08: the oldest messages go first, then what is still
+        too long loses its middle, down to half of the context; before that (runner/, up to 0.12)
+        down to all of it. https://github.com/ollama/ollama/issues/17427
+    """
+    given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    # What a model has said before may be shortened by its chat template.
+    texts = _texts([one for one in given if isinstance(one, str) or one.get("role") != "assistant"])
+    num_words = sum(len(text.split()) for text in texts)  # No token is of several words.
+    if num_tokens and (num_tokens == cut_at or num_tokens < num_words):
+        text = f"the server has cut the prompt to {num_tokens} tokens; give it a larger context"
+        return RowError("prompt_too_long", f"{text} (Ollama: OLLAMA_CONTEXT_LENGTH, num_ctx)")
     return None
 
 

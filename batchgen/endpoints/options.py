@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchgen.core.errors import ConfigError
 from batchgen.core.processes import stat_of
+from batchgen.core.records import EngineSpec
 from batchgen.engine.base import HostedRequest
+
+MOST_AT_ONCE = 2048
+"""Of a server, if the job does not say; vLLM runs 1,024 at once on the largest GPUs."""
+SPARE_FILES = 128
+"""Open files that are left to everything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,8 @@ class Options:
     tokens_per_minute: float | None = None
     request_timeout_s: float = 600.0
     endpoint_grace_s: float = 300.0
+    known: Mapping[str, Any] = field(default_factory=dict)
+    """What was kept of the server that has answered rows; empty: nothing yet."""
     digest: str = ""
     """Of the model and its settings, for `warm`."""
     trial: Sequence[Mapping[str, Any]] | None = ()
@@ -51,10 +60,21 @@ class Options:
             raise ConfigError(where, [f"the environment variable {self.api_key_env} {what}"])
         return key
 
-    def request(self) -> HostedRequest:
+    def request(self, task: str) -> HostedRequest:
         """What a server is tried with."""
-        say = [{"role": "user", "content": "Say yes."}]
-        return HostedRequest(0, "Say yes." if self.trial is None else list(self.trial) or say, 1)
+        say = "Say yes."
+        if task == "score":
+            return HostedRequest(0, (say, say), 1)
+        chat = [{"role": "user", "content": say}]
+        return HostedRequest(0, say if self.trial is None else list(self.trial) or chat, 1)
+
+
+def most_at_once(spec: EngineSpec, options: Options) -> tuple[int, int]:
+    """How many requests a server may have at once, and all of them."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    whole = spec.max_in_flight or MOST_AT_ONCE * len(options.urls)
+    whole = max(1, min(whole, files - SPARE_FILES))
+    return min(whole, MOST_AT_ONCE), whole
 
 
 def started_at(pid: int) -> str | None:

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import orjson
 
 from batchgen.core.errors import one_line
 from batchgen.core.records import EngineSpec, RowError
-from batchgen.endpoints import messages
+from batchgen.endpoints import identity, messages
 from batchgen.endpoints.messages import BadReplyError, LackingError, Server, Unsuitable
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ LOOK_S = 10.0
 TRIAL_S = 120.0
 NO_ANSWER = "no answer in"
 TRIAL_TOKENS = 8
+MOST_TRIED = 32_768
+"""Tokens of a context that a server is tried with."""
 LEAST_MOST_BYTES = 16 << 20
 """No answer is larger but by what was asked for: beyond, it is not read to its end."""
 BUSY = frozenset({429, 503, 529})
@@ -87,8 +90,11 @@ class Endpoint:
     url: str
     window: Window
     server: Server | None = None
-    version: str = ""
+    served: Mapping[str, Any] = field(default_factory=dict)
+    """By what its model is known again, see `identity`."""
     max_model_len: int | None = None
+    cut_at: int | None = None
+    """So many tokens it counts of a prompt that it has cut; None: not known to cut any."""
     is_tied: bool = False
     """It repeats the id of a request in its answer."""
     is_out: bool = True
@@ -183,7 +189,13 @@ class Http:
             await self._session.close()
 
     async def ask(
-        self, endpoint: Endpoint, request: EngineRequest, spec: EngineSpec, timeout_s: float = 0
+        self,
+        endpoint: Endpoint,
+        request: EngineRequest,
+        spec: EngineSpec,
+        timeout_s: float = 0,
+        *,
+        may_be_cut: bool = False,
     ) -> tuple[Reply, Asked]:
         """Have a request answered.
 
@@ -213,6 +225,11 @@ class Http:
         except BadReplyError as error:
             self._distrust()
             raise AttemptError(str(error), is_from_server=True) from None
+        may_be_cut = may_be_cut or endpoint.server.is_vllm
+        if not may_be_cut and (
+            text := messages.cut(request, reply.num_prompt_tokens, endpoint.cut_at)
+        ):
+            raise RowRefusedError(text)
         return reply, asked
 
     def _distrust(self) -> None:
@@ -229,8 +246,9 @@ class Http:
         if status in OF_THE_ROW:
             raise RowRefusedError(messages.refusal(self._clean(data), status, request))
         if 300 <= status < 400:
-            msg = f"HTTP {status}: it sends on to another place, expected model.base_url to be that"
-            raise WrongServerError(msg)
+            raise WrongServerError(
+                f"HTTP {status}: it sends on to another place, expected model.base_url to be that"
+            )
         text = f"HTTP {status}: {messages.told(self._clean(data), request)}"
         if status == 404:
             text += "; does model.base_url end in /v1?"
@@ -270,7 +288,7 @@ class Http:
         try:
             async with self._session.request(
                 "GET" if data is None else "POST",
-                f"{endpoint.url}/{path}",
+                urljoin(f"{endpoint.url}/", path),
                 data=data,
                 headers=headers,
                 allow_redirects=False,
@@ -278,8 +296,9 @@ class Http:
             ) as response:
                 return response.status, response.headers, await _body(response, most_bytes)
         except aiohttp.ClientConnectorCertificateError:
-            msg = "its certificate is not trusted; SSL_CERT_FILE may name the authority's"
-            raise WrongServerError(msg) from None
+            raise WrongServerError(
+                "its certificate is not trusted; SSL_CERT_FILE may name the authority's"
+            ) from None
         except TimeoutError:
             raise AttemptError(f"{NO_ANSWER} {timeout_s:.0f} s") from None
         except AttemptError:
@@ -301,8 +320,9 @@ class Http:
         root, name = str(card.get("root") or spec.model), spec.model
         is_hub = root.count("/") == 1 and not root.startswith(("/", "."))
         if is_pinned and not is_vllm:
-            msg = "the job pins the very model, which can be relied upon only with vLLM's server"
-            raise WrongServerError(msg)
+            raise WrongServerError(
+                "the job pins the very model, which can be relied upon only with vLLM's server"
+            )
         if is_pinned and is_hub and root != name:
             raise WrongServerError(f"its model {found[None]!r} is {root!r}, expected {name!r}")
         length = card.get("max_model_len")
@@ -310,9 +330,18 @@ class Http:
         wanted = spec.model_kwargs.get("max_model_len")
         if wanted is not None and length is not None and length != wanted:
             raise WrongServerError(f"its max_model_len is {length}, and the job's {wanted}")
-        endpoint.server = Server(found, is_vllm)
-        endpoint.version = await self._version(endpoint) if is_vllm else ""
+        endpoint.server = Server(found, is_vllm, limit=endpoint.max_model_len)
         await self._try(endpoint, spec)
+        about = {"id": found[None], "root": card.get("root"), "version": ""}
+        if is_vllm:
+            about["version"] = str((await self._told(endpoint, "../version")).get("version", ""))
+        elif loaded := await self._loaded(endpoint, found[None]):
+            about["root"], context = loaded
+            if wanted is not None and context < wanted:
+                raise WrongServerError(f"its context is {context} tokens, and the job's {wanted}")
+            endpoint.max_model_len = context
+            await self._find_cut(endpoint, spec, context)
+        endpoint.served = about
 
     async def models(self, endpoint: Endpoint) -> dict[str, dict[str, Any]]:
         """Ask which models a server has; none where it does not say.
@@ -330,16 +359,49 @@ class Http:
             self._distrust()
             raise AttemptError("its list of models is none", is_from_server=True) from None
 
-    async def _version(self, endpoint: Endpoint) -> str:
-        """Of vLLM; empty where a proxy does not let it through."""
-        parts = urlsplit(endpoint.url)
-        root = Endpoint(f"{parts.scheme}://{parts.netloc}", endpoint.window)
-        status, _, data = await self._send(root, "version", LOOK_S)
-        try:
-            return str(orjson.loads(data)["version"])[:40] if status == 200 else ""
-        except (ValueError, TypeError, LookupError):
-            self._distrust()
-            return ""
+    async def _told(self, endpoint: Endpoint, path: str) -> dict[str, Any]:
+        """What a server says there; nothing where it, or a proxy before it, does not."""
+        status, _, data = await self._send(endpoint, path, LOOK_S)
+        with suppress(ValueError):
+            found = orjson.loads(data) if status == 200 else {}
+            return found if isinstance(found, dict) else {}
+        self._distrust()
+        return {}
+
+    async def _loaded(self, endpoint: Endpoint, name: str) -> tuple[str, int] | None:
+        """Ask Ollama for the digest and the context of a model that has just answered."""
+        models = (await self._told(endpoint, "../api/ps")).get("models")
+        for one in models if isinstance(models, list) else ():
+            if one.get("model") == name and isinstance(one.get("context_length"), int):
+                return str(one.get("digest")), one["context_length"]
+        return None
+
+    async def _find_cut(self, endpoint: Endpoint, spec: EngineSpec, context: int) -> None:
+        """Find out what a server counts of a prompt that is longer than its context, see `was_cut`.
+
+        One that refuses it cuts none. With a large context that would take minutes.
+        """
+        if endpoint.cut_at is not None or context > MOST_TRIED:
+            return
+        long = identity.request("yes " * (context + 64), self._trial)
+        small = identity.asking(spec, with_logprobs=False)
+        with suppress(RowRefusedError, AttemptError):
+            reply, _ = await self.ask(endpoint, long, small, TRIAL_S, may_be_cut=True)
+            endpoint.cut_at = reply.num_prompt_tokens
+
+    async def question(self, endpoint: Endpoint, spec: EngineSpec) -> dict[str, Any]:
+        """Ask what tells models apart; a server that takes no question like it has no answer.
+
+        Raises:
+            BusyError, AttemptError, WrongServerError: It does not answer that.
+        """
+        request = identity.request(identity.QUESTION, self._trial)
+        for with_logprobs in (True, False):
+            how = identity.asking(spec, with_logprobs=with_logprobs)
+            with suppress(LackingError, RowRefusedError):
+                reply, _ = await self.ask(endpoint, request, how, TRIAL_S)
+                return identity.answer(reply)
+        return {}
 
     async def _try(self, endpoint: Endpoint, spec: EngineSpec) -> None:
         """Ask for a few tokens in the job's own way: what is missing shows here, before any row."""
@@ -393,8 +455,9 @@ def _find_models(cards: Mapping[str, Mapping[str, Any]], spec: EngineSpec) -> di
         roots = [name for name, card in cards.items() if card.get("root") == spec.model]
         wanted[None] = next(iter(roots), spec.model)
     if missing := [name for name in wanted.values() if name not in cards]:
-        msg = f"it has no model {missing[0]!r}; it has {', '.join(map(repr, cards))[:300]}"
-        raise WrongServerError(msg)
+        raise WrongServerError(
+            f"it has no model {missing[0]!r}; it has {', '.join(map(repr, cards))[:300]}"
+        )
     return wanted
 
 

@@ -28,7 +28,7 @@ from batchgen.engine.vllm.settings import (
     llm_kwargs,
     prepare_environment,
 )
-from batchgen.job.recipe import fingerprint
+from batchgen.job.recipe import engine_digest
 from batchgen.pipeline.prepare import check
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ SERVER = "vllm.entrypoints.openai.api_server"
 def engine_for(spec: EngineSpec) -> Engine:
     """Make the engine of `base_url = "auto"`: the warm server if it runs, or one of its own."""
     state = read_state(str(spec.endpoint["digest"]))
-    if state is None:
+    if state is None or spec.pooling.get("too_long") == "chunk":  # Which no server does.
         return VllmEngine(spec)
     names = {"urls": [state["url"]], "key_file": state["key_file"], "process": state["process"]}
     return OpenAIEngine(replace(spec, backend="openai", endpoint={**spec.endpoint, **names}))
@@ -83,15 +83,18 @@ def serve(job: JobConfig, port: int | None) -> NoReturn:
     if not job.model.is_vllm:
         where = "model.backend"
         raise ConfigError(where, [f"{job.model.backend!r} is no model that this machine loads"])
-    digest = fingerprint(checked.recipe["model"])
+    digest = engine_digest(checked.recipe)
     if (state := read_state(digest)) is not None:
         raise BusyError(f"this engine is up at {state['url']}, process {state['process'][0]}")
     port = port or _free_port()
-    key = secrets.token_urlsafe(32)
+    key = os.environ.get("VLLM_API_KEY") or secrets.token_urlsafe(32)
     spec = checked.engine_spec(None)
     is_cpu = is_cpu_build()
     prepare_environment(is_cpu=is_cpu)
     arguments = server_arguments(spec, is_cpu=is_cpu)
+    is_folder = Path(job.model.name).is_absolute()  # Who has it not here, calls it by its name.
+    name = Path(job.model.name).name if is_folder else job.model.name
+    arguments += ["--served-model-name", spec.model, name]
     here = folder()
     _write(here / f"{digest}.key", f"{key}\n")
     state = {

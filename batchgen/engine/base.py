@@ -159,7 +159,8 @@ def task_facts(spec: EngineSpec) -> TaskFacts:
     Raises:
         ConfigError: It or the model cannot do that.
     """
-    ask = getattr(engine_class(spec.backend), "task_facts", None)
+    backend = "vllm" if spec.is_vllm else spec.backend
+    ask = getattr(engine_class(backend), "task_facts", None)
     if ask is None:
         problem = f"{spec.task!r}: the engine {spec.backend!r} can do generate only"
         raise ConfigError(TASK, [problem])

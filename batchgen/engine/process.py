@@ -364,12 +364,14 @@ class Host:
         self._report(engine)  # One that is up at once should be known to be before it can die.
         while not self._closing:
             self._wake.clear()
+            completions: Sequence[Completion] = ()
             if engine.num_in_flight or not self._is_ready:
-                if completions := engine.step(STATS_S):
-                    self.send("done", completions)
+                completions = engine.step(STATS_S)
             else:
                 self._wake.wait(STATS_S)
-            self._report(engine)
+            self._report(engine)  # First: who takes an answer may ask what the engine is.
+            if completions:
+                self.send("done", completions)
         engine.close()
 
     def send(self, *message: object) -> None:

@@ -157,6 +157,12 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
+def engine_digest(recipe: Recipe) -> str:
+    """Hash what an engine is started for: the model, its settings and the task."""
+    task = {"task": recipe["task"]} if "task" in recipe else {}
+    return fingerprint({**recipe["model"], **task})
+
+
 def diff(old: Recipe, new: Recipe) -> list[str]:
     """Return one line a changed key: `prompt.user: 'old' -> 'new'`."""
     before, after = dict(_flat(old)), dict(_flat(new))

@@ -482,6 +482,10 @@ class OneEngine:
             if feeder.has_requests:
                 engine.start()
 
+        def commit(part: OpenPart) -> None:  # In the committer's thread.
+            context.keep_server(work.prepared, engine.facts)
+            work.commits.computed(part, engine.facts)
+
         feeder = stages.feeder(
             stages.feed(read(), deduper.passing if deduper else None),
             engine,
@@ -495,7 +499,7 @@ class OneEngine:
                 engine,
                 feeder,
                 context.stats,
-                commit=lambda part: work.commits.computed(part, engine.facts),
+                commit=commit,
                 on_retry=context.tell_disk_trouble,
             )
             with watching(context, self._look, deduper) as monitor:
@@ -564,4 +568,6 @@ class OneEngine:
     def _spec(self, at: int) -> EngineSpec:
         assert self._prepared is not None  # noqa: S101 - nothing starts before it is prepared
         log = self._context.log
-        return self._prepared.engine_spec(log.engine_log_of(at + 1) if at else log.engine_log)
+        spec = self._prepared.engine_spec(log.engine_log_of(at + 1) if at else log.engine_log)
+        known = self._context.known_server(self._prepared) if spec.endpoint else None
+        return replace(spec, endpoint={**spec.endpoint, "known": known}) if known else spec

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import BatchgenError, ConfigError
+from batchgen.core.data import parse_state
+from batchgen.core.errors import BatchgenError, ConfigError, StorageError
 from batchgen.core.runtime import Told, command
 from batchgen.engine.order import held_size
 from batchgen.engine.vllm.settings import settings_text
+from batchgen.job.recipe import diff
 from batchgen.pipeline.stats import duration
+from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
-    from batchgen.core.errors import StorageError
     from batchgen.core.records import Completion, EngineFacts, EngineStats, Request, RowSet
     from batchgen.job.model import JobConfig, Tuned
     from batchgen.job.sampling import SamplingConfig
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 
 _NUM_TIMES = 20
+SERVED = f"{STATE}/served.json"
+_TOLD = ("root", "version", "text")
 TEMPLATE_TOKENS = 128
 
 
@@ -204,6 +210,24 @@ class RunContext:
         """A commit took so long."""
         self.commits_s.append(seconds)
         del self.commits_s[:-_NUM_TIMES]
+
+    def known_server(self, prepared: Prepared) -> dict[str, Any]:
+        """Return what was kept of the server that has answered rows of this recipe."""
+        with suppress(ValueError, TypeError, KeyError, StorageError):
+            kept = parse_state(self.storage.read(SERVED) or b"")
+            return dict(kept["served"]) if kept["of"] == prepared.recipe_fingerprint else {}
+        return {}
+
+    def keep_server(self, prepared: Prepared, facts: EngineFacts | None) -> None:
+        """Keep by what a server's model is known again, and say what else it has become."""
+        known = self.known_server(prepared)
+        if facts is None or not facts.served or facts.served == known:
+            return
+        was, now = ({key: one.get(key) for key in _TOLD} for one in (known, facts.served))
+        for line in diff(was, now) if known else ():
+            self.notes.add(f"model.base_url: the server is not what it was, {line}")
+        kept = {"of": prepared.recipe_fingerprint, "served": facts.served}
+        self.storage.replace(SERVED, json.dumps(kept).encode())
 
     def note_death(self, death: Mapping[str, Any], whose: str = "") -> None:
         """Keep what is known of an engine's death, and warn of it.
@@ -506,4 +530,5 @@ def tuned_dict(tuned: Tuned | None) -> dict[str, Any]:
 
 def engine_dict(facts: EngineFacts | None) -> dict[str, Any]:
     """Return the engine's facts as plain values; empty if it never came up."""
-    return {name: getattr(facts, name) for name in facts.__slots__} if facts else {}
+    names = (name for name in facts.__slots__ if name != "served") if facts else ()
+    return {name: getattr(facts, name) for name in names}

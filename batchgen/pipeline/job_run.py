@@ -35,6 +35,7 @@ from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.vllm.settings import SETTINGS
 from batchgen.pipeline.compute import OneEngine
 from batchgen.pipeline.context import (
+    SERVED,
     Moment,
     RunContext,
     RunOptions,
@@ -266,6 +267,8 @@ class JobRun:
         context = self._context
         if context.is_stopped():
             return self._stopped()
+        if self._options.fresh:
+            context.storage.remove(SERVED)
         start = partial(self._compute.start, decision.prepared)
         hooks = Hooks(context.notes.add, start, context.storage, self._check_not_stopped)
         try:

@@ -198,8 +198,7 @@ class Checked:
         spec = engine_spec(self.job, self.model.path, self.form.structured_outputs, log_path)
         if not spec.endpoint:
             return spec
-        digest = recipes.fingerprint(self.recipe["model"])
-        told = {"digest": digest, "trial": self.builder.probe()}
+        told = {"digest": recipes.engine_digest(self.recipe), "trial": self.builder.probe()}
         return replace(spec, endpoint={**spec.endpoint, **told})
 
     def with_plan(self, plan: Plan) -> Prepared:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -430,6 +431,8 @@ def test_fewer_answers_than_asked_for_are_refused():
 
 def test_a_choice_is_asked_for_as_a_schema_where_there_are_no_choices():
     def label(server, request, body):
+        if "response_format" not in body:
+            return None
         schema = body["response_format"]["json_schema"]["schema"]
         chosen = json.dumps({"answer": schema["properties"]["answer"]["enum"][1]})
         reply = server.reply(request, body)
@@ -442,6 +445,99 @@ def test_a_choice_is_asked_for_as_a_schema_where_there_are_no_choices():
         closing(OpenAIEngine(spec_of(server, sampling=form))) as engine,
     ):
         assert {answer.text for answer in answers(engine, asks(5))} == {"no"}
+
+
+def quoting(server, request, body):
+    """Answers another text to the fixed question, and rows as ever."""
+    if "rainbow" not in json.dumps(body):
+        return None
+    return web.json_response(
+        server.reply(request, {**body, "messages": [{"content": "? " + "x" * 30}]})
+    )
+
+
+def facts_of(server, **endpoint):
+    with closing(OpenAIEngine(spec_of(server, **endpoint))) as engine:
+        check(engine, asks(1))
+        return engine.facts.served
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "problem"),
+    [
+        ("vllm", {"logprob": -0.7, "version": "0.33.0"}, None),
+        ("vllm", {"logprob": -0.9}, "at a log probability of -0.90, where it was -0.50: another"),
+        ("vllm", {"faults": quoting}, "'\\?' as token 1, where it was 'N'"),
+        ("plain", {"root": "n"}, "its model is 'n', and was 'm': another model; --fresh"),
+        ("plain", {"faults": quoting}, None),
+    ],
+    ids=["noise", "weights", "tokens", "root", "no-logprobs"],
+)
+def test_a_server_with_another_model_is_refused(kind, change, problem):
+    with stand_in(kind=kind) as server:
+        known = facts_of(server)
+    with stand_in(kind=kind, **change) as other:
+        if problem is None:
+            assert facts_of(other, known=known).keys() == known.keys()
+            return
+        with pytest.raises(ConfigError, match=problem):
+            refusal(spec_of(other, known=known))
+        assert not [body for body in other.asked if "row" in json.dumps(body)]
+
+
+def test_servers_with_two_models_are_refused_together():
+    with (
+        stand_in() as one,
+        stand_in(logprob=-2.0) as two,
+        pytest.raises(ConfigError, match="another model"),
+    ):
+        refusal(spec_of(one, two))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"kind": "ollama", "context": 400}, "row {} " + "of twenty letters" * 30),
+        ({"kind": "ollama", "context": 400, "shifts": False}, "row {} " + "of twenty letters" * 30),
+        ({"kind": "plain", "context": 400}, "row {} " + "a b c " * 100),
+        ({"kind": "llama.cpp", "context": 400}, "row {} " + "a b c " * 100),
+    ],
+    ids=["ollama", "ollama-refuses", "some-other", "llama.cpp"],
+)
+def test_a_prompt_that_a_server_cuts_in_silence_is_an_error(options, text):
+    """And one that just fits is none."""
+    with stand_in(**options) as server, closing(OpenAIEngine(spec_of(server))) as engine:
+        check(engine, asks(3, "row {} " + "x" * 380))
+        found = [one.error for one in answers(engine, [*asks(2, text), *asks(1)])]
+    assert [one and one.error_type for one in found] == ["prompt_too_long", "prompt_too_long", None]
+    is_said = options["kind"] == "llama.cpp" or not options.get("shifts", True)
+    assert ("exceeds the available context" if is_said else "has cut the prompt") in found[0].error
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"context": 400}, "its context is 400 tokens, and the job's 512"),
+        ({"context": 1, "kind": "plain"}, "the server has cut the prompt to 1 tokens"),
+    ],
+    ids=["told", "tried"],
+)
+def test_a_context_that_is_too_small_is_told_before_the_first_row(options, problem):
+    with stand_in(**{"kind": "ollama", **options}) as server:
+        spec = spec_of(server)
+        with pytest.raises(ConfigError, match=problem):
+            refusal(replace(spec, model_kwargs={"max_model_len": 512}))
+
+
+def test_a_server_that_loads_its_model_is_waited_for():
+    """As llama.cpp's does: its list is there before, and all else is 503."""
+    loading = Every(unavailable, each=1, until=2)
+    with (
+        stand_in(kind="llama.cpp", faults=lambda *asked: loading(*asked[:2], "row")) as server,
+        closing(OpenAIEngine(spec_of(server))) as engine,
+    ):
+        check(engine, asks(5))
+    assert loading.spoilt == 2
 
 
 def test_bounds_hold():
@@ -508,7 +604,7 @@ def test_a_run_that_no_server_answers_stops_and_goes_on_where_it_was(tmp_path):
     before = server.answered
     second = json.loads(batchgen("run", job, "--json").stdout)
     assert (second["exit_code"], second["num_ok"], second["num_errors"]) == (0, 40, 0)
-    assert server.answered - before <= 40 - summary["num_ok"] + 1  # And one trial.
+    assert server.answered - before <= 40 - summary["num_ok"] + 2  # And two trials.
     server.stop()
 
 
@@ -546,6 +642,26 @@ def test_a_budget_is_never_overdrawn(tmp_path):
         assert (done["exit_code"], done["state"]) == (75, "stopped")
         assert "max_tokens_total = 8000 is spent" in done["reason"]
     assert runs[1]["num_ok"] > 1.5 * runs[0]["num_ok"]
+
+
+def test_the_next_night_knows_the_server_s_model_again(tmp_path):
+    """Another model is refused, another version is told; `--fresh` begins with what there is."""
+    ways = [
+        ({}, 5, (), 0, []),
+        ({"logprob": -3.0}, 10, (), 2, []),
+        ({"logprob": -3.0}, 10, ("--fresh",), 0, []),
+        ({"logprob": -3.0, "version": "0.33.0"}, 15, (), 0, ["version: '0.32.0' -> '0.33.0'"]),
+    ]
+    port = 0
+    for server, num, options, code, told in ways:
+        with stand_in(key=KEY, port=port, **server) as one:
+            port = one.port
+            job = job_file(tmp_path, one, num)
+            done = json.loads(batchgen("run", job, "--json", *options).stdout)
+            assert done["exit_code"] == code
+            assert [text.partition("what it was, ")[2] for text in done["warnings"]] == told
+            rows = [body for body in one.asked if "canary" in json.dumps(body)]
+            assert len(rows) == (num if options else 5) * (code == 0)
 
 
 @pytest.mark.proof

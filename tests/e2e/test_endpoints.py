@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.contract.pooling_models import PAIRS, TEXTS
+
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "sample_data" / "model"
 PLACE = {"gen_engine", "gen_run_id", "gen_num_cached_tokens", "gen_latency_s"}
@@ -192,6 +194,8 @@ def test_auto_takes_the_warm_engine_and_does_without_it_when_it_is_gone(place, w
     server, state = warm
     assert Path(state["key_file"]).stat().st_mode & 0o777 == 0o600
     assert place.env["WARM_KEY"] not in " ".join(Path(f"/proc/{server.pid}/cmdline").read_text())
+    cards = json.loads(models(state["url"], place.env["WARM_KEY"]))["data"]
+    assert [card["id"] for card in cards] == [str(MODEL), MODEL.name]
     auto = place.job("schema", "auto", backend="openai", base_url="auto")
     started = time.monotonic()
     assert place.run(auto)["engine"]["name"] == "openai"
@@ -231,6 +235,54 @@ def test_adapters_and_a_warm_engine_that_is_killed_under_a_run(place):
     assert any("the warm server has ended" in text for text in done["warnings"])
     place.run(place.job("schema", "lora-here", shape, **model))
     assert_close(place.rows("lora"), place.rows("lora-here"))
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    command = [sys.executable, "-m", "tests.contract.pooling_models", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["embed", "classify", "score"])
+def test_numbers_by_http_are_those_of_the_engine_here(task, place, encoders):
+    """To the last bit but for float32's, cut texts and refused ones included."""
+    pair = {"query": "{{ q }}", "passage": "{{ text }}"}
+    rows = [{"q": first, "text": second} for first, second in PAIRS]
+    rows += [{"q": "what?", "text": text} for text in TEXTS]
+    (place.folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def job(out, **model):
+        tables = {
+            "input": {"path": "texts.jsonl"},
+            "prompt": pair if task == "score" else {"template": "{{ text }}"},
+            "pooling": {"too_long": "refuse" if task == "score" else "truncate"},
+            "model": {
+                "name": str(encoders / task),
+                "dtype": "float32",
+                "max_num_seqs": 16,
+                **model,
+            },
+            "model.engine": {"enforce_eager": True},
+            "gate": {"max_error_rate": 1.0},
+            "output": {"path": out},
+        }
+        path = place.folder / f"{out}.toml"
+        path.write_text(f'task = "{task}"\n{toml(tables)}')
+        return path
+
+    auto = job(f"{task}-auto", backend="openai", base_url="auto")
+    with engine_up(place, auto) as (_, state):
+        url = {"backend": "openai", "base_url": state["url"], "api_key_env": "WARM_KEY"}
+        for path in (auto, job(f"{task}-url", **url)):
+            done = place.run(path)
+            assert (done["exit_code"], done["engine"]["name"]) == (0, "openai")
+            assert done["num_errors"] == (task == "score")
+    assert place.run(job(f"{task}-here"))["engine"]["name"] == "vllm"
+    assert any("truncated" in str(row) for row in place.rows(f"{task}-here")) == (task != "score")
+    for out in ("auto", "url"):
+        assert_close(place.rows(f"{task}-{out}"), place.rows(f"{task}-here"))
 
 
 def is_json(row):
