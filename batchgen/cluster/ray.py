@@ -45,6 +45,7 @@ from batchgen.cluster.machines import (
 )
 from batchgen.cluster.messages import Capacity, Failed, Gone, Order, Report, WorkerInit
 from batchgen.cluster.worker import Worker
+from batchgen.core.data import Lazy
 from batchgen.core.errors import BatchgenError, ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.runner import FeedBatch
 
+ray: Any = Lazy("ray")
+"""To be imported once the environment is prepared, see `_Session`."""
 _WHERE = "[run]"
 LEAVE_S = 5.0
 """How long workers may take to let go of their engines in order, before they are killed."""
@@ -101,8 +104,6 @@ class _Actor:
 
 
 def _fetch(payload: Any) -> Sequence[FeedBatch]:  # noqa: ANN401 - a Ray reference
-    import ray
-
     batches: Sequence[FeedBatch] = ray.get(payload)
     return batches
 
@@ -167,8 +168,6 @@ class RayCluster:
 
     def capacity(self) -> Capacity:
         """Count from all that the live nodes have, whoever uses it now."""
-        import ray
-
         with _told("be asked for its nodes"):
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         kind = "GPU" if self._takes.num_gpus else "CPU"
@@ -179,8 +178,6 @@ class RayCluster:
 
     def start(self, init: WorkerInit) -> None:
         """Queue an actor at Ray, which waits for room as long as it takes."""
-        import ray
-
         options = {
             "num_cpus": self._takes.num_cpus,
             "num_gpus": self._takes.num_gpus,
@@ -204,8 +201,6 @@ class RayCluster:
 
     def wait(self, timeout_s: float) -> Sequence[tuple[int, Report | Gone]]:
         """See `Cluster`."""
-        import ray
-
         calls = ((hired.call, number) for number, hired in self._started.items())
         numbers = {call: number for call, number in calls if call is not None}
         if not numbers:
@@ -220,8 +215,6 @@ class RayCluster:
         return [(numbers[call], self._news(numbers[call])) for call in back]
 
     def _news(self, number: int) -> Report | Gone:
-        import ray
-
         hired = self._started[number]
         try:
             news: Report | Gone = ray.get(hired.call)
@@ -241,23 +234,17 @@ class RayCluster:
 
     def kill(self, number: int) -> None:
         """Kill the actor: at once, within 5 s if it is frozen. Its engine's guard does the rest."""
-        import ray
-
         if (hired := self._started.pop(number, None)) is not None:
             with contextlib.suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(hired.actor, no_restart=True)
 
     def put(self, batches: Sequence[FeedBatch]) -> Any:  # noqa: ANN401 - a Ray reference
         """Put rows into the object store of this node; workers take them from there."""
-        import ray
-
         with _told("take rows"):
             return ray.put(list(batches))
 
     def close(self) -> None:
         """Ask those who are up to let go of their engines, then kill everybody. Idempotent."""
-        import ray
-
         if self._session.is_over:
             return
         with contextlib.suppress(ray.exceptions.RayError):
@@ -280,8 +267,6 @@ class RayCluster:
 
 def _reason(error: Exception) -> str:
     """Why a worker is gone, in one line."""
-    import ray
-
     text = str(error)
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.OutOfMemoryError):
         return death_told(text)
@@ -293,8 +278,6 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     """Translate what Ray raises when the cluster as a whole is in trouble."""
-    import ray
-
     try:
         yield
     except (ray.exceptions.RayError, ConnectionError) as exc:
@@ -308,8 +291,6 @@ class _Session:
     def __init__(self, address: str | None, num_cpus: int) -> None:
         """See `RayCluster`; who has called `ray.init` in this process keeps that connection."""
         prepare_environment(is_alone=address is None)
-        import ray
-
         self.is_over = False
         self._is_ours = not ray.is_initialized()
         self._folder: Path | None = None
@@ -344,8 +325,6 @@ class _Session:
 
     def end(self) -> None:
         """Leave the cluster, or stop it. Idempotent."""
-        import ray
-
         if self.is_over:
             return
         self.is_over = True

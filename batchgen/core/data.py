@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,23 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-    import polars as pl
+
+class Lazy:
+    """A module that is imported once something of it is asked for, since that takes long."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the module has
+        return getattr(import_module(self._name), name)
+
+
+if TYPE_CHECKING:
+    import polars
+
+    pl = polars
+else:
+    pl = Lazy("polars")
 
 
 class _NoPandas:
@@ -224,8 +241,6 @@ def _polars_type(kind: pa.DataType) -> pa.DataType:  # noqa: PLR0911 - a line a 
 
 @cache
 def _polars_knows(zone: str) -> bool:
-    import polars as pl
-
     try:
         pl.Series([None]).cast(pl.Datetime("us", zone))
     except pl.exceptions.PolarsError:
@@ -278,8 +293,6 @@ def to_polars(batch: pa.RecordBatch) -> pl.DataFrame:
 
 
 def _to_polars(batch: pa.RecordBatch, schema: pa.Schema) -> pl.DataFrame:
-    import polars as pl
-
     columns = [_cast(column, field.type) for column, field in zip(batch, schema, strict=True)]
     return cast("pl.DataFrame", pl.from_arrow(pa.Table.from_arrays(columns, schema=schema)))
 

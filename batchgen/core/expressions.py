@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from batchgen.core.data import pl
 from batchgen.core.errors import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    import polars as pl
 
 # Expression nodes, as polars 1.30 to 2.1 serializes them, whose value at a row depends on that row
 # alone if their children's do: node -> where the children are.
@@ -73,8 +72,6 @@ class RowTest:
             Booleans without nulls, shape (num_rows,), and index -> why it fails on a row, such
             as a strict cast of a value that does not fit. The text holds no value.
         """
-        import polars as pl
-
         try:
             return self.values(columns, num_rows).fill_null(value=False).to_arrow(), {}
         except pl.exceptions.PolarsError as error:
@@ -96,8 +93,6 @@ class RowTest:
         Raises:
             PolarsError: It fails on a value, or cannot be evaluated at all.
         """
-        import polars as pl
-
         # The extra column keeps the number of rows when the expression reads none.
         table = pa.table([pa.array(range(num_rows)), *columns], names=[_SPARE, *self.columns])
         return pl.DataFrame(table).with_columns(self.expression.alias(_SPARE))[_SPARE]
@@ -109,8 +104,6 @@ def parse_row_test(name: str, text: str) -> RowTest:
     Raises:
         ValueError: It is not one SQL expression.
     """
-    import polars as pl
-
     try:
         expression = pl.sql_expr(_LEN.sub(lambda found: found[1] or "length", text))
         names = dict.fromkeys(expression.meta.root_names())
@@ -179,8 +172,6 @@ def _function_name(function: Any) -> str:  # noqa: ANN401 - polars' own JSON
 
 def _check_result(test: RowTest, columns: pa.Schema) -> None:
     """Evaluate it on a row of nulls and on one of values: some mistakes show only on values."""
-    import polars as pl
-
     where = f"{test.name} = {test.text!r}"
     kinds = [columns.field(name).type for name in test.columns]
     rows = [[pa.nulls(1, kind) for kind in kinds], [_sample(kind) for kind in kinds]]
@@ -206,8 +197,6 @@ def _may_be_the_value(error: Exception) -> bool:
         polars 1.30 to 2.1: a cast that fails on a value says "conversion from", one that no value
         can pass says otherwise; what does not parse is a ComputeError, on nulls it does not fail.
     """
-    import polars as pl
-
     is_conversion = _first_line(error).startswith("conversion from ")
     return is_conversion or isinstance(error, pl.exceptions.ComputeError)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from batchgen.core.data import pl
 from batchgen.core.errors import ConfigError, suggestion
 from batchgen.source.columns import is_json, type_word
 from batchgen.store.result_files import label_column
@@ -86,8 +87,6 @@ def count_gold(tables: Iterable[pa.Table], gold: str, path: Sequence[str], prefi
         path: See `answer_path`.
         prefix: Of batchgen's columns.
     """
-    import polars as pl
-
     counts: Counts = Counter()
     for table in tables:
         answered = label_column(table, prefix + path[0], path[1:])

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
+from batchgen.core.data import pl
 from batchgen.core.errors import StorageError
 from batchgen.core.records import Ranges, Request, RowSet
 from batchgen.core.runtime import option
@@ -39,8 +40,6 @@ from batchgen.store.keys import prefix_of, prefixes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    import polars as pl
 
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
@@ -184,8 +183,6 @@ class _Keys:
     """The first 64 bits of the keys of answered rows, 16 bytes a row."""
 
     def __init__(self, recipe: str, answers: Iterable[pa.Table]) -> None:
-        import polars as pl
-
         kinds = {"segment": pl.Int32, "row": pl.Int64, "key": pl.UInt64}
         frames = [pl.DataFrame(schema=kinds)]
         for table in answers:
@@ -202,8 +199,6 @@ class _Keys:
 
     def differing(self, segment: int, rows: Iterable[int], keys: Iterable[int | None]) -> list[int]:
         """Of these rows of a segment, those that have another key, or one and no one."""
-        import polars as pl
-
         known: pl.DataFrame | None = self._by_segment.get(segment)
         if known is None:
             return []

@@ -29,10 +29,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
+from batchgen.core.data import Lazy
 from batchgen.core.errors import SourceError
 from batchgen.core.runtime import open_file
 from batchgen.job.model import is_url
 from batchgen.source.partitions import is_partition_folder, partition_keys
+
+fsspec: Any = Lazy("fsspec")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,6 @@ def open_input(path: str) -> IO[bytes]:
     try:
         if not is_url(path):
             return open_file(Path(path))
-        import fsspec
-
         opened: IO[bytes] = fsspec.open(path, "rb").open()
     except (OSError, ImportError, ValueError) as error:
         raise SourceError(path, _reason(error)) from error
@@ -80,8 +81,6 @@ def stat_input(path: str) -> InputStat:
             if (real := os.path.realpath(path)) != os.path.abspath(path):  # noqa: PTH100
                 version += f" {hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}"
             return InputStat(info.st_size, version)
-        import fsspec
-
         fs, inner = fsspec.core.url_to_fs(path)
         facts = fs.info(inner)
     except (OSError, ImportError, ValueError) as error:
@@ -150,8 +149,6 @@ def find_inputs(paths: Sequence[str]) -> Found:
 def _root(path: str, files: Sequence[str]) -> str:
     """The folder that a path names, up to what is a pattern; of the files' spelling."""
     if is_url(path):
-        import fsspec
-
         fs, path = fsspec.core.url_to_fs(path)
         root, _ = literal_part(path, fs.exists)
         root = fs.unstrip_protocol(root)
@@ -285,8 +282,6 @@ def _kind(path: str) -> str | None:
 
 
 def _remote(url: str, found: Found) -> Iterator[str]:
-    import fsspec
-
     fs, inner = fsspec.core.url_to_fs(url)
     if isinstance(fs, fsspec.implementations.local.LocalFileSystem):
         yield from map(fs.unstrip_protocol, _local(inner, found))

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.core.data import pl
 from batchgen.core.errors import ConfigError
 
 _ARROW = "__arrow_c_stream__"
@@ -26,8 +27,6 @@ def _as_arrow(value: Any) -> pa.Table:  # noqa: ANN401 - see `is_table`
     """Read a table into Arrow's; polars' with strings as Parquet has them, not as views."""
     if not hasattr(value, "collect_schema"):
         return pa.table(value)  # With pandas' index, unless that only counts.
-    import polars as pl
-
     return value.lazy().collect().to_arrow(compat_level=pl.CompatLevel.oldest())
 
 

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from batchgen.core.data import pl
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.store.books import FILES, STATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import polars as pl
 
     from batchgen.storage import LocalStorage
 
@@ -54,8 +53,6 @@ class KeySet:
             self._sort()
 
     def _sort(self) -> None:
-        import polars as pl
-
         # The last run may have room: many small loads must not become as many runs.
         if self._runs and len(self._runs[-1]) < _RUN_KEYS:
             self._loaded.append(self._runs.pop())
@@ -67,8 +64,6 @@ class KeySet:
         """Whether each is in the set."""
         if not self:
             return [False] * len(prefixes)
-        import polars as pl
-
         if len(self._recent) >= _MERGE_KEYS:
             self.load(pl.Series(list(self._recent), dtype=pl.UInt64))
             self._recent.clear()
@@ -96,8 +91,6 @@ class KeySet:
 
 def prefixes_of(keys: pl.Series) -> pl.Series:
     """The first 64 bits of request keys; null for what is none."""
-    import polars as pl
-
     return keys.str.head(_HEX).str.to_integer(base=16, dtype=pl.UInt64, strict=False)
 
 
@@ -121,8 +114,6 @@ class KeyFile:
 
     def add(self, rows: pa.Table) -> None:
         """Add those of rows in the part schema."""
-        import polars as pl
-
         keys, status = (pl.Series(rows.column(name).cast(pa.string())) for name in self._columns)
         prefixes, is_ok = prefixes_of(keys), status == "ok"
         for found, wanted in zip(self._found, (is_ok, ~is_ok), strict=True):
@@ -130,8 +121,6 @@ class KeyFile:
 
     def put(self, storage: LocalStorage, name: str) -> None:
         """Leave them for later runs; what fails here costs time, no more."""
-        import polars as pl
-
         none = pl.Series([], dtype=pl.UInt64)
         ok, errors = (pl.concat([none, *found]).sort() for found in self._found)
         sizes = pl.Series([len(ok), len(errors)], dtype=pl.UInt64)
@@ -148,8 +137,6 @@ def read_keys(storage: LocalStorage, name: str, *, takes_errors: bool) -> pl.Ser
         name: Of the file.
         takes_errors: Whether a row that is an error answers for rows like it.
     """
-    import polars as pl
-
     if not name.startswith(FILES):
         return None
     try:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from batchgen.core.data import take_rows
+from batchgen.core.data import pl, take_rows
 from batchgen.core.records import Ranges, RowSet
 from batchgen.core.runtime import open_file
 from batchgen.source.columns import read_schema
@@ -29,7 +29,6 @@ from batchgen.store.result_files import ROW, SEGMENT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    import polars as pl
     import pyarrow as pa
 
     from batchgen.store.books import Durable, Plan, Segment
@@ -234,8 +233,6 @@ def count_common(
     Returns:
         None if it cannot be told, as not all of them have digests.
     """
-    import polars as pl
-
     if not has_digests(storage, *(file for file, _ in (*old, *new))):
         return None
     counts = [
@@ -281,8 +278,6 @@ def _aligned(
     old: ReadDigests, num_old: int, new: ReadDigests, num_new: int
 ) -> Iterator[list[tuple[int, int, int]]]:
     """Yield runs of equal rows, block by block: (new start, old start, length)."""
-    import polars as pl
-
     shift = 0  # Old row minus new row, where the last block ended.
     num_read = 0
     free = _frame(b"", 0)  # Old rows that are read and not taken.
@@ -300,7 +295,6 @@ def _aligned(
 
 def _frame(digests: bytes, first: int) -> pl.DataFrame:
     """Rows with their digests in two halves; rows without one left out."""
-    import polars as pl
     import pyarrow as pa
 
     num = len(digests) // 8
@@ -325,8 +319,6 @@ def _matched(
     First what is at its place, which is nearly everything on most nights; then the rest. Where a
     row stands several times, the first that is left meets the first.
     """
-    import polars as pl
-
     at_place = (
         new.with_columns(old=pl.col("row") + shift)
         .join(free, left_on=["old", "a", "b"], right_on=["row", "a", "b"], how="semi")
@@ -350,15 +342,11 @@ def _matched(
 
 def _counted(rows: pl.DataFrame) -> pl.DataFrame:
     """Tell equal rows apart by their count: the first, the second, ..."""
-    import polars as pl
-
     return rows.sort("row").with_columns(count=pl.int_range(pl.len()).over("a", "b"))
 
 
 def _runs(pairs: pl.DataFrame) -> list[tuple[int, int, int]]:
     """Pairs in the order of `row` as runs that grow together."""
-    import polars as pl
-
     starts = (
         pairs.with_row_index("at")
         .filter(((pl.col("row").diff() != 1) | (pl.col("old").diff() != 1)).fill_null(value=True))
@@ -405,8 +393,6 @@ class Renumbering:
             old: The earlier plan.
             new: The later plan.
         """
-        import polars as pl
-
         by_old: dict[int, list[Span]] = {}
         for span in sorted(spans, key=lambda span: (span.old_segment, span.old_start)):
             by_old.setdefault(span.old_segment, []).append(span)
@@ -435,8 +421,6 @@ class Renumbering:
             prefix: Of batchgen's columns.
             takes_errors: Whether rows that are errors are wanted too.
         """
-        import polars as pl
-
         facts = pl.DataFrame(
             {
                 "old_segment": pl.Series(table.column(SEGMENT)).cast(pl.Int64),

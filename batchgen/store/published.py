@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from batchgen.core.data import parse_json
+from batchgen.core.data import parse_json, pl
 from batchgen.core.errors import OutputError
 from batchgen.core.records import Ranges, RowSet
 from batchgen.core.runtime import option
@@ -62,8 +62,6 @@ def _results(text: bytes) -> Ranges:
 
 def ordinals_of(rows: RowSet) -> pa.Table:
     """Segment and row of each row of a set, in order."""
-    import polars as pl
-
     if not rows:
         return ORDINALS.empty_table()
     kinds = {"segment": pl.Int32, "start": pl.Int64, "stop": pl.Int64}

@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchgen.core.data import column_of, gather_rows, lazy_frame, parse_json, with_polars_types
+from batchgen.core.data import column_of, gather_rows, lazy_frame, parse_json, pl, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
 from batchgen.core.records import Ranges, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
@@ -45,8 +45,6 @@ from batchgen.store.books import Chunk, Part, PartFooter
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
-
-    import polars as pl
 
     from batchgen.core.records import Result
     from batchgen.storage import LocalStorage
@@ -283,8 +281,6 @@ class PartWriter:
 
 def rows_of(table: pa.Table) -> RowSet:
     """Segment -> row numbers of a table with ordinals."""
-    import polars as pl
-
     if not table.num_rows:
         return RowSet()
     ordinals = pl.DataFrame(
@@ -557,8 +553,6 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     Raises:
         OutputError: A column can be shown to polars in no type.
     """
-    import polars as pl
-
     paths = [storage.path(name) for name in names]
 
     def batches(num_rows: int) -> Iterator[pa.RecordBatch]:

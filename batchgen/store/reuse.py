@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.core.data import take_rows
+from batchgen.core.data import pl, take_rows
 from batchgen.core.errors import OutputError
 from batchgen.core.records import Request, RowSet
 from batchgen.core.runtime import option
@@ -30,8 +30,6 @@ from batchgen.store.result_files import ROW, SEGMENT, ResultFile, check_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
-
-    import polars as pl
 
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Chunk, Manifest, Part, Plan
@@ -329,8 +327,6 @@ def _key_groups(
     storage: LocalStorage, source: Source, prefix: str, tell: Callable[[str], None]
 ) -> Iterator[tuple[int, pl.DataFrame]]:
     """Yield each row group's number and its rows that answer: `prefix`, `row`, `is_ok`."""
-    import polars as pl
-
     key, status = f"{prefix}request_key", f"{prefix}status"
     with ResultFile(storage.path(source.name), source.chunks) as file:
         # Whose answer is copied is proven then.
@@ -385,8 +381,6 @@ class AnsweredKeys:
         Neither sorted nor without repeats: at ten million rows, either would cost more memory than
         the places themselves.
         """
-        import polars as pl
-
         kinds = {"prefix": pl.UInt64, "group": pl.UInt32, "row": pl.UInt32}
         found = {is_ok: [pl.DataFrame(schema=kinds)] for is_ok in (True, False)}
         for source in sources:
@@ -410,8 +404,6 @@ class AnsweredKeys:
         Raises:
             StorageError: A source cannot be read right now.
         """
-        import polars as pl
-
         wanted = pl.DataFrame({"key": keys}, schema={"key": pl.String}).with_row_index("at")
         wanted = wanted.with_columns(prefix=prefixes_of(wanted["key"]))
         here = self._index.join(wanted, on="prefix", how="semi", maintain_order="left")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.core.data import take_rows
+from batchgen.core.data import pl, take_rows
 from batchgen.core.errors import ConfigError, OutputError, SourceError, suggestion
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import command, option
@@ -31,8 +31,6 @@ from batchgen.store.snapshot import find_snapshot
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
-
-    import polars as pl
 
     from batchgen.store.books import Manifest, Plan, Segment
 
