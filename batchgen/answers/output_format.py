@@ -296,7 +296,7 @@ def answer_columns(job: JobConfig, output: OutputFormat) -> AnswerColumns:
     if has_logprobs and not output.enums:
         columns.append(each("logprobs", pa.list_(_TOKEN), lambda s, _: _logprobs(s)))
     columns += [each("samples", SAMPLE, _told)] * job.tells_samples
-    one = job.model_copy(update={"sampling": job.sampling.model_copy(update={"n": 1})})
+    one = job.changed(sampling={"n": 1})
     of_one = answer_columns(one, output) if job.tells_samples else None
     return AnswerColumns(columns, _label_paths(job, output), of_one)
 

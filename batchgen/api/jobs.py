@@ -67,8 +67,7 @@ def load(
         write_table(table, path, may_change)
     except OSError as error:
         refuse("input.path", path, f"a place that can be written ({error.strerror})")
-    changed = config.input.model_copy(update={"path": [str(path)], "format": "parquet"})
-    return config.model_copy(update={"input": changed})
+    return config.changed(input={"path": [str(path)], "format": "parquet"})
 
 
 def loaded(

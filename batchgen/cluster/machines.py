@@ -93,9 +93,7 @@ def share_gpu(job: JobConfig, takes: Resources) -> JobConfig:
     """The job as a worker gets it: who shares a GPU takes no more than its share of the memory."""
     if not 0 < takes.num_gpus < 1 or job.model.gpu_memory_utilization is not None:
         return job
-    share = round(_OF_ONE * takes.num_gpus, 3)
-    model = job.model.model_copy(update={"gpu_memory_utilization": share})
-    return job.model_copy(update={"model": model})
+    return job.changed(model={"gpu_memory_utilization": round(_OF_ONE * takes.num_gpus, 3)})
 
 
 def fit(takes: Resources, node: Mapping[str, float]) -> int:

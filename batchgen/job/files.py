@@ -84,11 +84,7 @@ def with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
         named.problems += _unpinned_code(job, changes["model"]["name"])
     if named.problems:
         raise ConfigError(where, named.problems)
-    return job.model_copy(
-        update={
-            table: getattr(job, table).model_copy(update=those) for table, those in changes.items()
-        }
-    )
+    return job.changed(**changes)
 
 
 class _Named:

@@ -503,7 +503,14 @@ class JobConfig(Table):
         """The same job on one engine here, whose end nobody is told of."""
         alone: dict[str, Any] = {"on_finish": [], "metrics_file": None}
         alone |= {"replicas": 1, "ray_address": None}
-        return self.model_copy(update={"run": self.run.model_copy(update=alone)})
+        return self.changed(run=alone)
+
+    def changed(self, **tables: Mapping[str, Any]) -> Self:
+        """The same job but for some keys of some tables, which are not checked."""
+        changes = {
+            name: getattr(self, name).model_copy(update=keys) for name, keys in tables.items()
+        }
+        return self.model_copy(update=changes)
 
     @property
     def tuned(self) -> Tuned | None:

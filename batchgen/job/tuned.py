@@ -129,12 +129,7 @@ def with_settings(job: JobConfig, settings: Mapping[str, Any]) -> JobConfig:
             model[name] = value
         else:
             engine[name] = value
-    return job.model_copy(
-        update={
-            "model": job.model.model_copy(update={**model, "engine": engine}),
-            "run": job.run.model_copy(update=run),
-        }
-    )
+    return job.changed(model={**model, "engine": engine}, run=run)
 
 
 def use_tuned(job: JobConfig, job_path: Path, device: Callable[[], str]) -> JobConfig:

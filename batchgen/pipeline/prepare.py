@@ -186,8 +186,7 @@ class Checked:
         recipe, job = plan.job["recipe"], self.job
         had_many = recipe.get("sampling", {}).get("n", 1) > 1 and SAMPLES not in plan.job["output"]
         if had_many and job.output.samples is None and job.tells_samples:
-            output = job.output.model_copy(update={SAMPLES: False})
-            job = job.model_copy(update={"output": output})
+            job = job.changed(output={SAMPLES: False})
             told = replace(self, job=job, answer=answer_columns(job, self.form))
             return told.by_recipe_of(plan)
         is_same = recipes.without_speed(recipe) == recipes.without_speed(self.recipe)

@@ -181,7 +181,7 @@ def _localized(job: JobConfig, found: Found) -> JobConfig:
         changes = {"revision": found.commit}
     elif found.missing_bytes and found.folder is not None:
         changes = {"name": str(found.folder), "revision": None}
-    return job.model_copy(update={"model": job.model.model_copy(update=changes)})
+    return job.changed(model=changes)
 
 
 def _shared(job: JobConfig) -> JobConfig:

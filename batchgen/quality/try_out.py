@@ -231,13 +231,8 @@ def _job_of(job: JobConfig, place: Path, options: TryOptions) -> JobConfig:
     if not (options.is_random or options.errors):
         wanted["limit"] = min(options.num_rows, job.input.limit or options.num_rows)
     output = {"path": str(place), "keep_snapshots": NUM_TRIES}
-    return job.quiet().model_copy(
-        update={
-            "input": job.input.model_copy(update=wanted),
-            "output": job.output.model_copy(update=output),
-            "gate": GateConfig(max_error_rate=1.0, max_shrink=1.0),
-        }
-    )
+    elsewhere = job.quiet().changed(input=wanted, output=output)
+    return elsewhere.model_copy(update={"gate": GateConfig(max_error_rate=1.0, max_shrink=1.0)})
 
 
 class _Sample:

@@ -412,8 +412,7 @@ class Tuning:
 def _scratch(job: JobConfig) -> Iterator[JobConfig]:
     """The job with a temporary output, which stays if the engine fails: its log is in there."""
     folder = tempfile.mkdtemp(prefix="batchgen-tune-")
-    output = job.output.model_copy(update={"path": f"{folder}/out"})
-    yield job.model_copy(update={"output": output})
+    yield job.changed(output={"path": f"{folder}/out"})
     shutil.rmtree(folder, ignore_errors=True)
 
 
