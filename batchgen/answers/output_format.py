@@ -304,11 +304,12 @@ def answer_columns(job: JobConfig, output: OutputFormat) -> AnswerColumns:
 def _told(sample: Sample, reading: Reading) -> dict[str, Any]:
     """As `SAMPLE` has it."""
     logprobs = sample.logprobs
+    total = None if logprobs is None else math.fsum(token.logprob for token in logprobs)
     return {
         "verdict": reading.verdict.value,
         "finish_reason": sample.finish_reason,
         "num_output_tokens": sample.num_tokens,
-        "cumulative_logprob": logprobs and math.fsum(token.logprob for token in logprobs),
+        "cumulative_logprob": total,
         "error": reading.error and reading.error.error,
     }
 

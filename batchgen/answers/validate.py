@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from batchgen.job.recipe import Seeds
     from batchgen.job.sampling import RetryConfig, SamplingConfig
 
+    Asked = Sequence[tuple[Request, Completion]]
+    Readings = Sequence[Sequence[Reading]]
+
 _CHECKS = "[checks]"
 TELL_ERROR = "This answer was refused: {error}. Answer again, without this mistake."
 """The message that a retry with `tell_error` adds, after the failed answer."""
@@ -78,7 +81,7 @@ class Judge:
         self._rules = [parse_row_test(f"rules[{at}]", text) for at, text in rules]
         self._prefix = job.output.prefix
 
-    def judge(self, asked: Sequence[tuple[Request, Completion]]) -> list[Result]:
+    def judge(self, asked: Asked) -> list[Result]:
         """One result each, in order; `error` says why an answer does not count."""
         readings = [
             [self._read_sample(sample, request) for sample in completion.samples]
@@ -95,12 +98,7 @@ class Judge:
             readings = [[_ruled(reading, next(ruled)) for reading in each] for each in readings]
         return self._results(asked, readings, self._columns)
 
-    def _results(
-        self,
-        asked: Sequence[tuple[Request, Completion]],
-        readings: Sequence[Sequence[Reading]],
-        columns: AnswerColumns,
-    ) -> list[Result]:
+    def _results(self, asked: Asked, readings: Readings, columns: AnswerColumns) -> list[Result]:
         """Put together what was read, by the rules if they are for these columns."""
         results = [
             self._result(*one, read, columns) for one, read in zip(asked, readings, strict=True)

@@ -79,20 +79,16 @@ class SamplingConfig(SamplingFields):
 
     @model_validator(mode="after")
     def _has_keys_of_their_own(self) -> Self:
-        if clash := sorted(self.extra.keys() & type(self).model_fields.keys()):
-            msg = f"extra.{clash[0]} has a key of its own, set sampling.{clash[0]}"
-            raise ValueError(msg)
-        if clash := sorted(self.extra.keys() & _OURS.keys()):
-            msg = f"extra.{clash[0]} is batchgen's to set, {_OURS[clash[0]]}"
-            raise ValueError(msg)
+        for name in sorted(self.extra):
+            if name in {*type(self).model_fields, *_OURS}:
+                place = "[output]" if name in _OURS else f"sampling.{name}"
+                msg = f"extra.{name} has a place of its own, see {place}"
+                raise ValueError(msg)
         return self
 
 
-_OURS = {
-    "structured_outputs": "see [output]",
-    **dict.fromkeys(("output_kind", "detokenize", "skip_clone"), "leave it out"),
-}
-"""Fields that `extra` cannot have, and what to do."""
+_OURS = ("structured_outputs", "output_kind", "detokenize", "skip_clone")
+"""Fields that batchgen sets."""
 
 
 class ChecksConfig(Table):

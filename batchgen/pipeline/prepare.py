@@ -262,9 +262,8 @@ class Checked:
 
     def reads(self, available: Sequence[str]) -> frozenset[str]:
         """Name the columns that requests are made of; raises ConfigError if one is not there."""
-        return self.builder.columns(available) | set(
-            RowOptions(self.job).columns(available).values()
-        )
+        own = RowOptions(self.job).columns(available).values()
+        return self.builder.columns(available) | {*own}
 
     def _prepared(
         self,
@@ -351,18 +350,13 @@ def frozen_job(job: JobConfig, recipe: recipes.Recipe) -> dict[str, Any]:
     # Plans of before there was a delimiter have no such key.
     absent = {key for key in ("delimiter", "encoding") if getattr(job.input, key) is None}
     output = job.output.model_dump(include={"prefix", "flatten", "with_seed"})
-    optional = {
-        SAMPLES: job.tells_samples,
-        "label_probability": job.output.label_probability,
-    }
-    checks = job.checks.model_dump(exclude={"min_ok_samples"})
-    if job.checks.min_ok_samples > 1:
-        checks["min_ok_samples"] = job.checks.min_ok_samples
+    optional = {SAMPLES: job.tells_samples, "label_probability": job.output.label_probability}
+    unsaid = {"min_ok_samples"} if job.checks.min_ok_samples == 1 else set()
     return {
         "recipe": recipe,
         "input": job.input.model_dump(exclude={"path", *absent}),
         "output": output | {key: True for key, is_set in optional.items() if is_set},
-        "checks": checks,
+        "checks": job.checks.model_dump(exclude=unsaid),
     }
 
 

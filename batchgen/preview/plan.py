@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.core.errors import BatchgenError, OutputError
 from batchgen.core.records import EngineSpec, RowSet, WorkLeft
-from batchgen.core.runtime import Told, command, option
+from batchgen.core.runtime import Told, command, option, read_json
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.pipeline.compute import lengths_of, work_of
@@ -36,14 +36,7 @@ from batchgen.preview.estimate import (
     last_run,
     read_price,
 )
-from batchgen.preview.sample import (
-    SAMPLE_ROWS,
-    Survey,
-    load_tokenize,
-    max_model_len,
-    survey,
-    temperature_of,
-)
+from batchgen.preview.sample import SAMPLE_ROWS, Survey, load_tokenize, max_model_len, survey
 from batchgen.storage import LocalStorage
 from batchgen.store.books import TRIES, Durable, Plan
 from batchgen.store.ledger import Ledger
@@ -542,3 +535,23 @@ def refuse_unwritable(root: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         msg = f"{there}: cannot be written to; mend its rights, or choose another output.path"
         raise OutputError(msg)
+
+
+def temperature_of(spec: EngineSpec) -> str:
+    """Return the temperature of the job's rows and who says so; empty where a server does.
+
+    Source:
+        ModelConfig.get_diff_sampling_param: vllm/config/model.py, 0.26 to 0.32; what nobody says
+        is 1 (SamplingParams.from_optional, vllm/sampling_params.py).
+    """
+    if not spec.is_vllm or spec.task != "generate":
+        return ""
+    given, kwargs = spec.sampling_params.get("temperature"), spec.model_kwargs
+    if given is not None:
+        return f"{given} (sampling.temperature)"
+    place = kwargs.get("generation_config", "auto")
+    folder = Path(spec.model if place == "auto" else place)
+    found = {} if place == "vllm" else read_json(folder / "generation_config.json", dict)
+    found |= kwargs.get("override_generation_config") or {}
+    value, by = found.get("temperature"), "the model's generation_config.json"
+    return "1.0 (vLLM's default)" if value is None else f"{value} ({by})"

@@ -133,26 +133,6 @@ def room_for(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> int
     return max(0, min(max_tokens, max_model_len - num_prompt_tokens))
 
 
-def temperature_of(spec: EngineSpec) -> str:
-    """Return the temperature of the job's rows and who says so; empty where a server does.
-
-    Source:
-        ModelConfig.get_diff_sampling_param: vllm/config/model.py, 0.26 to 0.32; what nobody says
-        is 1 (SamplingParams.from_optional, vllm/sampling_params.py).
-    """
-    if not spec.is_vllm or spec.task != "generate":
-        return ""
-    given, kwargs = spec.sampling_params.get("temperature"), spec.model_kwargs
-    if given is not None:
-        return f"{given} (sampling.temperature)"
-    place = kwargs.get("generation_config", "auto")
-    folder = Path(spec.model if place == "auto" else place)
-    found = {} if place == "vllm" else read_json(folder / "generation_config.json", dict)
-    found |= kwargs.get("override_generation_config") or {}
-    value, by = found.get("temperature"), "the model's generation_config.json"
-    return "1.0 (vLLM's default)" if value is None else f"{value} ({by})"
-
-
 def max_model_len(spec: EngineSpec, past: PastRun | None) -> tuple[int | None, str]:
     """Find how many tokens a prompt and its answer may have together, and who says so.
 

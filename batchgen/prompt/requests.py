@@ -69,9 +69,7 @@ class RowOptions:
             "output.schema_column": self._schema,
             "model.lora_column": self._lora,
         }
-        return {
-            key: holder_of(column, available) for key, column in keys.items() if column is not None
-        }
+        return {key: holder_of(name, available) for key, name in keys.items() if name is not None}
 
     def of(self, values: Values, check_schema: CheckSchema) -> Own | RowError:
         """What this row asks for, or why it cannot be had."""

@@ -106,8 +106,7 @@ def exploded(frame: pl.LazyFrame, prefix: str) -> pl.LazyFrame:
 
     names, samples = frame.collect_schema().names(), f"{prefix}samples"
     if samples not in names:
-        msg = f"explode: no column {samples!r}, expected an output with sampling.n > 1 that has it"
-        raise OutputError(msg)
+        raise OutputError(f"explode: no column {samples!r}, expected one with sampling.n > 1")
     lists = [prefix + name for name in _LISTS if prefix + name in names]
     one, number = pl.col(samples).struct, pl.int_ranges(pl.col(samples).list.len())
     error = pl.when(one.field("error").is_not_null())

@@ -46,21 +46,25 @@ KINDLY_CODES = {0, 75}
 
 def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
     """Kill until `amount` kills are done, every job to its end."""
-    job = make_job(folder / "job", ROWS, step_s=0.001)
-    expected = expected_of(job, folder / "expected")
-    next_day(job)
-    expected_next = whole_run(job, folder / "expected-next")
+    worlds = []
+    for place in (folder / "texts", folder / "vectors"):
+        job = make_job(place, ROWS, step_s=0.001, is_vectors=place.name == "vectors")
+        expected = expected_of(job, place / "expected")
+        next_day(job)
+        worlds.append((job, expected, whole_run(job, place / "expected-next")))
     counts: Counter[str] = Counter()
     number = 0
     while counts["kills"] < amount:
+        job, expected, expected_next = worlds[number % 3 == 2]
         first_day(job)
+        counts["jobs of vectors"] += number % 3 == 2
         if number % 20 == 0:  # Anew, because others come and go on the machine.
             usual_s = _usual_s(job, folder)
         moments = random.Random(f"{seed}/{number}")
         out = folder / f"out-{number}"
         is_night = moments.random() < NIGHT_SHARE
         if is_night:
-            shutil.copytree(folder / "expected", out)
+            shutil.copytree(job.path.parent / "expected", out)
             next_day(job)
             counts["jobs that are a second night"] += 1
         with replayable(f"seed {seed!r}, job {number}, usual {usual_s:.3f} s"):

@@ -28,6 +28,7 @@ from tests.torture.harness import main
 from tests.torture.support import (
     Job,
     ProofError,
+    as_vectors,
     manifest_of,
     published,
     replayable,
@@ -116,7 +117,8 @@ class World:
         self.files: Files = {}
         self.past: list[list[str]] = []
         self.dedupe = chance.choice(("auto", "always", "never"))
-        self.temperature = chance.choice((0, 0, 0, 1))
+        self.is_vectors = chance.random() < 0.2
+        self.temperature = 0 if self.is_vectors else chance.choice((0, 0, 0, 1))
         self.suffix = chance.choice((".jsonl", ".jsonl", ".jsonl.gz"))
         self.is_typed = chance.random() < 0.8
         self.rules = RULES if chance.random() < 0.2 else "[]"
@@ -141,6 +143,7 @@ class World:
             dedupe=self.dedupe,
             rules=self.rules,
         )
+        job = as_vectors(job) if self.is_vectors else job
         self.job.path.write_text(job, encoding="utf-8")
 
     def live(self) -> None:
@@ -192,6 +195,7 @@ class World:
             raise ProofError(_difference(rows, expected))
         shutil.rmtree(whole)
         self.counts["nights"] += 1
+        self.counts["nights of vectors"] += self.is_vectors
         self.count_written()
 
     def count_written(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -66,13 +67,25 @@ class Job:
         return ["run", str(self.path), *(arg for text in sets for arg in ("--set", text)), *extra]
 
 
-def make_job(folder: Path, num_rows: int, *, step_s: float = 0.0, flush_rows: int = 20) -> Job:
+def as_vectors(job: str) -> str:
+    """The same job file with a vector for each row instead of an answer."""
+    job = re.sub(r"\[sampling\]\n(\w+ = .*\n)*", "", job).replace("\nuser =", "\ntemplate =")
+    return f'task = "embed"\n{job}'
+
+
+def make_job(
+    folder: Path,
+    num_rows: int,
+    *,
+    step_s: float = 0.0,
+    flush_rows: int = 20,
+    is_vectors: bool = False,
+) -> Job:
     """Several parts, finished out of order, published as two files; some rows bad, some blank."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.toml"
     first_day(Job(path, num_rows))
-    path.write_text(
-        f"""
+    text = f"""
 [input]
 path = "in.jsonl"
 [prompt]
@@ -95,9 +108,8 @@ rows_per_file = {num_rows * 3 // 5}
 flush_rows = {flush_rows}
 max_in_flight = 32
 disk_grace_s = 20.0
-""",
-        encoding="utf-8",
-    )
+"""
+    path.write_text(as_vectors(text) if is_vectors else text, encoding="utf-8")
     return Job(path, num_rows)
 
 

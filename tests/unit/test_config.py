@@ -397,11 +397,11 @@ MISTAKES = {
     ),
     "a key of its own": (
         {"sampling": {"extra": {"top_k": 3}}},
-        "sampling: extra.top_k has a key of its own, set sampling.top_k",
+        "sampling: extra.top_k has a place of its own, see sampling.top_k",
     ),
     "not for a job to set": (
         {"sampling": {"extra": {"structured_outputs": {}}}},
-        "sampling: extra.structured_outputs is batchgen's to set, see [output]",
+        "sampling: extra.structured_outputs has a place of its own, see [output]",
     ),
     "no snapshot to keep": (
         {"output": {"keep_snapshots": -1}},

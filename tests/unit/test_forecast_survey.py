@@ -16,13 +16,13 @@ from batchgen.engine.process import build_engine
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.frozen import freeze
 from batchgen.pipeline.prepare import prepare
+from batchgen.preview.plan import temperature_of
 from batchgen.preview.sample import (
     config_max_len,
     load_tokenize,
     max_model_len,
     sampled,
     survey,
-    temperature_of,
 )
 from batchgen.prompt.requests import RequestBuilder
 from batchgen.store.keys import KeySet, prefix_of
