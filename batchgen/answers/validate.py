@@ -265,5 +265,4 @@ def check_retries(rungs: Sequence[RetryConfig], sampling: SamplingConfig, *, is_
         if rung.tell_error and not is_chat:
             problems.append(f"retry[{at}].tell_error: needs a chat, not a raw text")
     if problems:
-        where = "[[retry]]"
-        raise ConfigError(where, problems)
+        raise ConfigError("[[retry]]", problems)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from batchgen.core.records import RowError, Sample, TokenLogprobs, is_continued
-from batchgen.engine.base import end_of, flatten_parts
+from batchgen.core.records import EngineSpec, RowError, Sample, TokenLogprobs, is_continued
+from batchgen.engine.base import EngineRequest, end_of, flatten_parts
 from batchgen.engine.vllm.answers import MIN_LOGPROB
 from batchgen.engine.vllm.images import with_local_images
 from batchgen.engine.vllm.settings import MAX_LOGPROBS
@@ -27,8 +27,6 @@ from batchgen.engine.vllm.settings import MAX_LOGPROBS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.core.records import EngineSpec
-    from batchgen.engine.base import EngineRequest
 
 OF_ALL = frozenset(
     {

@@ -16,14 +16,13 @@ from pydantic import ValidationError
 
 from batchgen.core.data import check_levels, holder_of, parse_json, value_at
 from batchgen.core.errors import one_line, suggestion
-from batchgen.core.records import Ordinal, Request, Result, RowError, is_continued
+from batchgen.core.records import Ordinal, Prompt, Request, Result, RowBatch, RowError, is_continued
 from batchgen.job.sampling import SamplingFields
 from batchgen.prompt.builder import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from batchgen.core.records import Prompt, RowBatch
     from batchgen.job.model import JobConfig
     from batchgen.job.recipe import Seeds
     from batchgen.prompt.builder import PromptBuilder
