@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.answers.output_format import AnswerColumns, Column, OutputFormat, Reading
-from batchgen.core.records import RowError, Verdict
+from batchgen.core.records import Request, RowError, Sample, TaskFacts, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batchgen.core.records import Request, Sample, TaskFacts
     from batchgen.job.model import JobConfig
 
     Numbers = memoryview[float]

@@ -46,8 +46,7 @@ def check(_: Path, load: Load, *, num_rows: int) -> None:
     found = check_job(load(), num_rows)
     _out_rows(found.as_text())
     if found.reason:
-        where = "[prompt]"
-        raise ConfigError(where, [found.reason])
+        raise ConfigError("[prompt]", [found.reason])
 
 
 def _out_rows(text: str) -> None:

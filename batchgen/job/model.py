@@ -209,28 +209,21 @@ class PromptConfig(Table):
         given = [name for name, is_given in forms.items() if is_given]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            msg = f"found {found}, expected exactly one of {', '.join(forms)}"
-            raise ValueError(msg)
+            raise ValueError(f"found {found}, expected exactly one of {', '.join(forms)}")
         if (self.query is None) != (self.passage is None):
-            msg = "query and passage go together, found one of them"
-            raise ValueError(msg)
+            raise ValueError("query and passage go together, found one of them")
         for name in ("user", "system"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
-                msg = f"both {name} and {name}_file are given, expected one"
-                raise ValueError(msg)
+                raise ValueError(f"both {name} and {name}_file are given, expected one")
         if (self.system is not None or self.system_file is not None) and not forms["user"]:
-            msg = f"system goes with user, not with {given[0]}"
-            raise ValueError(msg)
+            raise ValueError(f"system goes with user, not with {given[0]}")
         if (self.examples or self.examples_file is not None) and not forms["user"]:
-            msg = f"examples go with user, not with {given[0]}"
-            raise ValueError(msg)
+            raise ValueError(f"examples go with user, not with {given[0]}")
         if self.examples and self.examples_file is not None:
-            msg = "both examples and examples_file are given, expected one"
-            raise ValueError(msg)
+            raise ValueError("both examples and examples_file are given, expected one")
         for name in ("images", "prefill"):
             if getattr(self, name) is not None and not self.is_chat:
-                msg = f"{name} goes with user or messages, not with {given[0]}"
-                raise ValueError(msg)
+                raise ValueError(f"{name} goes with user or messages, not with {given[0]}")
         return self
 
 
@@ -309,8 +302,7 @@ class ModelConfig(Table):
     def _is_known(cls, backend: str) -> str:
         if backend not in ("vllm", "openai", "echo") and not _IMPORT_PATH.fullmatch(backend):
             expected = "'vllm', 'openai', 'echo' or 'package.module:Class'"
-            msg = f"{backend!r:.60} is wrong, expected: {expected}"
-            raise ValueError(msg)
+            raise ValueError(f"{backend!r:.60} is wrong, expected: {expected}")
         return backend
 
     @model_validator(mode="after")
@@ -336,13 +328,11 @@ class ModelConfig(Table):
     @model_validator(mode="after")
     def _has_name(self) -> Self:
         if (self.is_vllm or self.backend == "openai") and not self.name:
-            msg = "name is missing, expected the model's folder or hub id"
-            raise ValueError(msg)
+            raise ValueError("name is missing, expected the model's folder or hub id")
         clash = sorted(set(self.engine) & {*type(self).model_fields, "model"})
         if clash and self.is_vllm:
             key = "name" if clash[0] == "model" else clash[0]
-            msg = f"engine.{clash[0]} has a key of its own, set model.{key}"
-            raise ValueError(msg)
+            raise ValueError(f"engine.{clash[0]} has a key of its own, set model.{key}")
         if self.lora_column is not None and not self.lora:
             msg = "lora_column is given without adapters, expected [model.lora] name = folder"
             raise ValueError(msg)
@@ -412,11 +402,9 @@ class OutputConfig(Table):
         }
         given = [name for name, value in forms.items() if value is not None]
         if len(given) > 1:
-            msg = f"{' and '.join(given)} are given, expected one of them"
-            raise ValueError(msg)
+            raise ValueError(f"{' and '.join(given)} are given, expected one of them")
         if self.flatten and self.json_schema is None:
-            msg = "flatten is given without schema"
-            raise ValueError(msg)
+            raise ValueError("flatten is given without schema")
         return self
 
 

@@ -50,8 +50,7 @@ class PoolingConfig(Table):
     @model_validator(mode="after")
     def _one_prefix(self) -> Self:
         if self.prefix is not None and self.prompt_name is not None:
-            msg = "both prefix and prompt_name are given, expected one"
-            raise ValueError(msg)
+            raise ValueError("both prefix and prompt_name are given, expected one")
         return self
 
 

@@ -29,7 +29,7 @@ from batchgen.engine.vllm.encoder import refuse_model
 from batchgen.engine.vllm.settings import leaves_open, refuse_sampling
 from batchgen.job import recipe as recipes
 from batchgen.pipeline.gold import check_score
-from batchgen.pipeline.model_files import other_model, resolve_lora, resolve_model
+from batchgen.pipeline.model_files import ModelFiles, other_model, resolve_lora, resolve_model
 from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.columns import agreed, read_schema
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.job.model import Example, JobConfig
-    from batchgen.pipeline.model_files import ModelFiles
     from batchgen.source.formats import InputFiles
     from batchgen.source.reading import Reader
     from batchgen.store.books import Plan

@@ -32,14 +32,7 @@ from batchgen.pipeline.keeping import leave_damaged
 from batchgen.pipeline.sources import ended_rows
 from batchgen.store.books import FILES, Durable, Epoch, Manifest
 from batchgen.store.parts import Parts
-from batchgen.store.result_files import (
-    ATTEMPTS,
-    ROW,
-    SEGMENT,
-    VERDICT,
-    num_unasked,
-    schema_digest,
-)
+from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, num_unasked, schema_digest
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from batchgen.store.visible import note_as_published, show

@@ -411,20 +411,17 @@ class ImageRules:
         host = _HOST.match(image)
         if "*" in self._domains or (host is not None and host[1].lower() in self._domains):
             return image
-        msg = f"image {image!r:.120}: its host is none of prompt.image_domains"
-        raise ImageRefusedError(msg)
+        raise ImageRefusedError(f"image {image!r:.120}: its host is none of prompt.image_domains")
 
     def _refuse_outside(self, image: str, path: Path) -> None:
         try:
             resolved = path.resolve()
         except (OSError, RuntimeError, ValueError) as error:  # A link to itself, a NUL.
-            msg = f"image {image!r:.120} is no path: {error}"
-            raise ImageRefusedError(msg) from error
+            raise ImageRefusedError(f"image {image!r:.120} is no path: {error}") from error
         if any(resolved.is_relative_to(folder) for folder in self._resolved):
             return
         folders = f"({', '.join(map(str, self._folders)):.120})" if self._folders else "(not set)"
-        msg = f"image {image!r:.120} is not below prompt.images_folder {folders}"
-        raise ImageRefusedError(msg)
+        raise ImageRefusedError(f"image {image!r:.120} is not below prompt.images_folder {folders}")
 
 
 def _checked_part(part: dict[str, Any], images: ImageRules) -> dict[str, Any]:
@@ -434,15 +431,13 @@ def _checked_part(part: dict[str, Any], images: ImageRules) -> dict[str, Any]:
     if kind != "image_url":
         if media or _MEDIA.search(kind):
             found = f"a part of type {kind!r:.60}" + (f" with {min(media)!r:.60}" if media else "")
-            msg = f"{found}, expected text or image_url"
-            raise ImageRefusedError(msg)
+            raise ImageRefusedError(f"{found}, expected text or image_url")
         return part
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
     # vLLM keeps images by `uuid` (part of the request): one row's would be another's.
     if not isinstance(url, str) or media != {"image_url"} or part.get("uuid") is not None:
-        msg = "a part of type 'image_url' is no {type, image_url: {url}}"
-        raise ImageRefusedError(msg)
+        raise ImageRefusedError("a part of type 'image_url' is no {type, image_url: {url}}")
     is_absolute = url.startswith("/")
     checked = images.url_of(url)
     if checked == url or is_absolute:  # As it stands in the row: it is part of the request's key.

@@ -170,8 +170,7 @@ def compare(
         if to is not None:
             differ.write(both, to)
     except (pl.exceptions.PolarsError, pa.ArrowException, OSError) as error:
-        msg = f"{a}, {b}: cannot be compared ({str(error).splitlines()[0]})"
-        raise OutputError(msg) from error
+        raise OutputError(f"{a}, {b}: cannot be compared ({str(error).splitlines()[0]})") from error
     changes = recipes.diff(first.plan.job["recipe"], second.plan.job["recipe"])
     return Comparison(*figures, changes, rows)
 

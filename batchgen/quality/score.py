@@ -181,8 +181,7 @@ def score(root: Path, table: ScoreConfig, snapshot: int | None = None) -> Score:
             calibration=_calibration(side, gold, name, num_rows, table.precision),
         )
     except (pl.exceptions.PolarsError, OSError) as error:
-        msg = f"{root}: cannot be scored ({str(error).splitlines()[0]})"
-        raise OutputError(msg) from error
+        raise OutputError(f"{root}: cannot be scored ({str(error).splitlines()[0]})") from error
 
 
 def _check_installed() -> None:
@@ -196,8 +195,7 @@ def _check_installed() -> None:
 
 
 def _wrong(problem: str) -> ConfigError:
-    where = "[score]"
-    return ConfigError(where, [problem])
+    return ConfigError("[score]", [problem])
 
 
 def _gold(side: Side, name: str | None) -> pl.Expr:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.core.records import RowError, RowSet
 from batchgen.core.runtime import Told, command, option
-from batchgen.job.model import GateConfig
+from batchgen.job.model import GateConfig, JobConfig
 from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
 from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.frozen import read_rows
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     import polars as pl
 
-    from batchgen.job.model import JobConfig
     from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Plan
 
@@ -74,8 +73,7 @@ class TryOptions:
             ConfigError: It is.
         """
         if self.num_rows < 1:
-            where = "num_rows"
-            raise ConfigError(where, [f"{self.num_rows} is wrong, expected 1 or more"])
+            raise ConfigError("num_rows", [f"{self.num_rows} is wrong, expected 1 or more"])
 
 
 @dataclass(frozen=True, slots=True, repr=False)

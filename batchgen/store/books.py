@@ -480,11 +480,9 @@ class PartFooter:
             for counts in footer.tally.values():
                 sum(counts.values())
         except (KeyError, TypeError, AttributeError) as error:
-            msg = f"no batchgen footer: {error!r}"
-            raise ValueError(msg) from error
+            raise ValueError(f"no batchgen footer: {error!r}") from error
         if num_done != balance:
-            msg = f"footer names {num_done} rows, but counts {balance}"
-            raise ValueError(msg)
+            raise ValueError(f"footer names {num_done} rows, but counts {balance}")
         return footer
 
 

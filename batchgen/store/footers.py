@@ -70,13 +70,11 @@ def read_footer(storage: LocalStorage, name: str) -> Told:
     with ResultFile(storage.path(name)) as file:
         metadata, names = file.footer, file.column_names
         if metadata is None or file.problem is not None:
-            msg = f"unreadable: {file.problem}"
-            raise ValueError(msg)
+            raise ValueError(f"unreadable: {file.problem}")
     try:
         footer = (metadata.metadata or {})[FOOTER_KEY].decode()
     except KeyError as error:
-        msg = f"no batchgen footer: {error!r}"
-        raise ValueError(msg) from error
+        raise ValueError(f"no batchgen footer: {error!r}") from error
     return Told(name, footer, json.dumps(names), metadata.num_rows, *mark)
 
 

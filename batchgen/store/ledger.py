@@ -222,8 +222,7 @@ class Ledger:
             FencedError: A newer snapshot is published.
         """
         if imbalance := manifest.imbalance():
-            msg = f"{self.storage.where}: {imbalance}; not published"
-            raise AccountingError(msg)
+            raise AccountingError(f"{self.storage.where}: {imbalance}; not published")
         fields = asdict(replace(manifest, files=()))
         for name in ("files", "index"):
             del fields[name]
@@ -236,8 +235,7 @@ class Ledger:
         if held is None or self._numbered_files("manifests")[-1:] != [name]:
             if held is not None and held.run_id == manifest.run_id:
                 self.storage.remove(name)
-            msg = f"{self.storage.where}: another run has published a newer snapshot"
-            raise FencedError(msg)
+            raise FencedError(f"{self.storage.where}: another run has published a newer snapshot")
         return held
 
     def at_work(self) -> Collection[str]:
@@ -416,8 +414,7 @@ class Ledger:
             number = self.latest_epoch()[0] + 1
             # A run that was slow to get here must not fence off a newer plan's.
             if plan.number < self.latest_plan_number():
-                msg = f"{self.storage.where}: another run has begun a newer plan"
-                raise FencedError(msg)
+                raise FencedError(f"{self.storage.where}: another run has begun a newer plan")
             opened = RollUp()
             durable = self.durable(plan, opened.add)
             claim = {
@@ -442,15 +439,13 @@ class Ledger:
             FencedError: A later run has taken over, or the plan is published.
         """
         if (manifest := self.manifest(epoch.plan.number)) is not None:
-            msg = f"{self.storage.where}: run {manifest.run_id} has published this job"
-            raise FencedError(msg)
+            raise FencedError(f"{self.storage.where}: run {manifest.run_id} has published this job")
         if self.latest_epoch_number() > epoch.number:
             _, claim = self.latest_epoch()
-            msg = (
+            raise FencedError(
                 f"{self.storage.where}: run {claim.get('run_id')} on {claim.get('host')} has "
                 "taken this job over; what this run committed before counts"
             )
-            raise FencedError(msg)
 
     def tidy(self, manifest: Manifest) -> None:
         """Remove what no claim can name again now that a plan is published. Idempotent.
@@ -526,19 +521,16 @@ def _footer(told: Told, plan: Plan, same: Same) -> PartFooter:
     """
     footer = same.footer(told.footer)
     if footer.plan != plan.plan_id:
-        msg = "belongs to another plan"
-        raise ValueError(msg)
+        raise ValueError("belongs to another plan")
     if told.num_rows != footer.num_results:
-        msg = f"holds {told.num_rows} rows, its footer says {footer.num_results}"
-        raise ValueError(msg)
+        raise ValueError(f"holds {told.num_rows} rows, its footer says {footer.num_results}")
     for segment, rows in footer.done.items():
         planned = plan.segments[segment].num_rows if segment < len(plan.segments) else 0
         if rows and rows.spans[-1][1] > planned:
             msg = f"names row {rows.spans[-1][1] - 1} of segment {segment}, which has {planned}"
             raise ValueError(msg)
     if not set(plan.carried) <= set(json.loads(told.columns)):
-        msg = "lacks columns of the plan"
-        raise ValueError(msg)
+        raise ValueError("lacks columns of the plan")
     return footer
 
 

@@ -37,17 +37,14 @@ import pyarrow.parquet as pq
 
 from batchgen.core.data import column_of, gather_rows, lazy_frame, parse_json, pl, with_polars_types
 from batchgen.core.errors import AccountingError, ConfigError, OutputError
-from batchgen.core.records import Ranges, RowSet, writable_text
+from batchgen.core.records import Ranges, Result, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
-from batchgen.storage import raise_if_not_damage
+from batchgen.storage import LocalStorage, raise_if_not_damage
 from batchgen.store.books import Chunk, Part, PartFooter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
-
-    from batchgen.core.records import Result
-    from batchgen.storage import LocalStorage
 
 
 SEGMENT = "_batchgen_segment"
@@ -310,14 +307,11 @@ def check_rows(tables: Iterable[pa.Table], footer: PartFooter, *, is_all: bool =
         num_rows += table.num_rows
         seen |= rows_of(table)
     if seen.num_rows != num_rows:
-        msg = "holds a row twice"
-        raise ValueError(msg)
+        raise ValueError("holds a row twice")
     if seen - footer.done:
-        msg = "holds a row that its footer does not name"
-        raise ValueError(msg)
+        raise ValueError("holds a row that its footer does not name")
     if is_all and num_rows != footer.num_results:
-        msg = f"holds {num_rows} rows, its footer says {footer.num_results}"
-        raise ValueError(msg)
+        raise ValueError(f"holds {num_rows} rows, its footer says {footer.num_results}")
     return seen
 
 

@@ -87,8 +87,7 @@ def _where(ledger: Ledger) -> tuple[int, int, int]:
 def _look(ledger: Ledger, patience_s: float) -> Verdict:
     plan = ledger.latest_plan()
     if plan is None:
-        msg = f"{ledger.storage.where}: nothing to verify, {ledger.why_no_plan()}"
-        raise OutputError(msg)
+        raise OutputError(f"{ledger.storage.where}: nothing to verify, {ledger.why_no_plan()}")
     verdict = Verdict(ledger.storage.where, num_planned=plan.num_rows)
     manifest = ledger.latest_manifest()
     damaged: Collection[str] = ()
@@ -212,8 +211,7 @@ def _check_published(
             matches = pc.sum(pc.equal(rows.column(f"{plan.prefix}status"), status)).as_py()
             counted[status] += matches or 0
     if num_rows != file.num_rows:
-        msg = f"holds {num_rows} rows, the manifest says {file.num_rows}"
-        raise ValueError(msg)
+        raise ValueError(f"holds {num_rows} rows, the manifest says {file.num_rows}")
 
 
 def _row_groups(path: Path) -> Iterator[pa.Table]:
