@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    import polars as pl
 
 _CHUNK_ROWS = 2**16
 
@@ -157,8 +157,6 @@ def compare(
         OutputError: There are no such snapshots, or they cannot be read.
         ConfigError: A column of `on` does not name rows, or there is such a file.
     """
-    import polars as pl
-
     if to is not None and to.exists():
         raise ConfigError(option("--to"), [f"{to} exists, expected a new file"])
     try:
@@ -182,8 +180,6 @@ def _side(root: Path, number: int | None) -> Side:
 
 
 def _figures(side: Side) -> Figures:
-    import polars as pl
-
     prefix, manifest = side.plan.prefix, side.manifest
     prompts, outputs = (pl.col(f"{prefix}num_{name}_tokens") for name in ("prompt", "output"))
     found = side.frame.select(
@@ -218,15 +214,11 @@ class _Differ:
     """Rows that differ: where they stand in both, 17 bytes each."""
 
     def __init__(self) -> None:
-        import polars as pl
-
         kinds = {CLASS: pl.UInt8, AT: pl.Int64, AT + OLD: pl.Int64}
         self._found = [pl.DataFrame(schema=kinds)]
 
     def add(self, pairs: pl.DataFrame) -> None:
         """Keep those of some pairs."""
-        import polars as pl
-
         differ = pairs.filter(pl.col(CLASS).is_in(list(KINDS)))
         self._found.append(differ.select(CLASS, AT, AT + OLD))
 
@@ -236,8 +228,6 @@ class _Differ:
         Raises:
             OSError: They cannot be read, or the file not written.
         """
-        import polars as pl
-
         carried = both.new.plan.carried
         taken = set(carried)
         changed, at, at_old = (_free(name, taken) for name in ("changed", AT, AT + OLD))
@@ -260,8 +250,6 @@ class _Differ:
 
 def _at(frame: pl.LazyFrame, some: pl.DataFrame, name: str) -> pl.DataFrame:
     """Read some rows of many, by their numbers in a column of `some`."""
-    import polars as pl
-
     first, last = (some.select(of(name)).item() or 0 for of in (pl.min, pl.max))
     near = frame.slice(first, last - first + 1).with_row_index(name, offset=first)
     wanted = some.lazy().select(name)
@@ -284,8 +272,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _answers(side: Side, mark: str, taken: set[str]) -> Iterator[pl.Expr]:
-    import polars as pl
-
     for (kind, base), name in side.columns.items():
         if kind == ANSWER:
             yield pl.col(name).alias(_free(f"{mark}_{base}", taken))

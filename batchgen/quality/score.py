@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from batchgen.core.errors import ConfigError, OutputError, suggestion
 from batchgen.core.runtime import Told, option
 from batchgen.pipeline.gold import MOST_LABELS
@@ -21,8 +23,6 @@ from batchgen.views.sides import Side
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    import polars as pl
 
     from batchgen.job.model import ScoreConfig
 
@@ -151,8 +151,6 @@ def score(root: Path, table: ScoreConfig, snapshot: int | None = None) -> Score:
         ConfigError: scikit-learn is not installed, or a column is none that can be scored.
         OutputError: There is no such snapshot, or it cannot be read.
     """
-    import polars as pl
-
     _check_installed()
     ledger = Ledger(LocalStorage(root))
     number = find_snapshot(ledger, snapshot).number
@@ -204,8 +202,6 @@ def _gold(side: Side, name: str | None) -> pl.Expr:
     Raises:
         ConfigError: There is no such column, or it holds no labels.
     """
-    import polars as pl
-
     names = [carried for carried in side.plan.carried if carried in side.schema]
     if name is None:
         told = f"gold: missing, expected a column with the right labels: {option('--gold')}"
@@ -274,8 +270,6 @@ def _labels(scored: pl.DataFrame) -> dict[str, Any]:
 
 def _probability(side: Side, name: str) -> pl.Expr | None:
     """Read the probability of the label that was answered; None where there is none."""
-    import polars as pl
-
     column = f"{side.plan.prefix}probabilities"
     kind = side.schema.get(column)
     if not isinstance(kind, pl.Struct):
@@ -296,7 +290,6 @@ def _probability(side: Side, name: str) -> pl.Expr | None:
 def _calibration(
     side: Side, gold: pl.Expr, name: str, num_rows: int, wanted: float | None
 ) -> Calibration | None:
-    import polars as pl
     from sklearn.metrics import brier_score_loss
 
     probability = _probability(side, name)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import pyarrow.compute as pc
 
 from batchgen.core.errors import ConfigError, OutputError, StorageError
@@ -41,8 +42,6 @@ from batchgen.views.sides import ANSWER, Side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    import polars as pl
 
     from batchgen.pipeline.prepare import Prepared
     from batchgen.store.books import Plan
@@ -364,8 +363,6 @@ def _answers(
         wanted: Which rows, few enough for memory; None: all.
         moves: To the ordinals that they have now; None: they have those.
     """
-    import polars as pl
-
     own, ordinal = side.plan.prefix, {SEGMENT: pl.Int32, ROW: pl.Int64}
     names = {name: prefix + base for (kind, base), name in side.columns.items() if kind == ANSWER}
     columns = [

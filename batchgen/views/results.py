@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from batchgen.core.data import pl
 from batchgen.core.errors import OutputError
 from batchgen.core.runtime import Told, printable
 from batchgen.views import rows as view
@@ -13,8 +14,6 @@ from batchgen.views.status import as_text, exit_code_of, not_begun
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
-
-    import polars as pl
 
     from batchgen.core.errors import ExitCode
 
@@ -102,8 +101,6 @@ def exploded(frame: pl.LazyFrame, prefix: str) -> pl.LazyFrame:
     Raises:
         OutputError: They do not tell their samples one by one.
     """
-    import polars as pl
-
     names, samples = frame.collect_schema().names(), f"{prefix}samples"
     if samples not in names:
         raise OutputError(f"explode: no column {samples!r}, expected one with sampling.n > 1")
