@@ -82,8 +82,7 @@ class SamplingConfig(SamplingFields):
         for name in sorted(self.extra):
             if name in {*type(self).model_fields, *_OURS}:
                 place = "[output]" if name in _OURS else f"sampling.{name}"
-                msg = f"extra.{name} has a place of its own, see {place}"
-                raise ValueError(msg)
+                raise ValueError(f"extra.{name} has a place of its own, see {place}")
         return self
 
 
