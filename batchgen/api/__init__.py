@@ -220,6 +220,7 @@ def compare(
     on: Sequence[str] = (),
     num_examples: int = 5,
     to: str | Path | None = None,
+    gpu_cost: str | None = None,
 ) -> Comparison:
     """Compare the answers of two outputs: two models, two prompts, two nights.
 
@@ -229,18 +230,22 @@ def compare(
         on: Columns whose values name a row; none: rows are paired by content and place.
         num_examples: At most so many rows that differ are shown in full.
         to: A new Parquet file for all rows that differ, with both answers.
+        gpu_cost: Price for an hour of the GPUs that a run had, such as `2.5EUR`: tells costs.
 
     Raises:
         OutputError: There are no such snapshots, or they cannot be read.
-        ConfigError: No output, columns that do not name rows, or there is such a file.
+        ConfigError: No output, no price, columns that do not name rows, or there is such a file.
     """
+    from batchgen.preview.estimate import read_price
     from batchgen.quality.compare import compare as compare_outputs
 
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
     columns, path = ([on] if isinstance(on, str) else on), (Path(to) if to is not None else None)
     with _called(first):
         roots = output_of(first), output_of(second)
-        return compare_outputs(*roots, (one, two), on=columns, num_examples=num_examples, to=path)
+        price = read_price(str(gpu_cost)) if gpu_cost is not None else None
+        asked = functools.partial(compare_outputs, on=columns, num_examples=num_examples, to=path)
+        return asked(*roots, (one, two)).priced(price)
 
 
 @_plainly
@@ -248,6 +253,8 @@ def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
     job: AnyJob,
     *,
     gold: str | None = None,
+    gold_path: str | Path | None = None,
+    on: str | None = None,
     answer: str | None = None,
     precision: float | None = None,
     snapshot: int | None = None,
@@ -259,6 +266,8 @@ def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
     Args:
         job: A job, or an output folder.
         gold: Column with the right label; None: `score.gold` of the job.
+        gold_path: CSV, JSONL or Parquet file that has it; None: `score.gold_path`, or the output.
+        on: Column that names a row in that file and in the output; None: `score.on`.
         answer: Labels to score, by their column; None: `score.answer`, or the only ones.
         precision: Tell from which probability on answers are so precise; None: `score.precision`.
         snapshot: Number of an old snapshot; None: the newest.
@@ -269,7 +278,8 @@ def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
         ConfigError: scikit-learn is not installed, or a column is none that can be scored.
         OutputError: There is no such snapshot, or it cannot be read.
     """
-    given = {"gold": gold, "answer": answer, "precision": precision}
+    path = None if gold_path is None else str(gold_path)
+    given = {"gold": gold, "gold_path": path, "on": on, "answer": answer, "precision": precision}
     with _called(job, overrides, run_date):
         is_folder = isinstance(job, str | Path) and Path(job).is_dir()
         config = None if is_folder else load(job, overrides, run_date, tuned=False)

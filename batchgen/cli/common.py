@@ -120,6 +120,12 @@ def reading(parse: Callable[[str], Any]) -> Callable[..., Any]:
     return callback
 
 
+def gpu_cost(help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the option `--gpu-cost`, a price."""
+    price = reads_by("batchgen.preview.estimate", "read_price")
+    return click.option("--gpu-cost", "price", callback=price, metavar="PRICE", help=help_text)
+
+
 _MOST_ROWS = 2**31
 
 

@@ -15,6 +15,7 @@ from batchgen.cli.common import (
     JSON,
     as_line,
     flag,
+    gpu_cost,
     job_command,
     num_rows,
     out,
@@ -79,9 +80,6 @@ def doctor(_: Path, load: Load, *, as_json: bool, **planned: Any) -> None:  # no
     sys.exit(report.exit_code)
 
 
-_PRICE = reads_by("batchgen.preview.estimate", "read_price")
-
-
 @job_command
 @flag("--exact", "is_exact", help="Look at every row that is to do, not at a sample.")
 @click.option(
@@ -91,13 +89,7 @@ _PRICE = reads_by("batchgen.preview.estimate", "read_price")
     help="How fast it will go: 250rows/s, or 12000tokens/s of prompts and answers together. "
     "Default: as fast as the last run of this output.",
 )
-@click.option(
-    "--gpu-cost",
-    "price",
-    callback=_PRICE,
-    metavar="PRICE",
-    help="Price of a GPU for an hour, for example 2.5EUR.",
-)
+@gpu_cost("Price of a GPU for an hour, for example 2.5EUR.")
 @flag("--fresh", help="Of a run with --fresh.")
 @flag("--retry-errors", help="Of a run with --retry-errors.")
 @flag("--accept-recipe", help="Of a run with --accept-recipe.")
@@ -202,13 +194,7 @@ def show(
     help="Its file. Default: report.html in the run's folder.",
 )
 @flag("--no-rows", help="Without any text of a row, for private data.")
-@click.option(
-    "--gpu-cost",
-    "price",
-    callback=_PRICE,
-    metavar="PRICE",
-    help="Price of a GPU for an hour. Default: run.gpu_cost.",
-)
+@gpu_cost("Price of a GPU for an hour. Default: run.gpu_cost.")
 def report(
     job: Path, load: Load, *, output: str | None, no_rows: bool, price: Price | None
 ) -> None:

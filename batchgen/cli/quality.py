@@ -13,6 +13,7 @@ from batchgen.cli.common import (
     Number,
     as_line,
     flag,
+    gpu_cost,
     job_command,
     num_rows,
     out,
@@ -20,6 +21,7 @@ from batchgen.cli.common import (
 
 if TYPE_CHECKING:
     from batchgen.cli.common import Load
+    from batchgen.preview.estimate import Price
 
 
 @job_command
@@ -83,6 +85,12 @@ try_.name = "try"
 @job_command
 @click.option("--gold", metavar="COLUMN", help="Column with the right label. Default: score.gold.")
 @click.option(
+    "--gold-path",
+    metavar="FILE",
+    help="CSV, JSONL or Parquet file that has that column. Default: score.gold_path.",
+)
+@click.option("--on", metavar="COLUMN", help="Names a row in that file and in the output.")
+@click.option(
     "--answer", metavar="COLUMN", help="Labels to score. Default: score.answer, or the only."
 )
 @click.option(
@@ -130,9 +138,17 @@ def score(
     metavar="FILE",
     help="A new Parquet file for all rows that differ, with both answers.",
 )
+@gpu_cost("Price for an hour of the GPUs that a run had, for example 2.5EUR: tells costs.")
 @JSON
-def compare(
-    a: str, b: str, *, on: str | None, num_rows: int, to: Path | None, as_json: bool
+def compare(  # noqa: PLR0913 - the options, by their names
+    a: str,
+    b: str,
+    *,
+    on: str | None,
+    num_rows: int,
+    to: Path | None,
+    price: Price | None,
+    as_json: bool,
 ) -> None:
     """Compare the answers of two outputs: two models, two prompts, two nights.
 
@@ -149,4 +165,5 @@ def compare(
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
     roots = output_of(first), output_of(second)
     found = compare_outputs(*roots, (one, two), on=columns, num_examples=num_rows, to=to)
+    found = found.priced(price)
     out(as_line(found.as_dict()) if as_json else found.as_text())

@@ -155,6 +155,12 @@ def command(verb: str, *options: str) -> str:
     return " ".join(map(_quoted, ["batchgen", verb, *words, *options]))
 
 
+def job_name() -> str:
+    """Name the job at work for an error text: its file, or what Python called it."""
+    caller = _CALLER.get()
+    return caller.job if caller.job != _UNKNOWN.job and not caller.is_folder else "job"
+
+
 def _quoted(word: str) -> str:
     """Quote a word for a shell; where it would steer the terminal, by the bytes of its signs."""
     if printable(word, keep="") == word:

@@ -79,6 +79,9 @@ def with_files(job: JobConfig, base: Path, where: str) -> JobConfig:
             },
         },
         "run": _run(job.run, named),
+        "score": {
+            "gold_path": (gold := job.score.gold_path) and named.place("score.gold_path", gold)
+        },
     }
     if not named.problems and job.model.is_vllm:
         named.problems += _unpinned_code(job, changes["model"]["name"])

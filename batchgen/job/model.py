@@ -59,10 +59,19 @@ class ScoreConfig(Table):
     gold: str | None = None
     """Column of the input with the right label, carried to the output. Rows where it is null or
     empty are not scored."""
+    gold_path: str | None = None
+    """File that has the right labels instead (CSV, JSONL, Parquet), in its column `gold`."""
+    on: str | None = None
+    """With `gold_path`: column of that file and of the input that names a row, such as an id."""
     answer: str | None = None
     """Which labels are scored, by the column's name. Default: the only ones."""
     precision: Share | None = None
     """Wanted precision: from which probability on it is reached, and by which share of the rows."""
+
+    @property
+    def column(self) -> str | None:
+        """The carried column that right labels are in, or are found by."""
+        return self.gold if self.gold_path is None else self.on
 
 
 # vLLM's load formats that read pickles (vllm/config/load.py, 0.26).
@@ -87,9 +96,10 @@ class InputConfig(Table):
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
     types: dict[str, str] = Field(default={})
-    """Column types: string, text, bool, int32, int64, float64, json. A value that does not fit is
-    an error of its row; text holds strings as they are, and all else as JSON. JSONL: else a type
-    that holds all values. CSV: else strings; an empty field is '' in a string and null in any other
+    """Column types: string, text, bool, int32, int64, float64, json, and in ISO 8601 date,
+    timestamp (without an offset) and timestamptz (with one; UTC). A value that does not fit is an
+    error of its row; text holds strings as they are, and all else as JSON. JSONL: else a type that
+    holds all values. CSV: else strings; an empty field is '' in a string and null in any other
     type."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Of CSV, one character. Default: a comma, in .tsv a tab."""

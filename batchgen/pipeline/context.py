@@ -460,6 +460,7 @@ def _limit(entry: Mapping[str, Any]) -> str:
     most = "least" if entry["name"].startswith("min_") else "most"
     name = entry["name"].removeprefix("max_").removeprefix("min_").replace("_", " ")
     figure = "unknown" if entry["figure"] is None else f"{entry['figure']:.3g}"
+    name += f" of {entry['column']}" if entry.get("column") else ""
     return f"{name} {figure} of at {most} {entry['limit']:g}"
 
 

@@ -74,7 +74,9 @@ def refuse_foreign(root: Path) -> None:
         raise OutputError(f"{nearest}: is a file, expected a folder; choose another output.path")
     # In this order: a run that starts beside this one makes STATE before anything else.
     if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():
-        msg = f"{root}: holds files that are not batchgen's; choose another output.path"
+        lost = f"part files and no {STATE}/, a job's state: bring that back, too, or"
+        held = lost if any(root.glob("part-*.parquet")) else "files that are not batchgen's;"
+        msg = f"{root}: holds {held} choose another output.path"
         raise OutputError(msg)
 
 
@@ -173,12 +175,8 @@ def _after(
     ledger: Ledger, checked: Checked, plan: Plan, manifest: Manifest | None, options: RunOptions
 ) -> Decision:
     """A new plan that goes back to this one."""
-    job, changes = checked.job, checked.changes(plan)
     if not checked.answers_alike(plan):
         return _with_new_recipe(ledger, checked, plan, manifest, options)
-    is_begun = manifest is None and ledger.durable(plan).num_done != plan.num_rows
-    if changes and is_begun and not options.accept_recipe:
-        raise RecipeChangedError(job.output.path, changes, is_finished=False)
     before = Before(
         seen=plan,
         bases=bases_of(ledger, plan, manifest),

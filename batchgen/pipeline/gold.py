@@ -1,4 +1,4 @@
-"""Answers held against the right ones, which rows of the input carry in a column."""
+"""Answers held against the right ones: rows carry them in a column, or a file has them by an id."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from batchgen.core.data import pl
-from batchgen.core.errors import ConfigError, suggestion
+from batchgen.core.errors import ConfigError, SourceError, suggestion
+from batchgen.core.runtime import option
 from batchgen.source.columns import is_json, type_word
+from batchgen.source.formats import read_whole
 from batchgen.store.result_files import label_column
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from batchgen.answers.output_format import AnswerColumns
-    from batchgen.job.model import JobConfig
+    from batchgen.job.model import JobConfig, ScoreConfig
 
 Counts = Counter[tuple[str, str | None]]
 """Rows by gold label and answered label, None for a row without an answer."""
@@ -46,14 +48,16 @@ def check_score(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> No
     Raises:
         ConfigError: With every problem.
     """
-    gold, wanted = job.score.gold, job.score.answer
+    gold, wanted, column = job.score.gold, job.score.answer, job.score.column
     labels = [job.output.prefix + name for name in answer.labels]
     problems = []
     if gold is None:
-        if job.gate.min_accuracy is not None:
-            problems.append("gold: missing, expected the column that gate.min_accuracy goes by")
-    elif gold not in carried.names:
-        problems.append(f"gold: no such column in the output{suggestion(gold, carried.names)}")
+        if job.gate.min_accuracy is not None or job.score.gold_path is not None:
+            problems.append("gold: missing, expected the column that has the right labels")
+    elif column is None or column not in carried.names:
+        problems.append(missing_column(job.score, carried.names))
+    elif job.score.gold_path is not None:
+        read_gold(job.score)
     elif is_json(carried.field(gold)) or not _holds_labels(carried.field(gold).type):
         kind = type_word(carried.field(gold)) or carried.field(gold).type
         problems.append(f"gold: {gold!r} is {kind}, expected texts or whole numbers")
@@ -68,6 +72,49 @@ def check_score(job: JobConfig, answer: AnswerColumns, carried: pa.Schema) -> No
         raise ConfigError("[score]", problems)
 
 
+def missing_column(score: ScoreConfig, names: Sequence[str]) -> str:
+    """Say that the output lacks the column that right labels are in, or are found by."""
+    key, name = ("on", score.on) if score.gold and score.gold_path else ("gold", score.gold)
+    if name is None:
+        return f"{key}: missing, expected a column: {option(f'--{key}')}"
+    return f"{key}: no column {name!r} in the output{suggestion(name, names)}"
+
+
+def read_gold(score: ScoreConfig) -> pl.DataFrame:
+    """Read the file of right labels: `key` names a row, `label` is its label, both texts.
+
+    Raises:
+        ConfigError: It cannot be read, lacks a column, or names a row twice.
+    """
+    path, problem = str(score.gold_path), ""
+    try:
+        key, label = (pl.col(name).cast(pl.String) for name in (str(score.on), str(score.gold)))
+        found = read_whole(path).select(key=key, label=label).drop_nulls()
+    except (pl.exceptions.PolarsError, OSError, SourceError) as error:
+        problem = f"cannot be read: {str(error).splitlines()[0]}"
+    else:
+        if not (twice := found.filter(pl.col("key").is_duplicated())).is_empty():
+            problem = f"{score.on} = {twice['key'][0]!r} is in several rows, expected in one"
+    if problem:
+        where = "[score]"
+        raise ConfigError(where, [f"gold_path: {path}: {problem}"])
+    return found
+
+
+def right_label(score: ScoreConfig, column: str) -> pl.Expr:
+    """Read the right label of rows as text, null where there is none.
+
+    Args:
+        score: What answers are scored against.
+        column: Where rows have what `score.column` names.
+    """
+    text = pl.col(column).cast(pl.String)
+    if score.gold_path is not None:
+        gold = read_gold(score)
+        text = text.replace_strict(gold["key"], gold["label"], default=None, return_dtype=pl.String)
+    return pl.when(text != "").then(text)
+
+
 def _holds_labels(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _holds_labels(kind.value_type)
@@ -78,28 +125,31 @@ def _holds_labels(kind: pa.DataType) -> bool:
 _OTHER_LABELS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
 
 
-def count_gold(tables: Iterable[pa.Table], gold: str, path: Sequence[str], prefix: str) -> Counts:
+def count_gold(
+    tables: Iterable[pa.Table], score: ScoreConfig, path: Sequence[str], prefix: str
+) -> Counts:
     """Count rows by gold label and answered label; rows without a gold label do not count.
 
     Args:
         tables: Rows of results, piece by piece.
-        gold: The column with the right labels; null and "" are none.
+        score: Where right labels are; null and "" are none.
         path: See `answer_path`.
         prefix: Of batchgen's columns.
     """
     counts: Counts = Counter()
+    gold = right_label(score, "gold")
     for table in tables:
         answered = label_column(table, prefix + path[0], path[1:])
         frame = pl.DataFrame(
             {
-                "gold": pl.Series(table.column(gold).cast(pa.string())),
+                "gold": pl.Series(table.column(str(score.column)).cast(pa.string())),
                 "answered": pl.Series(answered.cast(pa.string())),
                 "is_ok": pl.Series(table.column(f"{prefix}status")) == "ok",
             }
         )
-        is_scored = pl.col("gold").is_not_null() & (pl.col("gold") != "")
         found = (
-            frame.filter(is_scored)
+            frame.with_columns(gold.alias("gold"))
+            .drop_nulls("gold")
             .group_by("gold", pl.when("is_ok").then("answered").alias("answered"))
             .len()
         )

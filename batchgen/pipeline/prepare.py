@@ -24,6 +24,7 @@ from batchgen.answers.validate import Judge, check_retries, check_rules, rule_sc
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, nearest, suggestion
 from batchgen.core.expressions import LATE, check_row_test, parse_row_test
 from batchgen.core.records import EngineSpec, Prompt, RowError, writable_text
+from batchgen.core.runtime import job_name
 from batchgen.engine.base import task_facts
 from batchgen.engine.vllm.encoder import refuse_model
 from batchgen.engine.vllm.settings import leaves_open, refuse_sampling
@@ -109,7 +110,7 @@ def check_columns(
     if problems:
         hint = delimiter_hint(columns.names) if job.input.delimiter is None else None
         problems += [hint] if hint else []
-        raise ConfigError("job", problems)
+        raise ConfigError(job_name(), problems)
 
 
 def check_gate(job: JobConfig, answer: AnswerColumns) -> None:
@@ -251,7 +252,7 @@ class Checked:
         """Name the columns that the job names and the input, as far as it is seen, lacks."""
         job = self.job
         names = {*(job.input.columns or ()), *RowOptions(job).columns(columns.names).values()}
-        names |= {job.score.gold} if job.score.gold is not None else set()
+        names |= {job.score.column} if job.score.column is not None else set()
         names |= self.builder.missing(columns.names)
         known = rule_schema(columns, self.answer, job.output.prefix).names
         for text in (job.input.where or "TRUE", *job.checks.rules):

@@ -388,13 +388,13 @@ def gate_figures(
 def _accuracy(ledger: Ledger, prepared: Prepared, plan: Plan, durable: Durable) -> Limit:
     """Count the answers that are right; those of error rows are not."""
     job, path = prepared.job, answer_path(prepared.job, prepared.answer)
-    gold = job.score.gold
-    assert gold is not None  # noqa: S101 - asked only then
+    gold, column = job.score.gold, job.score.column
+    assert column is not None  # noqa: S101 - asked only then
     assert path is not None  # noqa: S101 - see `check_score`
     prefix = job.output.prefix
-    columns = list(dict.fromkeys((gold, prefix + path[0], f"{prefix}status")))
+    columns = list(dict.fromkeys((column, prefix + path[0], f"{prefix}status")))
     tables = ended_rows(ledger.storage, durable, (None, plan), columns)
-    counts = count_gold(tables, gold, path, prefix)
+    counts = count_gold(tables, job.score, path, prefix)
     num, num_right = counts.total(), sum(n for (right, told), n in counts.items() if right == told)
     text = f"{num_right:,} of {num:,} rows with a label in {gold!r} have it in their answer"
     figure = num_right / num if num else None

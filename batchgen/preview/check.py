@@ -49,7 +49,7 @@ class Checked(Told):
         job = self.prepared
         num, kind = len(job.files), job.format if job.format == "parquet" else job.format.upper()
         files = f"{num} {kind.capitalize() if kind == 'parquet' else kind} file"
-        first = f"{files}: {job.files[0]}" if num == 1 else f"{files}s, first {job.files[:1]}"
+        first = f"{files}: {job.files[0]}" if num == 1 else f"{files}s, first {job.files[0]}"
         columns = ", ".join(f"{field.name}: {_type_text(field.type)}" for field in job.columns)
         answer = ", ".join(f"{field.name}: {field.type}" for field in job.answer.fields)
         lines = [

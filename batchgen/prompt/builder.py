@@ -480,6 +480,8 @@ def _data_url(image: bytes) -> str:
 
 
 def _near(name: str, available: Sequence[str]) -> str:
+    if "{{" in name or "{%" in name:
+        return "; a template of a raw prompt goes in prompt.template, prompt.text names a column"
     if near := nearest(name, available):
         return f", did you mean {near!r}?"
     return f", it has: {', '.join(available)}"

@@ -7,8 +7,8 @@ it stands, hashes, labels. Answers are read again only for the rows that are sho
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import polars as pl
 import pyarrow as pa
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+
+    from batchgen.preview.estimate import Price
 
 _CHUNK_ROWS = 2**16
 
@@ -53,6 +55,15 @@ class Figures:
     p95_output_tokens: float | None
     requests_per_s: float | None
     """Speed of the run that published it; None where it computed nothing, or has left no word."""
+    cost: float | None = None
+    """Of 1,000 rows at that speed; None if that or the price is not known."""
+    currency: str = ""
+
+    def priced(self, price: Price) -> Self:
+        """Add the cost, by the price for an hour of the GPUs that the run had."""
+        speed = self.requests_per_s
+        cost = 1000 * price.per_hour / 3600 / speed if speed else None
+        return replace(self, cost=cost, currency=price.currency)
 
     def line(self) -> str:
         """Write it for a person."""
@@ -62,6 +73,8 @@ class Figures:
             lengths = f" ({mean} an answer, p95 {p95})"
         if self.requests_per_s:
             speed = f", {self.requests_per_s:,.1f} rows/s"
+        if self.cost is not None:
+            speed += f", {self.cost:.3g} {self.currency}".rstrip() + " per 1,000 rows"
         return (
             f"{self.output} snapshot {self.snapshot}, {self.model}: {self.num_ok:,} ok, "
             f"{self.num_errors:,} errors; {self.prompt_tokens:,} tokens in, "
@@ -79,6 +92,12 @@ class Comparison(Told):
     """What differs between their recipes, a line each."""
     rows: Diff
     """From A to B: `old` and `new` are A and B."""
+
+    def priced(self, price: Price | None) -> Self:
+        """Add what 1,000 rows cost in both, if a price is given."""
+        if price is None:
+            return self
+        return replace(self, a=self.a.priced(price), b=self.b.priced(price))
 
     @property
     def num_both(self) -> int:

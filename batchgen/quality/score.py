@@ -14,7 +14,7 @@ import polars as pl
 
 from batchgen.core.errors import ConfigError, OutputError, suggestion
 from batchgen.core.runtime import Told, option
-from batchgen.pipeline.gold import MOST_LABELS
+from batchgen.pipeline.gold import MOST_LABELS, missing_column, right_label
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
@@ -156,7 +156,7 @@ def score(root: Path, table: ScoreConfig, snapshot: int | None = None) -> Score:
     number = find_snapshot(ledger, snapshot).number
     try:
         side = Side(ledger, number)
-        gold, name = _gold(side, table.gold), _answer(side, table.answer)
+        gold, name = _gold(side, table), _answer(side, table.answer)
         rows = side.frame.select(gold.alias("gold"), side.labels[name].alias("answered"))
         counts = rows.group_by("gold", "answered").len(name="num_rows").collect(engine="streaming")
         scored = counts.filter(pl.col("gold").is_not_null())
@@ -167,7 +167,7 @@ def score(root: Path, table: ScoreConfig, snapshot: int | None = None) -> Score:
         return Score(
             output=str(root),
             snapshot=number,
-            gold=str(table.gold),
+            gold=str(table.gold) + (f" of {table.gold_path}" if table.gold_path else ""),
             answer=side.plan.prefix + name,
             num_rows=num_rows,
             num_without_gold=int(counts["num_rows"].sum()) - num_rows,
@@ -196,26 +196,23 @@ def _wrong(problem: str) -> ConfigError:
     return ConfigError("[score]", [problem])
 
 
-def _gold(side: Side, name: str | None) -> pl.Expr:
+def _gold(side: Side, table: ScoreConfig) -> pl.Expr:
     """Read gold labels as texts, null where there is none.
 
     Raises:
         ConfigError: There is no such column, or it holds no labels.
     """
     names = [carried for carried in side.plan.carried if carried in side.schema]
-    if name is None:
-        told = f"gold: missing, expected a column with the right labels: {option('--gold')}"
-        raise _wrong(told)
-    if name not in names:
-        problem = f"gold: no column {name!r} in the output{suggestion(name, names)}"
+    name = table.column
+    if table.gold is None or name is None or name not in names:
+        problem = missing_column(table, names)
         raise _wrong(problem)
     kind = side.schema[name]
     is_text = kind in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
-    if not is_text and not kind.is_integer():
+    if not is_text and not kind.is_integer() and table.gold_path is None:
         problem = f"gold: {name!r} is {kind}, expected texts or whole numbers"
         raise _wrong(problem)
-    text = pl.col(name).cast(pl.String)
-    return pl.when(text != "").then(text)
+    return right_label(table, name)
 
 
 def _answer(side: Side, wanted: str | None) -> str:

@@ -12,7 +12,9 @@ one odd value costs a reader nothing, and everything else is JSON text.
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import json
+import re
 from contextlib import suppress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,9 @@ _TYPES: dict[Word, pa.DataType] = {
     "float64": pa.float64(),
     "json": pa.string(),
     "text": pa.string(),
+    "date": pa.date32(),
+    "timestamp": pa.timestamp("us"),
+    "timestamptz": pa.timestamp("us", "UTC"),
 }
 # type() and not isinstance(): True is an int to isinstance, and to Arrow a float.
 _FITTING: dict[pa.DataType, frozenset[type]] = {
@@ -52,7 +57,11 @@ _FITTING: dict[pa.DataType, frozenset[type]] = {
     pa.int32(): frozenset({int, type(None)}),
     pa.int64(): frozenset({int, type(None)}),
     pa.float64(): frozenset({float, int, type(None)}),
+    pa.date32(): frozenset({dt.date, type(None)}),
+    pa.timestamp("us"): frozenset({dt.datetime, type(None)}),
+    pa.timestamp("us", "UTC"): frozenset({dt.datetime, type(None)}),
 }
+_NANOSECONDS = re.compile(r"[.,]\d{7}")
 _INT_BITS = {pa.int32(): 31, pa.int64(): 63}
 _KIND_WORDS = {str: "string", bool: "bool", int: "integer", float: "float", list: "list"}
 BIG = float(2**63)
@@ -258,6 +267,23 @@ _HELD: dict[Word, set[Kind]] = {
 }
 
 
+def moment(data_type: pa.DataType, text: str) -> dt.date:
+    """Read a day or a time of one of our types, in ISO 8601; a time with an offset as UTC.
+
+    Raises:
+        ValueError: It is none, is finer than microseconds, or has an offset where `timestamp` has
+            none, or none where `timestamptz` has one.
+    """
+    with suppress(ValueError):
+        if pa.types.is_date(data_type):
+            return dt.date.fromisoformat(text)
+        found = dt.datetime.fromisoformat(text)
+        if (found.tzinfo is None) == (data_type.tz is None) and not _NANOSECONDS.search(text):
+            return found if found.tzinfo is None else found.astimezone(dt.UTC)
+    msg = "a text that is not exactly one"
+    raise ValueError(msg)
+
+
 def fits(data_type: pa.DataType, value: object) -> bool:
     """Whether a value goes into a column of this type, one of ours, without any change."""
     if type(value) not in _FITTING[data_type]:
@@ -337,6 +363,8 @@ def to_array(field: pa.Field, values: Sequence[Any]) -> tuple[pa.Array, dict[int
             pass  # one of them does not fit, found below
 
     def fitted(value: object) -> Any:  # noqa: ANN401 - whatever the column holds
+        if type(value) is str and pa.types.is_temporal(data_type):
+            return moment(data_type, value)
         if not fits(data_type, value):
             is_number = type(value) is int and int in _FITTING[data_type]
             raise ValueError("integer out of range" if is_number else kind_word(value))
@@ -370,7 +398,7 @@ def retyped(
         return column, {}
     if is_text(old) and is_json(new):  # Nobody knows whether a text was a string.
         return column, dict.fromkeys(pc.indices_nonzero(column.is_valid()).to_pylist(), "text")
-    if new.type not in _FITTING:
+    if new.type not in _FITTING or pa.types.is_temporal(old.type):
         return column.cast(new.type), {}
     values = column.to_pylist()
     if is_json(old) or is_text(old):

@@ -35,7 +35,7 @@ import pyarrow as pa
 from batchgen.core.data import parse_json
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges, RowBatch, RowError
-from batchgen.source.columns import fits, is_json, override, parse_field
+from batchgen.source.columns import fits, is_json, moment, override, parse_field
 from batchgen.source.reading import Rows, make_batch, mismatch, shape_of, to_arrays, to_values
 from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
@@ -536,6 +536,8 @@ def parse_text(field: pa.Field, text: str) -> Any:  # noqa: ANN401 - of the fiel
         return parse_json(text)
     if field.type == pa.bool_():
         value = {"true": True, "false": False}.get(text)
+    elif pa.types.is_temporal(field.type):
+        value = moment(field.type, text)
     elif text.lstrip("-").isdigit():
         value = int(text) if str(int(text)) == text else None
     elif field.type == pa.float64() and _NUMBER.fullmatch(text):

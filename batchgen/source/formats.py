@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from batchgen.core.data import pl
 from batchgen.core.errors import ConfigError, SourceError, suggestion
 from batchgen.source.files import find_inputs
 
@@ -24,6 +25,7 @@ _SUFFIXES = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+_SHEETS = frozenset({".xlsx", ".xls", ".xlsm", ".xlsb", ".ods"})
 _COMPRESSED = (".gz", ".zst", ".zstd")
 
 
@@ -84,6 +86,10 @@ def format_of(path: str) -> str:
         name = name.removesuffix(suffix)
     found = _SUFFIXES.get(PurePosixPath(name).suffix)
     is_plain = name == path.rpartition("/")[2].lower()
+    if PurePosixPath(name).suffix in _SHEETS:
+        text = "is a spreadsheet, expected text or Parquet; save it as CSV, or with polars and"
+        call = f"polars.read_excel({name!r}).write_parquet(...)"
+        raise SourceError(path, f"{text} fastexcel by {call}")
     if found is None or (found == "parquet" and not is_plain):
         known = ", ".join(_SUFFIXES)
         text = f"has a suffix that names no format, expected {known} (text also with .gz, .zst)"
@@ -134,3 +140,17 @@ def reader_for(
         return ParquetReader()
     text = f"unknown format {format_name!r}{suggestion(format_name, FORMATS)}"
     raise SourceError(format_name, text)
+
+
+def read_whole(path: str) -> pl.DataFrame:
+    """Read a small file in one go; values of CSV are texts.
+
+    Raises:
+        SourceError: Its suffix says nothing.
+        PolarsError, OSError: It cannot be read.
+    """
+    kind = format_of(path)
+    if kind == "csv":
+        separator = "\t" if ".tsv" in path.lower() else ","
+        return pl.read_csv(path, infer_schema=False, separator=separator)
+    return pl.read_parquet(path) if kind == "parquet" else pl.read_ndjson(path)

@@ -18,7 +18,7 @@ _BINARY = {
     b"PARE": "encrypted Parquet, which cannot be read",
     GZIP_MAGIC: "gzip; add .gz to its name",
     ZSTD_MAGIC: "zstd; add .zst to its name",
-    b"PK\x03\x04": "a ZIP archive or a spreadsheet; unpack or export it",
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet; unpack it, or save it as CSV",
     b"BZh": "bzip2; unpack it",
     b"\xfd7zXZ\0": "xz; unpack it",
     b"ARROW1": "an Arrow file; convert it to Parquet",

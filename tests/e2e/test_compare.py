@@ -68,6 +68,11 @@ def test_agreement_confusion_and_kappa_of_two_prompts(tmp_path: Path) -> None:
     told = json.loads(run_cli("compare", out, other, "--json").stdout)
     assert told["labels"][0]["kappa"] == pytest.approx(labels.kappa)
     assert told["num_differ"] == 4
+    assert told["a"]["cost"] is None
+    priced = batchgen.compare(out, other, gpu_cost="3600EUR")
+    assert priced.a.cost == pytest.approx(1000 / priced.a.requests_per_s)
+    text = run_cli("compare", out, other, "--gpu-cost", "3600EUR").stdout
+    assert text.count(" EUR per 1,000 rows\n") == 2
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), min_size=1))

@@ -238,6 +238,7 @@ def test_labels_that_drift_from_the_last_snapshot_hold_the_next_one_back(tmp_pat
     assert run_json(job, "--publish-anyway")["state"] == "complete"
     third = run_json(job, "--fresh")  # Compared with what was published, not with the first.
     assert [e["figure"] for e in third["gate"] if e["name"] == "max_drift"] == [0.0]
+    assert "drift of gen_label 0 of at most 0.1" in run_cli("run", job).stdout
 
 
 # --- --retry-errors ---------------------------------------------------------------------------

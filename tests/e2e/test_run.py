@@ -227,7 +227,9 @@ def test_the_output_may_not_be_a_folder_with_other_files(tmp_path: Path) -> None
     (tmp_path / "out" / "part-00000.parquet").write_bytes(b"mine")
     refused = run_cli("run", write_job(tmp_path, "in.jsonl"))
     assert refused.returncode == 2
-    assert "holds files that are not batchgen's" in refused.stderr
+    assert (
+        "holds part files and no _batchgen/, a job's state: bring that back, too" in refused.stderr
+    )
     assert (tmp_path / "out" / "part-00000.parquet").read_bytes() == b"mine"
 
 

@@ -116,11 +116,14 @@ def test_gold_is_no_part_of_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "problem"),
     [
-        ({"score": {"gold": "golt"}}, "no such column in the output; did you mean 'gold'?"),
+        ({"score": {"gold": "golt"}}, "no column 'golt' in the output; did you mean 'gold'?"),
         ({"score": {"gold": "gold", "answer": "gen_labl"}}, "did you mean 'gen_label'?"),
-        ({"gate": {"min_accuracy": 0.5}}, "the column that gate.min_accuracy goes by"),
+        ({"gate": {"min_accuracy": 0.5}}, "expected the column that has the right labels"),
         ({"score": {"gold": "gold"}, "output": {"choice": None}}, "the answer has no labels"),
-        ({"score": {"gold": "gold"}, "input": {"columns": ["told"]}}, "no such column in the outp"),
+        (
+            {"score": {"gold": "gold"}, "input": {"columns": ["told"]}},
+            "gold: no column 'gold' in the",
+        ),
         ({"score": {"gold": "list"}}, "expected texts or whole numbers"),
         ({"score": {"gold": "real"}}, "expected texts or whole numbers"),
     ],
@@ -158,6 +161,63 @@ def test_options_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError) as caught:
         batchgen.score(tmp_path / "out", **options)
     assert problem in str(caught.value)
+
+
+KEYED = {"gold": "right", "gold_path": "gold.csv", "on": "gold"}
+"""The input's column `gold` is what rows are found by."""
+
+
+@pytest.mark.parametrize("name", ["gold.csv", "gold.tsv", "gold.jsonl", "gold.parquet"])
+def test_right_labels_of_a_file_of_their_own(tmp_path: Path, name: str) -> None:
+    rows = [(ODD[0], 1), (ODD[1], 2), (ODD[2], 3), (ODD[3], None), ("no label", 5), (ODD[4], 6)]
+    given = {"gold": [1, 2, 5, 6, 77], "right": [ODD[0], ODD[0], ODD[2], None, ODD[1]]}
+    frame, path = pl.DataFrame(given), tmp_path / name
+    if name == "gold.parquet":
+        frame.write_parquet(path)
+    elif name == "gold.jsonl":
+        frame.write_ndjson(path)
+    else:
+        frame.write_csv(path, separator="\t" if name == "gold.tsv" else ",")
+    job = job_of(tmp_path, rows, score={**KEYED, "gold_path": name})
+    (figure,) = [one["figure"] for one in batchgen.run(job).gate if one["name"] == "min_accuracy"]
+    found = batchgen.score(job)
+    assert (found.num_rows, found.num_without_gold, found.num_unanswered) == (3, 3, 1)
+    assert found.accuracy == figure == pytest.approx(1 / 3)
+    asked = {"gold": "right", "gold_path": path, "on": "gold"}
+    assert batchgen.score(tmp_path / "out", **asked).accuracy == found.accuracy
+    options = ("--gold", "right", "--gold-path", path, "--on", "gold")
+    told = run_cli("score", tmp_path / "out", *options).stdout
+    assert told.startswith(f"gen_label against right of {path}, snapshot 1: 3 rows with a gold")
+
+
+@pytest.mark.parametrize(
+    ("score", "content", "problem"),
+    [
+        ({}, None, "gold_path: {}: cannot be read: No such file"),
+        ({}, "gold,wrong\n1,a\n", 'gold_path: {}: cannot be read: unable to find column "right"'),
+        ({}, "gold,right\n1,a\n1,b\n", "gold_path: {}: gold = '1' is in several rows"),
+        ({"on": None}, "gold,right\n", "on: missing, expected a column"),
+        (
+            {"on": "tolt"},
+            "gold,right\n",
+            "on: no column 'tolt' in the output; did you mean 'told'?",
+        ),
+        ({"gold": None}, "gold,right\n", "gold: missing, expected the column"),
+        ({"gold_path": "gold.xlsx"}, "x", "gold_path: {}: cannot be read: {}: is a spreadsheet"),
+    ],
+)
+def test_a_file_of_right_labels_that_does_not_fit_is_refused(
+    tmp_path: Path, score: dict[str, Any], content: str | None, problem: str
+) -> None:
+    table = {name: value for name, value in {**KEYED, **score}.items() if value is not None}
+    job = job_of(tmp_path, [(ODD[0], "1")], score=table)
+    path = tmp_path / table["gold_path"]
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match="score") as caught:
+        batchgen.run(job)
+    assert problem.replace("{}", str(path)) in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_column_that_holds_no_labels_is_not_counted_for_ever(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_tests_of_one_row_are_accepted(text):
         ("at < CURRENT_DATE", "reads the clock"),
         ("len(tags) < 4", r"where = 'len\(tags\) < 4': .*expected `String`, got `list"),
         ("id = 1", "cannot compare string with numeric type"),
+        ("at > '2024-01-01'", "compare a day or time to a text; a day is written DATE '2026-12"),
         ("id ~ '('", "regex error"),
         ("id ~ 'a' AND tags = 'a'", "cannot cast List"),
         ("NOT id", "String|Utf8|casting|conversion"),

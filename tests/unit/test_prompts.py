@@ -250,6 +250,11 @@ def test_columns_that_the_input_lacks_are_all_named():
     )
 
 
+def test_a_template_in_the_place_of_a_columns_name_is_pointed_to_its_own_key():
+    with pytest.raises(ConfigError, match=r"goes in prompt\.template, prompt\.text names a column"):
+        PromptBuilder(PromptConfig(text="Q: {{ question }}")).columns(["question"])
+
+
 def test_a_text_column_is_the_prompt_as_it_is():
     assert built({"t": " {{ not a template }}\n"}, text="t") == " {{ not a template }}\n"
 

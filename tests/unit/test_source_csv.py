@@ -1,6 +1,7 @@
 """Bad and odd CSV, with exact texts."""
 
 import csv
+import datetime as dt
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges
 from batchgen.source.csv import CsvReader, delimiter_hint
+from batchgen.source.jsonl import JsonlReader
 from batchgen.source.reading import ReadSpec
 from batchgen.source.text import MAX_LINE_BYTES
 
@@ -35,6 +37,41 @@ def read(path: str, **words):
     spec = ReadSpec(schema, schema.names, frozenset(schema.names))
     (batch,) = READER.read(path, 0, Ranges.until(READER.scan(path).num_rows), spec)
     return batch
+
+
+DAY, TIME = dt.date(2024, 2, 29), dt.datetime(2024, 2, 29, 10, 0, 0, 5)  # noqa: DTZ001
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "value"),
+    [
+        ("date", "2024-02-29", DAY),
+        ("date", "", None),
+        *(("date", text, ...) for text in ("2023-02-29", "29.2.2024", "2024-02-29T10:00", "x")),
+        ("timestamp", "2024-02-29T10:00:00.000005", TIME),
+        ("timestamp", "2024-02-29 10:00:00,000005", TIME),
+        ("timestamp", "2024-02-29T10:00:00.0000051", ...),
+        ("timestamp", "2024-02-29T10:00:00Z", ...),
+        ("timestamptz", "2024-02-29T12:00:00.000005+02:00", TIME.replace(tzinfo=dt.UTC)),
+        ("timestamptz", "2024-02-29T10:00:00", ...),
+    ],
+)
+def test_days_and_times_are_iso_8601_or_the_row_is_an_error(tmp_path, word, text, value):
+    path = write(tmp_path, f'a,b\n"{text}",x\n'.encode())
+    batch = read(path, a=word)
+    lines = str(tmp_path / "in.jsonl")
+    Path(lines).write_text(json.dumps({"a": text or None}))
+    schema = JsonlReader().columns([lines], {"a": word})
+    spec = ReadSpec(schema, ["a"], frozenset())
+    (rows,) = JsonlReader().read(lines, 0, Ranges.until(1), spec)
+    if value is ...:
+        error = f"column 'a' is planned as {word}, found a text that is not exactly one"
+        assert batch.errors[0].error == f"{path}:2: {error}"
+        assert rows.errors[0].error == f"{lines}:1: {error}"
+        return
+    assert (batch.errors, batch.values) == ({}, [{"a": value, "b": "x"}])
+    assert batch.carried.to_pylist() == [{"a": value, "b": "x"}]
+    assert rows.carried.to_pylist() == [{"a": value}]
 
 
 @pytest.mark.parametrize(

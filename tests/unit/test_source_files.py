@@ -55,6 +55,7 @@ def test_a_given_format_needs_no_suffix(tmp_path):
         ([], "*.jsonl", None, "names no file, expected at least one; check the path"),
         ([], "a.jsonl", None, "names no file, expected at least one; check the path"),
         (["a.txt"], "*", None, "a.txt: has a suffix that names no format, expected .jsonl"),
+        (["a.XLSX"], "*", None, "is a spreadsheet, expected text or Parquet; save it as CSV, or"),
         (["a.parquet.gz"], "*", None, "has a suffix that names no format"),
         (["a.jsonl"], "*", "jsnl", r"unknown format 'jsnl'; did you mean 'jsonl'\?"),
         (["a.csv", "b.jsonl"], "*", None, "b.jsonl: is jsonl, but .*a.csv is csv, expected one"),

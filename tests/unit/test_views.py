@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,7 @@ from batchgen.pipeline.stats import RunStats
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog
+from batchgen.views.results import Rows
 from batchgen.views.status import as_text, exit_code_of, not_begun, status_of
 from tests.fakes import plan
 
@@ -221,3 +223,11 @@ def test_it_is_watched_until_the_run_ends(storage, log, held) -> None:
     assert seen[1] == "  state    at work: running, 53 s left\n"
     assert "not complete; the last run: stopped, asked to" in rest
     assert watching.returncode == 75
+
+
+def test_people_see_nine_digits_of_a_number_and_programs_all():
+    row = {"a": 9.069599764188752e-05, "b": {"c": [0.9999998807907104, 7, None]}, "d": 0.5}
+    shown = Rows(Path(), [row])
+    told = [line.split(maxsplit=1)[1] for line in shown.as_text().splitlines()[1:]]
+    assert told == ["9.06959976e-05", "{'c': [0.999999881, 7, None]}", "0.5"]
+    assert shown[0] is row
