@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-
     from batchgen.preview.estimate import Price
 
 _CHUNK_ROWS = 2**16
