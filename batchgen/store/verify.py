@@ -6,6 +6,7 @@ flips (of 300 flips in zstd pages, pyarrow without verification gave wrong value
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from batchgen.core.runtime import command, option
 from batchgen.storage import LocalStorage
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ResultFile, check_rows
-from batchgen.store.visible import shown_problems, told_difference
+from batchgen.store.visible import bring_back, shown_problems, told_difference
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from batchgen.store.books import Manifest, Part, Plan, PublishedFile
 
 _LOOKS = 3
+_BRING = "bring the file back from a backup"
 _PATIENCE_S = 5.0
 """A run at work that changed nothing for so long is not putting its files there right now."""
 
@@ -56,7 +58,8 @@ class Verdict:
 def verify(root: Path, *, patience_s: float = _PATIENCE_S) -> Verdict:
     """Check all snapshots, what the folder shows of the newest, and parts of an unfinished plan.
 
-    A file that several snapshots have is read once; its damage names all of them.
+    A file that several snapshots have is read once; its damage names all of them, and it is brought
+    back for all of them if the folder has one with its bytes, by the name under which it is shown.
 
     A part that is not what was written is marked, so that the next run redoes its rows; nothing
     else is changed.
@@ -118,12 +121,14 @@ def _check_snapshot(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> Col
         try:
             _check_published(ledger, file, plan, counted, verdict)
         except (ValueError, OSError, StorageError) as error:
-            damaged.append(file.name)
             why = str(error).splitlines()[0]
             also = _and_of(numbers_of[file.name][:-1])
-            verdict.problems.append(
-                f"{file.name}: {why}; published rows are damaged{also}: {_remedy(ledger, file)}"
-            )
+            again = f"`{command('run', '--retry-errors')}` computes them again, or {_BRING}"
+            remedy = _remedy(ledger, file, again)
+            if remedy == again:
+                damaged.append(file.name)
+            told = f"{file.name}: {why}; published rows are damaged{also}: {remedy}"
+            verdict.problems.append(told)
     _check_index(ledger, manifest, verdict)
     _check_older(ledger, older, {file.name for file in manifest.files}, verdict)
     if not verdict.problems and (counted["ok"], counted["error"]) != (
@@ -162,19 +167,15 @@ def _check_older(
         if name in checked or (why := told_difference(path, file)) is None:
             continue
         of = ", ".join(map(str, numbers_of[name]))
-        verdict.older_problems.append(
-            f"{name}: {why}; damages snapshot {of}: bring the file back from a backup, or prune it"
-        )
+        remedy = _remedy(ledger, file, f"{_BRING}, or prune it")
+        verdict.older_problems.append(f"{name}: {why}; damages snapshot {of}: {remedy}")
 
 
-def _remedy(ledger: Ledger, file: PublishedFile) -> str:
-    """What to do about a damaged file of the snapshot."""
-    if told_difference(ledger.storage.path(file.alias), file) is None:
-        return f"the next run brings it back from {file.alias}, which is whole"
-    return (
-        f"`{command('run', '--retry-errors')}` computes them again, or bring the file back from a "
-        "backup"
-    )
+def _remedy(ledger: Ledger, file: PublishedFile, otherwise: str) -> str:
+    """Mend a damaged file if that is possible; return what was done, or is to be done."""
+    with suppress(OutputError, StorageError):  # Whoever looks may not write here.
+        return bring_back(ledger.storage, file) or otherwise
+    return otherwise
 
 
 def _check_index(ledger: Ledger, manifest: Manifest, verdict: Verdict) -> None:

@@ -328,16 +328,30 @@ def raise_if_damaged(shown: Shown, storage: LocalStorage) -> None:
 
 def _brought_back(storage: LocalStorage, manifest: Manifest, damaged: dict[str, str]) -> list[str]:
     """Take damaged files from the folder, if it shows others with their bytes; one line on each."""
-    told = []
-    for file in manifest.files:
-        name, alias = file.name, file.alias
-        shown = storage.path(alias)
-        if name not in damaged or shown.is_symlink() or not shown.is_file():
-            continue
-        if storage.expose(alias, name, partial(_is_whole, file)):
-            storage.settle(name.rpartition("/")[0])
-            told.append(f"{name}: {damaged.pop(name)}; brought back from {alias}, which is whole")
-    return told
+    return [
+        f"{file.name}: {damaged.pop(file.name)}; {told}"
+        for file in manifest.files
+        if file.name in damaged and (told := bring_back(storage, file))
+    ]
+
+
+def bring_back(storage: LocalStorage, file: PublishedFile) -> str:
+    """Take a damaged file of a snapshot from the folder, if that has another with its bytes.
+
+    Returns:
+        What was done, in words; empty if there is none.
+
+    Raises:
+        StorageError: It cannot be taken.
+    """
+    alias = file.alias
+    shown = storage.path(alias)
+    if shown.is_symlink() or not shown.is_file():
+        return ""
+    if not storage.expose(alias, file.name, partial(_is_whole, file)):
+        return ""
+    storage.settle(file.name.rpartition("/")[0])
+    return f"brought back from {alias}, which is whole"
 
 
 def _mended(storage: LocalStorage, manifest: Manifest, damaged: Collection[str]) -> list[str]:

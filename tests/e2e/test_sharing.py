@@ -124,6 +124,14 @@ def test_damage_of_a_shared_file_names_all_its_snapshots_and_is_mended_once(job:
     (older,) = found.older_problems
     assert older.startswith(f"{gone.name}: ")
     assert "damages snapshot 1" in older
-    for name, data in whole.items():
-        overwrite(out / name, data)
-    assert verify(out).problems == []
+    # Copies, say of a backup: by the names that readers had, and have.
+    for file in (shared, gone):
+        (out / file.alias).unlink(missing_ok=True)
+        (out / file.alias).write_bytes(whole[file.name])
+    found = verify(out)
+    for told in (found.problems[0], *found.older_problems):
+        assert told.endswith(", which is whole")
+    assert {name: (out / name).read_bytes() for name in whole} == whole
+    (out / gone.alias).unlink()
+    found = verify(out)
+    assert (found.problems, found.older_problems) == ([], [])
