@@ -171,6 +171,9 @@ def _start() -> tuple[Connection, subprocess.Popen[bytes]]:
 
 def main() -> None:
     """Do what the parent asks for, until it asks no more."""
+    from batchgen.core.data import spare_pandas
+
+    spare_pandas()
     connection = Connection(int(sys.argv[1]))
     with suppress(EOFError, OSError):
         while True:

@@ -163,7 +163,7 @@ class Part(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A published file of a base that a plan keeps."""
+    """A published file, and where its rows are in a plan: its own, or one that keeps the file."""
 
     file: PublishedFile
     start: int
@@ -369,6 +369,13 @@ class Manifest:
     def is_tiled(self) -> bool:
         """Whether its files tell their rows by their places: not in version 1."""
         return self.index is None and all(file.order is not None for file in self.files)
+
+    def tiles(self) -> Iterator[Kept]:
+        """Yield its files with their places, if it is tiled."""
+        start = 0
+        for file in self.files:
+            yield Kept(file, start)
+            start += file.num_done
 
     def imbalance(self) -> str | None:
         """What does not add up, None if all does."""

@@ -217,7 +217,7 @@ class PublishedRows:
             StorageError: It cannot be read right now.
         """
         self._storage = storage
-        self._files = manifest.files
+        self._manifest = manifest
         self._places = Places(plan)
         self._index = None if manifest.is_tiled else _Index(storage, manifest)
 
@@ -236,20 +236,14 @@ class PublishedRows:
             StorageError: Something cannot be read right now.
         """
         if self._index is None:
-            yield from stretches(self._storage, self._tiles(), self._places, wanted)
+            yield from stretches(self._storage, self._manifest.tiles(), self._places, wanted)
             return
         first = 0
-        for entry, chunks in zip(self._files, self._index.chunks, strict=True):
+        for entry, chunks in zip(self._manifest.files, self._index.chunks, strict=True):
             with ResultFile(self._storage.path(entry.name), chunks) as file:
                 groups = range(first, first + len(chunks) - 1)
                 yield _Indexed(entry, file, self._index.ordinals, groups)
             first += len(chunks) - 1
-
-    def _tiles(self) -> Iterator[Kept]:
-        start = 0
-        for entry in self._files:
-            yield Kept(entry, start)
-            start += entry.num_done
 
     def skipped(self, rows: RowSet) -> RowSet:
         """Pick of a plan's rows those that ended without a result, as far as it can be told.
@@ -259,7 +253,7 @@ class PublishedRows:
             StorageError: Something cannot be read right now.
         """
         if self._index is None:
-            files = stretches(self._storage, self._tiles(), self._places, rows)
+            files = stretches(self._storage, self._manifest.tiles(), self._places, rows)
             found = (one.skipped().spans() for one in files)
             return RowSet.of_spans(chain.from_iterable(found)) & rows
         groups = range(sum(len(chunks) - 1 for chunks in self._index.chunks))

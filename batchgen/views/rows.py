@@ -23,8 +23,9 @@ from batchgen.pipeline.frozen import check_unchanged
 from batchgen.source.text import read_lines
 from batchgen.source.values import to_python
 from batchgen.storage import LocalStorage
+from batchgen.store.books import PARTS, Places
 from batchgen.store.ledger import Ledger
-from batchgen.store.published import row_groups
+from batchgen.store.published import groups_of, row_groups, stretches
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile
 from batchgen.store.snapshot import find_snapshot
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from batchgen.store.books import Manifest, Plan, Segment
+    from batchgen.store.books import Kept, Manifest, Plan, Segment
 
 INPUT, LINE = "_batchgen_input", "_batchgen_line"
 """Keys of a shown row beside its columns: where it stands in the input, and its line there."""
@@ -69,6 +70,8 @@ class Output:
     """Their files."""
     manifest: Manifest | None
     """None: they are not published."""
+    kept: Mapping[str, Kept]
+    """Name -> file and place, of files that tell their rows by it: not of parts and version 1."""
 
     def column(self, name: str) -> str:
         """Name a column of batchgen's; by the plan, since the job file may have changed."""
@@ -82,13 +85,18 @@ class Output:
         return found
 
     def groups(
-        self, columns: Sequence[str] | None = None, most: int | None = None
+        self,
+        columns: Sequence[str] | None = None,
+        most: int | None = None,
+        *,
+        errors: bool = False,
     ) -> Iterator[tuple[int, int, pa.Table]]:
         """Yield file, number and rows of row groups, in order.
 
         Args:
             columns: Of these columns; None: all.
             most: About so many, spread over all files; None: all of them.
+            errors: Only of files that may have errors.
 
         Raises:
             OutputError: A file cannot be read.
@@ -97,6 +105,9 @@ class Output:
         files = range(0, len(self.names), step)
         each = None if most is None else -(-most // len(files))
         for at in files:
+            kept = self.kept.get(self.names[at])
+            if errors and kept is not None and not kept.file.num_errors:
+                continue
             for number, table in self._read(at, columns, each=each):
                 yield at, number, table
 
@@ -163,17 +174,20 @@ class Output:
     ) -> dict[Place, tuple[int, int]]:
         """Look up segment and row of each place; of a snapshot without an index of none."""
         tables: dict[tuple[int, int], pa.Table] = {}
-        if self.manifest is None:
-            for at, numbers in among.items():
+        for at, numbers in among.items():
+            if self.names[at].startswith(f"{PARTS}/"):
                 for number, table in self._read(at, _ORDINAL, among=numbers):
                     tables[at, number] = table
-        else:
-            files = {self.storage.path(name): at for at, name in enumerate(self.names)}
-            with suppress(OutputError):
-                for file, number, ordinals in row_groups(self.storage, self.manifest, self.plan):
-                    at = files.get(file.path, -1)
-                    if number in among.get(at, ()):
-                        tables[at, number] = ordinals()
+        files = {self.storage.path(self.names[at]): at for at in among}
+        kept = (one for at in among if (one := self.kept.get(self.names[at])) is not None)
+        told = groups_of(stretches(self.storage, kept, Places(self.plan)))
+        if not self.kept:
+            told = row_groups(self.storage, self.manifest, self.plan)
+        with suppress(OutputError):
+            for file, number, ordinals in told:
+                at = files.get(file.path, -1)
+                if number in among.get(at, ()):
+                    tables[at, number] = ordinals()
         found = {}
         for place in places:
             if (table := tables.get(place[:2])) is not None:
@@ -194,11 +208,13 @@ class Output:
 
         Args:
             num_rows: At most so many.
-            test: A column and the text that it has to hold, or None for any; None: all rows.
+            test: A column and the text by which it tells errors, or None for any text; None: all
+                rows.
         """
         found: list[Place] = []
         wanted = test[1] if test is not None else None
-        for at, number, table in self.groups([test[0] if test else self.column("status")]):
+        column_names = [test[0] if test else self.column("status")]
+        for at, number, table in self.groups(column_names, errors=test is not None):
             if len(found) >= num_rows:
                 break
             column = table.column(0)
@@ -210,7 +226,7 @@ class Output:
     def error_kinds(self) -> list[ErrorKind]:
         """Count errors by type, most first; of a very long output in a part of it."""
         found: dict[str, ErrorKind] = {}
-        for at, number, table in self.groups([self.column("error_type")], MOST_GROUPS):
+        for at, number, table in self.groups([self.column("error_type")], MOST_GROUPS, errors=True):
             column = table.column(0)
             for entry in pc.value_counts(column.drop_null()).to_pylist():
                 kind, num = entry["values"], entry["counts"]
@@ -236,14 +252,21 @@ def output_of(root: Path, snapshot: int | None = None) -> Output | None:
     ledger = Ledger(storage)
     if snapshot is not None:
         manifest, plan = find_snapshot(ledger, snapshot), ledger.plan(snapshot)
-        return Output(storage, plan, [file.name for file in manifest.files], manifest)
+        return _published(storage, plan, manifest)
     newest, latest = ledger.latest_plan(), ledger.latest_manifest()
     if newest is None:
         return None
     if latest is not None and latest.number == newest.number:
-        return Output(storage, newest, [file.name for file in latest.files], latest)
-    names = [part.name for part in ledger.durable(newest).parts]
-    return Output(storage, newest, names, None) if names else None
+        return _published(storage, newest, latest)
+    durable = ledger.durable(newest)
+    kept = {one.file.name: one for one in durable.kept}
+    names = [*(part.name for part in durable.parts), *kept]
+    return Output(storage, newest, names, None, kept) if names else None
+
+
+def _published(storage: LocalStorage, plan: Plan, manifest: Manifest) -> Output:
+    kept = {one.file.name: one for one in manifest.tiles()} if manifest.is_tiled else {}
+    return Output(storage, plan, [file.name for file in manifest.files], manifest, kept)
 
 
 @dataclass(frozen=True, slots=True)

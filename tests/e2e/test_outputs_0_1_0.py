@@ -176,3 +176,18 @@ def test_two_nights_are_compared_and_pruned(tmp_path: Path) -> None:
     assert [snapshot["number"] for snapshot in removed] == [1]
     assert facts("verify", job)["problems"] == []
     assert batchgen.read(job).collect().height == 38
+
+
+def test_there_is_a_way_back_to_its_snapshots(tmp_path: Path) -> None:
+    job = copied("nights", tmp_path)
+    nights = [batchgen.read(job, snapshot=number).collect() for number in (1, 2)]
+    edit_jsonl(job.parent)
+    assert num_computed(batchgen.run(job)) == 1  # Snapshot 3, of this version.
+    for number, rows in enumerate(nights, 1):
+        assert facts("rollback", job, str(number))["rolled_back_to"] == number
+        assert batchgen.read(job).collect().equals(rows)
+        assert pl.read_parquet(job.parent / "out" / "part-*.parquet").equals(rows)
+        assert facts("verify", job)["problems"] == []
+        assert printed("show", job, "-n", "100").count(" (line ") == rows.height
+    assert num_computed(batchgen.run(job)) == 1  # The edit, as of the night before it.
+    assert batchgen.run(job).state == "nothing_to_do"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import batchgen
+from batchgen.core.errors import GateError
 from batchgen.storage import LocalStorage
 from batchgen.store import snapshot
 from batchgen.store.ledger import Ledger
@@ -135,3 +136,15 @@ def test_damage_of_a_shared_file_names_all_its_snapshots_and_is_mended_once(job:
     (out / gone.alias).unlink()
     found = verify(out)
     assert (found.problems, found.older_problems) == ([], [])
+
+
+def test_show_of_an_unfinished_night_has_its_new_rows_and_those_that_it_keeps(job: Path) -> None:
+    write(job.parent, [line(n) for n in range(80)], [*(line(n) for n in range(80, 160)), "{"])
+    with pytest.raises(GateError):
+        batchgen.run(job, overrides=["gate.max_error_rate=0.0"])
+    seen = batchgen.show(job, num_rows=200)
+    assert sorted(row["id"] for row in seen.rows if row["id"] is not None) == [*range(160)]
+    where = {row["id"]: row["_batchgen_input"] for row in seen.rows}
+    assert where[7].endswith("in-0.jsonl (line 8)")
+    assert where[107].endswith("in-1.jsonl (line 28)")
+    assert [row["id"] for row in batchgen.show(job, errors=True).rows] == [None]
