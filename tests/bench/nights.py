@@ -1,13 +1,17 @@
 """What a night costs on the echo engine, in one code or in two side by side.
 
     python -m tests.bench.nights --rows 2000000
+    python -m tests.bench.nights --case each --rows 2000000
     python -m tests.bench.nights --case together --rows 20000 --files 4 --against ../before
+    python -m tests.bench.nights --case first --rows 1000000 --against ../before
     python -m tests.bench.nights --case scale --rows 100000 1000000 10000000
 
 Cases: `one` row edited; 1 % of the rows of one `file` edited; 1 % of all rows edited at `random`
-places; 30 nights of 200 edits, those of a night `together` or `anywhere`; `scale`, what each step
-costs, and of three or more sizes what it would cost at `--fit` rows by a straight line. `--against`
-names a checkout of another version: it gets the same input and the same edits, step by step.
+places; `each` of these, a night after the other; the `first` run, five times; 30 nights of 200
+edits, those of a night `together` or `anywhere`; `scale`, what each step costs, and of three or
+more sizes what it would cost at `--fit` rows by a straight line. `--against` names a checkout of
+another version: it gets the same input and the same edits, step by step, and the last lines say how
+many times as long each step took it, as a median.
 
 Each step is a process of its own, measured from outside: wall time, peak memory of it and its
 children, bytes written (as the kernel counts them). Disk: blocks of the output folder, each file
@@ -31,19 +35,21 @@ import sys
 import tempfile
 import time
 from bisect import bisect_right
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import batchgen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     Steps = Iterator[tuple[str, "Code", dict[str, Any]]]
 
 SPREAD = 1 << 20
 """Texts are slices of so many characters of random words."""
-NUM_NIGHTS, NUM_EDITS = 30, 200
+NUM_NIGHTS, NUM_EDITS, NUM_FIRST = 30, 200, 5
 JOB = """
 [input]
 path = "data/*.jsonl"
@@ -176,21 +182,45 @@ def disk_bytes(folder: Path) -> int:
     return sum({stat.st_ino: stat.st_blocks * 512 for stat in stats}.values())
 
 
-def one(world: World, codes: Sequence[Code]) -> Steps:
-    """One row edited in place."""
-    return night(world, codes, [world.num_rows // 3])
+def one(world: World) -> Sequence[int]:
+    """One row."""
+    return [world.num_rows // 3]
 
 
-def scattered(world: World, codes: Sequence[Code]) -> Steps:
-    """1 % of all rows edited, at random places."""
-    rows = random.Random(1).sample(range(world.num_rows), world.num_rows // 100)
-    return night(world, codes, rows)
+def scattered(world: World) -> Sequence[int]:
+    """1 % of all rows, at random places."""
+    return random.Random(1).sample(range(world.num_rows), world.num_rows // 100)
 
 
-def in_file(world: World, codes: Sequence[Code]) -> Steps:
-    """1 % of the rows of one file edited."""
+def in_file(world: World) -> Sequence[int]:
+    """1 % of the rows of one file."""
     start, stop = world.edges[world.num_files // 2 :][:2]
-    return night(world, codes, range(start, stop, 100))
+    return range(start, stop, 100)
+
+
+EDITS = {"one": one, "file": in_file, "random": scattered}
+
+
+def each(world: World, codes: Sequence[Code]) -> Steps:
+    """A first run, and a night with each kind of edits, one after the other."""
+    for code in codes:
+        yield "first", code, code.begin()
+    for night, (name, edits) in enumerate(EDITS.items(), 1):
+        rows = edits(world)
+        world.edit(rows, night)
+        for code in codes:
+            found = code.step("run")
+            assert found["computed"] == len(rows), found
+            yield f"{name} edited", code, found
+
+
+def first(world: World, codes: Sequence[Code]) -> Steps:
+    """First runs, in turn."""
+    assert world.num_rows
+    for _ in range(NUM_FIRST):
+        for code in codes:
+            yield "first", code, code.begin()
+            shutil.rmtree(code.out)
 
 
 def night(world: World, codes: Sequence[Code], rows: Sequence[int]) -> Steps:
@@ -205,6 +235,11 @@ def night(world: World, codes: Sequence[Code], rows: Sequence[int]) -> Steps:
     for command in ("run", "diff", "verify"):
         for code in codes:
             yield f"then {command}", code, code.step(command)
+
+
+def night_of(edits: Callable[[World], Sequence[int]], world: World, codes: Sequence[Code]) -> Steps:
+    """The same with edits of one kind."""
+    return night(world, codes, edits(world))
 
 
 def together(world: World, codes: Sequence[Code]) -> Steps:
@@ -254,10 +289,10 @@ def scale(world: World, codes: Sequence[Code]) -> Steps:
             yield command, code, code.step(command)
 
 
-CASES = {
-    "one": one,
-    "file": in_file,
-    "random": scattered,
+CASES: dict[str, Callable[[World, Sequence[Code]], Steps]] = {
+    **{name: partial(night_of, edits) for name, edits in EDITS.items()},
+    "each": each,
+    "first": first,
     "together": together,
     "anywhere": anywhere,
     "scale": scale,
@@ -312,6 +347,10 @@ def main() -> None:
                 told = {"case": args.case, "rows": num_rows, "step": step, "code": code.name}
                 print(json.dumps({**told, **cost}), flush=True)
                 found.setdefault((step, code.name), []).append(cost)
+    for step in {step: 1 for step, name in found if name == "against"}:
+        pairs = zip(found[step, "against"], found[step, "here"], strict=True)
+        ratios = [there["s"] / here["s"] for there, here in pairs]
+        print(json.dumps({"step": step, "ratio": round(median(ratios), 2), "pairs": len(ratios)}))
     for (step, name), costs in found.items() if len(args.rows) > 2 else ():
         for key in ("s", "planned_s", "peak_mib"):
             if key in costs[0]:
