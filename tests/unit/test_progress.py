@@ -201,8 +201,12 @@ def frames_on(columns: int, show: Callable[[Progress], None], num_rows: int = 20
     with os.fdopen(slave, "w", encoding="utf-8") as terminal, os.fdopen(master, "rb") as seen:
         with Progress(num_rows, 0, stream=terminal) as progress:
             show(progress)
+        terminal.write("\nthe end")
         terminal.flush()
-        shown = os.read(seen.fileno(), 1 << 20).decode()
+        shown = ""
+        while not shown.endswith("the end"):  # The kernel hands it over in pieces.
+            shown += os.read(seen.fileno(), 1 << 20).decode(errors="replace")
+    shown = shown.removesuffix("the end")
     return [frame.rstrip() for frame in re.split(r"[\r\n]+", shown) if frame.strip()]
 
 
