@@ -203,11 +203,11 @@ def frames_on(columns: int, show: Callable[[Progress], None], num_rows: int = 20
             show(progress)
         terminal.write("\nthe end")
         terminal.flush()
-        shown = ""
-        while not shown.endswith("the end"):  # The kernel hands it over in pieces.
-            shown += os.read(seen.fileno(), 1 << 20).decode(errors="replace")
-    shown = shown.removesuffix("the end")
-    return [frame.rstrip() for frame in re.split(r"[\r\n]+", shown) if frame.strip()]
+        shown = b""
+        while not shown.endswith(b"the end"):  # The kernel hands it over in pieces.
+            shown += os.read(seen.fileno(), 1 << 20)
+    shown = shown.removesuffix(b"the end")
+    return [frame.rstrip() for frame in re.split(r"[\r\n]+", shown.decode()) if frame.strip()]
 
 
 BUSY = {"num_errors": 1500, "kv_cache_usage": 0.87, "gpu_busy": 0.55, "num_ok": 500}
