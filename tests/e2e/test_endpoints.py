@@ -1,5 +1,6 @@
 """Rows by vLLM's own server, started by `batchgen engine up`, are the rows of the engine here."""
 
+import itertools
 import json
 import os
 import signal
@@ -281,8 +282,11 @@ def test_numbers_by_http_are_those_of_the_engine_here(task, place, encoders):
             assert done["num_errors"] == (task == "score")
     assert place.run(job(f"{task}-here"))["engine"]["name"] == "vllm"
     assert any("truncated" in str(row) for row in place.rows(f"{task}-here")) == (task != "score")
-    for out in ("auto", "url"):
-        assert_close(place.rows(f"{task}-{out}"), place.rows(f"{task}-here"))
+    here, *others = (place.rows(f"{task}-{out}") for out in ("here", "auto", "url"))
+    for row in itertools.chain(here, *others):
+        del row["gen_error"]  # Each says in its own words that a text is too long.
+    for there in others:
+        assert_close(there, here)
 
 
 def is_json(row):
