@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchgen.cli.common import (
-    JSON,
-    Number,
-    as_line,
-    flag,
-    gpu_cost,
-    job_command,
-    num_rows,
-    out,
-)
+from batchgen.cli.common import JSON, Number, as_line, flag, gpu_cost, job_command, num_rows, out
 
 if TYPE_CHECKING:
     from batchgen.cli.common import Load

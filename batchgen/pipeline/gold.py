@@ -96,8 +96,7 @@ def read_gold(score: ScoreConfig) -> pl.DataFrame:
         if not (twice := found.filter(pl.col("key").is_duplicated())).is_empty():
             problem = f"{score.on} = {twice['key'][0]!r} is in several rows, expected in one"
     if problem:
-        where = "[score]"
-        raise ConfigError(where, [f"gold_path: {path}: {problem}"])
+        raise ConfigError("[score]", [f"gold_path: {path}: {problem}"])
     return found
 
 

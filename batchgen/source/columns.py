@@ -280,8 +280,7 @@ def moment(data_type: pa.DataType, text: str) -> dt.date:
         found = dt.datetime.fromisoformat(text)
         if (found.tzinfo is None) == (data_type.tz is None) and not _NANOSECONDS.search(text):
             return found if found.tzinfo is None else found.astimezone(dt.UTC)
-    msg = "a text that is not exactly one"
-    raise ValueError(msg)
+    raise ValueError("a text that is not exactly one")
 
 
 def fits(data_type: pa.DataType, value: object) -> bool:
