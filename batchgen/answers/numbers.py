@@ -1,9 +1,10 @@
 """Numbers that an engine gives instead of a text: what they have to be, and their columns.
 
-An embedding, a probability for each label, or a score: float32, as bytes all the way from the
-engine to Arrow. vLLM can give a wrong one without a word: an empty vector or a score of 0.0 where
-a request has failed (vllm/outputs.py, EmbeddingRequestOutput and ScoringRequestOutput, 0.26 to
-0.33), and what is no number where a model overflows. None of these is a row's answer.
+An embedding, a probability for each label, a score, or two numbers a token: float32, as bytes all
+the way from the engine to Arrow. vLLM can give a wrong one without a word: an empty vector or a
+score of 0.0 where a request has failed (vllm/outputs.py, EmbeddingRequestOutput and
+ScoringRequestOutput, 0.26 to 0.33), and what is no number where a model overflows. None of these is
+a row's answer.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ if TYPE_CHECKING:
 
 
 _MOST_FLOAT16 = 65_504
+_MOST_EXPONENT = 700
+"""A larger one's power of e is no float64."""
 
 
 def number_columns(job: JobConfig, facts: TaskFacts) -> tuple[OutputFormat, AnswerColumns]:
     """Say what the numbers of a job's task have to be, and lay out their columns."""
-    lay = {"embed": _embedding, "classify": _classes, "score": _score}[job.task]
-    columns, labels = lay(job, facts)
-    error_type, may_be_zero = f"bad_{job.task}", job.task == "classify"
+    lays = {"embed": _embedding, "classify": _classes, "score": _score}
+    columns, labels = lays.get(job.task, _likelihood)(job, facts)
+    error_type = f"bad_{job.task}"
     most = _MOST_FLOAT16 if job.pooling.dtype == "float16" else math.inf
 
     def read(sample: Sample, _: Request | None) -> Reading:
         found = numbers_of(sample)
-        why = _problem(found, facts.size, may_be_zero=may_be_zero)
+        why = _problem(found, facts.size, job.task)
         if why is None and most < math.inf and max(*found, -min(found)) > most:
             why = f"a number is over {most:,}, the most that float16 holds"
         if why is not None:
@@ -54,15 +57,19 @@ def numbers_of(sample: Sample) -> Numbers:
     return memoryview(data[: len(data) // 4 * 4]).cast("f")
 
 
-def _problem(numbers: Numbers, size: int, *, may_be_zero: bool) -> str | None:
+def _problem(numbers: Numbers, size: int, task: str) -> str | None:
     """Say what is wrong with an answer, if anything is."""
-    if len(numbers) != size:
-        return f"the engine gave {len(numbers)} numbers, expected {size}"
+    is_by_token = task == "loglikelihood"
+    if len(numbers) != size and not (is_by_token and numbers and len(numbers) % size == 0):
+        expected = f"{size}{' for each token' if is_by_token else ''}"
+        return f"the engine gave {len(numbers)} numbers, expected {expected}"
     # Of finite float32 the sum, a float64, is finite, and of others it never is.
     if not math.isfinite(sum(numbers)):
         return "the engine gave a number that is not finite"
-    if not may_be_zero and not any(numbers):
+    if task in ("embed", "score") and not any(numbers):
         return "the engine gave zero, which vLLM does where a request has failed"
+    if is_by_token and max(_logprobs(numbers)) > 0:
+        return "the engine gave a log probability above 0"
     return None
 
 
@@ -81,6 +88,37 @@ def _embedding(job: JobConfig, facts: TaskFacts) -> Laid:
 
 def _score(_: JobConfig, __: TaskFacts) -> Laid:
     return [_column("score", pa.float32(), lambda numbers: numbers[0])], []
+
+
+_TOKEN = pa.struct([("token", pa.string()), ("logprob", pa.float32())])
+
+
+def _likelihood(job: JobConfig, _: TaskFacts) -> Laid:
+    columns = [
+        _column("logprob", pa.float64(), lambda numbers: sum(_logprobs(numbers))),
+        _column("num_tokens", pa.int32(), lambda numbers: len(numbers) // 2),
+        _column("perplexity", pa.float64(), _perplexity),
+        _column("is_greedy", pa.bool_(), lambda numbers: max(numbers[len(numbers) // 2 :]) <= 1),
+    ]
+    if job.pooling.token_logprobs:
+        columns.append(Column(pa.field("token_logprobs", pa.list_(_TOKEN)), _tokens))
+    return columns, []
+
+
+def _logprobs(numbers: Numbers) -> Numbers:
+    """The first half; the other are the tokens' ranks, 1 for the likeliest."""
+    return numbers[: len(numbers) // 2]
+
+
+def _perplexity(numbers: Numbers) -> float:
+    mean = sum(_logprobs(numbers)) / (len(numbers) // 2)
+    return math.exp(-mean) if mean > -_MOST_EXPONENT else math.inf
+
+
+def _tokens(samples: Sequence[Sample], readings: Sequence[Reading]) -> list[tuple[Any, ...]] | None:
+    if readings[0].value is None:
+        return None
+    return [(token, logprob) for token, logprob, _ in samples[0].logprobs or ()]
 
 
 def _classes(job: JobConfig, facts: TaskFacts) -> Laid:

@@ -147,10 +147,10 @@ class Sample(NamedTuple):
     """Name and arguments (JSON text) of each call; None where none are parsed."""
     numbers: bytes | None = None
     """What a task other than to generate gives instead of a text, as float32 of this machine: an
-    embedding; a probability for each label; a score. `finish_reason` is "length" if the text was
-    cut to fit."""
+    embedding; a probability for each label; a score; the log probabilities of a text's tokens, then
+    their ranks, 1 for the likeliest. `finish_reason` is "length" if the text was cut to fit."""
     num_chunks: int = 1
-    """Pieces of the text of which `numbers` is the mean."""
+    """Pieces of the text that `numbers` are of: an embedding is their mean."""
     num_tokens: int | None = None
     """Tokens generated, that which ends the answer among them; None: nobody said."""
 
@@ -244,7 +244,7 @@ class TaskFacts(NamedTuple):
     """What an engine makes of each row, for a task other than to generate."""
 
     size: int
-    """How many numbers a row gets."""
+    """How many numbers a row gets; of a likelihood, each of its tokens."""
     labels: Sequence[str] = ()
     """Of a classifier, one a number."""
     is_multi_label: bool = False

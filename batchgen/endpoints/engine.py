@@ -96,6 +96,8 @@ class OpenAIEngine:
         Raises:
             ConfigError: They are not here, or servers do not do it.
         """
+        if spec.task == "loglikelihood":
+            raise ConfigError("task", ["'loglikelihood' needs an engine here, not a server"])
         if spec.pooling.get("too_long") == "chunk":
             where = "too_long = 'chunk': a server makes no pieces, expected 'truncate' or 'refuse'"
             raise ConfigError("[pooling]", [where])

@@ -43,7 +43,8 @@ SERVER = "vllm.entrypoints.openai.api_server"
 def engine_for(spec: EngineSpec) -> Engine:
     """Make the engine of `base_url = "auto"`: the warm server if it runs, or one of its own."""
     state = read_state(str(spec.endpoint["digest"]))
-    if state is None or spec.pooling.get("too_long") == "chunk":  # Which no server does.
+    is_ours = spec.task == "loglikelihood" or spec.pooling.get("too_long") == "chunk"
+    if state is None or is_ours:  # Which no server does.
         return VllmEngine(spec)
     names = {"urls": [state["url"]], "key_file": state["key_file"], "process": state["process"]}
     return OpenAIEngine(replace(spec, backend="openai", endpoint={**spec.endpoint, **names}))

@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import Completion, EngineFacts, EngineStats, RowError, Sample, TaskFacts
+from batchgen.core.records import (
+    Completion,
+    EngineFacts,
+    EngineStats,
+    RowError,
+    Sample,
+    TaskFacts,
+    TokenLogprobs,
+)
 from batchgen.engine.base import EngineRequest, failed, flatten_parts, unknown_adapter
 
 if TYPE_CHECKING:
@@ -122,6 +130,8 @@ class _Running(NamedTuple):
     data: bytes
     admitted_at: float
     limits: _Limits
+    scored: bytes
+    """Its last tokens, whose likelihoods are wanted; for other tasks none."""
 
 
 class EchoEngine:
@@ -139,6 +149,7 @@ class EchoEngine:
         self._task = spec.task
         self._size = self.task_facts(spec).size if spec.task != "generate" else 0
         self._too_long = spec.pooling.get("too_long", "refuse")
+        self._tells_tokens = spec.pooling.get("token_logprobs", False)
         window = spec.max_in_flight or 2 * self._max_num_seqs
         self._capacity = window if self._step_s else max(window, INSTANT_CAPACITY)
         self._waiting: deque[EngineRequest] = deque()
@@ -165,7 +176,8 @@ class EchoEngine:
         if spec.task == "classify":
             return TaskFacts(len(options.labels), options.labels)
         size = spec.pooling.get("dimensions", options.embedding_size)
-        return TaskFacts(1 if spec.task == "score" else size, prefix=spec.pooling.get("prefix", ""))
+        size = {"score": 1, "loglikelihood": 2}.get(spec.task, size)
+        return TaskFacts(size, prefix=spec.pooling.get("prefix", ""))
 
     @property
     def facts(self) -> EngineFacts | None:
@@ -247,7 +259,7 @@ class EchoEngine:
             if self._max_steps > 1:
                 # Not hash(): that differs between processes, and finish order should not.
                 last += zlib.crc32(data) % self._max_steps
-            running = _Running(request.request_id, data, now, limits)
+            running = _Running(request.request_id, data, now, limits, self._scored(request))
             self._buckets.setdefault(last, []).append(running)
             self._num_running += 1
             self._tokens["num_prompt_tokens"] += len(data)
@@ -263,8 +275,16 @@ class EchoEngine:
         except ValueError as exc:
             return RowError("bad_request", str(exc))
 
+    def _scored(self, request: EngineRequest) -> bytes:
+        text: Any = request.prompt[-1] if isinstance(request.prompt, tuple) else request.prompt
+        return text.encode() if self._task == "loglikelihood" else b""
+
     def _prepare(self, request: EngineRequest) -> bytes | RowError:
-        data = encode_prompt(request.prompt, end=b"\n" if self._size else b"")
+        is_likelihood = self._task == "loglikelihood"
+        has_end = self._size and not is_likelihood
+        data = encode_prompt(request.prompt, end=b"\n" if has_end else b"")
+        if is_likelihood and not isinstance(data, RowError) and not self._scored(request):
+            return RowError("empty_prompt", "the continuation has no tokens")
         if isinstance(data, RowError) or self._max_model_len is None or self._too_long != "refuse":
             return data
         is_fit = len(data) < self._max_model_len + bool(self._size)
@@ -296,8 +316,16 @@ class EchoEngine:
     def _number(self, running: _Running) -> Completion:
         """Answer with numbers; chunks are cut, as in truncation, and only counted."""
         data, most = running.data, self._max_model_len or len(running.data)
-        numbers = noise(data[:most], self._size)
-        if self._task != "embed":
+        scored = running.scored if self._too_long == "chunk" else running.scored[:most]
+        numbers, logprobs = noise(data[:most], len(scored) or self._size), None
+        if self._task == "loglikelihood":
+            found = memoryview(numbers).cast("f")
+            sizes = [-abs(number) for number in found]
+            numbers = array("f", sizes + [1.0 + (number < 0) for number in found]).tobytes()
+            if self._tells_tokens:
+                texts = [bytes([byte]).decode("utf-8", "replace") for byte in scored]
+                logprobs = [TokenLogprobs(*item, ()) for item in zip(texts, sizes, strict=True)]
+        elif self._task != "embed":
             sizes = [abs(number) for number in memoryview(numbers).cast("f")]
             total = 0.125 if self._task == "score" else sum(sizes)
             numbers = array("f", [size / total for size in sizes]).tobytes()
@@ -305,7 +333,7 @@ class EchoEngine:
         if self._too_long == "chunk":
             is_whole, num_chunks = True, -(-len(data) // most)
         reason = "stop" if is_whole else "length"
-        sample = Sample("", reason, numbers=numbers, num_chunks=num_chunks)
+        sample = Sample("", reason, logprobs, numbers=numbers, num_chunks=num_chunks)
         latency_s = time.perf_counter() - running.admitted_at
         return Completion(running.request_id, (sample,), len(data), 0, 0, latency_s)
 

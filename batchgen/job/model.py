@@ -169,6 +169,9 @@ class PromptConfig(Table):
     """For `task = "score"`, a Jinja template: what is looked for."""
     passage: str | None = None
     """For `task = "score"`, a Jinja template: what may be it."""
+    continuation: str | None = None
+    """For `task = "loglikelihood"`, a Jinja template: what may follow the prompt in `template`.
+    Whitespace at the prompt's end goes to it."""
     examples: list[Example] = Field(default=[])
     """Few-shot: questions and answers between system and user, the same for every row."""
     examples_file: str | None = None
@@ -198,8 +201,8 @@ class PromptConfig(Table):
 
     @property
     def form(self) -> str:
-        """The one key that says what rows become: user, messages, text, template or query."""
-        keys = ("messages", "text", "template", "query")
+        """The key that says what rows become; `continuation` for a template that has one."""
+        keys = ("messages", "text", "continuation", "template", "query")
         return next((key for key in keys if getattr(self, key) is not None), "user")
 
     @property
@@ -234,6 +237,13 @@ class PromptConfig(Table):
         for name in ("images", "prefill"):
             if getattr(self, name) is not None and not self.is_chat:
                 raise ValueError(f"{name} goes with user or messages, not with {given[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _continues_template(self) -> Self:
+        if self.continuation is not None and self.template is None:
+            msg = "continuation is given without template, the prompt that it follows"
+            raise ValueError(msg)
         return self
 
 
@@ -433,8 +443,8 @@ class JobConfig(Table):
     """A whole job file."""
 
     task: Task = "generate"
-    """What the model makes of a row: a text; or a vector (embed), a label (classify), or how well a
-    passage fits a query (score)."""
+    """What the model makes of a row: a text; or a vector (embed), a label (classify), how well a
+    passage fits a query (score), or how likely a text is (loglikelihood)."""
     input: InputConfig
     prompt: PromptConfig
     model: ModelConfig

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Word = Annotated[str, Field(min_length=1)]
-Task = Literal["generate", "embed", "classify", "score"]
+Task = Literal["generate", "embed", "classify", "score", "loglikelihood"]
 NO_SAMPLING: Mapping[str, Any] = {"max_tokens": 1, "temperature": 0.0}
 """`[sampling]` where nothing is generated: equal requests have equal answers."""
 
 
 class PoolingConfig(Table):
-    """What embed, classify and score make of the model's states, instead of `[sampling]`.
+    """What a task other than to generate makes of a row, instead of `[sampling]`.
 
     `use_activation` and `dimensions` are vLLM's PoolingParams.
     """
@@ -40,12 +40,14 @@ class PoolingConfig(Table):
     """false: raw numbers, that is vectors of any length, logits instead of probabilities.
     Default: the model's."""
     too_long: Literal["refuse", "truncate", "chunk"] = "refuse"
-    """A text beyond max_model_len: is an error row; or is cut, with verdict `truncated`; or (embed)
-    is embedded in pieces, whose mean, weighted by their tokens, is the row's vector."""
+    """A text beyond max_model_len: is an error row; or is cut, with verdict `truncated`; or is read
+    in pieces: embed has their mean, weighted by their tokens; loglikelihood all of their tokens."""
     dtype: Literal["float32", "float16"] = "float32"
     """embed: type of the numbers in the output."""
     threshold: Share = 0.5
     """classify: labels that hold or not by themselves do so from this probability on."""
+    token_logprobs: bool = False
+    """loglikelihood: a column with each token and its log probability."""
 
     @model_validator(mode="after")
     def _one_prefix(self) -> Self:
@@ -69,6 +71,7 @@ _FITS: Mapping[str, _Fit] = {
     "embed": _Fit(("template", "text"), (*_EVERY, "prompt_name", "prefix", "dimensions", "dtype")),
     "classify": _Fit(("template", "text"), (*_EVERY, "threshold")),
     "score": _Fit(("query",), _EVERY),
+    "loglikelihood": _Fit(("template", "text", "continuation"), ("too_long", "token_logprobs")),
 }
 _OF_ANSWERS = (
     *("json_schema", "schema_column", "choice", "regex", "grammar", "json_object"),
@@ -91,8 +94,11 @@ def unfit(task: str, prompt: str, pooling: PoolingConfig, output: Mapping[str, A
         return f"prompt.{prompt} does not go with task {task!r}, expected prompt.{fit.prompts[0]}"
     if other := sorted(pooling.model_fields_set.difference(fit.pooling)):
         return f"pooling.{other[0]} does not go with task {task!r}"
-    if pooling.too_long == "chunk" and task != "embed":
-        return f"pooling.too_long = 'chunk' is for embed, not for {task!r}"
+    if pooling.too_long == "chunk" and (
+        task not in ("embed", "loglikelihood") or prompt == "continuation"
+    ):
+        what = "a continuation" if prompt == "continuation" else repr(task)
+        return f"pooling.too_long = 'chunk' is for embed and for likelihoods of texts, not {what}"
     if task != "generate" and (given := [key for key in _OF_ANSWERS if key in output]):
         key = given[0].removeprefix("json_") if given[0] == "json_schema" else given[0]
         return f"output.{key} is for answers that are generated, not for {task!r}"

@@ -441,14 +441,15 @@ def _refuse_output_as_input(files: Sequence[str], output: str) -> None:
             raise SourceError(path, f"lies in the output folder {output}; choose another one")
 
 
-def as_text(outcome: Prompt | RowError) -> str:
-    """A prompt, or why there is none, for people."""
+def as_text(outcome: Prompt | RowError, job: JobConfig) -> str:
+    """A prompt of a job, or why there is none, for people."""
     if isinstance(outcome, RowError):
         return f"{outcome.error_type}: {outcome.error}"
     if isinstance(outcome, str):
         return outcome
     if isinstance(outcome, tuple):
-        return "[query]\n{}\n[passage]\n{}".format(*outcome)
+        keys = ("prompt", "continuation") if job.task == "loglikelihood" else ("query", "passage")
+        return "\n".join(f"[{key}]\n{text}" for key, text in zip(keys, outcome, strict=True))
     return "\n".join(f"[{message['role']}]\n{message.get('content')}" for message in outcome)
 
 

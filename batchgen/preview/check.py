@@ -63,7 +63,7 @@ class Checked(Told):
             f"recipe   {job.recipe_fingerprint}",
         ]
         for where, outcome in self.prompts:
-            lines += [f"{PLACE}{where}", as_text(outcome)]
+            lines += [f"{PLACE}{where}", as_text(outcome, job.job)]
         return "\n".join(lines)
 
 

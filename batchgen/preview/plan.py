@@ -324,6 +324,9 @@ def foresee(load: Callable[[], JobConfig], options: PlanOptions) -> Forecast:
         warnings += tuned_notes(job)
         if job.model.urls and not job.model.is_auto:
             warnings.append("tokens of prompts are told as bytes: the tokenizer is the server's")
+        if job.prompt.continuation is not None:
+            text = "each continuation pays for its whole prompt, also if others have the same:"
+            warnings.append(f"{text} vLLM's prefix cache does not serve likelihoods")
         root = Path(job.output.path)
         refuse_foreign(root)
         refuse_unwritable(root)

@@ -37,7 +37,7 @@ _TABLE = "[prompt]"
 _GLOBALS = frozenset(Sandbox().names)
 """`range` and the like: known to every template, unless a column has the name."""
 _MAX_ERROR_CHARS = 300
-TEMPLATES = ("user", "system", "prefill", "template", "query", "passage")
+TEMPLATES = ("user", "system", "prefill", "template", "query", "passage", "continuation")
 """Keys of `[prompt]` that hold one."""
 BYTE_ORDER_MARK = "\ufeff"
 """Where some editors begin a file in UTF-8: no text of it. The recipe has it, prompts do not."""
@@ -199,6 +199,11 @@ class PromptBuilder:
         empty = [key for key, text in texts.items() if not text.strip()]
         if empty and not self._may_be_empty:
             return RowError("empty_prompt", f"prompt.{empty[0]} renders to nothing")
+        if "continuation" in texts:
+            # As lm-eval does (lm_eval/api/model.py, TemplateLM._encode_pair, 0.4): models have
+            # learnt tokens that begin with a blank.
+            prompt = texts["template"].rstrip()
+            return prompt, texts["template"][len(prompt) :] + texts["continuation"]
         if "template" in texts:
             return self._prefix + texts["template"]
         return texts["query"], texts["passage"]

@@ -300,7 +300,7 @@ class _Sample:
         for batch in read_rows(self.plan, rows, prepared.reader, replace(spec, carried=())):
             for row, values in zip(batch.rows, batch.values, strict=True):
                 asked = "" if values is None else prepared.builder.build(values)
-                text = "" if isinstance(asked, RowError) else as_text(asked)
+                text = "" if isinstance(asked, RowError) else as_text(asked, prepared.job)
                 yield (batch.segment, row), text
 
 

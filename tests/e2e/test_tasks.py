@@ -1,17 +1,21 @@
-"""Vectors, classes and scores from the input to the published files, with the echo engine."""
+"""Each task but to generate, from the input to the published files; most with the echo engine."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
@@ -30,7 +34,10 @@ ROWS[4]["text"] = ""
 
 def job(folder: Path, task: str = "embed", rows: Any = ROWS, **tables: Any) -> dict[str, Any]:
     write_jsonl(folder / "in.jsonl", rows)
-    prompts = {"score": {"query": "{{ q }}", "passage": "{{ text }}"}}
+    prompts = {
+        "score": {"query": "{{ q }}", "passage": "{{ text }}"},
+        "loglikelihood": {"template": "{{ q }} ", "continuation": "{{ text }}"},
+    }
     made: dict[str, Any] = {
         "task": task,
         "input": {"path": str(folder / "in.jsonl")},
@@ -85,7 +92,7 @@ def test_nearest_rows_as_the_guide_has_it(tmp_path: Path) -> None:
     rows = [{"id": f"a{n}", "text": f"text {n}"} for n in range(30)]
     path = write_toml(tmp_path, job(tmp_path, rows=rows))
     batchgen.run(path)
-    (code,), (query,) = blocks("python"), blocks("sql")
+    code, (query,) = blocks("python")[0], blocks("sql")
     scope: dict[str, Any] = {}
     exec(code.replace("vectors.toml", str(path)), scope)
     assert scope["nearest"]["id"][0] == "a0"
@@ -94,19 +101,58 @@ def test_nearest_rows_as_the_guide_has_it(tmp_path: Path) -> None:
     assert duckdb.sql(query).fetchall()[0][0] == "a17"
 
 
+def test_filters_and_choices_as_the_guide_has_them(tmp_path: Path) -> None:
+    rows = [{"question": n // 4, "text": "abcd"[n % 4] * (1 + n % 3)} for n in range(80)]
+    rows = [{**row, "q": row["question"], "choice": row["text"]} for row in rows]
+    rows = [{**row, "is_right": row["text"][0] == "b"} for row in rows]
+    path = write_toml(tmp_path, job(tmp_path, "loglikelihood", rows))
+    batchgen.run(path)
+    _, perplexity, choices = blocks("python")
+    scope: dict[str, Any] = {}
+    exec(perplexity.replace("perplexity.toml", str(path)), scope)
+    assert 60 <= len(scope["kept"]) < 80
+    exec(choices.replace("choices.toml", str(path)), scope)
+    picked = {row["question"]: row for row in scope["picked"].iter_rows(named=True)}
+    assert len(picked) == 20
+    for question, given in itertools.groupby(
+        scope["rows"].rows(named=True), lambda r: r["question"]
+    ):
+        these = list(given)
+        best = max(these, key=lambda row: row["gen_logprob"])
+        assert picked[question]["acc"] == best["is_right"]
+        best = max(these, key=lambda row: row["gen_logprob"] / len(row["choice"]))
+        assert picked[question]["acc_norm"] == best["is_right"]
+
+
 @pytest.mark.parametrize("text", blocks("toml"))
 def test_the_jobs_of_the_guide_load(tmp_path: Path, text: str) -> None:
     made = parse_job(tomllib.loads(text), base=tmp_path, where="tasks.md")
-    assert made.task in ("embed", "classify", "score")
+    assert made.task != "generate"
 
 
-def test_the_next_night_embeds_what_is_new(tmp_path: Path) -> None:
-    batchgen.run(job(tmp_path))
-    again = batchgen.run(job(tmp_path, rows=[{"id": 99, "text": "new"}, *ROWS]))
+@pytest.mark.parametrize("task", ["embed", "loglikelihood"])
+def test_the_next_night_computes_what_is_new(tmp_path: Path, task: str) -> None:
+    batchgen.run(job(tmp_path, task))
+    again = batchgen.run(job(tmp_path, task, rows=[{"id": 99, "text": "new", "q": "q"}, *ROWS]))
     assert again.run["num_ok"] == 1
     assert again.num_ok == 20
     with pytest.raises(batchgen.BatchgenError, match=r"pooling\.too_long"):
-        batchgen.run(job(tmp_path, pooling={"too_long": "truncate"}))
+        batchgen.run(job(tmp_path, task, pooling={"too_long": "truncate"}))
+
+
+def test_likelihoods_are_of_the_continuation_with_the_prompts_blank(tmp_path: Path) -> None:
+    # The echo engine's tokens are bytes; an empty continuation has the blank.
+    batchgen.run(job(tmp_path, "loglikelihood", pooling={"token_logprobs": True}))
+    rows = batchgen.read(job(tmp_path, "loglikelihood")).filter(gen_status="ok").collect()
+    found = rows.select("text", "gen_token_logprobs").rows()
+    assert len(found) == 19
+    for (text, tokens), row in zip(found, rows.iter_rows(named=True), strict=True):
+        assert "".join(one["token"] for one in tokens) == f" {text}"
+        assert row["gen_num_tokens"] == len(tokens)
+        assert row["gen_logprob"] == pytest.approx(sum(one["logprob"] for one in tokens))
+        mean = row["gen_logprob"] / len(tokens)
+        assert row["gen_perplexity"] == pytest.approx(math.exp(-mean))
+    assert set(rows["gen_is_greedy"]) <= {True, False}
 
 
 @pytest.mark.parametrize(
@@ -168,13 +214,25 @@ def test_plan_and_check_say_what_a_run_would_do(tmp_path: Path) -> None:
     assert json.loads(plan)["todo"]["num_to_compute"] == 16
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_vectors(tmp_path: Path) -> None:
-    rows = [{"id": n, "text": f"text {n}"} for n in range(3000)]
+def test_plan_says_that_each_continuation_pays_for_its_prompt(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, job(tmp_path, "loglikelihood"))
+    plan = batchgen.plan(path)
+    assert any("pays for its whole prompt" in text for text in plan.warnings)
+    assert plan.survey is not None
+    # "q" and " text 0", a byte between the two, and so on; and the empty text.
+    wanted = sum(len(f"q\n text {n}") for n in range(15)) + len("q\n ")
+    assert plan.survey.prompt_tokens == wanted
+    assert "[prompt]\nq\n[continuation]\n text 0" in str(batchgen.check(path))
+
+
+@pytest.mark.parametrize("task", ["embed", "loglikelihood"])
+def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path: Path, task: str) -> None:
+    rows = [{"id": n, "text": f"text {n}", "q": "q"} for n in range(3000)]
     slow = {"engine": {"embedding_size": 16, "step_s": 0.01, "max_num_seqs": 20}}
     (tmp_path / "whole").mkdir()
-    whole = job(tmp_path / "whole", rows=rows, model={"engine": {"embedding_size": 16}})
+    whole = job(tmp_path / "whole", task, rows=rows, model={"engine": {"embedding_size": 16}})
     batchgen.run(whole)
-    path = write_toml(tmp_path, job(tmp_path, rows=rows, model=slow, run={"flush_rows": 100}))
+    path = write_toml(tmp_path, job(tmp_path, task, rows, model=slow, run={"flush_rows": 100}))
     parts = tmp_path / "out" / "_batchgen" / "parts"
     process = subprocess.Popen(command("run", path), stderr=subprocess.DEVNULL)
     while len(list(parts.glob("*.parquet"))) < 3:
@@ -185,7 +243,47 @@ def test_a_killed_run_goes_on_and_gives_the_same_vectors(tmp_path: Path) -> None
     resumed = batchgen.run(path)
     assert resumed.num_ok == 3000
     assert 0 < resumed.run["num_ok"] < 3000
-    columns = ["id", "gen_embedding"]
+    columns = ["id", "gen_embedding"] if task == "embed" else ["id", "gen_logprob"]
     both = [batchgen.read(one).select(columns).collect() for one in (path, whole)]
     assert both[0].equals(both[1])
     assert subprocess.run(command("verify", path), capture_output=True, check=False).returncode == 0
+
+
+def by_transformers(folder: Path, model: str, texts: list[Any]) -> Any:
+    """Values of a classifier or a cross-encoder of the sample."""
+    (folder / "texts.json").write_text(json.dumps(texts))
+    place = ROOT / "sample_data" / "encoders" / model
+    module = [sys.executable, "-m", "tests.contract.pooling_models", folder, place]
+    subprocess.run([*module, folder / "texts.json"], cwd=ROOT, check=True)
+    (values,) = map(np.load, folder.glob("*.npy"))
+    return values
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("task", ["classify", "score", "loglikelihood"])
+def test_the_jobs_of_the_repository_run_on_the_cpu(tmp_path: Path, task: str) -> None:
+    path = ROOT / "jobs" / "tasks" / f"{task}.toml"
+    # The Parquet file has the good rows alone, with the texts.
+    changes = {"input.path": str(ROOT / "sample_data" / "tickets.parquet"), "input.limit": 120}
+    changes |= {"input.columns": ["subject", "body", "gold_label"], "model.dtype": "float32"}
+    changes |= {"output.path": str(tmp_path / "out")}
+    batchgen.run(path, overrides=changes)
+    rows = batchgen.read(tmp_path / "out").filter(gen_status="ok").collect()
+    assert len(rows) >= 115
+    if task == "loglikelihood":
+        assert rows["gen_perplexity"].is_between(1, 1e6).all()
+        assert rows["gen_num_tokens"].min() > 5
+        return
+    texts = [f"{subject}\n{body}" for subject, body in rows.select("subject", "body").rows()]
+    if task == "classify":
+        wanted = by_transformers(tmp_path, "classifier", texts)
+        found = rows["gen_probabilities"].struct.unnest().to_numpy()
+        right = rows["gen_label"] == rows["gold_label"]
+        assert right.mean() > 0.8
+    else:
+        wanted = by_transformers(tmp_path, "reranker", [("refund", text) for text in texts])
+        found = rows.select("gen_score").to_numpy()
+        is_refund = rows["gold_label"] == "refund"
+        fits, others = (rows.filter(which)["gen_score"].mean() for which in (is_refund, ~is_refund))
+        assert fits > 2 * others
+    assert np.allclose(found, wanted, atol=1e-3)

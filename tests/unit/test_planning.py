@@ -387,7 +387,7 @@ def test_first_prompts_show_where_a_row_stands_and_what_it_becomes(prepared):
         [{"text": "a"}, {"text": None}, {"text": "c"}, {"text": "d"}],
         prompt={"system": "Be brief."},
     )
-    assert [(where, as_text(row)) for where, row in first_prompts(job, 3)] == [
+    assert [(where, as_text(row, job.job)) for where, row in first_prompts(job, 3)] == [
         ("row 0", "[system]\nBe brief.\n[user]\na"),
         ("row 1", "null_value: the prompt needs a value that is null; null here: text"),
         ("row 2", "[system]\nBe brief.\n[user]\nc"),
@@ -396,7 +396,7 @@ def test_first_prompts_show_where_a_row_stands_and_what_it_becomes(prepared):
 
 def test_first_prompts_are_of_rows_that_will_be_run(tmp_path, prepared):
     job = prepared(None, input={**many_files(tmp_path, 5), "where": "n > 2"})
-    assert [(where, as_text(row)) for where, row in first_prompts(job, 2)] == [
+    assert [(where, as_text(row, job.job)) for where, row in first_prompts(job, 2)] == [
         ("row 3", "[user]\nsay 3"),
         ("row 4", "[user]\nsay 4"),
     ]

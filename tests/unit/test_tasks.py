@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -17,12 +18,22 @@ from hypothesis import strategies as st
 from batchgen.answers.numbers import number_columns
 from batchgen.core.data import column_of
 from batchgen.core.errors import ConfigError
-from batchgen.core.records import EngineSpec, RowError, Sample, TaskFacts, Verdict
-from batchgen.engine.base import task_facts
-from batchgen.engine.vllm.pooling import Fit, encode_pair, pairs_of, tasks_of
+from batchgen.core.records import EngineSpec, RowError, Sample, TaskFacts, TokenLogprobs, Verdict
+from batchgen.engine.base import HostedRequest, task_facts
+from batchgen.engine.vllm.encoder import ChatStyle, encode
+from batchgen.engine.vllm.pooling import (
+    CONTINUED,
+    Fit,
+    Likelihoods,
+    Pieces,
+    encode_pair,
+    pairs_of,
+    tasks_of,
+)
 from batchgen.job.load import parse_job
 from batchgen.job.recipe import make_recipe
 from batchgen.pipeline.prepare import check
+from batchgen.prompt.builder import PromptBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +45,7 @@ PROMPTS: dict[str, dict[str, str]] = {
     "embed": {"template": "{{ text }}"},
     "classify": {"text": "text"},
     "score": {"query": "{{ q }}", "passage": "{{ text }}"},
+    "loglikelihood": {"template": "{{ q }}", "continuation": "{{ text }}"},
 }
 
 
@@ -67,6 +79,13 @@ def load(tmp_path: Path, task: str, **changes: Any) -> JobConfig:
         ("classify", {"output": {"schema": {"type": "object"}}}, "output.schema is for answers"),
         ("classify", {"pooling": {"dimensions": 4}}, "pooling.dimensions does not go with"),
         ("score", {"pooling": {"too_long": "chunk"}}, "pooling.too_long = 'chunk' is for embed"),
+        ("loglikelihood", {"pooling": {"too_long": "chunk"}}, "texts, not a continuation"),
+        ("loglikelihood", {"pooling": {"dimensions": 4}}, "pooling.dimensions does not go with"),
+        ("loglikelihood", {"prompt": {"template": None}}, "found none of them, expected exactly"),
+        ("loglikelihood", {"prompt": {"template": None, "text": "a"}}, "without template"),
+        ("loglikelihood", {"sampling": {"max_tokens": 4}}, "[sampling] is for answers that are"),
+        ("embed", {"prompt": {"continuation": "a"}}, "prompt.continuation does not go with task"),
+        ("embed", {"pooling": {"token_logprobs": True}}, "pooling.token_logprobs does not go with"),
         ("generate", {"pooling": {"too_long": "refuse"}}, "pooling.too_long does not go with"),
         ("embed", {"pooling": {"prefix": "a", "prompt_name": "b"}}, "expected one"),
         ("rank", {}, "task: 'rank' is wrong, expected: 'generate', 'embed'"),
@@ -121,7 +140,7 @@ POOLING = [
 @pytest.mark.parametrize(
     ("config", "kwargs", "tasks"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, {}, ("generate",)),
+        ({"architectures": ["LlamaForCausalLM"]}, {}, ("generate", "loglikelihood")),
         ({"architectures": ["LlamaForCausalLM"]}, {"convert": "embed"}, ("embed", "score")),
         ({"architectures": ["BertModel"]}, {}, ("embed", "score")),
         ({"architectures": ["BertForSequenceClassification"]}, {}, ("classify",)),
@@ -158,15 +177,24 @@ def test_a_task_that_a_model_cannot_do_is_refused_with_those_that_it_can(tmp_pat
     spec = model(tmp_path / "m", config={"architectures": ["BertForSequenceClassification"]})
     with pytest.raises(ConfigError, match=r"task: 'embed': by its files .* can do classify;"):
         task_facts(spec)
-    job = load(tmp_path, "embed", model={"backend": "vllm", "name": str(tmp_path / "m")})
-    with pytest.raises(ConfigError, match="can do classify"):
-        check(job)
+    for task in ("embed", "loglikelihood"):
+        job = load(tmp_path, task, model={"backend": "vllm", "name": str(tmp_path / "m")})
+        with pytest.raises(ConfigError, match="can do classify"):
+            check(job)
 
 
 def test_an_engine_of_ones_own_without_tasks_generates_only() -> None:
     spec = EngineSpec("tests.fakes:FakeEngine", "", {}, {}, task="score")
     with pytest.raises(ConfigError, match=r"'score': the engine .* can do generate only"):
         task_facts(spec)
+
+
+def test_a_server_is_not_asked_for_likelihoods(tmp_path: Path) -> None:
+    folder = model(tmp_path / "m", config={"architectures": ["LlamaForCausalLM"]}).model
+    spec = EngineSpec("openai", folder, {}, {}, task="loglikelihood")
+    with pytest.raises(ConfigError, match="needs an engine here, not a server"):
+        task_facts(spec)
+    assert task_facts(replace(spec, backend="vllm")) == TaskFacts(2)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +310,139 @@ def test_how_a_pair_is_read_depends_on_the_model(tmp_path: Path) -> None:
     assert pairs_of(model(tmp_path / "c", config={"architectures": ["BertModel"]})) == "apart"
     apart = encode_pair(Letters(), "apart", ("a", "b"))
     assert (apart.num_tokens, list(apart.second or ())) == (8, [1, 98, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "pair"),
+    [
+        ("a b", " c", ("a b", " c")),
+        ("a b \n", "c", ("a b", " \nc")),
+        ("", " c", ("", " c")),
+        ("  ", "c", ("", "  c")),
+    ],
+)
+def test_blanks_at_the_end_of_a_prompt_belong_to_its_continuation(
+    tmp_path: Path, prompt: str, continuation: str, pair: tuple[str, str]
+) -> None:
+    builder = PromptBuilder(load(tmp_path, "loglikelihood").prompt, may_be_empty=True)
+    assert builder.build({"q": prompt, "text": continuation}) == pair
+
+
+class Twos:
+    """A tokenizer: two letters a token, as many as there are; with or without a mark before."""
+
+    def __init__(self, start: int | None, *, adds_it: bool) -> None:
+        self.bos_token_id, self.eos_token_id, self._adds = start, None, adds_it
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        pairs = (text[at : at + 2] for at in range(0, len(text), 2))
+        tokens = [int.from_bytes(pair.encode(), "big") for pair in pairs]
+        return [self.bos_token_id or 0, *tokens] if self._adds else tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(tokens)
+
+
+@pytest.mark.parametrize("adds_it", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "num"),
+    [
+        (("abcd", "ef"), 1),  # Both end where a token does.
+        (("abc", "def"), 1),  # A token reaches over: it counts to the prompt, as in lm-eval.
+        (("abc", "d"), 0),
+        (("", "abcd"), 2),
+        ("abcd", 2),
+        (("ab", ""), 0),
+        ("", 0),
+    ],
+)
+def test_the_boundary_is_where_lm_eval_draws_it(prompt: Any, num: int, *, adds_it: bool) -> None:
+    tokenizer = Twos(7, adds_it=adds_it)
+    (one,) = encode(tokenizer, [HostedRequest(0, prompt, None)], ChatStyle(None, {}, (), CONTINUED))
+    ids = one.token_ids or array("i")
+    assert len(ids) - one.boundary == num
+    whole = "".join(prompt)
+    has_start = adds_it or not isinstance(prompt, tuple) or not prompt[0]
+    assert list(ids) == [7] * has_start + Twos(None, adds_it=False).encode(whole)
+
+
+def likelihoods(limit: int, **pooling: Any) -> Likelihoods:
+    spec = EngineSpec("vllm", "", {}, {}, task="loglikelihood", pooling=pooling)
+    return Likelihoods(spec, limit, Twos(7, adds_it=False), "params")
+
+
+class Output:
+    """As vLLM's, flat: of token t the log probability -t and the rank t."""
+
+    def __init__(self, token_ids: Sequence[int], num_missing: int = 0) -> None:
+        self.prompt_token_ids = token_ids
+        self.logprobs = [float(-token) for token in token_ids][1 + num_missing :]
+        self.ranks = list(token_ids)[1 + num_missing :]
+
+    @property
+    def prompt_logprobs(self) -> Output | None:
+        return self if self.logprobs else None
+
+
+@given(
+    st.integers(2, 60), st.integers(1, 59), st.integers(3, 30), st.sampled_from(["chunk", "cut"])
+)
+def test_each_token_of_a_continuation_counts_once(
+    num: int, boundary: int, limit: int, how: str
+) -> None:
+    # Only texts alone are read in pieces.
+    boundary = 1 if how == "chunk" else min(boundary, num - 1)
+    asked = likelihoods(limit, too_long={"cut": "truncate"}.get(how, how), token_logprobs=True)
+    given_ = Pieces(array("i", range(num)), boundary=boundary)
+    parts = asked.parts(given_)
+    assert not isinstance(parts, RowError)
+    assert all(2 <= len(part.token_ids) < limit for part in parts)  # One is left to generate.
+    completion = asked.completion(3, given_, [Output(part.token_ids) for part in parts], 0.0)
+    (sample,) = completion.samples
+    found = memoryview(sample.numbers or b"").cast("f").tolist()
+    counted = found[len(found) // 2 :]
+    assert [-number for number in found[: len(found) // 2]] == counted
+    assert [token for token, _, _ in sample.logprobs or ()] == [f"[{int(n)}]" for n in counted]
+    is_cut = how == "cut" and num >= limit
+    assert sample.finish_reason == ("length" if is_cut else "stop")
+    wanted = list(range(boundary, num))
+    assert counted == (wanted[: limit - 2] if is_cut else wanted)
+
+
+def test_a_likelihood_that_is_too_long_or_of_nothing_is_refused() -> None:
+    asked, nothing = likelihoods(5), "a likelihood needs at least one token"
+    for num, boundary, problem in ((5, 2, "takes fewer than 5"), (3, 3, nothing), (3, 0, nothing)):
+        found = asked.parts(Pieces(array("i", range(num)), boundary=boundary))
+        assert isinstance(found, RowError)
+        assert problem in found.error
+    assert not isinstance(asked.parts(Pieces(array("i", range(4)), boundary=2)), RowError)
+
+
+@pytest.mark.parametrize("num_missing", [1, 3])
+def test_too_few_log_probabilities_are_an_error(num_missing: int) -> None:
+    given_ = Pieces(array("i", range(4)), boundary=2)
+    output = Output(given_.first, num_missing)
+    error = likelihoods(9).completion(3, given_, [output], 0.0).error
+    expected = f"vLLM gave {3 - num_missing} log probabilities, expected 3"
+    assert error == RowError("bad_loglikelihood", expected)
+
+
+def test_columns_of_a_likelihood(tmp_path: Path) -> None:
+    job = load(tmp_path, "loglikelihood", pooling={"token_logprobs": True})
+    form, columns = number_columns(job, TaskFacts(2))
+    names = [field.name for field in columns.fields]
+    assert names == ["logprob", "num_tokens", "perplexity", "is_greedy", "token_logprobs"]
+
+    def read(*numbers: float) -> list[Any]:
+        tokens = [TokenLogprobs("t", number, ()) for number in numbers[: len(numbers) // 2]]
+        sample = Sample("", "stop", tokens, numbers=floats(*numbers))
+        return columns.values((sample,), (form.read(sample, None),))
+
+    assert read(-1, -3, 1, 1) == [-4, 2, math.exp(2), True, [("t", -1), ("t", -3)]]
+    assert read(-1, -3, 1, 2)[3] is False
+    assert read(-3e38, 9)[2] == math.inf
+    for wrong in ((), (-1,), (-1, 1, 1), (math.nan, 1), (-math.inf, 1), (0.5, 1)):
+        assert read(*wrong) == [None] * 5
 
 
 def floats(*numbers: float) -> bytes:

@@ -36,7 +36,7 @@ from batchgen.core.errors import ConfigError, EngineError, one_line
 from batchgen.core.records import EngineSpec, Messages, Prompt, RowError
 from batchgen.core.runtime import read_json
 from batchgen.engine.base import EngineRequest, end_of, flatten_parts
-from batchgen.engine.vllm.pooling import Pieces, encode_pair, pairs_of
+from batchgen.engine.vllm.pooling import CONTINUED, Pieces, continued, encode_pair, pairs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ class Encoded(NamedTuple):
     second: array[int] | None = None
     """Tokens of a pair's second text, where it is read by itself."""
     boundary: int = 0
-    """Where in `token_ids` a pair's second text begins; 0: nowhere."""
+    """Where in `token_ids` a pair's second text begins, or what is scored; 0: nowhere."""
 
 
 def pieces_of(encoded: Encoded) -> Pieces:
@@ -81,7 +81,7 @@ class ChatStyle(NamedTuple):
 
 def style_of(spec: EngineSpec) -> ChatStyle:
     """How prompts of a job become texts."""
-    pairs = pairs_of(spec) if spec.task == "score" else ""
+    pairs = pairs_of(spec) if spec.task in ("score", "loglikelihood") else ""
     return ChatStyle(spec.chat_template, spec.chat_template_kwargs, spec.tools, pairs)
 
 
@@ -150,6 +150,8 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
     Returns:
         One entry a request, in order.
     """
+    if style.pairs == CONTINUED:
+        return _encode_continued(tokenizer, requests)
     if style.pairs:
         return [_encode_pair(tokenizer, request, style.pairs) for request in requests]
     texts: dict[int, str] = {}
@@ -179,6 +181,24 @@ def _encode_pair(tokenizer: Any, request: EngineRequest, how: str) -> Encoded:
         return given._replace(error=RowError("tokenizer_error", one_line(exc)))
     first, second, boundary = found
     return given._replace(token_ids=first, second=second, boundary=boundary)
+
+
+def _encode_continued(tokenizer: Any, requests: Sequence[EngineRequest]) -> list[Encoded]:
+    """Make tokens of prompts with their continuations, or of texts alone; see `continued`."""
+    pairs: list[Any] = [
+        one.prompt if isinstance(one.prompt, tuple) else ("", one.prompt) for one in requests
+    ]
+    wholes = _encode_texts(tokenizer, ["".join(pair) for pair in pairs], add_special_tokens=True)
+    prompts = _encode_texts(tokenizer, [pair[0] for pair in pairs], add_special_tokens=True)
+    found = []
+    for request, pair, whole, prompt in zip(requests, pairs, wholes, prompts, strict=True):
+        one = _encoded(request, whole)
+        if one.token_ids is not None:
+            num = 0 if isinstance(prompt, RowError) else len(prompt)
+            first, _, boundary = continued(tokenizer, one.token_ids, num, is_alone=not pair[0])
+            one = one._replace(token_ids=first, boundary=boundary)
+        found.append(one)
+    return found
 
 
 def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:

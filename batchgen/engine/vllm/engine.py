@@ -45,13 +45,14 @@ from batchgen.engine.vllm.params import (
     Sampling,
     check_grammars_once,
     job_fields,
+    likelihood_params,
     load_loras,
     load_tokenizer,
     lora_requests,
     pass_to_reasoner,
     structured_outputs_config,
 )
-from batchgen.engine.vllm.pooling import Pooler, task_facts
+from batchgen.engine.vllm.pooling import Likelihoods, Pooler, task_facts
 from batchgen.engine.vllm.settings import (
     choose_settings,
     gpus_of,
@@ -120,7 +121,7 @@ class VllmEngine:
         self._llm_engine: Any = None
         self._encoded: deque[Encoded] = deque()
         self._admitted: dict[str, _Admitted] = {}
-        self._pooler: Pooler | None = None
+        self._pooler: Pooler | Likelihoods | None = None
         self._given: dict[str, list[Any]] = {}
         """Of requests that vLLM is asked for in several parts: what has come, by its place."""
         self._refused: list[Completion] = []
@@ -232,9 +233,11 @@ class VllmEngine:
             kept = splitter.params if splitter is not None else {}
             self._sampling = Sampling({**kept, **job_fields(llm, spec)})
             self._reader = AnswerReader(*tokens_of(llm, spec), splitter)
-            if spec.task != "generate":
-                limit = int(llm.model_config.max_model_len)
-                self._pooler = Pooler(spec, limit, llm.get_tokenizer())
+            limit, tokenizer = int(llm.model_config.max_model_len), llm.get_tokenizer()
+            if spec.task == "loglikelihood":
+                self._pooler = Likelihoods(spec, limit, tokenizer, likelihood_params())
+            elif spec.task != "generate":
+                self._pooler = Pooler(spec, limit, tokenizer)
         except Exception as exc:
             raise start_error(exc) from exc
         self._may_encode.set()  # If it was spawned after all.
@@ -308,7 +311,7 @@ class VllmEngine:
         if error is not None:
             self._refused.append(failed(encoded.request_id, error))
 
-    def _add_parts(self, encoded: Encoded, pooler: Pooler) -> RowError | None:
+    def _add_parts(self, encoded: Encoded, pooler: Pooler | Likelihoods) -> RowError | None:
         """Ask for numbers, with a request of vLLM's for each part."""
         parts = pooler.parts(pieces_of(encoded))
         if isinstance(parts, RowError):

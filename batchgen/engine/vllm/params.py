@@ -110,6 +110,14 @@ def build_params(fields: Mapping[str, Any]) -> Any:
     return params
 
 
+def likelihood_params() -> Any:
+    """Build SamplingParams that ask for each prompt token's own log probability and rank."""
+    fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+    params = build_params(fields)
+    params.flat_logprobs = True  # A list for all tokens; else a dict for each.
+    return params
+
+
 def structured_outputs_config(spec: EngineSpec) -> Mapping[str, Any]:
     """Choose the grammar backend of the engine, and prove that it takes the job's grammar.
 

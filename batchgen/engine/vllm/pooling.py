@@ -1,7 +1,8 @@
-"""Vectors, classes and scores: what a model can do by its files, and how vLLM is asked for it.
+"""Vectors, classes, scores, likelihoods: what a model can do by its files, and how vLLM is asked.
 
 Texts are made to fit here, and not by vLLM: offline it has no chunks, and what it cuts off are also
-the special tokens at the end. What comes out goes on as float32 bytes, without a Python float.
+the special tokens at the end. What comes out goes on as float32 bytes; of vectors without a Python
+float.
 
 Imports nothing of vLLM but what `Pooler` needs when an engine is up.
 """
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from array import array
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import ConfigError, one_line, suggestion
-from batchgen.core.records import Completion, EngineSpec, RowError, Sample, TaskFacts
+from batchgen.core.records import Completion, EngineSpec, RowError, Sample, TaskFacts, TokenLogprobs
 from batchgen.core.runtime import read_json
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def tasks_of(spec: EngineSpec) -> Sequence[str]:
         return ("embed", "score")
     if _ends(names, _OTHERS):
         return ()
-    return ("generate",) if not names or _ends(names, _GENERATORS) else ("embed", "score")
+    is_generator = not names or _ends(names, _GENERATORS)
+    return ("generate", "loglikelihood") if is_generator else ("embed", "score")
 
 
 def _ends(names: Sequence[str], ends: tuple[str, ...]) -> bool:
@@ -102,6 +105,8 @@ def task_facts(spec: EngineSpec) -> TaskFacts:
         return TaskFacts(_size(spec), prefix=_prefix(spec))
     if spec.task == "score":
         return TaskFacts(1)
+    if spec.task == "loglikelihood":
+        return TaskFacts(2)
     labels = _labels(spec)
     if len({*labels}) < len(labels):
         raise ConfigError(MODEL, ["its id2label has a label twice"])
@@ -161,11 +166,13 @@ def _prefix(spec: EngineSpec) -> str:
     return str(prompts[name])
 
 
-APART, JOINED, IN_A_ROW = "apart", "joined", "in a row"
+APART, JOINED, IN_A_ROW, CONTINUED = "apart", "joined", "in a row", "continued"
 
 
 def pairs_of(spec: EngineSpec) -> str:
     """How the two texts of a pair become tokens, see `encode_pair`."""
+    if spec.task == "loglikelihood":
+        return CONTINUED
     if tasks_of(spec)[:1] == ("embed",):
         return APART
     return JOINED if read_config(spec).get("use_sep_token", True) else IN_A_ROW
@@ -178,7 +185,8 @@ class Pieces(NamedTuple):
     second: Tokens | None = None
     """Of the second text, where each is read by itself."""
     boundary: int = 0
-    """Where the second text begins, if both are in `first`; else 0."""
+    """Where the second text begins, if both are in `first`; else 0. Likelihoods are of what follows
+    it."""
 
     @property
     def num_tokens(self) -> int:
@@ -203,6 +211,27 @@ def encode_pair(tokenizer: Any, how: str, pair: tuple[str, str]) -> Pieces:
     ids, types = found["input_ids"], found["token_type_ids"]
     boundary = types.index(1) if 1 in types else len(tokenizer.encode(pair[0]))
     return Pieces(array("i", ids), boundary=boundary)
+
+
+def continued(tokenizer: Any, whole: Tokens, num_prompt: int, *, is_alone: bool) -> Pieces:
+    """Say where a continuation begins: behind as many tokens as the prompt has by itself.
+
+    Args:
+        tokenizer: Of transformers.
+        whole: Of the prompt with its continuation.
+        num_prompt: How many the prompt has.
+        is_alone: There is none: the text follows the token that texts begin with.
+
+    Source:
+        lm_eval/api/model.py, TemplateLM._encode_pair and loglikelihood; prefix_token_id in
+        lm_eval/models/vllm_causallms.py, 0.4.
+    """
+    if not is_alone:
+        return Pieces(whole, boundary=num_prompt)
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    has_start = start is None or whole[:1] == array("i", [start])
+    return Pieces(whole if has_start else array("i", [start]) + whole, boundary=1)
 
 
 class Fit:
@@ -255,7 +284,7 @@ class Part(NamedTuple):
 
     token_ids: Tokens
     params: Any
-    """PoolingParams."""
+    """PoolingParams or SamplingParams."""
 
 
 class Pooler:
@@ -314,6 +343,71 @@ class Pooler:
         num_chunks = 1 if self._is_apart else len(outputs)
         sample = Sample("", reason, numbers=numbers, num_chunks=num_chunks)
         return Completion(request_id, (sample,), num, cached, 0, latency_s)
+
+
+class Likelihoods:
+    """Asks one engine how likely the tokens of texts are, as `Pooler` asks. Holds no request."""
+
+    def __init__(self, spec: EngineSpec, limit: int, tokenizer: Any, params: Any) -> None:
+        """Bind to an engine that is up, see `Pooler`; `params` are vLLM's for each request."""
+        self._params = params
+        self._limit = limit - 1  # vLLM generates a token in any case.
+        self._how = spec.pooling.get("too_long", "refuse")
+        has_tokens = spec.pooling.get("token_logprobs", False)
+        self._decode: Callable[[list[int]], str] | None = tokenizer.decode if has_tokens else None
+
+    def parts(self, given: Pieces) -> list[Part] | RowError:
+        """Say what to ask vLLM for a request."""
+        ids = given.first
+        if not 0 < given.boundary < len(ids):
+            problem = "a likelihood needs at least one token, and one before it"
+            return RowError("empty_prompt", f"{problem}; the text or its continuation has none")
+        if len(ids) > self._limit and self._how == "refuse":
+            problem = f"the text has {len(ids)} tokens, the model takes fewer than"
+            return RowError("prompt_too_long", f"{problem} {self._limit + 1} (max_model_len)")
+        return [Part(ids[start:stop], self._params) for start, stop, _ in self._windows(given)]
+
+    def _windows(self, given: Pieces) -> list[tuple[int, int, int]]:
+        """Begin and end of each part, and from where on its tokens count.
+
+        What is too long loses the beginning of the prompt, one token aside, then its end. Windows
+        over all of it have each as much before its tokens as there is room for.
+
+        Source:
+            lm_eval/models/vllm_causallms.py, _loglikelihood_tokens; lm_eval/utils.py,
+            get_rolling_token_windows, 0.4.
+        """
+        num, first, limit = len(given.first), given.boundary, self._limit
+        if num <= limit or self._how != "chunk":
+            start = max(0, min(first - 1, num - limit))
+            return [(start, min(num, start + limit), first)]
+        ends = [first, *range(limit, num, limit - 1), num]
+        return [(max(0, stop - limit), stop, begin) for begin, stop in pairwise(ends)]
+
+    def completion(
+        self, request_id: int, given: Pieces, outputs: Sequence[Any], latency_s: float
+    ) -> Completion:
+        """Put together what vLLM gave, one output a part, in their order."""
+        ids, logprobs, ranks, tokens = given.first, array("f"), array("f"), array("i")
+        num = sum(len(output.prompt_token_ids) for output in outputs)
+        for (start, stop, first), output in zip(self._windows(given), outputs, strict=True):
+            found = output.prompt_logprobs  # None, or of all tokens but the first.
+            if found is None or len(found.logprobs) != stop - start - 1:
+                has = 0 if found is None else len(found.logprobs)
+                problem = f"vLLM gave {has} log probabilities, expected {stop - start - 1}"
+                error = RowError("bad_loglikelihood", problem)
+                return Completion(request_id, (), num, 0, 0, latency_s, error)
+            logprobs.extend(found.logprobs[first - start - 1 :])
+            ranks.extend(found.ranks[first - start - 1 :])
+            tokens += ids[first:stop]
+        is_cut = self._how == "truncate" and len(ids) > self._limit
+        told = None
+        if self._decode is not None:
+            texts = [self._decode([token]) for token in tokens]
+            told = [TokenLogprobs(*item, ()) for item in zip(texts, logprobs, strict=True)]
+        reason, numbers = "length" if is_cut else "stop", (logprobs + ranks).tobytes()
+        sample = Sample("", reason, told, numbers=numbers, num_chunks=len(outputs))
+        return Completion(request_id, (sample,), num, 0, 0, latency_s)
 
 
 def _vector(output: Any) -> Vector:

@@ -253,7 +253,7 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         # It goes out of step when a request with an image is refused after its rendering; the
         # next one with that image would fail (MultiModalCacheMissError, vLLM 0.32).
         "mm_processor_cache_gb": 0,
-        **({"runner": "pooling"} if spec.task != "generate" else {}),
+        **({"runner": "pooling"} if spec.task not in ("generate", "loglikelihood") else {}),
         **_max_logprobs(spec),
         **lora_kwargs(spec.loras),
         **spec.model_kwargs,
