@@ -4,6 +4,9 @@ BIN := .venv/bin
 SOURCES := batchgen tests sample_data jobs
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
+# Tests start Python some thousand times: what it compiled once is kept, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: quickstart test proof proof-long lint fmt golden docs site check clean
 
 quickstart: .venv/ready

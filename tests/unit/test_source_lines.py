@@ -32,9 +32,14 @@ def collect(path: str, todo: Ranges, batch_rows: int = 1000, **options):
             break
         if more is None:
             break
-        rows += more[0]
-        lines += more[1]
+        rows += [*more.rows, *more.blank]
+        lines += [*more.lines, *(b"" for _ in more.blank)]
     return rows, lines, error
+
+
+def shown(lines):
+    """Whether a blank line is told as one of a stretch depends on where reading began."""
+    return [line and line.strip() for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_marks_change_no_line(tmp_path_factory, suffix, data, texts, leases, lim
         for todo in leases:
             plain = collect(path, todo, 3, max_line_bytes=limit)
             marked = collect(path, todo, 3, max_line_bytes=limit, indexes=indexes)
-            assert marked[:2] == plain[:2]
+            assert (marked[0], shown(marked[1])) == (plain[0], shown(plain[1]))
             assert str(marked[2]) == str(plain[2])
             # A read that is given up half way leaves good indexes as well.
             with suppress(SourceError):
