@@ -219,7 +219,7 @@ class Ledger:
 
         Raises:
             AccountingError: The counts do not balance; nothing is published.
-            FencedError: A newer snapshot is published.
+            FencedError: A newer snapshot is published, and what this one needs is removed.
         """
         if imbalance := manifest.imbalance():
             raise AccountingError(f"{self.storage.where}: {imbalance}; not published")
@@ -230,13 +230,19 @@ class Ledger:
         name = numbered("manifests", manifest.number)
         self.storage.put_if_absent(name, _dumps(fields))
         held = self.manifest(manifest.number)
-        # What a newer snapshot does not share may be gone by now, and this one's plan, too: so who
-        # slept before the put takes it back.
-        if held is None or self._numbered_files("manifests")[-1:] != [name]:
+        # Who slept before the put may find that a newer snapshot is there, and that what only this
+        # one names, or its plan, has been removed meanwhile: then it is taken back.
+        is_newest = self._numbered_files("manifests")[-1:] == [name]
+        if held is None or not (is_newest or self._is_whole(held)):
             if held is not None and held.run_id == manifest.run_id:
                 self.storage.remove(name)
             raise FencedError(f"{self.storage.where}: another run has published a newer snapshot")
         return held
+
+    def _is_whole(self, manifest: Manifest) -> bool:
+        """Whether a snapshot's plan and files are there."""
+        names = [numbered("plan", manifest.number), *(file.name for file in manifest.files)]
+        return all(self.storage.path(name).exists() for name in names)
 
     def at_work(self) -> Collection[str]:
         """Return the names of what tells who was at work so far: claims and manifests."""

@@ -112,3 +112,33 @@ def test_a_run_that_wakes_when_all_that_it_knew_is_pruned_is_told_so(
     checked = verify(tmp_path / "out")
     assert not checked.problems + checked.older_problems
     assert batchgen.run(job).state == "nothing_to_do"
+
+
+class Published(Disk):
+    """Falls asleep once its manifest is there, and wakes when the next night is through."""
+
+    def __init__(self, job: Path) -> None:
+        self._job = job
+        self.has_slept = False
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        if target.parent.name == "manifests" and not self.has_slept:
+            self.has_slept = True
+            write_rows(self._job.parent / "in.jsonl", NUM_ROWS, start=50)
+            batchgen.run(self._job, steal=True)
+
+
+def test_a_snapshot_that_was_there_before_a_newer_one_stays(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", NUM_ROWS)
+    job = write_job(tmp_path, "in.jsonl")
+    disk = Published(job)
+    late = JobRun(load(job), stop=StopSwitch(), options=RunOptions(), disk=disk)
+    assert late.run().state == "complete"
+    assert disk.has_slept
+    ledger = Ledger(LocalStorage(tmp_path / "out"))
+    assert [one.number for one in ledger.manifests()] == [1, 2]
+    first, last = (batchgen.read(job, number).collect()["id"].drop_nulls() for number in (1, 2))
+    assert (first.min(), last.min()) == (0, 50)
+    checked = verify(tmp_path / "out")
+    assert not checked.problems + checked.older_problems
