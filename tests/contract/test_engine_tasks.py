@@ -153,8 +153,10 @@ def likelihoods(folder: Path, model: Path, pairs: Sequence[tuple[str, str]]) -> 
         (sample,) = one.samples
         found = np.frombuffer(sample.numbers or b"", np.float32).reshape(2, -1)
         assert found.shape[1] == len(logprobs), pair
-        assert np.abs(found[0].astype(float).sum() - sum(logprobs)) < 1e-3, pair
         assert np.allclose(found[0], logprobs, atol=1e-3), pair
+        # What float32 loses adds up in a long text.
+        most = max(1e-3, 1e-5 * len(logprobs))
+        assert abs(found[0].astype(float).sum() - sum(logprobs)) < most, pair
         assert bool((found[1] == 1).all()) == is_greedy, pair
         assert [token for token, _, _ in sample.logprobs or ()] != [], pair
         assert one.num_cached_tokens == 0
