@@ -364,6 +364,7 @@ def renderers_of(engine):
     return found
 
 
+@pytest.mark.slow
 def test_images_rendered_in_processes_get_the_same_answers(seeing_engine, seeing_spec, tmp_path):
     for number, colour in enumerate(("red", "blue", "green", "white")):
         (tmp_path / f"{number}.png").write_bytes(picture(colour))

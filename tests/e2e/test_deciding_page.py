@@ -13,6 +13,7 @@ from tests.e2e.support import run_cli, write_job
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "deciding.md"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     labels = ["BILL", "bill", "HELP", "help"]
