@@ -7,6 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 import batchgen
 from tests.e2e.support import run_cli, write_job
 
