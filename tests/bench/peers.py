@@ -82,7 +82,7 @@ def main() -> None:
     """Run all peers, print both tables."""
     args = _arguments()
     pythons = dict(entry.split("=", 1) for entry in args.python)
-    peers = [peer for peer in PEERS if not args.peer or peer.package in args.peer]
+    peers = [one for one in PEERS if not args.peer or {one.package, one.name} & {*args.peer}]
     seen: dict[str, Seen] = {}
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
@@ -123,17 +123,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--python", action="append", default=[], help="PEER=interpreter that has it installed"
     )
-    parser.add_argument(
-        "--peer", action="append", help="batchgen, vllm, ray, distribatch or saturate only"
-    )
+    parser.add_argument("--peer", action="append", help="this package or peer only")
     parser.add_argument("--repeats", type=int, default=1, help="of the first table")
     parser.add_argument("--no-crash", dest="crash", action="store_false", help="no second table")
     parser.add_argument("--limit-s", type=float, default=900.0, help="for one run")
     args = parser.parse_args()
     packages = {peer.package for peer in PEERS}
     named = [entry.partition("=")[0] for entry in args.python]
-    if unknown := {*named, *(args.peer or ())} - packages:
-        parser.error(f"{sorted(unknown)}: expected names of {sorted(packages)}")
+    known = packages | {peer.name for peer in PEERS}
+    if unknown := ({*named} - packages) | ({*(args.peer or ())} - known):
+        parser.error(f"{sorted(unknown)}: expected names of {sorted(known)}")
     return args
 
 

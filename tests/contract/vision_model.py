@@ -6,11 +6,13 @@ Of vLLM's vision models it is one that needs no torchvision, which the CPU build
 (checked with vLLM 0.32: llava, qwen2_vl, gemma3 and paligemma do).
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 TOKENIZER = Path(__file__).parents[2] / "sample_data" / "model"
-IMAGE_SIZE, PATCH_SIZE, SCALE = 56, 14, 2
 TEMPLATE = """{%- for message in messages -%}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
 {%- if part.type == "image" %}<image>{% else %}{{ part.text }}{% endif -%}
@@ -19,7 +21,18 @@ TEMPLATE = """{%- for message in messages -%}<|im_start|>{{ message.role }}
 {% endif %}"""
 
 
-def main(folder: str) -> None:
+class Shape(NamedTuple):
+    """What a model is made of; width, width inside, layers and heads of both its halves."""
+
+    image_size: int = 56
+    patch_size: int = 14
+    scale: int = 2
+    vision: tuple[int, int, int, int] = (64, 128, 2, 2)
+    text: tuple[int, int, int, int] = (64, 128, 2, 2)
+    max_position_embeddings: int = 1024
+
+
+def main(folder: str, shape: Shape = Shape()) -> None:  # noqa: B008 - it cannot be changed.
     """Write model, tokenizer and processor."""
     import torch
     from transformers import (
@@ -35,20 +48,21 @@ def main(folder: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>"]})
     tokenizer.chat_template = TEMPLATE
-    edge = {"longest_edge": IMAGE_SIZE}
+    edge = {"longest_edge": shape.image_size}
     pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
-    num_tokens = (IMAGE_SIZE // PATCH_SIZE // SCALE) ** 2
+    num_tokens = (shape.image_size // shape.patch_size // shape.scale) ** 2
     processor = Idefics3Processor(pictures, tokenizer, num_tokens, chat_template=TEMPLATE)
-    layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     vision = Idefics3VisionConfig(
-        **layers, num_attention_heads=2, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE
+        **dict(zip(names, shape.vision, strict=True)),
+        image_size=shape.image_size,
+        patch_size=shape.patch_size,
     )
     text = LlamaConfig(
-        **layers,
+        **dict(zip(names, shape.text, strict=True)),
         vocab_size=2624,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
+        num_key_value_heads=shape.text[3],
+        max_position_embeddings=shape.max_position_embeddings,
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
@@ -57,7 +71,7 @@ def main(folder: str) -> None:
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        scale_factor=SCALE,
+        scale_factor=shape.scale,
         pad_token_id=0,
         eos_token_id=2,
     )
