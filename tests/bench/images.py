@@ -57,10 +57,10 @@ def main() -> None:
         lines = [json.dumps({"image": str(path)}) + "\n" for path in paths]
         (folder / "rows.jsonl").write_text("".join(lines[: args.rows]))
         (folder / "warm-up.jsonl").write_text("".join(lines[args.rows :]))
-        for workers in (None, *args.workers):
-            _batchgen(folder, args.rows, workers)
         command = [sys.executable, "-m", "tests.bench.images", "--rival", name]
         subprocess.run(command, check=False)
+        for workers in (None, *args.workers):
+            _batchgen(folder, args.rows, workers)
 
 
 def _draw(path: Path) -> None:

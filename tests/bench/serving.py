@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ MAX_MODEL_LEN = 8192
 def main() -> None:
     """Time the work offline and by HTTP."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # No server is left behind.
     questions = works.read_questions(args.prompts)
     print(f"{device_name()}, Python {platform.python_version()}, {args.shape}", flush=True)
     with tempfile.TemporaryDirectory() as name:

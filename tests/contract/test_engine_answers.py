@@ -386,7 +386,7 @@ def test_images_rendered_in_processes_get_the_same_answers(seeing_engine, seeing
         for pid in renderers_of(engine):
             os.kill(pid, signal.SIGKILL)
         again = run(engine, asked)
-    assert log.read_text(errors="replace").count(UP) == 4
+        wait_until(lambda: log.read_text(errors="replace").count(UP) == 4, 300)
     for found in (here, first, again):
         assert [one.text for one in found] == [one.text for one in here]
         failed = [one.error.error_type for one in found if one.error]
