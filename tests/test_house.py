@@ -7,7 +7,7 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 28_770,
+    "lines of code": 28_776,
     "modules": 157,
     "layers": 9,
     "modules of a room": 15,

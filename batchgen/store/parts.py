@@ -1,7 +1,8 @@
 """Parts read in ordinal order, whatever was in which: for publishing.
 
 Memory is bounded by one chunk of rows and by what overlaps it: the rows of a part are sorted by
-ordinal, and its footer names them, so each chunk reads the row groups that it needs.
+ordinal, and its footer names them, so each chunk reads the row groups that it needs. A row group
+that reaches into the next chunk is not read again, while there is room for it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Rows read, sorted and written at once: a row group of what is published.
 _CHUNK_ROWS = 16_384
 _CHUNK_BYTES = 8 * 2**20
+_HELD_BYTES = 32 * 2**20
+"""Of row groups that have been read, the last ones: each reaches into two or three chunks."""
 
 PUBLISHED_SHARE = 0.7
 """How large a published file is, of the parts that it is written of: it is compressed better."""
@@ -49,7 +52,8 @@ class Parts:
         """
         self.storage = storage
         self._schema = schema
-        self._readers = [_PartReader(storage, name, footer) for name, footer in parts]
+        held: _Held = {}
+        self._readers = [_PartReader(storage, name, footer, held) for name, footer in parts]
 
     def chunks(self, spans: Iterable[tuple[int, int, int]]) -> Iterator[pa.Table]:
         """Yield results in ordinal order, so many at a time as fit into memory with ease.
@@ -184,11 +188,16 @@ def _is_ascending(chunk: pa.Table) -> bool:
     return bool(pc.all(pc.greater(rows[1:], rows[:-1]), min_count=0).as_py())
 
 
+_Held = dict[tuple[str, int], pa.Table]
+"""Row groups by their part and number, the latest last."""
+
+
 class _PartReader:
     """Reads rows of one part by ordinal; the file is open only while it is read."""
 
-    def __init__(self, storage: LocalStorage, name: str, footer: PartFooter) -> None:
+    def __init__(self, storage: LocalStorage, name: str, footer: PartFooter, held: _Held) -> None:
         self.footer = footer
+        self._held = held
         self.name = name
         self._path = storage.path(name)
         self._groups: list[tuple[int, _Group]] | None = None
@@ -240,9 +249,15 @@ class _PartReader:
         return table
 
     def _read(self, groups: Sequence[int]) -> pa.Table:
+        held, keys = self._held, [(self.name, at) for at in groups]
         with ResultFile(self._path) as file:
-            tables = [table for at in groups if (table := file.group(at)) is not None]
-            self._check(file)
+            for key in keys:
+                table = held.pop(key) if key in held else file.group(key[1])
+                self._check(file)
+                held[key] = table
+            tables = [held[key] for key in keys]
+        while sum(table.nbytes for table in held.values()) > _HELD_BYTES:
+            del held[next(iter(held))]
         return pa.concat_tables(tables)
 
     def _row_groups(self) -> list[tuple[int, _Group]]:

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -273,7 +274,7 @@ def write_stretch(
     schema = form.published.with_metadata(dict(form.metadata))
     files: list[PublishedFile] = []
     with saying_where(parts.storage.path(stem)):
-        chunks = parts.chunks(places.spans(start, stop))
+        chunks = _ahead(parts.chunks(places.spans(start, stop)))
         chunk = next(chunks, None)
         while start < stop or not files:
             books, keys = _Books(places, start, form), KeyFile(form.prefix)
@@ -290,6 +291,15 @@ def write_stretch(
             files.append(file.entry(**books.counts(start)))
             keys.put(parts.storage, file.name)
     return files
+
+
+def _ahead(chunks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Read each while the one before it is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
 
 
 class _Books:

@@ -19,7 +19,7 @@ from batchgen.store.books import FILES, PartFooter
 from batchgen.store.keys import keys_of
 from batchgen.store.parts import Parts
 from batchgen.store.published import PublishedRows
-from batchgen.store.result_files import PartContext, PartWriter, part_schema, published_schema
+from batchgen.store.result_files import ROW, PartContext, PartWriter, part_schema, published_schema
 from batchgen.store.reuse import Source, key_prefixes
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from tests.fakes import ANSWER, batch, manifest_of, plan, results, write_parts
@@ -340,6 +340,16 @@ def test_rows_over_many_chunks_and_row_groups_come_out_in_order(storage):
     files = written(storage, parts, form(rows_per_file=20_000))
     assert max(file.num_rows for file in files) <= 20_000
     assert ids(storage, files) == [*(f"0/{row}" for row in range(NUM_ROWS)), "1/5"]
+
+
+def test_a_row_group_that_reaches_over_a_border_is_read_once(storage):
+    (part,) = put(storage, [(0, row) for row in range(90)])
+    read_by = Parts(storage, [part], form().schema)
+    before = pa.concat_tables(read_by.chunks([(0, 0, 40)]))
+    storage.path(part[0]).unlink()
+    rest = pa.concat_tables(read_by.chunks([(0, 40, 90)]))
+    assert before.column(ROW).to_pylist() + rest.column(ROW).to_pylist() == [*range(90)]
+    read_by.check_all_read()
 
 
 def test_processes_write_what_one_writes(storage):

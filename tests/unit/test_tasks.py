@@ -482,8 +482,17 @@ def test_a_wrong_value_is_an_error_of_its_row(tmp_path: Path, task: str, numbers
 def test_a_number_beyond_float16_is_an_error_where_the_column_is_that(tmp_path: Path) -> None:
     job = load(tmp_path, "embed", pooling={"dtype": "float16"})
     form, _ = number_columns(job, TaskFacts(2))
-    assert form.read(Sample("", "stop", numbers=floats(1, -70_000)), None).error is not None
-    assert form.read(Sample("", "stop", numbers=floats(1, -65_504)), None).error is None
+    most = 65_504.0
+    for number in (-70_000, 70_000, most + 1, -most - 1, 2**17, 3e38):
+        assert form.read(Sample("", "stop", numbers=floats(1, number)), None).error is not None
+    for number in (-most, most, 2**14, 2**15, -(2**15)):
+        assert form.read(Sample("", "stop", numbers=floats(1, number)), None).error is None
+
+
+def test_the_largest_numbers_are_numbers(tmp_path: Path) -> None:
+    form, _ = number_columns(load(tmp_path, "embed"), TaskFacts(2))
+    for number in (3.4e38, -3.4e38, 2.0**127, -(2.0**126), 1e-45):
+        assert form.read(Sample("", "stop", numbers=floats(number, 0)), None).error is None
 
 
 def classes(tmp_path: Path, facts: TaskFacts, *numbers: float) -> dict[str, Any]:
