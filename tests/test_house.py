@@ -7,12 +7,12 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 28_776,
-    "modules": 157,
+    "lines of code": 29_240,
+    "modules": 160,
     "layers": 9,
     "modules of a room": 15,
     "modules of engine, of pipeline": 20,
-    "modules that an echo job imports": 97,
+    "modules that an echo job imports": 98,
     "modules that a row passes": 47,
     "modules that open result files": 2,
 }

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from batchgen.api.endings import look_back, report_options
+from batchgen.api.endings import deliver, look_back, report_options
 from batchgen.api.jobs import (
     BESIDE,
     TABLE,
@@ -133,7 +133,9 @@ def run(  # noqa: PLR0913 - the options of `batchgen run`, by their names
         config = load(job, overrides, run_date, tuned=tuned)
     with _called(job, overrides, run_date, config.output.path):
         stop = StopSwitch()
-        return _to_end(job_run(config, stop, options).run, stop, config.run.grace_s)
+        summary = _to_end(job_run(config, stop, options).run, stop, config.run.grace_s)
+        deliver(config)
+        return summary
 
 
 def _to_end(work: Callable[[], R], stop: StopSwitch, grace_s: float) -> R:

@@ -22,6 +22,18 @@ def look_back(job: JobConfig, summary: Summary) -> None:
         summary.warnings.append(f"the run's report could not be written: {error!r:.200}")
 
 
+def deliver(job: JobConfig) -> None:
+    """Write what the job wants beside its Parquet, of the newest snapshot.
+
+    Raises:
+        OutputError: It cannot be written; another run does it again.
+    """
+    if job.output.openai:
+        from batchgen.views.batch_files import refresh
+
+        refresh(Path(job.output.path))
+
+
 def _add_examples(job: JobConfig, summary: Summary) -> None:
     root = Path(summary.output)
     if summary.num_errors:

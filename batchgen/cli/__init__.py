@@ -13,6 +13,7 @@ import sys
 import click
 
 from batchgen import __version__
+from batchgen.cli.batch import run_batch
 from batchgen.cli.common import out
 from batchgen.cli.history import diff, prune, rollback, snapshots
 from batchgen.cli.look import check, doctor, plan, report, schema, show, status, verify
@@ -35,7 +36,7 @@ def cli() -> None:
 
 for _command in (
     *(run, tune, check, doctor, plan, status, show, report, verify, schema),
-    *(snapshots, rollback, prune, diff, try_, compare, score, engine),
+    *(snapshots, rollback, prune, diff, try_, compare, score, engine, run_batch),
 ):
     cli.add_command(_command)
 
@@ -68,7 +69,7 @@ def main() -> None:
     own_streams()
     code = _run()
     # What these did is done, and their code tells of it; the others only had to print.
-    acts = {"run", "tune", "prune", "rollback"}.intersection(sys.argv[1:2])
+    acts = {"run", "run-batch", "tune", "prune", "rollback"}.intersection(sys.argv[1:2])
     if not code and not acts and (why := lost_output()):
         _fail(f"stdout cannot be written: {why}")
         code = ExitCode.FAULT

@@ -84,6 +84,7 @@ def run(job: Path, load: Load, *, tuned: bool, as_json: bool, **options: Any) ->
     this = None
     try:
         from batchgen.api import job_run
+        from batchgen.api.endings import deliver
         from batchgen.pipeline.context import RunOptions, StopSwitch, ask_to_stop
 
         stop = StopSwitch()
@@ -92,6 +93,7 @@ def run(job: Path, load: Load, *, tuned: bool, as_json: bool, **options: Any) ->
         stop_on_signals(ask_to_stop(stop, config.run.grace_s))
         this = job_run(config, stop, RunOptions(**options))
         summary = this.run()
+        deliver(config)
     except BaseException as error:
         failed = this.summary if this is not None else None
         if as_json:

@@ -90,9 +90,10 @@ class InputConfig(Table):
     fsspec. What exists as it is written is no pattern. Names that begin with . or _ and folders in
     it are left out, unless named; links to files are files. `{date}`, `{yesterday}`,
     `{run_date-3d}` are days, `{date:%Y/%m/%d}` says how to write them."""
-    format: Literal["jsonl", "csv", "parquet"] | None = None
+    format: Literal["jsonl", "csv", "parquet", "openai"] | None = None
     """Only needed when file names do not end in .jsonl, .ndjson, .json, .csv, .tsv (these also
-    with .gz, .zst), .parquet or .pq."""
+    with .gz, .zst), .parquet or .pq; openai: a batch file of OpenAI's API, whose lines say
+    themselves what is asked."""
     columns: list[str] | None = None
     """Columns to carry into the output. Default: all."""
     types: dict[str, str] = Field(default={})
@@ -159,8 +160,8 @@ class PromptConfig(Table):
     system_file: str | None = None
     """The same, from a file."""
     messages: str | None = None
-    """Name of a column that holds a whole chat: a list of {role, content}, or of {from, value}.
-    `body.messages` is looked up in the column `body`."""
+    """Name of a column that holds a whole chat: a list of {role, content}, or of {from, value}; or
+    a raw prompt, as {prompt}. `body.messages` is looked up in the column `body`."""
     text: str | None = None
     """Name of a column that holds the raw prompt; no chat template is applied."""
     template: str | None = None
@@ -401,6 +402,9 @@ class OutputConfig(Table):
     log probability (with `sampling.logprobs`) and error of each sample, and the rules of `[checks]`
     hold for each by itself instead of for the lists. Default: true; false in outputs that began
     before 0.2."""
+    openai: bool = False
+    """With `input.format = "openai"`: also OpenAI's output and error files, `openai-output.jsonl`
+    and `openai-errors.jsonl`; each line of the input has one in exactly one of them."""
     compression: Literal["zstd", "snappy", "lz4", "gzip", "none"] = "zstd"
     """Of the published files."""
     rows_per_file: PositiveInt = 1_000_000
@@ -439,6 +443,17 @@ class Tuned:
     """Why it is not used, or what of it is not."""
 
 
+OF_OPENAI: Mapping[str, Mapping[str, Any]] = {
+    "input": {"columns": ["custom_id", "url", "model"]},
+    "prompt": {"messages": "messages"},
+    "sampling": {"column": "sampling", "max_tokens": 2**31 - 1},
+    "checks": {"allow_truncated": True},
+    "gate": {"max_error_rate": 1.0},
+}
+"""What holds for a job whose input is OpenAI's: its lines have the columns of `source.openai`, an
+answer may be cut off and ends at the model's context, and wrong lines are no trouble of the job."""
+
+
 class JobConfig(Table):
     """A whole job file."""
 
@@ -469,11 +484,29 @@ class JobConfig(Table):
             raise ValueError(msg)
         return {**tables, "sampling": dict(NO_SAMPLING)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_by_line(cls, tables: Any) -> Any:  # noqa: ANN401 - before it is checked
+        source = tables.get("input") if isinstance(tables, dict) else None
+        if not isinstance(source, dict) or source.get("format") != "openai":
+            return tables
+        own = {name: tables.get(name, {}) for name in OF_OPENAI}
+        if not all(isinstance(table, dict) for table in own.values()):
+            return tables
+        return {**tables, **{name: {**OF_OPENAI[name], **own[name]} for name in own}}
+
     @model_validator(mode="after")
     def _fits_task(self) -> Self:
         prompt, output = self.prompt, self.output.model_dump(exclude_defaults=True)
         if why := unfit(self.task, prompt.form, self.pooling, output):
             raise ValueError(why)
+        return self
+
+    @model_validator(mode="after")
+    def _writes_what_it_reads(self) -> Self:
+        if self.output.openai and not self.asks_by_line:
+            msg = "output.openai goes with input.format = 'openai', whose lines it answers"
+            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
@@ -490,6 +523,11 @@ class JobConfig(Table):
             msg = f"checks.min_ok_samples = {least}, expected at most sampling.n = {num}"
             raise ValueError(msg)
         return self
+
+    @property
+    def asks_by_line(self) -> bool:
+        """Whether each line of the input says itself what is asked, see `source.openai`."""
+        return self.input.format == "openai"
 
     @property
     def tells_samples(self) -> bool:

@@ -234,6 +234,9 @@ class Seeds:
         """An attempt's own; None where sampling is greedy, since a seed then changes nothing."""
         if params.get("temperature", self.sampling.temperature) == 0:
             return None
+        if attempt == 1 and "seed" in params:
+            own: int = params["seed"]
+            return own
         return row_seed(self.sampling.seed, ordinal, attempt, self.generation)
 
 

@@ -58,6 +58,13 @@ class SamplingFields(Table):
         return self
 
 
+class RowSampling(SamplingFields):
+    """What a row's own `sampling.column` may hold."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    """Instead of the row's own that is derived from the job's."""
+
+
 class SamplingConfig(SamplingFields):
     """vLLM's SamplingParams, by its names.
 

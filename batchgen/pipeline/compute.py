@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     TakeOver = Callable[[Callable[[], None]], Rows]
 
 
+_USUAL_ANSWER = 1024
 _MAX_LENGTHS = 20_000
 _MAX_EPOCHS = 20
 _LIVE_EVERY_S = 2.0
@@ -202,6 +203,8 @@ def lengths_of(job: JobConfig, ledger: Ledger) -> Lengths:
 def work_of(num_rows: int, job: JobConfig, lengths: Lengths, ledger: Ledger) -> WorkLeft:
     """Say how much some rows are, with room to spare: earlier answers' means are no bounds."""
     means, most = lengths.means, job.sampling.max_tokens
+    if job.asks_by_line:  # Its lines bound their answers, and nobody has read them yet.
+        most = min(most, _USUAL_ANSWER)
     output_tokens = min(most, math.ceil(2 * max(means.values(), default=most)))
     return WorkLeft(
         num_rows, output_tokens, 2 ** max(means) if means else None, *_last_speed(ledger)

@@ -129,7 +129,7 @@ def decide(ledger: Ledger, job: JobConfig, options: RunOptions) -> Decision:
 
 def _has_old_misfits(plan: Plan, manifest: Manifest) -> bool:
     """Tell whether errors may be of columns that were narrower than their values, before 0.2."""
-    segments = plan.segments if plan.input_format == "jsonl" else ()
+    segments = plan.segments if plan.input_format in ("jsonl", "openai") else ()
     return bool(manifest.num_errors) and any(segment.keys is None for segment in segments)
 
 

@@ -215,8 +215,9 @@ class PromptBuilder:
             return RowError("null_value", f"column {name!r} is null, expected a prompt")
         if isinstance(value, NotText):
             raise NotTextError
-        if self._config.messages is not None:
+        if self._config.messages is not None and (not isinstance(value, dict) or len(value) != 1):
             return _checked_messages(name, value, self._images)
+        value = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(value, str):
             found = type(value).__name__
             return RowError("bad_prompt", f"column {name!r} is {found}, expected a string")

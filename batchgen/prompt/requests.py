@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from batchgen.core.data import check_levels, holder_of, parse_json, value_at
 from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Prompt, Request, Result, RowBatch, RowError, is_continued
-from batchgen.job.sampling import SamplingFields
+from batchgen.job.sampling import RowSampling
 from batchgen.prompt.builder import shortened
 
 if TYPE_CHECKING:
@@ -53,9 +54,14 @@ class RowOptions:
     """The columns that hold rows' own parameters. Holds no row."""
 
     def __init__(self, job: JobConfig) -> None:
+        self._by_line = job.asks_by_line  # Then with columns as `source.openai` names them.
         self._sampling = job.sampling.column
-        self._schema = job.output.schema_column
-        self._lora = job.model.lora_column
+        self._schema = "schema" if self._by_line else job.output.schema_column
+        self._lora = "model" if self._by_line else job.model.lora_column
+        name = job.model.name
+        served = job.model.engine.get("served_model_name", ())
+        served = [served] if isinstance(served, str) else served
+        self._own_names = {name, PurePath(name).name, *served} if self._by_line else set()
         self._loras = list(job.model.lora)
         # A single adapter without a column serves every row.
         self._lora_of_all = None if self._lora or not self._loras else self._loras[0]
@@ -80,14 +86,19 @@ class RowOptions:
             if isinstance(found, RowError):
                 return found
             params |= found
-        if self._schema is not None:
-            schema = _schema_of(self._schema, value_at(values, self._schema), check_schema)
+        given = value_at(values, self._schema) if self._schema is not None else None
+        if self._schema is not None and (not self._by_line or given is not None):
+            schema = _schema_of(self._schema, given, check_schema)
             if isinstance(schema, RowError):
                 return schema
             params["structured_outputs"] = {"json": schema}
         lora = self._lora_of_all if self._lora is None else value_at(values, self._lora)
+        lora = None if lora in self._own_names else lora
         if lora is not None and lora not in self._loras:
-            found_text = suggestion(str(lora), self._loras)
+            known = {PurePath(name).name for name in self._own_names}.union(self._loras)
+            found_text = suggestion(str(lora), sorted(known))
+            if self._by_line:
+                return RowError("model_not_found", f"no model {lora!r:.60}{found_text}")
             return RowError("unknown_adapter", f"no LoRA adapter {lora!r:.60}{found_text}")
         return Own(params or None, lora)
 
@@ -100,7 +111,7 @@ def _sampling_of(column: str, value: object) -> dict[str, Any] | RowError:
     try:
         check_levels(fields)
         # null means absent here, however it came.
-        return SamplingFields.model_validate(_without_nulls(fields)).model_dump(exclude_none=True)
+        return RowSampling.model_validate(_without_nulls(fields)).model_dump(exclude_none=True)
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         key = ".".join(map(str, found["loc"]))
@@ -210,15 +221,17 @@ class RequestBuilder:
         key = self._request_key(prompt, own)
         if isinstance(key, RowError):
             return key
+        seed = self._seeds.of(ordinal, own.params or {}, 1)
+        params = {key: value for key, value in (own.params or {}).items() if key != "seed"}
         return Request(
             request_id=next(self._ids),
             ordinal=ordinal,
             prompt=prompt,
             request_key=key,
-            seed=self._seeds.of(ordinal, own.params or {}, 1),
+            seed=seed,
             batch=batch,
             index=index,
-            params=own.params,
+            params=params or None,
             lora=own.lora,
         )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from batchgen.source.reading import Reader
 
-FORMATS = ("jsonl", "csv", "parquet")
+FORMATS = ("jsonl", "csv", "parquet", "openai")
 _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -130,6 +130,10 @@ def reader_for(
         from batchgen.source.jsonl import JsonlReader
 
         return JsonlReader(encoding)
+    if format_name == "openai":
+        from batchgen.source.openai import OpenAIReader
+
+        return OpenAIReader(encoding)
     if format_name == "csv":
         from batchgen.source.csv import CsvReader
 

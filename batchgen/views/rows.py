@@ -196,7 +196,7 @@ class Output:
         return found
 
     def _told(self, segment: int, row: int, *, lines: bool) -> Mapping[str, str | None]:
-        file, is_lines = self.plan.segments[segment], self.plan.input_format == "jsonl"
+        file, is_lines = self.plan.segments[segment], self.plan.input_format in ("jsonl", "openai")
         told = {INPUT: f"row {row} of {file.path}" + (f" (line {row + 1})" if is_lines else "")}
         if lines and is_lines:
             line = _line(file, row, self.plan.job["input"].get("encoding"))

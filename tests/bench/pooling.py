@@ -190,14 +190,15 @@ def _batchgen(model: Path, rows: Path, folder: Path, shape: str) -> dict[str, An
     }
 
 
-def _ask_rival(folder: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask_rival(folder: Path, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     path = folder / "rival.json"
     path.write_text(json.dumps({**spec, "began_s": time.monotonic()}))
     command = [sys.executable, "-m", "tests.bench.pooling", "--rival", str(path)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if ran.returncode:
-        print(f"{spec['kind']}: ended with {ran.returncode}")
-    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rival:
+        assert rival.stdout is not None
+        yield from (json.loads(line) for line in rival.stdout if line.startswith("{"))
+    if rival.returncode:
+        print(f"{spec['kind']}: ended with {rival.returncode}")
 
 
 def _rival(spec: dict[str, Any]) -> None:

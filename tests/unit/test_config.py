@@ -221,7 +221,7 @@ MISTAKES = {
         {"output": {"zzz": 1}},
         "output.zzz: unknown key, expected one of: path, prefix, schema, schema_column, "
         "choice, regex, grammar, json_object, flatten, label_probability, with_seed, "
-        "samples, compression, "
+        "samples, openai, compression, "
         "rows_per_file, "
         "keep_snapshots",
     ),

@@ -1,0 +1,161 @@
+"""OpenAI's batch files, in and out: each line has one line of an answer, or of an error."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+
+import batchgen
+from batchgen.core.errors import ConfigError
+from batchgen.views.batch_files import ERRORS, MARK, OUTPUT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+SAID = [{"role": "user", "content": "hello"}]
+
+
+def line(custom_id: str | None = "a", url: str = CHAT, **changes: Any) -> dict[str, Any]:
+    body = {"messages": SAID} if url == CHAT else {"prompt": "Once upon"}
+    body |= {"model": "tiny", "max_tokens": 64, "temperature": 0, **changes.pop("body", {})}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body, **changes}
+
+
+def job_of(folder: Path, **tables: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "input": {"path": str(folder / "in.jsonl"), "format": "openai"},
+        "model": {"backend": "echo", "name": "models/tiny"},
+        "output": {"path": str(folder / "out"), "openai": True},
+        **tables,
+    }
+
+
+def answered(folder: Path, lines: list[Any], **tables: Any) -> tuple[list[Any], list[Any]]:
+    """Run a batch file of these lines; return its answers and its errors."""
+    texts = [text if isinstance(text, str) else json.dumps(text) for text in lines]
+    (folder / "in.jsonl").write_text("\n".join(texts) + "\n")
+    batchgen.run(job_of(folder, **tables))
+    out = folder / "out"
+    return tuple(
+        [json.loads(row) for row in (out / n).read_text().splitlines()] for n in (OUTPUT, ERRORS)
+    )
+
+
+def test_answers_are_those_of_the_api(tmp_path: Path) -> None:
+    lines = [
+        line("a"),
+        line("b", COMPLETION, body={"max_tokens": 4}),
+        line("c", body={"user": "me"}),
+    ]
+    answers, errors = answered(tmp_path, lines)
+    assert errors == []
+    assert [one["custom_id"] for one in answers] == ["a", "b", "c"]
+    assert len({one["id"] for one in answers}) == 3
+    assert {one["response"]["status_code"] for one in answers} == {200}
+    chat = ChatCompletion.model_validate(answers[0]["response"]["body"], strict=True)
+    assert (chat.choices[0].message.content, chat.choices[0].finish_reason) == ("hello", "stop")
+    assert (chat.model, chat.usage.total_tokens) == ("tiny", 10)
+    cut = Completion.model_validate(answers[1]["response"]["body"], strict=True)
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("Once", "length")
+
+
+REFUSED = {
+    "invalid_json_line": "not json",
+    "missing_required_parameter": line(None),
+    "invalid_method": line(method="GET"),
+    "invalid_url": line(url="/v1/audio/speech", body={"prompt": "x"}),
+    "invalid_type": line(body={"messages": "hello"}),
+    "model_not_found": line(body={"model": "gpt-5"}),
+    "unknown_parameter": line(body={"chat_template": "{{ 1 }}"}),
+    "unsupported_parameter": line(body={"stream": True}),
+    "invalid_response_format": line(body={"response_format": {"type": "json_schema"}}),
+    "invalid_value": line(body={"temperature": -1}),
+    "invalid_messages": line(body={"messages": [{"content": "hello"}]}),
+    "invalid_schema": line(
+        body={"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 7}}}}
+    ),
+    "bad_image": line(
+        body={
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+                }
+            ]
+        }
+    ),
+}
+
+
+def test_what_is_not_taken_is_that_lines_error(tmp_path: Path) -> None:
+    lines = [line("good"), *REFUSED.values(), line("good"), "[1]", line("last")]
+    answers, errors = answered(tmp_path, lines)
+    assert [one["custom_id"] for one in answers] == ["good", "last"]
+    codes = [one["response"]["body"]["error"]["code"] for one in errors]
+    assert codes == [*REFUSED, "duplicate_custom_id", "invalid_json_line"]
+    statuses = {one["response"]["status_code"] for one in errors}
+    assert statuses == {400, 404}
+    assert str(tmp_path) not in json.dumps(errors)
+
+
+LOADS = (
+    *("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs", "documents"),
+    *("guided_json", "add_generation_prompt", "cache_salt", "kv_transfer_params", "tools", "n"),
+)
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_body_chooses_nothing_that_loads_or_runs(tmp_path: Path, name: str) -> None:
+    answers, errors = answered(tmp_path, [line(body={name: {"x": "{{ cycler }}"}})])
+    assert answers == []
+    assert errors[0]["response"]["body"]["error"]["code"].endswith("_parameter")
+
+
+def test_a_line_has_its_own_seed_and_its_own_schema(tmp_path: Path) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    lines = [line(str(seed), body={"temperature": 1, "seed": seed}) for seed in (1, 1, 2)]
+    lines += [line("form", body={"response_format": form}), line("text")]
+    lines[1]["custom_id"] = "again"
+    answered(
+        tmp_path, lines, output={"path": str(tmp_path / "out"), "openai": True, "with_seed": True}
+    )
+    rows = batchgen.read(tmp_path / "out").collect()
+    assert rows["gen_seed"].to_list() == [1, 1, 2, None, None]
+    keys = rows["gen_request_key"].to_list()
+    assert keys[0] == keys[1]
+    assert len({*keys}) == 4
+
+
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+def test_files_as_windows_and_editors_leave_them(tmp_path: Path, begin: bytes) -> None:
+    lines = [json.dumps(line("a")), "", json.dumps(line("b"))]
+    (tmp_path / "in.jsonl").write_bytes(begin + "\r\n".join(lines).encode())
+    batchgen.run(job_of(tmp_path))
+    told = (tmp_path / "out" / OUTPUT).read_text().splitlines()
+    assert [json.loads(one)["custom_id"] for one in told] == ["a", "b"]
+
+
+def test_the_files_are_those_of_the_newest_snapshot(tmp_path: Path) -> None:
+    answered(tmp_path, [line("a")])
+    answers, _ = answered(tmp_path, [line("a"), line("b")])
+    assert len(answers) == 2
+    out = tmp_path / "out"
+    for harm in ((out / ERRORS).unlink, (out / MARK).unlink):
+        (out / OUTPUT).write_text("of an older night\n")
+        harm()
+        batchgen.run(job_of(tmp_path))  # Nothing to do but this.
+        assert len((out / OUTPUT).read_text().splitlines()) == 2
+
+
+def test_the_output_is_for_such_a_file_only(tmp_path: Path, job_tables: Any) -> None:
+    with pytest.raises(ConfigError, match=r"input\.format = 'openai'"):
+        batchgen.run(job_tables(output={"openai": True}))
+    (tmp_path / "in.jsonl").write_text(json.dumps(line()) + "\n")
+    given = {"path": str(tmp_path / "in.jsonl"), "format": "openai", "types": {"x": "json"}}
+    with pytest.raises(ConfigError, match=r"input\.types"):
+        batchgen.run(job_of(tmp_path, input=given))
