@@ -56,17 +56,19 @@ def run_batch(  # noqa: PLR0913 - the command's own options
     from batchgen.core.data import spare_pandas
     from batchgen.job.load import parse_job
     from batchgen.pipeline.context import RunOptions, StopSwitch, ask_to_stop
+    from batchgen.source.openai import OpenAIReader
     from batchgen.views.batch_files import write
     from batchgen.views.rows import output_of
 
     spare_pandas()
     state = output_file.with_name(output_file.name + STATE)
-    tables: dict[str, Any] = {
-        "input": {"path": input_file, "format": "openai"},
-        "model": _model(model, flags),
-        "output": {"path": str(state)},
-    }
     with called(Caller(str(state), is_folder=True)):
+        tables: dict[str, Any] = {
+            "task": OpenAIReader().task(input_file),
+            "input": {"path": input_file, "format": "openai"},
+            "model": _model(model, flags),
+            "output": {"path": str(state)},
+        }
         job = parse_job(tables, base=Path.cwd(), where="run-batch", overrides=overrides)
         stop = StopSwitch()
         stop_on_signals(ask_to_stop(stop, job.run.grace_s))

@@ -454,6 +454,14 @@ OF_OPENAI: Mapping[str, Mapping[str, Any]] = {
 answer may be cut off and ends at the model's context, and wrong lines are no trouble of the job."""
 
 
+OF_EMBEDDINGS: Mapping[str, Mapping[str, Any]] = {
+    "input": OF_OPENAI["input"],
+    "prompt": {"text": "text"},
+    "gate": OF_OPENAI["gate"],
+}
+"""The same with `task = "embed"`."""
+
+
 class JobConfig(Table):
     """A whole job file."""
 
@@ -490,10 +498,11 @@ class JobConfig(Table):
         source = tables.get("input") if isinstance(tables, dict) else None
         if not isinstance(source, dict) or source.get("format") != "openai":
             return tables
-        own = {name: tables.get(name, {}) for name in OF_OPENAI}
+        usual = OF_OPENAI if tables.get("task", "generate") == "generate" else OF_EMBEDDINGS
+        own = {name: tables.get(name, {}) for name in usual}
         if not all(isinstance(table, dict) for table in own.values()):
             return tables
-        return {**tables, **{name: {**OF_OPENAI[name], **own[name]} for name in own}}
+        return {**tables, **{name: {**usual[name], **own[name]} for name in own}}
 
     @model_validator(mode="after")
     def _fits_task(self) -> Self:

@@ -61,7 +61,7 @@ class JsonlReader:
         """See `Reader`."""
         refuse_other_content(path, self._encoding)
         lines = [line for _, line in self._sample(path, SNIFF_LINES)]
-        if any(type(_parse_line(line)) is dict for line in lines):
+        if any(type(parse_line(line)) is dict for line in lines):
             return
         looks = text_looks_like(lines[0] or b"") if lines else None
         if looks is None and len(lines) < SNIFF_LINES:
@@ -129,7 +129,7 @@ class JsonlReader:
         errors: dict[int, RowError] = {}
         objects = _objects(lines)
         if objects is None:
-            parsed = [_parse_line(line, self._encoding) for line in lines]
+            parsed = [parse_line(line, self._encoding) for line in lines]
             kept = [at for at, value in enumerate(parsed) if value is not None]
             blank |= Ranges.of({*rows} - {rows[at] for at in kept})
             rows, lines = [rows[at] for at in kept], [lines[at] for at in kept]
@@ -156,9 +156,7 @@ def _objects(lines: Sequence[bytes | None]) -> list[dict[str, Any]] | None:
     return values if {*map(type, values)} <= {dict} else None
 
 
-def _parse_line(
-    line: bytes | None, encoding: str | None = None
-) -> dict[str, Any] | RowError | None:
+def parse_line(line: bytes | None, encoding: str | None = None) -> dict[str, Any] | RowError | None:
     """Parse a line; None if it is blank."""
     if line == b"":
         return None
@@ -182,7 +180,7 @@ def _count(census: Census, rows: Sequence[int], lines: Sequence[bytes | None]) -
     objects: Sequence[dict[str, Any]] | None = _objects(lines)
     if objects is None:
         parsed = {
-            at: value for at, line in enumerate(lines) if type(value := _parse_line(line)) is dict
+            at: value for at, line in enumerate(lines) if type(value := parse_line(line)) is dict
         }
         rows, lines = [rows[at] for at in parsed], [lines[at] for at in parsed]
         objects = list(parsed.values())

@@ -15,7 +15,7 @@ import pyarrow as pa
 from batchgen.core.errors import ConfigError, suggestion
 from batchgen.core.records import RowError
 from batchgen.source.columns import kind_word, parse_field
-from batchgen.source.jsonl import JsonlReader
+from batchgen.source.jsonl import SNIFF_LINES, JsonlReader, parse_line
 from batchgen.source.reading import to_arrays
 from batchgen.source.text import scan_lines
 
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from batchgen.source.text import Lines, OnBlock, OnRows, Scan
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+EMBEDDING = "/v1/embeddings"
 CARRIED = ("custom_id", "url", "model")
 """Columns that go to the output."""
 MESSAGES, SAMPLING, SCHEMA, MODEL = "messages", "sampling", "schema", "model"
+TEXT = "text"
+"""Column of what is to be embedded."""
 _COLUMNS = pa.schema(
-    [parse_field(name, "string") for name in CARRIED]
+    [parse_field(name, "string") for name in (*CARRIED, TEXT)]
     + [parse_field(name, "json") for name in (MESSAGES, SAMPLING, SCHEMA)]
 )
 _LINE = ("body", "custom_id", "method", "url")
@@ -57,6 +60,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
+    "encoding_format": ("float",),
 }
 """Fields that are not taken, and what they may say all the same: what holds without them."""
 
@@ -71,6 +75,12 @@ class _RefusedError(Exception):
 
 class OpenAIReader(JsonlReader):
     """See `Reader`."""
+
+    def task(self, path: str) -> str:
+        """Tell the task that the first requests of a file are of."""
+        lines = [parse_line(line, self._encoding) for _, line in self._sample(path, SNIFF_LINES)]
+        urls = [line.get("url") for line in lines if isinstance(line, dict)]
+        return "embed" if EMBEDDING in urls else "generate"
 
     def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. They are the same for every file."""
@@ -122,9 +132,9 @@ def _take(line: Mapping[str, Any], values: dict[str, Any]) -> None:
     values[MODEL] = _text(body, "model")
     if (method := line.get("method")) != "POST":
         raise _RefusedError("invalid_method", f"method: {method!r:.60}, expected 'POST'")
-    take = {CHAT: _chat, COMPLETION: _completion}.get(url)
+    take = {CHAT: _chat, COMPLETION: _completion, EMBEDDING: _embedding}.get(url)
     if take is None:
-        expected = f"expected {CHAT!r} or {COMPLETION!r}"
+        expected = f"expected {CHAT!r}, {COMPLETION!r} or {EMBEDDING!r}"
         raise _RefusedError("invalid_url", f"url: {url!r:.60}, {expected}")
     values |= take(body)
 
@@ -157,13 +167,26 @@ def _chat(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _completion(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    rest = dict(body)
-    prompt = rest.pop("prompt", None)
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise _missing("prompt", "a text (several, or tokens, are not taken)", prompt)
+    prompt, rest = _one_text(body, "prompt")
     return {MESSAGES: {"prompt": prompt}, SAMPLING: _sampling(rest), SCHEMA: None}
+
+
+def _embedding(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    text, rest = _one_text(body, "input")
+    if taken := sorted(_sampling(rest)):
+        text = f"{taken[0]!r} is no parameter of {EMBEDDING}"
+        raise _RefusedError("unknown_parameter", text)
+    return {TEXT: text}
+
+
+def _one_text(body: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """Return a body's only text, and what else it has."""
+    text = body.get(name)
+    if isinstance(text, list) and len(text) == 1:
+        text = text[0]
+    if not isinstance(text, str):
+        raise _missing(name, "a text (several, or tokens, are not taken)", text)
+    return text, {key: value for key, value in body.items() if key != name}
 
 
 def _schema(form: object) -> Mapping[str, Any] | None:

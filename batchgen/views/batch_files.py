@@ -40,7 +40,14 @@ _OURS = frozenset({"engine_crash", "engine_error", "endpoint_failed", "bad_reque
 """Errors that are no fault of the request."""
 _COLUMNS = (
     *("status", "text", "finish_reason", "error_type", "error", "request_key"),
-    *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning", "tool_calls"),
+    *(
+        "embedding",
+        "num_prompt_tokens",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "reasoning",
+        "tool_calls",
+    ),
 )
 
 
@@ -66,8 +73,11 @@ def refresh(root: Path) -> Counts | None:
     with suppress(OSError):
         if mark.read_bytes() == number and all(file.exists() for file in files):
             return Counts(output.manifest.num_ok, output.manifest.num_errors)
+    with suppress(OSError):
+        mark.unlink()  # Before either file is another's.
     counts = write(output, *files)
-    mark.write_bytes(number)
+    with suppress(OSError):
+        mark.write_bytes(number)
     return counts
 
 
@@ -146,6 +156,9 @@ def lines(output: Output) -> Iterator[tuple[bool, bytes]]:
 def _line(
     row: Mapping[str, Any], told: Mapping[str, Any], name: str, created: int
 ) -> tuple[bool, bytes]:
+    if told["error_type"] == "null_value":  # The column of another task.
+        why = f"url: {row['url']!r} is not what the model was loaded for"
+        told = {**told, "error_type": "invalid_url", "error": why}
     line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row["custom_id"]}
     response: dict[str, Any] = {"status_code": 200, "request_id": f"req_{name}"}
     is_error = told["status"] == "error"
@@ -168,6 +181,11 @@ def _body(
     row: Mapping[str, Any], told: Mapping[str, Any], name: str, created: int
 ) -> dict[str, Any]:
     """Write an answer as the API gives it."""
+    num_in, num_out = told["num_prompt_tokens"] or 0, told.get("num_output_tokens") or 0
+    usage: dict[str, Any] = {"prompt_tokens": num_in, "total_tokens": num_in + num_out}
+    if (numbers := told.get("embedding")) is not None:
+        data = [{"object": "embedding", "index": 0, "embedding": numbers}]
+        return {"object": "list", "data": data, "model": row["model"], "usage": usage}
     is_chat = row["url"].endswith("/chat/completions")
     choice: dict[str, Any] = {"index": 0, "finish_reason": told["finish_reason"], "logprobs": None}
     if is_chat:
@@ -177,9 +195,7 @@ def _body(
         choice["message"] = message
     else:
         choice["text"] = told["text"]
-    num_in, num_out = told["num_prompt_tokens"] or 0, told["num_output_tokens"] or 0
-    usage: dict[str, Any] = {"prompt_tokens": num_in, "completion_tokens": num_out}
-    usage["total_tokens"] = num_in + num_out
+    usage["completion_tokens"] = num_out
     usage["prompt_tokens_details"] = {"cached_tokens": told["num_cached_tokens"] or 0}
     return {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{name}",

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from openai.types import Completion
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 import batchgen
@@ -62,6 +62,24 @@ def test_answers_are_those_of_the_api(tmp_path: Path) -> None:
     assert (chat.model, chat.usage.total_tokens) == ("tiny", 10)
     cut = Completion.model_validate(answers[1]["response"]["body"], strict=True)
     assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("Once", "length")
+
+
+def test_embeddings_are_those_of_the_api(tmp_path: Path) -> None:
+    url = "/v1/embeddings"
+    asked = {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "tiny"}}
+    lines = [
+        {**asked, "body": {"model": "tiny", "input": "hello", "encoding_format": "float"}},
+        {**asked, "custom_id": "b", "body": {"model": "tiny", "input": ["again"]}},
+        {**asked, "custom_id": "c", "body": {"model": "tiny", "input": ["two", "texts"]}},
+        {**asked, "custom_id": "d", "body": {"model": "tiny", "input": "x", "temperature": 0}},
+        line("e"),
+    ]
+    answers, errors = answered(tmp_path, lines, task="embed")
+    found = [CreateEmbeddingResponse.model_validate(one["response"]["body"]) for one in answers]
+    assert [len(one.data[0].embedding) for one in found] == [384, 384]
+    assert found[0].usage.total_tokens == 6
+    codes = [one["response"]["body"]["error"]["code"] for one in errors]
+    assert codes == ["invalid_type", "unknown_parameter", "invalid_url"]
 
 
 REFUSED = {
