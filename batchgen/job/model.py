@@ -454,12 +454,11 @@ OF_OPENAI: Mapping[str, Mapping[str, Any]] = {
 answer may be cut off and ends at the model's context, and wrong lines are no trouble of the job."""
 
 
-OF_EMBEDDINGS: Mapping[str, Mapping[str, Any]] = {
-    "input": OF_OPENAI["input"],
-    "prompt": {"text": "text"},
-    "gate": OF_OPENAI["gate"],
+_OF_POOLING: Mapping[str, Mapping[str, Any]] = {
+    "embed": {"text": "text"},
+    "score": {"query": "{{ query }}", "passage": "{{ passage }}"},
 }
-"""The same with `task = "embed"`."""
+"""`[prompt]` of such a job with another task."""
 
 
 class JobConfig(Table):
@@ -498,7 +497,10 @@ class JobConfig(Table):
         source = tables.get("input") if isinstance(tables, dict) else None
         if not isinstance(source, dict) or source.get("format") != "openai":
             return tables
-        usual = OF_OPENAI if tables.get("task", "generate") == "generate" else OF_EMBEDDINGS
+        task = tables.get("task", "generate")
+        usual = OF_OPENAI
+        if task in _OF_POOLING:
+            usual = {"input": usual["input"], "gate": usual["gate"], "prompt": _OF_POOLING[task]}
         own = {name: tables.get(name, {}) for name in usual}
         if not all(isinstance(table, dict) for table in own.values()):
             return tables

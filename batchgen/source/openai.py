@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from batchgen.source.text import Lines, OnBlock, OnRows, Scan
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-EMBEDDING = "/v1/embeddings"
+EMBEDDING, SCORE = "/v1/embeddings", "/v1/score"
+TASKS = {EMBEDDING: "embed", SCORE: "score"}
+"""Tasks of URLs, but for `generate`."""
 CARRIED = ("custom_id", "url", "model")
 """Columns that go to the output."""
 MESSAGES, SAMPLING, SCHEMA, MODEL = "messages", "sampling", "schema", "model"
-TEXT = "text"
-"""Column of what is to be embedded."""
+TEXT, QUERY, PASSAGE = "text", "query", "passage"
+"""Columns of what is to be embedded, and scored."""
 _COLUMNS = pa.schema(
-    [parse_field(name, "string") for name in (*CARRIED, TEXT)]
+    [parse_field(name, "string") for name in (*CARRIED, TEXT, QUERY, PASSAGE)]
     + [parse_field(name, "json") for name in (MESSAGES, SAMPLING, SCHEMA)]
 )
 _LINE = ("body", "custom_id", "method", "url")
@@ -79,8 +81,8 @@ class OpenAIReader(JsonlReader):
     def task(self, path: str) -> str:
         """Tell the task that the first requests of a file are of."""
         lines = [parse_line(line, self._encoding) for _, line in self._sample(path, SNIFF_LINES)]
-        urls = [line.get("url") for line in lines if isinstance(line, dict)]
-        return "embed" if EMBEDDING in urls else "generate"
+        urls = (line.get("url") for line in lines if isinstance(line, dict))
+        return next((TASKS[url] for url in urls if url in TASKS), "generate")
 
     def columns(self, paths: Sequence[str], types: Mapping[str, str]) -> pa.Schema:
         """See `Reader`. They are the same for every file."""
@@ -132,11 +134,14 @@ def _take(line: Mapping[str, Any], values: dict[str, Any]) -> None:
     values[MODEL] = _text(body, "model")
     if (method := line.get("method")) != "POST":
         raise _RefusedError("invalid_method", f"method: {method!r:.60}, expected 'POST'")
-    take = {CHAT: _chat, COMPLETION: _completion, EMBEDDING: _embedding}.get(url)
+    take = {CHAT: _chat, COMPLETION: _completion, EMBEDDING: _embedding, SCORE: _score}.get(url)
     if take is None:
-        expected = f"expected {CHAT!r}, {COMPLETION!r} or {EMBEDDING!r}"
+        expected = f"expected {CHAT}, {COMPLETION}, {EMBEDDING} or {SCORE}"
         raise _RefusedError("invalid_url", f"url: {url!r:.60}, {expected}")
     values |= take(body)
+    if url in TASKS and (sampling := values.pop(SAMPLING)):
+        name = min(sampling)
+        raise _RefusedError("unknown_parameter", f"{name!r} is no parameter of {url}")
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:
@@ -173,10 +178,13 @@ def _completion(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _embedding(body: Mapping[str, Any]) -> Mapping[str, Any]:
     text, rest = _one_text(body, "input")
-    if taken := sorted(_sampling(rest)):
-        text = f"{taken[0]!r} is no parameter of {EMBEDDING}"
-        raise _RefusedError("unknown_parameter", text)
-    return {TEXT: text}
+    return {TEXT: text, SAMPLING: _sampling(rest)}
+
+
+def _score(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    query, rest = _one_text(body, "text_1")
+    passage, rest = _one_text(rest, "text_2")
+    return {QUERY: query, PASSAGE: passage, SAMPLING: _sampling(rest)}
 
 
 def _one_text(body: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:

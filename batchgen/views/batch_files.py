@@ -39,15 +39,8 @@ _CODES = {
 _OURS = frozenset({"engine_crash", "engine_error", "endpoint_failed", "bad_request"})
 """Errors that are no fault of the request."""
 _COLUMNS = (
-    *("status", "text", "finish_reason", "error_type", "error", "request_key"),
-    *(
-        "embedding",
-        "num_prompt_tokens",
-        "num_cached_tokens",
-        "num_output_tokens",
-        "reasoning",
-        "tool_calls",
-    ),
+    *("status", "text", "embedding", "score", "finish_reason", "error_type", "error"),
+    *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning"),
 )
 
 
@@ -183,9 +176,10 @@ def _body(
     """Write an answer as the API gives it."""
     num_in, num_out = told["num_prompt_tokens"] or 0, told.get("num_output_tokens") or 0
     usage: dict[str, Any] = {"prompt_tokens": num_in, "total_tokens": num_in + num_out}
-    if (numbers := told.get("embedding")) is not None:
-        data = [{"object": "embedding", "index": 0, "embedding": numbers}]
-        return {"object": "list", "data": data, "model": row["model"], "usage": usage}
+    for kind in ("embedding", "score"):
+        if (found := told.get(kind)) is not None:
+            data = [{"object": kind, "index": 0, kind: found}]
+            return {"object": "list", "data": data, "model": row["model"], "usage": usage}
     is_chat = row["url"].endswith("/chat/completions")
     choice: dict[str, Any] = {"index": 0, "finish_reason": told["finish_reason"], "logprobs": None}
     if is_chat:

@@ -82,6 +82,18 @@ def test_embeddings_are_those_of_the_api(tmp_path: Path) -> None:
     assert codes == ["invalid_type", "unknown_parameter", "invalid_url"]
 
 
+def test_scores_are_those_of_vllms_server(tmp_path: Path) -> None:
+    asked = {"method": "POST", "url": "/v1/score", "body": {"model": "tiny", "text_1": "who?"}}
+    lines = [
+        {**asked, "custom_id": name, "body": {**asked["body"], "text_2": text}}
+        for name, text in {"a": "me", "b": ["you"], "c": ["you", "me"]}.items()
+    ]
+    answers, errors = answered(tmp_path, lines, task="score")
+    found = [one["response"]["body"]["data"] for one in answers]
+    assert [(data[0]["object"], type(data[0]["score"])) for data in found] == [("score", float)] * 2
+    assert [one["custom_id"] for one in errors] == ["c"]
+
+
 REFUSED = {
     "invalid_json_line": "not json",
     "missing_required_parameter": line(None),
