@@ -345,6 +345,11 @@ class EngineSpec:
         """Whether `model_kwargs` are vLLM's, and devices are used."""
         return self.backend in ("vllm", "auto")
 
+    @property
+    def is_pooling(self) -> bool:
+        """Whether the model pools what it makes of a text, and writes nothing."""
+        return self.task not in ("generate", "loglikelihood")
+
 
 class Ranges:
     """An immutable set of non-negative integers.

@@ -63,8 +63,9 @@ class RunConfig(Table):
     pipeline_parallel_size; none for vLLM's CPU build."""
     engines_per_gpu: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = "auto"
     """Engines that share a GPU, each in processes of its own, and divide its memory: what
-    gpu_memory_utilization or kv_cache_memory_bytes says is for all of them. auto: two where that
-    has been measured to be faster, a small model with much to write; else one."""
+    gpu_memory_utilization or kv_cache_memory_bytes says is for all of them. auto: two where the
+    GPU would wait for vLLM's Python most of the time, a small model with much to write or many
+    short texts to embed; else one."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     """CPU cores that Ray counts for each."""
     dedupe: Literal["auto", "always", "never"] = "auto"

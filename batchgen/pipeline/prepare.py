@@ -476,7 +476,7 @@ def engine_spec(
     if structured_outputs is not None:
         params["structured_outputs"] = dict(structured_outputs)
     template = prompt.chat_template_file
-    is_open = model.is_vllm and leaves_open(model.engine) and job.task == "generate"
+    is_open = model.is_vllm and leaves_open(model.engine) and job.task != "loglikelihood"
     return EngineSpec(
         backend="auto" if model.is_auto else model.backend,
         model=model_path or model.name,

@@ -4,6 +4,8 @@
         --tokenizer DIR --prompts FILE
     python -m tests.bench.pooling --shape minilm --tokens 32=60000 256=20000 \
         --prompts FILE --against sentence-transformers
+    python -m tests.bench.pooling --tokens 32=60000 --engines auto 1 2 3 4 --tokenizer DIR \
+        --prompts FILE --against
     python -m tests.bench.pooling --host 1000000
 
 Shapes: Qwen3-Embedding-0.6B's (the last token's vector, of length 1) and all-MiniLM-L6-v2's (the
@@ -70,13 +72,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = _model(folder / "model", args)
-        own, files = {}, {}
+        own: dict[str, dict[str, Any]] = {}
+        files: dict[tuple[int, int], Path] = {}
         for asked in args.tokens:
             length, num_rows = map(int, asked.split("="))
             rows = files[length, num_rows] = folder / f"{length}.jsonl"
             _write(rows, _texts(model, args.prompts, length, num_rows))
-            own[str(rows)] = _batchgen(model, rows, folder / f"job-{length}", args.shape)
-            _tell(args.shape, length, num_rows, own[str(rows)])
+            for num in args.engines:
+                told = _batchgen(model, rows, folder / f"job-{length}-{num}", args.shape, num)
+                own.setdefault(str(rows), told)
+                _tell(args.shape, length, num_rows, told)
         for rival in args.against:
             spec = {"kind": rival, "model": str(model), "rows": [*map(str, files.values())]}
             for told in _ask_rival(folder, {**spec, "is_dummy": args.shape == EMBEDDING}):
@@ -93,6 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--against", nargs="*", default=["vllm"], choices=["vllm", "sentence-transformers"]
     )
+    parser.add_argument("--engines", nargs="+", default=["auto"], help="run.engines_per_gpu")
     parser.add_argument("--host", type=int, metavar="ROWS", help="no model: what is around it")
     parser.add_argument("--rival", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -160,14 +166,15 @@ def _write(path: Path, texts: Iterator[str]) -> None:
             out.write(json.dumps({"text": text}) + "\n")
 
 
-def _batchgen(model: Path, rows: Path, folder: Path, shape: str) -> dict[str, Any]:
+def _batchgen(model: Path, rows: Path, folder: Path, shape: str, engines: str) -> dict[str, Any]:
     folder.mkdir()
-    tables = {
+    tables: dict[str, dict[str, Any]] = {
         "input": {"path": str(rows)},
         "prompt": {"text": "text"},
         "model": {"name": str(model)},
         **({"model.engine": {"load_format": "dummy"}} if shape == EMBEDDING else {}),
         "output": {"path": str(folder / "out")},
+        "run": {"engines_per_gpu": engines if engines == "auto" else int(engines)},
     }
     job = folder / "job.toml"
     job.write_text('task = "embed"\n' + toml(tables), encoding="utf-8")
@@ -180,7 +187,7 @@ def _batchgen(model: Path, rows: Path, folder: Path, shape: str) -> dict[str, An
     summary = json.loads(ran.stdout)
     figures = summary["run"]
     return {
-        "how": "batchgen",
+        "how": f"batchgen, engines_per_gpu = {engines}",
         "whole_s": process_s,
         "work_s": summary["published_s"] - figures["ready_after_s"],
         "working_s": figures["working_s"],

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from batchgen.core.records import EngineSpec, TaskFacts
+from batchgen.core.records import EngineSpec, TaskFacts, WorkLeft
 from batchgen.engine.base import HostedRequest, task_facts
 from batchgen.engine.process import EngineProcess
+from batchgen.engine.vllm.settings import NO_GRAPHS
 from batchgen.job.model import PromptConfig
 from batchgen.prompt.builder import PromptBuilder
 from tests.contract.likelihood_values import LIMIT
 from tests.contract.pooling_models import LABELS, LONG, MAX_LEN, PAIRS, TEXTS
-from tests.contract.test_engine import ROOT, ids, run, wait_until_up
+from tests.contract.test_engine import ROOT, ids, run, two_engines, wait_until_up
+from tests.fakes import AsEngine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,6 +80,23 @@ def test_vectors_are_those_of_transformers(models: Path) -> None:
     reasons = [one.finish_reason for one in completions]
     assert reasons == ["length" if text == LONG else "stop" for text in TEXTS]
     assert completions[0].num_prompt_tokens == 2  # An empty text has its marks.
+
+
+def test_two_engines_give_the_vectors_of_one(models: Path, tmp_path: Path) -> None:
+    spec = spec_of("embed", models / "embed", too_long="truncate")
+    # As a run gives it to vLLM on a GPU.
+    spec = replace(spec, defaults="batchgen", work=WorkLeft(1, 1), log_path=str(tmp_path / "log"))
+    del spec.model_kwargs["enforce_eager"]  # type: ignore[attr-defined]
+    with closing(AsEngine(two_engines(spec))) as engine:
+        engine.start()
+        wait_until_up(engine)
+        found = run(engine, [HostedRequest(next(ids), text, None) for text in TEXTS * 20])
+        assert engine.facts.settings == {
+            "compilation_config": NO_GRAPHS,
+            "engines_per_gpu": 2,
+        }
+    wanted = np.load(models / "embed.npy")
+    assert (numbers(found).reshape(20, *wanted.shape) * wanted).sum(2).min() > 0.9999
 
 
 def test_pieces_of_a_text_have_a_mean_and_their_prefix(models: Path) -> None:

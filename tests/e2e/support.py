@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -63,6 +64,12 @@ def write_job(folder: Path, source: str, **tables: Any) -> Path:
     path = folder / "job.toml"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def as_vectors(job: str) -> str:
+    """The text of a job file with a vector for each row instead of an answer."""
+    job = re.sub(r"\[sampling\]\n(\w+ = .*\n)*", "", job).replace("\nuser =", "\ntemplate =")
+    return f'task = "embed"\n{job}'
 
 
 def command(*args: str | Path) -> list[str]:

@@ -87,6 +87,19 @@ def test_each_replica_may_have_two_engines(tmp_path: Path, expected: list[dict[s
     assert summary.engine["settings"]["engines_per_gpu"] == 2
 
 
+def test_vectors_of_replicas_are_those_of_one_engine(tmp_path: Path) -> None:
+    found = []
+    for num in (1, 2):
+        (folder := tmp_path / str(num)).mkdir()
+        write_rows(folder / "in.jsonl", ROWS)
+        job = tables(folder, prompt={"template": "{{ text }}"}, run={"replicas": num})
+        del job["sampling"], job["prompt"]["user"]
+        assert run({"task": "embed", **job}).exit_code == 0
+        found.append(published(folder / "out"))
+    assert found[0] == found[1]
+    assert {len(row["gen_embedding"]) for row in found[0] if row["gen_status"] == "ok"} == {384}
+
+
 class LateCluster(ThreadCluster):
     """The second worker is heard of only once the first has rows."""
 

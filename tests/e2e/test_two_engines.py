@@ -10,7 +10,7 @@ import pytest
 import batchgen
 from batchgen.core.errors import ConfigError
 from batchgen.job.load import parse_job
-from tests.e2e.support import published, run_cli, summary_of, write_job, write_rows
+from tests.e2e.support import as_vectors, published, run_cli, summary_of, write_job, write_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +45,19 @@ def test_the_snapshot_is_that_of_one_engine_seeds_and_keys_too(tmp_path: Path) -
     assert {row["gen_seed"] is None for row in rows if row["gen_status"] == "ok"} == {False}
     logs = (tmp_path / "two" / "out" / "_batchgen" / "runs" / shared["run_id"]).glob("*.log")
     assert {path.name for path in logs} == {"vllm.log", "vllm-02.log"}
+
+
+def test_vectors_are_those_of_one_engine(tmp_path: Path) -> None:
+    found = []
+    for name, more in (("one", ()), ("two", TWO)):
+        job = make_job(tmp_path / name)
+        job.write_text(as_vectors(job.read_text()).replace("with_seed = true\n", ""))
+        assert summary_of(job, *more)["engine"]["settings"] == (
+            {"engines_per_gpu": 2} if more else {}
+        )
+        found.append(published(tmp_path / name / "out"))
+    assert found[0] == found[1]
+    assert found[0][0]["gen_embedding"] is not None
 
 
 def test_either_goes_on_with_what_the_other_has_done(tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ import polars as pl
 import pytest
 
 import batchgen
-from tests.e2e.support import command, published, run_cli, summary_of, write_job, write_rows
+from tests.e2e.support import (
+    as_vectors,
+    command,
+    published,
+    run_cli,
+    summary_of,
+    write_job,
+    write_rows,
+)
 from tests.ray.support import nodes, wait_until
 
 if TYPE_CHECKING:
@@ -73,6 +81,19 @@ def test_nodes_and_the_driver_die_and_the_snapshot_is_that_of_one_engine(
     assert len(set(frame["replica"].unique()) - {None}) >= 2
     whole = frame.filter(pl.col("replica").is_null())
     assert whole["num_ok"][-1] == summary["run"]["num_ok"]
+
+
+def test_vectors_of_replicas_are_those_of_one_engine(three: Nodes, tmp_path: Path) -> None:
+    found = []
+    for run in ({}, on(three)):
+        (folder := tmp_path / str(len(found))).mkdir()
+        write_rows(folder / "in.jsonl", ROWS)
+        job = write_job(folder, "in.jsonl", model=MODEL, run=run)
+        job.write_text(as_vectors(job.read_text()))
+        assert summary_of(job)["state"] == "complete"
+        found.append(published(folder / "out"))
+    assert found[0] == found[1]
+    assert {len(row["gen_embedding"]) for row in found[0] if row["gen_status"] == "ok"} == {384}
 
 
 @pytest.mark.vllm

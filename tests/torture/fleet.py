@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from batchgen.store.books import STATE
-from tests.e2e.support import command, published, run_cli, write_job, write_rows
+from tests.e2e.support import as_vectors, command, published, run_cli, write_job, write_rows
 from tests.ray.support import Nodes, nodes
 
 ROWS = 1000
@@ -51,10 +51,22 @@ class Torture:
         self._extra = [cluster.add(cpus=REPLICAS) for _ in range(2)]
         self._thaw: list[tuple[float, psutil.Process]] = []
         write_rows(folder / "in.jsonl", ROWS)
-        alone = write_job(folder, "in.jsonl", model={"backend": "echo", "engine": ENGINE})
-        done = run_cli("run", alone)
+        self._expected = [self._alone(is_vectors=False), self._alone(is_vectors=True)]
+
+    def _alone(self, *, is_vectors: bool) -> list[dict[str, Any]]:
+        """What one engine publishes."""
+        folder = self._folder / f"alone-{is_vectors}"
+        folder.mkdir()
+        shutil.copy(self._folder / "in.jsonl", folder)
+        done = run_cli("run", self._job(folder, is_vectors=is_vectors))
         assert done.returncode == 0, done.stderr
-        self._expected = published(folder / "out")
+        return published(folder / "out")
+
+    def _job(self, folder: Path, *, is_vectors: bool, **tables: Any) -> Path:
+        job = write_job(folder, "in.jsonl", model={"backend": "echo", "engine": ENGINE}, **tables)
+        if is_vectors:
+            job.write_text(as_vectors(job.read_text()))
+        return job
 
     def one_job(self, number: int) -> None:
         """Run a job to its end, through kills."""
@@ -69,12 +81,15 @@ class Torture:
             "stats_s": 0.2,
             "grace_s": 1.0,
         }
-        job = write_job(folder, "in.jsonl", model={"backend": "echo", "engine": ENGINE}, run=run)
+        is_vectors = number % 3 == 2
+        job = self._job(folder, is_vectors=is_vectors, run=run)
         left = self._moments.randint(3, KILLS_A_JOB)
         while (code := self._run(job, folder / "out", left)) != 0:
             left = 0 if code == 1 else max(0, left - 3)
         rows = published(folder / "out")
-        assert rows == self._expected, f"{folder}: {difference(rows, self._expected)}"
+        expected = self._expected[is_vectors]
+        assert rows == expected, f"{folder}: {difference(rows, expected)}"
+        self.counts["jobs of vectors"] += is_vectors
         checked = run_cli("verify", job)
         assert checked.returncode == 0, checked.stdout + checked.stderr
         self.counts["jobs: 0 lost, 0 doubled, 0 wrong"] += 1

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 
 from batchgen.store import keys, matching, snapshot
 from batchgen.store.books import STATE
+from tests.e2e.support import as_vectors
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
 from tests.torture.support import (
     Job,
     ProofError,
-    as_vectors,
     manifest_of,
     published,
     replayable,

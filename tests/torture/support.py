@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import select
 import signal
 import sys
@@ -29,6 +28,7 @@ from batchgen.core.errors import BatchgenError
 from batchgen.pipeline.context import RunOptions, StopSwitch
 from batchgen.pipeline.job_run import JobRun
 from batchgen.store.books import STATE, PublishedFile
+from tests.e2e.support import as_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,12 +65,6 @@ class Job:
         """For the real command line."""
         sets = [f"output.path={out}", *self.overrides]
         return ["run", str(self.path), *(arg for text in sets for arg in ("--set", text)), *extra]
-
-
-def as_vectors(job: str) -> str:
-    """The same job file with a vector for each row instead of an answer."""
-    job = re.sub(r"\[sampling\]\n(\w+ = .*\n)*", "", job).replace("\nuser =", "\ntemplate =")
-    return f'task = "embed"\n{job}'
 
 
 def make_job(

@@ -2,7 +2,8 @@
 
 Modes are those of `disks`; `freeze` stops the run before the call, lets another one take over,
 and wakes it. Scenes: a new job, one resumed half-done, `--fresh` and `--retry-errors` over a
-published one, and a night: published, the input changed since.
+published one, a night: published, the input changed since; and a new job that embeds. That one has
+the calls of any other, so that most of its points are twins.
 
 Some points are twins: they leave the very state that another point leaves. Killed after a call is
 killed before the next one; a write inside a file is like the file's first; an error leaves what a
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROWS = 60
-SCENES = ("new", "resume", "fresh", "retry", "night")
-"""The night is the last: it changes the input."""
+SCENES = ("new", "resume", "fresh", "retry", "night", "vectors")
+"""The night comes late: it changes the input. Vectors have a job of their own."""
 PUBLISHED = {"fresh", "retry", "night"}
 """Scenes that begin with a snapshot."""
 FAULTS = {"StorageError"}
@@ -87,7 +88,11 @@ class Sweep:
         self._start = self.folder / f"start-{scene}"
         self._num_begun = 0
         self._scene = scene
-        if scene in PUBLISHED:
+        if scene == "vectors":
+            self.job = make_job(self.folder / scene, ROWS, is_vectors=True)
+            self.expected = whole_run(self.job, self.folder / "expected-vectors")
+            self._num_new = ROWS
+        elif scene in PUBLISHED:
             spawn_run(self.job, self._start).end()
             if scene == "night":
                 self._num_new = next_day(self.job)
@@ -119,6 +124,8 @@ class Sweep:
         """Whether another point leaves the same state; by the calls of a run without a fault."""
         if at >= len(self._calls):
             return False
+        if self._scene == "vectors":
+            return at % 60 > 1  # A worker has every other call.
         kind, path = self._calls[at]
         if kind == "write" and self._calls[at - 1] == (kind, path):
             return True

@@ -22,6 +22,7 @@ from batchgen.engine.process import _exit_text
 from batchgen.engine.supervised import SupervisedEngine
 from batchgen.engine.vllm.settings import (
     CAPTURED,
+    NO_GRAPHS,
     OWN_CHOICE,
     READ_BYTES,
     capture_sizes,
@@ -64,6 +65,14 @@ def test_long_work_is_compiled_with_graphs_for_what_vllm_runs_at_once(work):
     assert choose_settings(spec_of(work, max_num_seqs=768), 1024) == {
         "cudagraph_capture_sizes": capture_sizes(768)
     }
+
+
+@pytest.mark.parametrize("task", ["embed", "classify", "score"])
+def test_a_model_that_pools_has_no_graphs_unless_it_pays_to_compile(task):
+    settings = [choose_settings(replace(spec_of(work), task=task), 1024) for work in (LITTLE, LONG)]
+    assert settings == [{"compilation_config": NO_GRAPHS}, {}]
+    assert "not compiled" in settings_text(settings[0])
+    assert choose_settings(replace(spec_of(LITTLE, "vllm"), task=task), 1024) == {}
 
 
 @pytest.mark.parametrize("usual", [None, 64, 256, CAPTURED])

@@ -147,6 +147,18 @@ def test_a_large_model_never_leaves_its_gpu_waiting(folders: dict[str, Path]) ->
         assert not is_worth_it(spec_of(folders["8b"]), H200, WorkLeft(1_000_000, answer))
 
 
+@pytest.mark.parametrize("task", ["embed", "classify", "score"])
+def test_many_short_texts_are_pooled_by_two(folders: dict[str, Path], task: str) -> None:
+    small, large = (replace(spec_of(folders[size]), task=task) for size in ("0.6b", "8b"))
+    assert engines_that_pay(small, H200, HOST) == 2
+    assert engines_that_pay(large, H200, HOST) == 1
+    work = WorkLeft(60_000, 1, 32)
+    assert is_worth_it(small, H200, work)
+    assert not is_worth_it(small, H200, work._replace(num_rows=20_000))
+    assert not is_worth_it(small, H200, work._replace(prompt_tokens=512))  # The GPU is busy.
+    assert engines_for(replace(small, defaults="vllm")) == 1
+
+
 def test_memory_is_divided_and_the_cache_given(folders: dict[str, Path]) -> None:
     cost = cost_of(folders["0.6b"], {})
     share = share_of({}, 2, cost, TOTAL)

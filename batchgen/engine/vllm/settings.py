@@ -74,6 +74,8 @@ CAPTURED = 512
 NOT_COMPILED: Mapping[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 """Of `compilation_config`: nothing is compiled, and only steps that decode have graphs. vLLM takes
 the graphs back where an attention backend has none: config/compilation.py, 0.26 to 0.33."""
+NO_GRAPHS: Mapping[str, Any] = {"mode": 0, "cudagraph_mode": "NONE"}
+"""The same where nothing is decoded: without compiling vLLM has no graphs for prompts."""
 COMPILE_S, CACHED_COMPILE_S = 65.0, 16.0
 """What a start takes longer where the model is compiled; and where vLLM's cache holds it: ready
 after 98 and 50 s instead of 34 s (8B shape, H200, vLLM 0.26)."""
@@ -253,7 +255,7 @@ def llm_kwargs(spec: EngineSpec, *, is_cpu: bool) -> dict[str, Any]:
         # It goes out of step when a request with an image is refused after its rendering; the
         # next one with that image would fail (MultiModalCacheMissError, vLLM 0.32).
         "mm_processor_cache_gb": 0,
-        **({"runner": "pooling"} if spec.task not in ("generate", "loglikelihood") else {}),
+        **({"runner": "pooling"} if spec.is_pooling else {}),
         **_max_logprobs(spec),
         **lora_kwargs(spec.loras),
         **spec.model_kwargs,
@@ -303,7 +305,10 @@ def choose_settings(spec: EngineSpec, usual_seqs: int | None) -> dict[str, Any]:
         return {}
     num_answers = spec.sampling_params.get("n", 1)
     gain = FUSED_GAIN if _is_fused(spec) else COMPILED_GAIN
-    if spec.work is None or pays_to_compile(spec.work, num_answers, gain):
+    is_compiled = spec.work is None or pays_to_compile(spec.work, num_answers, gain)
+    if spec.is_pooling:
+        return {} if is_compiled else {"compilation_config": {**NO_GRAPHS}}
+    if spec.work is None or is_compiled:
         return {"cudagraph_capture_sizes": capture_sizes(seqs)} if seqs > CAPTURED else {}
     sizes = capture_sizes(max(1, min(seqs, spec.work.num_rows * num_answers)))
     return {"compilation_config": {**NOT_COMPILED, "cudagraph_capture_sizes": sizes}}

@@ -5,6 +5,10 @@ and in its front end, and the GPU waits. With a small model that is most of the 
 engine uses it. Measured on an H200 with vLLM 0.26, a model of 0.6B, 256 tokens an answer: one
 engine 46,000 tokens/s, two 67,000, three 69,000, four 62,000. With 8B the GPU has its fill.
 
+Where texts are pooled (vectors, classes, scores) it is a few hundred microseconds for each text: of
+short ones the GPU waits most of the time. That two engines are faster there follows from the same
+figures, and has not been measured.
+
 Who shares is told how large its KV cache is (`kv_cache_memory_bytes`), so that it does not measure
 what others take of the memory meanwhile, and all may start at once. Pure, but for the files of the
 model, the GPU's figures and the machine's.
@@ -28,11 +32,16 @@ MOST_ENGINES = 2
 PYTHON_S = 20e-6
 """What vLLM's Python takes for a sequence in a step: 22 ms a step of 1,024, of which the GPU works
 some 5 (H200, vLLM 0.26)."""
+POOLED_S = 380e-6
+"""The same for a text that is pooled: 60,000 texts of 32 tokens took 23 s, of which the GPU worked
+some 3 (H200, 0.6B, vLLM 0.26)."""
 BUSY_SHARE = 0.8
 """A GPU that has less to do than this part of what Python has is better shared: two engines take
 the longer of its time and half of both, 1.46 times as fast where it has 0.4 (H200, 0.6B)."""
 LEAST_TOKENS = 500_000
 """Fewer are worked off in a few seconds; two that start together are up 1.5 s later than one."""
+LEAST_POOLED = 25_000
+"""The same for texts."""
 LEAST_CORES = 8
 """Two processes for each engine, both busy, and what reads, renders and writes."""
 HOST_BYTES = 12 << 30
@@ -172,7 +181,7 @@ def engines_that_pay(spec: EngineSpec, gpu: Gpu | None, host: Host) -> int:
     ):
         return 1
     cost = cost_of(Path(spec.model), kwargs)
-    if cost is None or not is_busy_little(cost, gpu, kwargs, prompt=100, answer=256):
+    if cost is None or not is_busy_little(spec, cost, gpu, prompt=100, answer=256):
         return 1
     fits_host = host.free_bytes >= MOST_ENGINES * (HOST_BYTES + cost.weights_bytes)
     is_free = gpu.free_bytes >= 0.95 * gpu.total_bytes
@@ -184,15 +193,15 @@ def peak_of(gpu: Gpu) -> Peak | None:
     return next((peak for word, peak in PEAKS.items() if word in gpu.name.split()), None)
 
 
-def is_busy_little(
-    cost: Cost, gpu: Gpu, kwargs: Mapping[str, Any], *, prompt: int, answer: int
-) -> bool:
+def is_busy_little(spec: EngineSpec, cost: Cost, gpu: Gpu, *, prompt: int, answer: int) -> bool:
     """Whether rows of so many tokens leave the GPU waiting for Python most of the time."""
     peak = peak_of(gpu)
     if peak is None:
         return False
-    seqs = _number(kwargs, "max_num_seqs", DEFAULT_SEQS)
     token_s = cost.flop / peak.flop_per_s
+    if spec.is_pooling:
+        return prompt * token_s < BUSY_SHARE * POOLED_S
+    seqs = _number(spec.model_kwargs, "max_num_seqs", DEFAULT_SEQS)
     read_bytes = cost.weights_bytes / seqs + cost.kv_bytes * (prompt + answer / 2)
     gpu_s = (prompt + answer) * token_s + answer * read_bytes / peak.bytes_per_s
     return gpu_s < BUSY_SHARE * answer * PYTHON_S
@@ -203,10 +212,11 @@ def is_worth_it(spec: EngineSpec, gpu: Gpu, work: WorkLeft) -> bool:
     cost = cost_of(Path(spec.model), spec.model_kwargs)
     answer = min(work.output_tokens, TYPICAL_ANSWER)
     num = work.num_rows * spec.sampling_params.get("n", 1)
-    if cost is None or num * answer < LEAST_TOKENS:
+    is_little = num < LEAST_POOLED if spec.is_pooling else num * answer < LEAST_TOKENS
+    if cost is None or is_little:
         return False
     prompt = work.prompt_tokens or 100
-    return is_busy_little(cost, gpu, spec.model_kwargs, prompt=prompt, answer=answer)
+    return is_busy_little(spec, cost, gpu, prompt=prompt, answer=answer)
 
 
 def first_gpu() -> Gpu | None:
