@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,72 @@ def test_answers_are_those_of_vllms_own(tmp_path: Path) -> None:
         mine, its = own["choices"][0], other["choices"][0]
         assert mine["message"]["content"] == its["message"]["content"]
         assert mine["finish_reason"] == its["finish_reason"]
+
+
+def hostile(canary: Path, address: str) -> list[dict[str, Any]]:
+    """A hundred bodies that would have something read, called, run, or never end."""
+    places = [str(canary), canary.as_uri(), f"{address}/x.png", "../../etc/passwd"]
+    parts = [{"type": "image_url", "image_url": {"url": place}} for place in places]
+    parts += [{"type": "image_url", "image_url": place} for place in places]
+    parts += [{"type": kind, kind: {"url": place}} for kind in MEDIA for place in places]
+    parts += [{"type": "image_url", "image_url": {"url": places[0]}, "uuid": "x"}]
+    bodies: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": [part]}]} for part in parts
+    ]
+    template = "{% for x in range(10**9) %}{{ x }}{% endfor %}" + f"{{% include '{canary}' %}}"
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    bodies += [{**chat, name: value} for name in KNOBS for value in (template, {"x": template})]
+    nested: Any = "x"
+    for _ in range(300):
+        nested = {"properties": {"x": nested}}
+    slow = [{"pattern": "(a+)+$"}, {"pattern": "(" * 3000}, {"maxLength": 10**9}, nested]
+    slow += [{"enum": ["x" * 300_000]}, {"$ref": canary.as_uri()}, {"$ref": f"{address}/s.json"}]
+    for schema in slow:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        bodies.append({**chat, "response_format": form})
+    bodies += [{**chat, "model": place} for place in places]
+    bodies += [{**chat, "stop": ["x" * 10_000] * 100, "max_tokens": 10**18}]
+    bodies += [{"messages": [{"role": role, "content": "x"}]} for role in ("tool", "", "x" * 9999)]
+    return bodies
+
+
+MEDIA = ("input_audio", "audio_url", "video_url", "image_embeds", "image_pil", "file")
+KNOBS = (
+    *("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs", "documents"),
+    *("kv_transfer_params", "guided_json", "guided_regex", "structured_outputs", "tools"),
+    *("logits_processors", "priority", "cache_salt", "extra_body", "prompt_embeds"),
+)
+
+
+@pytest.mark.slow
+def test_hostile_bodies_have_nothing_read_called_or_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary.png"
+    canary.write_text("canary-7f3a")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        bodies = hostile(canary, address)
+        assert len(bodies) >= 75
+        asked = {"method": "POST", "url": "/v1/chat/completions"}
+        usual = {"model": str(MODEL), "max_tokens": 8, "temperature": 0}
+        lines = [
+            {**asked, "custom_id": f"h{number}", "body": {**usual, **body}}
+            for number, body in enumerate(bodies)
+        ]
+        good = requests(6, str(MODEL))
+        source = write(tmp_path / "in.jsonl", [*lines, *good])
+        target = tmp_path / "out.jsonl"
+        flags = ["--model", MODEL, "--dtype", "float32", "--enforce-eager"]
+        ended = run_cli("run-batch", "-i", source, "-o", target, *flags, timeout=900)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert ended.returncode == 0, ended.stderr
+    told = read(target)
+    assert len(told) == len(lines) + len(good)
+    statuses = [line["response"]["status_code"] for line in told if line["response"]]
+    assert statuses[-len(good) :] == [200] * len(good)
+    assert "canary-7f3a" not in target.read_text()
+    print(
+        {code: statuses.count(code) for code in set(statuses)},
+        [t for t in told if not t["response"]],
+    )
