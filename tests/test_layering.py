@@ -30,6 +30,8 @@ ONLY_IN = {
     "transformers": {"engine/vllm/engine.py", "engine/vllm/encoder.py"},
     "fsspec": {"source/files.py"},
     "ray": {"cluster/ray.py"},
+    "obstore": {"storage/remote.py"},
+    "botocore": {"storage/remote.py"},
     "sklearn": {"quality/score.py"},
     "aiohttp": {"endpoints/server.py"},
 }

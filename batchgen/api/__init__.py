@@ -28,9 +28,11 @@ from batchgen.api.jobs import (
     texts_of,
 )
 from batchgen.core.errors import AccountingError, BatchgenError, ExitCode, StoppedError
+from batchgen.core.places import folder_of
 from batchgen.core.runtime import Caller, called, stop_on_signals
 from batchgen.job.load import as_told
 from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
 
@@ -244,7 +246,7 @@ def compare(
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
     columns, path = ([on] if isinstance(on, str) else on), (Path(to) if to is not None else None)
     with _called(first):
-        roots = output_of(first), output_of(second)
+        roots = folder_of(output_of(first)), folder_of(output_of(second))
         price = read_price(str(gpu_cost)) if gpu_cost is not None else None
         asked = functools.partial(compare_outputs, on=columns, num_examples=num_examples, to=path)
         return asked(*roots, (one, two)).priced(price)
@@ -285,7 +287,7 @@ def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
     with _called(job, overrides, run_date):
         is_folder = isinstance(job, str | Path) and Path(job).is_dir()
         config = None if is_folder else load(job, overrides, run_date, tuned=False)
-        root = output_of(job) if config is None else Path(config.output.path)
+        root = output_of(job) if config is None else config.root
         return scored(root, config.score if config else None, given, snapshot)
 
 
@@ -509,7 +511,7 @@ def report(
     from batchgen.report_page.page import write_report
 
     with _called(job, overrides, run_date):
-        root = output_of(job, overrides, run_date)
+        root = folder_of(output_of(job, overrides, run_date))
         is_folder = isinstance(job, str | Path) and Path(job).is_dir()
         config = None if is_folder else loaded(job, overrides, run_date, tuned=False)
         price = read_price(str(gpu_cost)) if gpu_cost is not None else None
@@ -533,7 +535,7 @@ def rollback(source: AnyJob, snapshot: int | None = None, *, for_now: bool = Fal
     from batchgen.pipeline.rollback import roll_back
 
     with _called(source):
-        return roll_back(LocalStorage(output_of(source)), snapshot, for_now=for_now)
+        return roll_back(LocalStorage(folder_of(output_of(source))), snapshot, for_now=for_now)
 
 
 def read(source: AnyJob, snapshot: int | None = None, *, explode: bool = False) -> pl.LazyFrame:
@@ -556,7 +558,7 @@ def read(source: AnyJob, snapshot: int | None = None, *, explode: bool = False) 
     from batchgen.views.results import exploded
 
     with _called(source):
-        ledger = Ledger(LocalStorage(output_of(source)))
+        ledger = Ledger(storage_at(output_of(source)))
         manifest = find_snapshot(ledger, snapshot)
         frame = scan(ledger.storage, [file.name for file in manifest.files])
         return exploded(frame, ledger.plan(manifest.number).prefix) if explode else frame

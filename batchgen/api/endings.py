@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import BatchgenError
+from batchgen.core.places import folder_of
 
 if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
@@ -35,12 +36,12 @@ def deliver(job: JobConfig) -> None:
 
 
 def _add_examples(job: JobConfig, summary: Summary) -> None:
-    root = Path(summary.output)
+    root = job.root
     if summary.num_errors:
         from batchgen.views.rows import error_lines
 
         summary.error_examples.extend(error_lines(root))
-    if summary.summary_path is not None and job.run.report != "none":
+    if summary.summary_path is not None and job.run.report != "none" and isinstance(root, Path):
         from batchgen.report_page.page import write_report
 
         options = report_options(job, None, with_rows=job.run.report == "full")
@@ -69,7 +70,7 @@ def _score_text(job: JobConfig, *, with_labels: bool) -> str:
     if job.score.gold is None:
         return ""
     try:
-        text = score_output(Path(job.output.path), job.score).as_text()
+        text = score_output(folder_of(job.root), job.score).as_text()
     except BatchgenError as error:
         text = f"not scored: {error}"
     return text if with_labels else "\n".join(text.splitlines()[:2])

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from batchgen.core.errors import BusyError, ConfigError
+from batchgen.core.places import Bucket, bucket_url, folder_of
 from batchgen.engine.devices import device_name
 from batchgen.job.load import load_job, parse_job
+from batchgen.job.model import is_url
 from batchgen.job.tuned import use_tuned
 from batchgen.source.tables import is_table, write_table
 from batchgen.storage import LocalStorage
@@ -20,6 +22,7 @@ from batchgen.store.books import STATE
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
+    from batchgen.core.places import Root
     from batchgen.job.model import JobConfig, ScoreConfig
     from batchgen.quality.score import Score
 
@@ -55,7 +58,7 @@ def load(
     table = _table_of(overrides, _table_of(job, None))
     if table is None:
         return config
-    output = Path(config.output.path)
+    output = folder_of(config.root)
 
     def may_change() -> None:
         if RunLock(LocalStorage(output)).is_held():
@@ -150,12 +153,17 @@ def refuse(name: str, given: object, expected: str) -> NoReturn:
     raise ConfigError(name, [f"{given!r:.60} is wrong, expected: {expected}"])
 
 
-def output_of(source: AnyJob, overrides: Overrides = (), run_date: Day = None) -> Path:
-    """Find the output folder that a job file, a mapping or a folder stands for.
+def output_of(source: AnyJob, overrides: Overrides = (), run_date: Day = None) -> Root:
+    """Find the output that a job file, a mapping, a folder or a URL stands for.
 
     Raises:
-        ConfigError: It is no folder of batchgen's and no job either.
+        ConfigError: It is no output of batchgen's and no job either.
     """
+    if isinstance(source, str) and is_url(source):
+        try:
+            return Bucket(bucket_url(source))
+        except ValueError as error:
+            raise ConfigError(source, [str(error)]) from error
     if isinstance(source, str | Path):
         path = Path(source)
         if (path / STATE).is_dir():
@@ -165,7 +173,7 @@ def output_of(source: AnyJob, overrides: Overrides = (), run_date: Day = None) -
                 f"holds no batchgen job (no {STATE}/ in it)" if path.is_dir() else "does not exist"
             )
             raise ConfigError(str(path), [f"{wrong}, expected a job file or an output folder"])
-    return Path(loaded(source, overrides, run_date, tuned=False).output.path)
+    return loaded(source, overrides, run_date, tuned=False).root
 
 
 def snapshot_of(source: AnyJob) -> tuple[AnyJob, int | None]:
@@ -177,7 +185,7 @@ def snapshot_of(source: AnyJob) -> tuple[AnyJob, int | None]:
 
 
 def scored(
-    root: Path, table: ScoreConfig | None, given: Mapping[str, Any], snapshot: int | None
+    root: Root, table: ScoreConfig | None, given: Mapping[str, Any], snapshot: int | None
 ) -> Score:
     """Score an output by a job's `[score]`, None without a job, and what is given beside it."""
     from batchgen.job.model import ScoreConfig
@@ -187,7 +195,7 @@ def scored(
     if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
         refuse("precision", share, "a share, 0 to 1")
     told = {name: value for name, value in given.items() if value is not None}
-    return score_output(root, (table or ScoreConfig()).model_copy(update=told), snapshot)
+    return score_output(folder_of(root), (table or ScoreConfig()).model_copy(update=told), snapshot)
 
 
 def check_end(until: datetime | None, max_runtime_s: float | None) -> None:

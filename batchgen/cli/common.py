@@ -18,13 +18,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
+    from batchgen.core.places import Root
     from batchgen.core.runtime import Caller
     from batchgen.job.model import JobConfig
 
     Load = Callable[..., JobConfig]
     """Loads the command's job, with what `batchgen tune` found for it unless `tuned=False`."""
 
+
+class _Output(click.Path):
+    """A path, or a URL, which a path would lose a slash of."""
+
+    def convert(
+        self,
+        value: Any,  # noqa: ANN401 - as click has it
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:  # noqa: ANN401 - the same
+        """See click."""
+        is_url = isinstance(value, str) and "://" in value
+        return value if is_url else super().convert(value, param, ctx)
+
+
 _JOB = click.argument("job", type=click.Path(path_type=Path))
+_OUTPUT = click.argument("job", type=_Output(path_type=Path))
 _SET = click.option(
     "--set",
     "overrides",
@@ -63,33 +80,46 @@ def job_command(function: Callable[..., None]) -> click.Command:
     return click.command()(_JOB(_SET(_DATE(command))))
 
 
-def output_command(function: Callable[..., None]) -> click.Command:
-    """Make a command of an output folder, or of the one that a job file names.
+def root_command(function: Callable[..., None]) -> click.Command:
+    """Make a command of an output, or of the one that a job file names.
 
     Args:
-        function: Gets the folder, and what other options it has.
+        function: Gets the output's folder or bucket, and what other options it has.
     """
 
     @functools.wraps(function)
     def command(
-        job: Path, overrides: tuple[str, ...], run_date: datetime | None, **options: object
+        job: Path | str, overrides: tuple[str, ...], run_date: datetime | None, **options: object
     ) -> None:
         from batchgen.api.jobs import output_of
 
         with called(_caller(job, overrides, run_date)):
             function(output_of(job, overrides, run_date), **options)
 
-    return click.command()(_JOB(_SET(_DATE(command))))
+    return click.command()(_OUTPUT(_SET(_DATE(command))))
 
 
-def _caller(job: Path, overrides: tuple[str, ...], run_date: datetime | None) -> Caller:
+def output_command(function: Callable[..., None]) -> click.Command:
+    """Make the same for what works on files only: the function gets a folder."""
+
+    @functools.wraps(function)
+    def command(root: Root, **options: object) -> None:
+        from batchgen.core.places import folder_of
+
+        function(folder_of(root), **options)
+
+    return root_command(command)
+
+
+def _caller(job: Path | str, overrides: tuple[str, ...], run_date: datetime | None) -> Caller:
     from batchgen.core.data import spare_pandas
     from batchgen.core.runtime import Caller
     from batchgen.job.load import as_told
+    from batchgen.job.model import is_url
 
     spare_pandas()
     day = run_date.date().isoformat() if run_date else None
-    return Caller(str(job), job.is_dir(), as_told(overrides), day)
+    return Caller(str(job), is_url(str(job)) or Path(job).is_dir(), as_told(overrides), day)
 
 
 def out(text: str, *, err: bool = False, **style: Any) -> None:  # noqa: ANN401 - click's

@@ -19,14 +19,15 @@ from batchgen.cli.common import (
     job_command,
     num_rows,
     out,
-    output_command,
     reading,
     reads_by,
+    root_command,
 )
 from batchgen.core.errors import ConfigError, ExitCode
 
 if TYPE_CHECKING:
     from batchgen.cli.common import Load
+    from batchgen.core.places import Root
     from batchgen.preview.estimate import Price
 
 
@@ -120,10 +121,10 @@ def plan(
     sys.exit(forecast.exit_code)
 
 
-@output_command
+@root_command
 @flag("--watch", help="Show it again every 2 s, until no run is at work.")
 @JSON
-def status(root: Path, *, watch: bool, as_json: bool) -> None:
+def status(root: Root, *, watch: bool, as_json: bool) -> None:
     """Tell the state of a running, interrupted or finished job. JOB may be an output folder.
 
     Exits with 0 where all is well: complete, at work or never run. Else with what the last run
@@ -147,7 +148,7 @@ def status(root: Path, *, watch: bool, as_json: bool) -> None:
     sys.exit(exit_code_of(facts))
 
 
-@output_command
+@root_command
 @num_rows(5, "Rows to show.")
 @flag("--errors", help="Only rows that are errors.")
 @click.option("--error-type", metavar="TYPE", help="Only errors of this type.")
@@ -161,7 +162,7 @@ def status(root: Path, *, watch: bool, as_json: bool) -> None:
 @flag("--lines", help="With each row's line of the input, where that is JSONL.")
 @flag("--json", "as_json", help="Print a JSON object a row on stdout.")
 def show(
-    root: Path,
+    root: Root,
     *,
     as_json: bool,
     columns: list[str] | None,
@@ -207,17 +208,18 @@ def report(
     """
     from batchgen.api.endings import report_options
     from batchgen.api.jobs import output_of
+    from batchgen.core.places import folder_of
     from batchgen.report_page.page import write_report
 
     config = None if job.is_dir() else load(tuned=False)
-    root = output_of(job) if config is None else Path(config.output.path)
+    root = folder_of(output_of(job) if config is None else config.root)
     options = report_options(config, price, with_rows=not no_rows)
     out(write_report(root, options, Path(output) if output is not None else None))
 
 
-@output_command
+@root_command
 @JSON
-def verify(root: Path, *, as_json: bool) -> None:
+def verify(root: Root, *, as_json: bool) -> None:
     """Read every byte of a job's output and prove the books. JOB may be an output folder.
 
     Exits 0 if all is well, 1 if something is damaged or the folder shows other files than the

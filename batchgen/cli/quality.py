@@ -109,7 +109,7 @@ def score(
     from batchgen.api.jobs import output_of, scored
 
     config = None if job.is_dir() else load(tuned=False)
-    root = output_of(job) if config is None else Path(config.output.path)
+    root = output_of(job) if config is None else config.root
     found = scored(root, config.score if config else None, table, snapshot)
     out(as_line(found.as_dict()) if as_json else found.as_text())
 
@@ -150,11 +150,12 @@ def compare(  # noqa: PLR0913 - the options, by their names
     Example: batchgen compare jobs/quickstart.toml out/other-model --to differ.parquet
     """
     from batchgen.api.jobs import output_of, snapshot_of
+    from batchgen.core.places import folder_of
     from batchgen.quality.compare import compare as compare_outputs
 
     columns = [name.strip() for name in on.split(",")] if on else []
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
-    roots = output_of(first), output_of(second)
+    roots = folder_of(output_of(first)), folder_of(output_of(second))
     found = compare_outputs(*roots, (one, two), on=columns, num_examples=num_rows, to=to)
     found = found.priced(price)
     out(as_line(found.as_dict()) if as_json else found.as_text())

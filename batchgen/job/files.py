@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from batchgen.core.errors import ConfigError
+from batchgen.core.places import bucket_url
 from batchgen.core.runtime import read_file
 from batchgen.job.model import Example, JobConfig, is_url
 
@@ -165,7 +166,13 @@ def _output(job: JobConfig, named: _Named) -> dict[str, Any]:
     """What changes in `[output]`."""
     changes: dict[str, Any] = {"path": named.place("output.path", job.output.path, is_dated=True)}
     if is_url(changes["path"]):
-        named.problems.append(f"output.path: {_no_folder(changes['path'])}")
+        try:
+            changes["path"] = bucket_url(changes["path"])
+        except ValueError as error:
+            named.problems.append(f"output.path: {error}")
+        if job.run.is_cluster:
+            text = "output.path: workers need a folder that they share, object stores are not"
+            named.problems.append(f"{text} supported with run.replicas yet")
     if isinstance(job.output.json_schema, str) and job.output.json_schema.lstrip()[:1] == "{":
         text = "output.schema: looks like JSON text, expected the name of a file, or a TOML table"
         named.problems.append(text)
@@ -229,13 +236,6 @@ def _run(run: RunConfig, named: _Named) -> dict[str, Any]:
             found = f"{run.metrics_file!r} is a URL, expected a file on this machine"
             named.problems.append(f"run.metrics_file: {found}")
     return changes
-
-
-def _no_folder(url: str) -> str:
-    """What is wrong with an output at a URL: nothing there could be published yet."""
-    scheme, _, path = url.partition("://")
-    instead = f" such as {path!r}" if scheme == "file" and path else ", local or mounted"
-    return f"{url!r:.300} is a URL, expected a folder{instead}; object stores are not supported yet"
 
 
 def _unpinned_code(job: JobConfig, name: str) -> list[str]:

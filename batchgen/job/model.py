@@ -11,10 +11,12 @@ import codecs
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from batchgen.core.places import Bucket, Root
 from batchgen.job.run_table import PositiveInt, RunConfig, Table
 from batchgen.job.sampling import ChecksConfig, RetryConfig, SamplingConfig
 from batchgen.job.task import NO_SAMPLING, PoolingConfig, Share, Task, unfit
@@ -432,6 +434,17 @@ class OutputConfig(Table):
         return self
 
 
+class StorageConfig(Table):
+    """How an object store is reached. Credentials come from the environment, as for other tools."""
+
+    endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    """URL of a store that is not Amazon's. Default: `AWS_ENDPOINT_URL`, else Amazon's."""
+    region: str | None = None
+    """Default: the profile's, or `AWS_REGION`."""
+    profile: str | None = None
+    """Of `~/.aws/config`. Default: `AWS_PROFILE`, or whatever else the machine has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """A tuned file and what a run takes from it, see `batchgen.job.tuned`."""
@@ -473,6 +486,7 @@ class JobConfig(Table):
     sampling: SamplingConfig
     pooling: PoolingConfig = PoolingConfig()
     output: OutputConfig
+    storage: StorageConfig = StorageConfig()
     checks: ChecksConfig = ChecksConfig()
     retry: list[RetryConfig] = Field(default=[], max_length=10)
     gate: GateConfig = GateConfig()
@@ -544,6 +558,13 @@ class JobConfig(Table):
     def tells_samples(self) -> bool:
         """Whether samples are judged, and told, one by one."""
         return self.sampling.n > 1 and self.output.samples is not False
+
+    @property
+    def root(self) -> Root:
+        """Where the output is."""
+        if is_url(self.output.path):
+            return Bucket(self.output.path, **self.storage.model_dump())
+        return Path(self.output.path)
 
     @property
     def run_date(self) -> date:

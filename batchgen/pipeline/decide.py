@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import (
     FencedError,
-    OutputError,
     RecipeChangedError,
     StorageError,
 )
@@ -42,7 +41,7 @@ from batchgen.pipeline.publish import gate_figures
 from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since, recalled, remember
 from batchgen.pipeline.rows import Takeover, missing, new_rows, takeovers, unread_rows
 from batchgen.source.columns import read_schema
-from batchgen.store.books import PARTS, STATE, Base, PartFooter, epoch_of
+from batchgen.store.books import PARTS, Base, PartFooter, epoch_of
 from batchgen.store.matching import (
     digest_reader,
 )
@@ -53,7 +52,6 @@ from batchgen.store.visible import is_switching, raise_if_damaged, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions
@@ -61,23 +59,6 @@ if TYPE_CHECKING:
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
-
-
-def refuse_foreign(root: Path) -> None:
-    """An output folder is ours, empty or absent; its state is not somewhere else."""
-    for link in (root / STATE, *(root / STATE).glob("*")):
-        if link.is_symlink():
-            msg = f"{link}: is a link, expected a folder; remove it or choose another output.path"
-            raise OutputError(msg)
-    nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise OutputError(f"{nearest}: is a file, expected a folder; choose another output.path")
-    # In this order: a run that starts beside this one makes STATE before anything else.
-    if root.is_dir() and any(root.iterdir()) and not (root / STATE).is_dir():
-        lost = f"part files and no {STATE}/, a job's state: bring that back, too, or"
-        held = lost if any(root.glob("part-*.parquet")) else "files that are not batchgen's;"
-        msg = f"{root}: holds {held} choose another output.path"
-        raise OutputError(msg)
 
 
 class Decision(NamedTuple):

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen import __version__
@@ -46,13 +45,13 @@ from batchgen.pipeline.context import (
     tuned_dict,
 )
 from batchgen.pipeline.deadline import Deadline, End, estimate_lead
-from batchgen.pipeline.decide import Hooks, begin, decide, refuse_foreign
+from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.notify import run_hook, write_metrics
 from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.rows import Computation, rejected_notes
 from batchgen.pipeline.stats import RunStats
-from batchgen.storage import Disk, LocalStorage
-from batchgen.store.books import TRIES
+from batchgen.storage.remote import storage_at
+from batchgen.store.books import STATE, TRIES
 from batchgen.store.ledger import Ledger
 from batchgen.store.prune import Keep, prune
 from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
     from batchgen.pipeline.context import StopSwitch
     from batchgen.pipeline.decide import Decision
     from batchgen.pipeline.prepare import Prepared
+    from batchgen.storage import Disk
     from batchgen.store.books import Epoch, Manifest, Plan
 
 
@@ -161,7 +161,7 @@ class JobRun:
 
     def _make_context(self, stop: StopSwitch, disk: Disk | None, run_id: str) -> RunContext:
         job = self._job
-        storage = LocalStorage(Path(job.output.path), temp_tag=run_id, disk=disk)
+        storage = storage_at(job.root, temp_tag=run_id, disk=disk)
         return RunContext(
             job=job,
             run_id=run_id,
@@ -208,7 +208,7 @@ class JobRun:
     def _holding_job(self) -> Iterator[Decision]:
         """Decide what there is to do, and hold the job's lock while it is done."""
         context, lock, options = self._context, self._context.lock, self._options
-        refuse_foreign(context.storage.root)
+        context.storage.check(STATE)
         with ExitStack() as stack:
             if options.wait:
                 lock.wait(context.is_stopped)
@@ -354,6 +354,11 @@ class JobRun:
         self._context.log.finish(self.summary.as_dict())
         return self.summary
 
+    def _files(self, manifest: Manifest) -> list[str]:
+        """Names of what readers read."""
+        shows = self._context.storage.shows
+        return [file.alias if shows else file.name for file in manifest.files]
+
     def _advise(self) -> None:
         """Say what the run's samples tell of its settings."""
         for text in self._compute.advice() if self._publishes else ():
@@ -379,7 +384,7 @@ class JobRun:
             output=self._job.output.path,
             reason=reason,
             **job_counts(manifest, stats, taken, self._before),
-            files=[file.alias for file in manifest.files] if manifest else [],
+            files=self._files(manifest) if manifest else [],
             num_durable=stats.num_resumed + stats.num_committed,
             num_carried=taken.num_rows - taken.num_copied,
             num_copied=taken.num_copied,

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError, nearest
+from batchgen.core.places import Bucket
 from batchgen.core.runtime import command
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.engine.vllm.shares import cost_of, engines_that_pay, share_of, this_host
 from batchgen.job.model import JobConfig, ModelConfig
 from batchgen.job.tuned import above_batched_tokens
-from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.prepare import Prepared, engine_spec, plain_http, prepare
 from batchgen.preview.checkpoint import Found, Hub, HuggingFace, find_model
 from batchgen.preview.gpus import planned_machine
@@ -38,6 +38,8 @@ from batchgen.preview.machine import (
 from batchgen.preview.model_check import Report, check_model
 from batchgen.preview.sample import LARGE_BYTES, RowLengths, max_model_len, row_lengths
 from batchgen.source.files import stat_input
+from batchgen.storage.remote import storage_at
+from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -251,13 +253,14 @@ def check_settings(kwargs: Mapping[str, Any]) -> Iterator[Finding]:
 def _check_output(
     job: JobConfig, prepared: Prepared | None, rows: RowLengths | None, findings: list[Finding]
 ) -> None:
-    root, needed = Path(job.output.path), None
+    root, needed = job.root, None
     with _errors_in(findings, "output"):
-        refuse_foreign(root)
+        storage_at(root).check(STATE, is_dry=isinstance(root, Bucket))
         if prepared is not None:
             answer = rows.answer if rows is not None else float(job.sampling.max_tokens)
             needed = _output_bytes(prepared, answer)
-        findings += check_output(root, needed)
+        if isinstance(root, Path):
+            findings += check_output(root, needed)
 
 
 def _output_bytes(prepared: Prepared, answer_tokens: float) -> int | None:

@@ -7,20 +7,19 @@ What is found is one record for programs, and the lines that a person reads.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchgen.core.errors import BatchgenError, OutputError
+from batchgen.core.errors import BatchgenError
 from batchgen.core.records import EngineSpec, RowSet, WorkLeft
 from batchgen.core.runtime import Told, command, option, read_json
 from batchgen.engine.vllm.settings import choose_settings, gpus_of, settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.pipeline.compute import lengths_of, work_of
 from batchgen.pipeline.context import RunOptions
-from batchgen.pipeline.decide import Begun, Hooks, begin, decide, refuse_foreign
+from batchgen.pipeline.decide import Begun, Hooks, begin, decide
 from batchgen.pipeline.frozen import request_builder
 from batchgen.pipeline.job_run import tuned_notes
 from batchgen.pipeline.rows import missing, new_rows, rejected_notes, takeovers, unread_rows
@@ -38,7 +37,8 @@ from batchgen.preview.estimate import (
 )
 from batchgen.preview.sample import SAMPLE_ROWS, Survey, load_tokenize, max_model_len, survey
 from batchgen.storage import LocalStorage
-from batchgen.store.books import TRIES, Durable, Plan
+from batchgen.storage.remote import storage_at
+from batchgen.store.books import STATE, TRIES, Durable, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.reuse import Source
 from batchgen.store.runs import RunLock
@@ -258,10 +258,11 @@ class PlanOptions:
 class Overlay(LocalStorage):
     """An output that is read and stays as it is: what is written goes to a scratch folder."""
 
-    def __init__(self, root: Path, scratch: Path) -> None:
+    def __init__(self, below: LocalStorage, scratch: Path) -> None:
         """Bind; `scratch` is empty and the caller's to remove."""
         super().__init__(scratch)
-        self._below = LocalStorage(root)
+        self._below = below
+        self.shows = below.shows
 
     @property
     def where(self) -> str:
@@ -272,6 +273,10 @@ class Overlay(LocalStorage):
         """Return where a file can be read."""
         here = super().path(name)
         return here if here.exists() else self._below.path(name)
+
+    def mark(self, name: str) -> Sequence[int] | None:
+        """See `LocalStorage`."""
+        return super().mark(name) or self._below.mark(name)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `Storage`; kept in the scratch folder."""
@@ -327,12 +332,11 @@ def foresee(load: Callable[[], JobConfig], options: PlanOptions) -> Forecast:
         if job.prompt.continuation is not None:
             text = "each continuation pays for its whole prompt, also if others have the same:"
             warnings.append(f"{text} vLLM's prefix cache does not serve likelihoods")
-        root = Path(job.output.path)
-        refuse_foreign(root)
-        refuse_unwritable(root)
-        warnings += _who_holds(LocalStorage(root))
+        storage = storage_at(job.root)
+        storage.check(STATE, is_dry=True)
+        warnings += _who_holds(storage)
         with tempfile.TemporaryDirectory(prefix="batchgen-plan-") as scratch:
-            return _foresee(job, Ledger(Overlay(root, Path(scratch))), options, warnings)
+            return _foresee(job, Ledger(Overlay(storage, Path(scratch))), options, warnings)
     except BatchgenError as error:
         code = int(error.exit_code)
         return Forecast("refused", code, str(error), warnings=warnings)
@@ -526,18 +530,6 @@ def _who_holds(storage: LocalStorage) -> list[str]:
         f"{holder.get('since')}) is at work on this job: a run would exit 75 now, and what is "
         "told here changes while it works"
     ]
-
-
-def refuse_unwritable(root: Path) -> None:
-    """Refuse an output that could not be made or written to.
-
-    Raises:
-        OutputError: The folder, or the first one above it that exists, cannot be written to.
-    """
-    there = next(path for path in (root, *root.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        msg = f"{there}: cannot be written to; mend its rights, or choose another output.path"
-        raise OutputError(msg)
 
 
 def temperature_of(spec: EngineSpec) -> str:

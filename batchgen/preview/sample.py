@@ -36,7 +36,7 @@ from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_envi
 from batchgen.pipeline.frozen import read_rows
 from batchgen.preview.estimate import Lengths, PastRun, estimate_duplicates, last_run, lengths_of
 from batchgen.source.files import stat_input
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.keys import KeySet, prefix_of
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def row_lengths(
     Raises:
         BatchgenError: The input cannot be read.
     """
-    past = last_run(LocalStorage(Path(prepared.job.output.path)), prepared)
+    past = last_run(storage_at(prepared.job.root), prepared)
     if past is not None and past.is_same_recipe:
         n = prepared.job.sampling.n
         return RowLengths(

@@ -18,11 +18,11 @@ import polars as pl
 import pyarrow.compute as pc
 
 from batchgen.core.errors import ConfigError, OutputError, StorageError
+from batchgen.core.places import folder_of
 from batchgen.core.records import RowError, RowSet
 from batchgen.core.runtime import Told, command, option
 from batchgen.job.model import GateConfig, JobConfig
 from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
-from batchgen.pipeline.decide import refuse_foreign
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.job_run import JobRun
 from batchgen.pipeline.leaving import kept_rows
@@ -31,7 +31,7 @@ from batchgen.pipeline.publish import total_variation
 from batchgen.pipeline.sources import NUM_TRIES, ended_rows
 from batchgen.preview.sample import sampled
 from batchgen.storage import LocalStorage
-from batchgen.store.books import TRIES, Durable
+from batchgen.store.books import STATE, TRIES, Durable
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Renumbering, Span
 from batchgen.store.result_files import ROW, SEGMENT, rows_of
@@ -185,8 +185,8 @@ def try_out(job: JobConfig, options: TryOptions, stop: StopSwitch | None = None)
         BatchgenError: As of a run; where the last snapshot has no error rows to try, ConfigError.
     """
     options.check()
-    output = Path(job.output.path)
-    refuse_foreign(output)
+    output = folder_of(job.root)
+    LocalStorage(output).check(STATE)
     notes: list[str] = []
     with ExitStack() as stack:
         place = _place(output)

@@ -313,15 +313,14 @@ class PublishedFile:
         Raises:
             OSError: It cannot be read.
         """
-        if wrong := self.other_size(path):
+        if wrong := self.other_size(path.stat().st_size):
             return wrong
         with path.open("rb") as file:
             is_same = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
         return None if is_same else "has other bytes than were published (sha256 differs)"
 
-    def other_size(self, path: Path) -> str | None:
-        """The same as far as it can be told without reading the file."""
-        num_bytes = path.stat().st_size
+    def other_size(self, num_bytes: int) -> str | None:
+        """The same as far as a size tells it."""
         if num_bytes == self.size_bytes:
             return None
         return f"has {num_bytes:,} bytes, {self.size_bytes:,} were published"

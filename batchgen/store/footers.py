@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +28,7 @@ from batchgen.store.books import FOOTER_KEY, STATE, PartFooter, epoch_of
 from batchgen.store.result_files import ResultFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from batchgen.storage import LocalStorage
 
@@ -37,6 +36,7 @@ FOOTERS = f"{STATE}/footers"
 WORTH_PARTS = 1000
 """So many parts have to be opened before what they say is worth a file."""
 _ROWS = 10_000
+_NO_MARK = [-1, -1, -1]
 _SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("name", "footer", "columns")),
@@ -78,12 +78,11 @@ def read_footer(storage: LocalStorage, name: str) -> Told:
     return Told(name, footer, json.dumps(names), metadata.num_rows, *mark)
 
 
-def _mark(storage: LocalStorage, name: str) -> tuple[int, int, int]:
-    """Size, time and inode number; nothing that a file has if it cannot be looked at."""
-    with suppress(OSError):
-        facts = os.stat(f"{storage.root}/{name}")  # noqa: PTH116 - of a million files
-        return facts.st_size, facts.st_mtime_ns, facts.st_ino
-    return -1, -1, -1
+def _mark(storage: LocalStorage, name: str) -> Sequence[int]:
+    """What changes with a part; nothing that a file has if it cannot be looked at."""
+    with suppress(OSError, StorageError):
+        return storage.mark(name) or _NO_MARK
+    return _NO_MARK
 
 
 def rolled_up(storage: LocalStorage, left: dict[str, str]) -> Iterator[Told]:
@@ -96,7 +95,7 @@ def rolled_up(storage: LocalStorage, left: dict[str, str]) -> Iterator[Told]:
     """
     for place in storage.list(FOOTERS) if len(left) >= WORTH_PARTS else ():
         for told in _rows(storage, place):
-            if told.name in left and _mark(storage, told.name) == told[4:]:
+            if told.name in left and _mark(storage, told.name) == [*told[4:]]:
                 yield told._replace(name=left.pop(told.name))
 
 

@@ -103,7 +103,7 @@ class Ledger:
             return None
         if RunLock(self.storage).is_held():
             return "its first run is at work and has not planned it yet"
-        if self.storage.path(STATE).is_dir():
+        if STATE in self.storage.list(""):
             return f"no run has planned the job yet; start one with `{command('run')}`"
         return f"the job has not been run yet; start it with `{command('run')}`"
 
@@ -242,7 +242,7 @@ class Ledger:
     def _is_whole(self, manifest: Manifest) -> bool:
         """Whether a snapshot's plan and files are there."""
         names = [numbered("plan", manifest.number), *(file.name for file in manifest.files)]
-        return all(self.storage.path(name).exists() for name in names)
+        return all(self.storage.mark(name) is not None for name in names)
 
     def at_work(self) -> Collection[str]:
         """Return the names of what tells who was at work so far: claims and manifests."""

@@ -547,11 +547,11 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
     Raises:
         OutputError: A column can be shown to polars in no type.
     """
-    paths = [storage.path(name) for name in names]
+    paths = [storage.path(name) for name in (names if storage.is_plain else names[:1])]
 
     def batches(num_rows: int) -> Iterator[pa.RecordBatch]:
-        for path in paths:
-            with _reading(path) as file:
+        for name in names:  # Of an object store they are fetched as they are read.
+            with _reading(storage.path(name)) as file:
                 yield from file.iter_batches(num_rows)
 
     try:
@@ -559,7 +559,7 @@ def scan(storage: LocalStorage, names: Sequence[str]) -> pl.LazyFrame:
             check_file(path)
         with _reading(paths[0]) as file:
             schema = file.schema_arrow
-        if schema != with_polars_types(schema) or _is_odd(paths[0]):
+        if not storage.is_plain or _is_odd(paths[0]) or schema != with_polars_types(schema):
             return lazy_frame(schema, batches)
     except pa.ArrowNotImplementedError as error:
         msg = f"{paths[0]}: {error}; read the file with pyarrow, or leave the column out"

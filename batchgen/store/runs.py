@@ -12,7 +12,6 @@ engine-death-NN.json  what is known of an engine's death, if one died
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 
 from batchgen.core.data import parse_json, parse_state
 from batchgen.core.errors import BusyError, OutputError, StorageError
-from batchgen.core.runtime import option, read_file
+from batchgen.core.runtime import option
 from batchgen.store.books import STATE
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from batchgen.storage import LocalStorage
 
-_TRIES, _TRY_S = 4, 0.02
+_LOCK = f"{STATE}/lock"
 _WAIT_S = 0.5
 
 
@@ -46,14 +45,13 @@ def _advice() -> str:
 
 
 class RunLock:
-    """A held `flock`; the kernel lets go of it however the process ends."""
+    """The job's lock, which its storage lets go of however the process ends."""
 
     def __init__(self, storage: LocalStorage, run_id: str = "") -> None:
         """Bind; nothing is locked until `acquire`."""
         self._storage = storage
-        self._path = storage.path(f"{STATE}/lock")
         self._run_id = run_id
-        self._descriptor: int | None = None
+        self._let_go: Callable[[], None] | None = None
 
     def acquire(self, *, steal: bool = False, advice: str | None = None) -> None:
         """Take the lock.
@@ -67,25 +65,19 @@ class RunLock:
             BusyError: Another run holds it; the text says who, where and since when.
             OutputError: The folder cannot be written to.
         """
-        self._storage.make_folder(self._path.parent)
-        if self._descriptor is not None:
+        if self._let_go is not None:
             return
-        try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            with suppress(PermissionError):  # Another's of the same group.
-                os.fchmod(descriptor, self._path.parent.stat().st_mode & 0o666)
-        except OSError as error:
-            msg = f"{self._path.parent}: cannot be written ({error.strerror}); mend its rights"
-            raise OutputError(msg) from error
-        if _try_lock(descriptor):
-            self._descriptor = descriptor
-            self._sign(descriptor)
-            return
-        os.close(descriptor)
-        if not steal:
+        who = {
+            "run_id": self._run_id,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": utc_now().isoformat(timespec="seconds"),
+        }
+        self._let_go = self._storage.lock(_LOCK, json.dumps(who).encode(), steal=steal)
+        if self._let_go is None and not steal:
             holder = self.holder() or {}
             msg = (
-                f"{self._path.parent.parent}: run {holder.get('run_id')} (process "
+                f"{self._storage.where}: run {holder.get('run_id')} (process "
                 f"{holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}) is at "
                 f"work on this job; {advice or _advice()}"
             )
@@ -108,60 +100,21 @@ class RunLock:
             else:
                 return
 
-    def _sign(self, descriptor: int) -> None:
-        who = {
-            "run_id": self._run_id,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": utc_now().isoformat(timespec="seconds"),
-        }
-        with suppress(OSError):  # For people only; a full disk must not matter here.
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(who).encode(), 0)
-
     def release(self) -> None:
         """Let go."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     def holder(self) -> dict[str, Any] | None:
         """Who took the lock last, as far as the file tells."""
-        with suppress(OSError, ValueError, TypeError):
-            return dict(parse_json(read_file(self._path)))
+        with suppress(StorageError, ValueError, TypeError):
+            return dict(parse_json(self._storage.read(_LOCK) or b""))
         return None
 
     def is_held(self) -> bool:
         """Whether some process holds it right now."""
-        try:
-            # Not to wait where a pipe is in its place.
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
-
-
-def _try_lock(descriptor: int) -> bool:
-    """Lock, trying for a moment: somebody may just be asking whether it is held.
-
-    A file system without locks counts as locked by us: the lock only saves work.
-    """
-    for _ in range(_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_TRY_S)
-        except OSError:
-            return True
-        else:
-            return True
-    return False
+        return self._storage.is_locked(_LOCK)
 
 
 def figures_in(storage: LocalStorage, name: str) -> dict[str, Any]:
@@ -213,6 +166,7 @@ class RunLog:
         self.run_id = run_id
         self._whole: list[Mapping[str, Any]] = []
         self._replicas: list[Mapping[str, Any]] = []
+        self._logs: set[str] = set()
         self._num_unwritten = 0
         self._next_replicas_s = 0.0
 
@@ -228,7 +182,7 @@ class RunLog:
     @property
     def summary_path(self) -> str:
         """Path of the file that `finish` writes."""
-        return str(self._storage.path(f"{self._folder}/summary.json"))
+        return f"{self._storage.where}/{self._folder}/summary.json"
 
     @property
     def samples(self) -> Sequence[Mapping[str, Any]]:
@@ -285,7 +239,7 @@ class RunLog:
         """Write down what is known of an engine's death; return the record's path."""
         name = f"engine-death-{number:02}.json"
         self._replace(name, json.dumps(facts, indent=1).encode() + b"\n")
-        return str(self._storage.path(f"{self._folder}/{name}"))
+        return f"{self._storage.where}/{self._folder}/{name}"
 
     def num_engine_warnings(self) -> int:
         """How many different warnings and errors the engines' logs hold, all of them together."""
@@ -298,6 +252,7 @@ class RunLog:
         return len(texts)
 
     def _log_path(self, name: str) -> str:
+        self._logs.add(f"{self._folder}/{name}")
         path = self._storage.path(f"{self._folder}/{name}")
         self._storage.make_folder(path.parent)
         return str(path)
@@ -307,6 +262,9 @@ class RunLog:
         out = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([*self._whole, *self._replicas], _STATS_SCHEMA), out)
         self._replace("stats.parquet", out.getvalue())
+        for name in self._logs:
+            with suppress(StorageError):
+                self._storage.upload(name)
 
     def _replace(self, name: str, data: bytes) -> None:
         """Write a file that may be lost: a full disk must not stop a run for its figures."""

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from batchgen.core.errors import OutputError, StorageError
 from batchgen.core.runtime import command, option
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ResultFile, check_rows
 from batchgen.store.visible import bring_back, shown_problems, told_difference
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from batchgen.core.places import Root
     from batchgen.store.books import Manifest, Part, Plan, PublishedFile
 
 _LOOKS = 3
@@ -55,7 +56,7 @@ class Verdict:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def verify(root: Path, *, patience_s: float = _PATIENCE_S) -> Verdict:
+def verify(root: Root, *, patience_s: float = _PATIENCE_S) -> Verdict:
     """Check all snapshots, what the folder shows of the newest, and parts of an unfinished plan.
 
     A file that several snapshots have is read once; its damage names all of them, and it is brought
@@ -71,7 +72,7 @@ def verify(root: Path, *, patience_s: float = _PATIENCE_S) -> Verdict:
     Raises:
         OutputError: The job has not been run yet, or it is of another version.
     """
-    ledger = Ledger(LocalStorage(root))
+    ledger = Ledger(storage_at(root))
     for _ in range(_LOOKS):
         at = _where(ledger)
         verdict = _look(ledger, patience_s)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _NOTES = f"{STATE}/seen.json"
 _MOST_TOLD = 5
+_MISSING = "is missing"
 _ALIAS = re.compile(r"part-(\d{5,}|\d{8}-[0-9a-f]{8})\.parquet")
 _READ_AS = "part-*.parquet"
 """How readers ask for the files."""
@@ -83,7 +84,7 @@ _STRANGERS = {
 
 def is_switching(storage: LocalStorage) -> bool:
     """Whether readers are kept away: by a run at work, or by one that was killed."""
-    return storage.read(SWITCHING) is not None
+    return storage.shows and storage.read(SWITCHING) is not None
 
 
 def is_alias(name: str) -> bool:
@@ -102,6 +103,8 @@ def faults(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, F
         StorageError: The folder cannot be listed.
     """
     found: dict[str, Fault] = {}
+    if not storage.shows:
+        return found
     names = {file.alias: file.name for file in files}
     noted = _noted(storage)
     for alias, name in names.items():
@@ -125,7 +128,7 @@ def _fault(
         return Fault.FOLDER
     is_right = False
     with suppress(OSError):  # The snapshot's is gone, or this one is a link to nowhere.
-        is_right = shown.samefile(storage.path(name)) or _mark(shown) == noted
+        is_right = shown.samefile(storage.path(name)) or storage.mark(alias) == noted
     return None if is_right else Fault.OTHER
 
 
@@ -155,19 +158,18 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
     found: dict[str, str] = {}
     for file in files:
         name = file.name
-        path = storage.path(name)
         try:
-            mark = _mark(path)
-            wrong = _other_kind(path)
+            mark = storage.mark(name)
+            wrong = _wrong_kind(mark)
             if wrong is None and mark != noted.get(name):
-                wrong = file.difference(path)
-            if wrong is not None:
-                found[name] = wrong
-            else:
-                seen[name] = mark
+                wrong = file.difference(storage.path(name))
         except OSError as error:
-            raise_if_not_damage(path, error)
-            found[name] = "is missing"
+            raise_if_not_damage(storage.path(name), error)
+            wrong = _MISSING
+        if wrong is None and mark is not None:
+            seen[name] = mark
+        elif wrong is not None:
+            found[name] = wrong
     if seen != noted:
         _note(storage, seen)
     return found
@@ -175,8 +177,9 @@ def damage(storage: LocalStorage, files: Sequence[PublishedFile]) -> dict[str, s
 
 def note_as_published(storage: LocalStorage, files: Sequence[PublishedFile]) -> None:
     """Note files that were hashed while they were written, so that no run has to read them."""
-    with suppress(OSError):
-        marks = {file.name: _mark(storage.path(file.name)) for file in files}
+    with suppress(OSError, StorageError):
+        found = {file.name: storage.mark(file.name) for file in files}
+        marks = {name: mark for name, mark in found.items() if mark is not None}
         _note(storage, {**_noted(storage), **marks})
 
 
@@ -193,15 +196,11 @@ def _note(storage: LocalStorage, seen: Mapping[str, Sequence[int]]) -> None:
         storage.replace(_NOTES, json.dumps(seen).encode())
 
 
-def _mark(path: Path) -> Sequence[int]:
-    facts = path.lstat()
-    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
-
-
-def _other_kind(path: Path) -> str | None:
-    """How a snapshot's own name is no file: whoever has made a link of it can change what it is."""
-    mode = path.lstat().st_mode
-    return None if stat.S_ISREG(mode) else "is a link or a folder, a file was published"
+def _wrong_kind(mark: Sequence[int] | None) -> str | None:
+    """How there is no file under a snapshot's own name."""
+    if mark is None:
+        return _MISSING
+    return "is a link or a folder, a file was published" if mark[0] < 0 else None
 
 
 def told_difference(path: Path, file: PublishedFile) -> str | None:
@@ -225,11 +224,8 @@ def lost_or_cut(storage: LocalStorage, files: Sequence[PublishedFile]) -> list[s
     """`name: how` for files of a snapshot that are not what was published. Reads no file."""
     found = []
     for file in files:
-        try:
-            path = storage.path(file.name)
-            wrong = _other_kind(path) or file.other_size(path)
-        except FileNotFoundError:
-            wrong = "is missing"
+        mark = storage.mark(file.name)
+        wrong = _wrong_kind(mark) or (file.other_size(mark[0]) if mark else None)
         if wrong:
             found.append(f"{file.name}: {wrong}")
     return found
@@ -319,7 +315,7 @@ def raise_if_damaged(shown: Shown, storage: LocalStorage) -> None:
         f", and {len(shown.damaged) - 1} more files are damaged" if len(shown.damaged) > 1 else ""
     )
     msg = (
-        f"{storage.path(name)}: {why}, expected the file that was published; so readers of "
+        f"{storage.where}/{name}: {why}, expected the file that was published; so readers of "
         f"{name.rpartition('/')[2]} do not see its rows{more}: run with {option('--retry-errors')} "
         "to compute them again, or bring the file back from a backup"
     )
@@ -344,6 +340,8 @@ def bring_back(storage: LocalStorage, file: PublishedFile) -> str:
     Raises:
         StorageError: It cannot be taken.
     """
+    if not storage.shows:
+        return ""
     alias = file.alias
     shown = storage.path(alias)
     if shown.is_symlink() or not shown.is_file():
@@ -391,6 +389,8 @@ def expose(ledger: Ledger, manifest: Manifest, damaged: Collection[str] = ()) ->
         StorageError: A name cannot be given or removed; readers are kept away until a run can.
     """
     storage = ledger.storage
+    if not storage.shows:
+        return manifest
     for file in manifest.files:
         storage.protect(file.name)
     marker = f"{_SWITCHING_TEXT}{secrets.token_hex(8)}\n".encode()
@@ -429,8 +429,9 @@ def _steps(
 def _give(storage: LocalStorage, file: PublishedFile) -> None:
     storage.expose(file.name, file.alias)
     with suppress(FileNotFoundError):  # Whoever foretells a run gives no names.
-        if not storage.path(file.alias).samefile(storage.path(file.name)):  # A copy.
-            _note(storage, {**_noted(storage), file.alias: _mark(storage.path(file.alias))})
+        is_copy = not storage.path(file.alias).samefile(storage.path(file.name))
+        if is_copy and (mark := storage.mark(file.alias)) is not None:
+            _note(storage, {**_noted(storage), file.alias: mark})
 
 
 def _take(storage: LocalStorage, step: Callable[[], object], marker: bytes) -> bool:

@@ -13,9 +13,9 @@ from batchgen.views.status import as_text, exit_code_of, not_begun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from batchgen.core.errors import ExitCode
+    from batchgen.core.places import Root
 
 PLACE = "--- "
 """Begins the line that names a row."""
@@ -25,7 +25,7 @@ PLACE = "--- "
 class Status(Told):
     """The state of a job; `status["state"]` and the other keys are those of `status_of`."""
 
-    root: Path
+    root: Root
     facts: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - a fact of any type
@@ -49,7 +49,7 @@ class Status(Told):
 class Rows(Told):
     """Rows of an output: a sequence of dicts, column -> value."""
 
-    root: Path
+    root: Root
     rows: Sequence[Mapping[str, Any]]
 
     def __len__(self) -> int:

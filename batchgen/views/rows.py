@@ -22,7 +22,7 @@ from batchgen.core.runtime import command, option
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.source.text import read_lines
 from batchgen.source.values import to_python
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.books import PARTS, Places
 from batchgen.store.ledger import Ledger
 from batchgen.store.published import groups_of, row_groups, stretches
@@ -31,8 +31,9 @@ from batchgen.store.snapshot import find_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
-    from pathlib import Path
 
+    from batchgen.core.places import Root
+    from batchgen.storage import LocalStorage
     from batchgen.store.books import Kept, Manifest, Plan, Segment
 
 INPUT, LINE = "_batchgen_input", "_batchgen_line"
@@ -238,7 +239,7 @@ class Output:
         return sorted(found.values(), key=lambda kind: (-kind.num_rows, kind.error_type))
 
 
-def output_of(root: Path, snapshot: int | None = None) -> Output | None:
+def output_of(root: Root, snapshot: int | None = None) -> Output | None:
     """Find the rows that can be seen under an output folder; None if there are none yet.
 
     Args:
@@ -248,7 +249,7 @@ def output_of(root: Path, snapshot: int | None = None) -> Output | None:
     Raises:
         OutputError: There is no such snapshot, or the folder was written by another version.
     """
-    storage = LocalStorage(root)
+    storage = storage_at(root)
     ledger = Ledger(storage)
     if snapshot is not None:
         manifest, plan = find_snapshot(ledger, snapshot), ledger.plan(snapshot)
@@ -286,7 +287,7 @@ class Shown:
     """With each row's line of the input, where that is a file of lines."""
 
 
-def rows(root: Path, asked: Shown) -> list[dict[str, Any]]:
+def rows(root: Root, asked: Shown) -> list[dict[str, Any]]:
     """Read the first rows of the snapshot, or of what is durable while nothing is published.
 
     Raises:
@@ -314,7 +315,7 @@ def rows(root: Path, asked: Shown) -> list[dict[str, Any]]:
     return output.rows(places, asked.columns or None, lines=asked.lines)
 
 
-def error_lines(root: Path) -> list[str]:
+def error_lines(root: Root) -> list[str]:
     """Say of each type of error how many rows have it, and what is wrong with one; most first."""
     output = output_of(root)
     if output is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from batchgen.core.errors import ExitCode, NoRightError, StorageError
 from batchgen.core.runtime import command, option, size_text
 from batchgen.pipeline.context import table
 from batchgen.pipeline.stats import RUNNING, duration, figures_of, num_inside
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE, number_of
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, utc_now
@@ -20,8 +19,9 @@ from batchgen.store.visible import lost_or_cut
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
+    from batchgen.core.places import Root
+    from batchgen.storage import LocalStorage
     from batchgen.store.books import Plan
 
 _KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"
@@ -46,7 +46,7 @@ _ENDS = {
 """State of the last run -> what `status` exits with; the others are faults."""
 
 
-def status_of(root: Path) -> dict[str, Any]:
+def status_of(root: Root) -> dict[str, Any]:
     """Look up the job's state, as one flat mapping.
 
     Returns:
@@ -62,7 +62,7 @@ def status_of(root: Path) -> dict[str, Any]:
     Raises:
         OutputError: The folder was written by another version.
     """
-    storage = LocalStorage(root)
+    storage = storage_at(root)
     ledger = Ledger(storage)
     plan = ledger.latest_plan()
     lock = RunLock(storage)
@@ -75,7 +75,7 @@ def status_of(root: Path) -> dict[str, Any]:
         return facts
     facts["sizes"] = _sizes(storage)
     if (newest := ledger.latest_manifest()) is not None:
-        facts["files"] = [str(storage.path(file.name)) for file in newest.files]
+        facts["files"] = [f"{storage.where}/{file.name}" for file in newest.files]
     facts |= {"plan": plan.number, "num_rows": plan.num_rows, "recipe": plan.recipe_fingerprint}
     if plan.bases:
         facts["based_on"] = [base.plan for base in plan.bases]
@@ -124,11 +124,8 @@ def _sizes(storage: LocalStorage) -> dict[str, int]:
     for folder in storage.list(STATE):
         name = folder.rpartition("/")[2]
         kind = name if name in {"parts", "runs", "try"} else kinds.get(name, "books")
-        path = storage.path(folder)
         with suppress(OSError):  # Gone meanwhile.
-            if os.access(path, os.R_OK):
-                files = path.rglob("*") if path.is_dir() else [path]
-                sizes[kind] += sum(file.lstat().st_size for file in files if not file.is_dir())
+            sizes[kind] += storage.num_bytes(folder)
     return dict(sizes)
 
 
@@ -139,7 +136,7 @@ def exit_code_of(facts: Mapping[str, Any]) -> ExitCode:
     return ExitCode.FAULT if facts.get("damaged") else ExitCode.COMPLETE
 
 
-def as_text(root: Path, facts: Mapping[str, Any]) -> str:
+def as_text(root: Root, facts: Mapping[str, Any]) -> str:
     """Write what `status_of` found for people."""
     run = facts.get("run", {})
     age_s = run.get("sign_of_life_age_s") or 0.0
@@ -158,7 +155,7 @@ def as_text(root: Path, facts: Mapping[str, Any]) -> str:
     return "\n".join([str(root), *table(lines), *replica_lines(run.get("replicas", []))])
 
 
-def _state_line(root: Path, facts: Mapping[str, Any]) -> str:
+def _state_line(root: Root, facts: Mapping[str, Any]) -> str:
     state, run, last = facts["state"], facts.get("run", {}), facts.get("last_run", {})
     if state == "running":
         eta_s = run.get("eta_s")
@@ -211,9 +208,9 @@ def _silence(run: Mapping[str, Any], age_s: float) -> str:
     return f"{duration(age_s)} ({means})"
 
 
-def not_begun(root: Path) -> str | None:
+def not_begun(root: Root) -> str | None:
     """Say why there is nothing to be seen of a job, which has no plan yet; None if it has one."""
-    return Ledger(LocalStorage(root)).why_no_plan()
+    return Ledger(storage_at(root)).why_no_plan()
 
 
 def _published(ledger: Ledger) -> dict[str, Any] | None:
@@ -243,7 +240,7 @@ def live_view(storage: LocalStorage, run_id: str | None) -> dict[str, Any]:
         folders = storage.list(f"{STATE}/runs")
     if run_id is not None:
         folders = [folder for folder in folders if folder.endswith(f"/{run_id}")]
-    written_s = {folder: _written_s(storage.path(f"{folder}/live.json")) for folder in folders}
+    written_s = {folder: _written_s(storage, f"{folder}/live.json") for folder in folders}
     epochs = _epochs(storage)
 
     def place(folder: str) -> tuple[float, str, float]:
@@ -277,12 +274,12 @@ def _epochs(storage: LocalStorage) -> dict[str, int]:
     return found
 
 
-def _written_s(path: Path) -> float:
+def _written_s(storage: LocalStorage, name: str) -> float:
     """When a file was written, in seconds of the epoch; 0 if it is not there."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+    with suppress(OSError, StorageError):
+        if mark := storage.mark(name):
+            return mark[1] / 1e9
+    return 0.0
 
 
 def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

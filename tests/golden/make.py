@@ -288,7 +288,7 @@ def _refused(at: Situations) -> None:
         "wrong template": {"prompt": {"user": "{{ text "}},
         "wrong option of the engine": {"model": {"engine": {"quick": 1}}},
         "no such model": {"model": {"backend": "vllm", "name": "./none"}},
-        "output at a URL": {"output": {"path": "s3://bucket/out"}},
+        "output at a URL": {"output": {"path": "gs://bucket/out"}},
         "output below a file": {"output": {"path": "in.jsonl/out"}},
     }
     for situation, tables in wrong.items():

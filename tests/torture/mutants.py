@@ -25,7 +25,7 @@ class Mutant:
 
 
 KEEPING = "batchgen/pipeline/keeping.py"
-STORAGE, LEDGER = "batchgen/storage.py", "batchgen/store/ledger.py"
+STORAGE, LEDGER = "batchgen/storage/__init__.py", "batchgen/store/ledger.py"
 SNAPSHOT, SHOWN = "batchgen/pipeline/publish.py", "batchgen/store/visible.py"
 COMMIT_END = """            self._disk.unlink(self._temp)
             self._disk.sync_folder(self._final.parent)

@@ -380,20 +380,24 @@ MISTAKES = {
         {"run": {"metrics_file": "https://host/x.prom"}},
         "run.metrics_file: 'https://host/x.prom' is a URL, expected a file on this machine",
     ),
-    "output at a URL": (
-        {"output": {"path": "s3://bucket/out"}},
-        "output.path: 's3://bucket/out' is a URL, expected a folder, local or mounted; object "
-        "stores are not supported yet",
+    "output in a whole bucket": (
+        {"output": {"path": "s3://bucket/"}},
+        "output.path: is a whole bucket, expected a prefix in it, such as s3://BUCKET/labels",
+    ),
+    "output in a bucket for workers": (
+        {"output": {"path": "s3://bucket/out"}, "run": {"replicas": 2}},
+        "output.path: workers need a folder that they share, object stores are not supported with "
+        "run.replicas yet",
     ),
     "output at a chained URL": (
         {"output": {"path": "simplecache::memory://out"}},
-        "output.path: 'simplecache::memory://out' is a URL, expected a folder, local or "
-        "mounted; object stores are not supported yet",
+        "output.path: simplecache::memory:// is not supported, expected a folder or "
+        "s3://BUCKET/PREFIX",
     ),
     "output at a URL of a file": (
         {"output": {"path": "file:///srv/out"}},
-        "output.path: 'file:///srv/out' is a URL, expected a folder such as '/srv/out'; object "
-        "stores are not supported yet",
+        "output.path: file:// is not supported, expected a folder or s3://BUCKET/PREFIX, such as "
+        "/srv/out",
     ),
     "a key of its own": (
         {"sampling": {"extra": {"top_k": 3}}},

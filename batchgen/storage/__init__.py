@@ -1,8 +1,8 @@
 """The output's files: three primitives, and what makes them durable.
 
 The commit protocol needs put-if-absent, read and list, plus removal of what no manifest names, so
-that an object store fits; what `LocalStorage` has beyond (temp files, hard links, live views)
-serves snapshots and figures.
+that an object store fits: `batchgen.storage.remote` is that. What a folder has beyond (hard links
+that show a snapshot, rights, syncs) does nothing there; nothing above knows which it is.
 
 No file is ever written in place, so each is made without anybody's right to write: what a reader
 copies over a published file does not change the snapshot, whose file it shares.
@@ -16,9 +16,11 @@ or complete, on a crash and on power loss.
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import stat
+import time
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
@@ -161,6 +163,9 @@ class LocalStorage:
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalStorage, (self.root,)  # With temp names of that process.
 
+    shows = True
+    """Whether a snapshot is shown under further names, `part-*.parquet`."""
+
     @property
     def is_plain(self) -> bool:
         """Whether another process can use it: its disk is the disk, and it drops nothing."""
@@ -170,6 +175,35 @@ class LocalStorage:
     def where(self) -> str:
         """The folder."""
         return str(self.root)
+
+    def check(self, state: str, *, is_dry: bool = False) -> None:
+        """Refuse a place that is not this job's, or that no output can be in.
+
+        Args:
+            state: The folder in it that only an output of batchgen's has.
+            is_dry: Touch nothing: what only a try shows stays open.
+
+        Raises:
+            OutputError: A folder is ours, empty or absent; its state is not somewhere else.
+        """
+        root = self.root
+        for link in (root / state, *(root / state).glob("*")):
+            if link.is_symlink():
+                advice = "remove it or choose another output.path"
+                raise OutputError(f"{link}: is a link, expected a folder; {advice}")
+        above = (root.absolute(), *root.absolute().parents)
+        nearest = next(path for path in above if path.exists())
+        if not nearest.is_dir():
+            advice = "expected a folder; choose another output.path"
+            raise OutputError(f"{nearest}: is a file, {advice}")
+        # In this order: a run that starts beside this one makes the state before anything else.
+        if root.is_dir() and any(root.iterdir()) and not (root / state).is_dir():
+            lost = f"part files and no {state}/, a job's state: bring that back, too, or"
+            held = lost if any(root.glob("part-*.parquet")) else "files that are not batchgen's;"
+            raise OutputError(f"{root}: holds {held} choose another output.path")
+        if is_dry and not os.access(nearest, os.W_OK | os.X_OK):
+            msg = f"{nearest}: cannot be written to; mend its rights, or choose another output.path"
+            raise OutputError(msg)
 
     def path(self, name: str) -> Path:
         """The local path behind a name, for readers that want a file and not bytes."""
@@ -280,6 +314,83 @@ class LocalStorage:
             return read_file(self.path(name))
         return None
 
+    def mark(self, name: str) -> Sequence[int] | None:
+        """What changes with a file: its size, time in ns and identity; None if it is absent.
+
+        The size is -1 where a link or a folder is in its place: whoever has made it can change what
+        it is.
+
+        Raises:
+            OSError: It cannot be looked at.
+        """
+        try:
+            facts = os.lstat(f"{self.root}/{name}")
+        except FileNotFoundError:
+            return None
+        size = facts.st_size if stat.S_ISREG(facts.st_mode) else -1
+        return [size, facts.st_mtime_ns, facts.st_ino]
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a file, or of all in a folder; none where this user may not look.
+
+        Raises:
+            OSError: It has gone meanwhile.
+        """
+        path = self.path(name)
+        if not os.access(path, os.R_OK):
+            return 0
+        files = path.rglob("*") if path.is_dir() else [path]
+        return sum(file.lstat().st_size for file in files if not file.is_dir())
+
+    def upload(self, name: str) -> None:
+        """Bring what another process has written to `path(name)` to where readers find it."""
+
+    def lock(self, name: str, who: bytes, *, steal: bool = False) -> Callable[[], None] | None:
+        """Hold a name, which the kernel lets go of however the process ends.
+
+        Args:
+            name: Of the lock.
+            who: For people, what `read` gives from now on; JSON.
+            steal: Take it from a process that holds it, where that can be done.
+
+        Returns:
+            What lets go of it; None: another process holds it.
+
+        Raises:
+            OutputError: The folder cannot be written to.
+        """
+        path = self.path(name)
+        self.make_folder(path.parent)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with suppress(PermissionError):  # Another's of the same group.
+                os.fchmod(descriptor, path.parent.stat().st_mode & 0o666)
+        except OSError as error:
+            msg = f"{path.parent}: cannot be written ({error.strerror}); mend its rights"
+            raise OutputError(msg) from error
+        if not _try_lock(descriptor):
+            os.close(descriptor)
+            return None
+        with suppress(OSError):  # A full disk must not matter here.
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, who, 0)
+        return partial(os.close, descriptor)
+
+    def is_locked(self, name: str) -> bool:
+        """Whether some process holds the name right now."""
+        try:
+            # Not to wait where a pipe is in its place.
+            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def settle(self, folder: str) -> None:
         """Make durable the names that are to be seen directly under `folder`; absent is fine.
 
@@ -357,6 +468,23 @@ class LocalStorage:
             msg = f"{folder}: cannot be created ({error.strerror}); choose another output.path"
             raise OutputError(msg) from error
         self._durable_folders.update(chain)
+
+
+_TRIES, _TRY_S = 4, 0.02
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock, trying for a moment: somebody may just be asking. Without locks it counts as locked."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_TRY_S)
+        except OSError:
+            return True
+        else:
+            return True
+    return False
 
 
 _NO_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP}
