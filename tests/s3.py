@@ -91,10 +91,15 @@ def s3_server(folder):
                 os.environ[name] = value
 
 
+def client_of(endpoint):
+    """What others do in a bucket."""
+    config = botocore.config.Config(retries={"max_attempts": 0}, s3={"addressing_style": "path"})
+    return botocore.session.Session().create_client("s3", endpoint_url=endpoint, config=config)
+
+
 def _make_bucket(endpoint, server):
     """Once the server can write: it is up before that."""
-    config = botocore.config.Config(retries={"max_attempts": 0}, s3={"addressing_style": "path"})
-    client = botocore.session.Session().create_client("s3", endpoint_url=endpoint, config=config)
+    client = client_of(endpoint)
     until_s = time.monotonic() + START_S
     while True:
         try:
@@ -140,6 +145,7 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def handle_one(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -440,7 +440,7 @@ class StorageConfig(Table):
     endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
     """URL of a store that is not Amazon's. Default: `AWS_ENDPOINT_URL`, else Amazon's."""
     region: str | None = None
-    """Default: the profile's, or `AWS_REGION`."""
+    """Default: `AWS_REGION`, or the profile's."""
     profile: str | None = None
     """Of `~/.aws/config`. Default: `AWS_PROFILE`, or whatever else the machine has."""
 

@@ -35,7 +35,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from batchgen.core.errors import ConfigError, OutputError, StorageError
+from batchgen.core.errors import BatchgenError, ConfigError, OutputError, StorageError
 from batchgen.core.places import Bucket, Root
 from batchgen.storage import Disk, LocalStorage, PendingFile, saying_where
 
@@ -44,19 +44,22 @@ if TYPE_CHECKING:
 
     from obstore.store import S3Credential, S3Store
 
-_WAITS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_TIMEOUT_S = 120
+_WAITS_S, _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0), 60.0
+_SILENCE_S, _TIMEOUT_S = 120, 600
 _BEAT_S, _LOST_S, _LOOK_S = 5.0, 20.0, 0.5
 _SCRATCH = "batchgen-output-"
 _CREDENTIALS_S = 300
 _REFUSED = re.compile("status code: 40[134] ")
+_NOT_VALID = (
+    "ExpiredToken|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|401 Unauthorized|"
+    "(?<=AWS credential provider: ).*?(?= Debug source)"
+)
 _REASONS = {
     "NoSuchBucket": "there is no such bucket; expected one that exists",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
     "PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocation\\w+|incorrectly configured "
     "region": "the bucket is in another region; set storage.region",
-    "ExpiredToken|InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|401 Unauthorized": "the "
-    "credentials are not valid, or not any more; log in again",
+    _NOT_VALID: "the credentials are not valid, or not any more; log in again",
     "403 Forbidden": "access is denied; the credentials need s3:ListBucket on the bucket, and "
     "s3:GetObject, s3:PutObject and s3:DeleteObject on the prefix",
 }
@@ -176,9 +179,10 @@ class RemoteStorage(LocalStorage):
     def _keep(self, name: str, pieces: Iterator[bytes]) -> None:
         temp = self.temp_for(name)
         try:
-            with temp.open("xb") as file:
-                file.writelines(pieces)
-            temp.replace(self.root / name)
+            with saying_where(temp):
+                with temp.open("xb") as file:
+                    file.writelines(pieces)
+                temp.replace(self.root / name)
         finally:
             temp.unlink(missing_ok=True)
 
@@ -200,8 +204,7 @@ class RemoteStorage(LocalStorage):
                 if wait_s is None:
                     raise self._trouble(name, error) from error
                 time.sleep(wait_s)
-        with saying_where(self.root / name):
-            self._keep(name, iter([data]))
+        self._keep(name, iter([data]))
         return True
 
     def begin(self, name: str) -> PendingFile:
@@ -210,10 +213,7 @@ class RemoteStorage(LocalStorage):
 
     def replace(self, name: str, data: bytes) -> None:
         """See `LocalStorage`; what another run puts over it meanwhile is lost, or this is."""
-        try:
-            self._api.put(self._store, name, data, use_multipart=False)
-        except (self._errors.BaseError, OSError) as error:
-            raise self._trouble(name, error) from error
+        self._ask(name, lambda: self._api.put(self._store, name, data, use_multipart=False))
 
     def upload(self, name: str) -> None:
         """See `LocalStorage`."""
@@ -241,8 +241,8 @@ class RemoteStorage(LocalStorage):
 
     def read(self, name: str) -> bytes | None:
         """See `LocalStorage`."""
-        api, store = self._api, self._store
-        found: bytes | None = self._ask(name, lambda: bytes(api.get(store, name).bytes()))
+        api = self._api
+        found: bytes | None = self._ask(name, lambda: bytes(api.get(self._store, name).bytes()))
         return found
 
     def list(self, folder: str) -> list[str]:
@@ -250,7 +250,8 @@ class RemoteStorage(LocalStorage):
         found = self._ask(
             folder, lambda: self._api.list_with_delimiter(self._store, folder or None)
         )
-        objects = (one["path"] for one in found["objects"])
+        # What is made as a folder by hand is an object of no name.
+        objects = (one["path"] for one in found["objects"] if one["path"] != folder)
         return sorted({*objects, *found["common_prefixes"]})
 
     def mark(self, name: str) -> Sequence[int] | None:
@@ -261,9 +262,10 @@ class RemoteStorage(LocalStorage):
         """
         found = self._ask(name, lambda: self._api.head(self._store, name))
         if found is None:
-            return None
+            inside = [_changed_ns(one) for one in self._all(name)]
+            return [-1, max(inside), 0] if inside else None
         tag = hashlib.sha256(str(found["e_tag"]).encode()).hexdigest()[:12]
-        return [found["size"], int(found["last_modified"].timestamp() * 1e9), int(tag, 16)]
+        return [found["size"], _changed_ns(found), int(tag, 16)]
 
     def num_bytes(self, name: str) -> int:
         """See `LocalStorage`; of a folder only."""
@@ -348,43 +350,56 @@ class RemoteStorage(LocalStorage):
         Raises:
             StorageError: There is no answer right now.
         """
+        until_s = time.monotonic() + _PATIENCE_S
         for wait_s in (*_WAITS_S, None):
             try:
                 return ask()
             except (self._errors.BaseError, OSError) as error:
                 if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                     return None
-                if wait_s is None or _REFUSED.search(str(error)):
+                is_refused = _REFUSED.search(str(error))
+                if wait_s is None or is_refused or time.monotonic() > until_s:
                     raise self._trouble(name, error) from error
                 time.sleep(wait_s)
         raise AssertionError  # Not reached.
 
     def _trouble(self, name: str, error: Exception) -> StorageError:
+        if re.search(_NOT_VALID, str(error)):  # Who is asked to log in again has to be seen then.
+            with suppress(BatchgenError):
+                self._store = _store(self._bucket)
         return StorageError(f"{self.where}/{name}", _why(error))
 
 
 def _store(bucket: Bucket) -> S3Store:
     try:
         import botocore.session
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import BotoCoreError, NoCredentialsError
         from obstore.store import S3Store
     except ImportError as error:
         msg = f"{bucket}: needs obstore and botocore; install the extra: batchgen-vllm[s3]"
         raise OutputError(msg) from error
+
+    def credentials() -> Any:  # noqa: ANN401 - botocore's
+        # Of a session of its own: somebody may have logged in again meanwhile.
+        return botocore.session.Session(profile=bucket.profile).get_credentials()
+
     try:
         session = botocore.session.Session(profile=bucket.profile)
-        credentials = session.get_credentials()
-        region = bucket.region or session.get_config_variable("region") or "us-east-1"
+        is_known = credentials() is not None
+        region = bucket.region or os.environ.get("AWS_REGION")
+        region = region or session.get_config_variable("region") or "us-east-1"
         endpoint = bucket.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3")
         endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")
     except BotoCoreError as error:
         raise ConfigError(str(bucket), [str(error)]) from error
-    if credentials is None:
+    if not is_known:
         msg = f"{bucket}: found no credentials; set AWS_PROFILE, or log in, as for the aws command"
         raise OutputError(msg)
 
     def current() -> S3Credential:
-        frozen = credentials.get_frozen_credentials()
+        if (found := credentials()) is None:
+            raise NoCredentialsError
+        frozen = found.get_frozen_credentials()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
@@ -399,12 +414,17 @@ def _store(bucket: Bucket) -> S3Store:
         client_options={
             "allow_http": True,
             "connect_timeout": timedelta(seconds=10),
+            "read_timeout": timedelta(seconds=_SILENCE_S),
             "timeout": timedelta(seconds=_TIMEOUT_S),
         },
         # Of a PUT that is refused, only we know whether it was refused for what we put ourselves.
         retry_config={"max_retries": 0, "retry_timeout": timedelta(0)},
         credential_provider=current,
     )
+
+
+def _changed_ns(found: Any) -> int:  # noqa: ANN401 - the library's
+    return int(found["last_modified"].timestamp() * 1e9)
 
 
 def _why(error: BaseException | None) -> str:

@@ -168,10 +168,10 @@ def _numbered(storage: LocalStorage, kind: str) -> Sequence[str]:
 
 def _changed(storage: LocalStorage, name: str) -> datetime:
     """When a file or folder was changed last; long ago if it is gone."""
-    at_s = 0.0
     with suppress(OSError):
-        at_s = storage.path(name).stat().st_mtime
-    return datetime.fromtimestamp(at_s, tz=UTC)
+        if mark := storage.mark(name):
+            return datetime.fromtimestamp(mark[1] / 1e9, tz=UTC)
+    return datetime.fromtimestamp(0, tz=UTC)
 
 
 def _remove_tries(storage: LocalStorage, newest: Manifest) -> None:

@@ -55,6 +55,8 @@ def test_a_name_is_put_once_and_read_as_it_was_put(root):
     assert other.num_bytes("_batchgen") == 3
     assert not other.path("_batchgen/none").exists()
     assert other.mark(NAME)[0] == 3
+    assert other.mark("_batchgen/epochs")[0] == -1
+    assert other.mark("_batchgen/epochs")[1] >= other.mark(NAME)[1]
     one.remove(NAME)
     one.remove(NAME)
     assert other.read(NAME) is None
@@ -180,6 +182,8 @@ def test_a_put_or_get_whose_reply_goes_wrong_is_settled(endpoint, fault):
         fresh = storage_at(root)
         assert fresh.path("a").read_bytes() == b"mine" * 1000
         assert not fresh.put_if_absent("a", b"theirs")
+        storage.replace("live", b"1")
+        assert fresh.read("live") == b"1"
         if fault != "cut":
             storage_at(Bucket(root.url, endpoint)).put_if_absent("b", b"theirs")
             assert not storage.put_if_absent("b", b"mine")
@@ -192,6 +196,42 @@ def test_a_store_that_is_away_is_a_storage_error(endpoint):
     storage = storage_at(bucket(away))
     with pytest.raises(StorageError, match="does not answer"):
         storage.replace("a", b"x")
+
+
+def test_a_store_that_is_silent_is_waited_for_once(endpoint, monkeypatch):
+    monkeypatch.setattr("batchgen.storage.remote._SILENCE_S", 0.2)
+    monkeypatch.setattr("batchgen.storage.remote._PATIENCE_S", 0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        storage = storage_at(bucket(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        with pytest.raises(StorageError, match="does not answer"):
+            storage.read("a")
+        silent.accept()[0].close()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+def test_who_logs_in_again_is_seen(endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+    storage = storage_at(bucket())
+    with pytest.raises(StorageError, match="not valid, or not any more; log in again"):
+        storage.put_if_absent("a", b"1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.SECRET)
+    assert storage.put_if_absent("a", b"1")
+
+
+def test_a_folder_that_was_made_by_hand_is_empty(endpoint):
+    root = bucket()
+    s3.client_of(endpoint).put_object(Bucket=root.name, Key=f"{root.prefix}/", Body=b"")
+    storage_at(root).check("_batchgen")
+
+
+def test_a_region_is_that_of_the_environment(endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    regions = [
+        storage_at(bucket(region=region))._store.config["region"] for region in (None, "local")
+    ]
+    assert regions == ["eu-central-1", "local"]
 
 
 def test_a_store_that_ignores_conditions_is_refused(endpoint):

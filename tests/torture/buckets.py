@@ -40,7 +40,7 @@ from tests.torture.support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-ROWS = 120
+ROWS = 80
 KINDLY_CODES = {0, 1, 75}
 """How a run may end that others disturb: complete, fenced, a part of it tidied up, busy."""
 ZOMBIE_SHARE, RACE_SHARE, NIGHT_SHARE = 0.15, 0.15, 0.4
