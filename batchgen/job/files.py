@@ -170,9 +170,13 @@ def _output(job: JobConfig, named: _Named) -> dict[str, Any]:
             changes["path"] = bucket_url(changes["path"])
         except ValueError as error:
             named.problems.append(f"output.path: {error}")
-        if job.run.is_cluster:
-            text = "output.path: workers need a folder that they share, object stores are not"
-            named.problems.append(f"{text} supported with run.replicas yet")
+        for name, asked in (
+            ("run.replicas", job.run.is_cluster),
+            ("output.openai", job.output.openai),
+        ):
+            if asked:
+                text = "is in an object store, which is not supported with"
+                named.problems.append(f"output.path: {text} {name} yet, expected a folder")
     if isinstance(job.output.json_schema, str) and job.output.json_schema.lstrip()[:1] == "{":
         text = "output.schema: looks like JSON text, expected the name of a file, or a TOML table"
         named.problems.append(text)

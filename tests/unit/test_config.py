@@ -386,8 +386,8 @@ MISTAKES = {
     ),
     "output in a bucket for workers": (
         {"output": {"path": "s3://bucket/out"}, "run": {"replicas": 2}},
-        "output.path: workers need a folder that they share, object stores are not supported with "
-        "run.replicas yet",
+        "output.path: is in an object store, which is not supported with run.replicas yet, "
+        "expected a folder",
     ),
     "output at a chained URL": (
         {"output": {"path": "simplecache::memory://out"}},
