@@ -331,14 +331,14 @@ class LocalStorage:
         return [size, facts.st_mtime_ns, facts.st_ino]
 
     def num_bytes(self, name: str) -> int:
-        """Bytes of a file, or of all in a folder; none where this user may not look.
+        """Bytes of a file, or of all in a folder.
 
         Raises:
-            OSError: It has gone meanwhile.
+            OSError: It has gone meanwhile, or this user may not look.
         """
         path = self.path(name)
         if not os.access(path, os.R_OK):
-            return 0
+            raise PermissionError(path)
         files = path.rglob("*") if path.is_dir() else [path]
         return sum(file.lstat().st_size for file in files if not file.is_dir())
 

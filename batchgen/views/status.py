@@ -124,7 +124,7 @@ def _sizes(storage: LocalStorage) -> dict[str, int]:
     for folder in storage.list(STATE):
         name = folder.rpartition("/")[2]
         kind = name if name in {"parts", "runs", "try"} else kinds.get(name, "books")
-        with suppress(OSError):  # Gone meanwhile.
+        with suppress(OSError):  # Gone meanwhile, or private.
             sizes[kind] += storage.num_bytes(folder)
     return dict(sizes)
 
