@@ -7,8 +7,8 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 29_300,
-    "modules": 160,
+    "lines of code": 29_740,
+    "modules": 161,
     "layers": 9,
     "modules of a room": 15,
     "modules of engine, of pipeline": 20,
