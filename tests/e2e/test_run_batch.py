@@ -119,11 +119,19 @@ MEDIA = ("input_audio", "audio_url", "video_url", "image_embeds", "image_pil", "
 KNOBS = (
     *("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs", "documents"),
     *("kv_transfer_params", "guided_json", "guided_regex", "structured_outputs", "tools"),
-    *("logits_processors", "priority", "cache_salt", "extra_body", "prompt_embeds"),
+    *("logits_processors", "priority", "cache_salt", "extra_body", "prompt_embeds", "functions"),
+    *("add_generation_prompt", "continue_final_message", "repetition_detection", "prediction"),
+    *(
+        "web_search_options",
+        "audio",
+        "truncate_prompt_tokens",
+        "allowed_token_ids",
+        "bad_words",
+        "n",
+    ),
 )
 
 
-@pytest.mark.slow
 def test_hostile_bodies_have_nothing_read_called_or_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary.png"
     canary.write_text("canary-7f3a")
@@ -131,7 +139,7 @@ def test_hostile_bodies_have_nothing_read_called_or_run(tmp_path: Path) -> None:
         server.settimeout(0)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         bodies = hostile(canary, address)
-        assert len(bodies) >= 75
+        assert len(bodies) >= 100
         asked = {"method": "POST", "url": "/v1/chat/completions"}
         usual = {"model": str(MODEL), "max_tokens": 8, "temperature": 0}
         lines = [
@@ -151,7 +159,3 @@ def test_hostile_bodies_have_nothing_read_called_or_run(tmp_path: Path) -> None:
     statuses = [line["response"]["status_code"] for line in told if line["response"]]
     assert statuses[-len(good) :] == [200] * len(good)
     assert "canary-7f3a" not in target.read_text()
-    print(
-        {code: statuses.count(code) for code in set(statuses)},
-        [t for t in told if not t["response"]],
-    )
