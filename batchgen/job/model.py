@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from batchgen.core.places import Bucket, Root
-from batchgen.job.run_table import PositiveInt, RunConfig, Table
+from batchgen.job.run_table import PositiveInt, RunConfig, StorageConfig, Table
 from batchgen.job.sampling import ChecksConfig, RetryConfig, SamplingConfig
 from batchgen.job.task import NO_SAMPLING, PoolingConfig, Share, Task, unfit
 
@@ -432,17 +432,6 @@ class OutputConfig(Table):
         if self.flatten and self.json_schema is None:
             raise ValueError("flatten is given without schema")
         return self
-
-
-class StorageConfig(Table):
-    """How an object store is reached. Credentials come from the environment, as for other tools."""
-
-    endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
-    """URL of a store that is not Amazon's. Default: `AWS_ENDPOINT_URL`, else Amazon's."""
-    region: str | None = None
-    """Default: `AWS_REGION`, or the profile's."""
-    profile: str | None = None
-    """Of `~/.aws/config`. Default: `AWS_PROFILE`, or whatever else the machine has."""
 
 
 @dataclass(frozen=True, slots=True)

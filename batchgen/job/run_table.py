@@ -1,4 +1,4 @@
-"""`[run]` of the job file, and what all of its tables are; see `model`."""
+"""`[run]` and `[storage]` of the job file, and what all of its tables are; see `model`."""
 
 from __future__ import annotations
 
@@ -102,3 +102,14 @@ class RunConfig(Table):
     def is_cluster(self) -> bool:
         """Whether replicas are to be placed, even if it is one, on a cluster."""
         return self.replicas != 1 or self.ray_address is not None
+
+
+class StorageConfig(Table):
+    """How an object store is reached. Credentials come from the environment, as for other tools."""
+
+    endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    """URL of a store that is not Amazon's. Default: `AWS_ENDPOINT_URL`, else Amazon's."""
+    region: str | None = None
+    """Default: `AWS_REGION`, or the profile's."""
+    profile: str | None = None
+    """Of `~/.aws/config`. Default: `AWS_PROFILE`, or whatever else the machine has."""
