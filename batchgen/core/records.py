@@ -469,6 +469,8 @@ class RowSet(dict[int, Ranges]):
     To look up another segment gives no rows. Treated as a value: never changed once it is made.
     """
 
+    __slots__ = ()
+
     def __init__(self, rows: Mapping[int, Ranges] | Iterable[tuple[int, Ranges]] = ()) -> None:
         """Take rows by segment; segments without rows are left out."""
         super().__init__((segment, found) for segment, found in dict(rows).items() if found)

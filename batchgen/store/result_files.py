@@ -472,7 +472,8 @@ class ResultFile:
             number: Which one.
             columns: In this order; None: all.
             is_proven: False: page checksums are enough, since the rows are read again before
-                anybody believes them.
+                anybody believes them; and one thread, as some columns of many rows are read, and
+                each thread keeps memory of its own.
 
         Raises:
             StorageError: It cannot be read right now.
@@ -481,7 +482,8 @@ class ResultFile:
             file = self._opened()
             if is_proven and self._chunks and not is_whole(self.path, self._chunks, number):
                 raise pa.ArrowInvalid(OTHER_BYTES)
-            table = file.read_row_group(number, columns=columns and list(columns))
+            names = columns and list(columns)
+            table = file.read_row_group(number, columns=names, use_threads=is_proven)
             if columns is None:
                 return table
             if missing := set(columns) - set(table.column_names):

@@ -13,9 +13,10 @@ more sizes what it would cost at `--fit` rows by a straight line. `--against` na
 another version: it gets the same input and the same edits, step by step, and the last lines say how
 many times as long each step took it, as a median.
 
-Each step is a process of its own, measured from outside: wall time, peak memory of it and its
-children, bytes written (as the kernel counts them). Disk: blocks of the output folder, each file
-once however many names it has. Rows are of equal length, so that some can be edited in place.
+Each step is a process of its own, measured from outside: wall, user and system time, peak memory
+of it and its children, bytes written (as the kernel counts them). Disk: blocks of the output
+folder, each file once however many names it has. Rows are of equal length, so that some can be
+edited in place.
 Prints a JSON line for each step.
 """
 
@@ -161,6 +162,8 @@ class Code(NamedTuple):
         process.returncode = os.waitstatus_to_exitcode(status)
         found = {
             "s": round(time.monotonic() - begun_s, 2),
+            "user_s": round(usage.ru_utime, 2),
+            "system_s": round(usage.ru_stime, 2),
             "peak_mib": usage.ru_maxrss // 1024,
             "disk_mib": round((disk_bytes(self.out) - before) / 2**20, 2),
             "written_mib": round(usage.ru_oublock * 512 / 2**20, 1),
