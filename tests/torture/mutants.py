@@ -331,6 +331,12 @@ MUTANTS = (
         NIGHTS,
     ),
     Mutant(
+        "most files are written again though nothing in them changed",
+        KEEPING,
+        (("kept=tuple(_joined(kept))", "kept=tuple(_joined(kept[:1]))"),),
+        NIGHTS,
+    ),
+    Mutant(
         "a file that an older snapshot shares is removed",
         LEDGER,
         (("for number in names for name in", "for number in names[-1:] for name in"),),
@@ -359,6 +365,18 @@ MUTANTS = (
         "batchgen/store/verify.py",
         (("numbers_of[file.name][:-1]", "()"),),
         (*PYTEST, "tests/e2e/test_sharing.py", "-k", "damage"),
+    ),
+    Mutant(
+        "damage is mended in the newest snapshot only",
+        "batchgen/store/verify.py",
+        (('_remedy(ledger, file, f"{_BRING}, or prune it")', 'f"{_BRING}, or prune it"'),),
+        (*PYTEST, "tests/e2e/test_sharing.py", "-k", "damage"),
+    ),
+    Mutant(
+        "what was rolled up of a part is believed although the part is another by now",
+        "batchgen/store/footers.py",
+        ((" and _mark(storage, told.name) == [*told[4:]]:", ":"),),
+        (*PYTEST, "tests/unit/test_ledger.py", "-k", "rolled_up"),
     ),
     Mutant(
         "keys of a dead worker's rows stay known to dedupe",

@@ -1,7 +1,8 @@
 """Proof 8: random worlds of input files, edited at random night after night, crashed at random.
 
 Every published night must equal a first run over the same input into a new folder. And no answer
-is computed that was durable already: a run computes each text that nobody has answered, once.
+is computed that was durable already: a run computes each text that nobody has answered, once. Nor
+is a published file written again whose input files are as they were, but for one beside a change.
 
 Files, rows and edits are few and alike on purpose: equal texts, equal lines, files that swap names
 and files that come back are what reuse can get wrong.
@@ -21,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from batchgen.storage import LocalStorage
 from batchgen.store import keys, matching, snapshot
-from batchgen.store.books import STATE
+from batchgen.store.books import STATE, Places
+from batchgen.store.ledger import Ledger
 from tests.e2e.support import as_vectors
 from tests.torture.disks import CrashError, CrashingDisk
 from tests.torture.harness import main
@@ -80,6 +83,10 @@ INPUTS = ("where = \"note <> 'n1' or note is null\"", 'columns = ["note", "text"
 RULES = """["note <> 'n2' or note is null"]"""
 
 Files = dict[str, list[str]]
+Input = tuple[str, str]
+"""Path and content hash."""
+_EDGE = ("", "")
+"""Before the first input file, and after the last."""
 
 
 def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
@@ -126,6 +133,8 @@ class World:
         self.mark = ""
         """Of the recipe: a text has other answers by another one."""
         self.is_new_recipe = False
+        self.is_selected = False
+        """Rows or columns were chosen since the last run that came to its end."""
         self.job = Job(folder / "job.toml", 0)
         self.select()
         self.is_unfinished = False
@@ -134,6 +143,7 @@ class World:
 
     def select(self) -> None:
         """Write the job, with a choice of rows and columns; no part of the recipe."""
+        self.is_selected = True
         keys = [key for key in INPUTS if self.chance.random() < 0.2]
         text = "\n".join([*keys, TYPES] if self.is_typed else keys)
         job = JOB.format(
@@ -221,11 +231,15 @@ class World:
         """
         for options in (self.options(), {}, {}):
             shown, durable, was_unfinished = self.shown(), self.durable(), self.is_unfinished
+            is_other = was_unfinished or self.is_selected or any(options.values())
+            tiles = self.tiles()
             told = self.run(self.out, **options)
             if told["text"] == "nothing_to_do":
                 return
             self.check_computed(told["computed"], shown, durable, is_whole=not was_unfinished)
-            self.is_unfinished = self.is_new_recipe = False
+            if not is_other and self.is_typed and matching.MAX_SPANS > 4:
+                self.check_written(*tiles)
+            self.is_unfinished = self.is_new_recipe = self.is_selected = False
             if not was_unfinished and self.chance.random() < 0.7:
                 return
         msg = "three runs over the same input, and there is still something to do"
@@ -268,6 +282,38 @@ class World:
             raise ProofError(msg)
         self.counts["answers computed"] += computed
         self.counts["answers reused"] += len(texts) - computed
+
+    def tiles(self) -> tuple[list[Input], list[tuple[str, int, int]]]:
+        """Input files of the newest snapshot, and for each published file those that it is of."""
+        ledger = Ledger(LocalStorage(self.out))
+        if (manifest := ledger.latest_manifest()) is None:
+            return [], []
+        plan = ledger.plan(manifest.number)
+        places, found = Places(plan), []
+        for file, start in manifest.tiles():
+            if numbers := [at for at, _, _ in places.spans(start, start + file.num_done)]:
+                found.append((file.name, numbers[0], numbers[-1]))
+        return [(one.path, one.digest) for one in plan.segments], found
+
+    def check_written(self, inputs: list[Input], files: list[tuple[str, int, int]]) -> None:
+        """A file is shared if its input files, and those of its neighbors, follow each other still.
+
+        Beside others it may be written together with what changed.
+        """
+        now, after = self.tiles()
+        new, names = [_EDGE, *now, _EDGE], {name for name, _, _ in after}
+        edges = [("", -1, -1), *files, ("", len(inputs), len(inputs))]
+        for (_, first, _), (name, _, _), (_, _, last) in zip(
+            edges, edges[1:], edges[2:], strict=False
+        ):
+            around = [
+                _EDGE if at in {-1, len(inputs)} else inputs[at] for at in range(first, last + 1)
+            ]
+            if any(new[at : at + len(around)] == around for at in range(len(new))):
+                self.counts["files that had to be shared"] += 1
+                if name not in names:
+                    msg = f"{name} was written again, of what did not change: {around}"
+                    raise ProofError(msg)
 
     def shown(self) -> set[str]:
         """Texts whose answers by the recipe are published."""
