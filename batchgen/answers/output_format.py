@@ -225,6 +225,12 @@ SAMPLE = pa.struct(
 """What a row's `samples` say of each."""
 
 
+CHOICE = pa.struct(
+    [("text", pa.string()), ("finish_reason", pa.string()), ("logprobs", pa.list_(_TOKEN))]
+)
+"""An answer of several, or one with log probabilities, to a line of OpenAI's batch files."""
+
+
 class Column(NamedTuple):
     """One column of the answer."""
 
@@ -295,6 +301,7 @@ def answer_columns(job: JobConfig, output: OutputFormat) -> AnswerColumns:
         columns.append(each("tool_calls", pa.list_(_CALL), lambda s, _: _calls(s)))
     if has_logprobs and not output.enums:
         columns.append(each("logprobs", pa.list_(_TOKEN), lambda s, _: _logprobs(s)))
+    columns += [Column(pa.field("choices", pa.list_(CHOICE)), _choices)] * job.asks_by_line
     columns += [each("samples", SAMPLE, _told)] * job.tells_samples
     one = job.changed(sampling={"n": 1})
     of_one = answer_columns(one, output) if job.tells_samples else None
@@ -312,6 +319,16 @@ def _told(sample: Sample, reading: Reading) -> dict[str, Any]:
         "cumulative_logprob": total,
         "error": reading.error and reading.error.error,
     }
+
+
+def _choices(samples: Samples, _: Readings) -> list[dict[str, Any]] | None:
+    """As `CHOICE` has it; null where `text` says all."""
+    if len(samples) == 1 and samples[0].logprobs is None:
+        return None
+    return [
+        {"text": one.text, "finish_reason": one.finish_reason, "logprobs": _logprobs(one)}
+        for one in samples
+    ]
 
 
 def _label_paths(job: JobConfig, output: OutputFormat) -> list[tuple[str, ...]]:

@@ -65,6 +65,15 @@ class RowSampling(SamplingFields):
     """Instead of the row's own that is derived from the job's."""
 
 
+class LineSampling(RowSampling):
+    """What a line of OpenAI's batch files may ask."""
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Answers."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """So many likeliest tokens at each place."""
+
+
 class SamplingConfig(SamplingFields):
     """vLLM's SamplingParams, by its names.
 

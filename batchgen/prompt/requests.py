@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from batchgen.core.data import check_levels, holder_of, parse_json, value_at
 from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Prompt, Request, Result, RowBatch, RowError, is_continued
-from batchgen.job.sampling import RowSampling
+from batchgen.job.sampling import LineSampling, RowSampling
 from batchgen.prompt.builder import shortened
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class RowOptions:
     def __init__(self, job: JobConfig) -> None:
         self._by_line = job.asks_by_line  # Then with columns as `source.openai` names them.
         self._sampling = job.sampling.column
+        self._fields = LineSampling if self._by_line else RowSampling
         self._schema = "schema" if self._by_line else job.output.schema_column
         self._lora = "model" if self._by_line else job.model.lora_column
         name = job.model.name
@@ -82,7 +83,7 @@ class RowOptions:
             return NOTHING
         params: dict[str, Any] = {}
         if self._sampling is not None:
-            found = _sampling_of(self._sampling, value_at(values, self._sampling))
+            found = _sampling_of(self._sampling, value_at(values, self._sampling), self._fields)
             if isinstance(found, RowError):
                 return found
             params |= found
@@ -103,7 +104,7 @@ class RowOptions:
         return Own(params or None, lora)
 
 
-def _sampling_of(column: str, value: object) -> dict[str, Any] | RowError:
+def _sampling_of(column: str, value: object, kind: type[RowSampling]) -> dict[str, Any] | RowError:
     fields = _object(value)
     if fields is None:
         text = f"column {column!r} holds no object, expected such as {{'max_tokens': 64}}"
@@ -111,7 +112,7 @@ def _sampling_of(column: str, value: object) -> dict[str, Any] | RowError:
     try:
         check_levels(fields)
         # null means absent here, however it came.
-        return RowSampling.model_validate(_without_nulls(fields)).model_dump(exclude_none=True)
+        return kind.model_validate(_without_nulls(fields)).model_dump(exclude_none=True)
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         key = ".".join(map(str, found["loc"]))

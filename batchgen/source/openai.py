@@ -42,7 +42,7 @@ _LINE = ("body", "custom_id", "method", "url")
 _SAMPLING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop", "seed"}
     | {"presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids"}
-    | {"ignore_eos", "skip_special_tokens", "include_stop_str_in_output"}
+    | {"n", "logprobs", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output"}
 )
 """Fields of a body that are vLLM's SamplingParams, by the same names."""
 _WITHOUT_EFFECT = frozenset(
@@ -51,11 +51,8 @@ _WITHOUT_EFFECT = frozenset(
 """Fields that say nothing of the answer."""
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -168,6 +165,13 @@ def _chat(body: Mapping[str, Any]) -> Mapping[str, Any]:
     most = rest.pop("max_completion_tokens", None)
     if most is not None:
         rest["max_tokens"] = most
+    num, is_asked = rest.pop("top_logprobs", None), rest.pop("logprobs", None)
+    if is_asked not in (None, False, True):
+        raise _missing("logprobs", "true or false", is_asked)
+    if is_asked:
+        rest["logprobs"] = num or 0
+    elif num:
+        raise _RefusedError("invalid_value", "top_logprobs is given without logprobs")
     return {MESSAGES: messages, SAMPLING: _sampling(rest), SCHEMA: schema}
 
 

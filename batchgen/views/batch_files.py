@@ -40,7 +40,7 @@ _OURS = frozenset({"engine_crash", "engine_error", "endpoint_failed", "bad_reque
 """Errors that are no fault of the request."""
 _COLUMNS = (
     *("status", "text", "embedding", "score", "finish_reason", "error_type", "error"),
-    *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning"),
+    *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning", "choices"),
 )
 
 
@@ -181,14 +181,11 @@ def _body(
             data = [{"object": kind, "index": 0, kind: found}]
             return {"object": "list", "data": data, "model": row["model"], "usage": usage}
     is_chat = row["url"].endswith("/chat/completions")
-    choice: dict[str, Any] = {"index": 0, "finish_reason": told["finish_reason"], "logprobs": None}
-    if is_chat:
-        message = {"role": "assistant", "content": told["text"], "refusal": None}
-        if told.get("reasoning") is not None:
-            message["reasoning"] = told["reasoning"]
-        choice["message"] = message
-    else:
-        choice["text"] = told["text"]
+    make = _chat_choice if is_chat else _text_choice
+    choices = [
+        {"index": at, "finish_reason": one["finish_reason"], **make(one)}
+        for at, one in enumerate(told.get("choices") or [told])
+    ]
     usage["completion_tokens"] = num_out
     usage["prompt_tokens_details"] = {"cached_tokens": told["num_cached_tokens"] or 0}
     return {
@@ -196,6 +193,39 @@ def _body(
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": row["model"],
-        "choices": [choice],
+        "choices": choices,
         "usage": usage,
     }
+
+
+def _chat_choice(one: Mapping[str, Any]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": one["text"], "refusal": None}
+    if one.get("reasoning") is not None:
+        message["reasoning"] = one["reasoning"]
+    if (tokens := one.get("logprobs")) is None:
+        return {"message": message, "logprobs": None}
+    content = [
+        {**_token(token), "top_logprobs": [_token(other) for other in token["top"]]}
+        for token in tokens
+    ]
+    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+
+
+def _token(one: Mapping[str, Any]) -> dict[str, Any]:
+    token = one["token"] or ""
+    return {"token": token, "logprob": one["logprob"], "bytes": list(token.encode())}
+
+
+def _text_choice(one: Mapping[str, Any]) -> dict[str, Any]:
+    if (tokens := one.get("logprobs")) is None:
+        return {"text": one["text"], "logprobs": None}
+    texts = [token["token"] or "" for token in tokens]
+    told = {
+        "tokens": texts,
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": [
+            {other["token"] or "": other["logprob"] for other in token["top"]} for token in tokens
+        ],
+        "text_offset": [len("".join(texts[:at])) for at in range(len(texts))],
+    }
+    return {"text": one["text"], "logprobs": told}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletion
 
 from tests.e2e.support import command, run_cli, wait_until
 
@@ -68,6 +69,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 def test_answers_are_those_of_vllms_own(tmp_path: Path) -> None:
     # vLLM's takes no completions (entrypoints/openai/run_batch.py, 0.32).
     chats = [line for line in requests(60, str(MODEL)) if "messages" in line["body"]]
+    for chat in chats[::3]:
+        chat["body"] |= {"logprobs": True, "top_logprobs": 2}
     source = write(tmp_path / "in.jsonl", chats)
     flags = ["--model", MODEL, "--dtype", "float32", "--max-num-seqs", "16", "--enforce-eager"]
     ours = tmp_path / "ours.jsonl"
@@ -86,6 +89,15 @@ def test_answers_are_those_of_vllms_own(tmp_path: Path) -> None:
         mine, its = own["choices"][0], other["choices"][0]
         assert mine["message"]["content"] == its["message"]["content"]
         assert mine["finish_reason"] == its["finish_reason"]
+        assert (mine["logprobs"] is None) is (its["logprobs"] is None)
+        if mine["logprobs"] is not None:
+            pairs = zip(mine["logprobs"]["content"], its["logprobs"]["content"], strict=True)
+            for own_token, other_token in pairs:
+                assert abs(own_token["logprob"] - other_token["logprob"]) < 1e-3
+                # Below 1e-5 a token was no real alternative, and is left out.
+                likely = [one for one in other_token["top_logprobs"] if one["logprob"] > -11.5]
+                assert len(own_token["top_logprobs"]) == len(likely)
+            ChatCompletion.model_validate(own)
 
 
 def hostile(canary: Path, address: str) -> list[dict[str, Any]]:

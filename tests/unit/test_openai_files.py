@@ -94,6 +94,25 @@ def test_scores_are_those_of_vllms_server(tmp_path: Path) -> None:
     assert [one["custom_id"] for one in errors] == ["c"]
 
 
+def test_a_line_may_ask_for_several_answers(tmp_path: Path) -> None:
+    lines = [
+        line("chat", body={"n": 3, "temperature": 1}),
+        line("text", COMPLETION, body={"n": 2, "temperature": 1, "max_tokens": 3}),
+        line("one", body={"n": 1}),
+        line("none", body={"n": 0}),
+        line("odd", body={"top_logprobs": 2}),
+    ]
+    answers, errors = answered(tmp_path, lines)
+    bodies = [one["response"]["body"] for one in answers]
+    chat, text = ChatCompletion.model_validate(bodies[0]), Completion.model_validate(bodies[1])
+    assert chat.choices[0].message.content == "hello"
+    assert [one.index for one in chat.choices] == [0, 1, 2]
+    assert [one.finish_reason for one in text.choices] == ["length", "length"]
+    assert len(bodies[2]["choices"]) == 1
+    codes = [one["response"]["body"]["error"]["code"] for one in errors]
+    assert codes == ["invalid_value", "invalid_value"]
+
+
 REFUSED = {
     "invalid_json_line": "not json",
     "missing_required_parameter": line(None),
@@ -135,7 +154,7 @@ def test_what_is_not_taken_is_that_lines_error(tmp_path: Path) -> None:
 
 LOADS = (
     *("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs", "documents"),
-    *("guided_json", "add_generation_prompt", "cache_salt", "kv_transfer_params", "tools", "n"),
+    *("guided_json", "add_generation_prompt", "cache_salt", "kv_transfer_params", "tools"),
 )
 
 
