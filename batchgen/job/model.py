@@ -19,7 +19,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from batchgen.core.places import Bucket, Root
 from batchgen.job.run_table import PositiveInt, RunConfig, StorageConfig, Table
 from batchgen.job.sampling import ChecksConfig, RetryConfig, SamplingConfig
-from batchgen.job.task import NO_SAMPLING, PoolingConfig, Share, Task, unfit
+from batchgen.job.task import NO_SAMPLING, PoolingConfig, Share, Task, by_line, unfit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -445,24 +445,6 @@ class Tuned:
     """Why it is not used, or what of it is not."""
 
 
-OF_OPENAI: Mapping[str, Mapping[str, Any]] = {
-    "input": {"columns": ["custom_id", "url", "model"]},
-    "prompt": {"messages": "messages"},
-    "sampling": {"column": "sampling", "max_tokens": 2**31 - 1},
-    "checks": {"allow_truncated": True},
-    "gate": {"max_error_rate": 1.0},
-}
-"""What holds for a job whose input is OpenAI's: its lines have the columns of `source.openai`, an
-answer may be cut off and ends at the model's context, and wrong lines are no trouble of the job."""
-
-
-_OF_POOLING: Mapping[str, Mapping[str, Any]] = {
-    "embed": {"text": "text"},
-    "score": {"query": "{{ query }}", "passage": "{{ passage }}"},
-}
-"""`[prompt]` of such a job with another task."""
-
-
 class JobConfig(Table):
     """A whole job file."""
 
@@ -497,17 +479,7 @@ class JobConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _asks_by_line(cls, tables: Any) -> Any:  # noqa: ANN401 - before it is checked
-        source = tables.get("input") if isinstance(tables, dict) else None
-        if not isinstance(source, dict) or source.get("format") != "openai":
-            return tables
-        task = tables.get("task", "generate")
-        usual = OF_OPENAI
-        if task in _OF_POOLING:
-            usual = {"input": usual["input"], "gate": usual["gate"], "prompt": _OF_POOLING[task]}
-        own = {name: tables.get(name, {}) for name in usual}
-        if not all(isinstance(table, dict) for table in own.values()):
-            return tables
-        return {**tables, **{name: {**usual[name], **own[name]} for name in own}}
+        return by_line(tables)
 
     @model_validator(mode="after")
     def _fits_task(self) -> Self:

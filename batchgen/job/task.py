@@ -103,3 +103,35 @@ def unfit(task: str, prompt: str, pooling: PoolingConfig, output: Mapping[str, A
         key = given[0].removeprefix("json_") if given[0] == "json_schema" else given[0]
         return f"output.{key} is for answers that are generated, not for {task!r}"
     return None
+
+
+_OF_OPENAI: Mapping[str, Mapping[str, Any]] = {
+    "input": {"columns": ["custom_id", "url", "model"]},
+    "prompt": {"messages": "messages"},
+    "sampling": {"column": "sampling", "max_tokens": 2**31 - 1},
+    "checks": {"allow_truncated": True},
+    "gate": {"max_error_rate": 1.0},
+}
+"""What holds for a job whose input is OpenAI's: its lines have the columns of `source.openai`, an
+answer may be cut off and ends at the model's context, and wrong lines are no trouble of the job."""
+
+
+_OF_POOLING: Mapping[str, Mapping[str, Any]] = {
+    "embed": {"text": "text"},
+    "score": {"query": "{{ query }}", "passage": "{{ passage }}"},
+}
+"""`[prompt]` of such a job with another task."""
+
+
+def by_line(tables: Any) -> Any:  # noqa: ANN401 - before it is checked
+    """Return a job's tables with what holds by itself where the input is OpenAI's."""
+    source = tables.get("input") if isinstance(tables, dict) else None
+    if not isinstance(source, dict) or source.get("format") != "openai":
+        return tables
+    task, usual = tables.get("task", "generate"), _OF_OPENAI
+    if task in _OF_POOLING:
+        usual = {"input": usual["input"], "gate": usual["gate"], "prompt": _OF_POOLING[task]}
+    own = {name: tables.get(name, {}) for name in usual}
+    if not all(isinstance(table, dict) for table in own.values()):
+        return tables
+    return {**tables, **{name: {**usual[name], **own[name]} for name in own}}
