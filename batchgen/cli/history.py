@@ -71,6 +71,8 @@ def prune(
     if as_json:
         out(as_line({"output": str(root), "dry_run": dry_run, **asdict(found)}))
         return
+    if found.removed:
+        out("would remove:" if dry_run else "removed:")
     for line in found.removed:
         out(_snapshot_line(line))
     verb, num_runs = "would go" if dry_run else "removed", len(found.runs)

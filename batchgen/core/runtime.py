@@ -24,6 +24,7 @@ import shlex
 import signal
 import stat
 import sys
+import tomllib
 import unicodedata
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -136,12 +137,13 @@ def command(verb: str, *options: str) -> str:
     caller = _CALLER.get()
     if caller.python_job is not None and verb in _FUNCTIONS:
         left = iter(options)
-        others, sets = list[str](), list(caller.overrides)
+        others, texts = list[str](), list(caller.overrides)
         for word in left:
             if word == "--set":
-                sets.append(next(left))
+                texts.append(next(left))
             else:
                 others.append(word)
+        sets = {key: toml_value(text) for key, _, text in (one.partition("=") for one in texts)}
         given = {"overrides": sets, "run_date": caller.run_date}
         told = [f"{name}={value!r}" for name, value in given.items() if value]
         arguments = [caller.python_job, *told, *_keywords(others)]
@@ -153,6 +155,15 @@ def command(verb: str, *options: str) -> str:
         words += [word for text in caller.overrides for word in ("--set", text)]
         words += ["--date", caller.run_date] if caller.run_date else []
     return " ".join(map(_quoted, ["batchgen", verb, *words, *options]))
+
+
+def toml_value(text: str) -> Any:  # noqa: ANN401 - any TOML value, checked by the models
+    """Read a value as `--set` takes it: TOML's, else a text; dates are texts."""
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        return json.loads(json.dumps(value, default=str))
+    except (ValueError, RecursionError):
+        return text.strip()
 
 
 def job_name() -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.runtime import option, read_text
+from batchgen.core.runtime import option, read_text, toml_value
 from batchgen.job.files import unusable, with_files
 from batchgen.job.model import JobConfig, today
 
@@ -50,6 +50,7 @@ _MEANT = {
     **dict.fromkeys(("output.dir", "output.folder"), "path"),
     "model.model": "name",
     "prompt.prompt": "user",
+    "sampling.prompt_logprobs": 'task = "loglikelihood"',
     "sampling.temp": "temperature",
 }
 """Keys that others call so -> what they are here."""
@@ -177,16 +178,8 @@ def _apply(tables: dict[str, Any], override: str) -> str | None:
             return (
                 f"{option('--set')} {redacted(override)}: {parent!r} is a value, expected a table"
             )
-    at[last] = _toml_value(text.strip())
+    at[last] = toml_value(text)
     return None
-
-
-def _toml_value(text: str) -> Any:  # noqa: ANN401 - any TOML value, checked by the models
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-        return json.loads(json.dumps(value, default=str))
-    except (ValueError, RecursionError):
-        return text
 
 
 def _problem(detail: ErrorDetails) -> str:
@@ -252,6 +245,8 @@ def _did_you_mean(location: Sequence[str]) -> str:
         return f", did you mean {near!r}?"
     if list(parents) == ["model"]:
         return "; vLLM's other options go in [model.engine]"
+    if list(parents) == ["sampling"]:
+        return "; vLLM's other sampling parameters go in [sampling.extra]"
     return f", expected one of: {', '.join(_fields(table))}"
 
 

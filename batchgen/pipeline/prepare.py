@@ -244,6 +244,8 @@ class Checked:
         for name in sorted(prepared.late):
             near = nearest(name, available)
             more = f", did you mean {near!r}?" if near else ";"
+            if f'"{name}"' in (job.input.where or ""):
+                more = f"; a text is written '{name}';"
             text = f"the first rows have no column {name!r}{more} a run or plan looks at all rows"
             told.append(f"input: {text}")
         return replace(prepared, notes=[*prepared.notes, *found.notes, *told])

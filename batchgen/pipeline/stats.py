@@ -446,11 +446,12 @@ class Progress:
             if num_done >= self._num_rows:
                 left = []
             # Tokens tell least to who has little room.
-            shown = [] if starting else [*left, figures[0], *figures[:0:-1]]
+            shown = [] if starting else [*left, *figures[:1], *figures[:0:-1]]
             self._draw(num_done, starting or "rows", [*shown, f"after {duration(elapsed_s)}"])
         elif self._last_line_s is None or elapsed_s - self._last_line_s >= _PLAIN_EVERY_S:
             self._last_line_s = elapsed_s
-            self.note(f"{num_done:,}/{self._num_rows:,} rows, {', '.join([*figures, *left])}")
+            rows = f"{num_done:,}/{self._num_rows:,} rows"
+            self.note(", ".join([rows, *figures, *left]))
 
     def _draw(self, num_done: int, what: str, figures: Sequence[str]) -> None:
         """Draw the bar, with as many of the figures as are whole beside it; the first matter most.
@@ -493,6 +494,8 @@ def figures_of(sample: Mapping[str, Any]) -> list[str]:
         f"{sample['prompt_tokens_per_s']:,.0f} tok/s in, {sample['output_tokens_per_s']:,.0f} out",
         f"{num_inside(sample):,} in flight",
     ]
+    if not sample["requests_per_s"] and not sample["num_in_flight"]:
+        figures = []  # Nothing is asked of the engine, or all came back at once: no speed yet.
     if "num_replicas" in sample:
         figures.append(f"{sample['num_replicas_up']}/{sample['num_replicas']} replicas")
     if sample["kv_cache_usage"] is not None:

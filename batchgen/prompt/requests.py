@@ -116,7 +116,9 @@ def _sampling_of(column: str, value: object, kind: type[RowSampling]) -> dict[st
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         key = ".".join(map(str, found["loc"]))
-        return RowError("bad_sampling", shortened(f"column {column!r}: {key}: {found['msg']}"))
+        is_unknown = found["type"] == "extra_forbidden"
+        what = "unknown key, expected one of [sampling]" if is_unknown else found["msg"]
+        return RowError("bad_sampling", shortened(f"column {column!r}: {key}: {what}"))
     except ValueError as error:
         return RowError("bad_sampling", shortened(f"column {column!r}: {error}"))
 

@@ -385,8 +385,8 @@ class _Texts:
         try:
             return line.decode() + "\n"
         except UnicodeDecodeError:
-            why = f"{why_not_utf8(line, self._encoding)} of the line"
-            self.troubles.append(RowError("invalid_utf8", why))
+            why = why_not_utf8(line, self._encoding)
+            self.troubles.append(RowError("invalid_utf8", str(why)))
             return line.decode(errors="replace") + "\n"
 
 

@@ -249,7 +249,8 @@ def _named(folder: str, part: str, found: Found, *, only_folders: bool) -> list[
         paths = [path for path in paths if Path(path).is_dir()]
     hidden = [path for path in paths if _is_hidden(path.rpartition("/")[2], part)]
     for path in hidden:
-        found.leave_out(path, _HIDDEN)
+        if not path.endswith("/_batchgen"):  # An earlier job's output: what else would it be?
+            found.leave_out(path, _HIDDEN)
     return [path for path in paths if path not in set(hidden)]
 
 

@@ -26,7 +26,11 @@ def is_table(value: object) -> bool:
 def _as_arrow(value: Any) -> pa.Table:  # noqa: ANN401 - see `is_table`
     """Read a table into Arrow's; polars' with strings as Parquet has them, not as views."""
     if not hasattr(value, "collect_schema"):
-        return pa.table(value)  # With pandas' index, unless that only counts.
+        table = pa.table(value)  # With pandas' index, unless that only counts.
+        has_unnamed = any(name.startswith("__index_level_") for name in table.column_names)
+        # As pandas itself names it: `index`, or `level_0`, `level_1`.
+        is_pandas = has_unnamed and hasattr(value, "reset_index")
+        return pa.table(value.reset_index()) if is_pandas else table
     return value.lazy().collect().to_arrow(compat_level=pl.CompatLevel.oldest())
 
 

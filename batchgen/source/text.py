@@ -170,7 +170,9 @@ def why_not_utf8(line: bytes, encoding: str | None) -> str | None:
     try:
         line.decode()
     except UnicodeDecodeError as bad:
-        return f"not {encoding}" if encoding else f"not UTF-8, byte {bad.start + 1}"
+        if encoding:
+            return f"not {encoding}"
+        return f"not UTF-8, byte {bad.start + 1} of the line; see input.encoding"
     return None
 
 

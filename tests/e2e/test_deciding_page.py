@@ -7,15 +7,12 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 import batchgen
 from tests.e2e.support import run_cli, write_job
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "deciding.md"
 
 
-@pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     labels = ["BILL", "bill", "HELP", "help"]
@@ -25,6 +22,8 @@ def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch) -> None:
     ]
     rows[7]["body"] = "neither"
     Path("in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    gold = [f"{row['id']},{row['gold_label']}" for row in rows]
+    Path("gold.csv").write_text("\n".join(["id,right_label", *gold]))
     job = write_job(
         tmp_path,
         "in.jsonl",

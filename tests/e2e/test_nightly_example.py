@@ -138,6 +138,12 @@ def test_the_job_is_run_with_a_gate_a_hook_and_metrics():
     assert job.run.metrics_file == str(ROOT / "jobs" / "out" / "nightly.prom")
 
 
+def test_a_night_that_fails_starts_a_unit_that_is_there():
+    name, _, instance = unit()["OnFailure"].partition("@")
+    assert instance == "%n.service"
+    assert "systemctl status" in unit(f"{name}@.service")["ExecStart"]
+
+
 def test_the_units_command_labels_the_folder(installed):
     service = unit()
     command = [installed.here(word) for word in argv(service["ExecStart"])]

@@ -99,6 +99,7 @@ def test_how_pruning_is_asked_and_what_it_tells(job: Path) -> None:
     assert len(told["runs"]) == 1
     assert told["freed_bytes"] > told["removed"][0]["size_bytes"]
     done = run_cli("prune", job, "--keep", "2")
+    assert done.stdout.startswith("removed:\n     1  ")
     assert "1 of 3 snapshots and 1 run folder removed, " in done.stdout
     names = shown(job.parent / "out")
     assert len(names) == 3

@@ -78,6 +78,22 @@ def test_a_table_of_another_kind_with_the_same_rows_is_no_news(tmp_path: Path) -
         assert summary.run.get("num_ok", 0) == (12 if make is pl.DataFrame else 0)
 
 
+def test_an_index_of_pandas_is_a_column_by_the_name_that_pandas_gives_it(tmp_path: Path) -> None:
+    frame = pandas_frame(ROWS)
+    for indexed, named in (
+        (frame, []),
+        (frame[frame["id"] != 3], ["index"]),
+        (frame.set_index(frame["text"].rename("key")), ["key"]),
+        (
+            frame.set_index([frame["text"].rename(None), frame["text"].rename(None)]),
+            ["level_0", "level_1"],
+        ),
+    ):
+        batchgen.check(tables(tmp_path, indexed))
+        found = pl.read_parquet(tmp_path / "out.input.parquet").columns
+        assert sorted(found) == sorted(["id", "text", *named])
+
+
 def test_a_table_takes_the_place_of_a_files_input(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     job = tables(tmp_path, "absent.jsonl")

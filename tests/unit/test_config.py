@@ -211,6 +211,14 @@ MISTAKES = {
         {"prompt": {"temperature": 0.5}},
         "prompt.temperature: unknown key, did you mean 'sampling.temperature'?",
     ),
+    "a sampling parameter of vLLM's without a key": (
+        {"sampling": {"logit_bias": {"42": -5.0}}},
+        "sampling.logit_bias: unknown key; vLLM's other sampling parameters go in [sampling.extra]",
+    ),
+    "log probabilities of the prompt": (
+        {"sampling": {"prompt_logprobs": 1}},
+        "sampling.prompt_logprobs: unknown key, did you mean 'task = \"loglikelihood\"'?",
+    ),
     "unknown table": ({"inputs": {"path": "x"}}, "inputs: unknown key, did you mean 'input'?"),
     "a key at the top": ({"limit": 5}, "limit: unknown key, did you mean 'input.limit'?"),
     "a vLLM option in [model]": (

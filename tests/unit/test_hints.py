@@ -160,7 +160,7 @@ def test_python_gets_its_own_words() -> None:
     )
     with called(in_python):
         assert command("run", "--retry-errors") == (
-            "batchgen.run('a b.toml', overrides=['output.path=x'], run_date='2026-01-31', "
+            "batchgen.run('a b.toml', overrides={'output.path': 'x'}, run_date='2026-01-31', "
             "retry_errors=True)"
         )
         assert option("--accept-recipe", "--only-errors") == "accept_recipe=True, only_errors=True"
@@ -169,7 +169,7 @@ def test_python_gets_its_own_words() -> None:
             "batchgen verify 'a b.toml' --set output.path=x --date 2026-01-31"
         )
         assert command("try", "--set", "output.path=y", "-n", "20") == (
-            "batchgen.try_out('a b.toml', overrides=['output.path=x', 'output.path=y'], "
+            "batchgen.try_out('a b.toml', overrides={'output.path': 'y'}, "
             "run_date='2026-01-31', num_rows=20)"
         )
         assert option("--rate", "250rows/s") == "rate='250rows/s'"

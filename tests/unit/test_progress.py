@@ -175,6 +175,17 @@ def test_a_sample_of_run_stats_can_be_shown():
     ]
 
 
+def test_no_speed_is_told_where_nothing_is_asked_of_an_engine():
+    plain, terminal = io.StringIO(), Terminal()
+    idle = sample(1.0, requests_per_s=0.0, num_in_flight=0, num_errors=0)
+    for stream in (plain, terminal):
+        with Progress(2, 0, stream=stream) as progress:
+            progress.update({**idle, "kv_cache_usage": None, "gpu_busy": None}, 2, None)
+    assert lines(plain) == ["batchgen: 2/2 rows"]
+    assert "2/2" in terminal.getvalue()
+    assert "/s" not in terminal.getvalue()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

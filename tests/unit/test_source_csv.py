@@ -80,8 +80,8 @@ def test_days_and_times_are_iso_8601_or_the_row_is_an_error(tmp_path, word, text
         (b"1", "bad_csv", "bad CSV: expected 2 fields, found 1"),
         (b"1,2,3", "bad_csv", "bad CSV: expected 2 fields, found 3"),
         (b'"1"x,2', "bad_csv", "bad CSV: ',' expected after '\"'"),
-        (b"1,\xff", "invalid_utf8", "not UTF-8, byte 3 of the line"),
-        (b'1,"\xff\n"', "invalid_utf8", "not UTF-8, byte 4 of the line"),
+        (b"1,\xff", "invalid_utf8", "not UTF-8, byte 3 of the line; see input.encoding"),
+        (b'1,"\xff\n"', "invalid_utf8", "not UTF-8, byte 4 of the line; see input.encoding"),
     ],
 )
 def test_a_bad_record_costs_its_row_and_no_other(tmp_path, record, error_type, text):
@@ -425,7 +425,10 @@ def test_files_with_other_columns_are_refused(tmp_path):
     [
         (b"a,b,a\n", r"the header repeats \['a'\], expected every name once"),
         (b"\na,b\n", "begins with a blank line, expected a header"),
-        (b"a,\xff\n", "the header cannot be read: not UTF-8, byte 3 of the line"),
+        (
+            b"a,\xff\n",
+            "the header cannot be read: not UTF-8, byte 3 of the line; see input.encoding",
+        ),
         (b'"a"b,c\n', "the header cannot be read: bad CSV"),
     ],
 )

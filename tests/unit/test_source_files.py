@@ -160,6 +160,11 @@ LEFT_OUT = [
 ]
 
 
+def test_the_state_of_a_jobs_output_is_left_out_without_a_word(tmp_path):
+    touch(tmp_path, "out/part-00000.parquet", "out/_batchgen/x.parquet")
+    assert (names(tmp_path, "out"), notes(tmp_path, "out")) == (["out/part-00000.parquet"], [])
+
+
 @pytest.mark.parametrize("path", ["in", "in/*", "i[n]/*"])
 def test_a_folder_and_a_pattern_name_the_same_files_and_leave_out_the_same(folder, path):
     assert names(folder, path) == ["in/a.jsonl", "in/l1.jsonl"]

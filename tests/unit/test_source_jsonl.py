@@ -35,7 +35,11 @@ def read(path: str, num_rows: int, *, where=None, needed=(), **words):
     [
         (b"{", "bad_json", "invalid JSON: unexpected end of data, column 2"),
         (b'{"id": "secret" x}', "bad_json", None),
-        (b'{"id": "\xff secret"}', "bad_json", "invalid JSON: not UTF-8, byte 9"),
+        (
+            b'{"id": "\xff secret"}',
+            "bad_json",
+            "invalid JSON: not UTF-8, byte 9 of the line; see input.encoding",
+        ),
         (b'{"id": "\x00"}', "bad_json", None),
         (b'{"id": "\x1f"}', "bad_json", None),
         (b'{"id": "\\ud800"}', "bad_json", None),
