@@ -503,6 +503,14 @@ class JobConfig(Table):
         return self
 
     @model_validator(mode="after")
+    def _lists_labels(self) -> Self:
+        is_here = not self.model.is_auto and self.model.backend != "openai"
+        if self.sampling.logprobs == "labels" and not (self.output.choice and is_here):
+            msg = "sampling.logprobs = 'labels' goes with output.choice, and not with servers"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _has_samples(self) -> Self:
         least, num = self.checks.min_ok_samples, self.sampling.n
         if least > num:

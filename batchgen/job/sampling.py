@@ -84,8 +84,10 @@ class SamplingConfig(SamplingFields):
     """Longest answer, in tokens. No default: it bounds the time that a row can take."""
     n: Annotated[int, Field(ge=1, le=1024)] = 1
     """Answers a row: columns become lists; with `output.choice` they vote."""
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    """So many likeliest tokens at each place; with choices or enums, a probability for each."""
+    logprobs: Annotated[int, Field(ge=0)] | Literal["labels"] | None = None
+    """So many likeliest tokens at each place; with choices or enums, a probability for each.
+    labels: with `output.choice`, of all tokens that a label can begin with instead, so that every
+    label has its exact probability, however unlikely it is."""
     column: str | None = None
     """Column with a row's own values for keys of this table: an object, or JSON text."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0

@@ -389,7 +389,8 @@ def check(job: JobConfig) -> Checked:
         builder = PromptBuilder(job.prompt, facts.prefix, may_be_empty=True)
         form, answer = number_columns(job, facts)
     elif job.model.is_vllm:
-        refuse_sampling(job.sampling.extra)
+        lists_labels = job.sampling.logprobs == "labels"
+        refuse_sampling([*job.sampling.extra, *["logprob_token_ids"] * lists_labels])
         refuse_model(engine_spec(job, model.path), builder.probe())
     recipe = recipes.make_recipe(job, model.identity, loras)
     return Checked(job, model, recipe, builder, form, answer)

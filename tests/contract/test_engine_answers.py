@@ -2,12 +2,14 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 from contextlib import closing, suppress
@@ -19,6 +21,7 @@ import PIL.Image
 import pytest
 from safetensors.numpy import save_file
 
+from batchgen.answers.probabilities import label_probabilities
 from batchgen.core.errors import ConfigError, EngineError
 from batchgen.engine.base import HostedRequest
 from batchgen.engine.process import EngineProcess
@@ -167,6 +170,22 @@ def test_log_probabilities_are_those_after_the_grammar(engine):
         assert "".join(one.token for one in sample.logprobs[:-1]) == sample.text
         assert last.token is None
         assert last.logprob == pytest.approx(0, abs=1e-3)
+
+
+def test_every_label_has_its_exact_probability(tmp_path):
+    # More than vLLM's 20, so that the likeliest tokens could not be all.
+    labels = [*"bcdefghijklmnpqrstuvwxyz", "a question of money", "other"]
+    spec = make_spec("vllm", tmp_path / "log", **one_of(labels, max_tokens=48, logprobs="labels"))
+    with closing(EngineProcess(spec)) as engine:
+        wait_until_up(engine)
+        for one in run(engine, [request(chat(text)) for text in TEXTS[:6]]):
+            tokens, span = one.samples[0].logprobs, (0, len(one.text))
+            found = label_probabilities(one.text, tokens, span, labels, closing="")
+            # Each is a lower bound, so that nothing is missing where they sum to 1.
+            assert sum(found) == pytest.approx(1, abs=1e-3)
+    pairs = ["".join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
+    many = replace(spec, sampling_params={**spec.sampling_params, **one_of(pairs)})
+    assert re.match(r"sampling.logprobs: .* begin with \d{3} tokens", refused(many))
 
 
 def test_log_probabilities_without_a_grammar(engine):

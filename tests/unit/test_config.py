@@ -47,6 +47,15 @@ def problems(tmp_path, tables, *overrides):
     return list(caught.value.problems)
 
 
+def test_labels_are_listed_where_there_is_a_choice_and_an_engine_here(make_job):
+    labels, choice = {"logprobs": "labels"}, {"choice": ["a", "b"]}
+    assert make_job(output=choice, sampling=labels).sampling.logprobs == "labels"
+    server = {"backend": "openai", "name": "m", "base_url": "http://gpu1:8000/v1"}
+    for wrong in ({}, {"output": choice, "model": server}):
+        with pytest.raises(ConfigError, match=r"sampling\.logprobs = 'labels' goes with"):
+            make_job(sampling=labels, **wrong)
+
+
 def test_a_minimal_job_has_these_values(job_file, tmp_path):
     job = load_job(job_file())
     assert job.input.path == [str(tmp_path / "rows.jsonl")]

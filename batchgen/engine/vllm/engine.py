@@ -45,6 +45,7 @@ from batchgen.engine.vllm.params import (
     Sampling,
     check_grammars_once,
     job_fields,
+    label_fields,
     likelihood_params,
     load_loras,
     load_tokenizer,
@@ -217,7 +218,7 @@ class VllmEngine:
         # What only the job can be at fault for comes before the minutes that a model takes.
         config = structured_outputs_config(spec)
         splitter = Splitter(spec, load_tokenizer(spec)) if has_parser(spec) else None
-        self._loras = lora_requests(spec.loras)
+        self._loras, listed = lora_requests(spec.loras), label_fields(spec)
         set_when_forked(self._may_encode)
         prime_with_prompt_ends()
         own = llm_kwargs(spec, is_cpu=self._is_cpu)
@@ -231,7 +232,7 @@ class VllmEngine:
             with turn_to_start(turn, is_alone="kv_cache_memory_bytes" not in kwargs):
                 llm = llm_type(**kwargs)
             kept = splitter.params if splitter is not None else {}
-            self._sampling = Sampling({**kept, **job_fields(llm, spec)})
+            self._sampling = Sampling({**kept, **job_fields(llm, spec), **listed})
             self._reader = AnswerReader(*tokens_of(llm, spec), splitter)
             limit, tokenizer = int(llm.model_config.max_model_len), llm.get_tokenizer()
             if spec.task == "loglikelihood":

@@ -13,6 +13,7 @@ from typing import Any
 
 from batchgen.core.errors import ConfigError, EngineError, one_line
 from batchgen.core.records import EngineSpec
+from batchgen.engine.vllm.settings import LABEL_TOKENS
 
 MAX_VARIANTS = 64
 """Rungs of a retry ladder, say; each more than that is built anew when it comes again."""
@@ -108,6 +109,27 @@ def build_params(fields: Mapping[str, Any]) -> Any:
     # model's own end tokens, is the same every time (sampling_params.py, 0.26 to 0.33).
     params.skip_clone = True
     return params
+
+
+def label_fields(spec: EngineSpec) -> dict[str, Any]:
+    """SamplingParams fields for `logprobs = "labels"`: all tokens that a choice can begin with.
+
+    Source:
+        SamplingParams.logprob_token_ids, and `logprobs`, which has to be their number: vllm/
+        sampling_params.py, _validate_logprobs, 0.32.
+
+    Raises:
+        ConfigError: There are too many.
+    """
+    if spec.sampling_params.get("logprobs") != "labels":
+        return {}
+    labels, tokenizer = spec.sampling_params["structured_outputs"]["choice"], load_tokenizer(spec)
+    begun = {label[:stop] for label in labels for stop in range(1, len(label) + 1)}
+    ids = [at for at in range(tokenizer.vocab_size) if tokenizer.decode([at]) in begun]
+    if len(ids) > LABEL_TOKENS:
+        problem = f"the labels can begin with {len(ids)} tokens, vLLM lists {LABEL_TOKENS} at most"
+        raise ConfigError("sampling.logprobs", [f"{problem}; give a number, of the likeliest"])
+    return {"logprobs": len(ids), "logprob_token_ids": ids}
 
 
 def likelihood_params() -> Any:

@@ -52,6 +52,9 @@ GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's own default of `gpu_memory_utilization`: vllm/config/cache.py, 0.26 to 0.33."""
 MAX_LOGPROBS = 20
 """vLLM's own default of `max_logprobs`: vllm/config/model.py, 0.26 to 0.33."""
+LABEL_TOKENS = 128
+"""vLLM lists so many tokens that are asked for: MAX_LOGPROB_TOKEN_IDS in vllm/sampling_params.py,
+0.32."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`: vllm/config/lora.py, MaxLoRARanks, 0.26 to 0.33."""
 MAX_LORAS = 8
@@ -378,6 +381,8 @@ def _without_pattern(model: str) -> str:
 
 def _max_logprobs(spec: EngineSpec) -> dict[str, Any]:
     num = spec.sampling_params.get("logprobs")
+    if num == "labels":
+        return {"max_logprobs": LABEL_TOKENS}
     # -1 is the whole vocabulary, for vLLM's limit as well.
     return {"max_logprobs": num} if num is not None and not 0 <= num <= MAX_LOGPROBS else {}
 
