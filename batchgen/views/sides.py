@@ -39,7 +39,7 @@ SAME, ANSWER_CHANGED, INPUT_CHANGED, ADDED, REMOVED = range(5)
 KINDS = {ANSWER_CHANGED: "answer", INPUT_CHANGED: "input"}
 CLASS = "class"
 POSITION = "position"
-_BUCKET_ROWS, _MOST_BUCKETS = 2**17, 1024
+_BUCKET_ROWS, _MOST_BUCKETS = 2**16, 1024
 AT, PLACE, KEY, INPUT, ANSWER = "at", "place", "key", "input", "answer"
 """Columns of `Side.rows`: number of the row among the published ones, where it stands among the
 planned ones of its snapshot and of the old one, and hashes of what is compared."""
@@ -352,7 +352,8 @@ class Both:
         num_rows = max(
             one.manifest.num_ok + one.manifest.num_errors for one in (self.old, self.new)
         )
-        num_buckets = min(num_rows // _BUCKET_ROWS + 1, _MOST_BUCKETS)
+        # By keys, each few rows go to all buckets, which are twice as large to be half as many.
+        num_buckets = min((num_rows // _BUCKET_ROWS >> bool(self.on)) + 1, _MOST_BUCKETS)
         schema = side.frame.select(side.compared(self)).collect_schema()
         schema.update(dict.fromkeys([AT] if self.on else [AT, PLACE, KEY], pl.Int64()))
         buckets = Buckets(folder, schema)
