@@ -565,6 +565,4 @@ def _bases(found: Sequence[Mapping[str, Any]]) -> tuple[Base, ...]:
 def _dumps(fields: dict[str, Any]) -> bytes:
     # For people, but for what nobody reads: a million lines would take their size in memory twice.
     is_long = any(isinstance(value, list) and len(value) > _LONG for value in fields.values())
-    text = json.dumps({"format": FORMAT, **fields}, indent=None if is_long else 1)
-    text += "\n"  # In place, where nobody else holds it.
-    return text.encode()
+    return json.dumps({"format": FORMAT, **fields}, indent=None if is_long else 1).encode() + b"\n"
