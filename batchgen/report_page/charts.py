@@ -50,7 +50,7 @@ def charts(samples: Sequence[Sample], deaths: Sequence[float]) -> dict[str, str]
             for sample in samples
             if sample.get(column) is not None
         ]
-        if points:
+        if len(points) > len(lines):  # A point by itself is no line.
             specs[title] = _spec(points, marks, form)
     drawn = _drawn(list(specs.values()))
     return dict(zip(specs, drawn, strict=True)) if len(drawn) == len(specs) else {}

@@ -78,7 +78,7 @@ class Rows(Told):
             for name, value in row.items():
                 if value is not None and name != view.INPUT:
                     shown = "line" if name == view.LINE else printable(name, keep="")
-                    lines.append(f"{shown:24} {_short(value)}")
+                    lines.append(f"{shown:24} {short(value)}")
         return "\n".join(lines) or str(self.reason)
 
 
@@ -125,10 +125,10 @@ def exploded(frame: pl.LazyFrame, prefix: str) -> pl.LazyFrame:
     )
 
 
-def _short(value: Any) -> Any:  # noqa: ANN401 - a column's value has any type
+def short(value: Any) -> Any:  # noqa: ANN401 - a column's value has any type
     """Round numbers to the nine digits that people may read; JSON has all of them."""
     if isinstance(value, dict):
-        return {name: _short(item) for name, item in value.items()}
+        return {name: short(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_short(item) for item in value]
+        return [short(item) for item in value]
     return float(f"{value:.9g}") if isinstance(value, float) else value
