@@ -20,6 +20,7 @@ from batchgen.api.jobs import (
     TABLE,
     check_end,
     day_of,
+    is_output,
     load,
     loaded,
     output_of,
@@ -28,10 +29,8 @@ from batchgen.api.jobs import (
     texts_of,
 )
 from batchgen.core.errors import AccountingError, BatchgenError, ExitCode, StoppedError
-from batchgen.core.places import folder_of
 from batchgen.core.runtime import Caller, called, stop_on_signals
 from batchgen.job.load import as_told
-from batchgen.storage import LocalStorage
 from batchgen.storage.remote import storage_at
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
@@ -246,7 +245,7 @@ def compare(
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
     columns, path = ([on] if isinstance(on, str) else on), (Path(to) if to is not None else None)
     with _called(first):
-        roots = folder_of(output_of(first)), folder_of(output_of(second))
+        roots = output_of(first), output_of(second)
         price = read_price(str(gpu_cost)) if gpu_cost is not None else None
         asked = functools.partial(compare_outputs, on=columns, num_examples=num_examples, to=path)
         return asked(*roots, (one, two)).priced(price)
@@ -285,8 +284,7 @@ def score(  # noqa: PLR0913 - the options of `batchgen score`, by their names
     path = None if gold_path is None else str(gold_path)
     given = {"gold": gold, "gold_path": path, "on": on, "answer": answer, "precision": precision}
     with _called(job, overrides, run_date):
-        is_folder = isinstance(job, str | Path) and Path(job).is_dir()
-        config = None if is_folder else load(job, overrides, run_date, tuned=False)
+        config = None if is_output(job) else load(job, overrides, run_date, tuned=False)
         root = output_of(job) if config is None else config.root
         return scored(root, config.score if config else None, given, snapshot)
 
@@ -511,9 +509,8 @@ def report(
     from batchgen.report_page.page import write_report
 
     with _called(job, overrides, run_date):
-        root = folder_of(output_of(job, overrides, run_date))
-        is_folder = isinstance(job, str | Path) and Path(job).is_dir()
-        config = None if is_folder else loaded(job, overrides, run_date, tuned=False)
+        root = output_of(job, overrides, run_date)
+        config = None if is_output(job) else loaded(job, overrides, run_date, tuned=False)
         price = read_price(str(gpu_cost)) if gpu_cost is not None else None
         options = report_options(config, price, with_rows=rows)
         return write_report(root, options, Path(output) if output is not None else None)
@@ -535,7 +532,7 @@ def rollback(source: AnyJob, snapshot: int | None = None, *, for_now: bool = Fal
     from batchgen.pipeline.rollback import roll_back
 
     with _called(source):
-        return roll_back(LocalStorage(folder_of(output_of(source))), snapshot, for_now=for_now)
+        return roll_back(storage_at(output_of(source)), snapshot, for_now=for_now)
 
 
 def read(source: AnyJob, snapshot: int | None = None, *, explode: bool = False) -> pl.LazyFrame:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchgen.core.errors import BatchgenError
-from batchgen.core.places import folder_of
 
 if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
@@ -41,7 +40,7 @@ def _add_examples(job: JobConfig, summary: Summary) -> None:
         from batchgen.views.rows import error_lines
 
         summary.error_examples.extend(error_lines(root))
-    if summary.summary_path is not None and job.run.report != "none" and isinstance(root, Path):
+    if summary.summary_path is not None and job.run.report != "none":
         from batchgen.report_page.page import write_report
 
         options = report_options(job, None, with_rows=job.run.report == "full")
@@ -70,7 +69,7 @@ def _score_text(job: JobConfig, *, with_labels: bool) -> str:
     if job.score.gold is None:
         return ""
     try:
-        text = score_output(folder_of(job.root), job.score).as_text()
+        text = score_output(job.root, job.score).as_text()
     except BatchgenError as error:
         text = f"not scored: {error}"
     return text if with_labels else "\n".join(text.splitlines()[:2])

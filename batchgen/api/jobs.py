@@ -176,6 +176,11 @@ def output_of(source: AnyJob, overrides: Overrides = (), run_date: Day = None) -
     return loaded(source, overrides, run_date, tuned=False).root
 
 
+def is_output(source: AnyJob) -> bool:
+    """Whether what is given names an output, and no job."""
+    return isinstance(source, str | Path) and (is_url(str(source)) or Path(source).is_dir())
+
+
 def snapshot_of(source: AnyJob) -> tuple[AnyJob, int | None]:
     """Split `JOB@N`; what exists as it is written has no number."""
     if not isinstance(source, str) or Path(source).exists():
@@ -195,7 +200,7 @@ def scored(
     if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
         refuse("precision", share, "a share, 0 to 1")
     told = {name: value for name, value in given.items() if value is not None}
-    return score_output(folder_of(root), (table or ScoreConfig()).model_copy(update=told), snapshot)
+    return score_output(root, (table or ScoreConfig()).model_copy(update=told), snapshot)
 
 
 def check_end(until: datetime | None, max_runtime_s: float | None) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
-    from batchgen.core.places import Root
     from batchgen.core.runtime import Caller
     from batchgen.job.model import JobConfig
 
@@ -40,8 +39,7 @@ class _Output(click.Path):
         return value if is_url else super().convert(value, param, ctx)
 
 
-_JOB = click.argument("job", type=click.Path(path_type=Path))
-_OUTPUT = click.argument("job", type=_Output(path_type=Path))
+_JOB = click.argument("job", type=_Output(path_type=Path))
 _SET = click.option(
     "--set",
     "overrides",
@@ -80,7 +78,7 @@ def job_command(function: Callable[..., None]) -> click.Command:
     return click.command()(_JOB(_SET(_DATE(command))))
 
 
-def root_command(function: Callable[..., None]) -> click.Command:
+def output_command(function: Callable[..., None]) -> click.Command:
     """Make a command of an output, or of the one that a job file names.
 
     Args:
@@ -96,19 +94,7 @@ def root_command(function: Callable[..., None]) -> click.Command:
         with called(_caller(job, overrides, run_date)):
             function(output_of(job, overrides, run_date), **options)
 
-    return click.command()(_OUTPUT(_SET(_DATE(command))))
-
-
-def output_command(function: Callable[..., None]) -> click.Command:
-    """Make the same for what works on files only: the function gets a folder."""
-
-    @functools.wraps(function)
-    def command(root: Root, **options: object) -> None:
-        from batchgen.core.places import folder_of
-
-        function(folder_of(root), **options)
-
-    return root_command(command)
+    return click.command()(_JOB(_SET(_DATE(command))))
 
 
 def _caller(job: Path | str, overrides: tuple[str, ...], run_date: datetime | None) -> Caller:

@@ -11,15 +11,14 @@ from batchgen.cli.common import JSON, as_line, flag, num_rows, out, output_comma
 from batchgen.core.runtime import command, option, size_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from batchgen.core.places import Root
     from batchgen.views.diff import Diff
     from batchgen.views.history import Listed
 
 
 @output_command
 @JSON
-def snapshots(root: Path, *, as_json: bool) -> None:
+def snapshots(root: Root, *, as_json: bool) -> None:
     """List the published snapshots of a job, the newest last. JOB may be an output folder.
 
     Example: batchgen snapshots jobs/quickstart.toml
@@ -50,7 +49,7 @@ def snapshots(root: Path, *, as_json: bool) -> None:
 @flag("--dry-run", help="Only tell what would go.")
 @JSON
 def prune(
-    root: Path, *, keep: int | None, older_than_s: float | None, dry_run: bool, as_json: bool
+    root: Root, *, keep: int | None, older_than_s: float | None, dry_run: bool, as_json: bool
 ) -> None:
     """Remove old snapshots, runs' logs and books of a job. JOB may be an output folder.
 
@@ -85,7 +84,7 @@ def prune(
 @click.argument("number", type=int, required=False, metavar="[N]")
 @flag("--for-now", help="The next run goes on from the newest, as if there had been no rollback.")
 @JSON
-def rollback(root: Path, *, number: int | None, for_now: bool, as_json: bool) -> None:
+def rollback(root: Root, *, number: int | None, for_now: bool, as_json: bool) -> None:
     """Publish an older snapshot again: N, or the one before the newest.
 
     JOB may be an output folder, N is a number as `batchgen snapshots` lists them. It becomes the
@@ -96,9 +95,9 @@ def rollback(root: Path, *, number: int | None, for_now: bool, as_json: bool) ->
     Example: batchgen rollback jobs/quickstart.toml 3
     """
     from batchgen.pipeline.rollback import roll_back
-    from batchgen.storage import LocalStorage
+    from batchgen.storage.remote import storage_at
 
-    done = roll_back(LocalStorage(root), number, for_now=for_now)
+    done = roll_back(storage_at(root), number, for_now=for_now)
     out(as_line(done.as_dict()) if as_json else done.as_text())
 
 
@@ -113,7 +112,7 @@ def rollback(root: Path, *, number: int | None, for_now: bool, as_json: bool) ->
 @num_rows(5, "Changed rows to show.")
 @JSON
 def diff(
-    root: Path,
+    root: Root,
     *,
     numbers: tuple[str, ...],
     on: str | None,

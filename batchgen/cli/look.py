@@ -19,9 +19,9 @@ from batchgen.cli.common import (
     job_command,
     num_rows,
     out,
+    output_command,
     reading,
     reads_by,
-    root_command,
 )
 from batchgen.core.errors import ConfigError, ExitCode
 
@@ -121,7 +121,7 @@ def plan(
     sys.exit(forecast.exit_code)
 
 
-@root_command
+@output_command
 @flag("--watch", help="Show it again every 2 s, until no run is at work.")
 @JSON
 def status(root: Root, *, watch: bool, as_json: bool) -> None:
@@ -148,7 +148,7 @@ def status(root: Root, *, watch: bool, as_json: bool) -> None:
     sys.exit(exit_code_of(facts))
 
 
-@root_command
+@output_command
 @num_rows(5, "Rows to show.")
 @flag("--errors", help="Only rows that are errors.")
 @click.option("--error-type", metavar="TYPE", help="Only errors of this type.")
@@ -207,17 +207,16 @@ def report(
     Example: batchgen report jobs/quickstart.toml --output report.html --no-rows
     """
     from batchgen.api.endings import report_options
-    from batchgen.api.jobs import output_of
-    from batchgen.core.places import folder_of
+    from batchgen.api.jobs import is_output, output_of
     from batchgen.report_page.page import write_report
 
-    config = None if job.is_dir() else load(tuned=False)
-    root = folder_of(output_of(job) if config is None else config.root)
+    config = None if is_output(job) else load(tuned=False)
+    root = output_of(job) if config is None else config.root
     options = report_options(config, price, with_rows=not no_rows)
     out(write_report(root, options, Path(output) if output is not None else None))
 
 
-@root_command
+@output_command
 @JSON
 def verify(root: Root, *, as_json: bool) -> None:
     """Read every byte of a job's output and prove the books. JOB may be an output folder.

@@ -106,9 +106,9 @@ def score(
 
     Example: batchgen score jobs/quickstart.toml --gold gold_label --answer gen_label
     """
-    from batchgen.api.jobs import output_of, scored
+    from batchgen.api.jobs import is_output, output_of, scored
 
-    config = None if job.is_dir() else load(tuned=False)
+    config = None if is_output(job) else load(tuned=False)
     root = output_of(job) if config is None else config.root
     found = scored(root, config.score if config else None, table, snapshot)
     out(as_line(found.as_dict()) if as_json else found.as_text())
@@ -150,12 +150,11 @@ def compare(  # noqa: PLR0913 - the options, by their names
     Example: batchgen compare jobs/quickstart.toml out/other-model --to differ.parquet
     """
     from batchgen.api.jobs import output_of, snapshot_of
-    from batchgen.core.places import folder_of
     from batchgen.quality.compare import compare as compare_outputs
 
     columns = [name.strip() for name in on.split(",")] if on else []
     (first, one), (second, two) = snapshot_of(a), snapshot_of(b)
-    roots = folder_of(output_of(first)), folder_of(output_of(second))
+    roots = output_of(first), output_of(second)
     found = compare_outputs(*roots, (one, two), on=columns, num_examples=num_rows, to=to)
     found = found.priced(price)
     out(as_line(found.as_dict()) if as_json else found.as_text())

@@ -116,8 +116,8 @@ def _target(ledger: Ledger, newest: Manifest, number: int | None) -> Manifest:
         raise OutputError(f"{where}: snapshot {old.number} is the newest, readers see it already")
     for name, why in damage(ledger.storage, old.files).items():
         raise OutputError(
-            f"{ledger.storage.path(name)}: {why}, so there is no way back to snapshot {old.number};"
-            " bring the file back from a backup, or choose another snapshot"
+            f"{where}/{name}: {why}, so there is no way back to snapshot {old.number}; bring the "
+            "file back from a backup, or choose another snapshot"
         )
     return old
 

@@ -18,7 +18,7 @@ from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError, OutputError, StorageError
 from batchgen.core.runtime import Told, option
 from batchgen.job import recipe as recipes
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from batchgen.core.places import Root
     from batchgen.preview.estimate import Price
 
 _CHUNK_ROWS = 2**16
@@ -152,8 +153,8 @@ class Comparison(Told):
 
 
 def compare(
-    a: Path,
-    b: Path,
+    a: Root,
+    b: Root,
     snapshots: tuple[int | None, int | None] = (None, None),
     *,
     on: Sequence[str] = (),
@@ -191,8 +192,8 @@ def compare(
     return Comparison(*figures, changes, rows)
 
 
-def _side(root: Path, number: int | None) -> Side:
-    ledger = Ledger(LocalStorage(root))
+def _side(root: Root, number: int | None) -> Side:
+    ledger = Ledger(storage_at(root))
     number = find_snapshot(ledger, number).number
     return Side(ledger, number, f"{root} snapshot {number}")
 
@@ -209,7 +210,7 @@ def _figures(side: Side) -> Figures:
     ).collect(engine="streaming")
     told = found.to_dicts()[0]
     return Figures(
-        output=str(side.storage.root),
+        output=side.storage.where,
         snapshot=manifest.number,
         model=told.pop("model") or "no model",
         recipe=side.plan.recipe_fingerprint,

@@ -15,15 +15,15 @@ import polars as pl
 from batchgen.core.errors import ConfigError, OutputError, suggestion
 from batchgen.core.runtime import Told, option
 from batchgen.pipeline.gold import MOST_LABELS, missing_column, right_label
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
 from batchgen.views.sides import Side
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
+    from batchgen.core.places import Root
     from batchgen.job.model import ScoreConfig
 
 NO_ANSWER = "(no answer)"
@@ -139,7 +139,7 @@ def _calibration_lines(found: Calibration | None) -> list[str]:
     return [*lines, told]
 
 
-def score(root: Path, table: ScoreConfig, snapshot: int | None = None) -> Score:
+def score(root: Root, table: ScoreConfig, snapshot: int | None = None) -> Score:
     """Score what is published against gold labels.
 
     Args:
@@ -152,7 +152,7 @@ def score(root: Path, table: ScoreConfig, snapshot: int | None = None) -> Score:
         OutputError: There is no such snapshot, or it cannot be read.
     """
     _check_installed()
-    ledger = Ledger(LocalStorage(root))
+    ledger = Ledger(storage_at(root))
     number = find_snapshot(ledger, snapshot).number
     try:
         side = Side(ledger, number)

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.places import Root
 from batchgen.pipeline.publish import total_variation
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE, Manifest, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, VERDICT, ResultFile
@@ -29,6 +29,9 @@ from batchgen.store.runs import figures_in
 from batchgen.views.results import short
 from batchgen.views.rows import INPUT, MOST_GROUPS, Output, Place, as_json, output_of
 from batchgen.views.status import live_view, status_of
+
+if TYPE_CHECKING:
+    from batchgen.storage import LocalStorage
 
 _MOST_ROWS, _MOST_KINDS, _MOST_COLUMNS = 5, 12, 24
 _MOST_LABELS, _MOST_LABEL_COLUMNS = 12, 8
@@ -137,7 +140,7 @@ class Facts:
     """Why the rows could not be looked at."""
 
 
-def gather(root: Path, options: ReportOptions, run_id: str | None = None) -> Facts:
+def gather(root: Root, options: ReportOptions, run_id: str | None = None) -> Facts:
     """Look up what there is to tell.
 
     Args:
@@ -148,7 +151,7 @@ def gather(root: Path, options: ReportOptions, run_id: str | None = None) -> Fac
     Raises:
         OutputError: No run has been here, or its rows cannot be read.
     """
-    storage = LocalStorage(root)
+    storage = storage_at(root)
     ledger = Ledger(storage)
     run_id = run_id or live_view(storage, None).get("run_id")
     if run_id is None:
@@ -174,10 +177,10 @@ def gather(root: Path, options: ReportOptions, run_id: str | None = None) -> Fac
     return facts
 
 
-def _unfinished(root: Path, run_id: str) -> Mapping[str, Any]:
+def _unfinished(root: Root, run_id: str) -> Mapping[str, Any]:
     """Sum up a run that has not written how it ended."""
     found = status_of(root)
-    live = {**live_view(LocalStorage(root), run_id), **found.get("run", {})}
+    live = {**live_view(storage_at(root), run_id), **found.get("run", {})}
     is_at_work = found["state"] == "running" and live.get("run_id") == run_id
     num_rows = live.get("num_rows", 0)
     return {

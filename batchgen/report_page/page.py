@@ -18,11 +18,12 @@ from typing import Any
 
 from batchgen import __version__
 from batchgen.core.errors import OutputError
+from batchgen.core.places import Root
 from batchgen.core.runtime import printable
 from batchgen.pipeline.stats import duration
 from batchgen.report_page.charts import charts
 from batchgen.report_page.facts import Facts, ReportOptions, gather
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE
 
 MOST_BYTES = 500_000
@@ -127,7 +128,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obj
 
 
 def write_report(
-    root: Path, options: ReportOptions, output: Path | None = None, run_id: str | None = None
+    root: Root, options: ReportOptions, output: Path | None = None, run_id: str | None = None
 ) -> str:
     """Write the report of a run, and return where.
 
@@ -143,10 +144,10 @@ def write_report(
     facts = gather(root, options, run_id)
     data = render(facts).encode()
     if output is None:
-        storage = LocalStorage(root, temp_tag=f"report-{os.getpid()}")
+        storage = storage_at(root, temp_tag=f"report-{os.getpid()}")
         name = f"{STATE}/runs/{facts.run_id}/report.html"
         storage.replace(name, data)
-        return str(storage.path(name))
+        return f"{storage.where}/{name}"
     try:
         output.write_bytes(data)
     except OSError as error:

@@ -25,7 +25,7 @@ import pyarrow as pa
 from batchgen.core.errors import OutputError
 from batchgen.core.runtime import command
 from batchgen.pipeline.publish import total_variation
-from batchgen.storage import LocalStorage
+from batchgen.storage.remote import storage_at
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
 from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in, short
@@ -47,6 +47,8 @@ from batchgen.views.sides import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from batchgen.core.places import Root
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Diff:
 
 
 def diff(
-    root: Path,
+    root: Root,
     numbers: tuple[int, int] | None = None,
     *,
     on: Sequence[str] = (),
@@ -126,7 +128,7 @@ def diff(
         OutputError: There are no such snapshots, or they cannot be read.
         ConfigError: A column of `on` does not name rows.
     """
-    ledger = Ledger(LocalStorage(root))
+    ledger = Ledger(storage_at(root))
     old, new = numbers or _two_newest(ledger)
     try:
         both = Both(Side(ledger, old), Side(ledger, new), on)
@@ -201,7 +203,7 @@ class _Found:
 
 
 def compared(
-    root: Path, both: Both, num_examples: int, on_pairs: Callable[[pl.DataFrame], object] = len
+    root: Root, both: Both, num_examples: int, on_pairs: Callable[[pl.DataFrame], object] = len
 ) -> Diff:
     """Pair the rows of two snapshots and sum up.
 
@@ -219,7 +221,7 @@ def compared(
     return _summed(root, both, found)
 
 
-def _summed(root: Path, both: Both, found: _Found) -> Diff:
+def _summed(root: Root, both: Both, found: _Found) -> Diff:
     num = found.num
     was, now = both.old.columns, both.new.columns
     manifests, num_rows = zip(

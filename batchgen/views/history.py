@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchgen.core.errors import OutputError
-from batchgen.storage import LocalStorage
+from batchgen.core.places import Root
+from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE, Manifest, PublishedFile
 from batchgen.store.ledger import Ledger
 from batchgen.store.prune import Keep, Outdated, outdated
 from batchgen.store.prune import prune as remove_outdated
 from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.visible import Fault, faults
+
+if TYPE_CHECKING:
+    from batchgen.storage import LocalStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +44,15 @@ class Listed:
     """Limits of the gate that it exceeds and was published over."""
 
 
-def listed(root: Path) -> list[Listed]:
+def listed(root: Root) -> list[Listed]:
     """List the snapshots under an output folder, newest last.
 
     Raises:
         OutputError: The folder was written by another version.
     """
-    ledger = Ledger(LocalStorage(root))
-    return [_line(ledger, manifest) for manifest in ledger.manifests()]
+    ledger = Ledger(storage_at(root))
+    manifests = ledger.manifests()
+    return [_line(ledger, one, is_newest=one is manifests[-1]) for one in manifests]
 
 
 def _entries(manifest: Manifest) -> Sequence[PublishedFile]:
@@ -54,7 +60,7 @@ def _entries(manifest: Manifest) -> Sequence[PublishedFile]:
     return [*manifest.files, *([manifest.index] if manifest.index is not None else [])]
 
 
-def _line(ledger: Ledger, manifest: Manifest) -> Listed:
+def _line(ledger: Ledger, manifest: Manifest, *, is_newest: bool = False) -> Listed:
     return Listed(
         number=manifest.number,
         published_at=manifest.created_at,
@@ -64,7 +70,7 @@ def _line(ledger: Ledger, manifest: Manifest) -> Listed:
         num_files=len(manifest.files),
         size_bytes=sum(entry.size_bytes for entry in _entries(manifest)),
         recipe=ledger.plan(manifest.number).recipe_fingerprint,
-        is_shown=_is_shown(ledger.storage, manifest),
+        is_shown=_is_shown(ledger.storage, manifest) if ledger.storage.shows else is_newest,
         overridden=[entry["name"] for entry in manifest.gate if entry.get("overridden")],
     )
 
@@ -87,7 +93,7 @@ class Pruned:
 
 
 def prune(
-    root: Path, keep: int = 1, *, older_than_s: float | None = None, dry_run: bool = False
+    root: Root, keep: int = 1, *, older_than_s: float | None = None, dry_run: bool = False
 ) -> Pruned:
     """Remove old snapshots under an output folder, and what only they needed.
 
@@ -101,8 +107,8 @@ def prune(
         BusyError: A run is at work on the job.
         OutputError: There is no job, or it is of another version.
     """
-    storage = LocalStorage(root)
-    if not storage.path(STATE).is_dir():
+    storage = storage_at(root)
+    if STATE not in storage.list(""):
         raise OutputError(f"{root}: there is no job here to prune")
     ledger = Ledger(storage)
     since = None if older_than_s is None else utc_now() - timedelta(seconds=older_than_s)
@@ -131,5 +137,8 @@ def _freed_bytes(ledger: Ledger, found: Outdated) -> int:
         if manifest.number not in gone:
             for entry in _entries(manifest):
                 sizes.pop(entry.name, None)
-    paths = [path for run in found.runs for path in ledger.storage.path(run).glob("*")]
-    return sum(sizes.values()) + sum(path.lstat().st_size for path in paths)
+    freed = sum(sizes.values())
+    for run in found.runs:
+        with suppress(OSError):  # Gone meanwhile, or another user's.
+            freed += ledger.storage.num_bytes(run)
+    return freed

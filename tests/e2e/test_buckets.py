@@ -107,20 +107,46 @@ def test_a_second_run_is_told_who_is_at_work(job, url):
     assert batchgen.run(job, overrides=slow).state == "nothing_to_do"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        *("prune JOB", "rollback JOB", "snapshots JOB", "diff JOB", "report JOB", "score JOB"),
-        *("try JOB -n 1", "compare JOB JOB", "prune URL", "rollback URL", "snapshots URL"),
-        *("diff URL", "compare URL URL"),
-    ],
-)
-def test_what_is_not_there_yet_is_refused_in_a_line(job, url, words):
-    args = [{"JOB": job, "URL": url}.get(word, word) for word in words.split()]
-    text, code = shell(*args)
-    assert code == 2
-    assert text == (
-        f"{url}: is in an object store, expected a folder; this is not supported there yet"
+def test_what_was_published_is_looked_at_and_goes_as_in_a_folder(tmp_path, job, url):
+    out = tmp_path / "out"
+    places, nights = (url, str(out)), []
+    for num_rows in (ROWS, ROWS + 40):
+        write_rows(tmp_path / "in.jsonl", num_rows)
+        for path in places:
+            batchgen.run(job, overrides={"output.path": path, "output.keep_snapshots": 5})
+        nights.append(rows(url))
+    diffs = [shell("diff", path, "--on", "id", "--json") for path in places]
+    assert [code for _, code in diffs] == [0, 0]
+    there, here = (json.loads(text) for text, _ in diffs)
+    assert there | {"output": ""} == here | {"output": ""}
+    same = json.loads(shell("compare", url, out, "--json")[0])
+    assert (same["num_both"] > ROWS, same["num_differ"]) == (True, 0)
+    assert shell("report", url)[0].strip().startswith(f"{url}/{STATE}/runs/")
+    text, code = shell("prune", url, "--older-than", "1h")
+    assert (code, text.startswith("0 of 2 snapshots removed")) == (0, True)
+    assert shell("rollback", url)[1] == 0
+    assert rows(url) == nights[0]
+    listed = json.loads(shell("snapshots", url, "--json")[0])["snapshots"]
+    assert [one["is_shown"] for one in listed] == [False, False, True]
+    assert "2 of 3 snapshots" in shell("prune", url, "--keep", "1")[0]
+    assert (rows(url), shell("verify", url)[1]) == (nights[0], 0)
+
+
+def test_a_score_is_that_of_a_folder(tmp_path, job, url):
+    out = tmp_path / "out"
+    asked = {"output.choice": ["a", "b"], "gate.max_error_rate": 1.0}
+    for path in (url, str(out)):
+        batchgen.run(job, overrides={"output.path": path, **asked})
+    scores = [shell("score", path, "--gold", "id", "--json") for path in (url, out)]
+    assert [code for _, code in scores] == [0, 0]
+    assert scores[0][0].replace(url, "") == scores[1][0].replace(str(out), "")
+
+
+def test_what_is_not_there_yet_is_refused_in_a_line(job, url):
+    text, code = shell("try", job, "-n", "1")
+    assert (code, text) == (
+        2,
+        f"{url}: is in an object store, expected a folder; this is not supported there yet",
     )
 
 
