@@ -33,6 +33,8 @@ class StandIn:
         """Of each token, which is a letter."""
         self.context, self.shifts = more.get("context"), more.get("shifts", True)
         """Tokens that fit; what is longer is cut (`ollama`, `plain`), or refused."""
+        self.room, self.others, self.looks = more.get("room"), more.get("others", 0), 0
+        """What it runs at once, as `/metrics` says; what waits there of other clients."""
         self.faults = faults
         self.port = port
         self.asked = []
@@ -68,6 +70,7 @@ class StandIn:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/api/ps", self._loaded)
         app.router.add_post("/v1/chat/completions", self._answer)
         app.router.add_post("/v1/completions", self._answer)
@@ -95,6 +98,18 @@ class StandIn:
         if self.kind != "vllm":
             return web.Response(status=404)
         return web.json_response({"version": self.version})
+
+    async def _metrics(self, request):
+        if self.room is None:
+            return web.Response(status=404)
+        self.looks += 1
+        running = min(self.at_once, self.room)
+        name, labels = "vllm:num_requests_", '{engine="0",model_name="m"}'
+        waiting = self.at_once - running + self.others
+        text = f"# TYPE {name}running gauge\n{name}running{labels} {running:.1f}\n"
+        text += f"{name}waiting{labels} {waiting:.1f}\n"
+        text += f'{name}waiting_by_reason{{engine="0",reason="capacity"}} {waiting:.1f}\n'
+        return web.Response(text=text)
 
     async def _loaded(self, request):
         if self.kind != "ollama":

@@ -240,6 +240,8 @@ class _Pool:
     async def _run(self) -> None:
         self._begin(self._open_all())
         self._begin(self._watch())
+        for one in self._endpoints:
+            self._begin(self._http.widen(one, self._most, self._pump))
         await self._stopping.wait()
         for task in (*self._helpers, *(task for one in self._endpoints for task in one.tasks)):
             task.cancel()

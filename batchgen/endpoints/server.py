@@ -11,6 +11,8 @@ sent goes to the host that the job names, and to no other.
 
 from __future__ import annotations
 
+import asyncio
+import re
 import secrets
 import time
 from contextlib import suppress
@@ -29,8 +31,7 @@ from batchgen.endpoints import identity, messages
 from batchgen.endpoints.messages import BadReplyError, LackingError, Server, Unsuitable
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import Connection
@@ -48,6 +49,9 @@ MOST_TRIED = 32_768
 """Tokens of a context that a server is tried with."""
 LEAST_MOST_BYTES = 16 << 20
 """No answer is larger but by what was asked for: beyond, it is not read to its end."""
+ROOM_S = 0.25
+"""Between two looks at whether a server has room for more."""
+LOAD = re.compile(rb"^vllm:num_requests_(running|waiting)\{.*\} ([0-9.e+]+)$", re.MULTILINE)
 BUSY = frozenset({429, 503, 529})
 OF_THE_ROW = frozenset({400, 413, 422})
 OF_THE_JOB = frozenset({401, 403, 404, 405})
@@ -358,6 +362,25 @@ class Http:
         except (ValueError, TypeError, LookupError):
             self._distrust()
             raise AttemptError("its list of models is none", is_from_server=True) from None
+
+    async def widen(self, endpoint: Endpoint, most: int, pump: Callable[[], None]) -> None:
+        """Let a vLLM server have more while it says that it has room, before it has answered."""
+        while True:
+            await asyncio.sleep(ROOM_S)
+            window, num_mine = endpoint.window, len(endpoint.tasks)
+            is_vllm = endpoint.server is not None and endpoint.server.is_vllm
+            if endpoint.is_out or not is_vllm or not window.size <= num_mine < most:
+                continue
+            with suppress(AttemptError, WrongServerError):
+                status, _, data = await self._send(endpoint, "../metrics", LOOK_S)
+                found = {b"running": 0, b"waiting": 0}
+                loads = LOAD.findall(data) if status == 200 else []
+                if not loads:
+                    return  # A proxy before it may hide that.
+                for name, value in loads:  # Each of its engines has a line.
+                    found[name] += int(float(value))
+                window.widen(time.monotonic(), num_mine, found[b"running"], found[b"waiting"])
+                pump()
 
     async def _told(self, endpoint: Endpoint, path: str) -> dict[str, Any]:
         """What a server says there; nothing where it, or a proxy before it, does not."""

@@ -2,7 +2,8 @@
 
 A server's throughput grows with what it has at once until it is busy; from there on only the
 latency does. So the window grows while a round of answers comes faster than the round before did,
-and goes back where it does not. A server that says "too many" has it halved.
+and goes back where it does not. A server that says "too many" has it halved. Where a server says
+that nothing waits there, as vLLM's does, that is room, and no round of long answers is waited for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ LEAST_ROUND_S = 0.3
 DOUBLE, CAREFULLY = 2.0, 1.25
 HOLD_S = 20.0
 """Before more is tried again where more brought nothing."""
+SEEN = 0.9
+"""Of what was sent, so much runs: others may just be answered. More than before it last grew."""
 CALM_S = 2.0
 """Refusals in so short a time are one: they were all sent before the first came back."""
 
@@ -72,6 +75,17 @@ class Window:
 
     def _begin(self, now_s: float) -> None:
         self._since_s, self._num, self._tokens = now_s, 0, 0
+
+    def widen(self, now_s: float, num_mine: int, num_running: int, num_waiting: int) -> None:
+        """Take some more where a server runs all that was sent, and nobody's request waits there.
+
+        By a quarter, which is thus the longest queue before the requests of others.
+        """
+        is_room = num_waiting == 0 and num_running >= SEEN * num_mine
+        if is_room and num_mine >= self.size < self.most and now_s >= self._hold_s:
+            self.size = min(self.most, max(self.size + 1, int(self.size * CAREFULLY)))
+            self._before, self._rate = 0, 0.0
+            self._begin(now_s)
 
     def shrink(self, now_s: float) -> None:
         """Take less: the server has refused, or not answered in time."""

@@ -557,6 +557,24 @@ def test_bounds_hold():
             assert time.monotonic() - started > 0.5
 
 
+@pytest.mark.parametrize(("others", "least", "most"), [(0, 301, 400), (1, 256, 256)])
+def test_vllm_s_server_gets_more_before_its_first_answer_while_nothing_waits(others, least, most):
+    held = []
+
+    async def hold(server, request, body):
+        while "row" in json.dumps(body) and not held:
+            await asyncio.sleep(0.01)
+            if server.at_once >= least and server.looks >= 8:
+                held.append(server.at_once)
+
+    with (
+        stand_in(room=300, others=others, faults=hold) as server,
+        closing(OpenAIEngine(spec_of(server, request_timeout_s=WAIT_S))) as engine,
+    ):
+        check(engine, asks(450))
+    assert least <= held[0] <= most
+
+
 def job_file(folder, server, num=40, **tables):
     """A job whose rows a server answers; the key's variable is KEY_OF_TEST."""
     rows = [{"id": n, "text": f"row {n} has a secret: canary-prompt"} for n in range(num)]
