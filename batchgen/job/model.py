@@ -338,7 +338,9 @@ class ModelConfig(Table):
                     msg = f"{name} goes with backend = 'openai', not with {self.backend!r}"
                     raise ValueError(msg)
             return self
-        for url in self.urls or [""]:
+        if not self.urls:
+            raise ValueError("base_url is missing, expected such as 'http://gpu1:8000/v1'")
+        for url in self.urls:
             if not _BASE_URL.fullmatch(url):
                 msg = f"base_url = {url!r:.200} is wrong, expected such as 'http://gpu1:8000/v1'"
                 raise ValueError(msg)

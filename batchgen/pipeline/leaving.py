@@ -168,7 +168,9 @@ def _why_rows_leave(old: Plan, new: Plan, fewer: Sequence[_FileChange]) -> str:
         return f"input.limit = {new.job['input']['limit']}"
     gone = [one.before.path for one in fewer if one.after is None and one.before is not None]
     shrunk = [one.after.path for one in fewer if one.after is not None]
-    reasons = [f"{len(gone)} input files are gone, such as {gone[0]}"] if gone else []
+    reasons = [f"the input file {gone[0]} is gone"] if len(gone) == 1 else []
+    if len(gone) > 1:
+        reasons = [f"{len(gone)} input files are gone, such as {gone[0]}"]
     if old.job["input"].get("where") != new.job["input"].get("where"):
         reasons.append("input.where has changed")
     elif shrunk:

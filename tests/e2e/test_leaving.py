@@ -74,7 +74,7 @@ def test_a_file_that_is_gone(job: Path) -> None:
     gone = job.parent / "in-1.jsonl"
     gone.unlink()
     note = check(job, 138)
-    assert note == f"1 input files are gone, such as {gone}: 138 rows leave the snapshot"
+    assert note == f"the input file {gone} is gone: 138 rows leave the snapshot"
 
 
 @pytest.mark.parametrize("retry_errors", [False, True])
@@ -163,7 +163,7 @@ def test_files_without_digests_are_counted_by_their_totals(tmp_path: Path, kind:
     assert check(job, 0) == ""
     files[2].unlink()
     write(frame.slice(0, 35), files[0])
-    gone = f"1 input files are gone, such as {files[2]}"
+    gone = f"the input file {files[2]} is gone"
     assert check(job, 20) == f"{gone}: at most 20 rows leave the snapshot"
 
 

@@ -213,7 +213,7 @@ SERVER = {"backend": "openai", "name": "m", "base_url": "http://gpu1:8000/v1"}
     [
         ({"model": {**SERVER, "base_url": "ftp://x"}}, "base_url = 'ftp://x' is wrong"),
         ({"model": {**SERVER, "base_url": "http://x/v1?k=1"}}, "base_url = .* is wrong"),
-        ({"model": {"backend": "openai", "name": "m"}}, "base_url = '' is wrong"),
+        ({"model": {"backend": "openai", "name": "m"}}, "base_url is missing"),
         ({"model": {**SERVER, "name": ""}}, "name is missing"),
         ({"model": {"backend": "echo", "base_url": "http://x/v1"}}, "base_url goes with backend"),
         ({"model": {**SERVER, "api_key_env": "my-Secret"}}, "api_key_env is no name"),

@@ -282,7 +282,7 @@ def test_files_that_are_gone_are_told_of_with_their_rows(lab):
     remove(lab)
     begun, notes = lab.begin()
     gone = lab.folder / "in-1.jsonl"
-    assert notes == [f"1 input files are gone, such as {gone}: 2 rows leave the snapshot"]
+    assert notes == [f"the input file {gone} is gone: 2 rows leave the snapshot"]
     assert begun.leaving.num_rows == 2
 
 
