@@ -81,7 +81,7 @@ def test_what_cannot_be_decoded_costs_its_line(tmp_path, encoding, wrong):
     assert texts == ["1", None, "2"]
     assert (error.error_type, error.error) == (
         "invalid_utf8",
-        f"{path}:3: not {encoding} of the line",
+        f"{path}:3: not {encoding}",
     )
 
 
