@@ -293,7 +293,9 @@ def test_a_refused_recipe_says_what_changed_and_each_way_on_the_try_first(job: P
     ]
     with pytest.raises(RecipeChangedError) as caught:
         batchgen.run(job, overrides=[OTHER])
-    assert f"batchgen.try_out({str(job)!r}, overrides=[{OTHER!r}]): see it" in str(caught.value)
+    key, _, value = OTHER.partition("=")
+    given = f"overrides={ {key: value}!r}"
+    assert f"batchgen.try_out({str(job)!r}, {given}): see it" in str(caught.value)
 
 
 def test_no_hook_and_no_figures_of_a_try(tmp_path: Path) -> None:
