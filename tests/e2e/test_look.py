@@ -134,10 +134,12 @@ def test_a_hint_is_a_command_that_works(tmp_path: Path) -> None:
 
 def test_in_python_a_hint_is_pythons(job: Path) -> None:
     over = [*OVER, "sampling.max_tokens=1", "checks.allow_truncated=false"]
+    texts = dict(text.split("=", 1) for text in over)
+    told = {key: tomllib.loads(f"value = {text}")["value"] for key, text in texts.items()}
     with pytest.raises(GateError) as caught:
         batchgen.run(job, overrides=over)
     (hint,) = re.findall(r"`batchgen(\.run[^`]*)`", str(caught.value))
-    assert hint == f".run({str(job)!r}, overrides={over!r}, retry_errors=True)"
+    assert hint == f".run({str(job)!r}, overrides={told!r}, retry_errors=True)"
     assert "publish_anyway=True" in str(caught.value)
     tables = tomllib.loads(job.read_text())
     tables["input"]["path"] = str(job.parent / tables["input"]["path"])
@@ -145,7 +147,7 @@ def test_in_python_a_hint_is_pythons(job: Path) -> None:
     with pytest.raises(GateError) as caught:
         batchgen.run(tables, overrides=over)
     (shows,) = re.findall(r"`batchgen\.(show[^`]*)`", str(caught.value))
-    assert shows == f"show(job, overrides={over!r}, errors=True)"
+    assert shows == f"show(job, overrides={told!r}, errors=True)"
     found = batchgen.show(tables, overrides=over, errors=True)
     assert "truncated" in str(found)
 

@@ -178,9 +178,7 @@ def test_files_that_come_go_and_shrink_are_counted(tmp_path):
     rows = found["rows"]
     assert (rows["num_rows"], rows["num_reused"]) == (90, 70)
     assert (rows["num_new"], rows["num_edited"], rows["num_unread"]) == (20, 0, 0)
-    assert any(
-        " is gone" in text or "2 input files" in text for text in found["warnings"]
-    )
+    assert any(" is gone" in text or "2 input files" in text for text in found["warnings"])
     assert computed(summary_of(job)) == found["todo"]["num_to_compute"]
 
 
