@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -115,7 +115,9 @@ def engine_up(place, job):
     command = [sys.executable, "-m", "batchgen", "engine", "up", str(job)]
     command += ["--port", str(free_port())]
     with (place.folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, env=place.env, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, env=place.env, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         states = place.folder / "state"
         (path,) = wait_for(lambda: set(states.rglob("*.json")) - before, server)
@@ -126,6 +128,8 @@ def engine_up(place, job):
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
+        with suppress(ProcessLookupError):  # The core of a server that a test has killed.
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

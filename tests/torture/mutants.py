@@ -331,12 +331,6 @@ MUTANTS = (
         NIGHTS,
     ),
     Mutant(
-        "most files are written again though nothing in them changed",
-        KEEPING,
-        (("kept=tuple(_joined(kept))", "kept=tuple(_joined(kept[:1]))"),),
-        NIGHTS,
-    ),
-    Mutant(
         "a file that an older snapshot shares is removed",
         LEDGER,
         (("for number in names for name in", "for number in names[-1:] for name in"),),

@@ -125,7 +125,7 @@ class Sweep:
         if at >= len(self._calls):
             return False
         if self._scene == "vectors":
-            return at % 60 > 1  # A worker has every other call.
+            return at % 240 > 1  # A worker has every other call.
         kind, path = self._calls[at]
         if kind == "write" and self._calls[at - 1] == (kind, path):
             return True
