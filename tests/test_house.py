@@ -7,7 +7,7 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 29_850,
+    "lines of code": 29_860,
     "modules": 161,
     "layers": 9,
     "modules of a room": 15,
