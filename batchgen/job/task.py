@@ -131,6 +131,9 @@ def by_line(tables: Any) -> Any:  # noqa: ANN401 - before it is checked
     task, usual = tables.get("task", "generate"), _OF_OPENAI
     if task in _OF_POOLING:
         usual = {"input": usual["input"], "gate": usual["gate"], "prompt": _OF_POOLING[task]}
+    model = tables.get("model")
+    if isinstance(model, dict) and model.get("lora"):
+        usual = {**usual, "model": {"lora_column": "model"}}
     own = {name: tables.get(name, {}) for name in usual}
     if not all(isinstance(table, dict) for table in own.values()):
         return tables

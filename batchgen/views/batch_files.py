@@ -51,27 +51,26 @@ class Counts(NamedTuple):
     num_errors: int
 
 
-def refresh(root: Path) -> Counts | None:
-    """Write both files of an output, unless they are the newest snapshot's; None: none is there.
+def refresh(root: Path) -> None:
+    """Write both files of an output, unless they are the newest snapshot's, or there is none.
 
     Raises:
         OutputError: It cannot be read, or they cannot be written.
     """
     output = output_of(root)
     if output is None or output.manifest is None:
-        return None
+        return
     files = (root / OUTPUT, root / ERRORS)
     mark = root / MARK
     number = str(output.manifest.number).encode()
     with suppress(OSError):
         if mark.read_bytes() == number and all(file.exists() for file in files):
-            return Counts(output.manifest.num_ok, output.manifest.num_errors)
+            return
     with suppress(OSError):
         mark.unlink()  # Before either file is another's.
-    counts = write(output, *files)
+    write(output, *files)
     with suppress(OSError):
         mark.write_bytes(number)
-    return counts
 
 
 def write(output: Output, answers: Path, errors: Path) -> Counts:

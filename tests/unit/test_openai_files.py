@@ -11,6 +11,8 @@ from openai.types.chat import ChatCompletion
 
 import batchgen
 from batchgen.core.errors import ConfigError
+from batchgen.job.load import parse_job
+from batchgen.prompt.requests import RowOptions
 from batchgen.views.batch_files import ERRORS, MARK, OUTPUT
 
 if TYPE_CHECKING:
@@ -178,6 +180,16 @@ def test_a_line_has_its_own_seed_and_its_own_schema(tmp_path: Path) -> None:
     keys = rows["gen_request_key"].to_list()
     assert keys[0] == keys[1]
     assert len({*keys}) == 4
+
+
+def test_a_line_names_one_of_several_adapters(tmp_path: Path) -> None:
+    adapters = {"legal": str(tmp_path / "a"), "poem": str(tmp_path / "b")}
+    model = {"backend": "echo", "name": "tiny", "lora": adapters}
+    job = parse_job(job_of(tmp_path, model=model), base=tmp_path, where="job")
+    own = RowOptions(job)
+    asked = [own.of({"model": name}, str) for name in ("tiny", "legal", "poem", "other")]
+    assert [one.lora for one in asked[:3]] == [None, "legal", "poem"]
+    assert asked[3].error_type == "model_not_found"
 
 
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
