@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from batchgen.quality.compare import Comparison
     from batchgen.quality.score import Score
     from batchgen.quality.try_out import Tried
-    from batchgen.views.results import Rows, Status
+    from batchgen.views.rows import Rows, Status
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -409,7 +409,7 @@ def status(source: AnyJob, *, overrides: Overrides = (), run_date: Day = None) -
         overrides: As `run` takes them.
         run_date: As `run` takes it.
     """
-    from batchgen.views.results import Status
+    from batchgen.views.rows import Status
     from batchgen.views.status import status_of
 
     with _called(source, overrides, run_date):
@@ -443,8 +443,7 @@ def show(  # noqa: PLR0913 - the options of `batchgen show`, by their names
         overrides: As `run` takes them.
         run_date: As `run` takes it.
     """
-    from batchgen.views.results import Rows
-    from batchgen.views.rows import Shown, rows
+    from batchgen.views.rows import Rows, Shown, rows
 
     with _called(source, overrides, run_date):
         root = output_of(source, overrides, run_date)
@@ -552,7 +551,7 @@ def read(source: AnyJob, snapshot: int | None = None, *, explode: bool = False) 
             not tell samples one by one.
     """
     from batchgen.store.result_files import scan
-    from batchgen.views.results import exploded
+    from batchgen.views.rows import exploded
 
     with _called(source):
         ledger = Ledger(storage_at(output_of(source)))

@@ -16,8 +16,19 @@ from batchgen import __version__
 from batchgen.cli.batch import run_batch
 from batchgen.cli.common import out
 from batchgen.cli.history import diff, prune, rollback, snapshots
-from batchgen.cli.look import check, doctor, plan, report, schema, show, status, verify
-from batchgen.cli.quality import compare, score, try_
+from batchgen.cli.look import (
+    check,
+    compare,
+    doctor,
+    plan,
+    report,
+    schema,
+    score,
+    show,
+    status,
+    try_,
+    verify,
+)
 from batchgen.cli.run import engine, refused_usage, run, tune
 from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
 from batchgen.core.runtime import lost_output, own_streams

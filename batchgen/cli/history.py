@@ -13,7 +13,7 @@ from batchgen.core.runtime import command, option, size_text
 if TYPE_CHECKING:
     from batchgen.core.places import Root
     from batchgen.views.diff import Diff
-    from batchgen.views.history import Listed
+    from batchgen.views.status import Listed
 
 
 @output_command
@@ -23,8 +23,7 @@ def snapshots(root: Root, *, as_json: bool) -> None:
 
     Example: batchgen snapshots jobs/quickstart.toml
     """
-    from batchgen.views.history import listed
-    from batchgen.views.status import not_begun
+    from batchgen.views.status import listed, not_begun
 
     found = listed(root)
     if as_json:
@@ -59,8 +58,8 @@ def prune(
 
     Example: batchgen prune jobs/quickstart.toml --keep 7
     """
-    from batchgen.views.history import listed
-    from batchgen.views.history import prune as prune_output
+    from batchgen.views.status import listed
+    from batchgen.views.status import prune as prune_output
 
     if keep is None and older_than_s is None:
         msg = f"Missing option '{option('--keep')}' or '{option('--older-than')}': say what stays."

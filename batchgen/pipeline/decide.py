@@ -34,8 +34,13 @@ from batchgen.pipeline.frozen import (
     input_changes,
     same_files,
 )
-from batchgen.pipeline.keeping import leave_damaged, with_kept
-from batchgen.pipeline.leaving import NOTHING_LEAVES, Leaving, leaving_rows
+from batchgen.pipeline.keeping import (
+    NOTHING_LEAVES,
+    Leaving,
+    leave_damaged,
+    leaving_rows,
+    with_kept,
+)
 from batchgen.pipeline.prepare import check
 from batchgen.pipeline.publish import gate_figures
 from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since, recalled, remember

@@ -31,10 +31,17 @@ from batchgen.job.model import JobConfig, is_url
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.prepare import Prepared, check_columns
 from batchgen.prompt.requests import RequestBuilder
-from batchgen.source.columns import Kinds, kinds_of, planned, read_schema, schema_text, type_word
+from batchgen.source.columns import (
+    Kinds,
+    is_partition,
+    kinds_of,
+    planned,
+    read_schema,
+    schema_text,
+    type_word,
+)
 from batchgen.source.files import InputStat, stat_input
 from batchgen.source.formats import InputFiles, find_files
-from batchgen.source.partitions import is_partition
 from batchgen.source.text import Scan, digest_prefix
 from batchgen.store.books import Base, Plan, Segment
 from batchgen.store.matching import DigestFile

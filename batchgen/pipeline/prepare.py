@@ -33,10 +33,9 @@ from batchgen.pipeline.gold import check_score
 from batchgen.pipeline.model_files import ModelFiles, other_model, resolve_lora, resolve_model
 from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
-from batchgen.source.columns import agreed, read_schema
+from batchgen.source.columns import agreed, read_schema, with_partitions
 from batchgen.source.csv import delimiter_hint
 from batchgen.source.formats import find_files, reader_for
-from batchgen.source.partitions import with_partitions
 from batchgen.source.reading import ReadSpec
 from batchgen.store.result_files import part_schema
 

@@ -21,7 +21,6 @@ from batchgen.job.model import JobConfig, ModelConfig
 from batchgen.job.tuned import above_batched_tokens
 from batchgen.pipeline.prepare import Prepared, engine_spec, plain_http, prepare
 from batchgen.preview.checkpoint import Found, Hub, HuggingFace, find_model
-from batchgen.preview.gpus import planned_machine
 from batchgen.preview.machine import (
     Finding,
     check_device,
@@ -31,6 +30,7 @@ from batchgen.preview.machine import (
     check_versions,
     of_error,
     ok,
+    planned_machine,
     problem,
     read_machine,
     warning,

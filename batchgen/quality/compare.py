@@ -23,8 +23,7 @@ from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
 from batchgen.views.diff import Diff, compared
-from batchgen.views.labels import OLD
-from batchgen.views.sides import ANSWER, AT, CLASS, KINDS, Both, Side
+from batchgen.views.sides import ANSWER, AT, CLASS, KINDS, OLD, Both, Side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

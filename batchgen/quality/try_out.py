@@ -25,7 +25,7 @@ from batchgen.job.model import GateConfig, JobConfig
 from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.job_run import JobRun
-from batchgen.pipeline.leaving import kept_rows
+from batchgen.pipeline.keeping import kept_rows
 from batchgen.pipeline.prepare import as_text
 from batchgen.pipeline.publish import total_variation
 from batchgen.pipeline.sources import NUM_TRIES, ended_rows
@@ -35,10 +35,9 @@ from batchgen.store.books import STATE, TRIES, Durable
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Renumbering, Span
 from batchgen.store.result_files import ROW, SEGMENT, rows_of
-from batchgen.views.labels import OLD, LabelMoves, counted_moves
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
-from batchgen.views.sides import ANSWER, Side
+from batchgen.views.sides import ANSWER, OLD, LabelMoves, Side, counted_moves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

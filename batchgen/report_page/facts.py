@@ -26,8 +26,7 @@ from batchgen.store.books import STATE, Manifest, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.result_files import ATTEMPTS, RESULT_FIELDS, VERDICT, ResultFile
 from batchgen.store.runs import figures_in
-from batchgen.views.results import short
-from batchgen.views.rows import INPUT, MOST_GROUPS, Output, Place, as_json, output_of
+from batchgen.views.rows import INPUT, MOST_GROUPS, Output, Place, as_json, output_of, short
 from batchgen.views.status import live_view, status_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ Which files a path of `input.path` names:
 - A pattern does not match names that begin with `.` or `_`, unless its own part does: `_x*`.
 - A link to a file is a file, under the link's name. A link that leads nowhere is an error.
 - Folders, and links to folders, are not entered by the last part of a pattern, but for folders
-  named `key=value`, see `partitions`; links to folders not by `**` either, since they may lead in
+  named `key=value`, see `columns`; links to folders not by `**` either, since they may lead in
   circles. A path or a part that names one enters it.
 - A file with several names (a link and what it leads to) is read once, under its own name if
   that is in the input. Hard links and copies are files of their own.
@@ -33,7 +33,7 @@ from batchgen.core.data import Lazy
 from batchgen.core.errors import SourceError
 from batchgen.core.runtime import open_file
 from batchgen.job.model import is_url
-from batchgen.source.partitions import is_partition_folder, partition_keys
+from batchgen.source.columns import is_partition_folder, partition_keys
 
 fsspec: Any = Lazy("fsspec")
 
@@ -98,7 +98,7 @@ class Found:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Why -> paths."""
     partitions: dict[str, list[str]] = field(default_factory=dict)
-    """Path -> columns that its folders tell, see `partitions`."""
+    """Path -> columns that its folders tell, see `columns`."""
 
     def leave_out(self, path: str, why: str) -> None:
         """Note that a path is not read."""

@@ -40,7 +40,7 @@ class InputFiles:
     notes: Sequence[str] = ()
     """What was left out, and why."""
     partitions: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Path -> columns that its folders tell, see `partitions`."""
+    """Path -> columns that its folders tell, see `columns`."""
 
 
 def find_files(paths: Sequence[str], format_name: str | None = None) -> InputFiles:

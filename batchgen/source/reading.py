@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from batchgen.core.expressions import RowTest, parse_row_test
 from batchgen.core.records import Ranges, RowBatch, RowError
-from batchgen.source.columns import to_array, type_word
-from batchgen.source.partitions import partition_values
+from batchgen.source.columns import partition_values, to_array, type_word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,7 +135,7 @@ class Shape:
     needed: tuple[str, ...]
     where: RowTest | None
     constants: Mapping[str, pa.Scalar]
-    """Columns that are the same in all rows, see `partitions`; not among those above."""
+    """Columns that are the same in all rows, see `columns`; not among those above."""
     constant_values: Mapping[str, Any]
     """Those of them that templates see."""
 

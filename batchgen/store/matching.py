@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from batchgen.core.data import pl, take_rows
 from batchgen.core.records import Ranges, RowSet
 from batchgen.core.runtime import open_file
-from batchgen.source.columns import read_schema
-from batchgen.source.partitions import partition_texts
+from batchgen.source.columns import partition_texts, read_schema
 from batchgen.source.text import DIGEST_BYTES
 from batchgen.storage import LocalStorage, storage_error
 from batchgen.store.result_files import ROW, SEGMENT

@@ -28,7 +28,6 @@ from batchgen.pipeline.publish import total_variation
 from batchgen.storage.remote import storage_at
 from batchgen.store.ledger import Ledger
 from batchgen.store.snapshot import find_snapshot
-from batchgen.views.labels import OLD, LabelMoves, added_moves, moves_in, short
 from batchgen.views.sides import (
     ADDED,
     ANSWER_CHANGED,
@@ -36,13 +35,18 @@ from batchgen.views.sides import (
     CLASS,
     INPUT_CHANGED,
     KINDS,
+    OLD,
     PLACE,
     POSITION,
     REMOVED,
     SAME,
     Both,
+    LabelMoves,
     Side,
+    added_moves,
     label_name,
+    moves_in,
+    short,
 )
 
 if TYPE_CHECKING:

@@ -1,5 +1,8 @@
 """Rows of an output, for people: those asked for, where each stands in the input, errors by kind.
 
+`Rows` and `Status` are what looking at an output gives in Python: values for programs, lines for
+people.
+
 Files are read by row group, each at most some 8 MiB, and only those that hold what is looked for;
 of a very long output a spread of them tells of errors and lengths. Damage that only a hash could
 show is not looked for: that is what `batchgen verify` is for.
@@ -18,7 +21,7 @@ import pyarrow.compute as pc
 from batchgen.core.data import pl, take_rows
 from batchgen.core.errors import ConfigError, OutputError, SourceError, suggestion
 from batchgen.core.records import Ranges
-from batchgen.core.runtime import command, option
+from batchgen.core.runtime import Told, command, option, printable
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.source.text import read_lines
 from batchgen.source.values import to_python
@@ -28,13 +31,16 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.published import groups_of, row_groups, stretches
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile
 from batchgen.store.snapshot import find_snapshot
+from batchgen.views.status import as_text, exit_code_of, not_begun
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from batchgen.core.errors import ExitCode
     from batchgen.core.places import Root
     from batchgen.storage import LocalStorage
     from batchgen.store.books import Kept, Manifest, Plan, Segment
+
 
 INPUT, LINE = "_batchgen_input", "_batchgen_line"
 """Keys of a shown row beside its columns: where it stands in the input, and its line there."""
@@ -367,3 +373,120 @@ def _line(file: Segment, row: int, encoding: str | None) -> str | None:
             for line in found.lines:
                 return None if line is None else line.decode("utf-8", "backslashreplace")
     return None
+
+
+PLACE = "--- "
+"""Begins the line that names a row."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Status(Told):
+    """The state of a job; `status["state"]` and the other keys are those of `status_of`."""
+
+    root: Root
+    facts: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - a fact of any type
+        return self.facts[name]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What the shell gives, for monitors."""
+        return exit_code_of(self.facts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dict(self.facts)
+
+    def as_text(self) -> str:
+        """The lines that a person reads."""
+        return as_text(self.root, self.facts)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Rows(Told):
+    """Rows of an output: a sequence of dicts, column -> value."""
+
+    root: Root
+    rows: Sequence[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def __getitem__(self, at: int) -> Mapping[str, Any]:
+        return self.rows[at]
+
+    @property
+    def reason(self) -> str | None:
+        """Why there are none; None if there are some."""
+        if self.rows:
+            return None
+        why = not_begun(self.root)
+        return f"{self.root}: {why}" if why else "no such rows"
+
+    def as_text(self) -> str:
+        """The lines that a person reads: where each row is, and its columns that have a value."""
+        lines = []
+        for number, row in enumerate(self.rows):
+            place = str(row.get(INPUT, f"row {number} of those shown"))
+            lines.append(f"{PLACE}{printable(place, keep='')}")
+            for name, value in row.items():
+                if value is not None and name != INPUT:
+                    shown = "line" if name == LINE else printable(name, keep="")
+                    lines.append(f"{shown:24} {short(value)}")
+        return "\n".join(lines) or str(self.reason)
+
+
+_LISTS = ("output", "text", "reasoning", "tool_calls", "logprobs")
+"""Columns that may have a value for each sample."""
+
+
+def exploded(frame: pl.LazyFrame, prefix: str) -> pl.LazyFrame:
+    """Return a row for each sample, in order; a row without any answer stays one row.
+
+    This is a way to read and not to publish: a published file has one row for each row of the
+    input, which is what nights, `diff` and the books of a run go by.
+
+    What `samples` tells goes to the columns of the same names, and its place to `sample`.
+
+    Args:
+        frame: A snapshot's rows.
+        prefix: Of batchgen's columns.
+
+    Raises:
+        OutputError: They do not tell their samples one by one.
+    """
+    names, samples = frame.collect_schema().names(), f"{prefix}samples"
+    if samples not in names:
+        raise OutputError(f"explode: no column {samples!r}, expected one with sampling.n > 1")
+    lists = [prefix + name for name in _LISTS if prefix + name in names]
+    one, number = pl.col(samples).struct, pl.int_ranges(pl.col(samples).list.len())
+    error = pl.when(one.field("error").is_not_null())
+    told = {name: one.field(name) for name in ("verdict", "finish_reason", "num_output_tokens")}
+    told |= {"error": one.field("error"), "error_type": error.then(one.field("verdict"))}
+    told["status"] = error.then(pl.lit("error")).otherwise(pl.lit("ok"))
+    is_one = pl.col(samples).is_not_null()
+    return (
+        frame.with_columns(number.alias(f"{prefix}sample"))
+        .explode(*lists, samples, f"{prefix}sample")
+        .with_columns(
+            one.field("cumulative_logprob").alias(f"{prefix}cumulative_logprob"),
+            *(
+                pl.when(is_one).then(value).otherwise(pl.col(prefix + name)).alias(prefix + name)
+                for name, value in told.items()
+            ),
+        )
+        .drop(samples)
+    )
+
+
+def short(value: Any) -> Any:  # noqa: ANN401 - a column's value has any type
+    """Round numbers to the nine digits that people may read; JSON has all of them."""
+    if isinstance(value, dict):
+        return {name: short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [short(item) for item in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value

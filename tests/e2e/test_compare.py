@@ -13,7 +13,7 @@ from sklearn.metrics import cohen_kappa_score
 
 import batchgen
 from batchgen.core.errors import ConfigError, OutputError
-from batchgen.views.labels import LabelMoves
+from batchgen.views.sides import LabelMoves
 from tests.e2e.support import run_cli, write_job
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Gpu
 from batchgen.preview.checkpoint import shape_of
 from batchgen.preview.doctor import examine
-from batchgen.preview.gpus import find_gpu, known_gpus, planned_machine
+from batchgen.preview.machine import find_gpu, known_gpus, planned_machine
 from batchgen.preview.memory import estimate, settings_of
 from tests.unit.test_doctor import FakeHub, job, machine, write_weights  # noqa: F401 - a fixture
 

@@ -14,8 +14,8 @@ from batchgen.store.ledger import Ledger
 from batchgen.store.prune import Keep, prune
 from batchgen.store.runs import RunLock
 from batchgen.store.snapshot import find_snapshot
-from batchgen.views.history import listed
-from batchgen.views.history import prune as prune_output
+from batchgen.views.status import listed
+from batchgen.views.status import prune as prune_output
 from tests.fakes import plan, put_version_1
 
 if TYPE_CHECKING:

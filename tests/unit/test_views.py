@@ -17,7 +17,7 @@ from batchgen.pipeline.stats import RunStats
 from batchgen.store.books import STATE
 from batchgen.store.ledger import Ledger
 from batchgen.store.runs import RunLock, RunLog
-from batchgen.views.results import Rows
+from batchgen.views.rows import Rows
 from batchgen.views.status import as_text, exit_code_of, not_begun, status_of
 from tests.fakes import plan
 
