@@ -166,10 +166,6 @@ class ManyEngines:
         passing = deduper.passing if deduper is not None else None
         return stages.feeder(stages.feed(stages.read(rows), passing), self)
 
-    def advice(self) -> list[str]:
-        """Empty: the samples are of all engines together."""
-        return []
-
     def let_go(self) -> None:
         """Nothing yet: Ray wants to be closed by the thread that has started it."""
 

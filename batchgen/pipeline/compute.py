@@ -29,13 +29,13 @@ from batchgen.core.runtime import say
 from batchgen.engine.group import Supervised, supervise
 from batchgen.engine.order import AdmissionOrder, Lengths, mean_lengths
 from batchgen.engine.process import build_engine
-from batchgen.engine.vllm.settings import engine_gpus, settings_text
+from batchgen.engine.vllm.settings import settings_text
 from batchgen.engine.vllm.shares import engines_for, is_enough
 from batchgen.job.recipe import Seeds
 from batchgen.pipeline.context import Purse, RunContext
 from batchgen.pipeline.frozen import read_rows, request_builder
 from batchgen.pipeline.runner import Committer, Feeder, Runner, feed_batches
-from batchgen.pipeline.stats import RUNNING, Progress, Way, advise
+from batchgen.pipeline.stats import RUNNING, Progress
 from batchgen.store.books import PARTS, STATE, Epoch, Plan
 from batchgen.store.result_files import PartContext, PartWriter, ResultFile
 from batchgen.store.runs import figures_in
@@ -353,9 +353,6 @@ class Compute(Protocol):
             BatchgenError: Job error. What finished before it is durable, if it can be.
         """
 
-    def advice(self) -> list[str]:
-        """Return what the run's samples say of the job's settings."""
-
     def let_go(self) -> None:
         """There will be no more work: begin to close, if that can be done beside other work."""
 
@@ -524,16 +521,6 @@ class OneEngine:
         if text and not self._is_told:
             say(f"engine: {text}")
         self._is_told = True
-
-    def advice(self) -> list[str]:
-        """Return what the samples say of the engine's settings, unless it has died."""
-        job, engine = self._context.job, self._engine
-        if self._context.deaths:
-            return []
-        num = engine.num_members
-        capacity, gpus = engine.capacity // num, engine_gpus(job)
-        way = Way(job.run.max_in_flight, job.sampling.n, capacity, gpus, num)
-        return advise(self._context.log.samples, engine.facts, way)
 
     def let_go(self) -> None:
         """Begin to close: it takes seconds to let go of a GPU."""

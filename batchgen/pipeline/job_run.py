@@ -49,7 +49,7 @@ from batchgen.pipeline.decide import Hooks, begin, decide
 from batchgen.pipeline.notify import run_hook, write_metrics
 from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.rows import Computation, rejected_notes
-from batchgen.pipeline.stats import RunStats
+from batchgen.pipeline.stats import RunStats, advise
 from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE, TRIES
 from batchgen.store.ledger import Ledger
@@ -360,8 +360,9 @@ class JobRun:
         return [file.alias if shows else file.name for file in manifest.files]
 
     def _advise(self) -> None:
-        """Say what the run's samples tell of its settings."""
-        for text in self._compute.advice() if self._publishes else ():
+        """Say what the run's last sample tells of its settings."""
+        samples = self._context.log.samples if self._publishes else ()
+        if samples and (text := advise(samples[-1], self._compute.facts)):
             self._context.notes.add(text)
             say(text)
 
