@@ -20,7 +20,6 @@ _TEXT = {pa.string(), pa.large_string(), pa.string_view()}
 _BYTES = {pa.binary(), pa.large_binary(), pa.binary_view()}
 _UNITS = ("s", "ms", "us", "ns")
 _UTC = frozenset({"UTC", "Z", "+00:00", "Etc/UTC"})
-_MAX_DIGITS = {128: 38, 256: 76}
 
 
 def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
@@ -53,41 +52,26 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return kind in _TEXT or kind in _BYTES or types.is_fixed_size_binary(kind)
 
 
+def _unified(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """As Arrow itself has two types of a kind: the wider, the finer, the one of more digits."""
+    schemas = [pa.schema([("", kind)]) for kind in (one, other)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:  # No decimal has so many digits.
+        return None
+
+
 def _integers(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     signed = {types.is_signed_integer(kind) for kind in (one, other)}
-    bits = max(one.bit_width, other.bit_width)
-    if len(signed) == 1:
-        return one if one.bit_width == bits else other
-    unsigned = next(kind for kind in (one, other) if not types.is_signed_integer(kind))
-    bits = max(bits, 2 * unsigned.bit_width)
-    return {16: pa.int16(), 32: pa.int32(), 64: pa.int64()}.get(bits)
-
-
-def _wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    return one if one.bit_width >= other.bit_width else other
-
-
-def _decimals(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    scale = max(one.scale, other.scale)
-    digits = scale + max(one.precision - one.scale, other.precision - other.scale)
-    if digits <= _MAX_DIGITS[128] and max(one.bit_width, other.bit_width) <= 128:
-        return pa.decimal128(digits, scale)
-    return pa.decimal256(digits, scale) if digits <= _MAX_DIGITS[256] else None
-
-
-def _finest(one: pa.DataType, other: pa.DataType) -> str:
-    units: set[str] = {one.unit, other.unit}
-    return max(units, key=_UNITS.index)
+    # Arrow would have int64 for the large numbers of uint64 and negative ones.
+    is_lossy = pa.uint64() in (one, other) and len(signed) > 1
+    return None if is_lossy else _unified(one, other)
 
 
 def _timestamps(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     zones = {"UTC" if kind.tz in _UTC else kind.tz for kind in (one, other)}
-    return pa.timestamp(_finest(one, other), zones.pop()) if len(zones) == 1 else None
-
-
-def _times(one: pa.DataType, other: pa.DataType) -> pa.DataType:
-    unit = _finest(one, other)
-    return pa.time64(unit) if unit in {"us", "ns"} else pa.time32(unit)
+    unit = max(one.unit, other.unit, key=_UNITS.index)
+    return pa.timestamp(unit, zones.pop()) if len(zones) == 1 else None
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -140,12 +124,9 @@ _JOINS: tuple[
     (_is_text, lambda *_: pa.large_string()),
     (_is_bytes, lambda *_: pa.large_binary()),
     (types.is_integer, _integers),
-    (types.is_floating, _wider),
-    (types.is_decimal, _decimals),
-    (types.is_date, _wider),
+    *((kind, _unified) for kind in (types.is_floating, types.is_decimal, types.is_date)),
     (types.is_timestamp, _timestamps),
-    (types.is_time, _times),
-    (types.is_duration, lambda one, other: pa.duration(_finest(one, other))),
+    *((kind, _unified) for kind in (types.is_time, types.is_duration)),
     (_is_list, _lists),
     (types.is_struct, _structs),
     (types.is_map, _maps),
