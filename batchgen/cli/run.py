@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchgen.cli.common import JSON, Number, as_line, flag, job_command, out, reading, reads_by
-from batchgen.core.errors import BatchgenError, ExitCode
+from batchgen.core.errors import BatchgenError, ExitCode, GateError
 from batchgen.core.runtime import say, stop_on_signals
 
 if TYPE_CHECKING:
@@ -98,6 +98,9 @@ def run(job: Path, load: Load, *, tuned: bool, as_json: bool, **options: Any) ->
         failed = this.summary if this is not None else None
         if as_json:
             out(as_line(_ended(error, failed).as_dict()))
+        elif isinstance(error, GateError) and failed is not None:
+            for example in failed.error_examples:
+                say(example)
         elif isinstance(error, BatchgenError) and failed is not None and failed.num_left:
             say(f"{failed.num_durable:,} of {failed.num_planned:,} rows are durable")
         raise

@@ -221,13 +221,10 @@ class GateError(BatchgenError):
 
     exit_code = ExitCode.OVER_LIMIT
 
-    def __init__(
-        self, told: str, gate: Sequence[Mapping[str, Any]], examples: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, told: str, gate: Sequence[Mapping[str, Any]]) -> None:
         self.gate = tuple(gate)
         """Every figure, see `publish.Limit.as_dict`."""
-        lines = "".join(f"\n  {example}" for example in examples)
-        super().__init__(f"{told}; nothing published{lines}\n{'; '.join(_ways(self.gate))}")
+        super().__init__(f"{told}; nothing published\n{'; '.join(_ways(self.gate))}")
 
 
 OF_THE_WHOLE = ("max_shrink", "min_accuracy")

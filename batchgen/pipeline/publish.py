@@ -7,18 +7,12 @@ come from the parts' footers: no row is read for them.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import fsum
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from batchgen import __version__
 from batchgen.core.errors import (
-    OF_THE_WHOLE,
     AccountingError,
     DamagedPartError,
     GateError,
@@ -32,7 +26,7 @@ from batchgen.pipeline.keeping import leave_damaged
 from batchgen.pipeline.sources import ended_rows
 from batchgen.store.books import FILES, Durable, Epoch, Manifest
 from batchgen.store.parts import Parts
-from batchgen.store.result_files import ATTEMPTS, ROW, SEGMENT, VERDICT, num_unasked, schema_digest
+from batchgen.store.result_files import ATTEMPTS, VERDICT, num_unasked, schema_digest
 from batchgen.store.runs import utc_now
 from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from batchgen.store.visible import note_as_published, show
@@ -42,7 +36,6 @@ if TYPE_CHECKING:
 
     from batchgen.job.model import GateConfig
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.storage import LocalStorage
     from batchgen.store.books import Durable, Plan
     from batchgen.store.ledger import Ledger
 
@@ -223,63 +216,6 @@ def exceeded_text(limits: Sequence[Limit]) -> str:
     )
 
 
-NUM_EXAMPLES = 3
-_MAX_GROUPS = 50
-_MAX_CHARS = 200
-
-
-def example_rows(
-    storage: LocalStorage, plan: Plan, durable: Durable, prefix: str, limit: str
-) -> list[str]:
-    """Return where a few rows are that count for a limit, and what is wrong with them.
-
-    Args:
-        storage: Where the parts are.
-        plan: Theirs.
-        durable: The parts.
-        prefix: Of batchgen's columns.
-        limit: Key of `[gate]`.
-    """
-    found: list[str] = []
-    columns = [
-        SEGMENT,
-        ROW,
-        *(prefix + name for name in ("status", VERDICT, ATTEMPTS, "error_type", "error")),
-    ]
-    for group in islice(_row_groups(storage, plan, durable, columns), _MAX_GROUPS):
-        table = group.filter(_counting(group, prefix, limit))
-        for row in table.slice(0, NUM_EXAMPLES - len(found)).to_pylist():
-            why = f"{row[f'{prefix}error_type'] or 'ok'}: {row[f'{prefix}error'] or ''}"
-            if limit == "max_retry_rate":
-                why = f"{row[f'{prefix}attempts']} attempts, {why}"
-            path = plan.segments[row[SEGMENT]].path
-            if path not in why:  # Error texts of the reader tell the line.
-                why = f"{path} row {row[ROW]}: {why}"
-            found.append(why.removesuffix(": ")[:_MAX_CHARS])
-        if len(found) >= NUM_EXAMPLES:
-            break
-    return found
-
-
-def _row_groups(
-    storage: LocalStorage, plan: Plan, durable: Durable, columns: Sequence[str]
-) -> Iterator[pa.Table]:
-    """Yield row groups, of parts with most errors first; damage is told at publishing."""
-    parts = sorted(durable.parts, key=lambda part: -part.footer.num_errors)
-    kept = sorted(durable.kept, key=lambda one: -one.file.num_errors)
-    with suppress(StorageError):
-        found = replace(durable, parts=parts, kept=kept)
-        yield from ended_rows(storage, found, (None, plan), columns[2:])
-
-
-def _counting(rows: pa.Table, prefix: str, limit: str) -> pa.Array:
-    if limit == "max_truncated_rate":
-        return pc.equal(rows.column(prefix + VERDICT), "truncated")
-    if limit == "max_retry_rate":
-        return pc.greater(rows.column(prefix + ATTEMPTS), 1)
-    return pc.equal(rows.column(f"{prefix}status"), "error")
-
-
 def publish(ledger: Ledger, prepared: Prepared, epoch: Epoch, *, anyway: bool = False) -> Manifest:
     """Publish a job whose every row is durable, and show the snapshot.
 
@@ -416,18 +352,9 @@ def _pass_gate(
         GateError: Over a limit; the parts stay, so that a higher limit publishes at once.
     """
     limits = gate_figures(ledger, prepared, plan, durable)
-    exceeded = [limit for limit in limits if limit.is_exceeded]
-    if not exceeded or anyway:
+    if anyway or not any(limit.is_exceeded for limit in limits):
         return limits
-    prefix = prepared.job.output.prefix
-    rows = [
-        text
-        for limit in exceeded
-        if limit.column is None and limit.name not in OF_THE_WHOLE
-        for text in example_rows(ledger.storage, plan, durable, prefix, limit.name)
-    ]
-    examples = list(dict.fromkeys(rows))[:NUM_EXAMPLES]
-    raise GateError(exceeded_text(limits), [limit.as_dict() for limit in limits], examples)
+    raise GateError(exceeded_text(limits), [limit.as_dict() for limit in limits])
 
 
 def overridden(manifest: Manifest) -> list[str]:

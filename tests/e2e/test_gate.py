@@ -95,14 +95,15 @@ def assert_is_whole(job: Path, expected: list[dict[str, Any]]) -> None:
 def test_over_the_error_limit_nothing_is_published_and_examples_are_named(job: Path) -> None:
     done = run_cli("run", job)
     assert done.returncode == 3
-    limit, *examples, hint = done.stderr.splitlines()[-5:]
+    *_, example, bad, limit, hint = done.stderr.splitlines()
     assert limit == (
         "batchgen: 54 of 198 rows are errors, over gate.max_error_rate = 0.1; nothing published"
     )
-    assert examples[0] == (
-        f"  {job.parent}/in.jsonl row 0: truncated: cut off at max_tokens or max_model_len, after "
-        "40 characters"
+    assert example == (
+        f"batchgen: truncated 50: row 0 of {job.parent}/in.jsonl (line 1): cut off at max_tokens "
+        "or max_model_len, after 40 characters"
     )
+    assert bad.startswith("batchgen: bad_json 4: ")
     assert "--publish-anyway" in hint
     assert not list((job.parent / "out").glob("part-*"))
     (summary,) = (job.parent / "out" / STATE / "runs").glob("*/summary.json")
@@ -129,7 +130,7 @@ def test_other_limits_hold_a_job_back_too(job: Path, gate: dict[str, Any], told:
     done = run_cli("run", job)
     assert done.returncode == 3
     assert told in done.stderr
-    assert f"{job.parent}/in.jsonl row 0: " in done.stderr
+    assert "batchgen: bad_json 4: " in done.stderr
 
 
 def test_publish_anyway_publishes_warns_and_is_recorded(job: Path) -> None:
