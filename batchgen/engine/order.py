@@ -6,20 +6,15 @@ in the prefix cache; sorting whole prompts serves every depth of sharing at once
 look at the first rows shows that they pay; where not, rows go as they come. How long an answer
 will be is told from its `max_tokens` and from earlier answers (`Lengths`).
 
-Two reaches: a look-ahead of bounded memory, or the whole job, sorted out of core in `TMPDIR`, by
-`SortedRuns`, of which one may take before all are put. Why not a library: the engine starts with
-the best of what is there, not when all is read; and polars sorts in memory (2.1, streaming engine:
-1.6 GB for a million rows of 450 bytes).
+It is a look-ahead of bounded memory: the engine starts with the best of what is there, not when all
+is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import math
-import pickle
-import tempfile
 from collections import deque
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -28,12 +23,10 @@ import orjson
 import pyarrow as pa
 
 from batchgen.core.data import gather_rows
-from batchgen.core.errors import StorageError
 from batchgen.core.records import Prompt, Ranges, Request, RowBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     Mode = Literal["auto", "prefix"]
 
@@ -56,11 +49,9 @@ TAKE_BYTES = 16 << 20
 """What is taken lies in memory a second time until the engine has it."""
 CHUNK_ROWS = 64
 CHUNK_BYTES = 256 << 10
-"""Rows that share the memory of their columns, and are read from a file together."""
+"""Rows that share the memory of their columns."""
 MAX_RUNS = 32
-"""In memory; of more, one is made: each may hold a chunk for the sake of its last row."""
-MAX_FILES = 64
-"""Open at once; of more, the shorter half is merged."""
+"""Of more, one is made: each may hold a chunk for the sake of its last row."""
 
 
 class Lengths(NamedTuple):
@@ -135,10 +126,6 @@ class Reach(NamedTuple):
     run_bytes: int = 16 << 20
 
 
-WHOLE = Reach(held_bytes=32 << 20, run_rows=16_384)
-"""For the whole job: larger runs are fewer files."""
-
-
 class Seen(NamedTuple):
     """What is kept of a request to find out what is worth sorting by."""
 
@@ -161,40 +148,28 @@ class AdmissionOrder:
     One thread at a time.
     """
 
-    def __init__(
-        self,
-        mode: Mode,
-        lengths: Lengths | None,
-        reach: Reach | None = None,
-        folder: Path | None = None,
-    ) -> None:
+    def __init__(self, mode: Mode, lengths: Lengths | None, reach: Reach | None = None) -> None:
         """Bind.
 
         Args:
-            mode: `auto`: a bounded look-ahead; `prefix`: the whole job, by text in any case.
+            mode: `auto`: by what pays; `prefix`: by text in any case.
             lengths: What to expect of answers; None: nothing, so that the long are not first.
             reach: Bounds of what is held in memory.
-            folder: Where the whole job may be written; None: `TMPDIR`.
         """
         self._mode = mode
         self._lengths = lengths
-        self._reach = reach or (WHOLE if mode == "prefix" else Reach())
+        self._reach = reach or Reach()
         self._sample: list[Seen] = []
         self._sorting: Sorting | None = None
         self._new: list[Request] = []
         self._new_bytes = 0
         self._pinned_bytes = 0  # Of the batches that `_new` was read in.
-        self._runs = SortedRuns(self._reach.held_bytes if mode == "prefix" else None, folder)
+        self._runs = SortedRuns()
 
     @property
     def num_held(self) -> int:
         """Requests put and not yet taken."""
         return len(self._new) + self._runs.num_rows
-
-    @property
-    def num_files(self) -> int:
-        """Temporary files that are open."""
-        return self._runs.num_files
 
     @property
     def is_plain(self) -> bool:
@@ -208,17 +183,11 @@ class AdmissionOrder:
             return False
         if self._sorting == Sorting():
             return bool(self._new)
-        if self._mode == "prefix":
-            return False
         num_bytes = self._new_bytes + self._runs.num_bytes
         return self.num_held >= self._reach.held_rows or num_bytes >= self._reach.held_bytes
 
     def put(self, requests: Sequence[Request]) -> None:
-        """Hand over requests of one batch, in the order read.
-
-        Raises:
-            StorageError: Rows do not fit into memory, and cannot be written to `TMPDIR`.
-        """
+        """Hand over requests of one batch, in the order read."""
         if not requests:
             return
         self._new += requests
@@ -236,11 +205,7 @@ class AdmissionOrder:
             self._seal(self._sorting)
 
     def take(self) -> list[Request]:
-        """Return the next requests, up to a thousand or 16 MiB or so; none only if none is held.
-
-        Raises:
-            StorageError: `TMPDIR` cannot be read or written.
-        """
+        """Return the next requests, up to a thousand or 16 MiB or so; none only if none is held."""
         # Before the whole sample is seen, which may be all there is, by what there is of it.
         sorting = self._sorting or find_sorting(self._sample, self._mode)
         if sorting == Sorting() and self._new:
@@ -252,7 +217,7 @@ class AdmissionOrder:
         return self._runs.pop(TAKE_ROWS, TAKE_BYTES)
 
     def close(self) -> None:
-        """Drop what is held, and the files. Idempotent."""
+        """Drop what is held. Idempotent."""
         self._new.clear()
         self._sample.clear()
         self._runs.close()
@@ -345,145 +310,54 @@ class Keyed(NamedTuple):
 class SortedRuns:
     """Requests in order. One thread at a time."""
 
-    def __init__(self, max_bytes: int | None, folder: Path | None = None) -> None:
-        """Start empty.
-
-        Args:
-            max_bytes: Beyond so many held in memory, runs are written to files; None: never.
-            folder: Where these are; None: in `TMPDIR`.
-        """
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._heads: list[tuple[Keyed, _Run]] = []
+    def __init__(self) -> None:
+        """Start empty."""
+        self._heads: list[tuple[Keyed, Iterator[Keyed]]] = []
+        """The first row of each run, and what follows it."""
         self.num_rows = 0
         self.num_bytes = 0
-        """Of the rows in memory."""
 
     def add(self, rows: Sequence[Keyed]) -> None:
-        """Add a run; any order.
-
-        Raises:
-            StorageError: It cannot be written.
-        """
+        """Add a run; any order."""
         if not rows:
             return
-        ordered = sorted(rows)
-        num_bytes = sum(row.num_bytes for row in ordered)
-        is_file = self._max_bytes is not None and self.num_bytes + num_bytes > self._max_bytes
-        with self._dropping():
-            self._open(ordered, is_file=is_file)
-            by_size = sorted(self._heads, key=lambda head: head[1].file_bytes)
-            files = by_size[len(by_size) - self.num_files :]
-            if len(files) > MAX_FILES:
-                self._merge(files[: MAX_FILES // 2], is_file=True)
-            if len(by_size) - len(files) > MAX_RUNS:
-                self._merge(by_size[: -len(files) or None], is_file=False)
         self.num_rows += len(rows)
-        self.num_bytes += 0 if is_file else num_bytes
+        self.num_bytes += sum(row.num_bytes for row in rows)
+        self._open(sorted(rows))
+        if len(self._heads) > MAX_RUNS:
+            heads, self._heads = self._heads, []
+            self._open(heapq.merge(*(itertools.chain([head], run) for head, run in heads)))
 
     def pop(self, num: int, max_bytes: float = math.inf) -> list[Request]:
-        """Take the first `num` in order, or all that are left; fewer once they pass `max_bytes`.
-
-        Raises:
-            StorageError: What was written cannot be read.
-        """
+        """Take the first `num` in order, or all that are left; fewer once they pass `max_bytes`."""
         taken: list[Request] = []
         num_bytes = 0
-        with self._dropping():
-            while self._heads and len(taken) < num and num_bytes < max_bytes:
-                first, run = self._heads[0]
-                taken.append(first.request)
-                num_bytes += first.num_bytes
-                if (following := next(run.rows, None)) is None:
-                    heapq.heappop(self._heads)
-                else:
-                    heapq.heapreplace(self._heads, (following, run))
-                if not run.file_bytes:
-                    self.num_bytes -= first.num_bytes
+        while self._heads and len(taken) < num and num_bytes < max_bytes:
+            first, run = self._heads[0]
+            taken.append(first.request)
+            num_bytes += first.num_bytes
+            if (following := next(run, None)) is None:
+                heapq.heappop(self._heads)
+            else:
+                heapq.heapreplace(self._heads, (following, run))
         self.num_rows -= len(taken)
+        self.num_bytes -= num_bytes
         return taken
 
     def close(self) -> None:
         """Drop everything. Idempotent."""
-        for _, run in self._heads:
-            run.rows.close()
         self._heads.clear()
         self.num_rows = self.num_bytes = 0
 
-    @property
-    def num_files(self) -> int:
-        """Open right now."""
-        return sum(run.file_bytes > 0 for _, run in self._heads)
-
-    @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
-        """After an error nothing is held: what is lost cannot be known from what is not."""
-        try:
-            yield
-        except (OSError, EOFError, pa.ArrowException, pickle.UnpicklingError) as error:
-            self.close()
-            folder = self._folder or tempfile.gettempdir()
-            problem = f"rows cannot be sorted there: {error}; free space, set TMPDIR, or run.order"
-            raise StorageError(str(folder), problem) from error
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, ordered: Iterable[Keyed], *, is_file: bool) -> None:
-        chunks = chunks_of(ordered)
-        run = _in_file(chunks, self._folder) if is_file else _in_memory(chunks)
-        heapq.heappush(self._heads, (next(run.rows), run))
-
-    def _merge(self, heads: Sequence[tuple[Keyed, _Run]], *, is_file: bool) -> None:
-        """Of some runs, make one."""
-        merging = {id(run) for _, run in heads}
-        self._heads = [head for head in self._heads if id(head[1]) not in merging]
-        heapq.heapify(self._heads)
-        rows = heapq.merge(*(itertools.chain([head], run.rows) for head, run in heads))
-        self._open(rows, is_file=is_file)
+    def _open(self, ordered: Iterable[Keyed]) -> None:
+        run = _in_chunks(deque(chunks_of(ordered)))
+        heapq.heappush(self._heads, (next(run), run))
 
 
-class _Run(NamedTuple):
-    """Rows in order, given one by one; at least one of them has been taken."""
-
-    rows: Generator[Keyed]
-    file_bytes: int
-    """0: it is in memory."""
-
-
-def _in_memory(chunks: Iterable[list[Keyed]]) -> _Run:
-    held = deque(chunks)
-
-    def rows() -> Generator[Keyed]:
-        while held:
-            yield from held.popleft()
-
-    return _Run(rows(), 0)
-
-
-def _in_file(chunks: Iterable[list[Keyed]], folder: Path | None) -> _Run:
-    """Write chunks to a file without a name (`O_TMPFILE`), of which one is in memory at a time.
-
-    Nothing of it outlives the process, however that ends.
-    """
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `rows`
-    num_chunks = 0
-    try:
-        for chunk in chunks:
-            pickle.dump(chunk, file, pickle.HIGHEST_PROTOCOL)
-            num_chunks += 1
-        num_bytes = file.tell()
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-
-    def rows() -> Generator[Keyed]:
-        with file:
-            for _ in range(num_chunks):
-                yield from pickle.load(file)  # noqa: S301 - our own, without a name
-
-    return _Run(rows(), num_bytes)
+def _in_chunks(held: deque[list[Keyed]]) -> Iterator[Keyed]:
+    """Yield rows, letting go of each chunk once it is begun."""
+    while held:
+        yield from held.popleft()
 
 
 def chunks_of(rows: Iterable[Keyed]) -> Iterator[list[Keyed]]:

@@ -73,8 +73,8 @@ class RunConfig(Table):
     deterministic, always also where it is not, or never."""
     order: Literal["auto", "input", "prefix"] = "auto"
     """In which order rows reach the engine; the output's is always the input's. auto: where it
-    pays, long answers first and like prompts together, within some 30,000 rows; prefix: like
-    prompts together over the whole job, sorted in TMPDIR; input: as they come."""
+    pays, long answers first and like prompts together, within some 30,000 rows; prefix: the
+    same, by the prompts' text in any case; input: as they come."""
     engine_defaults: Literal["batchgen", "vllm"] = "batchgen"
     """Who chooses settings of the engine that the job leaves open and that only change its speed:
     CUDA graphs for as many rows as run at once, no compiling where it does not pay."""

@@ -1,4 +1,4 @@
-"""The order of admission: what is worth sorting by, sorted runs in memory and in files."""
+"""The order of admission: what is worth sorting by, sorted runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pytest
 
-from batchgen.core.errors import StorageError
 from batchgen.core.records import Ordinal, Ranges, Request, RowBatch
 from batchgen.engine import order as orders
 from batchgen.engine.order import (
     CHUNK_ROWS,
-    MAX_FILES,
     MAX_RUNS,
     AdmissionOrder,
     Keyed,
@@ -30,8 +27,6 @@ from batchgen.engine.order import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
-    from typing import Literal
 
     from batchgen.core.records import Prompt
 
@@ -181,32 +176,14 @@ def test_the_look_ahead_is_bounded():
     assert order.num_held < 5000
 
 
-def test_a_whole_job_is_sorted_in_files_without_a_name(tmp_path: Path):
-    shuffled = grouped(300, 6000, shared=100)
-    random.Random(1).shuffle(shuffled)
-    given = requests(shuffled, params={"max_tokens": 5}, lora="x")
-    reach = Reach(held_bytes=100_000, run_bytes=50_000)
-    order = AdmissionOrder("prefix", NOTHING, reach, tmp_path)
-    for at in range(0, 6000, 500):
-        order.put(given[at : at + 500])
-        assert not order.is_full
-    assert order.num_files > 5
-    assert not list(tmp_path.iterdir()), "a kill would leave it"
+def test_by_text_in_any_case_needs_nothing_that_pays():
+    prompts = [f"{random.Random(n).random()} question" for n in range(3000)]
+    order = AdmissionOrder("prefix", NOTHING)
+    for at in range(0, 3000, 500):
+        order.put(requests(prompts[at : at + 500], at))
     taken = all_of(order)
-    check_whole(taken, given)
-    prompts = [request.prompt for request in taken]
-    assert prompts == sorted(shuffled)
-    assert order.num_files == 0
-
-
-def test_a_whole_job_that_is_broken_off_keeps_no_file_open(tmp_path: Path):
-    order = AdmissionOrder("prefix", NOTHING, Reach(held_bytes=1000), tmp_path)
-    order.put(requests(grouped(300, 6000)))
-    order.take()
-    assert order.num_files > 0
-    order.close()
-    order.close()
-    assert order.num_files == 0
+    check_whole(taken, requests(prompts))
+    assert [request.prompt for request in taken] == sorted(prompts)
 
 
 def keyed(given: Sequence[Request]) -> list[Keyed]:
@@ -214,7 +191,7 @@ def keyed(given: Sequence[Request]) -> list[Keyed]:
 
 
 def test_rows_that_wait_do_not_hold_the_memory_of_those_that_are_gone():
-    runs = SortedRuns(None)
+    runs = SortedRuns()
     for start in range(0, 200 * CHUNK_ROWS, CHUNK_ROWS):
         given = keyed(requests(["x"] * CHUNK_ROWS, start))
         # The last row of each run goes last.
@@ -248,34 +225,19 @@ def test_a_few_rows_of_many_batches_do_not_hold_them_all():
     assert pinned_bytes(taken) < 2 << 20
 
 
-def test_many_files_are_merged_and_come_in_order(tmp_path: Path):
-    runs, numbers = SortedRuns(0, tmp_path), list(range(400))
+def test_many_runs_come_in_order():
+    runs, numbers = SortedRuns(), list(range(400))
     random.Random(2).shuffle(numbers)
     for at in range(0, 400, 2):
-        given = [requests(["x"], n)[0] for n in numbers[at : at + 2]]
-        runs.add(keyed(given))
-        assert runs.num_files <= MAX_FILES + 1
+        runs.add(keyed([requests(["x"], n)[0] for n in numbers[at : at + 2]]))
     assert [request.ordinal.row for request in runs.pop(1000)] == list(range(400))
-    runs.close()
-
-
-def test_after_trouble_nothing_is_held_and_what_it_was_is_told(tmp_path: Path):
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    runs = SortedRuns(0, folder)
-    for n in range(MAX_FILES):
-        runs.add(keyed(requests(["x"], n)))
-    folder.rmdir()
-    with pytest.raises(StorageError, match="gone: rows cannot be sorted there"):
-        runs.add(keyed(requests(["x"], 1000)))
-    assert (runs.num_rows, runs.num_files, runs.pop(10)) == (0, 0, [])
 
 
 def test_rows_without_columns_are_sorted_too():
     bare = pa.RecordBatch.from_struct_array(pa.array([{}] * 3, pa.struct([])))
     batch = RowBatch(0, (0, 1, 2), (), bare, {}, Ranges())
     given = [Request(n, Ordinal(0, n), "p", "k", None, batch, n) for n in range(3)]
-    runs = SortedRuns(None)
+    runs = SortedRuns()
     runs.add(keyed(given)[::-1])
     assert [request.ordinal.row for request in runs.pop(9)] == [0, 1, 2]
 
@@ -286,15 +248,12 @@ def parts(text: str, image: str) -> Prompt:
     return [{"role": "user", "content": [shown, {"type": "text", "text": text}]}]
 
 
-@pytest.mark.parametrize("mode", ["auto", "prefix"])
-def test_what_is_in_parts_counts_against_the_bound(mode: Literal["auto", "prefix"], tmp_path: Path):
-    reach = Reach(held_rows=5000, held_bytes=1 << 20, run_rows=10)
-    order = AdmissionOrder(mode, NOTHING, reach, tmp_path)
+def test_what_is_in_parts_counts_against_the_bound():
+    order = AdmissionOrder("auto", NOTHING, Reach(held_bytes=1 << 20, run_rows=10))
     given = requests(parts(f"{n}", f"data:{'x' * 100_000}") for n in range(30))
     for at in range(0, 30, 10):
         order.put(given[at : at + 10])
-    assert order.is_full == (mode == "auto")
-    assert order.num_files == (3 if mode == "prefix" else 0)
+    assert order.is_full
     check_whole(all_of(order), given)
 
 
@@ -303,9 +262,9 @@ def test_of_an_image_no_answer_gets_longer():
     assert lengths.expect(parts("x" * 400, "data:" + "y" * 100_000), None) == 50
 
 
-def test_what_is_taken_at_a_time_is_bounded_too(tmp_path: Path):
+def test_what_is_taken_at_a_time_is_bounded_too():
     given = requests(f"{n:04} {'x' * 1_000_000}" for n in range(40))
-    order = AdmissionOrder("prefix", NOTHING, Reach(held_bytes=2 << 20, run_rows=4), tmp_path)
+    order = AdmissionOrder("prefix", NOTHING, Reach(held_bytes=2 << 20, run_rows=4))
     for at in range(0, 40, 4):
         order.put(given[at : at + 4])
     first = order.take()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from batchgen.core.errors import SourceError, StorageError
+from batchgen.core.errors import SourceError
 from batchgen.core.records import RowError
 from batchgen.engine.order import AdmissionOrder, Lengths, Reach
 from batchgen.pipeline.runner import Feeder, feed_batches
@@ -16,7 +16,6 @@ from tests.fakes import batch, request_builder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
     from batchgen.core.records import Request, RowBatch
     from batchgen.engine.order import Mode
@@ -28,9 +27,8 @@ def feeder(
     *,
     is_loading: Callable[[], bool] = lambda: False,
     reach: Reach | None = None,
-    folder: Path | None = None,
 ) -> Feeder:
-    order = AdmissionOrder(mode, Lengths(), reach, folder)
+    order = AdmissionOrder(mode, Lengths(), reach)
     return Feeder(feed_batches(batches, request_builder()), order=order, is_loading=is_loading)
 
 
@@ -86,15 +84,6 @@ def test_an_engine_gets_what_is_held_while_the_next_rows_are_long_in_coming():
         num_rows += len(fed.requests)
     go_on.set()
     assert rows_of(feeding) == []
-
-
-def test_whatever_goes_wrong_with_the_order_is_told(tmp_path: Path):
-    reach = Reach(held_bytes=0, run_rows=500)
-    missing = tmp_path / "not there"
-    feeding = feeder(backwards(300), is_loading=lambda: True, reach=reach, folder=missing)
-    with pytest.raises(StorageError, match=r"not there: rows cannot be sorted there: .*TMPDIR"):
-        rows_of(feeding)
-    feeding.close()
 
 
 class Broken(AdmissionOrder):
@@ -176,14 +165,3 @@ def test_the_look_ahead_waits_until_rows_are_taken():
     time.sleep(0.3)
     assert len(read) < 3000
     assert sorted(rows_of(feeding)) == list(range(1000, 31_000))
-
-
-def test_closing_gives_the_disk_its_room_back(tmp_path: Path):
-    order = AdmissionOrder("prefix", Lengths(), Reach(held_bytes=2000, run_rows=50), tmp_path)
-    feeding = Feeder(
-        feed_batches(backwards(300), request_builder()), order=order, is_loading=lambda: True
-    )
-    assert feeding.take(5.0) is not None
-    assert order.num_files > 0
-    feeding.close()
-    assert order.num_files == 0
