@@ -294,19 +294,12 @@ def try_(
     Example: batchgen try jobs/quickstart.toml -n 20 --random
     """
     from batchgen.core.runtime import stop_on_signals
-    from batchgen.pipeline.context import StopSwitch, rows_in_flight
+    from batchgen.pipeline.context import StopSwitch, ask_to_stop
     from batchgen.quality.try_out import TryOptions, try_out
 
     stop = StopSwitch()
     job = load()
-
-    def ask() -> str:
-        if not stop.is_heard:
-            raise KeyboardInterrupt
-        stop.ask()
-        return f"stopping: {rows_in_flight(job.run.grace_s)}"
-
-    stop_on_signals(ask)
+    stop_on_signals(ask_to_stop(stop, job.run.grace_s))
     found = try_out(job, TryOptions(**options), stop)
     out(as_line(found.as_dict()) if as_json else found.as_text(num_shown))
     sys.exit(found.exit_code)

@@ -372,12 +372,16 @@ def check_levels(value: object) -> None:
     Raises:
         ValueError: It is.
     """
+    if is_deeper(value, MAX_LEVELS):
+        raise ValueError(f"more than {MAX_LEVELS} objects and arrays inside each other")
+
+
+def is_deeper(value: object, num_levels: int) -> bool:
+    """Whether more objects and arrays are inside each other than so many."""
     level = [value]
-    for _ in range(MAX_LEVELS + 1):
+    for _ in range(num_levels + 1):
         level = [item for parent in level for item in _children(parent)]
-        if not level:
-            return
-    raise ValueError(f"more than {MAX_LEVELS} objects and arrays inside each other")
+    return bool(level)
 
 
 def _children(value: object) -> list[Any]:

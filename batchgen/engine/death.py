@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -139,14 +139,6 @@ def split(requests: Sequence[Request]) -> list[Sequence[Request]]:
     return [requests[start:end] for start, end in pairwise(cuts)]
 
 
-class RowInFlight(NamedTuple):
-    """A request in flight at a death."""
-
-    request_id: int
-    ordinal: tuple[int, int]
-    request_key: str
-
-
 @dataclass(frozen=True, slots=True)
 class EngineDeath:
     """One death, for people; nothing is decided from it. Holds no prompt."""
@@ -157,30 +149,24 @@ class EngineDeath:
     died_at: str
     """UTC, ISO 8601."""
     num_in_flight: int
-    in_flight: tuple[RowInFlight, ...]
-    """The first 1,000 of them, in the order of admission."""
+    in_flight: Sequence[Mapping[str, Any]]
+    """The first 1,000 of them, in the order of admission, see `row_in_flight`."""
     is_search: bool
     """Whether they were a group of suspects of an earlier death."""
-    blamed: RowInFlight | None
+    blamed: Mapping[str, Any] | None
     """The row that this death convicted: it was alone, for the second time."""
-    log_tail: tuple[str, ...]
+    log_tail: Sequence[str]
     """The engine's own last lines."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        rows = [row._asdict() for row in self.in_flight]
-        blamed = self.blamed._asdict() if self.blamed else None
-        return {**asdict(self), "in_flight": rows, "blamed": blamed}
+        return asdict(self)
 
 
-def row_in_flight(request: Request) -> RowInFlight:
+def row_in_flight(request: Request) -> dict[str, Any]:
     """Name a request for a record."""
-    return RowInFlight(request.request_id, request.ordinal, request.request_key)
-
-
-def rows_in_flight(requests: Sequence[Request]) -> tuple[RowInFlight, ...]:
-    """Name the first of them."""
-    return tuple(row_in_flight(request) for request in requests[:MAX_ROWS])
+    names = ("request_id", "ordinal", "request_key")
+    return {name: getattr(request, name) for name in names}
 
 
 def utc_now() -> str:

@@ -30,6 +30,7 @@ from batchgen.core.records import EngineStats, RowError
 from batchgen.engine.base import Engine, expect, failed
 from batchgen.engine.death import (
     MAX_LOG_LINES,
+    MAX_ROWS,
     SOLO_DEATHS,
     EngineDeath,
     SuspectSearch,
@@ -40,7 +41,6 @@ from batchgen.engine.death import (
     log_tail,
     may_be_by_settings,
     row_in_flight,
-    rows_in_flight,
     utc_now,
 )
 
@@ -368,10 +368,10 @@ class SupervisedEngine:
             reason=reason,
             died_at=utc_now(),
             num_in_flight=len(unfinished),
-            in_flight=rows_in_flight(unfinished),
+            in_flight=[row_in_flight(one) for one in unfinished[:MAX_ROWS]],
             is_search=is_search,
             blamed=row_in_flight(blamed) if blamed is not None else None,
-            log_tail=tuple(log_lines[-MAX_LOG_LINES:]),
+            log_tail=log_lines[-MAX_LOG_LINES:],
         )
         self.on_death(death)
         if is_out_of_memory(reason):

@@ -165,7 +165,7 @@ def engine_digest(recipe: Recipe) -> str:
 
 def diff(old: Recipe, new: Recipe) -> list[str]:
     """Return one line a changed key: `prompt.user: 'old' -> 'new'`."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flat(old)), dict(flat(new))
     return [
         f"{_as_in_job(key)}: {' -> '.join(_side_by_side(before, after, key))}"
         for key in sorted(before.keys() | after.keys())
@@ -178,10 +178,11 @@ def _as_in_job(key: str) -> str:
     return f"output.{key.removeprefix('form.')}" if key.startswith("form.") else key
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a table and of those in it, by their whole names."""
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

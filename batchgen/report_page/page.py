@@ -11,15 +11,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from batchgen import __version__
 from batchgen.core.errors import OutputError
 from batchgen.core.places import Root
 from batchgen.core.runtime import printable
+from batchgen.job.recipe import flat
 from batchgen.pipeline.stats import duration
 from batchgen.report_page.charts import charts
 from batchgen.report_page.facts import Facts, ReportOptions, gather
@@ -114,17 +114,10 @@ def _cost(facts: Facts) -> tuple[float, float, str] | None:
 def _recipe(facts: Facts) -> list[tuple[str, object]]:
     """List what decides answers, without hashes of files; examples are data, too."""
     tables = facts.plan.job.get("recipe", {}) if facts.plan is not None else {}
-    found = list(_flat({name: tables.get(name, {}) for name in ("prompt", "sampling", "model")}))
+    found = list(flat({name: tables.get(name, {}) for name in ("prompt", "sampling", "model")}))
     hidden = ("model.files.",) if facts.options.with_rows else ("model.files.", "prompt.examples")
-    return [(name, value) for name, value in found if not name.startswith(hidden)][:_MOST_KEYS]
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, item in value.items():
-        if isinstance(item, dict):
-            yield from _flat(item, f"{prefix}{name}.")
-        elif item is not None:
-            yield f"{prefix}{name}", item
+    shown = [(name, value) for name, value in found if not name.startswith(hidden)]
+    return [(name, value) for name, value in shown if value not in (None, {})][:_MOST_KEYS]
 
 
 def write_report(

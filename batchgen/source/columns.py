@@ -38,6 +38,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchgen.core.data import is_deeper
 from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 from batchgen.core.expressions import parse_row_test
 
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
 
 Word = str
 MAX_DEPTH = 254
-"""Levels of lists and objects that a value may have; what orjson 3.x writes at most."""
+"""Levels of lists and objects that a value may have; what orjson 3.x writes at most. Where Python's
+own json gives up depends on the caller's stack and on its version."""
 _TYPE_KEY = b"batchgen.type"
 JSON_METADATA = {_TYPE_KEY: b"json"}
 _DIFFERS = b"batchgen.differs"
@@ -440,23 +442,9 @@ def json_text(value: object) -> str:
     try:
         return orjson.dumps(value).decode()
     except TypeError:  # an integer over 64 bits, or too many levels
-        if is_too_deep(value):
+        if is_deeper(value, MAX_DEPTH):
             raise ValueError("value nested too deeply") from None
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def is_too_deep(value: object) -> bool:
-    """Whether lists and objects nest so deep that Python's own json may give up.
-
-    A fixed limit: where json gives up depends on the caller's stack and on Python's version.
-    """
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        nested = [item for item in level if isinstance(item, dict | list)]
-        if not nested:
-            return False
-        level = [x for item in nested for x in (item.values() if type(item) is dict else item)]
-    return any(isinstance(item, dict | list) for item in level)
 
 
 _MARK = b"batchgen.partition"

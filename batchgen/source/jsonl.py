@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from batchgen.core.data import is_deeper
 from batchgen.core.errors import SourceError
 from batchgen.core.records import Ranges, RowBatch, RowError
-from batchgen.source.columns import BIG, Census, is_too_deep, kind_word, planned
+from batchgen.source.columns import BIG, MAX_DEPTH, Census, kind_word, planned
 from batchgen.source.reading import Rows, make_batch, shape_of, to_arrays, to_values
 from batchgen.source.sniff import refuse_other_content, text_looks_like
 from batchgen.source.text import (
@@ -195,7 +196,7 @@ def _count(census: Census, rows: Sequence[int], lines: Sequence[bytes | None]) -
 
 def _reparse(line: bytes, value: Mapping[str, Any]) -> dict[str, Any] | RowError:
     """Parse what orjson parsed into `value`, slower, with integers of any size."""
-    if is_too_deep(value):
+    if is_deeper(value, MAX_DEPTH):
         return RowError("bad_json", "invalid JSON: nested too deeply for integers over 64 bits")
     exact: dict[str, Any] = json.loads(line)
     return exact

@@ -340,7 +340,7 @@ def test_a_lone_row_that_kills_is_an_error_in_the_end():
         "the engine died 2 times with this row alone in it: the engine died: boom"
     )
     assert [death.blamed is not None for death in lab.deaths] == [False, False, True]
-    assert lab.deaths[-1].blamed.request_id == 5
+    assert lab.deaths[-1].blamed["request_id"] == 5
 
 
 def test_the_tally_allows_deaths_in_proportion_to_progress():
@@ -521,7 +521,7 @@ def test_a_death_is_told_with_rows_and_the_engines_last_lines(tmp_path):
             engine.step(0.1)
     (death,) = told
     assert (death.number, death.reason, death.num_in_flight) == (1, str(DEAD), 2000)
-    assert [row.request_id for row in death.in_flight] == list(range(1000))
+    assert [row["request_id"] for row in death.in_flight] == list(range(1000))
     assert death.log_tail == ("last words",)
     record = death.as_dict()
     assert record["in_flight"][3] == {

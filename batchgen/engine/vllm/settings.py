@@ -474,19 +474,24 @@ def read_keywords(package: Path) -> frozenset[str] | None:
     args, llm = classes.get("EngineArgs"), classes.get("LLM")
     if args is None or llm is None or args.bases:
         return None
-    own = {
-        parameter.arg
-        for node in llm.body
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
-        for parameter in (*node.args.args[1:], *node.args.kwonlyargs)
-    }
+    own = frozenset(_parameters(llm, "__init__")) - {"self"}
     fields = {
         node.target.id
         for node in args.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         if "ClassVar" not in ast.unparse(node.annotation)
     }
-    return frozenset(own | fields) if own and fields else None
+    return own | fields if own and fields else None
+
+
+def _parameters(tree: ast.AST, function: str) -> list[str]:
+    """Names of the parameters of a function of that name."""
+    return [
+        parameter.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == function
+        for parameter in (*node.args.args, *node.args.kwonlyargs)
+    ]
 
 
 def start_error(exc: Exception) -> ConfigError | EngineError:
@@ -581,9 +586,4 @@ def sampling_fields(package: Path) -> Sequence[str]:
         tree = ast.parse((package / "sampling_params.py").read_bytes())
     except (OSError, ValueError, SyntaxError, RecursionError):
         return ()
-    return [
-        parameter.arg
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "from_optional"
-        for parameter in (*node.args.args, *node.args.kwonlyargs)
-    ]
+    return _parameters(tree, "from_optional")
