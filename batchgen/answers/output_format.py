@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,15 +24,12 @@ import pyarrow as pa
 
 from batchgen.answers.json_schema import checked_schema, row_validator, why_invalid
 from batchgen.answers.probabilities import label_probabilities, value_span
-from batchgen.answers.typed import typed_schema
+from batchgen.answers.typed import TypedSchema, typed_schema
 from batchgen.core.data import parse_json
 from batchgen.core.errors import ConfigError
 from batchgen.core.records import Request, RowError, Sample, TokenLogprobs, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from batchgen.answers.typed import TypedSchema
     from batchgen.job.model import JobConfig, OutputConfig
 
     Samples = Sequence[Sample]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from batchgen.core.errors import BusyError, ConfigError
-from batchgen.core.places import Bucket, bucket_url, folder_of
+from batchgen.core.places import Bucket, Root, bucket_url, folder_of
 from batchgen.engine.devices import device_name
 from batchgen.job.load import load_job, parse_job
-from batchgen.job.model import is_url
+from batchgen.job.model import JobConfig, ScoreConfig, is_url
 from batchgen.job.tuned import use_tuned
 from batchgen.source.tables import is_table, write_table
 from batchgen.storage import LocalStorage
@@ -22,8 +22,6 @@ from batchgen.store.books import STATE
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from batchgen.core.places import Root
-    from batchgen.job.model import JobConfig, ScoreConfig
     from batchgen.quality.score import Score
 
     AnyJob = str | Path | Mapping[str, Any]

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from batchgen.core.data import pl
 from batchgen.core.errors import suggestion
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 # Expression nodes, as polars 1.30 to 2.1 serializes them, whose value at a row depends on that row
 # alone if their children's do: node -> where the children are.

@@ -26,14 +26,12 @@ import stat
 import sys
 import tomllib
 import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 Json = TypeVar("Json", dict[str, Any], list[Any])
 _YOUNG_OBJECTS = 50_000

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -20,9 +21,6 @@ from batchgen.core.places import Bucket, Root
 from batchgen.job.run_table import PositiveInt, RunConfig, StorageConfig, Table
 from batchgen.job.sampling import ChecksConfig, RetryConfig, SamplingConfig
 from batchgen.job.task import NO_SAMPLING, PoolingConfig, Share, Task, by_line, unfit
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 def today() -> date:

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchgen.core.data import parse_state
 from batchgen.core.errors import BatchgenError, ConfigError, StorageError
+from batchgen.core.records import Completion, EngineFacts, EngineStats, Request, RowSet
 from batchgen.core.runtime import Told, command
 from batchgen.engine.order import held_size
 from batchgen.engine.vllm.settings import settings_text
 from batchgen.job.recipe import diff
-from batchgen.pipeline.stats import duration
-from batchgen.store.books import STATE
+from batchgen.pipeline.stats import RunStats, duration
+from batchgen.store.books import STATE, Manifest, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from datetime import datetime
-
-    from batchgen.core.records import Completion, EngineFacts, EngineStats, Request, RowSet
     from batchgen.job.model import JobConfig, Tuned
     from batchgen.job.sampling import SamplingConfig
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.pipeline.stats import RunStats
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
     from batchgen.store.runs import RunLock, RunLog
 

@@ -16,6 +16,7 @@ moved on is itself a base, so that nothing it has computed is computed again.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,12 +42,12 @@ from batchgen.pipeline.keeping import (
     leaving_rows,
     with_kept,
 )
-from batchgen.pipeline.prepare import check
+from batchgen.pipeline.prepare import Checked, Prepared, check
 from batchgen.pipeline.publish import gate_figures
 from batchgen.pipeline.rendering import RENDERING, OldRows, changes_since, recalled, remember
 from batchgen.pipeline.rows import Takeover, missing, new_rows, takeovers, unread_rows
 from batchgen.source.columns import read_schema
-from batchgen.store.books import PARTS, Base, PartFooter, epoch_of
+from batchgen.store.books import PARTS, Base, Manifest, PartFooter, Plan, epoch_of
 from batchgen.store.matching import (
     digest_reader,
 )
@@ -56,13 +57,9 @@ from batchgen.store.runs import utc_now
 from batchgen.store.visible import is_switching, raise_if_damaged, show
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from batchgen.job.model import JobConfig
     from batchgen.pipeline.context import RunOptions
-    from batchgen.pipeline.prepare import Checked, Prepared
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, Plan
     from batchgen.store.ledger import Ledger
 
 

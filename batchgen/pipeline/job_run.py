@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,15 +30,17 @@ from batchgen.core.errors import (
     StoppedError,
     StorageError,
 )
+from batchgen.core.records import RowSet
 from batchgen.core.runtime import option, say
 from batchgen.engine.death import is_out_of_memory
 from batchgen.engine.vllm.settings import SETTINGS
-from batchgen.pipeline.compute import OneEngine
+from batchgen.pipeline.compute import Compute, OneEngine
 from batchgen.pipeline.context import (
     SERVED,
     Moment,
     RunContext,
     RunOptions,
+    StopSwitch,
     Summary,
     engine_dict,
     job_counts,
@@ -45,28 +48,21 @@ from batchgen.pipeline.context import (
     tuned_dict,
 )
 from batchgen.pipeline.deadline import Deadline, End, estimate_lead
-from batchgen.pipeline.decide import Hooks, begin, decide
+from batchgen.pipeline.decide import Decision, Hooks, begin, decide
 from batchgen.pipeline.notify import run_hook, write_metrics
 from batchgen.pipeline.publish import overridden, publish
 from batchgen.pipeline.rows import Computation, rejected_notes
 from batchgen.pipeline.stats import RunStats, advise
 from batchgen.storage.remote import storage_at
-from batchgen.store.books import STATE, TRIES
+from batchgen.store.books import STATE, TRIES, Epoch, Manifest, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.prune import Keep, prune
 from batchgen.store.runs import RunLock, RunLog, new_run_id, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from batchgen.core.records import RowSet
     from batchgen.job.model import JobConfig
-    from batchgen.pipeline.compute import Compute
-    from batchgen.pipeline.context import StopSwitch
-    from batchgen.pipeline.decide import Decision
     from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import Disk
-    from batchgen.store.books import Epoch, Manifest, Plan
 
 
 def tuned_notes(job: JobConfig) -> list[str]:

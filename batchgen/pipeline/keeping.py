@@ -11,27 +11,24 @@ are. Nobody reads it then, and nobody writes its rows again.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.core.errors import OutputError
 from batchgen.core.records import NO_ROWS, Ranges, RowSet
 from batchgen.pipeline.rows import Takeover, takeovers
-from batchgen.store.books import Manifest, Places, Plan, PublishedFile
-from batchgen.store.matching import count_common, match_files, pairs
+from batchgen.store.books import Manifest, Places, Plan, PublishedFile, Segment
+from batchgen.store.matching import Span, count_common, match_files, pairs
 from batchgen.store.published import PublishedRows
 from batchgen.store.result_files import published_schema, schema_digest
 from batchgen.store.snapshot import target_bytes
 from batchgen.store.visible import damage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
     from batchgen.pipeline.prepare import Prepared
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, Plan, Segment
     from batchgen.store.ledger import Ledger
-    from batchgen.store.matching import Span
 
 
 _SMALL = 1 / 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from batchgen.answers.numbers import number_columns
-from batchgen.answers.output_format import answer_columns, make_format
+from batchgen.answers.output_format import AnswerColumns, OutputFormat, answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
 from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, nearest, suggestion
 from batchgen.core.expressions import LATE, check_row_test, parse_row_test
@@ -35,17 +36,12 @@ from batchgen.prompt.builder import BYTE_ORDER_MARK, PromptBuilder, turns
 from batchgen.prompt.requests import RowOptions, wrong_option_columns
 from batchgen.source.columns import agreed, read_schema, with_partitions
 from batchgen.source.csv import delimiter_hint
-from batchgen.source.formats import find_files, reader_for
-from batchgen.source.reading import ReadSpec
+from batchgen.source.formats import InputFiles, find_files, reader_for
+from batchgen.source.reading import Reader, ReadSpec
 from batchgen.store.result_files import part_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from batchgen.answers.output_format import AnswerColumns, OutputFormat
     from batchgen.job.model import Example, JobConfig
-    from batchgen.source.formats import InputFiles
-    from batchgen.source.reading import Reader
     from batchgen.store.books import Plan
 
 

@@ -7,6 +7,7 @@ come from the parts' footers: no row is read for them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import fsum
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from batchgen.pipeline.frozen import check_unchanged
 from batchgen.pipeline.gold import answer_path, count_gold
 from batchgen.pipeline.keeping import leave_damaged
 from batchgen.pipeline.sources import ended_rows
-from batchgen.store.books import FILES, Durable, Epoch, Manifest
+from batchgen.store.books import FILES, Durable, Epoch, Manifest, Plan
 from batchgen.store.parts import Parts
 from batchgen.store.result_files import ATTEMPTS, VERDICT, num_unasked, schema_digest
 from batchgen.store.runs import utc_now
@@ -32,11 +33,8 @@ from batchgen.store.snapshot import SnapshotFormat, write_snapshot
 from batchgen.store.visible import note_as_published, show
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
     from batchgen.job.model import GateConfig
     from batchgen.pipeline.prepare import Prepared
-    from batchgen.store.books import Durable, Plan
     from batchgen.store.ledger import Ledger
 
 

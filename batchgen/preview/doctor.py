@@ -6,14 +6,16 @@ A check that fails hides none of the others, as far as they can be made without 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.cluster.machines import resources_of, share_gpu
 from batchgen.core.errors import BatchgenError, ConfigError, nearest
 from batchgen.core.places import Bucket
+from batchgen.core.records import EngineSpec
 from batchgen.core.runtime import command
 from batchgen.engine.vllm.settings import gpus_of, known_keywords, llm_kwargs
 from batchgen.engine.vllm.shares import cost_of, engines_that_pay, share_of, this_host
@@ -23,6 +25,7 @@ from batchgen.pipeline.prepare import Prepared, engine_spec, plain_http, prepare
 from batchgen.preview.checkpoint import Found, Hub, HuggingFace, find_model
 from batchgen.preview.machine import (
     Finding,
+    Machine,
     check_device,
     check_limits,
     check_output,
@@ -40,12 +43,6 @@ from batchgen.preview.sample import LARGE_BYTES, RowLengths, max_model_len, row_
 from batchgen.source.files import stat_input
 from batchgen.storage.remote import storage_at
 from batchgen.store.books import STATE
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
-
-    from batchgen.core.records import EngineSpec
-    from batchgen.preview.machine import Machine
 
 DTYPES = frozenset({"auto", "half", "float16", "bfloat16", "float", "float32"})
 """What vLLM takes as `dtype`: vllm/config/model.py, ModelDType, 0.26 to 0.33."""

@@ -17,6 +17,7 @@ import random
 import statistics
 from array import array
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -40,14 +41,11 @@ from batchgen.storage.remote import storage_at
 from batchgen.store.keys import KeySet, prefix_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
     from batchgen.job.model import JobConfig
 
     Tokens = array[int] | RowError | None
     """Token ids; why there are none; or None, for prompts that only the engine can render."""
     Tokenize = Callable[[Sequence[EngineRequest]], list[Tokens]]
-    from collections.abc import Callable, Iterable, Mapping
 
     from batchgen.pipeline.prepare import Prepared
     from batchgen.prompt.requests import RequestBuilder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,14 +20,11 @@ from batchgen.core.data import check_levels, holder_of, parse_json, value_at
 from batchgen.core.errors import one_line, suggestion
 from batchgen.core.records import Ordinal, Prompt, Request, Result, RowBatch, RowError, is_continued
 from batchgen.job.sampling import LineSampling, RowSampling
-from batchgen.prompt.builder import shortened
+from batchgen.prompt.builder import PromptBuilder, shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
     from batchgen.job.model import JobConfig
     from batchgen.job.recipe import Seeds
-    from batchgen.prompt.builder import PromptBuilder
 
     Values = Mapping[str, Any]
     CheckSchema = Callable[[str], object]

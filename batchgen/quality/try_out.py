@@ -8,11 +8,12 @@ run of the job looks there for answers of its recipe, see `pipeline.sources`.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import pyarrow.compute as pc
@@ -26,24 +27,18 @@ from batchgen.pipeline.context import RunOptions, StopSwitch, Summary
 from batchgen.pipeline.frozen import read_rows
 from batchgen.pipeline.job_run import JobRun
 from batchgen.pipeline.keeping import kept_rows
-from batchgen.pipeline.prepare import as_text
+from batchgen.pipeline.prepare import Prepared, as_text
 from batchgen.pipeline.publish import total_variation
 from batchgen.pipeline.sources import NUM_TRIES, ended_rows
 from batchgen.preview.sample import sampled
 from batchgen.storage import LocalStorage
-from batchgen.store.books import STATE, TRIES, Durable
+from batchgen.store.books import STATE, TRIES, Durable, Plan
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import Renumbering, Span
 from batchgen.store.result_files import ROW, SEGMENT, rows_of
 from batchgen.views.pairing import paired
 from batchgen.views.rows import readable
 from batchgen.views.sides import ANSWER, OLD, LabelMoves, Side, counted_moves
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from batchgen.pipeline.prepare import Prepared
-    from batchgen.store.books import Plan
 
 _SHOWN_CHARS = 2000
 _LABEL, _ERROR = "_batchgen_label ", "_batchgen_error"

@@ -28,7 +28,7 @@ import base64
 import datetime as dt
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,6 @@ from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 from batchgen.core.expressions import parse_row_test
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-
     from batchgen.job.model import InputConfig
 
 

@@ -10,10 +10,10 @@ and a run that wakes up when all that it knew is gone still finds a later claim,
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from batchgen.core.errors import OutputError
 from batchgen.storage import LocalStorage
@@ -21,9 +21,6 @@ from batchgen.store.books import STATE, TRIES, Manifest, Plan, is_numbered, numb
 from batchgen.store.ledger import Ledger
 from batchgen.store.matching import DIGESTS, digests_of
 from batchgen.store.runs import RunLock
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)

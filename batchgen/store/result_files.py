@@ -26,10 +26,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,11 +43,6 @@ from batchgen.core.records import Ranges, Result, RowSet, writable_text
 from batchgen.core.runtime import check_file, open_file
 from batchgen.storage import LocalStorage, raise_if_not_damage
 from batchgen.store.books import Chunk, Part, PartFooter
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
 
 SEGMENT = "_batchgen_segment"
 ROW = "_batchgen_row"

@@ -19,25 +19,22 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.core.data import parse_state
 from batchgen.core.errors import DamagedSnapshotError, StorageError
 from batchgen.core.runtime import option
-from batchgen.storage import raise_if_not_damage
-from batchgen.store.books import STATE
+from batchgen.storage import LocalStorage, raise_if_not_damage
+from batchgen.store.books import STATE, Manifest, PublishedFile
 from batchgen.store.runs import RunLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from batchgen.storage import LocalStorage
-    from batchgen.store.books import Manifest, PublishedFile
     from batchgen.store.ledger import Ledger
 
 _NOTES = f"{STATE}/seen.json"

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 from batchgen.core.errors import OutputError
+from batchgen.core.places import Root
 from batchgen.core.runtime import command
 from batchgen.pipeline.publish import total_variation
 from batchgen.storage.remote import storage_at
@@ -48,11 +50,6 @@ from batchgen.views.sides import (
     moves_in,
     short,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from batchgen.core.places import Root
 
 
 @dataclass(frozen=True, slots=True)

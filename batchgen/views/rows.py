@@ -11,6 +11,7 @@ show is not looked for: that is what `batchgen verify` is for.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,14 +20,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.core.data import pl, take_rows
-from batchgen.core.errors import ConfigError, OutputError, SourceError, suggestion
+from batchgen.core.errors import ConfigError, ExitCode, OutputError, SourceError, suggestion
+from batchgen.core.places import Root
 from batchgen.core.records import Ranges
 from batchgen.core.runtime import Told, command, option, printable
 from batchgen.pipeline.frozen import check_unchanged
 from batchgen.source.text import read_lines
 from batchgen.source.values import to_python
 from batchgen.storage.remote import storage_at
-from batchgen.store.books import PARTS, Places
+from batchgen.store.books import PARTS, Kept, Manifest, Places, Plan, Segment
 from batchgen.store.ledger import Ledger
 from batchgen.store.published import groups_of, row_groups, stretches
 from batchgen.store.result_files import ROW, SEGMENT, ResultFile
@@ -34,12 +36,7 @@ from batchgen.store.snapshot import find_snapshot
 from batchgen.views.status import as_text, exit_code_of, not_begun
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
-
-    from batchgen.core.errors import ExitCode
-    from batchgen.core.places import Root
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Kept, Manifest, Plan, Segment
 
 
 INPUT, LINE = "_batchgen_input", "_batchgen_line"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ from batchgen.core.runtime import command, option, size_text
 from batchgen.pipeline.context import table
 from batchgen.pipeline.stats import RUNNING, duration, figures_of, num_inside
 from batchgen.storage.remote import storage_at
-from batchgen.store.books import STATE, Manifest, PublishedFile, number_of
+from batchgen.store.books import STATE, Manifest, Plan, PublishedFile, number_of
 from batchgen.store.ledger import Ledger
 from batchgen.store.prune import Keep, Outdated, outdated
 from batchgen.store.prune import prune as remove_outdated
@@ -24,11 +24,7 @@ from batchgen.store.runs import RunLock, new_run_id, utc_now
 from batchgen.store.visible import Fault, faults, lost_or_cut
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from batchgen.core.places import Root
     from batchgen.storage import LocalStorage
-    from batchgen.store.books import Plan
 
 
 _KILLED = "it has left no word of its end: killed, or the machine went down; run again to go on"

@@ -522,7 +522,7 @@ def test_a_death_is_told_with_rows_and_the_engines_last_lines(tmp_path):
     (death,) = told
     assert (death.number, death.reason, death.num_in_flight) == (1, str(DEAD), 2000)
     assert [row["request_id"] for row in death.in_flight] == list(range(1000))
-    assert death.log_tail == ("last words",)
+    assert death.log_tail == ["last words"]
     record = death.as_dict()
     assert record["in_flight"][3] == {
         "request_id": 3,

@@ -6,17 +6,14 @@ Only for `vllm.py`, in the engine's process.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchgen.core.errors import ConfigError, nearest, one_line
 from batchgen.core.records import EngineSpec, Sample, TokenLogprobs
 from batchgen.core.runtime import read_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
 
 MIN_LOGPROB = math.log(1e-5)
 """Below it a token was no real alternative: under a grammar nearly all have none at all."""

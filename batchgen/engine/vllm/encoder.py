@@ -22,12 +22,13 @@ import queue
 import re
 import threading
 from array import array
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,10 +38,6 @@ from batchgen.core.records import EngineSpec, Messages, Prompt, RowError
 from batchgen.core.runtime import read_json
 from batchgen.engine.base import EngineRequest, end_of, flatten_parts
 from batchgen.engine.vllm.pooling import CONTINUED, Pieces, continued, encode_pair, pairs_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
 
 MAX_BATCH = 256
 _CLOSE = None
