@@ -224,7 +224,10 @@ SAMPLE = pa.struct(
 
 
 CHOICE = pa.struct(
-    [("text", pa.string()), ("finish_reason", pa.string()), ("logprobs", pa.list_(_TOKEN))]
+    [
+        *(("text", pa.string()), ("finish_reason", pa.string()), ("logprobs", pa.list_(_TOKEN))),
+        *(("reasoning", pa.string()), ("tool_calls", pa.list_(_CALL))),
+    ]
 )
 """An answer of several, or one with log probabilities, to a line of OpenAI's batch files."""
 
@@ -324,7 +327,13 @@ def _choices(samples: Samples, _: Readings) -> list[dict[str, Any]] | None:
     if len(samples) == 1 and samples[0].logprobs is None:
         return None
     return [
-        {"text": one.text, "finish_reason": one.finish_reason, "logprobs": _logprobs(one)}
+        {
+            "text": one.text,
+            "finish_reason": one.finish_reason,
+            "logprobs": _logprobs(one),
+            "reasoning": one.reasoning,
+            "tool_calls": _calls(one),
+        }
         for one in samples
     ]
 

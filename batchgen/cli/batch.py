@@ -91,9 +91,13 @@ def _model(name: str, flags: Sequence[str]) -> dict[str, Any]:
     from batchgen.job.model import ModelConfig
 
     given = dict(_flags(flags))
+    given.pop("enable_auto_tool_choice", None)  # The parser says it.
     model: dict[str, Any] = {"name": name, "engine": {}}
     if (modules := given.pop("lora_modules", None)) is not None:
-        model["lora"] = dict(word.partition("=")[::2] for word in str(modules).split())
+        model["lora"] = dict(
+            (one["name"], one["path"]) if isinstance(one, dict) else str(one).partition("=")[::2]
+            for one in (modules if isinstance(modules, list) else [modules])
+        )
     for key, value in given.items():
         (model if key in ModelConfig.model_fields else model["engine"])[key] = value
     return model
@@ -108,11 +112,11 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             raise ConfigError("run-batch", [f"{word!r} is no flag, expected such as --dtype auto"])
         key, equals, value = word[2:].partition("=")
         name = key.replace("-", "_")
-        values = [value] if equals else []
+        values = [_value(value)] if equals else []
         while not equals and rest and not rest[0].startswith("--"):
-            values.append(rest.pop(0))
+            values.append(_value(rest.pop(0)))
         if values:
-            yield name, _value(" ".join(values))
+            yield name, values if len(values) > 1 else values[0]
         else:
             yield name.removeprefix("no_"), not name.startswith("no_")
 

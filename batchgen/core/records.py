@@ -34,6 +34,11 @@ Prompt = str | Messages | Pair
 a tuple; or, for the tasks that take it, a pair."""
 
 
+TOOLS = ("tools", "tool_choice")
+"""What a request's `params` may hold beside sampling: tools for the chat template, as OpenAI's API
+describes them, and whether calls of them are found in the answer: auto or none."""
+
+
 def is_continued(prompt: Prompt) -> bool:
     """Tell whether a chat ends within the assistant's turn, with which the model is to go on."""
     last = prompt[-1] if prompt and not isinstance(prompt, str | tuple) else {}
@@ -104,7 +109,7 @@ class Request(NamedTuple):
     index: int  # type: ignore[assignment]  # Hides tuple.index, of no use here.
     """Where the row's carried columns are: `batch.carried[index]`."""
     params: Mapping[str, Any] | None = None
-    """vLLM's SamplingParams fields that this request has otherwise than the job."""
+    """vLLM's SamplingParams fields that this request has otherwise than the job; and `TOOLS`."""
     lora: str | None = None
     """Name of the adapter in `EngineSpec.loras`; None for the model itself."""
     attempt: int = 1

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from batchgen.core.records import EngineSpec, RowError, Sample, TokenLogprobs, is_continued
+from batchgen.core.records import (
+    TOOLS,
+    EngineSpec,
+    RowError,
+    Sample,
+    TokenLogprobs,
+    is_continued,
+)
 from batchgen.engine.base import EngineRequest, end_of, flatten_parts
 from batchgen.engine.vllm.answers import MIN_LOGPROB
 from batchgen.engine.vllm.images import with_local_images
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 OF_ALL = frozenset(
     {
         *("max_tokens", "temperature", "top_p", "n", "stop", "seed", "logprobs"),
-        *("presence_penalty", "frequency_penalty"),
+        *("presence_penalty", "frequency_penalty", *TOOLS),
     }
 )
 """Sampling that any server has; of the rest only vLLM's is known to obey."""
@@ -184,7 +191,7 @@ def _chat(request: EngineRequest, spec: EngineSpec, server: Server) -> dict[str,
         if not server.is_vllm:
             raise Unsuitable("only vLLM's server goes on with the assistant's turn")
         body |= end_of(request.prompt)
-    if spec.tools:
+    if spec.tools and "tools" not in (request.params or {}):
         choice = "auto" if spec.tool_call_parser else "none"
         body |= {"tools": list(spec.tools), "tool_choice": choice}
     own = {

@@ -104,7 +104,7 @@ def unfit(task: str, prompt: str, pooling: PoolingConfig, output: Mapping[str, A
 
 
 _OF_OPENAI: Mapping[str, Mapping[str, Any]] = {
-    "input": {"columns": ["custom_id", "url", "model"]},
+    "input": {"columns": ["custom_id", "url", "model", "tool_choice"]},
     "prompt": {"messages": "messages"},
     "sampling": {"column": "sampling", "max_tokens": 2**31 - 1},
     "checks": {"allow_truncated": True},

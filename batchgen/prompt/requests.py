@@ -56,6 +56,8 @@ class RowOptions:
         self._sampling = job.sampling.column
         self._fields = LineSampling if self._by_line else RowSampling
         self._schema = "schema" if self._by_line else job.output.schema_column
+        self._tools = "tools" if self._by_line else None
+        self._finds_calls = job.model.tool_call_parser is not None
         self._lora = "model" if self._by_line else job.model.lora_column
         name = job.model.name
         served = job.model.engine.get("served_model_name", ())
@@ -71,6 +73,7 @@ class RowOptions:
         keys = {
             "sampling.column": self._sampling,
             "output.schema_column": self._schema,
+            "prompt.tools": self._tools,
             "model.lora_column": self._lora,
         }
         return {key: holder_of(name, available) for key, name in keys.items() if name is not None}
@@ -91,14 +94,20 @@ class RowOptions:
             if isinstance(schema, RowError):
                 return schema
             params["structured_outputs"] = {"json": schema}
+        if self._tools is not None and (tools := values.get(self._tools)):
+            if tools["tool_choice"] == "auto" and not self._finds_calls:
+                problem = "tool_choice 'auto' needs model.tool_call_parser (--tool-call-parser)"
+                return RowError("unsupported_parameter", problem)
+            params |= tools
         lora = self._lora_of_all if self._lora is None else value_at(values, self._lora)
         lora = None if lora in self._own_names else lora
         if lora is not None and lora not in self._loras:
             known = {PurePath(name).name for name in self._own_names}.union(self._loras)
             found_text = suggestion(str(lora), sorted(known))
+            kind, what = "unknown_adapter", "LoRA adapter"
             if self._by_line:
-                return RowError("model_not_found", f"no model {lora!r:.60}{found_text}")
-            return RowError("unknown_adapter", f"no LoRA adapter {lora!r:.60}{found_text}")
+                kind, what = "model_not_found", "model"
+            return RowError(kind, f"no {what} {lora!r:.60}{found_text}")
         return Own(params or None, lora)
 
 
@@ -252,14 +261,15 @@ class RequestBuilder:
 
 
 def _ordered(params: Values | None) -> Values | None:
-    """Parameters for a key that sorts: the schema as text, whose order of properties is asked for.
+    """Parameters for a key that sorts: schema and tools as text, whose order is asked for.
 
-    vLLM generates in that order.
+    vLLM generates in that order, and a chat template writes in it.
     """
-    if params is None or "structured_outputs" not in params:
+    if params is None or params.keys().isdisjoint(("structured_outputs", "tools")):
         return params
-    schema = json.dumps(params["structured_outputs"]["json"])
-    return {**params, "structured_outputs": schema}
+    schema = params.get("structured_outputs", {}).get("json")
+    ordered = {"structured_outputs": schema, "tools": params.get("tools")}
+    return {**params, **{k: json.dumps(v) for k, v in ordered.items() if v is not None}}
 
 
 def wrong_option_columns(job: JobConfig, available: Sequence[str]) -> list[str]:

@@ -29,14 +29,15 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 EMBEDDING, SCORE = "/v1/embeddings", "/v1/score"
 TASKS = {EMBEDDING: "embed", SCORE: "score"}
 """Tasks of URLs, but for `generate`."""
-CARRIED = ("custom_id", "url", "model")
-"""Columns that go to the output."""
+CARRIED = ("custom_id", "url", "model", "tool_choice")
+"""Columns that go to the output. The last: a tool that has to be called, `NAME()`, or required."""
 MESSAGES, SAMPLING, SCHEMA, MODEL = "messages", "sampling", "schema", "model"
+TOOLS, FORCED = "tools", "tool_choice"
 TEXT, QUERY, PASSAGE = "text", "query", "passage"
 """Columns of what is to be embedded, and scored."""
 _COLUMNS = pa.schema(
     [parse_field(name, "string") for name in (*CARRIED, TEXT, QUERY, PASSAGE)]
-    + [parse_field(name, "json") for name in (MESSAGES, SAMPLING, SCHEMA)]
+    + [parse_field(name, "json") for name in (MESSAGES, SAMPLING, SCHEMA, TOOLS)]
 )
 _LINE = ("body", "custom_id", "method", "url")
 _SAMPLING = frozenset(
@@ -54,9 +55,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "best_of": (1,),
     "echo": (False,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
+    "parallel_tool_calls": (True,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "encoding_format": ("float",),
@@ -172,7 +171,59 @@ def _chat(body: Mapping[str, Any]) -> Mapping[str, Any]:
         rest["logprobs"] = num or 0
     elif num:
         raise _RefusedError("invalid_value", "top_logprobs is given without logprobs")
-    return {MESSAGES: messages, SAMPLING: _sampling(rest), SCHEMA: schema}
+    tools, choice = rest.pop("tools", None), rest.pop("tool_choice", None)
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise _RefusedError("invalid_value", "tool_choice is given without tools")
+        return {MESSAGES: messages, SAMPLING: _sampling(rest), SCHEMA: schema}
+    forced, form = _forced(_functions(tools), choice)
+    if form is not None and schema is not None:
+        text = "response_format is given with a tool_choice that forces a call, expected one"
+        raise _RefusedError("unsupported_parameter", text)
+    told = {"tools": tools, "tool_choice": "none" if forced or choice == "none" else "auto"}
+    own = {TOOLS: told, FORCED: forced, SCHEMA: schema if form is None else form}
+    return {MESSAGES: messages, SAMPLING: _sampling(rest), **own}
+
+
+def _functions(tools: object) -> dict[str, Any]:
+    """Return the functions that are tools: name -> schema of what they take."""
+    found = {}
+    for tool in tools if isinstance(tools, list) else [tools]:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        given = function if isinstance(function, dict) else {}
+        name, schema = given.get("name"), given.get("parameters") or {"type": "object"}
+        if not isinstance(name, str) or not name or not isinstance(schema, dict):
+            expected = "expected {type: function, function: {name, description, parameters}}"
+            raise _RefusedError("invalid_value", f"tools: {tool!r:.60}, {expected}")
+        found[name] = schema
+    return found
+
+
+def _forced(functions: Mapping[str, Any], choice: object) -> tuple[str | None, Any]:
+    """Return what a tool_choice forces, and the JSON Schema of such an answer, as vLLM has it.
+
+    Source:
+        vllm/tool_parsers/utils.py, get_json_schema_from_tools, 0.26 to 0.33.
+    """
+    if choice in (None, "auto", "none"):
+        return None, None
+    if choice == "required":
+        calls: list[Any] = []
+        shared: dict[str, Any] = {}
+        for own_name, schema in functions.items():
+            bare = {key: value for key, value in schema.items() if key != "$defs"}
+            fields = {"name": {"type": "string", "enum": [own_name]}, "parameters": bare}
+            calls.append({"properties": fields, "required": ["name", "parameters"]})
+            shared |= schema.get("$defs") or {}
+        items = {"type": "object", "anyOf": calls}
+        whole = {"type": "array", "minItems": 1, "items": items}
+        return "required", {**whole, "$defs": shared} if shared else whole
+    named = choice.get("function") if isinstance(choice, dict) else None
+    name = named.get("name") if isinstance(named, dict) else None
+    if not isinstance(name, str) or name not in functions:
+        expected = f"expected auto, none, required or one of {', '.join(functions)}"
+        raise _RefusedError("invalid_value", f"tool_choice: {choice!r:.80}, {expected:.200}")
+    return f"{name}()", functions[name]
 
 
 def _completion(body: Mapping[str, Any]) -> Mapping[str, Any]:

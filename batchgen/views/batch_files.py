@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from batchgen.core.errors import OutputError
+from batchgen.source.openai import CARRIED
 from batchgen.views.rows import output_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _OURS = frozenset({"engine_crash", "engine_error", "endpoint_failed", "bad_reque
 _COLUMNS = (
     *("status", "text", "embedding", "score", "finish_reason", "error_type", "error"),
     *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning", "choices"),
+    "tool_calls",
 )
 
 
@@ -124,8 +126,8 @@ def lines(output: Output) -> Iterator[tuple[bool, bytes]]:
     created = int(datetime.fromisoformat(output.manifest.created_at).timestamp())
     known = output.column_names()
     names = {name: column for name in _COLUMNS if (column := output.column(name)) in known}
-    wanted = [*("custom_id", "url", "model"), *names.values()]
-    if missing := [name for name in wanted[:3] if name not in known]:
+    wanted = [*CARRIED, *names.values()]
+    if missing := [name for name in CARRIED if name not in known]:
         msg = (
             f"{output.storage.where}: no column {missing[0]!r}: its input was no OpenAI batch file"
         )
@@ -180,9 +182,9 @@ def _body(
             data = [{"object": kind, "index": 0, kind: found}]
             return {"object": "list", "data": data, "model": row["model"], "usage": usage}
     is_chat = row["url"].endswith("/chat/completions")
-    make = _chat_choice if is_chat else _text_choice
     choices = [
-        {"index": at, "finish_reason": one["finish_reason"], **make(one)}
+        {"index": at, "finish_reason": one["finish_reason"]}
+        | (_chat_choice(one, row["tool_choice"], f"{name}-{at}") if is_chat else _text_choice(one))
         for at, one in enumerate(told.get("choices") or [told])
     ]
     usage["completion_tokens"] = num_out
@@ -197,17 +199,39 @@ def _body(
     }
 
 
-def _chat_choice(one: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_choice(one: Mapping[str, Any], forced: str | None, name: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": one["text"], "refusal": None}
+    choice: dict[str, Any] = {"message": message, "logprobs": None}
     if one.get("reasoning") is not None:
         message["reasoning"] = one["reasoning"]
+    calls = _forced_calls(one["text"], forced) if forced else one.get("tool_calls")
+    if calls:
+        message["content"] = None if forced else one["text"] or None
+        message["tool_calls"] = [
+            {"id": f"call_{name}-{at}", "type": "function", "function": call}
+            for at, call in enumerate(calls)
+        ]
+        if one["finish_reason"] == "stop" and forced in (None, "required"):
+            choice["finish_reason"] = "tool_calls"
     if (tokens := one.get("logprobs")) is None:
-        return {"message": message, "logprobs": None}
+        return choice
     content = [
         {**_token(token), "top_logprobs": [_token(other) for other in token["top"]]}
         for token in tokens
     ]
-    return {"message": message, "logprobs": {"content": content, "refusal": None}}
+    return {**choice, "logprobs": {"content": content, "refusal": None}}
+
+
+def _forced_calls(text: str, forced: str) -> list[dict[str, str]]:
+    """Read an answer that is a call by its form; none of one that was cut off."""
+    if forced != "required":
+        return [{"name": forced.removesuffix("()"), "arguments": text}]
+    with suppress(orjson.JSONDecodeError, TypeError, KeyError):
+        return [
+            {"name": call["name"], "arguments": orjson.dumps(call["parameters"]).decode()}
+            for call in orjson.loads(text)
+        ]
+    return []
 
 
 def _token(one: Mapping[str, Any]) -> dict[str, Any]:

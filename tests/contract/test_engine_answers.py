@@ -294,6 +294,18 @@ def test_tool_calls_are_split_off(parsing_engine):
     assert (name, json.loads(arguments)) == ("find", {"number": 7})
 
 
+def test_a_request_has_its_own_tools(parsing_engine):
+    other = [{"type": "function", "function": {"name": "find and more"}}]
+    asked = [say(CALL), say(CALL), say(CALL)]
+    for number, choice in enumerate(("auto", "none"), 1):
+        params = {**asked[number].params, "tools": other, "tool_choice": choice}
+        asked[number] = asked[number]._replace(params=params)
+    job, auto, none = run(parsing_engine, asked)
+    assert [len(one.samples[0].tool_calls) for one in (job, auto, none)] == [1, 1, 0]
+    assert none.samples[0].text == CALL
+    assert auto.num_prompt_tokens == none.num_prompt_tokens > job.num_prompt_tokens
+
+
 def test_tools_reach_the_chat_template(parsing_engine):
     (completion,) = run(parsing_engine, [say("No.")])
     with_tools = completion.num_prompt_tokens

@@ -67,6 +67,23 @@ def test_the_jobs_chat_template_and_its_arguments_reach_the_tokenizer():
     assert list(encoded.token_ids) == [97, 98, 99]
 
 
+class Tools(Letters):
+    """Writes the tools that it is given, and the calls of the chat."""
+
+    def apply_chat_template(self, messages, *, tools, **_):
+        return f"{tools} {[message.get('tool_calls') for message in messages]}"
+
+
+def test_a_request_may_bring_its_own_tools_and_calls_have_their_arguments_as_objects():
+    called = [{"function": {"name": "f", "arguments": '{"x": 1}'}}, {"name": "g"}]
+    said = [{"role": "assistant", "tool_calls": called}, *chat("a")]
+    given = [HostedRequest(0, said, 0, {"tools": ["own"]}), HostedRequest(1, said, 1)]
+    style = PLAIN._replace(tools=["job"])
+    texts = ["".join(map(chr, one.token_ids)) for one in encode(Tools(), given, style)]
+    calls = [{"function": {"name": "f", "arguments": {"x": 1}}}, {"name": "g"}]
+    assert texts == [f"{tools} {[calls, None]}" for tools in (["own"], ["job"])]
+
+
 def test_a_chat_that_ends_with_the_assistant_is_left_open():
     begun = [*chat("a"), {"role": "assistant", "content": "b"}]
     (encoded,) = encode(Letters(), requests(begun), PLAIN)

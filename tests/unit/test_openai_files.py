@@ -10,6 +10,7 @@ from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 import batchgen
+from batchgen.cli.batch import _model
 from batchgen.core.errors import ConfigError
 from batchgen.job.load import parse_job
 from batchgen.prompt.requests import RowOptions
@@ -96,6 +97,68 @@ def test_scores_are_those_of_vllms_server(tmp_path: Path) -> None:
     assert [one["custom_id"] for one in errors] == ["c"]
 
 
+WEATHER = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}}
+WEATHER |= {"$defs": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": WEATHER}}]
+
+
+def of_tools(custom_id: str, text: str, choice: Any, **body: Any) -> dict[str, Any]:
+    said = [{"role": "user", "content": text}]
+    return line(custom_id, body={"messages": said, "tools": TOOLS, "tool_choice": choice, **body})
+
+
+def test_a_line_may_have_a_tool_called(tmp_path: Path) -> None:
+    called = '[{"name": "weather", "parameters": {"city": "Ulm"}}]'
+    named = {"type": "function", "function": {"name": "weather"}}
+    lines = [
+        of_tools("named", '{"city": "Ulm"}', named),
+        of_tools("required", called, "required"),
+        of_tools("several", called, "required", n=2),
+        of_tools("cut", called, "required", max_tokens=3),
+        of_tools("none", "hello", "none"),
+        of_tools("auto", "hello", "auto"),
+        of_tools("usual", "hello", None),
+        of_tools("other", "hello", {"type": "function", "function": {"name": "time"}}),
+        of_tools("both", "hello", named, response_format={"type": "json_object"}),
+        of_tools("odd", "hello", "none", tools=[{"type": "web_search"}]),
+        of_tools("one by one", "hello", "none", parallel_tool_calls=False),
+        line("of nothing", body={"tool_choice": "required"}),
+    ]
+    answers, errors = answered(tmp_path, lines)
+    found = [ChatCompletion.model_validate(one["response"]["body"]) for one in answers]
+    choices = {a["custom_id"]: one.choices for a, one in zip(answers, found, strict=True)}
+    assert list(choices) == ["named", "required", "several", "cut", "none"]
+    (call,) = choices["named"][0].message.tool_calls or ()
+    assert call.function.arguments == '{"city": "Ulm"}'
+    assert choices["named"][0].finish_reason == "stop"
+    calls = [one.message.tool_calls for one in [*choices["required"], *choices["several"]]]
+    assert [one.function.name for several in calls for one in several or ()] == ["weather"] * 3
+    assert len({one.id for several in calls for one in several or ()}) == 3
+    assert {one.finish_reason for one in choices["several"]} == {"tool_calls"}
+    cut, none = choices["cut"][0], choices["none"][0]
+    told = (cut.message.content, cut.message.tool_calls, cut.finish_reason)
+    assert told == ('[{"', None, "length")
+    assert none.message.content == "hello"
+    codes = [one["response"]["body"]["error"]["code"] for one in errors]
+    assert codes == [
+        *["unsupported_parameter"] * 2,
+        "invalid_value",
+        "unsupported_parameter",
+        "invalid_value",
+        "unsupported_parameter",
+        "invalid_value",
+    ]
+
+
+def test_adapters_are_given_as_vllm_takes_them() -> None:
+    form = json.dumps({"name": "b", "path": "/b"})
+    words = ["--lora-modules", "a=/a", form, "--served-model-name=x", "--no-enable-log-requests"]
+    model = _model("tiny", [*words, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"])
+    assert model["lora"] == {"a": "/a", "b": "/b"}
+    assert (model["tool_call_parser"], model["name"]) == ("hermes", "tiny")
+    assert model["engine"] == {"served_model_name": "x", "enable_log_requests": False}
+
+
 def test_a_line_may_ask_for_several_answers(tmp_path: Path) -> None:
     lines = [
         line("chat", body={"n": 3, "temperature": 1}),
@@ -154,6 +217,7 @@ def test_what_is_not_taken_is_that_lines_error(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(errors)
 
 
+NOT_TAKEN = ("unknown_parameter", "unsupported_parameter", "invalid_value")
 LOADS = (
     *("chat_template", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs", "documents"),
     *("guided_json", "add_generation_prompt", "cache_salt", "kv_transfer_params", "tools"),
@@ -164,7 +228,7 @@ LOADS = (
 def test_a_body_chooses_nothing_that_loads_or_runs(tmp_path: Path, name: str) -> None:
     answers, errors = answered(tmp_path, [line(body={name: {"x": "{{ cycler }}"}})])
     assert answers == []
-    assert errors[0]["response"]["body"]["error"]["code"].endswith("_parameter")
+    assert errors[0]["response"]["body"]["error"]["code"] in NOT_TAKEN
 
 
 def test_a_line_has_its_own_seed_and_its_own_schema(tmp_path: Path) -> None:

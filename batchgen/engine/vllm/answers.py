@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from batchgen.core.errors import ConfigError, nearest, one_line
-from batchgen.core.records import EngineSpec, Sample, TokenLogprobs
+from batchgen.core.records import TOOLS, EngineSpec, Sample, TokenLogprobs
 from batchgen.core.runtime import read_json
+
+Params = Mapping[str, Any] | None
 
 MIN_LOGPROB = math.log(1e-5)
 """Below it a token was no real alternative: under a grammar nearly all have none at all."""
@@ -100,12 +102,20 @@ class AnswerReader:
         self._special_ids = special_ids
         self._splitter = splitter
 
-    def read(self, output: Any, num_logprobs: int | None) -> list[Sample]:
+    def sampling_of(self, params: Params) -> Params:
+        """Return a request's SamplingParams fields, with those that calls of its tools need."""
+        if params is None or params.keys().isdisjoint(TOOLS):
+            return params
+        kept = self._splitter.kept(params) if self._splitter is not None else {}
+        return {**kept, **{name: value for name, value in params.items() if name not in TOOLS}}
+
+    def read(self, output: Any, num_logprobs: int | None, params: Params = None) -> list[Sample]:
         """Read a finished RequestOutput.
 
         Args:
             output: vLLM's RequestOutput.
             num_logprobs: `SamplingParams.logprobs` of its request.
+            params: Of its request, for its own tools.
 
         Raises:
             ParserError: A parser failed on one of the answers.
@@ -117,16 +127,19 @@ class AnswerReader:
                 for answer in answers
             ]
         prompt_ids = output.prompt_token_ids
-        return [self._sample(answer, num_logprobs, prompt_ids) for answer in answers]
+        return [self._sample(answer, num_logprobs, prompt_ids, params) for answer in answers]
 
-    def _sample(self, answer: Any, num_logprobs: int | None, prompt_ids: Sequence[int]) -> Sample:
+    def _sample(
+        self, answer: Any, num_logprobs: int | None, prompt_ids: Sequence[int], params: Params
+    ) -> Sample:
         logprobs = None
         if num_logprobs is not None and answer.logprobs is not None:
             logprobs = self.token_logprobs(answer.token_ids, answer.logprobs, num_logprobs)
         num = len(answer.token_ids)
         if self._splitter is None:
             return Sample(answer.text, answer.finish_reason, logprobs, num_tokens=num)
-        text, reasoning, calls = self._splitter.split(answer.text, answer.token_ids, prompt_ids)
+        split = self._splitter.split
+        text, reasoning, calls = split(answer.text, answer.token_ids, prompt_ids, params)
         return Sample(text, answer.finish_reason, logprobs, reasoning, calls, num_tokens=num)
 
     def token_logprobs(
@@ -206,17 +219,14 @@ class Splitter:
         Raises:
             ConfigError: A parser does not find its marks in the tokenizer, say.
         """
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.parser.parser_manager import ParserManager
 
         self._tokenizer = tokenizer
         self._kwargs = dict(spec.chat_template_kwargs)
         self._has_tools = spec.tool_call_parser is not None
         self._has_reasoning = spec.reasoning_parser is not None
-        chat: dict[str, Any] = {"messages": [{"role": "user", "content": ""}]}
-        chat["tool_choice"] = "auto" if spec.tools else None
         try:
-            self._request = ChatCompletionRequest(**chat, tools=list(spec.tools) or None)
+            self._request = _chat(spec.tools, "auto" if spec.tools else None)
             self._parser_type = ParserManager.get_parser(
                 tool_parser_name=spec.tool_call_parser,
                 reasoning_parser_name=spec.reasoning_parser,
@@ -224,25 +234,36 @@ class Splitter:
                 model_name=spec.model,
                 is_harmony=_model_type(spec) == "gpt_oss",
             )
-            before = self._request.model_copy()
-            adjusted = self._parser().adjust_request(self._request)
+            self.params = self.kept(None)
         except Exception as exc:
             raise ConfigError(WHERE, [_unfit(spec, exc)]) from exc
-        self.params = {
+
+    def kept(self, params: Params) -> dict[str, Any]:
+        """Return SamplingParams fields without which the parsers would miss their marks."""
+        before = self._of(params)
+        adjusted = self._parser(before).adjust_request(before.model_copy())
+        return {
             name: getattr(adjusted, name)
             for name in KEPT_IN_TEXT
             if getattr(adjusted, name) != getattr(before, name)
         }
-        """SamplingParams fields without which the parsers would miss their marks."""
 
-    def _parser(self) -> Any:
+    def _of(self, params: Params) -> Any:
+        """Return vLLM's request, as far as parsers look at it."""
+        if params is None or "tools" not in params:
+            return self._request
+        return _chat(params["tools"], params["tool_choice"])
+
+    def _parser(self, request: Any) -> Any:
         # Parsers keep state: vLLM's server, too, takes a new one for each text.
-        return self._parser_type(
-            self._tokenizer, self._request.tools, chat_template_kwargs=self._kwargs
-        )
+        return self._parser_type(self._tokenizer, request.tools, chat_template_kwargs=self._kwargs)
 
     def split(
-        self, text: str, token_ids: Sequence[int], prompt_ids: Sequence[int]
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        prompt_ids: Sequence[int],
+        params: Params = None,
     ) -> tuple[str, str | None, list[tuple[str, str]] | None]:
         """Return the answer, the reasoning and the tool calls (name, arguments as JSON text).
 
@@ -252,12 +273,13 @@ class Splitter:
             ParserError: vLLM's parser failed.
         """
         try:
-            parser = self._parser()
+            request = self._of(params)
+            parser = self._parser(request)
             if hasattr(parser, "set_prompt_token_ids"):
                 parser.set_prompt_token_ids(prompt_ids)
             reasoning, content, calls = parser.parse(
                 text,
-                self._request,
+                request,
                 enable_auto_tools=self._has_tools,
                 model_output_token_ids=token_ids,
             )
@@ -265,6 +287,13 @@ class Splitter:
             raise ParserError(one_line(exc)) from exc
         pairs = [(call.name, call.arguments) for call in calls or ()]
         return content or "", reasoning, pairs if self._has_tools else None
+
+
+def _chat(tools: Sequence[Mapping[str, Any]], choice: str | None) -> Any:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    said = [{"role": "user", "content": ""}]
+    return ChatCompletionRequest(messages=said, tools=list(tools) or None, tool_choice=choice)
 
 
 def has_parser(spec: EngineSpec) -> bool:

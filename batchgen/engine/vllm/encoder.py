@@ -75,6 +75,10 @@ class ChatStyle(NamedTuple):
     pairs: str = ""
     """How a pair of texts becomes tokens, see `pooling.encode_pair`."""
 
+    def of(self, params: Mapping[str, Any] | None) -> ChatStyle:
+        """Return that of a request, which may bring its own tools."""
+        return self if params is None else self._replace(tools=params.get("tools", self.tools))
+
 
 def style_of(spec: EngineSpec) -> ChatStyle:
     """How prompts of a job become texts."""
@@ -158,7 +162,7 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
         if is_chat[index] and has_images(request.prompt):
             continue
         try:
-            texts[index] = render(tokenizer, request.prompt, style)
+            texts[index] = render(tokenizer, request.prompt, style.of(request.params))
         except Exception as exc:  # noqa: BLE001 - row border: templates raise what they like
             results[index] = RowError("chat_template_error", one_line(exc))
     for chat in (False, True):
@@ -204,13 +208,32 @@ def render(tokenizer: Any, prompt: Prompt, style: ChatStyle) -> str:
         return prompt
     assert not isinstance(prompt, tuple)  # noqa: S101 - see `encode`
     text = tokenizer.apply_chat_template(
-        flatten_parts(prompt),
+        [_with_arguments(message) for message in flatten_parts(prompt)],
         tools=list(style.tools) or None,
         chat_template=style.chat_template,
         tokenize=False,
         **{**end_of(prompt), **style.chat_template_kwargs},
     )
     return str(text)
+
+
+def _with_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose calls have their arguments as objects, which chat templates take.
+
+    Source:
+        vllm/renderers/chat_utils.py, _postprocess_messages, 0.33.
+    """
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    read = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        given = function.get("arguments") if isinstance(function, dict) else None
+        if function is not None and isinstance(given, str):
+            with suppress(ValueError):
+                call = {**call, "function": {**function, "arguments": json.loads(given or "{}")}}  # noqa: PLW2901
+        read.append(call)
+    return {**message, "tool_calls": read}
 
 
 def has_images(prompt: Prompt) -> bool:

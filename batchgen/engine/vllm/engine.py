@@ -341,7 +341,7 @@ class VllmEngine:
             token_ids = encoded.token_ids or array("i")
             return self._problem(token_ids) or self._tokens_input(token_ids.tolist())
         if rendered is None:
-            rendered = render_images(self._llm, encoded.chat, self._style)
+            rendered = render_images(self._llm, encoded.chat, self._style.of(encoded.params))
         if isinstance(rendered, RowError):
             return rendered
         return self._problem(array("i", rendered["prompt_token_ids"])) or rendered
@@ -369,7 +369,7 @@ class VllmEngine:
     def _add_request(self, encoded: Encoded, prompt: Any, attempt: int) -> RowError | None:
         request_id = str(encoded.request_id)
         try:
-            params = self._sampling.of(encoded.params)
+            params = self._sampling.of(self._reader.sampling_of(encoded.params))
         except Exception as exc:  # noqa: BLE001 - row border: vLLM's own errors share no base class
             return RowError("bad_request", one_line(exc))
         if encoded.seed is not None:
@@ -439,7 +439,7 @@ class VllmEngine:
         samples: Sequence[Sample] = ()
         if error is None:
             try:
-                samples = self._reader.read(output, admitted.num_logprobs)
+                samples = self._reader.read(output, admitted.num_logprobs, admitted.encoded.params)
             except ParserError as exc:
                 error = RowError("parser_error", str(exc))
         return Completion(

@@ -135,7 +135,7 @@ class Renderers:
             prompt: Any = RowError("image_error", "to render its images killed a process, twice")
             for _ in range(ATTEMPTS):
                 try:
-                    process.send_bytes(pickle.dumps(encoded.chat))
+                    process.send_bytes(pickle.dumps((encoded.chat, encoded.params)))
                     prompt = pickle.loads(process.recv_bytes())  # noqa: S301 - our own child
                 except (OSError, EOFError):
                     process = self._started()
@@ -209,8 +209,8 @@ def main(fd: int) -> None:
         print(UP, flush=True)  # noqa: T201 - into the engine's log
         engine.send_bytes(b"ready")
         while True:
-            chat = pickle.loads(engine.recv_bytes())  # noqa: S301
-            engine.send_bytes(pickle.dumps(render_images(llm, chat, style)))
+            chat, params = pickle.loads(engine.recv_bytes())  # noqa: S301
+            engine.send_bytes(pickle.dumps(render_images(llm, chat, style.of(params))))
 
 
 def render_images(llm: Any, chat: Messages, style: ChatStyle) -> Any | RowError:
