@@ -29,7 +29,7 @@ from tests.bench.feeding import toml
 from tests.contract.vision_model import Shape
 from tests.contract.vision_model import main as make_vision_model
 
-SHAPE = Shape(512, 16, 4, (768, 3072, 12, 12), (960, 2560, 32, 15), 8192)
+SHAPE = Shape(512, 16, 4, (768, 3072, 12, 12), (960, 2560, 32, 15), 8192, 2)
 SIZE = (1600, 1200)
 TOKENS = 32
 WARM_UP_ROWS = 50

