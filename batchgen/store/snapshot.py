@@ -228,6 +228,10 @@ def write_snapshot(
     num = num_processes(len(spans))
     is_worth = num > 1 and parts.num_bytes * (1 - _OWN_CORES / num) >= worth_bytes
     if is_worth and parts.storage.is_plain:
+        # Files a little smaller, so that in the last round no core waits for the others.
+        in_rounds = -(-len(spans) // num) * num
+        spans = cuts(parts, places, kept, form.rows_per_file, in_rounds)
+        stems = [f"{stem}-{number:05d}" for number in range(len(spans))]
         num_read = Counter[str]()
         with Crew(num) as crew:
             pieces = (
@@ -355,7 +359,7 @@ def target_bytes(num_bytes: float) -> float:
 
 
 def cuts(
-    parts: Parts, places: Places, kept: Sequence[Kept], rows_per_file: int
+    parts: Parts, places: Places, kept: Sequence[Kept], rows_per_file: int, num_wanted: int = 0
 ) -> list[tuple[int, int]]:
     """Cut what is between kept files into stretches for a file each, of about one size.
 
@@ -364,6 +368,7 @@ def cuts(
         places: Of the plan.
         kept: By position.
         rows_per_file: About so many rows at most.
+        num_wanted: About so many stretches at least.
 
     Returns:
         First position of each, and the one after its last. One that is empty for a plan without
@@ -372,8 +377,9 @@ def cuts(
     edges = [0, *(edge for one in kept for edge in (one.start, one.stop)), places.starts[-1]]
     gaps = [(start, stop) for start, stop in pairwise(edges)][::2]
     sizes = parts.sizes(places)
-    total = sizes.until(places.starts[-1]) + sum(one.file.size_bytes for one in kept)
-    target = target_bytes(total)
+    new = sizes.until(places.starts[-1])
+    target = target_bytes(new + sum(one.file.size_bytes for one in kept))
+    target = min(target, new / num_wanted) if num_wanted else target
     found: list[tuple[int, int]] = []
     for start, stop in gaps:
         if start < stop:
