@@ -30,6 +30,7 @@ proof-long: .venv/ready
 	$(BIN)/python -m tests.torture.power --losses 10000
 	$(BIN)/python -m tests.torture.races --rounds 1000
 	$(BIN)/python -m tests.torture.buckets --kills 1000
+	$(BIN)/python -m tests.torture.batches --kills 200
 	$(BIN)/python -m tests.torture.nights --worlds 3000
 	$(BIN)/python -m tests.torture.fleet --kills 500
 	$(BIN)/pytest -rP tests/torture/test_mutants.py

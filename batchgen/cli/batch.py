@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
 from batchgen.cli.common import flag, out
-from batchgen.core.errors import ConfigError, ExitCode
+from batchgen.core.errors import ConfigError, ExitCode, OutputError, one_line
 from batchgen.core.runtime import Caller, called, stop_on_signals
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 STATE = ".batchgen"
 """Behind the name of the answers' file: the folder of the job that makes them."""
+PUT_AGAIN_S, PUT_TIMEOUT_S = (1, 5, 15), 1000
 
 
 @click.command("run-batch", context_settings={"ignore_unknown_options": True})
@@ -27,9 +30,8 @@ STATE = ".batchgen"
     "-o",
     "--output-file",
     required=True,
-    type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Answers and errors, a line each, in the order of the requests.",
+    help="Answers and errors, a line each, in the order of the requests; or a URL to PUT them to.",
 )
 @click.option("--model", required=True, help="Folder of the model, or hub id.")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="As for `run`.")
@@ -38,7 +40,7 @@ STATE = ".batchgen"
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM'S FLAGS]...")
 def run_batch(  # noqa: PLR0913 - the command's own options
     input_file: str,
-    output_file: Path,
+    output_file: str,
     model: str,
     overrides: tuple[str, ...],
     flags: tuple[str, ...],
@@ -48,7 +50,8 @@ def run_batch(  # noqa: PLR0913 - the command's own options
 ) -> None:
     """Answer a batch file of OpenAI's API, as `vllm run-batch` does; a second start goes on.
 
-    What is done so far, and the answers as Parquet, lie beside the answers, in FILE.batchgen.
+    What is done so far, and the answers as Parquet, lie beside the answers, in FILE.batchgen; of a
+    URL here, by the last part of its path.
 
     Example: batchgen run-batch -i requests.jsonl -o answers.jsonl --model Qwen/Qwen3-8B
     """
@@ -57,11 +60,16 @@ def run_batch(  # noqa: PLR0913 - the command's own options
     from batchgen.job.load import parse_job
     from batchgen.pipeline.context import RunOptions, StopSwitch, ask_to_stop
     from batchgen.source.openai import OpenAIReader
-    from batchgen.views.batch_files import write
+    from batchgen.views.batch_files import OUTPUT, write
     from batchgen.views.rows import output_of
 
     spare_pandas()
-    state = output_file.with_name(output_file.name + STATE)
+    url = urlsplit(output_file)
+    is_url = url.scheme in ("http", "https")
+    place = Path(Path(url.path).name or "batch") if is_url else Path(output_file)
+    state = place.with_name(place.name + STATE)
+    target = state / OUTPUT if is_url else place
+    shown = f"{url.scheme}://{url.hostname}{url.path}" if is_url else output_file
     with called(Caller(str(state), is_folder=True)):
         tables: dict[str, Any] = {
             "task": OpenAIReader().task(input_file),
@@ -78,12 +86,34 @@ def run_batch(  # noqa: PLR0913 - the command's own options
             sys.exit(summary.exit_code)
         found = output_of(state)
         assert found is not None  # noqa: S101 - the run has published
-        counts = write(found, output_file, output_file)
+        counts = write(found, target, target)
+        if is_url:
+            _put(target, output_file, shown)
     if clean:
         shutil.rmtree(state)
     kept = "" if clean else f"; what a second start needs is in {state}"
-    out(f"{output_file}: {counts.num_ok:,} answers, {counts.num_errors:,} errors{kept}")
+    out(f"{shown}: {counts.num_ok:,} answers, {counts.num_errors:,} errors{kept}")
     sys.exit(ExitCode.COMPLETE)
+
+
+def _put(path: Path, url: str, shown: str) -> None:
+    """Upload a file; tried several times, as vLLM does."""
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    size = {"Content-Length": str(path.stat().st_size)}
+    for wait_s in (*PUT_AGAIN_S, None):
+        try:
+            with path.open("rb") as file:
+                asked = Request(url, data=file, headers=size, method="PUT")  # noqa: S310 - http(s)
+                urlopen(asked, timeout=PUT_TIMEOUT_S).close()  # noqa: S310
+        except (OSError, HTTPException) as error:
+            if wait_s is None or 400 <= getattr(error, "code", 0) < 500:
+                problem = f"{shown}: cannot be written by PUT: {one_line(error)}"
+                raise OutputError(f"{problem}; the answers are in {path}, run again") from error
+            time.sleep(wait_s)
+        else:
+            return
 
 
 def _model(name: str, flags: Sequence[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from batchgen.core.errors import ConfigError, nearest
 from batchgen.core.runtime import option, read_text, toml_value
 from batchgen.job.files import unusable, with_files
 from batchgen.job.model import JobConfig, today
+from batchgen.job.task import is_batch_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -153,6 +154,8 @@ def parse_job(
         raise ConfigError(where, [f"holds what TOML cannot: {error}"]) from error
     if refused:
         raise ConfigError(where, refused)
+    if is_batch_file(merged, base):
+        merged["input"]["format"] = "openai"
     try:
         job = JobConfig.model_validate(merged)
     except ValidationError as error:

@@ -6,15 +6,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from batchgen.core.runtime import open_file
 from batchgen.job.run_table import PositiveInt, Table
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Word = Annotated[str, Field(min_length=1)]
+MAX_LINE = 16 << 20
+"""Bytes of a line of the input that are looked at."""
 Task = Literal["generate", "embed", "classify", "score", "loglikelihood"]
 NO_SAMPLING: Mapping[str, Any] = {"max_tokens": 1, "temperature": 0.0}
 """`[sampling]` where nothing is generated: equal requests have equal answers."""
@@ -119,6 +125,21 @@ _OF_POOLING: Mapping[str, Mapping[str, Any]] = {
     "score": {"query": "{{ query }}", "passage": "{{ passage }}"},
 }
 """`[prompt]` of such a job with another task."""
+
+
+_NONE = (OSError, ValueError, TypeError, RecursionError)
+
+
+def is_batch_file(tables: Mapping[str, Any], base: Path) -> bool:
+    """Whether a job says nothing of a prompt and a format, and its input begins with a request."""
+    source = tables.get("input")
+    if "prompt" in tables or not isinstance(source, dict) or source.get("format") is not None:
+        return False
+    with suppress(*_NONE), open_file(base / source["path"]) as file:
+        texts = (text.decode("utf-8-sig") for text in iter(lambda: file.readline(MAX_LINE), b""))
+        line = next((text for text in texts if text.strip()), "")
+        return {"custom_id", "method", "url", "body"} <= {*json.loads(line)}
+    return False
 
 
 def by_line(tables: Any) -> Any:  # noqa: ANN401 - before it is checked

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 EMBEDDING, SCORE = "/v1/embeddings", "/v1/score"
-TASKS = {EMBEDDING: "embed", SCORE: "score"}
+TASKS = {EMBEDDING: "embed", SCORE: "score", "/score": "score"}
 """Tasks of URLs, but for `generate`."""
 CARRIED = ("custom_id", "url", "model", "tool_choice")
 """Columns that go to the output. The last: a tool that has to be called, `NAME()`, or required."""
@@ -130,7 +130,8 @@ def _take(line: Mapping[str, Any], values: dict[str, Any]) -> None:
     values[MODEL] = _text(body, "model")
     if (method := line.get("method")) != "POST":
         raise _RefusedError("invalid_method", f"method: {method!r:.60}, expected 'POST'")
-    take = {CHAT: _chat, COMPLETION: _completion, EMBEDDING: _embedding, SCORE: _score}.get(url)
+    take = {CHAT: _chat, COMPLETION: _completion, EMBEDDING: _embedding}.get(url)
+    take = _score if TASKS.get(url) == "score" else take
     if take is None:
         expected = f"expected {CHAT}, {COMPLETION}, {EMBEDDING} or {SCORE}"
         raise _RefusedError("invalid_url", f"url: {url!r:.60}, {expected}")
@@ -236,9 +237,14 @@ def _embedding(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return {TEXT: text, SAMPLING: _sampling(rest)}
 
 
+_PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"))
+"""What vLLM calls a query and a passage."""
+
+
 def _score(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    query, rest = _one_text(body, "text_1")
-    passage, rest = _one_text(rest, "text_2")
+    names = next((pair for pair in _PAIRS if pair[0] in body), _PAIRS[0])
+    query, rest = _one_text(body, names[0])
+    passage, rest = _one_text(rest, names[1])
     return {QUERY: query, PASSAGE: passage, SAMPLING: _sampling(rest)}
 
 

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,54 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert "300 answers, 0 errors" in cleaned.stdout
     assert target.read_bytes() == told
     assert [path.name for path in tmp_path.iterdir() if "batchgen" in path.name] == []
+
+
+class Store(BaseHTTPRequestHandler):
+    """Serves `source`, takes `told` at the second time of asking, refuses `/no`."""
+
+    source, told = b"", [b""]
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.source)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.source)
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        is_again = self.path == "/out.jsonl?sig=x" and self.told.append(body) is None
+        codes = {True: 200 if len(self.told) > 2 else 503, False: 403}
+        self.send_response(codes[is_again])
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_files_may_be_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "in.jsonl", requests(9, "tiny"))
+    Store.source = source.read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        words = ["run-batch", "-i", f"{address}/in.jsonl", "--model", "tiny"]
+        words += ["--set", "model.backend=echo", "-o"]
+        ended = run_cli(*words, f"{address}/out.jsonl?sig=x")
+        refused = run_cli(*words, f"{address}/no")
+        server.shutdown()
+    assert "out.jsonl: 9 answers, 0 errors" in ended.stdout, ended.stderr
+    assert "sig" not in ended.stdout
+    first, told = Store.told[1:]
+    assert first == told
+    names = [json.loads(one)["custom_id"] for one in told.splitlines()]
+    assert names == [f"r{number}" for number in range(9)]
+    assert (refused.returncode, "403" in refused.stderr) == (2, True), refused.stderr
+    assert len(read(tmp_path / "no.batchgen" / "openai-output.jsonl")) == 9
 
 
 @pytest.mark.slow

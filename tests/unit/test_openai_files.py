@@ -91,9 +91,12 @@ def test_scores_are_those_of_vllms_server(tmp_path: Path) -> None:
         {**asked, "custom_id": name, "body": {**asked["body"], "text_2": text}}
         for name, text in {"a": "me", "b": ["you"], "c": ["you", "me"]}.items()
     ]
+    other = {"model": "tiny", "queries": "who?", "documents": "me"}
+    lines += [{**asked, "custom_id": "d", "url": "/score", "body": other}]
     answers, errors = answered(tmp_path, lines, task="score")
     found = [one["response"]["body"]["data"] for one in answers]
-    assert [(data[0]["object"], type(data[0]["score"])) for data in found] == [("score", float)] * 2
+    assert [(data[0]["object"], type(data[0]["score"])) for data in found] == [("score", float)] * 3
+    assert found[0] == found[2]
     assert [one["custom_id"] for one in errors] == ["c"]
 
 
@@ -275,6 +278,24 @@ def test_the_files_are_those_of_the_newest_snapshot(tmp_path: Path) -> None:
         harm()
         batchgen.run(job_of(tmp_path))  # Nothing to do but this.
         assert len((out / OUTPUT).read_text().splitlines()) == 2
+
+
+def test_a_batch_file_is_told_by_its_first_line_where_a_job_has_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(line()).encode() + b"\n")
+    tables = {key: value for key, value in job_of(tmp_path).items() if key != "input"}
+    tables |= {"input": {"path": "in.jsonl"}}
+    assert parse_job(tables, base=tmp_path, where="job").asks_by_line
+    asked = {**tables, "prompt": {"user": "{{ body }}"}, "sampling": {"max_tokens": 9}}
+    asked["output"] = {"path": "out"}
+    assert parse_job(asked, base=tmp_path, where="job").input.format is None
+    for text in ('{"custom_id": "a", "text": "b"}', "[1]", "not JSON", ""):
+        path.write_text(text + "\n")
+        with pytest.raises(ConfigError, match="prompt"):
+            parse_job(tables, base=tmp_path, where="job")
+    path.unlink()
+    with pytest.raises(ConfigError, match="prompt"):
+        parse_job({**tables, "input": {"path": [7]}}, base=tmp_path, where="job")
 
 
 def test_the_output_is_for_such_a_file_only(tmp_path: Path, job_tables: Any) -> None:
