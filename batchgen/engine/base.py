@@ -20,6 +20,7 @@ from batchgen.core.records import (
     EngineStats,
     Messages,
     Prompt,
+    Request,
     RowError,
     TaskFacts,
     WorkLeft,
@@ -36,38 +37,23 @@ WHERE = "[model]"
 TASK = "task"
 
 
-class EngineRequest(Protocol):
-    """What an engine sees of a `records.Request`: this much crosses a process border, no more."""
-
-    @property
-    def request_id(self) -> int:
-        """Unique within one run."""
-
-    @property
-    def prompt(self) -> Prompt:
-        """Raw text, a chat, or a pair of texts."""
-
-    @property
-    def seed(self) -> int | None:
-        """For sampling, 0 <= seed < 2**62."""
-
-    @property
-    def params(self) -> Mapping[str, Any] | None:
-        """SamplingParams fields that differ from the spec's."""
-
-    @property
-    def lora(self) -> str | None:
-        """Name of an adapter of the spec's, or None."""
-
-
 class HostedRequest(NamedTuple):
-    """An `EngineRequest` that crosses the process border: nothing of its row's columns."""
+    """What of a `Request` crosses a process border: nothing of its row's columns."""
 
     request_id: int
+    """Unique within one run."""
     prompt: Prompt
+    """Raw text, a chat, or a pair of texts."""
     seed: int | None
+    """For sampling, 0 <= seed < 2**62."""
     params: Mapping[str, Any] | None = None
+    """SamplingParams fields that differ from the spec's."""
     lora: str | None = None
+    """Name of an adapter of the spec's, or None."""
+
+
+EngineRequest = Request | HostedRequest
+"""What an engine gets: it may see the fields of the latter, no more."""
 
 
 class Engine(Protocol):
