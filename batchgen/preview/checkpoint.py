@@ -1,4 +1,4 @@
-"""A model's files: where they are, what config.json says of its size, how large its weights are.
+"""A model's files: where they are, and how large its weights are.
 
 Nothing is loaded. Where a model is not of the plain kind the answer is "not
 known", with the reason, and never a figure that is wrong.
@@ -11,12 +11,13 @@ import math
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batchgen.core.errors import ConfigError, one_line
+from batchgen.engine.vllm.shares import DTYPE_BYTES, Shape
 from batchgen.preview.machine import Finding, gib, ok, problem
 
 if TYPE_CHECKING:
@@ -27,24 +28,6 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 15.0
 _SMALL = {"config.json", "tokenizer.json"}
 """Files that are fetched of a model that is not here: without them nothing is known of it."""
-DTYPE_BYTES = {
-    **dict.fromkeys(("float32", "float"), 4),
-    **dict.fromkeys(("float16", "half", "bfloat16"), 2),
-}
-KV_BYTES = {**DTYPE_BYTES, **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"), 1)}
-_MLA_TYPES = frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"})
-"""Models with multi-head latent attention whose cache holds nothing else: of those in
-vllm/transformers_utils/model_arch_config_convertor.py, is_deepseek_mla, 0.26."""
-_NOT_PLAIN = (
-    *("attention_chunk_size", "num_kv_shared_layers", "index_topk", "compress_ratios"),
-    *("full_attention_interval", "attn_layer_period", "attn_layer_indices", "block_configs"),
-    *("hybrid_override_pattern", "layers_block_type", "linear_attn_config", "ssm_cfg"),
-    *("state_size", "new_decoder_architecture", "multi_query", "cross_attention_layers"),
-    "is_encoder_decoder",
-)
-"""Keys of a config.json whose layers have no KV cache, share one, or count heads otherwise."""
-_MAX_NUMBER = 2**40
-"""Far above what any model has: a larger number is damage, and counts as absent."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 """Formats of a safetensors file that are loaded in the model's own."""
 _NOT_LINEAR = ("embed", "lm_head", "wte", "norm", "router", "gate.weight")
@@ -174,66 +157,6 @@ class HuggingFace:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a model's language part. Counts are 0 where config.json does not say."""
-
-    model_type: str = ""
-    layers: int = 0
-    hidden: int = 0
-    heads: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    intermediate: int = 0
-    vocab: int = 0
-    is_tied: bool = False
-    """Output and input embedding are one."""
-    dtype: str = ""
-    """Format of the checkpoint's weights."""
-    experts: int = 0
-    experts_per_token: int = 0
-    moe_intermediate: int = 0
-    mla: tuple[int, int] | None = None
-    """Rank of the compressed cache and of its positions, for multi-head latent attention."""
-    not_plain: str | None = None
-    """Why the KV cache of a token is not known."""
-    is_multimodal: bool = False
-    quantization: Mapping[str, Any] = field(default_factory=dict)
-    """`quantization_config`; empty if the checkpoint is not quantized."""
-
-    def kv_bytes(self, dtype: str, tensor_parallel: int, pipeline_parallel: int) -> int | None:
-        """Bytes of KV cache for a token on one GPU; None where that is not known.
-
-        Keys and values of each layer, or their compressed form with MLA; a GPU holds at least
-        one head. For Qwen3-8B in bfloat16: 36 x 8 x 128 x 2 x 2 = 147,456.
-
-        Args:
-            dtype: Format of the cache.
-            tensor_parallel: GPUs that share each layer.
-            pipeline_parallel: GPUs that share the layers; the largest share counts.
-
-        Source:
-            vllm/v1/kv_cache_interface.py, FullAttentionSpec and MLAAttentionSpec,
-            real_page_size_bytes, 0.26 to 0.33.
-        """
-        size = KV_BYTES.get(dtype)
-        if self.not_plain or size is None:
-            return None
-        layers = math.ceil(self.layers / pipeline_parallel)
-        if self.mla:
-            return layers * sum(self.mla) * size
-        heads = max(1, math.ceil(self.kv_heads / tensor_parallel))
-        return layers * heads * self.head_dim * 2 * size
-
-    def quantized_bytes(self, num_bytes: int, bits: float) -> int:
-        """Bytes of 16-bit weights once the linear layers have so many bits a weight.
-
-        The embeddings stay as they are, as with FP8 in vLLM and in most AWQ and GPTQ checkpoints.
-        """
-        kept = min(num_bytes, self.vocab * self.hidden * (1 if self.is_tied else 2) * 2)
-        return round(kept + (num_bytes - kept) * bits / 16)
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a model's config.json.
 
@@ -255,65 +178,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, why: str) -> ConfigError:
     return ConfigError("model.name", [f"{path} {why}; fetch the model again"])
-
-
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Sizes from the content of a config.json; the language part of a multimodal model counts."""
-    inner = config.get("text_config") or config.get("llm_config")
-    text = {**config, **inner} if isinstance(inner, dict) else config
-    layers = _number(text, "num_hidden_layers", "n_layer", "num_layers")
-    heads = _number(text, "num_attention_heads", "n_head", "num_heads")
-    hidden = _number(text, "hidden_size", "n_embd", "d_model")
-    head_dim = _number(text, "head_dim") or (hidden // heads if heads else 0)
-    intermediate = _number(text, "intermediate_size", "n_inner", "ffn_dim")
-    experts = _number(text, "num_experts", "n_routed_experts", "num_local_experts")
-    odd = _odd_key(text)
-    not_plain = f"its layers are not plain attention ({odd} in its config.json)" if odd else None
-    if not (layers and heads and head_dim):
-        not_plain = "its config.json does not say how many layers and heads it has, in numbers"
-    rank = _number(text, "kv_lora_rank")
-    quantization = text.get("quantization_config")
-    return Shape(
-        model_type=str(text.get("model_type", "")),
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=_number(text, "num_key_value_heads") or heads,
-        head_dim=head_dim,
-        intermediate=intermediate,
-        vocab=_number(text, "vocab_size"),
-        is_tied=bool(text.get("tie_word_embeddings", False)),
-        dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix("torch."),
-        experts=experts,
-        experts_per_token=_number(text, "num_experts_per_tok", "moe_topk", "top_k_experts"),
-        moe_intermediate=(_number(text, "moe_intermediate_size") or intermediate) if experts else 0,
-        mla=(rank, _number(text, "qk_rope_head_dim")) if rank and not_plain is None else None,
-        not_plain=not_plain,
-        is_multimodal="vision_config" in config or "audio_config" in config,
-        quantization=quantization if isinstance(quantization, dict) else {},
-    )
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int:
-    """The first that is there; 0 without one, or where it is something else."""
-    found = (value for name in names if type(value := config.get(name)) is int)
-    return next((value for value in found if 0 < value <= _MAX_NUMBER), 0)
-
-
-def _odd_key(text: Mapping[str, Any]) -> str | None:
-    """The key that says why a token's KV cache is not counted as in a plain model."""
-    kinds = text.get("layer_types")
-    is_windowed = text.get("sliding_window") and text.get("use_sliding_window") is not False
-    odd = [key for key in _NOT_PLAIN if text.get(key)]
-    if isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}:
-        odd.append("layer_types")
-    if kinds is None and is_windowed:
-        odd.append("sliding_window")
-    if text.get("kv_lora_rank") and str(text.get("model_type")) not in _MLA_TYPES:
-        odd.append("kv_lora_rank")
-    if text.get("num_key_value_heads") and not _number(text, "num_key_value_heads"):
-        odd.append("num_key_value_heads")  # Such as a list, of one number a layer.
-    return odd[0] if odd else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from batchgen.engine.vllm.settings import GPU_MEMORY_UTILIZATION
-from batchgen.preview.checkpoint import DTYPE_BYTES, Shape
+from batchgen.engine.vllm.shares import DTYPE_BYTES, Shape
 from batchgen.preview.machine import GIB, gib
 
 if TYPE_CHECKING:

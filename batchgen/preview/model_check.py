@@ -19,7 +19,8 @@ from batchgen.core.errors import ConfigError, ExitCode
 from batchgen.core.runtime import Told
 from batchgen.engine.devices import Gpu
 from batchgen.engine.vllm.settings import gpus_of
-from batchgen.preview.checkpoint import DTYPE_BYTES, Weights, read_config, read_weights, shape_of
+from batchgen.engine.vllm.shares import DTYPE_BYTES, shape_of
+from batchgen.preview.checkpoint import Weights, read_config, read_weights
 from batchgen.preview.machine import (
     LEAST_CUDA_13,
     Finding,
@@ -46,7 +47,8 @@ from batchgen.preview.memory import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from batchgen.preview.checkpoint import Found, Shape
+    from batchgen.engine.vllm.shares import Shape
+    from batchgen.preview.checkpoint import Found
     from batchgen.preview.machine import Machine
     from batchgen.preview.memory import Fit, Memory, Settings, Way
     from batchgen.preview.sample import RowLengths

@@ -32,7 +32,6 @@ _SILENT_S = 15.0
 """A live view that is older is worth a line: mostly it is rewritten every 2 s."""
 _WIDTH = 100
 _MOST_REPLICAS = 24
-_MOST_NOT_RUNNING = 16
 _SILENT_REPLICA_S = 30.0
 _COLUMNS = (
     *("replica", "worker", "state", "rows/s", "tok/s in", "out", "in flight", "KV", "restarts"),
@@ -289,16 +288,8 @@ def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Make a table of a live view's replicas; of many, those that do not run and the slowest."""
     if not rows:
         return []
-    others = [row for row in rows if _state(row) != "running"]
-    # Those that have no rows come last: they are well.
-    others.sort(key=lambda row: _state(row) == "idle")
-    running = [row for row in rows if _state(row) == "running"]
-    running.sort(key=lambda row: row["requests_per_s"])
-    shown = list(rows)
-    if len(rows) > _MOST_REPLICAS:
-        num_others = max(_MOST_NOT_RUNNING, _MOST_REPLICAS - len(running))
-        shown = [*others[:num_others], *running][:_MOST_REPLICAS]
-        shown.sort(key=lambda row: row["replica"])
+    shown = sorted(rows, key=_worth_showing)[:_MOST_REPLICAS]
+    shown.sort(key=lambda row: row["replica"])
     lines = _aligned([_COLUMNS, *map(_replica_cells, shown)])
     numbers = {row["replica"] for row in shown}
     if rest := [row for row in rows if row["replica"] not in numbers]:
@@ -306,6 +297,11 @@ def replica_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         counts = ", ".join(f"{num} {state}" for state, num in states.most_common())
         lines.append(f"and {len(rest)} more: {counts}; {option('--json')} has all")
     return lines
+
+
+def _worth_showing(row: Mapping[str, Any]) -> tuple[int, float]:
+    """Sort those first that do not run, then the slowest; those that have no rows are well."""
+    return {"running": 1, "idle": 2}.get(_state(row), 0), row["requests_per_s"]
 
 
 def _state(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from batchgen.preview.checkpoint import shape_of
+from batchgen.engine.vllm.shares import shape_of
 from batchgen.preview.machine import LEAST_CUDA_13
 from batchgen.preview.memory import BLOCK_TOKENS
 from batchgen.preview.model_check import METHODS

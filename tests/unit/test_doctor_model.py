@@ -12,13 +12,8 @@ import pytest
 
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Gpu
-from batchgen.preview.checkpoint import (
-    Weights,
-    read_config,
-    read_weights,
-    shape_of,
-    weight_files,
-)
+from batchgen.engine.vllm.shares import shape_of
+from batchgen.preview.checkpoint import Weights, read_config, read_weights, weight_files
 from batchgen.preview.memory import estimate, settings_of
 from tests.bench.random_model import COMMON, SHAPES
 

@@ -10,7 +10,7 @@ import pytest
 from batchgen.api import load
 from batchgen.core.errors import ConfigError
 from batchgen.engine.devices import Gpu
-from batchgen.preview.checkpoint import shape_of
+from batchgen.engine.vllm.shares import shape_of
 from batchgen.preview.doctor import examine
 from batchgen.preview.machine import find_gpu, known_gpus, planned_machine
 from batchgen.preview.memory import estimate, settings_of
