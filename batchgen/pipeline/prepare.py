@@ -22,7 +22,7 @@ import pyarrow as pa
 from batchgen.answers.numbers import number_columns
 from batchgen.answers.output_format import AnswerColumns, OutputFormat, answer_columns, make_format
 from batchgen.answers.validate import Judge, check_retries, check_rules, rule_schema
-from batchgen.core.errors import ConfigError, RecipeChangedError, SourceError, nearest, suggestion
+from batchgen.core.errors import ConfigError, SourceError, nearest, suggestion
 from batchgen.core.expressions import LATE, check_row_test, parse_row_test
 from batchgen.core.records import EngineSpec, Prompt, RowError, writable_text
 from batchgen.core.runtime import job_name
@@ -391,25 +391,14 @@ def check(job: JobConfig) -> Checked:
     return Checked(job, model, recipe, builder, form, answer)
 
 
-def prepare(job: JobConfig, plan: Plan | None = None) -> Prepared:
-    """Check a job against its input and its model; loads neither.
-
-    Args:
-        job: As loaded.
-        plan: The plan to go on with; None for a new one.
+def prepare(job: JobConfig) -> Prepared:
+    """Check a job, as loaded, against its input and its model; loads neither.
 
     Raises:
         ConfigError: Templates, columns or the model's name do not fit; all of it at once.
         SourceError: The input does not exist or is not what its name says.
-        RecipeChangedError: The job is not the plan's.
     """
-    checked = check(job)
-    if plan is None:
-        return checked.with_input()
-    checked = checked.by_recipe_of(plan)
-    if changes := checked.changes(plan):
-        raise RecipeChangedError(job.output.path, changes)
-    return checked.with_plan(plan)
+    return check(job).with_input()
 
 
 def find_input(job: JobConfig) -> InputFiles:

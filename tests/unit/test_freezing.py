@@ -14,7 +14,7 @@ import pytest
 from batchgen.core.errors import InputChangedError, SourceError
 from batchgen.core.records import Ranges, RowSet
 from batchgen.pipeline.frozen import Before, freeze, has_new_rows, read_rows
-from batchgen.pipeline.prepare import prepare
+from batchgen.pipeline.prepare import check, prepare
 from batchgen.source.csv import CsvReader
 from batchgen.store.books import Base
 from batchgen.store.matching import DIGESTS, digest_reader, digests_of, is_same_reading, match
@@ -272,7 +272,7 @@ def test_an_older_plan_is_gone_on_with_as_it_was_counted(make_job, tmp_path, sto
     new = freeze(prepare(job), 1, storage=storage)
     old = replace(new, counts_lines=False, segments=[replace(new.segments[0], num_rows=2)])
     for plan, num_rows in ((new, 4), (old, 2)):
-        prepared = prepare(job, plan)
+        prepared = check(job).with_plan(plan)
         todo = RowSet({0: Ranges.until(plan.num_rows)})
         batches = list(read_rows(plan, todo, prepared.reader, prepared.spec()))
         assert [row for batch in batches for row in batch.rows] == list(range(num_rows))

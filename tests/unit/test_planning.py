@@ -357,7 +357,7 @@ def test_columns_are_read_as_the_plan_froze_them(tmp_path, prepared):
     plan = freeze(job, 1)
     as_float = pa.schema([("text", pa.string()), ("n", pa.float64())])
     schema = schema_text(as_float)
-    again = prepare(job.job, replace(plan, schema=schema))
+    again = check(job.job).with_plan(replace(plan, schema=schema))
     (found,) = read_rows(plan, RowSet({0: Ranges.until(2)}), again.reader, again.spec())
     assert found.carried.schema.field("n").type == pa.float64()
 
@@ -416,17 +416,20 @@ def test_first_prompts_are_of_rows_that_will_be_run(tmp_path, prepared):
 )
 def test_limits_for_labels_that_there_are_none_of_are_refused_in_every_run(make_job, gate, problem):
     plan = freeze(prepare(make_job()), 1)
-    for known in (None, plan):
-        with pytest.raises(ConfigError, match=problem):
-            prepare(make_job(gate=gate), known)
+    job = check(make_job(gate=gate))
+    with pytest.raises(ConfigError, match=problem):
+        job.with_input()
+    with pytest.raises(ConfigError, match=problem):
+        job.with_plan(plan)
 
 
 def test_a_typo_in_drift_column_is_found_when_a_run_goes_on(make_job):
     choice = {"choice": ["a", "b"]}
     plan = freeze(prepare(make_job(output=choice)), 1)
-    prepare(make_job(output=choice, gate={"drift_column": "gen_label", "max_drift": 0.1}), plan)
+    good = {"drift_column": "gen_label", "max_drift": 0.1}
+    check(make_job(output=choice, gate=good)).with_plan(plan)
     with pytest.raises(ConfigError, match="'gen_lable' holds no labels; did you mean 'gen_label'"):
-        prepare(make_job(output=choice, gate={"drift_column": "gen_lable"}), plan)
+        check(make_job(output=choice, gate={"drift_column": "gen_lable"})).with_plan(plan)
 
 
 # --- the delimiter of CSV ------------------------------------------------------------------------
