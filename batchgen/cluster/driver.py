@@ -151,7 +151,13 @@ class ManyEngines:
         return self._replicas.whole(now_s), state, self._replicas.rows(now_s)
 
     def _is_packed(self, work: Work, rows: Rows) -> bool:
-        """Whether rows travel by way of the driver, lest a worker read a file from its start."""
+        """Whether rows travel by way of the driver.
+
+        For an order by text, so that what is alike goes to one worker; or where a worker would have
+        to read a file from its start for each lease.
+        """
+        if self.context.job.run.order == "prefix":
+            return True
         reader, segments = work.prepared.reader, work.epoch.plan.segments
         return not all(reader.is_seekable(segments[number].path) for number in rows)
 

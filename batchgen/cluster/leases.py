@@ -425,7 +425,8 @@ def _meeting(blocks: Sequence[_Block], rows: Ranges) -> Iterator[tuple[_Block | 
 class Packer:
     """Fills a lease book with rows that are read, rendered and ordered here, in packs.
 
-    For input that workers do not see, or that cannot be read in pieces (gzip, zstd, CSV).
+    For input that workers do not see, that cannot be read in pieces (gzip, zstd, CSV), and for an
+    order by text, where rows that go together stand apart in the files.
     """
 
     def __init__(

@@ -194,14 +194,18 @@ def test_settings_that_one_node_refuses_are_the_jobs_trouble_only_if_no_engine_t
     assert published(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl"])
 def test_rows_travel_by_way_of_the_driver_where_they_must(
-    tmp_path: Path, expected: list[dict[str, Any]]
+    tmp_path: Path, expected: list[dict[str, Any]], suffix: str
 ) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
     job = tables(tmp_path, run={"replicas": 2})
-    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
-    source.unlink()
-    job["input"]["path"] = str(tmp_path / "in.jsonl.gz")
+    if suffix.endswith(".gz"):
+        (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
+        source.unlink()
+        job["input"]["path"] = str(tmp_path / "in.jsonl.gz")
+    else:
+        job["run"]["order"] = "prefix"
     summary = run(job)
     assert summary.exit_code == 0
     rows = [{**row, "gen_error": None} for row in published(tmp_path / "out")]
