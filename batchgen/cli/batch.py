@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import click
 
 from batchgen.cli.common import flag, out
-from batchgen.core.errors import ConfigError, ExitCode, OutputError, one_line
+from batchgen.core.errors import ConfigError, ExitCode, OutputError, SourceError, one_line
 from batchgen.core.runtime import Caller, called, stop_on_signals
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 STATE = ".batchgen"
 """Behind the name of the answers' file: the folder of the job that makes them."""
+FETCHED = ".batchgen-input"
+"""The same, where the input is a URL: what came from there. A signed URL goes into no plan."""
 PUT_AGAIN_S, PUT_TIMEOUT_S = (1, 5, 15), 1000
 
 
@@ -70,7 +72,10 @@ def run_batch(  # noqa: PLR0913 - the command's own options
     state = place.with_name(place.name + STATE)
     target = state / OUTPUT if is_url else place
     shown = f"{url.scheme}://{url.hostname}{url.path}" if is_url else output_file
+    fetched = place.with_name(place.name + FETCHED)
     with called(Caller(str(state), is_folder=True)):
+        if input_file.startswith(("http://", "https://")):
+            input_file = _get(input_file, fetched)
         tables: dict[str, Any] = {
             "task": OpenAIReader().task(input_file),
             "input": {"path": input_file, "format": "openai"},
@@ -91,9 +96,23 @@ def run_batch(  # noqa: PLR0913 - the command's own options
             _put(target, output_file, shown)
     if clean:
         shutil.rmtree(state)
+        fetched.unlink(missing_ok=True)
     kept = "" if clean else f"; what a second start needs is in {state}"
     out(f"{shown}: {counts.num_ok:,} answers, {counts.num_errors:,} errors{kept}")
     sys.exit(ExitCode.COMPLETE)
+
+
+def _get(url: str, path: Path) -> str:
+    """Fetch the input; return where it is now."""
+    from http.client import HTTPException
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(url, timeout=PUT_TIMEOUT_S) as found, path.open("wb") as file:  # noqa: S310 - http(s)
+            shutil.copyfileobj(found, file)
+    except (OSError, HTTPException) as error:
+        raise SourceError(url.partition("?")[0], f"cannot be fetched: {one_line(error)}") from error
+    return str(path)
 
 
 def _put(path: Path, url: str, shown: str) -> None:

@@ -100,7 +100,7 @@ def test_files_may_be_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        words = ["run-batch", "-i", f"{address}/in.jsonl", "--model", "tiny"]
+        words = ["run-batch", "-i", f"{address}/in.jsonl?sig=y", "--model", "tiny"]
         words += ["--set", "model.backend=echo", "-o"]
         ended = run_cli(*words, f"{address}/out.jsonl?sig=x")
         refused = run_cli(*words, f"{address}/no")
