@@ -7,7 +7,7 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 29_650,
+    "lines of code": 29_740,
     "modules": 154,
     "layers": 9,
     "modules of a room": 15,

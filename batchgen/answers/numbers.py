@@ -38,9 +38,12 @@ def number_columns(job: JobConfig, facts: TaskFacts) -> tuple[OutputFormat, Answ
     error_type = f"bad_{job.task}"
     most = _MOST_FLOAT16 if job.pooling.dtype == "float16" else math.inf
 
-    def read(sample: Sample, _: Request | None) -> Reading:
+    def read(sample: Sample, request: Request | None) -> Reading:
         found = numbers_of(sample)
-        why = _problem(found, facts.size, job.task)
+        size = facts.size
+        if request is not None and job.task == "score":
+            size = len(request.prompt) - 1  # One a passage.
+        why = _problem(found, size, job.task)
         is_over = most < math.inf and not _is_below(found, 15) and max(*found, -min(found)) > most
         if why is None and is_over:
             why = f"a number is over {most:,}, the most that float16 holds"
@@ -67,7 +70,7 @@ def _problem(numbers: Numbers, size: int, task: str) -> str | None:
     # Of finite float32 the sum, a float64, is finite, and of others it never is.
     if not _is_below(numbers, 127) and not math.isfinite(sum(numbers)):
         return "the engine gave a number that is not finite"
-    if task in ("embed", "score") and not any(numbers):
+    if (task == "embed" and not any(numbers)) or (task == "score" and not all(numbers)):
         return "the engine gave zero, which vLLM does where a request has failed"
     if is_by_token and max(_logprobs(numbers)) > 0:
         return "the engine gave a log probability above 0"
@@ -97,7 +100,9 @@ def _embedding(job: JobConfig, facts: TaskFacts) -> Laid:
     return columns, []
 
 
-def _score(_: JobConfig, __: TaskFacts) -> Laid:
+def _score(job: JobConfig, _: TaskFacts) -> Laid:
+    if job.asks_by_line:  # For several passages, where it likes.
+        return [_column("scores", pa.list_(pa.float32()), list)], []
     return [_column("score", pa.float32(), lambda numbers: numbers[0])], []
 
 

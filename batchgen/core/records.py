@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 """A chat: `{"role": ..., "content": ...}` in order, as chat templates take it."""
 
-Pair = tuple[str, str]
-"""Two texts that are judged together: a query and a passage, a prompt and its continuation."""
+Pair = tuple[str, ...]
+"""Two texts that are judged together: a query and a passage, a prompt and its continuation; or a
+query and several passages, each of which gets a score."""
+
+
+class Passages(list[str]):
+    """Several passages of a row, in the place of one; nothing that can be read from an input."""
+
 
 Prompt = str | Messages | Pair
 """A raw text, tokenized as it is; a chat, which goes through the model's chat template and is never

@@ -163,7 +163,8 @@ def _ask_numbers(request: EngineRequest, spec: EngineSpec, server: Server) -> As
     }
     body: dict[str, Any] = {"model": server.models[request.lora], **named}
     if isinstance(request.prompt, tuple):
-        body["text_1"], body["text_2"] = request.prompt
+        body["text_1"], *texts = request.prompt
+        body["text_2"] = texts if len(texts) > 1 else texts[0]
     else:
         body["input"] = request.prompt
     if spec.task == "embed":
@@ -256,6 +257,9 @@ def read(data: bytes, asked: Asked) -> Reply:
 
 def _numbers(data: Any) -> bytes:  # noqa: ANN401 - as it came
     """Take a row's numbers, as `Sample.numbers` has them."""
+    if len(data) > 1 and all("score" in one for one in data):
+        scores = sorted((one["index"], one["score"]) for one in data)
+        return array("f", [score for _, score in scores]).tobytes()
     (one,) = data
     if "embedding" in one:
         found = b64decode(one["embedding"], validate=True)

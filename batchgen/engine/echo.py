@@ -132,6 +132,7 @@ class _Running(NamedTuple):
     limits: _Limits
     scored: bytes
     """Its last tokens, whose likelihoods are wanted; for other tasks none."""
+    num_numbers: int
 
 
 class EchoEngine:
@@ -259,7 +260,9 @@ class EchoEngine:
             if self._max_steps > 1:
                 # Not hash(): that differs between processes, and finish order should not.
                 last += zlib.crc32(data) % self._max_steps
-            running = _Running(request.request_id, data, now, limits, self._scored(request))
+            num = self._size * (len(request.prompt) - 1 if self._task == "score" else 1)
+            scored = self._scored(request)
+            running = _Running(request.request_id, data, now, limits, scored, num)
             self._buckets.setdefault(last, []).append(running)
             self._num_running += 1
             self._tokens["num_prompt_tokens"] += len(data)
@@ -317,7 +320,7 @@ class EchoEngine:
         """Answer with numbers; chunks are cut, as in truncation, and only counted."""
         data, most = running.data, self._max_model_len or len(running.data)
         scored = running.scored if self._too_long == "chunk" else running.scored[:most]
-        numbers, logprobs = noise(data[:most], len(scored) or self._size), None
+        numbers, logprobs = noise(data[:most], len(scored) or running.num_numbers), None
         if self._task == "loglikelihood":
             found = memoryview(numbers).cast("f")
             sizes = [-abs(number) for number in found]

@@ -19,7 +19,14 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 
 from batchgen.core.data import NotText, NotTextError, holder_of, value_at
 from batchgen.core.errors import ConfigError, nearest
-from batchgen.core.records import Messages, Prompt, RowError, is_continued, writable_text
+from batchgen.core.records import (
+    Messages,
+    Passages,
+    Prompt,
+    RowError,
+    is_continued,
+    writable_text,
+)
 from batchgen.prompt.sandbox import MAX_CHARS, NULL, BudgetError, NullPrintedError, Sandbox
 
 if TYPE_CHECKING:
@@ -195,6 +202,8 @@ class PromptBuilder:
         return messages
 
     def _raw(self, scope: dict[str, Any]) -> Prompt | RowError:
+        if isinstance(passages := scope.get("passage"), Passages):
+            return self._templates["query"].render(scope), *passages
         texts = {key: template.render(scope) for key, template in self._templates.items()}
         empty = [key for key, text in texts.items() if not text.strip()]
         if empty and not self._may_be_empty:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from batchgen.core.errors import ConfigError, suggestion
-from batchgen.core.records import RowError
+from batchgen.core.records import Passages, RowError
 from batchgen.source.columns import kind_word, parse_field
 from batchgen.source.jsonl import SNIFF_LINES, JsonlReader, parse_line
 from batchgen.source.reading import to_arrays
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from batchgen.source.text import Lines, OnBlock, OnRows, Scan
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-EMBEDDING, SCORE = "/v1/embeddings", "/v1/score"
-TASKS = {EMBEDDING: "embed", SCORE: "score", "/score": "score"}
+EMBEDDING, SCORE, RERANK = "/v1/embeddings", "/v1/score", "/v1/rerank"
+TASKS = {EMBEDDING: "embed"} | dict.fromkeys(
+    (SCORE, "/score", RERANK, "/v2/rerank", "/rerank"), "score"
+)
 """Tasks of URLs, but for `generate`."""
 CARRIED = ("custom_id", "url", "model", "tool_choice")
 """Columns that go to the output. The last: a tool that has to be called, `NAME()`, or required."""
@@ -59,6 +61,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "encoding_format": ("float",),
+    "top_n": (0,),
 }
 """Fields that are not taken, and what they may say all the same: what holds without them."""
 
@@ -133,7 +136,7 @@ def _take(line: Mapping[str, Any], values: dict[str, Any]) -> None:
     take = {CHAT: _chat, COMPLETION: _completion, EMBEDDING: _embedding}.get(url)
     take = _score if TASKS.get(url) == "score" else take
     if take is None:
-        expected = f"expected {CHAT}, {COMPLETION}, {EMBEDDING} or {SCORE}"
+        expected = f"expected {CHAT}, {COMPLETION}, {EMBEDDING}, {SCORE} or {RERANK}"
         raise _RefusedError("invalid_url", f"url: {url!r:.60}, {expected}")
     values |= take(body)
     if url in TASKS and (sampling := values.pop(SAMPLING)):
@@ -237,15 +240,21 @@ def _embedding(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return {TEXT: text, SAMPLING: _sampling(rest)}
 
 
-_PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"))
+_PAIRS = (
+    *(("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2")),
+    ("query", "documents"),
+)
 """What vLLM calls a query and a passage."""
 
 
 def _score(body: Mapping[str, Any]) -> Mapping[str, Any]:
     names = next((pair for pair in _PAIRS if pair[0] in body), _PAIRS[0])
     query, rest = _one_text(body, names[0])
-    passage, rest = _one_text(rest, names[1])
-    return {QUERY: query, PASSAGE: passage, SAMPLING: _sampling(rest)}
+    found = rest.pop(names[1], None)
+    passages = found if isinstance(found, list) else [found]
+    if not passages or not all(isinstance(text, str) for text in passages):
+        raise _missing(names[1], "a text or a list of texts", found)
+    return {QUERY: query, PASSAGE: Passages(passages), SAMPLING: _sampling(rest)}
 
 
 def _one_text(body: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:

@@ -40,7 +40,7 @@ _CODES = {
 _OURS = frozenset({"engine_crash", "engine_error", "endpoint_failed", "bad_request"})
 """Errors that are no fault of the request."""
 _COLUMNS = (
-    *("status", "text", "embedding", "score", "finish_reason", "error_type", "error"),
+    *("status", "text", "embedding", "scores", "finish_reason", "error_type", "error"),
     *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning", "choices"),
     "tool_calls",
 )
@@ -177,9 +177,14 @@ def _body(
     """Write an answer as the API gives it."""
     num_in, num_out = told["num_prompt_tokens"] or 0, told.get("num_output_tokens") or 0
     usage: dict[str, Any] = {"prompt_tokens": num_in, "total_tokens": num_in + num_out}
-    for kind in ("embedding", "score"):
-        if (found := told.get(kind)) is not None:
-            data = [{"object": kind, "index": 0, kind: found}]
+    scores = told.get("scores")
+    if scores is not None and row["url"].endswith("/rerank"):
+        ranked = sorted(enumerate(scores), key=lambda one: -one[1])
+        results = [{"index": at, "relevance_score": score} for at, score in ranked]
+        return {"id": f"rerank-{name}", "model": row["model"], "usage": usage, "results": results}
+    for kind, found in (("embedding", [told.get("embedding")]), ("score", scores)):
+        if found and found[0] is not None:
+            data = [{"object": kind, "index": at, kind: one} for at, one in enumerate(found)]
             return {"object": "list", "data": data, "model": row["model"], "usage": usage}
     is_chat = row["url"].endswith("/chat/completions")
     choices = [

@@ -129,6 +129,7 @@ def test_scores_of_a_cross_encoder_are_those_of_transformers(models: Path) -> No
     spec = spec_of("score", models / "score")
     *found, refused = ask(spec, [*PAIRS, ("a", LONG)])
     assert np.allclose(numbers(found), np.load(models / "score.npy"), atol=1e-4)
+    of_one_query(spec)
     assert refused.error is not None
     assert refused.error.error_type == "prompt_too_long"
 
@@ -226,6 +227,14 @@ def smollm2(folder: Path) -> Path:
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     return target
+
+
+def of_one_query(spec: EngineSpec) -> None:
+    """Several passages of a row have the scores that each has by itself, in their order."""
+    query, *passages = ["who is there?", "nobody", "somebody", "hello " * 5]
+    whole, *alone = ask(spec, [(query, *passages), *((query, text) for text in passages)])
+    assert np.allclose(numbers([whole])[0], numbers(alone)[:, 0], atol=1e-5)
+    assert whole.num_prompt_tokens == sum(one.num_prompt_tokens or 0 for one in alone)
 
 
 @pytest.mark.slow

@@ -72,6 +72,24 @@ def test_a_request_says_all_that_the_job_says():
     assert text.body["structured_outputs"] == {"regex": "a+"}
 
 
+def test_several_passages_are_one_request_and_their_scores_come_in_their_order():
+    spec = EngineSpec("openai", "m", {}, {"max_tokens": 1}, task="score")
+    found = ask(HostedRequest(1, ("who?", "a", "b"), None), spec, VLLM)
+    assert found.body == {"model": "m", "text_1": "who?", "text_2": ["a", "b"]}
+    one = ask(HostedRequest(1, ("who?", "a"), None), spec, VLLM)
+    assert one.body["text_2"] == "a"
+    data = [{"index": 1, "score": 0.5}, {"index": 0, "score": 0.25}]
+    reply = read(
+        json.dumps({"id": "x", "data": data, "usage": {"prompt_tokens": 3}}).encode(), found
+    )
+    assert memoryview(reply.samples[0].numbers).cast("f").tolist() == [0.25, 0.5]
+
+
+def test_a_request_has_its_own_tools():
+    own = {"tools": [{"type": "function"}], "tool_choice": "none"}
+    assert own.items() <= asked(params=own, server=PLAIN).body.items()
+
+
 def test_only_vllms_server_goes_on_with_the_assistants_turn():
     begun = [*CHAT, {"role": "assistant", "content": "So"}]
     body = asked(begun).body

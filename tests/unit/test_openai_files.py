@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from openai.types import Completion, CreateEmbeddingResponse
@@ -16,9 +17,7 @@ from batchgen.job.load import parse_job
 from batchgen.prompt.requests import RowOptions
 from batchgen.views.batch_files import ERRORS, MARK, OUTPUT
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+WRITTEN = Path(__file__).parents[1] / "data" / "openai-batches"
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SAID = [{"role": "user", "content": "hello"}]
 
@@ -67,6 +66,21 @@ def test_answers_are_those_of_the_api(tmp_path: Path) -> None:
     assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("Once", "length")
 
 
+GUIDES = """
+{"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tiny", "messages": [{"role": "system", "content": "Be helpful."}, {"role": "user", "content": "Hello!"}], "max_tokens": 1000}}
+{"custom_id": "request-2", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tiny", "messages": [{"role": "system", "content": "Be of no help."}, {"role": "user", "content": "Hello!"}], "max_completion_tokens": 1000}}
+"""  # noqa: E501 - a line each, of the forms that OpenAI's guide and vLLM's example have
+
+
+def test_files_of_guides_and_of_other_tools_run(tmp_path: Path) -> None:
+    # Of distilabel 1.5.3: OpenAILLM._create_jsonl_buffers, as offline_batch_generate calls it.
+    written = (WRITTEN / "distilabel-1.5.3.jsonl").read_text().splitlines()
+    answers, errors = answered(tmp_path, [*GUIDES.strip().splitlines(), *written])
+    assert (len(answers), errors) == (4, [])
+    for one in answers:
+        ChatCompletion.model_validate(one["response"]["body"], strict=True)
+
+
 def test_embeddings_are_those_of_the_api(tmp_path: Path) -> None:
     url = "/v1/embeddings"
     asked = {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "tiny"}}
@@ -85,19 +99,35 @@ def test_embeddings_are_those_of_the_api(tmp_path: Path) -> None:
     assert codes == ["invalid_type", "unknown_parameter", "invalid_url"]
 
 
-def test_scores_are_those_of_vllms_server(tmp_path: Path) -> None:
-    asked = {"method": "POST", "url": "/v1/score", "body": {"model": "tiny", "text_1": "who?"}}
-    lines = [
-        {**asked, "custom_id": name, "body": {**asked["body"], "text_2": text}}
-        for name, text in {"a": "me", "b": ["you"], "c": ["you", "me"]}.items()
+def test_scores_and_ranks_are_those_of_vllms_server(tmp_path: Path) -> None:
+    texts = ["Paris", "Rome", "Ulm"]
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/score", {"text_1": "who?", "text_2": "me"}),
+        ("/score", {"queries": "who?", "documents": ["me"]}),
+        ("/v1/score", {"data_1": "who?", "data_2": texts}),
+        ("/v1/rerank", {"query": "who?", "documents": texts, "top_n": 0}),
+        ("/v2/rerank", {"query": "who?", "documents": ["Ulm"]}),
+        ("/rerank", {"query": "who?", "documents": [{"text": "Ulm"}]}),
+        ("/rerank", {"query": "who?", "documents": []}),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c", "d"]}),
+        ("/v1/rerank", {"query": "who?", "documents": texts, "top_n": 1}),
     ]
-    other = {"model": "tiny", "queries": "who?", "documents": "me"}
-    lines += [{**asked, "custom_id": "d", "url": "/score", "body": other}]
+    asked = {"method": "POST"}
+    lines = [
+        {**asked, "custom_id": str(at), "url": url, "body": {"model": "tiny", **body}}
+        for at, (url, body) in enumerate(bodies)
+    ]
     answers, errors = answered(tmp_path, lines, task="score")
-    found = [one["response"]["body"]["data"] for one in answers]
-    assert [(data[0]["object"], type(data[0]["score"])) for data in found] == [("score", float)] * 3
-    assert found[0] == found[2]
-    assert [one["custom_id"] for one in errors] == ["c"]
+    found = [one["response"]["body"] for one in answers]
+    assert found[0]["data"] == found[1]["data"]
+    assert [(one["object"], type(one["score"])) for one in found[0]["data"]] == [("score", float)]
+    assert [one["index"] for one in found[2]["data"]] == [0, 1, 2]
+    ranked = found[3]["results"]
+    scores = {one["index"]: one["relevance_score"] for one in ranked}
+    assert [scores[at] for at in range(3)] == [one["score"] for one in found[2]["data"]]
+    assert [one["index"] for one in ranked] == sorted(scores, key=lambda at: -scores[at])
+    assert len(found[4]["results"]) == 1
+    assert [one["custom_id"] for one in errors] == ["5", "6", "7", "8"]
 
 
 WEATHER = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}}

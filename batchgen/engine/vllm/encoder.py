@@ -59,11 +59,14 @@ class Encoded(NamedTuple):
     """Tokens of a pair's second text, where it is read by itself."""
     boundary: int = 0
     """Where in `token_ids` a pair's second text begins, or what is scored; 0: nowhere."""
+    others: Sequence[Pieces] = ()
+    """Further pairs of the request."""
 
 
-def pieces_of(encoded: Encoded) -> Pieces:
+def pieces_of(encoded: Encoded) -> list[Pieces]:
     """What numbers are wanted of."""
-    return Pieces(encoded.token_ids or array("i"), encoded.second, encoded.boundary)
+    first = Pieces(encoded.token_ids or array("i"), encoded.second, encoded.boundary)
+    return [first, *encoded.others]
 
 
 class ChatStyle(NamedTuple):
@@ -175,13 +178,14 @@ def encode(tokenizer: Any, requests: Sequence[EngineRequest], style: ChatStyle) 
 
 def _encode_pair(tokenizer: Any, request: EngineRequest, how: str) -> Encoded:
     given = Encoded(request.request_id, None, None, None, request.params, request.lora)
-    pair: Any = request.prompt
+    texts: Any = request.prompt
+    query, *passages = texts
     try:
-        found = encode_pair(tokenizer, how, pair)
+        found, *others = [encode_pair(tokenizer, how, (query, text)) for text in passages]
     except Exception as exc:  # noqa: BLE001 - row border
         return given._replace(error=RowError("tokenizer_error", one_line(exc)))
     first, second, boundary = found
-    return given._replace(token_ids=first, second=second, boundary=boundary)
+    return given._replace(token_ids=first, second=second, boundary=boundary, others=others)
 
 
 def _encode_continued(tokenizer: Any, requests: Sequence[EngineRequest]) -> list[Encoded]:

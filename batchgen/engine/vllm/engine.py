@@ -53,7 +53,7 @@ from batchgen.engine.vllm.params import (
     pass_to_reasoner,
     structured_outputs_config,
 )
-from batchgen.engine.vllm.pooling import Likelihoods, Pooler, task_facts
+from batchgen.engine.vllm.pooling import Likelihoods, Part, Pooler, joined, task_facts
 from batchgen.engine.vllm.settings import (
     choose_settings,
     gpus_of,
@@ -314,9 +314,12 @@ class VllmEngine:
 
     def _add_parts(self, encoded: Encoded, pooler: Pooler | Likelihoods) -> RowError | None:
         """Ask for numbers, with a request of vLLM's for each part."""
-        parts = pooler.parts(pieces_of(encoded))
-        if isinstance(parts, RowError):
-            return parts
+        parts: list[Part] = []
+        for pieces in pieces_of(encoded):
+            found = pooler.parts(pieces)
+            if isinstance(found, RowError):
+                return found
+            parts += found
         if bad := next((bad for part in parts if (bad := self._bad_ids(part.token_ids))), None):
             return bad
         names = [f"{encoded.request_id}/{at}" for at in range(len(parts))]
@@ -420,7 +423,12 @@ class VllmEngine:
             return None
         del self._given[name]
         encoded, took_s = admitted.encoded, now - admitted.admitted_at
-        return self._pooler.completion(encoded.request_id, pieces_of(encoded), given, took_s)
+        pieces = pieces_of(encoded)
+        num = len(given) // len(pieces)  # Of several pairs each is whole, or cut.
+        return joined(
+            self._pooler.completion(encoded.request_id, one, given[at : at + num], took_s)
+            for one, at in zip(pieces, range(0, len(given), num), strict=True)
+        )
 
     def _completion(self, output: Any, now: float) -> Completion | None:
         """Read vLLM's output; None if the request was given to it once more."""

@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchgen.core.errors import ConfigError, one_line, suggestion
-from batchgen.core.records import Completion, EngineSpec, RowError, Sample, TaskFacts, TokenLogprobs
+from batchgen.core.records import (
+    Completion,
+    EngineSpec,
+    Pair,
+    RowError,
+    Sample,
+    TaskFacts,
+    TokenLogprobs,
+)
 from batchgen.core.runtime import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import numpy as np
 
@@ -194,7 +202,7 @@ class Pieces(NamedTuple):
         return len(self.first) + len(self.second or ())
 
 
-def encode_pair(tokenizer: Any, how: str, pair: tuple[str, str]) -> Pieces:
+def encode_pair(tokenizer: Any, how: str, pair: Pair) -> Pieces:
     """Make tokens of a pair: `apart` for vectors of both, `joined` by the model's marks, or not.
 
     Source:
@@ -343,6 +351,24 @@ class Pooler:
         num_chunks = 1 if self._is_apart else len(outputs)
         sample = Sample("", reason, numbers=numbers, num_chunks=num_chunks)
         return Completion(request_id, (sample,), num, cached, 0, latency_s)
+
+
+def joined(completions: Iterable[Completion]) -> Completion:
+    """Put the numbers of a request's pairs together; it fails with the first that does."""
+    whole, *others = completions
+    for one in others:
+        if whole.error is not None or one.error is not None:
+            return whole if whole.error is not None else one
+        (first,), (second,) = whole.samples, one.samples
+        reason = "length" if "length" in (first.finish_reason, second.finish_reason) else "stop"
+        numbers = (first.numbers or b"") + (second.numbers or b"")
+        sample = first._replace(finish_reason=reason, numbers=numbers)
+        whole = whole._replace(
+            samples=(sample,),
+            num_prompt_tokens=(whole.num_prompt_tokens or 0) + (one.num_prompt_tokens or 0),
+            num_cached_tokens=(whole.num_cached_tokens or 0) + (one.num_cached_tokens or 0),
+        )
+    return whole
 
 
 class Likelihoods:
