@@ -19,6 +19,7 @@ LAYERS = (
     {"cluster"},
     {"preview", "tuning", "views", "endpoints"},
     {"quality", "report_page"},
+    {"serve"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -34,6 +35,8 @@ ONLY_IN = {
     "botocore": {"storage/remote.py"},
     "sklearn": {"quality/score.py"},
     "aiohttp": {"endpoints/server.py"},
+    "fastapi": {"serve/app.py"},
+    "uvicorn": {"serve/server.py"},
 }
 
 

@@ -30,6 +30,7 @@ from batchgen.cli.look import (
     verify,
 )
 from batchgen.cli.run import engine, refused_usage, run, tune
+from batchgen.cli.serve import serve
 from batchgen.core.errors import BatchgenError, ConfigError, ExitCode
 from batchgen.core.runtime import lost_output, own_streams
 
@@ -47,7 +48,7 @@ def cli() -> None:
 
 for _command in (
     *(run, tune, check, doctor, plan, status, show, report, verify, schema),
-    *(snapshots, rollback, prune, diff, try_, compare, score, engine, run_batch),
+    *(snapshots, rollback, prune, diff, try_, compare, score, engine, run_batch, serve),
 ):
     cli.add_command(_command)
 

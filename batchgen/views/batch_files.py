@@ -39,6 +39,8 @@ _CODES = {
 """Errors of rows by OpenAI's words, where it has one."""
 _OURS = frozenset({"engine_crash", "engine_error", "endpoint_failed", "bad_request"})
 """Errors that are no fault of the request."""
+_ENDED = frozenset({"batch_cancelled", "batch_expired"})
+"""Errors of lines that nobody has asked."""
 _COLUMNS = (
     *("status", "text", "embedding", "scores", "finish_reason", "error_type", "error"),
     *("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "reasoning", "choices"),
@@ -161,6 +163,10 @@ def _line(
         return False, orjson.dumps({**line, "response": response, "error": None})
     # Not which file here it was: only who asked reads this.
     kind, why = told["error_type"], re.sub(r"^.*?:(\d+): ", r"line \1: ", told["error"], count=1)
+    if kind in _ENDED:
+        return True, orjson.dumps(
+            {**line, "response": None, "error": {"code": kind, "message": why}}
+        )
     if kind in _OURS:
         error = {"code": "server_error", "message": f"{kind}: {why}"}
         return True, orjson.dumps({**line, "response": None, "error": error})
