@@ -18,8 +18,7 @@ LAYERS = (
     {"pipeline"},
     {"cluster"},
     {"preview", "tuning", "views", "endpoints"},
-    {"quality", "report_page"},
-    {"serve"},
+    {"quality", "report_page", "serve"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -211,7 +211,7 @@ def _take_file(served: Served, form: FormData, owner: str) -> dict[str, Any]:
         object="file",
         bytes=size,
         created_at=created,
-        expires_at=created + (keep_s or limits.keep_days * _DAY_S),
+        expires_at=created + (keep_s or int(limits.keep_days * _DAY_S)),
         filename=PurePosixPath(file.filename or "file").name[:255],
         purpose="batch",
         status="processed",
@@ -299,7 +299,7 @@ def _take_batch(
             completion_window="24h",
             status="validating",
             created_at=created,
-            expires_at=created + limits.window_h * _HOUR_S,
+            expires_at=created + int(limits.window_h * _HOUR_S),
             request_counts=BatchRequestCounts(total=0, completed=0, failed=0),
             metadata=asked.get("metadata"),
         )

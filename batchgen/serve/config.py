@@ -23,7 +23,7 @@ _OWN = ("input", "output")
 class Limits(BaseModel):
     """`[serve]`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
     at_once: int = Field(default=8, ge=1)
     """Batches that share the engine; the others wait, first in, first out."""
@@ -37,9 +37,9 @@ class Limits(BaseModel):
     """Of one key, answers included."""
     max_total_gb: int = Field(default=100, ge=1)
     """Of one key's files, in 1,000,000,000 bytes."""
-    keep_days: int = Field(default=30, ge=1)
+    keep_days: float = Field(default=30, gt=0)
     """Until a file is removed that says nothing of it."""
-    window_h: int = Field(default=24, ge=1)
+    window_h: float = Field(default=24, gt=0)
     """Until a batch expires that is not done, whatever `completion_window` is called."""
 
 

@@ -246,7 +246,7 @@ class Runner(threading.Thread):
 
     def _register(self, found: Record[Batch], own_id: str, kind: str) -> None:
         store, created = self._store, int(time.time())
-        keep_s = found.more.get("output_expires_s") or self._config.limits.keep_days * _DAY_S
+        keep_s = found.more.get("output_expires_s") or int(self._config.limits.keep_days * _DAY_S)
         label = "output" if kind == "answers" else "error"
         file = FileObject(
             id=own_id,

@@ -136,10 +136,11 @@ def test_caddy_takes_its_file(tmp_path):
 
 
 @pytest.mark.skipif(SYSTEMD is None, reason="systemd is not here")
-def test_systemd_takes_the_engine_s_unit(tmp_path):
-    unit = tmp_path / "batchgen-engine.service"
+@pytest.mark.parametrize("name", ["engine", "serve"])
+def test_systemd_takes_the_units(tmp_path, name):
+    unit = tmp_path / f"batchgen-{name}.service"
     program = Path(sys.executable).parent / "batchgen"
-    text = (SERVERS / unit.name).read_text()
+    text = (SERVERS / unit.name).read_text().replace("/opt/batchgen/bin/batchgen", str(program))
     unit.write_text(text.replace("%h/venv/bin/batchgen", str(program)))
     done = run(SYSTEMD, "verify", "--man=no", unit)
     said = [line for line in (done.stdout + done.stderr).splitlines() if "batchgen" in line]
