@@ -7,8 +7,8 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 29_740,
-    "modules": 154,
+    "lines of code": 30_940,
+    "modules": 163,
     "layers": 9,
     "modules of a room": 15,
     "modules of engine, of pipeline": 20,

@@ -190,6 +190,7 @@ class Runner(threading.Thread):
         folder = self._store.batches.folder(name)
         result = _read(folder / RESULT) or {}
         if code == ExitCode.COMPLETE and "num_ok" in result:
+            self._tell(name)
             self._finalize(name, worker.how, result)
             return
         if code == ExitCode.REFUSED:
