@@ -213,7 +213,13 @@ def engine() -> None:
 
 @job_command
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Default: a free one.")
-def up(_: Path, load: Load, *, port: int | None) -> None:
+@click.option(
+    "--api-servers",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Processes that read requests and write answers. Default: by cores.",
+)
+def up(_: Path, load: Load, *, port: int | None, api_servers: int | None) -> None:
     """Become vLLM's server, with a job's model and settings, on 127.0.0.1.
 
     Jobs with model.base_url = "auto" use it if their model and its settings are the same. It works
@@ -225,7 +231,7 @@ def up(_: Path, load: Load, *, port: int | None) -> None:
     """
     from batchgen.endpoints.warm import serve
 
-    serve(load(), port)
+    serve(load(), port, api_servers)
 
 
 engine.add_command(up)

