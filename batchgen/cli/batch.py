@@ -23,7 +23,7 @@ STATE = ".batchgen"
 """Behind the name of the answers' file: the folder of the job that makes them."""
 FETCHED = ".batchgen-input"
 """The same, where the input is a URL: what came from there. A signed URL goes into no plan."""
-PUT_AGAIN_S, PUT_TIMEOUT_S = (1, 5, 15), 1000
+PUT_AGAIN_S, HTTP_TIMEOUT_S = (1, 5, 15), 1000
 
 
 @click.command("run-batch", context_settings={"ignore_unknown_options": True})
@@ -108,7 +108,7 @@ def _get(url: str, path: Path) -> str:
     from urllib.request import urlopen
 
     try:
-        with urlopen(url, timeout=PUT_TIMEOUT_S) as found, path.open("wb") as file:  # noqa: S310 - http(s)
+        with urlopen(url, timeout=HTTP_TIMEOUT_S) as found, path.open("wb") as file:  # noqa: S310 - http(s)
             shutil.copyfileobj(found, file)
     except (OSError, HTTPException) as error:
         raise SourceError(url.partition("?")[0], f"cannot be fetched: {one_line(error)}") from error
@@ -125,7 +125,7 @@ def _put(path: Path, url: str, shown: str) -> None:
         try:
             with path.open("rb") as file:
                 asked = Request(url, data=file, headers=size, method="PUT")  # noqa: S310 - http(s)
-                urlopen(asked, timeout=PUT_TIMEOUT_S).close()  # noqa: S310
+                urlopen(asked, timeout=HTTP_TIMEOUT_S).close()  # noqa: S310
         except (OSError, HTTPException) as error:
             if wait_s is None or 400 <= getattr(error, "code", 0) < 500:
                 problem = f"{shown}: cannot be written by PUT: {one_line(error)}"

@@ -32,7 +32,7 @@ from batchgen.core.records import EngineSpec, Prompt, Ranges, Request, Result, R
 from batchgen.core.runtime import read_json
 from batchgen.engine.base import EngineRequest, engine_class
 from batchgen.engine.echo import encode_prompt
-from batchgen.engine.vllm.encoder import MAX_BATCH, encode, find_template, style_of
+from batchgen.engine.vllm.encoder import MAX_BATCH, encode, find_template, pieces_of, style_of
 from batchgen.engine.vllm.settings import is_cpu_build, llm_kwargs, prepare_environment
 from batchgen.pipeline.frozen import read_rows
 from batchgen.preview.estimate import Lengths, PastRun, estimate_duplicates, last_run, lengths_of
@@ -41,6 +41,7 @@ from batchgen.storage.remote import storage_at
 from batchgen.store.keys import KeySet, prefix_of
 
 if TYPE_CHECKING:
+    from batchgen.engine.vllm.pooling import Pieces
     from batchgen.job.model import JobConfig
 
     Tokens = array[int] | RowError | None
@@ -91,12 +92,18 @@ def load_tokenize(spec: EngineSpec) -> Tokenize:
         for start in range(0, len(requests), MAX_BATCH):
             batch = encode(tokenizer, requests[start : start + MAX_BATCH], style)
             found += [
-                _checked(one.error or (one.token_ids and one.token_ids + (one.second or NONE)))
+                _checked(
+                    one.error or (one.token_ids and sum(map(_tokens_of, pieces_of(one)), NONE))
+                )
                 for one in batch
             ]
         return found
 
     return tokenize
+
+
+def _tokens_of(pieces: Pieces) -> array[int]:
+    return pieces.first + (pieces.second or NONE)
 
 
 def _load_tokenizer(spec: EngineSpec) -> Any:  # noqa: ANN401 - of transformers or of vLLM
