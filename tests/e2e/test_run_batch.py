@@ -171,6 +171,8 @@ def hostile(canary: Path, address: str) -> list[dict[str, Any]]:
     for schema in slow:
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         bodies.append({**chat, "response_format": form})
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        bodies.append({**chat, "tools": [tool], "tool_choice": "required"})
     bodies += [{**chat, "model": place} for place in places]
     bodies += [{**chat, "stop": ["x" * 10_000] * 100, "max_tokens": 10**18}]
     bodies += [{"messages": [{"role": role, "content": "x"}]} for role in ("tool", "", "x" * 9999)]
