@@ -148,9 +148,11 @@ def test_a_large_model_never_leaves_its_gpu_waiting(folders: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("task", ["embed", "classify", "score"])
-def test_many_short_texts_are_pooled_by_two(folders: dict[str, Path], task: str) -> None:
+def test_many_short_texts_are_pooled_by_several(folders: dict[str, Path], task: str) -> None:
     small, large = (replace(spec_of(folders[size]), task=task) for size in ("0.6b", "8b"))
-    assert engines_that_pay(small, H200, HOST) == 2
+    found = [engines_that_pay(small, H200, HOST._replace(num_cores=n)) for n in (16, 12, 11, 7)]
+    assert found == [3, 3, 2, 1]
+    assert engines_that_pay(small, H200, HOST._replace(free_bytes=30 << 30)) == 2
     assert engines_that_pay(large, H200, HOST) == 1
     work = WorkLeft(60_000, 1, 32)
     assert is_worth_it(small, H200, work)
