@@ -128,16 +128,23 @@ REPLIES = {
     "409": (409, error_xml("ConditionalRequestConflict")),
 }
 FAULTS = ("lost", "500", "412", "503", "409", "cut")
+POINT_FAULTS = (*FAULTS, "silent", "away")
+AWAY = 12
+"""How many requests in a row nobody answers: more than are tried without patience."""
 
 
 class Proxy:
     """Passes requests on; each PUT (of "cut": each GET) of a key goes wrong once.
 
+    With a point it is the request of that number that goes wrong, whatever it is, and no other.
     "ignore" says yes to each PUT, as stores do that know no conditions.
     """
 
-    def __init__(self, endpoint, fault=None):
+    def __init__(self, endpoint, fault=None, point=None):  # noqa: C901 - one handler
         self.fault = fault
+        self.point = point if point is None else int(point)
+        self.asked = Counter()
+        """PUT, GET, LIST ... -> how many of them there were."""
         self.spoilt = Counter()
         """Key -> how many of its replies went wrong."""
         self._lock = threading.Lock()
@@ -150,6 +157,10 @@ class Proxy:
             def handle_one(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 fault = proxy.fault_of(self.command, self.path)
+                if fault in {"away", "silent"}:
+                    self.close_connection = True
+                    # Until the client has had enough.
+                    return self.rfile.read(1) if fault == "silent" else None
                 if fault in REPLIES and fault not in LATE:
                     return self.answer(*REPLIES[fault])
                 line = http.client.HTTPConnection(upstream, timeout=60)
@@ -177,7 +188,8 @@ class Proxy:
                         self.send_header(name, value)
                 self.send_header("Content-Length", str(length))
                 self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if is_cut else data)
+                if self.command != "HEAD":
+                    self.wfile.write(data[: len(data) // 2] if is_cut else data)
                 self.close_connection = is_cut
 
             do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_one  # noqa: N815 - theirs
@@ -191,6 +203,12 @@ class Proxy:
 
     def fault_of(self, method, path):
         key, _, query = path.partition("?")
+        with self._lock:
+            number = self.asked.total()
+            self.asked["LIST" if "list-type" in query else method] += 1
+        if self.point is not None:
+            width = AWAY if self.fault == "away" else 1
+            return self.fault if self.point <= number < self.point + width else None
         if self.fault not in FAULTS or method != ("GET" if self.fault == "cut" else "PUT") or query:
             return None
         with self._lock:
@@ -211,9 +229,9 @@ class Proxy:
 
 
 @contextmanager
-def proxy_process(endpoint, fault):
+def proxy_process(endpoint, fault, *point):
     """A proxy in a process of its own, for a parent that forks; its endpoint."""
-    command = [sys.executable, "-m", "tests.s3", endpoint, fault]
+    command = [sys.executable, "-m", "tests.s3", endpoint, fault, *map(str, point)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
         try:
             yield proxy.stdout.readline().strip()

@@ -6,6 +6,7 @@
     |   `-- InputChangedError      1  an input file changed or vanished under a run
     |-- RecipeChangedError         2  the output belongs to another recipe or input
     |-- StorageError               1  a write, sync or read of the output failed (disk full, I/O)
+    |   `-- StoreAwayError         75 an object store was away for longer than it is waited for
     |-- OutputError                2  the output folder cannot be used
     |   |-- DamagedPartError       1  a committed part is not what was written
     |   |-- DamagedSnapshotError   1  a published file is not what was written
@@ -145,6 +146,12 @@ class StorageError(BatchgenError):
     def __init__(self, path: str, problem: str) -> None:
         self.path = path
         super().__init__(f"{path}: {problem}; what was committed stays, run again to go on")
+
+
+class StoreAwayError(StorageError):
+    """An object store does not answer, or takes the credentials no more: later it may."""
+
+    exit_code = ExitCode.STOPPED
 
 
 class NoRightError(StorageError):

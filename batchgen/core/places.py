@@ -20,6 +20,8 @@ class Bucket:
     endpoint: str | None = None
     region: str | None = None
     profile: str | None = None
+    kms_key: str | None = None
+    timeout_s: float = 120.0
 
     def __str__(self) -> str:
         return self.url

@@ -113,3 +113,7 @@ class StorageConfig(Table):
     """Default: `AWS_REGION`, or the profile's."""
     profile: str | None = None
     """Of `~/.aws/config`. Default: `AWS_PROFILE`, or whatever else the machine has."""
+    kms_key: str | None = None
+    """ID or ARN of the key that objects are encrypted with. Default: as the bucket says."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """How long the store may be silent in a request before it is sent again."""

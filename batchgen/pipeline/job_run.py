@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -181,7 +181,8 @@ class JobRun:
         """
         try:
             with self._deadline, self._holding_job() as decision, self._recording_end():
-                begun = self._claim(decision)
+                with self._waiting():
+                    begun = self._claim(decision)
                 if isinstance(begun, Summary):
                     return begun
                 prepared, epoch = begun
@@ -189,7 +190,8 @@ class JobRun:
                     return self._stopped()
                 if not self._publishes:
                     return self._finish("answered", ExitCode.STOPPED, "run again to publish")
-                return self._publish(prepared, epoch)
+                with self._waiting():
+                    return self._publish(prepared, epoch)
         except BatchgenError as error:
             self._is_busy = isinstance(error, BusyError)
             if self.summary is None:
@@ -200,6 +202,18 @@ class JobRun:
                 self.at_end(self.summary)
                 self._announce(self.summary)
 
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Wait for a store that is away, before and after rows are computed.
+
+        While they are, it is `Committer` that does, so that the engine goes on meanwhile.
+        """
+        context, grace_s = self._context, self._job.run.disk_grace_s
+
+        def tell(error: StorageError) -> None:
+            context.notes.add(f"the store is away and is waited for, {grace_s:.0f} s: {error}")
+
+        return context.storage.patient(grace_s, context.is_stopped, tell)
+
     @contextmanager
     def _holding_job(self) -> Iterator[Decision]:
         """Decide what there is to do, and hold the job's lock while it is done."""
@@ -209,13 +223,14 @@ class JobRun:
             if options.wait:
                 lock.wait(context.is_stopped)
                 stack.callback(lock.release)
-            num_plans = self._ledger.latest_plan_number()
-            self._telling_late = partial(
-                self._ledger.telling_late, context.run_id, self._ledger.at_work()
-            )
-            with self._telling_late():
-                decision = decide(self._ledger, self._job, options)
-            lock.acquire(steal=options.steal)
+            with self._waiting():
+                num_plans = self._ledger.latest_plan_number()
+                self._telling_late = partial(
+                    self._ledger.telling_late, context.run_id, self._ledger.at_work()
+                )
+                with self._telling_late():
+                    decision = decide(self._ledger, self._job, options)
+                lock.acquire(steal=options.steal)
             stack.callback(lock.release)
             stack.callback(self._compute.close)
             with self._recording_end():

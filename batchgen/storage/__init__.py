@@ -205,6 +205,13 @@ class LocalStorage:
             msg = f"{nearest}: cannot be written to; mend its rights, or choose another output.path"
             raise OutputError(msg)
 
+    @contextmanager
+    def patient(
+        self, grace_s: float, is_stopped: Callable[[], bool], tell: Callable[[StorageError], None]
+    ) -> Iterator[None]:
+        """Wait in this block for a store that is away, `grace_s` at most; a folder never is."""
+        yield
+
     def path(self, name: str) -> Path:
         """The local path behind a name, for readers that want a file and not bytes."""
         return self.root / name

@@ -28,14 +28,20 @@ import tempfile
 import threading
 import time
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from batchgen.core.errors import BatchgenError, ConfigError, OutputError, StorageError
+from batchgen.core.errors import (
+    BatchgenError,
+    ConfigError,
+    OutputError,
+    StorageError,
+    StoreAwayError,
+)
 from batchgen.core.places import Bucket, Root
 from batchgen.storage import Disk, LocalStorage, PendingFile, saying_where
 
@@ -45,7 +51,8 @@ if TYPE_CHECKING:
     from obstore.store import S3Credential, S3Store
 
 _WAITS_S, _PATIENCE_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0), 60.0
-_SILENCE_S, _TIMEOUT_S = 120, 600
+_SILENCES = 5
+"""A whole request may last this many times as long as silence in it."""
 _BEAT_S, _LOST_S, _LOOK_S = 5.0, 20.0, 0.5
 _SCRATCH = "batchgen-output-"
 _CREDENTIALS_S = 300
@@ -121,6 +128,9 @@ class RemoteStorage(LocalStorage):
         """
         self._bucket = bucket
         self._store = _store(bucket)
+        self._grace_s = 0.0
+        self._is_stopped: Callable[[], bool] = lambda: False
+        self._tell: Callable[[StorageError], None] = lambda _: None
         root, let_go = _scratch_folder()
         weakref.finalize(self, let_go)
         super().__init__(root, disk=_Scratch())
@@ -160,6 +170,17 @@ class RemoteStorage(LocalStorage):
             )
             raise OutputError(msg)
 
+    @contextmanager
+    def patient(
+        self, grace_s: float, is_stopped: Callable[[], bool], tell: Callable[[StorageError], None]
+    ) -> Iterator[None]:
+        """See `LocalStorage`; `tell` hears of each try that failed after the usual ones."""
+        self._grace_s, self._is_stopped, self._tell = grace_s, is_stopped, tell
+        try:
+            yield
+        finally:
+            self._grace_s = 0.0
+
     def path(self, name: str) -> Path:
         """Return where a file that is put once can be read; fetches it if need be.
 
@@ -188,22 +209,18 @@ class RemoteStorage(LocalStorage):
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """See `LocalStorage`."""
-        for wait_s in (*_WAITS_S, None):
+        began_s = time.monotonic()
+        for number in itertools.count():
             try:
                 self._api.put(self._store, name, data, mode="create", use_multipart=False)
                 break
             except (self._errors.BaseError, OSError) as error:
-                if _REFUSED.search(str(error)):  # And not put.
-                    raise self._trouble(name, error) from error
                 # A 409 lets nobody win; after an error or silence it may be there all the same.
-                found = self.read(name)
-                if found is not None and found != data:
-                    return False
-                if found is not None:
+                if not _REFUSED.search(str(error)) and (found := self.read(name)) is not None:
+                    if found != data:
+                        return False
                     break
-                if wait_s is None:
-                    raise self._trouble(name, error) from error
-                time.sleep(wait_s)
+                self._wait(name, error, number, began_s)
         self._keep(name, iter([data]))
         return True
 
@@ -350,24 +367,39 @@ class RemoteStorage(LocalStorage):
         Raises:
             StorageError: There is no answer right now.
         """
-        until_s = time.monotonic() + _PATIENCE_S
-        for wait_s in (*_WAITS_S, None):
+        began_s = time.monotonic()
+        for number in itertools.count():
             try:
                 return ask()
             except (self._errors.BaseError, OSError) as error:
                 if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                     return None
-                is_refused = _REFUSED.search(str(error))
-                if wait_s is None or is_refused or time.monotonic() > until_s:
-                    raise self._trouble(name, error) from error
-                time.sleep(wait_s)
+                self._wait(name, error, number, began_s)
         raise AssertionError  # Not reached.
 
+    def _wait(self, name: str, error: Exception, number: int, began_s: float) -> None:
+        """Wait before what failed is tried again.
+
+        Raises:
+            StorageError: It is not: it was refused, or has been tried for long enough.
+        """
+        trouble = self._trouble(name, error)
+        waited_s = time.monotonic() - began_s
+        is_usual = number < len(_WAITS_S) and waited_s <= _PATIENCE_S
+        if not is_usual or _REFUSED.search(str(error)):
+            if waited_s >= self._grace_s or self._is_stopped():
+                raise trouble from error
+            self._tell(trouble)
+        time.sleep(_WAITS_S[min(number, len(_WAITS_S) - 1)])
+
     def _trouble(self, name: str, error: Exception) -> StorageError:
-        if re.search(_NOT_VALID, str(error)):  # Who is asked to log in again has to be seen then.
+        is_invalid = re.search(_NOT_VALID, str(error))
+        if is_invalid:  # Who is asked to log in again has to be seen then.
             with suppress(BatchgenError):
                 self._store = _store(self._bucket)
-        return StorageError(f"{self.where}/{name}", _why(error))
+        is_refused = _REFUSED.search(str(error)) and not is_invalid
+        kind = StorageError if is_refused else StoreAwayError
+        return kind(f"{self.where}/{name}", _why(error))
 
 
 def _store(bucket: Bucket) -> S3Store:
@@ -407,15 +439,17 @@ def _store(bucket: Bucket) -> S3Store:
             "expires_at": datetime.now(UTC) + timedelta(seconds=_CREDENTIALS_S),
         }
 
+    kms = {"server_side_encryption": "aws:kms", "sse_kms_key_id": bucket.kms_key}
+    key: Any = kms if bucket.kms_key else {}
     return S3Store(
         bucket.name,
         prefix=bucket.prefix,
-        config={"region": region, **({"endpoint": endpoint} if endpoint else {})},
+        config={"region": region, **({"endpoint": endpoint} if endpoint else {}), **key},
         client_options={
             "allow_http": True,
             "connect_timeout": timedelta(seconds=10),
-            "read_timeout": timedelta(seconds=_SILENCE_S),
-            "timeout": timedelta(seconds=_TIMEOUT_S),
+            "read_timeout": timedelta(seconds=bucket.timeout_s),
+            "timeout": timedelta(seconds=_SILENCES * bucket.timeout_s),
         },
         # Of a PUT that is refused, only we know whether it was refused for what we put ourselves.
         retry_config={"max_retries": 0, "retry_timeout": timedelta(0)},

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from batchgen.core.errors import OutputError, StorageError
+from batchgen.core.errors import OutputError, StorageError, StoreAwayError
 from batchgen.core.places import Bucket, bucket_url, folder_of
 from batchgen.storage import LocalStorage
 from batchgen.storage.remote import RemoteStorage, storage_at
@@ -198,11 +198,32 @@ def test_a_store_that_is_away_is_a_storage_error(endpoint):
         storage.replace("a", b"x")
 
 
+def test_a_run_waits_for_a_store_that_is_away_until_it_is_stopped(endpoint, monkeypatch):
+    monkeypatch.setattr("batchgen.storage.remote._WAITS_S", (0.01, 0.01))
+    told = []
+    with s3.Proxy(endpoint, "away", 0) as proxy:
+        storage = storage_at(bucket(proxy.url))
+        with storage.patient(60, lambda: False, told.append):
+            assert storage.put_if_absent("a", b"mine")
+        assert "does not answer" in str(told[0])
+        proxy.point = proxy.asked.total()
+        with pytest.raises(StoreAwayError) as caught, storage.patient(60, lambda: True, id):
+            storage.read("a")
+        assert caught.value.exit_code == 75
+        assert proxy.asked.total() - proxy.point <= 3
+
+
+def test_a_key_goes_with_each_put():
+    config = storage_at(bucket(kms_key="k", timeout_s=3))._store
+    assert config.config["sse_kms_key_id"] == "k"
+    assert config.config["server_side_encryption"] == "aws:kms"
+
+
 def test_a_store_that_is_silent_is_waited_for_once(endpoint, monkeypatch):
-    monkeypatch.setattr("batchgen.storage.remote._SILENCE_S", 0.2)
     monkeypatch.setattr("batchgen.storage.remote._PATIENCE_S", 0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        storage = storage_at(bucket(f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        there = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        storage = storage_at(bucket(there, timeout_s=0.2))
         with pytest.raises(StorageError, match="does not answer"):
             storage.read("a")
         silent.accept()[0].close()

@@ -79,6 +79,21 @@ def test_nights_in_a_bucket_are_nights_in_a_folder(tmp_path, job, url, monkeypat
     assert len(logs) == 3
 
 
+def test_whichever_request_goes_wrong_the_rows_are_right(tmp_path, job, url, endpoint, monkeypatch):
+    monkeypatch.setattr("batchgen.storage.remote._WAITS_S", (0.01,) * 6)
+    write_rows(tmp_path / "in.jsonl", 20)
+    with s3.Proxy(endpoint, point=10**9) as proxy:
+        how = {"storage.endpoint": proxy.url, "storage.timeout_s": 5}
+        batchgen.run(job, overrides={"output.path": f"{url}-whole", **how})
+        num = proxy.asked.total()
+        for fault, part in (("away", 0.5), ("silent", 0.85)):
+            proxy.fault, proxy.point = fault, proxy.asked.total() + int(part * num)
+            done = batchgen.run(job, overrides={"output.path": f"{url}-{fault}", **how})
+            assert proxy.asked.total() > proxy.point
+            assert done.state == "complete"
+            assert rows(f"{url}-{fault}") == rows(f"{url}-whole")
+
+
 def test_a_damaged_object_is_told_and_computed_again(job, url):
     batchgen.run(job)
     storage = storage_at(batchgen.api.output_of(url))

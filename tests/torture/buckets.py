@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROWS = 80
+PROBES, POINTS = 24, 80
+"""How many requests a run begins with that only look whether the store can be used; and all."""
 KINDLY_CODES = {0, 1, 75}
 """How a run may end that others disturb: complete, fenced, a part of it tidied up, busy."""
 ZOMBIE_SHARE, RACE_SHARE, NIGHT_SHARE = 0.15, 0.15, 0.4
@@ -64,6 +67,28 @@ def shard(folder: Path, seed: str, amount: int) -> Counter[str]:
             with s3.proxy_process(endpoint, fault) as proxy, replayable(f"fault {fault!r}"):
                 _spoil(job, f"s3://{s3.BUCKET}/{fault}", days, proxy)
             counts[f"jobs whose replies go wrong: {fault}"] += 1
+    return counts
+
+
+def points(folder: Path, seed: str, most: int) -> Counter[str]:
+    """Let each request of a job go wrong once, in each way; of two workers, each every second."""
+    job = make_job(folder / "job", 12, step_s=0)
+    expected = expected_of(job, folder / "expected")
+    counts: Counter[str] = Counter()
+    with s3.s3_server(folder / "s3") as endpoint:
+        for fault in s3.POINT_FAULTS:
+            for point in range(int(seed.rpartition(".")[2]), most, 2):
+                out = f"s3://{s3.BUCKET}/{fault}/{point}"
+                place = replayable(f"{fault} at request {point}")
+                with s3.proxy_process(endpoint, fault, point) as proxy, place:
+                    # What is refused before the engine starts is right, too: it goes on.
+                    end = _run(job, out, "--set", "storage.timeout_s=1", endpoint=proxy)
+                    code = end.end().code
+                    _check_end(end, {0, 2, 75} if point < PROBES else {0})
+                    if code:
+                        _check_end(_run(job, out).end(), {0})
+                    _check(job, out, expected)
+                counts[f"requests that went wrong: {fault}"] += 1
     return counts
 
 
@@ -142,4 +167,7 @@ def _check_end(child: Child, codes: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    main("tests.torture.buckets", "kills", shard, 1_000)
+    if "--faults" in sys.argv:
+        main("tests.torture.buckets", "faults", points, POINTS, is_split=False)
+    else:
+        main("tests.torture.buckets", "kills", shard, 1_000)
