@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from batchgen.core.runtime import say
 from batchgen.serve.runner import Runner, names_of
 from batchgen.serve.store import LIVE, Record, Store, new_id, number_now
 
@@ -95,6 +96,7 @@ def make_app(served: Served) -> FastAPI:
         (ApiError, lambda _, error: error.response()),
         (HTTPException, lambda _, error: _http_error(error).response()),
         (RequestValidationError, lambda _, error: _wrong(error).response()),
+        (OSError, _no_disk),
     ):
         app.add_exception_handler(kind, answer)
     return app
@@ -102,6 +104,13 @@ def make_app(served: Served) -> FastAPI:
 
 def _http_error(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, str(error.detail), None)
+
+
+def _no_disk(_: Request, error: Exception) -> JSONResponse:
+    """Have the client ask again: nothing was accepted."""
+    say(f"a call failed: {error}")
+    told = {"message": "the server cannot write", "type": "server_error"}
+    return JSONResponse({"error": {**told, "param": None, "code": "storage_error"}}, 503)
 
 
 def _wrong(error: RequestValidationError) -> ApiError:

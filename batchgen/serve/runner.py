@@ -17,7 +17,6 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +36,12 @@ from batchgen.storage import LocalStorage
 from batchgen.views.status import live_view
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from openai.types import Batch
 
+    from batchgen.job.model import JobConfig
     from batchgen.serve.config import ServeConfig
     from batchgen.serve.store import Store
 
@@ -66,6 +67,11 @@ class Runner(threading.Thread):
     """See the module."""
 
     def __init__(self, store: Store, config: ServeConfig) -> None:
+        """Check what holds for every batch.
+
+        Raises:
+            ConfigError: There can be no such job, or no such model.
+        """
         super().__init__(name="batches")
         self._store = store
         self._config = config
@@ -74,7 +80,13 @@ class Runner(threading.Thread):
         self._num_faults: dict[str, int] = {}
         self._is_ending = threading.Event()
         self._swept_s = 0.0
-        self.engine = Engine(store.root, config) if config.is_vllm else None
+        tables = {
+            **config.tables,
+            "input": {"path": str(store.root / "none.jsonl"), "format": "openai"},
+            "output": {"path": str(store.root / "none")},
+        }
+        job = parse_job(tables, base=store.root, where="serve")
+        self.engine = Engine(store.root, tables, job) if config.is_vllm else None
 
     @property
     def num_at_work(self) -> int:
@@ -89,7 +101,10 @@ class Runner(threading.Thread):
     def run(self) -> None:
         """Look and act until it is ended."""
         while not self._is_ending.is_set():
-            self.look()
+            try:
+                self.look()
+            except OSError as error:  # The disk is full, say; what is written down goes on then.
+                say(f"batches wait: {error}")
             self._store.changed.wait(_LOOK_S)
             self._store.changed.clear()
         for worker in self._workers.values():
@@ -298,24 +313,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 class Engine:
     """The warm engine of a model that this machine loads; it outlives batches, and the server."""
 
-    def __init__(self, root: Path, config: ServeConfig) -> None:
+    def __init__(self, root: Path, tables: Mapping[str, Any], job: JobConfig) -> None:
         self._file = root / "engine.json"
         self._log = root / "engine.log"
-        self._tables = {
-            **config.tables,
-            "input": {"path": str(root / "none.jsonl"), "format": "openai"},
-            "output": {"path": str(root / "none")},
-        }
+        self._tables = tables
+        self._digest = engine_digest(check(job).recipe)
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before_s = 0.0
         self._is_up = False
         self._asked_s = 0.0
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the model and its settings; reads the model's files once."""
-        job = parse_job(self._tables, base=self._file.parent, where="serve")
-        return engine_digest(check(job).recipe)
 
     def is_up(self) -> bool:
         """Tell whether it can be asked; starts it if it does not run."""
@@ -323,7 +329,7 @@ class Engine:
         if now_s - self._asked_s < _LOOK_S and self._is_up:
             return True
         self._asked_s = now_s
-        state = read_state(self.digest)
+        state = read_state(self._digest)
         self._is_up = state is not None and _is_healthy(state["url"])
         has_none = state is None and (self._process is None or self._process.poll() is not None)
         if has_none and now_s >= self._not_before_s:

@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> int:
         from batchgen.endpoints.warm import serve
 
         told = json.loads(Path(words[1]).read_bytes())
-        serve(parse_job(told, base=Path.cwd(), where="serve"), None)
+        serve(parse_job(told, base=Path.cwd(), where="serve"), None, None)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     spare_pandas()
     folder, how = Path(words[1]), words[2]
