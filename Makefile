@@ -33,6 +33,7 @@ proof-long: .venv/ready
 	$(BIN)/python -m tests.torture.batches --kills 200
 	$(BIN)/python -m tests.torture.nights --worlds 3000
 	$(BIN)/python -m tests.torture.fleet --kills 500
+	$(BIN)/python -m tests.torture.serve --kills 500
 	$(BIN)/pytest -rP tests/torture/test_mutants.py
 
 lint: .venv/ready

@@ -136,7 +136,8 @@ async def _tell(request: Request, answer: RequestResponseEndpoint) -> Response:
         "at": round(time.time(), 3),
         "key": getattr(request.state, "owner", None),
         "call": call,
-        "ids": [str(value)[:64] for value in request.path_params.values()],
+        "ids": [str(value)[:64] for value in request.path_params.values()]
+        + getattr(request.state, "made", []),
         "status": response.status_code,
         "ms": round((time.monotonic() - began_s) * 1000, 1),
     }
@@ -196,9 +197,11 @@ async def upload(request: Request, served: Given, owner: Owner) -> dict[str, Any
     """Take a file."""
     form = await _form(request, served.config.limits.max_file_mb * 1_000_000)
     try:
-        return await run_in_threadpool(_take_file, served, form, owner)
+        made = await run_in_threadpool(_take_file, served, form, owner)
     finally:
         await form.close()
+    request.state.made = [made["id"]]
+    return made
 
 
 def _take_file(served: Served, form: FormData, owner: str) -> dict[str, Any]:
@@ -279,7 +282,9 @@ async def create_batch(
     """Take a batch."""
     asked = await _json(request)
     again = idempotency_key or ("" if x_stainless_retry_count else None)
-    return await run_in_threadpool(_take_batch, served, asked, owner, again)
+    made = await run_in_threadpool(_take_batch, served, asked, owner, again)
+    request.state.made = [made["id"], made["input_file_id"]]
+    return made
 
 
 def _take_batch(

@@ -186,20 +186,25 @@ class Runner(threading.Thread):
     def _tell(self, name: str) -> None:
         """Bring a batch's state and counts up to what its process has written."""
         folder = self._store.batches.folder(name)
-        found = self._store.batches.get(name)
-        if found is None or (checked := _read(folder / CHECKED)) is None or checked["errors"]:
+        if (checked := _read(folder / CHECKED)) is None or checked["errors"]:
             return
-        if found.thing.status == "validating":
-            counts = {"total": checked["total"], "completed": 0, "failed": 0}
-            more = {"in_progress_at": int(time.time()), "model": checked["model"]}
-            self._store.update(name, status="in_progress", request_counts=counts, **more)
+        counts = {"total": checked["total"], "completed": 0, "failed": 0}
         live = live_view(LocalStorage(folder / "out"), None)
         if live.get("num_rows"):
-            num_errors = int(live.get("num_errors") or 0)
-            done = max(0, live["num_rows"] - live["num_left"] - num_errors)
-            counts = {"total": checked["total"], "completed": done, "failed": num_errors}
-            if found.thing.request_counts is None or counts != found.thing.request_counts.to_dict():
-                self._store.update(name, request_counts=counts)
+            counts["failed"] = int(live.get("num_errors") or 0)
+            done = live["num_rows"] - live["num_left"] - counts["failed"]
+            counts["completed"] = max(0, done)
+        with self._store.lock:  # Meanwhile it may have been cancelled.
+            found = self._store.batches.get(name)
+            if found is None:
+                return
+            changes: dict[str, Any] = {}
+            if found.thing.status == "validating":
+                changes = {"status": "in_progress", "in_progress_at": int(time.time())}
+                changes["model"] = checked["model"]
+            told = found.thing.request_counts
+            if changes or told is None or told.to_dict() != counts:
+                self._store.update(name, request_counts=counts, **changes)
 
     def _ended(self, name: str, worker: _Worker, code: int) -> None:
         folder = self._store.batches.folder(name)
@@ -221,22 +226,26 @@ class Runner(threading.Thread):
         self._not_before[name] = time.monotonic() + (0 if worker.is_asked else _AGAIN_S)
 
     def _fail(self, name: str, errors: list[dict[str, Any]]) -> None:
-        found = self._store.batches.get(name)
-        if found is not None and found.thing.status == "cancelling":
-            self._store.update(name, status="cancelled", cancelled_at=int(time.time()))
-            return
-        told = {"object": "list", "data": errors}
-        self._store.update(name, status="failed", failed_at=int(time.time()), errors=told)
+        now = int(time.time())
+        with self._store.lock:
+            found = self._store.batches.get(name)
+            if found is not None and found.thing.status == "cancelling":
+                self._store.update(name, status="cancelled", cancelled_at=now)
+                return
+            told = {"object": "list", "data": errors}
+            self._store.update(name, status="failed", failed_at=now, errors=told)
 
     def _finalize(self, name: str, how: str, result: dict[str, Any]) -> None:
         """Make files of the answers; may be done again after a crash."""
         store, now = self._store, int(time.time())
-        found = store.batches.get(name)
-        if found is None:
-            return
-        is_cancelled = found.thing.status == "cancelling"
-        if not is_cancelled:
-            store.update(name, status="finalizing", finalizing_at=now)
+        with store.lock:
+            found = store.batches.get(name)
+            if found is None:
+                return
+            is_cancelled = found.thing.status == "cancelling"
+            # One that expires does not complete, should this process die here.
+            if how == RUN and not is_cancelled:
+                store.update(name, status="finalizing", finalizing_at=now)
         ids = {}
         for kind, num in (("answers", result["num_ok"]), ("errors", result["num_errors"])):
             own_id = file_id(name, kind)

@@ -142,11 +142,15 @@ class Store:
         """Take a file in: its bytes first, then what is told of it."""
         folder = self.files.folder(record.thing.id)
         folder.mkdir(mode=0o700)
-        with (folder / CONTENT).open("xb") as file:
-            shutil.copyfileobj(source, file, _COPY_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
-        self.files.put(record)
+        try:
+            with (folder / CONTENT).open("xb") as file:
+                shutil.copyfileobj(source, file, _COPY_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            self.files.put(record)
+        except OSError:
+            self.files.remove(record.thing.id)
+            raise
 
     def content(self, name: str) -> Path:
         """Where a file's bytes are."""
@@ -173,8 +177,12 @@ class Store:
         """Remove a file; with a batch's answers goes what its job has kept of them."""
         with self.lock:
             for one in self.batches.all():
+                folder = self.batches.folder(one.thing.id)
                 if name in (one.thing.output_file_id, one.thing.error_file_id):
-                    shutil.rmtree(self.batches.folder(one.thing.id) / "out", ignore_errors=True)
+                    shutil.rmtree(folder / "out", ignore_errors=True)
+                if name == one.thing.input_file_id and one.thing.errors is not None:
+                    self.update(one.thing.id, errors=None)  # They quote its lines.
+                    (folder / "checked.json").unlink(missing_ok=True)
             self.files.remove(name)
 
     def sweep(self) -> None:
@@ -182,8 +190,9 @@ class Store:
         now = time.time()
         for one in self.files.all():
             end = one.thing.expires_at
-            if end is not None and end <= now and not self.is_needed(one.thing.id):
-                self.delete_file(one.thing.id)
+            with self.lock:
+                if end is not None and end <= now and not self.is_needed(one.thing.id):
+                    self.delete_file(one.thing.id)
 
 
 def new_id(prefix: str) -> str:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import openai
 import pytest
@@ -24,6 +25,7 @@ from tests.serving import (
 )
 
 pytestmark = pytest.mark.proof
+MODEL = Path(__file__).parents[2] / "sample_data" / "model"
 
 
 @pytest.fixture
@@ -321,3 +323,51 @@ def test_hostile_connections_leave_it_at_work(shared):
     wait_for(lambda: not list((shared.root / "tmp").iterdir()))
     figures = client.get("/../metrics", cast_to=str)
     assert 'batchgen_batches{status="completed"}' in figures
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_model_of_this_machine_is_warm_between_batches(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    config = f"""
+[model]
+name = "{MODEL}"
+max_model_len = 512
+max_num_seqs = 16
+gpu_memory_utilization = 0.1
+
+[model.engine]
+enforce_eager = true
+"""
+    server = serve(config)
+    client = server.client()
+    lines = [line(at, {"model": "model"}) for at in range(40)]
+    made = [batch_of(client, lines) for _ in range(3)]
+    for one in made:
+        done = await_state(client, one, {"completed"})
+        assert (done.request_counts.completed, done.request_counts.failed) == (40, 0)
+    answers = [lines_of(client, client.batches.retrieve(one.id).output_file_id) for one in made]
+    texts = [[own["response"]["body"]["choices"][0]["message"] for own in file] for file in answers]
+    assert len(texts[0]) == 40
+    told = {"input_file_id": made[0].input_file_id, "completion_window": "24h"}
+    with pytest.raises(openai.BadRequestError, match="endpoint"):
+        client.batches.create(endpoint="/v1/embeddings", **told)
+    started = (server.root / "engine.log").read_text()
+    assert started.count("Starting vLLM API server") == 1
+    assert server.end() == 0
+
+
+def test_what_cannot_be_served_is_refused_before_it_listens(tmp_path):
+    config = tmp_path / "serve.toml"
+    for text, told in (
+        ('[model]\nname = "none"\n', "none"),
+        ('[model]\nname = "m"\nbackend = "echo"\n[model.engine]\nstep = 1\n', "step"),
+        (f"{ECHO}\n[serve]\nat_once = 0\n", "serve.at_once"),
+        (f"{ECHO}\n[input]\npath = 'x'\n", "[input] is each batch's own"),
+        ("", "no model"),
+    ):
+        config.write_text(text)
+        words = ["serve", "--root", str(tmp_path / "root"), "--config", str(config)]
+        command = [sys.executable, "-m", "batchgen", *words]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (ran.returncode, told in ran.stderr) == (2, True), ran.stderr

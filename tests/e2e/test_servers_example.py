@@ -125,6 +125,14 @@ def test_a_team_s_rows_go_through_nginx_with_a_key_each(proxy, tmp_path):
     assert engine.answered >= 300
 
 
+def test_nginx_takes_the_file_for_batches(proxy, tmp_path):
+    path = tmp_path / "batches.conf"
+    text = (SERVERS / "nginx-serve.conf").read_text().replace("/etc/nginx/batches", "engine")
+    path.write_text(f"daemon off; pid pid; error_log e; events {{}} http {{ {text} }}")
+    done = run(NGINX, "-t", "-p", tmp_path, "-e", tmp_path / "e", "-c", path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(CADDY is None, reason="caddy is not here")
 def test_caddy_takes_its_file(tmp_path):
     env = {**os.environ, "HOME": str(tmp_path), "KEY_OF_ANNA": "a", "KEY_OF_BEN": "b"}

@@ -25,6 +25,8 @@ import openai
 from tests.serving import CHAT, ENDS, SLOW, Server, lines_of, request, wait_for
 
 CONFIG = f"{SLOW}\n[serve]\nmax_batches = 100000\nmax_files = 100000\nat_once = 2\n"
+MOST_LIVE = 4
+"""Batches, so that all of them have ended soon after the last kill."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Seen:
     """Batch -> its lines, for each that was accepted."""
     files: dict[str, int] = field(default_factory=dict)
     """File -> its bytes, for each that was accepted."""
+    ended: set[str] = field(default_factory=set)
+    """Batches that were seen to have ended."""
     num_lost_replies: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -64,13 +68,15 @@ def run(root: Path, num_kills: int, seed: int) -> tuple[Seen, Counter[str]]:
     ]
     for client in clients:
         client.start()
-    for _ in range(num_kills):
-        time.sleep(rng.uniform(0.0, 2.5))
-        server.end(signal.SIGKILL)
-        server.start()
-    is_over.set()
-    for client in clients:
-        client.join()
+    try:
+        for _ in range(num_kills):
+            time.sleep(rng.uniform(0.0, 2.5))
+            server.end(signal.SIGKILL)
+            server.start()
+    finally:
+        is_over.set()
+        for client in clients:
+            client.join()
     states: Counter[str] = Counter()
     with server.client() as client:
         for name, size in seen.sizes.items():
@@ -97,8 +103,8 @@ def call(server: Server, seen: Seen, rng: random.Random, is_over: threading.Even
 
 def act(client: openai.OpenAI, seen: Seen, rng: random.Random) -> None:
     """Do one of the things that clients do."""
-    live = list(seen.sizes)[-3:]
-    if rng.random() < 0.3 or not live:
+    live = [name for name in seen.sizes if name not in seen.ended]
+    if len(live) < MOST_LIVE and (rng.random() < 0.3 or not live):
         size = rng.randint(1, 60)
         data = "\n".join(json.dumps(request(at)) for at in range(size)).encode()
         file = client.files.create(file=("in.jsonl", data), purpose="batch")
@@ -109,7 +115,9 @@ def act(client: openai.OpenAI, seen: Seen, rng: random.Random) -> None:
         with suppress(openai.BadRequestError):
             client.batches.cancel(rng.choice(live))
     else:
-        client.batches.retrieve(rng.choice(live))
+        found = client.batches.retrieve(rng.choice(live))
+        if found.status in ENDS:
+            seen.ended.add(found.id)
         time.sleep(0.05)
 
 
