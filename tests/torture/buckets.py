@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROWS = 80
-PROBES, POINTS = 24, 80
+PROBES, POINTS = 24, 160
 """How many requests a run begins with that only look whether the store can be used; and all."""
 KINDLY_CODES = {0, 1, 75}
 """How a run may end that others disturb: complete, fenced, a part of it tidied up, busy."""
