@@ -75,6 +75,8 @@ class Server(NamedTuple):
     """Adapter, or None for the model itself -> the server's name for it."""
     is_vllm: bool
     max_tokens_key: str = "max_tokens"
+    has_schemas: bool = True
+    """By `json_schema`, as OpenAI; llama-cpp-python has them beside `json_object`."""
     limit: int | None = None
     """Tokens that it takes, if it says so."""
 
@@ -212,18 +214,20 @@ def _form(form: Mapping[str, Any], server: Server, *, has_logprobs: bool) -> dic
     if "json_object" in form:
         return {"response_format": {"type": "json_object"}}
     if "json" in form:
-        return _json_schema(form["json"])
+        return _json_schema(form["json"], server)
     if "choice" in form and not has_logprobs:
         label = {"type": "string", "enum": list(form["choice"])}
         whole = {"type": "object", "properties": {WRAPPED: label}, "required": [WRAPPED]}
-        return _json_schema({**whole, "additionalProperties": False})
+        return _json_schema({**whole, "additionalProperties": False}, server)
     what = next(iter(form)) + (" with sampling.logprobs" if has_logprobs else "")
     raise Unsuitable(
         f"output.{what} needs vLLM's server (`structured_outputs`), and this is another"
     )
 
 
-def _json_schema(schema: object) -> dict[str, Any]:
+def _json_schema(schema: object, server: Server) -> dict[str, Any]:
+    if not server.has_schemas:
+        return {"response_format": {"type": "json_object", "schema": schema}}
     named = {"name": "answer", "schema": schema, "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 

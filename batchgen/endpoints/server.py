@@ -184,7 +184,7 @@ class Http:
         self._trial = trial
         self._most = most
         self._timeout_s = timeout_s
-        self._nonce, self._num = secrets.token_hex(6), 0
+        self._nonce, self._num = secrets.token_hex(8), 0
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -214,7 +214,7 @@ class Http:
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise RowRefusedError(RowError("bad_request", one_line(error))) from None
         self._num += 1
-        nonce = f"{self._nonce}{self._num:09x}"
+        nonce = f"{self._nonce}{self._num:016x}"  # 32 digits: llama-cpp-python takes UUIDs only.
         timeout_s = timeout_s or self._timeout_s
         most_bytes = _most_bytes(asked)
         status, headers, data = await self._send(
@@ -445,6 +445,11 @@ class Http:
             raise WrongServerError(str(error)) from None
         except (Unsuitable, LackingError) as error:
             raise WrongServerError(str(error)) from None
+        except AttemptError as error:
+            if "json_object" not in str(error) or not endpoint.server.has_schemas:
+                raise
+            endpoint.server = endpoint.server._replace(has_schemas=False)
+            return await self._try(endpoint, spec)
         endpoint.is_tied = endpoint.is_tied or self._nonce in reply.reply_id
         if problem := messages.unsplit(reply.samples, asked):
             raise WrongServerError(problem)
