@@ -7,7 +7,7 @@ import pytest
 from tests.house import Figure, code_lines, figures, table, traced
 
 OPEN: dict[str, float] = {
-    "lines of code": 31_034,
+    "lines of code": 31_045,
     "modules": 163,
     "layers": 9,
     "modules of a room": 15,

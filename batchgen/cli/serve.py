@@ -9,7 +9,7 @@ import click
 
 from batchgen.cli.common import out
 from batchgen.core.errors import ConfigError, ExitCode
-from batchgen.core.runtime import Caller, called
+from batchgen.core.runtime import Caller, called, option
 
 _PATH = click.Path(path_type=Path)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -46,11 +46,13 @@ def serve(  # noqa: PLR0913, PLR0917 - the command's own options
     with called(Caller(str(root), is_folder=True)):
         if new_key is not None:
             if keys_file is None:
-                raise ConfigError("--new-key", ["expected --keys FILE beside it"])
+                raise ConfigError("--new-key", [f"expected {option('--keys', 'FILE')} beside it"])
             out(make_key(keys_file, new_key))
             return
         if keys_file is None and host not in _LOCAL:
-            problem = f"{host} can be reached by others; expected --keys FILE with it"
+            problem = (
+                f"{host} can be reached by others; expected {option('--keys', 'FILE')} with it"
+            )
             raise ConfigError("--host", [problem])
         config, keys = load_config(config_file, model), Keys(keys_file)
         from batchgen.serve.server import run

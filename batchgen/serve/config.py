@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from batchgen.core.errors import ConfigError
-from batchgen.core.runtime import read_file
+from batchgen.core.runtime import option, read_file
 from batchgen.source.openai import CHAT, COMPLETION, EMBEDDING, SCORE, TASKS
 
 if TYPE_CHECKING:
@@ -103,5 +103,5 @@ def load_config(path: Path | None, model: str | None) -> ServeConfig:
     if model is not None:
         own["name"] = model
     if not own.get("name"):
-        raise ConfigError(where, ["no model: give --model, or name in [model]"])
+        raise ConfigError(where, [f"no model: give {option('--model')}, or name in [model]"])
     return ServeConfig(limits, {**tables, "model": own})

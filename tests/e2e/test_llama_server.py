@@ -1,7 +1,7 @@
 """A real server of llama.cpp, with a real model: what tests/servers.py has of it is a stand-in.
 
-    python -m venv DIR && DIR/bin/pip install 'llama-cpp-python[server]==0.3.36'   # 5 to 10 minutes
-    LLAMA_PYTHON=DIR/bin/python .venv/bin/pytest tests/e2e/test_llama_server.py
+python -m venv DIR && DIR/bin/pip install 'llama-cpp-python[server]==0.3.36'   # 5 to 10 minutes
+LLAMA_PYTHON=DIR/bin/python .venv/bin/pytest tests/e2e/test_llama_server.py
 """
 
 import json

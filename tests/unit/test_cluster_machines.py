@@ -101,6 +101,7 @@ def all_errors() -> list[BatchgenError]:
         errors.InputChangedError: ("in.jsonl", "has other content"),
         RecipeChangedError: ("out", ["model.name: a -> b"]),
         errors.StorageError: ("out/part", "no space"),
+        errors.StoreAwayError: ("s3://bucket/part", "503"),
         errors.DamagedPartError: ("part", "torn"),
         errors.ProcessDiedError: (-9,),
         GateError: ("2 % errors", [{"name": "max_error_rate"}]),

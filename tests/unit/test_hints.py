@@ -37,7 +37,7 @@ ABOUT_ITSELF = {
     "versions fits. What the job file or --set says wins. Remove the file to do without.",
 }
 """Comments of a tuned file, which are of no one job."""
-NAMES = {"--rate", "--gpu-cost", "--on", "--json"}
+NAMES = {"--rate", "--gpu-cost", "--on", "--json", "--new-key", "--host", "--port"}
 """Places of errors, and what is looked for in a command line: alone, and no advice."""
 
 
@@ -112,7 +112,7 @@ def test_every_function_of_the_package_is_a_command_that_hints_can_name() -> Non
                 assert told in keywords, f"{name} has no {told}"
 
 
-NO_JOB = {"schema", "compare", "engine", "run-batch"}
+NO_JOB = {"schema", "compare", "engine", "run-batch", "serve"}
 
 
 @pytest.mark.parametrize("verb", sorted(cli.commands.keys() - NO_JOB))
