@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from batchgen.job.model import JobConfig
     from batchgen.serve.config import ServeConfig
     from batchgen.serve.store import Store
 
@@ -85,8 +84,9 @@ class Runner(threading.Thread):
             "input": {"path": str(store.root / "none.jsonl"), "format": "openai"},
             "output": {"path": str(store.root / "none")},
         }
-        job = parse_job(tables, base=store.root, where="serve")
-        self.engine = Engine(store.root, tables, job) if config.is_vllm else None
+        checked = check(parse_job(tables, base=store.root, where="serve"))
+        own = config.is_vllm
+        self.engine = Engine(store.root, tables, engine_digest(checked.recipe)) if own else None
 
     @property
     def num_at_work(self) -> int:
@@ -322,11 +322,11 @@ def _read(path: Path) -> dict[str, Any] | None:
 class Engine:
     """The warm engine of a model that this machine loads; it outlives batches, and the server."""
 
-    def __init__(self, root: Path, tables: Mapping[str, Any], job: JobConfig) -> None:
+    def __init__(self, root: Path, tables: Mapping[str, Any], digest: str) -> None:
         self._file = root / "engine.json"
         self._log = root / "engine.log"
         self._tables = tables
-        self._digest = engine_digest(check(job).recipe)
+        self._digest = digest
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before_s = 0.0
         self._is_up = False
